@@ -36,6 +36,36 @@ _ROOMS = ("callbacks", "metrics", "patching", "planning", "profiling", "reductio
 
 __all__ = ["__version__", *sorted(_HOME), *_ROOMS]
 
+if TYPE_CHECKING:  # the same names for type checkers and editors, which cannot follow __getattr__
+    from lightning_prune import callbacks as callbacks
+    from lightning_prune import metrics as metrics
+    from lightning_prune import patching as patching
+    from lightning_prune import planning as planning
+    from lightning_prune import profiling as profiling
+    from lightning_prune import reduction as reduction
+    from lightning_prune import report as report
+    from lightning_prune.callbacks import TokenPruning as TokenPruning
+    from lightning_prune.classifier import ImageClassifier as ImageClassifier
+    from lightning_prune.data import DigitsData as DigitsData
+    from lightning_prune.data import ImageFolderData as ImageFolderData
+    from lightning_prune.errors import ArgumentError as ArgumentError
+    from lightning_prune.errors import DataError as DataError
+    from lightning_prune.errors import FileFormatError as FileFormatError
+    from lightning_prune.errors import PruneError as PruneError
+    from lightning_prune.errors import ScheduleError as ScheduleError
+    from lightning_prune.errors import UnsupportedModelError as UnsupportedModelError
+    from lightning_prune.errors import WeightsError as WeightsError
+    from lightning_prune.patching import PatchHandle as PatchHandle
+    from lightning_prune.patching import patch as patch
+    from lightning_prune.planning.objective import AccuracyBudget as AccuracyBudget
+    from lightning_prune.planning.objective import Utility as Utility
+    from lightning_prune.planning.planner import Plan as Plan
+    from lightning_prune.planning.planner import plan as plan
+    from lightning_prune.profiling.latency import LatencyProfile as LatencyProfile
+    from lightning_prune.profiling.latency import compare_latency as compare_latency
+    from lightning_prune.profiling.latency import profile_latency as profile_latency
+    from lightning_prune.schedule import Schedule as Schedule
+
 
 def __getattr__(name: str) -> Any:
     if name in _HOME:
