@@ -1,0 +1,71 @@
+"""Small documents on disk: written whole or not at all, read without executing anything."""
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lightning_prune.errors import FileFormatError
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """Yields a temporary path beside `path` that takes its place when the block ends well, and vanishes otherwise.
+
+    The temporary name keeps the suffix, from which writers such as matplotlib choose the format.
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.stem}.", suffix=target.suffix)
+    os.close(descriptor)
+    temporary = Path(name)
+    try:
+        yield temporary
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)  # mkstemp makes private files; these are for sharing
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_document(path: str | Path, document: Mapping[str, Any]) -> Path:
+    """Writes plain values as JSON where `path` ends in `.json` and as YAML elsewhere; returns the path."""
+    target = Path(path)
+    if target.suffix == ".json":
+        text = json.dumps(document, indent=2) + "\n"
+    else:
+        text = yaml.safe_dump(dict(document), sort_keys=False, default_flow_style=None, width=100)
+    with replacing(target) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return target
+
+
+def read_document(path: str | Path, kind: str, version: int) -> dict[str, Any]:
+    """Reads what `write_document` wrote and checks that it is of the `kind` and `version` that is wanted.
+
+    Raises:
+        FileFormatError: If the file is missing, unreadable, truncated, of another kind or of a newer version.
+    """
+    source = Path(path)
+    try:
+        text = source.read_text(encoding="utf-8")
+        document = json.loads(text) if source.suffix == ".json" else yaml.safe_load(text)
+    except OSError as error:
+        raise FileFormatError(f"Cannot read {source}: {error.strerror or error}.") from error
+    except (UnicodeDecodeError, ValueError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise FileFormatError(f"{source} is damaged or not a {kind} file: {reason}") from error
+    found = document.get("format") if isinstance(document, dict) else None
+    if found != kind:
+        what = f"format {found!r}" if found else "no format entry"
+        raise FileFormatError(f"{source} is not a {kind} file: it has {what}.")
+    if document.get("version") != version:
+        came = document.get("version")
+        raise FileFormatError(f"{source} is a {kind} file of version {came!r}; this release reads version {version}.")
+    return document

@@ -1,0 +1,55 @@
+"""Finding the Vision Transformer in a model. A new family is a new file and an entry in `FAMILIES`."""
+
+from torch import nn
+
+from lightning_prune.errors import ArgumentError, UnsupportedModelError
+from lightning_prune.patching.families.base import Family, VisionTransformer
+from lightning_prune.patching.families.timm import TimmVisionTransformer
+from lightning_prune.patching.overlay import own_class
+
+FAMILIES: tuple[Family, ...] = (TimmVisionTransformer(),)
+
+__all__ = ["FAMILIES", "Family", "VisionTransformer", "find_vision_transformer"]
+
+
+def find_vision_transformer(model: nn.Module, target: str | None = None) -> VisionTransformer:
+    """The one Vision Transformer in `model`, which may be the model itself or sit anywhere inside it.
+
+    Args:
+        model: Any module.
+        target: Dotted path of the transformer in `model`; needed where there are several.
+
+    Raises:
+        UnsupportedModelError: If there is none (says what was looked for and what is there) or there are several and
+            `target` is None (lists them).
+        ArgumentError: If `target` is not the path of a module.
+    """
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError(f"`model` must be a torch.nn.Module, got {type(model).__name__}.")
+    if target is not None:
+        modules = dict(model.named_modules())
+        if target not in modules:
+            raise ArgumentError(f"`target` must be the dotted path of a module in {type(model).__name__}, got {target!r}.")
+        model, prefix = modules[target], target
+    else:
+        prefix = ""
+    found: list[tuple[str, nn.Module, Family]] = []
+    for path, module in model.named_modules(prefix=prefix):
+        family = next((family for family in FAMILIES if family.matches(module)), None)
+        inside = any(path.startswith(f"{outer}." if outer else "") for outer, _, _ in found)
+        if family is not None and not inside:
+            found.append((path, module, family))
+    if not found:
+        looked = ", ".join(family.name for family in FAMILIES)
+        raise UnsupportedModelError(f"Found no Vision Transformer. Looked for {looked}; {_contents(model)}.")
+    if len(found) > 1:
+        candidates = ", ".join(f"{path!r} ({own_class(module).__name__})" for path, module, _ in found)
+        raise UnsupportedModelError(f"Found {len(found)} Vision Transformers; pass `target`, one of {candidates}.")
+    path, module, family = found[0]
+    return family.describe(module, path)
+
+
+def _contents(model: nn.Module) -> str:
+    """The outermost classes, which tell a user what was really passed in."""
+    children = sorted({type(child).__name__ for child in model.children()})
+    return f"{type(model).__name__} holds {', '.join(children[:8]) or 'no modules'}"

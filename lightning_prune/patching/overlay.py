@@ -1,0 +1,72 @@
+"""Putting a class over a module's own class, and taking it off again."""
+
+from functools import cache
+from typing import Any
+
+from torch import nn
+
+from lightning_prune.errors import UnsupportedModelError
+
+
+class Overlay(nn.Module):
+    """Base of the mixins that change how a module runs while a patch lasts.
+
+    The module stays the same object with the same parameters, names and hooks; only its class becomes a subclass of
+    its own class with the mixin in front. Unlike forward hooks this survives `copy.deepcopy`, `pickle`,
+    `torch.compile(fullgraph=True)`, also when the model was compiled before, and `torch.export`.
+    """
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copies and pickles by the module's own class and the mixin: the class made of the two has no import path."""
+        base, mixin = _parts(type(self))
+        _, _, *state = super().__reduce_ex__(protocol)
+        return (_rebuild, (base, mixin), *state)
+
+
+@cache
+def overlay_class(base: type, mixin: type) -> type:
+    """The class made of `mixin` in front of `base`; one a pair, so that all copies of a model share it."""
+    attributes = {"__module__": base.__module__, "__doc__": base.__doc__, "_prune_parts": (base, mixin)}
+    return type(f"{mixin.__name__}{base.__name__}", (mixin, base), attributes)
+
+
+def is_overlaid(module: nn.Module) -> bool:
+    """Whether an overlay is on."""
+    return "_prune_parts" in type(module).__dict__
+
+
+def own_class(module: nn.Module) -> type:
+    """The module's class without any overlay."""
+    return _parts(type(module))[0] if is_overlaid(module) else type(module)
+
+
+def put_on(module: nn.Module, mixin: type, site: Any = None) -> None:
+    """Puts the mixin over the module's class, with what it works on as `_prune_site`."""
+    module.__dict__["_prune_site"] = site
+    module.__class__ = overlay_class(type(module), mixin)
+
+
+def take_off(module: nn.Module) -> None:
+    """Gives the module its own class back; does nothing where no overlay is on.
+
+    Raises:
+        UnsupportedModelError: If something else has since put a class of its own over ours.
+    """
+    if is_overlaid(module):
+        module.__class__ = own_class(module)
+        module.__dict__.pop("_prune_site", None)
+    elif isinstance(module, Overlay):
+        raise UnsupportedModelError(
+            f"A {type(module).__name__} was put over a patched block (by a parametrization, say); undo that first."
+        )
+
+
+def _parts(cls: type) -> tuple[type, type]:
+    parts: tuple[type, type] = cls.__dict__["_prune_parts"]
+    return parts
+
+
+def _rebuild(base: type, mixin: type) -> nn.Module:
+    cls = overlay_class(base, mixin)
+    module: nn.Module = cls.__new__(cls)
+    return module

@@ -1,0 +1,74 @@
+"""Reads the query, key and value of a block's attention through its own fused attention."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from lightning_prune.errors import UnsupportedModelError
+from lightning_prune.reduction.base import Attention
+
+
+class AttentionTap(TorchFunctionMode):
+    """Watches `scaled_dot_product_attention` while one block runs: records its inputs, may add to its logits.
+
+    The block runs its own code and its own fused kernel, so its output keeps every bit, and no attention forward of any
+    model family is copied. What is recorded has been through q/k-norm and rotary embedding. Enter it with `with`
+    around one block only: a mode that outlives an exception would go on watching other models.
+
+    Args:
+        calls: Where to record; the caller's own list, because `torch.compile` does not trace a mode's attributes.
+        log_sizes: (B, N), added to the logits of every key (proportional attention of ToMe, arXiv 2210.09461,
+            section 3), or None to leave attention as it is.
+    """
+
+    def __init__(self, calls: list[Attention], log_sizes: Tensor | None = None) -> None:
+        super().__init__()
+        self.calls = calls
+        self.log_sizes = log_sizes
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Passes every call on; looks at attention only."""
+        kwargs = kwargs or {}
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+        call = {**dict(zip(names, args, strict=False)), **kwargs}
+        query, key, value, mask = call["query"], call["key"], call["value"], call.get("attn_mask")
+        if call.get("is_causal"):
+            raise UnsupportedModelError("Token reduction needs bidirectional attention; this block's is causal.")
+        if self.log_sizes is not None:
+            mask = _add_to_mask(mask, self.log_sizes[:, None, None, :].to(query.dtype))
+            call["attn_mask"] = mask
+        self.calls.append(Attention(query, key, value, mask, call.get("scale")))
+        return func(**call)
+
+
+def recorded_attention(calls: list[Attention]) -> Attention:
+    """What a tap recorded of one block; the heads of several attention calls of the block stand side by side.
+
+    Raises:
+        UnsupportedModelError: If the block made no fused attention call, or calls that do not go together.
+    """
+    if not calls:
+        raise UnsupportedModelError(
+            "The block made no call of torch.nn.functional.scaled_dot_product_attention, so its attention cannot "
+            "be read. Blocks with an attention of their own making are not supported."
+        )
+    first = calls[0]
+    if len(calls) == 1:
+        return first
+    if any(c.mask is not None or c.scale != first.scale or c.query.shape != first.query.shape for c in calls):
+        raise UnsupportedModelError("The block makes several attention calls of different form.")
+    query, key, value = (torch.cat([call[part] for call in calls], dim=1) for part in range(3))
+    return Attention(query, key, value, None, first.scale)
+
+
+def _add_to_mask(mask: Tensor | None, bias: Tensor) -> Tensor:
+    if mask is None:
+        return bias
+    if mask.dtype == torch.bool:
+        return torch.where(mask, bias, float("-inf"))
+    return mask + bias

@@ -1,0 +1,88 @@
+"""What a reduction is: the contract between the methods (which tokens go) and the patching (where they go)."""
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar, Literal, NamedTuple
+
+from torch import Tensor
+
+
+class Attention(NamedTuple):
+    """What one block's attention was computed from.
+
+    H heads, D channels a head. `query` and `key` are those that met in the dot product: after q/k-norm and rotation.
+    """
+
+    query: Tensor  # (B, H, N, D)
+    key: Tensor  # (B, H, N, D)
+    value: Tensor  # (B, H, N, Dv)
+    mask: Tensor | None = None  # broadcastable to (B, H, N, N): bool (True takes part) or added to the logits
+    scale: float | None = None  # of the logits; None is D ** -0.5
+
+
+class Sequence(NamedTuple):
+    """The tokens that a reduction chooses from, and what it may look at to choose."""
+
+    tokens: Tensor  # (B, N, C), prefix tokens first
+    prefix_tokens: int  # the first P of them, never removed
+    has_class_token: bool  # whether token 0 is a CLS token
+    attention: Attention | None = None  # where the reduction reads "attention"
+    sizes: Tensor | None = None  # (B, N) how many patches each token stands for, where an earlier block merged some
+    entering: Tensor | None = None  # (B, N, C) the tokens as they entered the block
+    pixels: Tensor | None = None  # (B, channels, height, width) the images, where the reduction reads "pixels"
+
+
+class Reduced(NamedTuple):
+    """The tokens that are left."""
+
+    tokens: Tensor  # (B, N - R, C), prefix tokens first, kept tokens in their order
+    positions: Tensor  # (B, N - R) index that each had among the N; -1 for a token made of several
+    sizes: Tensor | None = None  # (B, N - R) where the method keeps account of how many patches a token stands for
+
+
+class Reduction(ABC):
+    """A method that shortens the token sequence. Subclass it to add one.
+
+    A reduction is immutable, holds plain Python values only and treats every image alone: it must never let one
+    image's outcome depend on another of the batch, synchronise with the host, or make shapes depend on data.
+
+    Attributes:
+        name: The name that `lightning_prune.patch` knows it by.
+        site: `"block"`: acts between a block's attention and its MLP. `"input"`: acts before block 0.
+        reads: What it looks at besides the tokens: `"attention"`, `"pixels"`.
+        proportional_attention: Whether the sizes that it returns weigh the attention of later blocks: log(size) is
+            added to the logits of each key.
+    """
+
+    name: ClassVar[str]
+    site: Literal["block", "input"] = "block"
+    reads: ClassVar[frozenset[str]] = frozenset()
+    proportional_attention: bool = False
+
+    @abstractmethod
+    def reduce(self, sequence: Sequence, remove: int) -> Reduced:
+        """Removes exactly `remove` >= 1 tokens of every image.
+
+        Args:
+            sequence: The tokens and what this reduction reads.
+            remove: R; at most `capacity`.
+
+        Returns:
+            The N - R tokens that are left.
+        """
+
+    @abstractmethod
+    def capacity(self, tokens: int, prefix_tokens: int) -> int:
+        """The most tokens that can be removed when `tokens`, `prefix_tokens` of them prefix, are there."""
+
+    def settings(self) -> dict[str, Any]:
+        """What distinguishes this instance from a default one, as plain values."""
+        return dict(vars(self))
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.settings().items())})"
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and vars(self) == vars(other)
+
+    def __hash__(self) -> int:
+        return hash((type(self), tuple(sorted(vars(self).items()))))

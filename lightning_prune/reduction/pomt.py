@@ -1,0 +1,89 @@
+"""POMT: attention received and value magnitude pick the tokens, their mean replaces the rest (arXiv 2407.05941)."""
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lightning_prune.reduction.base import Attention, Reduced, Reduction, Sequence
+from lightning_prune.reduction.functional import attention_probabilities, best_in_order, take_tokens, with_prefix
+
+
+def pomt_scores(attention: Attention, prefix_tokens: int) -> Tensor:
+    """Importance of every patch token (arXiv 2407.05941, section 3.3).
+
+    With A[h, j, i] the attention of query j on key i and V[h, i, d] the values, patch token i scores a_i + s_i:
+    a_i = sum over patch queries j of max over heads of A[h, j, i], divided by the largest a of the *same image*;
+    s_i = softmax over all N tokens of (sum over d of max over heads of V[h, i, d]).
+    The published code divides by the largest a of the whole batch, so its result depends on an image's batch-mates.
+
+    Args:
+        attention: Query, key and value of the block, (B, H, N, D) each.
+        prefix_tokens: P, the first tokens, which are not scored.
+
+    Returns:
+        (B, N - P), float32 (float64 where the attention is).
+    """
+    patch_queries = slice(prefix_tokens, None)
+    precise = torch.promote_types(attention.value.dtype, torch.float32)
+    received = attention_probabilities(attention, patch_queries).amax(dim=1)[:, :, prefix_tokens:]
+    received = received.sum(dim=1, dtype=precise)
+    received = received / received.amax(dim=-1, keepdim=True)
+    magnitude = attention.value.amax(dim=1).sum(dim=-1, dtype=precise).softmax(dim=-1)
+    return received + magnitude[:, prefix_tokens:]
+
+
+def pomt(tokens: Tensor, attention: Attention, remove: int, prefix_tokens: int) -> Reduced:
+    """Keeps the best N - P - R - 1 patch tokens in their order and appends the mean of the R + 1 others.
+
+    Args:
+        tokens: (B, N, C) between attention and MLP.
+        attention: Query, key and value of the block that the tokens went through.
+        remove: R >= 1.
+        prefix_tokens: P, kept as they are.
+
+    Returns:
+        N - R tokens, the mean token last.
+
+    Example:
+        >>> import torch
+        >>> from lightning_prune.reduction import Attention, pomt
+        >>> q, k, v = torch.randn(3, 2, 4, 17, 8).unbind(0)
+        >>> pomt(torch.randn(2, 17, 32), Attention(q, k, v), remove=5, prefix_tokens=1).tokens.shape
+        torch.Size([2, 12, 32])
+    """
+    keep = tokens.shape[1] - prefix_tokens - remove - 1
+    kept = best_in_order(pomt_scores(attention, prefix_tokens), keep)
+    index = with_prefix(kept, prefix_tokens)
+    left = take_tokens(tokens, index)
+    # The dropped ones are never gathered: their sum is the difference of two sums that stream over memory.
+    precise = torch.promote_types(tokens.dtype, torch.float32)
+    dropped = tokens.sum(dim=1, keepdim=True, dtype=precise) - left.sum(dim=1, keepdim=True, dtype=precise)
+    mean = (dropped / (remove + 1)).to(tokens.dtype)
+    fused = index.new_full((index.shape[0], 1), -1)
+    return Reduced(torch.cat((left, mean), dim=1), torch.cat((index, fused), dim=1))
+
+
+class POMT(Reduction):
+    """Pruning One More Token's reduction, as a method for `lightning_prune.patch`.
+
+    Source: arXiv 2407.05941, section 3.3. The paper reduces once, at 25% of the depth.
+
+    Example:
+        >>> import timm
+        >>> import lightning_prune as lp
+        >>> model = timm.create_model("vit_tiny_patch16_224").eval()
+        >>> handle = lp.patch(model, "pomt", lp.Schedule.single(depth=12, block=3, remove=56))
+    """
+
+    name: ClassVar[str] = "pomt"
+    reads: ClassVar[frozenset[str]] = frozenset({"attention"})
+
+    def reduce(self, sequence: Sequence, remove: int) -> Reduced:
+        """See `pomt`."""
+        assert sequence.attention is not None  # the patch provides what `reads` asks for
+        return pomt(sequence.tokens, sequence.attention, remove, sequence.prefix_tokens)
+
+    def capacity(self, tokens: int, prefix_tokens: int) -> int:
+        """All patch tokens but two may go: one stays as it is, the others become the mean."""
+        return max(tokens - prefix_tokens - 2, 0)
