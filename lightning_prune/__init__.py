@@ -17,9 +17,9 @@ _HOME = {
     "FileFormatError": "errors",
     "ImageClassifier": "classifier",
     "ImageFolderData": "data",
-    "LatencyProfile": "profiling.latency",
+    "LatencyProfile": "profiling.curve",
     "PatchHandle": "patching",
-    "Plan": "planning.planner",
+    "Plan": "planning.plan",
     "PruneError": "errors",
     "Schedule": "schedule",
     "ScheduleError": "errors",
@@ -59,9 +59,9 @@ if TYPE_CHECKING:  # the same names for type checkers and editors, which cannot 
     from lightning_prune.patching import patch as patch
     from lightning_prune.planning.objective import AccuracyBudget as AccuracyBudget
     from lightning_prune.planning.objective import Utility as Utility
-    from lightning_prune.planning.planner import Plan as Plan
+    from lightning_prune.planning.plan import Plan as Plan
     from lightning_prune.planning.planner import plan as plan
-    from lightning_prune.profiling.latency import LatencyProfile as LatencyProfile
+    from lightning_prune.profiling.curve import LatencyProfile as LatencyProfile
     from lightning_prune.profiling.latency import compare_latency as compare_latency
     from lightning_prune.profiling.latency import profile_latency as profile_latency
     from lightning_prune.schedule import Schedule as Schedule

@@ -1,6 +1,7 @@
 """The two halves of each kind of block: attention with its residual, and MLP with its residual."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -54,16 +55,23 @@ def halves_agree(block: nn.Module, halves: Halves, tokens: int, channels: int) -
         tokens: Tokens to try it on.
         channels: C.
     """
-    training = {module: module.training for module in block.modules()}
     like = next((p for p in block.parameters() if p.is_floating_point()), torch.empty(0))
     noise = torch.randn(1, tokens, channels, generator=torch.Generator().manual_seed(0))
     x = noise.to(device=like.device, dtype=like.dtype)
-    block.eval()
-    try:
-        with torch.no_grad():
+    with torch.no_grad(), evaluating(block):
+        try:
             return torch.equal(halves.mlp(block, halves.attention(block, x)), block(x))
-    except (AttributeError, TypeError):
-        return False  # a block of the same class family, but built of other parts
+        except (AttributeError, TypeError):
+            return False  # a block of the same class family, but built of other parts
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while; every submodule then gets back the training flag that it had."""
+    flags = [(m, m.training) for m in module.modules()]
+    module.eval()
+    try:
+        yield
     finally:
-        for module, flag in training.items():
-            module.training = flag
+        for m, flag in flags:
+            m.training = flag

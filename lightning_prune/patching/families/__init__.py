@@ -1,5 +1,7 @@
 """Finding the Vision Transformer in a model. A new family is a new file and an entry in `FAMILIES`."""
 
+from dataclasses import replace
+
 from torch import nn
 
 from lightning_prune.errors import ArgumentError, UnsupportedModelError
@@ -45,8 +47,9 @@ def find_vision_transformer(model: nn.Module, target: str | None = None) -> Visi
     if len(found) > 1:
         candidates = ", ".join(f"{path!r} ({own_class(module).__name__})" for path, module, _ in found)
         raise UnsupportedModelError(f"Found {len(found)} Vision Transformers; pass `target`, one of {candidates}.")
-    path, module, family = found[0]
-    return family.describe(module, path)
+    path, root, family = found[0]
+    compiled = next((m for m in model.modules() if m is not root and getattr(m, "_orig_mod", None) is root), None)
+    return replace(family.describe(root, path), compiled=compiled)
 
 
 def _contents(model: nn.Module) -> str:

@@ -25,6 +25,7 @@ class VisionTransformer:
         channels: C.
         entry: The module that receives the images.
         classes: Size of the output if it is logits; 0 if the model returns features.
+        compiled: The `torch.compile` wrapper around `root`, where the model has one.
     """
 
     root: nn.Module
@@ -37,6 +38,12 @@ class VisionTransformer:
     channels: int
     entry: nn.Module
     classes: int
+    compiled: nn.Module | None = None
+
+    @property
+    def runner(self) -> nn.Module:
+        """What the user's model calls: the compiled wrapper where there is one."""
+        return self.root if self.compiled is None else self.compiled
 
     @property
     def depth(self) -> int:

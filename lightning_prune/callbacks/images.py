@@ -1,0 +1,168 @@
+"""Images out of whatever a loop's batches are, and a calibration sample that leaves the running loader alone."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten
+from torch.utils.data import DataLoader, IterableDataset, Subset
+
+from lightning_prune.errors import ArgumentError, DataError
+
+Extract = Callable[[Any], Tensor]
+_IMAGE_KEYS = ("image", "images", "pixel_values", "inputs")
+_LABEL_KEYS = ("label", "labels", "target", "targets")
+_FROM_LOADER = 512  # images taken from a loader that was passed as `calibration`
+
+
+class Calibration(NamedTuple):
+    """Images to judge pruning by.
+
+    Attributes:
+        images: (images, channels, height, width), on the CPU.
+        labels: (images,) int64, or None where the batches hold none.
+        source: Where they come from, for the panel.
+    """
+
+    images: Tensor
+    labels: Tensor | None
+    source: str
+
+
+def images_from_batch(batch: Any, extract: Extract | None = None) -> Tensor:
+    """The images of a batch: the batch itself, its first element, or its entry `image`, `images`, `pixel_values`, `inputs`.
+
+    Args:
+        batch: What the loader yields.
+        extract: The user's own way, tried instead.
+
+    Returns:
+        (B, channels, height, width), floating point.
+
+    Raises:
+        ArgumentError: If there are none; names `images_from_batch`, which helps.
+    """
+    found = extract(batch) if extract is not None else _guess(batch)
+    if isinstance(found, Tensor) and found.ndim == 4 and found.is_floating_point():
+        return found
+    if extract is not None:
+        raise ArgumentError(f"`images_from_batch` must return float images (B, C, H, W), got {_describe(found)}.")
+    raise ArgumentError(
+        f"Found no images in the batch, which is {_describe(batch)}. Pass `images_from_batch=`, a function from a "
+        f"batch to its images (B, C, H, W)."
+    )
+
+
+def labels_from_batch(batch: Any) -> Tensor | None:
+    """The labels of a batch: its second element or its entry `label`, `labels`, `target`, `targets`; None without."""
+    if isinstance(batch, Mapping):
+        found = next((batch[key] for key in _LABEL_KEYS if key in batch), None)
+    else:
+        found = batch[1] if isinstance(batch, Sequence) and len(batch) > 1 else None
+    fits = isinstance(found, Tensor) and found.ndim == 1 and not found.is_floating_point()
+    return found if fits else None
+
+
+def calibration_images(
+    trainer: L.Trainer,
+    pl_module: L.LightningModule,
+    loaders: Any,
+    calibration: Any,
+    first: Any,
+    extract: Extract | None = None,
+    seed: int = 0,
+) -> Calibration:
+    """A seeded sample of the first validation dataset, through a loader of our own; never through the running one.
+
+    Args:
+        trainer: Gives precision and device.
+        pl_module: Its batch-transfer hooks are applied, as in the loop.
+        loaders: The loop's loaders, in any nesting.
+        calibration: How many images to sample, or the images themselves, or a loader of batches.
+        first: The first batch of the loop, used where the dataset cannot be sampled.
+        extract: See `images_from_batch`.
+        seed: Of the sample.
+
+    Raises:
+        ArgumentError: If `calibration` is none of these.
+        DataError: If it yields no images, or images of several sizes.
+    """
+    if isinstance(calibration, Tensor):
+        return Calibration(images_from_batch(calibration).cpu(), None, f"{len(calibration)} images given")
+    if isinstance(calibration, int) and not isinstance(calibration, bool):
+        if calibration < 1:
+            raise ArgumentError(f"`calibration` must be a number of images >= 1, got {calibration}.")
+        loader = _sampled(loaders, calibration, seed)
+        if loader is None:
+            return _gather([first], None, extract, "the first batch, since the dataset cannot be sampled")
+        batches = _transferred(trainer, pl_module, loader)
+        sampled = len(loader.dataset)  # type: ignore[arg-type]  # a Subset
+        return _gather(batches, calibration, extract, f"{sampled} images sampled from the dataset, seed {seed}")
+    if isinstance(calibration, Iterable) and not isinstance(calibration, str | bytes):
+        batches = _transferred(trainer, pl_module, calibration)
+        return _gather(batches, _FROM_LOADER, extract, "the loader given as `calibration`")
+    raise ArgumentError(
+        f"`calibration` must be a number of images, a tensor of images or a loader, got {type(calibration).__name__}."
+    )
+
+
+def _guess(batch: Any) -> Any:
+    if isinstance(batch, Mapping):
+        return next((batch[key] for key in _IMAGE_KEYS if key in batch), None)
+    if isinstance(batch, Sequence) and not isinstance(batch, str | bytes) and batch:
+        return batch[0]
+    return batch
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)}"
+    if isinstance(value, Mapping):
+        return f"a mapping with the keys {', '.join(repr(key) for key in list(value)[:8])}"
+    if isinstance(value, list | tuple):
+        return f"a {type(value).__name__} of {', '.join(type(v).__name__ for v in value[:4])}"
+    return f"of type {type(value).__name__}"
+
+
+def _sampled(loaders: Any, count: int, seed: int) -> DataLoader[Any] | None:
+    """A loader over a sample of the first map-style dataset, with its collation and no workers."""
+    flat = tree_flatten(getattr(loaders, "iterables", loaders))[0]
+    loader = flat[0] if flat else None
+    dataset = getattr(loader, "dataset", None)
+    if not isinstance(loader, DataLoader) or isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+        return None
+    chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:count].sort().values
+    size = loader.batch_size or 1  # None where a batch sampler decides; any size serves here
+    subset: Subset[Any] = Subset(dataset, chosen.tolist())
+    return DataLoader(subset, batch_size=size, collate_fn=loader.collate_fn, num_workers=0)
+
+
+def _transferred(trainer: L.Trainer, pl_module: L.LightningModule, batches: Iterable[Any]) -> Iterator[Any]:
+    """The batches as the loop would hand them to a step: converted to the precision, moved, through the user's hooks."""
+    for batch in batches:
+        batch = trainer.precision_plugin.convert_input(batch)
+        source = trainer._data_connector._datahook_selector.get_instance("on_before_batch_transfer")  # noqa: SLF001
+        batch = source.on_before_batch_transfer(batch, 0)
+        yield trainer.strategy.batch_to_device(batch, device=pl_module.device, dataloader_idx=0)
+
+
+def _gather(batches: Iterable[Any], count: int | None, extract: Extract | None, source: str) -> Calibration:
+    images: list[Tensor] = []
+    labels: list[Tensor] = []
+    for batch in batches:
+        images.append(images_from_batch(batch, extract).cpu())
+        found = labels_from_batch(batch)
+        if found is not None:
+            labels.append(found.cpu())
+        if count is not None and sum(map(len, images)) >= count:
+            break
+    if not images:
+        raise DataError("`calibration` yielded no images.")
+    sizes = {tuple(part.shape[1:]) for part in images}
+    if len(sizes) > 1:
+        raise DataError(f"The calibration images are of several sizes, {sorted(sizes)}; pass `calibration=` with one.")
+    together = torch.cat(images)[:count]
+    known = torch.cat(labels)[:count] if len(labels) == len(images) else None
+    return Calibration(together, known if known is not None and len(known) == len(together) else None, source)

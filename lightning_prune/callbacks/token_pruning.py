@@ -1,0 +1,295 @@
+"""The callback that profiles, plans and patches: one line in an existing validation loop."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from time import perf_counter
+from typing import Any, Literal
+
+import lightning as L
+from jsonargparse.typing import Path_fr
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
+
+from lightning_prune.callbacks.decision import Decision, given_schedule, measure_given
+from lightning_prune.callbacks.images import Calibration, calibration_images, images_from_batch
+from lightning_prune.errors import ArgumentError, PruneError
+from lightning_prune.patching import PatchHandle, find_vision_transformer, patch
+from lightning_prune.planning import Objective, Utility, plan
+from lightning_prune.profiling import measurement_context, resolve_block
+from lightning_prune.profiling.latency import Protocol
+from lightning_prune.reduction import Reduction, resolve
+from lightning_prune.schedule import Schedule
+
+
+class TokenPruning(L.Callback):
+    """Makes the Vision Transformer of a LightningModule faster on the trainer's device while it is evaluated.
+
+    On the first batch of `trainer.validate`, `test` or `predict` it measures the model's latency against its token
+    count on the trainer's accelerator, at the loop's batch size and precision, estimates what each cut costs in
+    accuracy on a sample of the dataset, chooses a schedule and patches the model; the run is pruned from that batch
+    on. When the run ends, by whatever cause, the model is bit-identical to before. In `trainer.fit` only validation
+    is pruned: training, the sanity check and checkpoints stay dense. The profile is made once and kept.
+
+    Under a distributed strategy rank 0 decides and every rank gets the same schedule, or the same error.
+
+    `pruning/latency_ms`, `pruning/dense_latency_ms`, `pruning/speedup`, `pruning/tokens` and `pruning/removed` go to
+    the trainer's loggers and `callback_metrics` (in `predict`, which has no metrics, to the loggers).
+
+    Args:
+        method: Name of the reduction, or a `lightning_prune.reduction.Reduction`.
+        schedule: `"auto"` plans one; R removes so many tokens at `block`; a list has one number a block; a `Schedule`
+            or the path of a saved one is used as it is, and timed beside dense.
+        objective: What to optimise; `Utility(alpha)` if None.
+        block: The reducing block: an index, or a fraction of the depth (0.25 is the POMT paper's).
+        alpha: Weight of latency against accuracy where `objective` is None, in [0, 1].
+        calibration: How many images to sample from the dataset, or the images (images, channels, height, width), or a
+            loader. Where the dataset cannot be sampled (an IterableDataset, a loader of another kind) the first
+            batch serves unless images or a loader are given.
+        images_from_batch: A function from a batch to its images, where a batch is not a tensor, a sequence that
+            begins with one, or a mapping with `image`, `images`, `pixel_values` or `inputs`.
+        max_seconds: Time limit of latency profiling, and again of the accuracy estimate.
+        target: Dotted path of the transformer in the LightningModule, where there are several.
+        enabled: False leaves every run dense; can be changed between runs.
+        protocol: `"paper"` profiles and estimates as POMT does; needs labels in the batches and hours on a CPU.
+        seed: Of the calibration sample.
+        verbose: Prints a panel with what was decided, and progress on a terminal.
+
+    Attributes:
+        decision: What was decided last: schedule, latencies, reason, and the whole plan.
+
+    Raises:
+        ArgumentError: If an argument is unusable; some are only known to be when a run starts.
+
+    Example:
+        >>> import lightning as L
+        >>> from lightning_prune import ImageClassifier
+        >>> from lightning_prune.callbacks import TokenPruning
+        >>> trainer = L.Trainer(callbacks=[TokenPruning()], logger=False)
+        >>> # trainer.validate(module, datamodule=data)
+    """
+
+    def __init__(
+        self,
+        method: str | Reduction = "pomt",
+        schedule: Literal["auto"] | int | list[int] | Path_fr | Schedule = "auto",
+        objective: Objective | None = None,
+        block: int | float = 0.25,
+        alpha: float = 0.5,
+        calibration: Any = 512,
+        images_from_batch: Callable[[Any], Tensor] | None = None,
+        max_seconds: float = 30.0,
+        target: str | None = None,
+        enabled: bool = True,
+        protocol: Protocol = "deployed",
+        seed: int = 0,
+        verbose: bool = True,
+    ) -> None:
+        super().__init__()
+        if objective is not None and alpha != 0.5:
+            raise ArgumentError(f"`alpha` belongs to the default objective; got alpha={alpha} and {objective!r}.")
+        if not isinstance(max_seconds, int | float) or not max_seconds > 0:
+            raise ArgumentError(f"`max_seconds` must be a number > 0, got {max_seconds!r}.")
+        self.reduction = resolve(method)
+        self.objective = objective if objective is not None else Utility(alpha)
+        self.schedule = _readable(schedule)
+        self.block = block
+        self.calibration = calibration
+        self.images_from_batch = images_from_batch
+        self.max_seconds = max_seconds
+        self.target = target
+        self.enabled = enabled
+        self.protocol = protocol
+        self.seed = seed
+        self.verbose = verbose
+        self.decision: Decision | None = None
+        self._made_with: tuple[Any, ...] | None = None
+        self._handle: PatchHandle | None = None
+        self._batch_size: int | None = None  # of the running loop; None while no run is pruned
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Refuses a second pruner: which of two patches is in force would depend on their order."""
+        pruners = [callback for callback in trainer.callbacks if isinstance(callback, TokenPruning)]  # type: ignore[attr-defined]
+        if len(pruners) > 1:
+            raise ArgumentError(f"A Trainer can have one TokenPruning callback, got {len(pruners)}.")
+
+    def on_validation_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Opens the run at its first batch: it is on the device in its dtype, and no step has run."""
+        self._before_batch(trainer, pl_module, batch, batch_idx)
+
+    def on_test_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """See `on_validation_batch_start`."""
+        self._before_batch(trainer, pl_module, batch, batch_idx)
+
+    def on_predict_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """See `on_validation_batch_start`."""
+        self._before_batch(trainer, pl_module, batch, batch_idx)
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Logs the figures."""
+        self._log(pl_module)
+
+    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Logs the figures."""
+        self._log(pl_module)
+
+    def on_predict_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Hands the figures to the loggers themselves: `log` is not to be had in predict."""
+        if self._batch_size is not None and self.decision is not None:
+            for logger in trainer.loggers:
+                logger.log_metrics(self.decision.metrics(), step=trainer.global_step)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Restores the model."""
+        self._close()
+
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Restores the model."""
+        self._close()
+
+    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Restores the model."""
+        self._close()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Restores the model: after an exception or Ctrl-C this is called and `teardown` may not be."""
+        self._close()
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Restores the model, if nothing has before."""
+        self._close()
+
+    def use(self, decision: Decision) -> None:
+        """Makes the next runs use what was decided before, without measuring again.
+
+        Args:
+            decision: Of this model, on this device, at this batch size and precision.
+        """
+        self.schedule, self.decision, self._made_with = decision.schedule, decision, None  # None: holds for any run
+
+    def _before_batch(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+        if not self.enabled or trainer.sanity_checking:
+            return
+        if self._batch_size is None:
+            self._open(trainer, pl_module, batch)
+        else:
+            self._check_size(batch, batch_idx)
+
+    def _open(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any) -> None:
+        images = images_from_batch(batch, self.images_from_batch)
+        decision, problem = None, None
+        if trainer.is_global_zero:
+            try:
+                decision = self._decide(trainer, pl_module, batch, images)
+            except Exception as error:
+                problem = error
+        # Every rank must learn of an error, or the others would wait for rank 0 until the process group times out.
+        told = f"{type(problem).__name__} on rank 0: {problem}" if problem else None
+        decision, told = trainer.strategy.broadcast((decision, told))
+        if problem is not None:
+            raise problem
+        if decision is None:
+            raise PruneError(told)
+        self.decision = decision
+        self._batch_size = images.shape[0]
+        if decision.schedule.total:
+            self._handle = patch(pl_module, self.reduction, decision.schedule, target=self.target)
+
+    def _decide(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, images: Tensor) -> Decision:
+        start = perf_counter()
+        with isolate_rng(), trainer.precision_plugin.forward_context():
+            transformer = find_vision_transformer(pl_module, self.target)
+            made_with = self._depends_on(measurement_context(transformer.runner, images))
+            if self.decision is not None and made_with == (self._made_with or made_with):
+                return self.decision
+            if self.schedule == "auto":
+                calibration = self._calibration(trainer, pl_module, batch)
+                decision = self._plan(pl_module, images, calibration)
+            else:
+                schedule = given_schedule(self.schedule, self.block, transformer.depth)
+                limit = self.max_seconds / 3
+                decision = measure_given(
+                    pl_module, images, self.reduction, schedule, limit, self.target, progress=self.verbose
+                )
+        decision = replace(decision, seconds=perf_counter() - start)
+        self._made_with = made_with
+        self._report(decision)
+        return decision
+
+    def _plan(self, pl_module: L.LightningModule, images: Tensor, calibration: Calibration) -> Decision:
+        planned = plan(
+            pl_module,
+            calibration.images,
+            example_batch=images,
+            method=self.reduction,
+            objective=self.objective,
+            block=resolve_block(self.block, find_vision_transformer(pl_module, self.target).depth),
+            protocol=self.protocol,
+            labels=calibration.labels if self.protocol == "paper" else None,
+            max_seconds=self.max_seconds,
+            target=self.target,
+            progress=self.verbose,
+        )
+        return Decision.from_plan(planned)
+
+    def _calibration(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any) -> Calibration:
+        loaders = trainer.val_dataloaders if trainer.validating or trainer.training else None
+        if loaders is None:
+            loaders = trainer.test_dataloaders if trainer.testing else trainer.predict_dataloaders
+        return calibration_images(
+            trainer, pl_module, loaders, self.calibration, batch, self.images_from_batch, self.seed
+        )
+
+    def _depends_on(self, context: dict[str, Any]) -> tuple[Any, ...]:
+        """What a decision holds for; another model, device, batch, precision or wish needs another decision."""
+        return (context, self.reduction, self.schedule, self.objective, self.block, self.protocol, self.target)
+
+    def _check_size(self, batch: Any, batch_idx: int) -> None:
+        if self._batch_size == 0:  # said before
+            return
+        size = images_from_batch(batch, self.images_from_batch).shape[0]
+        if size != self._batch_size:
+            rank_zero_warn(
+                f"Batch {batch_idx} has {size} images; the profile was made at a batch size of {self._batch_size}. "
+                "Pruning goes on, but its measured latency is for that size."
+            )
+            self._batch_size = 0
+
+    def _log(self, pl_module: L.LightningModule) -> None:
+        if self._batch_size is not None and self.decision is not None:
+            pl_module.log_dict(self.decision.metrics(), sync_dist=True, add_dataloader_idx=False)
+
+    def _report(self, decision: Decision) -> None:
+        for difference in decision.differences:
+            rank_zero_warn(f"The schedule was made elsewhere: {difference}.")
+        if self.verbose:
+            from lightning_prune.report.panel import print_decision
+
+            print_decision(decision)
+
+    def _close(self) -> None:
+        if self._handle is not None:
+            self._handle.remove()
+        self._handle, self._batch_size = None, None
+
+
+def _readable(schedule: Any) -> Literal["auto"] | int | list[int] | Schedule:
+    """Loads a schedule that is given as a path, and refuses what can never be one."""
+    if schedule == "auto" or isinstance(schedule, Schedule):
+        return schedule
+    if isinstance(schedule, int) and not isinstance(schedule, bool):
+        return schedule
+    if isinstance(schedule, list | tuple):
+        return list(Schedule(schedule).removed)
+    if isinstance(schedule, bool) or schedule is None or not hasattr(schedule, "__fspath__") and not isinstance(schedule, str):
+        raise ArgumentError(
+            f"`schedule` must be 'auto', a number of tokens, a list with one number a block, a Schedule or the path of "
+            f"one, got {schedule!r}."
+        )
+    return Schedule.load(schedule)

@@ -1,0 +1,7 @@
+"""How many tokens to remove, and where: from a profile to a schedule."""
+
+from lightning_prune.planning.objective import AccuracyBudget, Objective, Utility
+from lightning_prune.planning.plan import Plan
+from lightning_prune.planning.planner import ProxyCurve, plan
+
+__all__ = ["AccuracyBudget", "Objective", "Plan", "ProxyCurve", "Utility", "plan"]

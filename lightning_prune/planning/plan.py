@@ -1,0 +1,108 @@
+"""The outcome of planning: the schedule, and everything it was decided from."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lightning_prune.planning.objective import Objective
+from lightning_prune.profiling import LatencyProfile, Timing
+from lightning_prune.schedule import Schedule
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A schedule with its reasons.
+
+    Attributes:
+        schedule: What to deploy; its provenance says where it came from.
+        method: The reduction to deploy it with.
+        block: The reducing block.
+        objective: What was optimised.
+        profile: The latency curve it was chosen on.
+        proxy: What the accuracy estimate means.
+        accuracy: Token count -> proxy relative to dense, for the counts it was measured at.
+        tokens: The chosen count; N where nothing is removed.
+        reason: Why, in a sentence.
+        dense: Timing of the unpruned model, measured beside the chosen point; None where nothing is removed.
+        pruned: Timing of the chosen point itself.
+        seconds: How long profiling and planning took.
+    """
+
+    schedule: Schedule
+    method: str
+    block: int
+    objective: Objective
+    profile: LatencyProfile
+    proxy: str
+    accuracy: Mapping[int, float]
+    tokens: int
+    reason: str
+    dense: Timing | None = None
+    pruned: Timing | None = None
+    seconds: float = 0.0
+
+    @property
+    def removed(self) -> int:
+        """R, tokens removed."""
+        return self.schedule.total
+
+    @property
+    def predicted_ms(self) -> float:
+        """Latency of the chosen point according to the profile."""
+        return self.profile.at(self.tokens)
+
+    @property
+    def dense_ms(self) -> float:
+        """Latency of the unpruned model: of the final comparison where there was one, else of the profile."""
+        return self.dense.milliseconds if self.dense else self.profile.dense_ms
+
+    @property
+    def latency_ms(self) -> float:
+        """Latency of the chosen point: of the final comparison where there was one, else of the profile."""
+        return self.pruned.milliseconds if self.pruned else self.predicted_ms
+
+    @property
+    def speedup(self) -> float:
+        """Dense over pruned, from rounds in which both ran."""
+        return 1 / self.pruned.ratio if self.pruned else 1.0
+
+    def scores(self) -> dict[int, float]:
+        """Token count -> value of the objective, for the counts whose accuracy was measured."""
+        counts = sorted(self.accuracy)
+        latency = np.array([self.profile.at(count) for count in counts])
+        accuracy = np.array([self.accuracy[count] for count in counts])
+        return dict(zip(counts, self.objective.score(latency, accuracy).tolist(), strict=True))
+
+    def plot(self, path: str | Path | None = None) -> "Figure":
+        """Draws latency, proxy and objective against tokens with the chosen point; saves it where a path is given."""
+        from lightning_prune.report.plots import plot_plans, save_figure
+
+        figure = plot_plans([self])
+        if path is not None:
+            save_figure(figure, path)
+        return figure
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as plain values."""
+        return {
+            "schedule": self.schedule.to_dict(),
+            "method": self.method,
+            "block": self.block,
+            "objective": str(self.objective),
+            "proxy": self.proxy,
+            "accuracy": {int(count): float(value) for count, value in sorted(self.accuracy.items())},
+            "tokens": self.tokens,
+            "removed": self.removed,
+            "reason": self.reason,
+            "dense_ms": self.dense_ms,
+            "latency_ms": self.latency_ms,
+            "predicted_ms": self.predicted_ms,
+            "speedup": self.speedup,
+            "seconds": self.seconds,
+        }

@@ -1,0 +1,21 @@
+"""What tokens cost, and what they are worth, on this device: latency profiles and accuracy proxies."""
+
+from lightning_prune.profiling.accuracy import Proxy, soft_agreement
+from lightning_prune.profiling.context import measurement_context
+from lightning_prune.profiling.curve import LatencyProfile, Span
+from lightning_prune.profiling.latency import compare_latency, profile_latency, resolve_block
+from lightning_prune.profiling.timing import Interleaved, Timing, synchronize
+
+__all__ = [
+    "Interleaved",
+    "LatencyProfile",
+    "Proxy",
+    "Span",
+    "Timing",
+    "compare_latency",
+    "measurement_context",
+    "profile_latency",
+    "resolve_block",
+    "soft_agreement",
+    "synchronize",
+]

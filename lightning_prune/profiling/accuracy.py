@@ -1,0 +1,108 @@
+"""Cheap estimates of accuracy: how far the pruned model still says what the dense one says."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_prune.errors import ArgumentError, DataError
+from lightning_prune.patching import VisionTransformer
+
+
+def soft_agreement(dense: Tensor, pruned: Tensor) -> float:
+    """Mean probability that the pruned model gives to the dense model's top-1 class, relative to dense.
+
+    Of the proxies tried it follows true accuracy best and needs no labels. 1 for the dense model itself.
+
+    Args:
+        dense: (images, classes) logits of the dense model.
+        pruned: (images, classes) logits of the pruned model for the same images.
+    """
+    top = dense.argmax(dim=-1, keepdim=True)
+    given = pruned.float().softmax(dim=-1).gather(1, top).mean()
+    own = dense.float().softmax(dim=-1).gather(1, top).mean()
+    return float(given / own)
+
+
+def feature_similarity(dense: Tensor, pruned: Tensor) -> float:
+    """Mean cosine similarity of the features of the same images, for models that return no logits."""
+    return float(F.cosine_similarity(dense.float().flatten(1), pruned.float().flatten(1), dim=1).mean())
+
+
+def top1(labels: Tensor, logits: Tensor) -> float:
+    """Share of images whose highest logit is that of their label: the POMT paper's A(n)."""
+    return float((logits.argmax(dim=-1) == labels).float().mean())
+
+
+class Proxy:
+    """An estimate of accuracy that runs the model as it is patched at the time.
+
+    Create it while the model is dense: the outputs of that moment are what later ones are compared with.
+
+    Args:
+        transformer: The Vision Transformer.
+        images: (images, channels, height, width); moved to the device batch by batch.
+        device: Where the transformer is.
+        batch_size: Images in one forward pass.
+        labels: (images,) int64. With labels the proxy is top-1 accuracy relative to dense; without, soft agreement
+            where the model returns logits and cosine similarity where it returns features.
+        progress: Called after every batch.
+
+    Attributes:
+        name: What the figures mean.
+
+    Raises:
+        ArgumentError: If there are no images, or labels of another number.
+        DataError: If a label is out of range, or the outputs are not finite.
+    """
+
+    def __init__(
+        self,
+        transformer: VisionTransformer,
+        images: Tensor,
+        device: torch.device,
+        batch_size: int,
+        labels: Tensor | None = None,
+        progress: Callable[[], None] = lambda: None,
+    ) -> None:
+        if images.ndim != 4 or not len(images):
+            raise ArgumentError(f"`images` must be (images, channels, height, width), got {tuple(images.shape)}.")
+        self._transformer, self._images, self._device = transformer, images, device
+        self._batch_size, self._labels, self._progress = batch_size, labels, progress
+        self._dense = self._outputs()
+        self.name = self._choose(labels)
+
+    def _choose(self, labels: Tensor | None) -> str:
+        if labels is None:
+            return "soft agreement" if self._transformer.classes else "cosine similarity of features"
+        classes = self._dense.shape[-1]
+        if len(labels) != len(self._images):
+            raise ArgumentError(f"`labels` must be one for each of {len(self._images)} images, got {len(labels)}.")
+        low, high = int(labels.min()), int(labels.max())
+        if low < 0 or high >= classes:
+            wrong = low if low < 0 else high
+            raise DataError(f"Label {wrong} is out of range: the model's head has {classes} classes.")
+        if top1(labels, self._dense) == 0:
+            raise DataError("The dense model classifies none of the labelled images correctly; check labels and weights.")
+        return "top-1 accuracy relative to dense"
+
+    def measure(self) -> float:
+        """The value of the model as it is patched now; 1 for dense."""
+        outputs = self._outputs()
+        if self._labels is not None:
+            return top1(self._labels, outputs) / top1(self._labels, self._dense)
+        compare = soft_agreement if self._transformer.classes else feature_similarity
+        return compare(self._dense, outputs)
+
+    def _outputs(self) -> Tensor:
+        collected = []
+        with torch.no_grad():
+            for images in self._images.split(self._batch_size):
+                collected.append(self._transformer.runner(images.to(self._device)).float().cpu())
+                self._progress()
+        outputs = torch.cat(collected)
+        if not outputs.isfinite().all():
+            bad = int((~outputs.flatten(1).isfinite().all(dim=1)).sum())
+            raise DataError(f"The model's outputs are not finite for {bad} of {len(outputs)} calibration images.")
+        return outputs

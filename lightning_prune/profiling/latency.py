@@ -1,0 +1,291 @@
+"""Measuring latency against tokens: the cut that will be deployed, interleaved, within a time limit."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from math import ceil
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lightning_prune.errors import ArgumentError
+from lightning_prune.patching import PatchHandle, VisionTransformer, find_vision_transformer, unpatch
+from lightning_prune.patching.blocks import evaluating
+from lightning_prune.patching.overlay import is_overlaid
+from lightning_prune.profiling.context import is_compiled, measurement_context
+from lightning_prune.profiling.curve import LatencyProfile
+from lightning_prune.profiling.timing import Interleaved, Timing
+from lightning_prune.progress import Ticker, ticking
+from lightning_prune.reduction import Random, Reduction, resolve
+from lightning_prune.schedule import Schedule
+
+Protocol = Literal["deployed", "paper"]
+
+_ROUNDS = 7  # of the coarse grid; a median of fewer is at the mercy of one load spike
+_POINTS = (5, 24)  # fewest and most counts of the coarse grid
+_MOST = 40  # counts, refinement included
+_PRECISION = 0.01  # of the dense latency: standard error at which measuring stops
+
+
+def profile_latency(
+    model: nn.Module,
+    example_batch: Tensor,
+    *,
+    method: str | Reduction = "pomt",
+    block: int | float = 0.25,
+    counts: Sequence[int] | None = None,
+    max_seconds: float | None = 30.0,
+    protocol: Protocol = "deployed",
+    target: str | None = None,
+    progress: bool = True,
+) -> LatencyProfile:
+    """Measures the latency of the model for different numbers of tokens, on the device that the batch is on.
+
+    Each count is measured as it will be deployed: by `method` at `block`, its own price included. All counts are run
+    in turn, in rounds, after warm-up, with the device synchronised before and after; figures are medians. A coarse
+    grid comes first, then counts inside every suspected cliff, down to single tokens while time lasts. The model is
+    restored to the bit, also after an error.
+
+    Args:
+        model: Any module that contains one Vision Transformer.
+        example_batch: (B, channels, height, width) images on the device, in the size and dtype that will be used.
+        method: The reduction.
+        block: Index of the reducing block, or a fraction of the depth (0.25 is the POMT paper's).
+        counts: Token counts (prefix included) to measure instead of the grid; dense is always added.
+        max_seconds: Time limit; one round over the coarse grid is completed all the same. None measures 20 rounds.
+        protocol: `"paper"` measures as POMT does (arXiv 2407.05941, section 3.2): every token count, random tokens
+            dropped before block 0; `method` and `block` then play no part.
+        target: Dotted path of the transformer in `model`, needed where there are several.
+        progress: Shows a bar on a terminal.
+
+    Raises:
+        ArgumentError: If an argument is unusable, or the model is patched.
+        UnsupportedModelError: As `lightning_prune.patch`.
+
+    Example:
+        >>> import timm
+        >>> import torch
+        >>> import lightning_prune as lp
+        >>> model = timm.create_model("vit_tiny_patch16_224", depth=4).eval()
+        >>> batch = torch.randn(1, 3, 224, 224)
+        >>> profile = lp.profile_latency(model, batch, counts=[100, 150], max_seconds=1, progress=False)
+        >>> profile.tokens
+        (100, 150, 197)
+    """
+    transformer = find_vision_transformer(model, target)
+    _check(transformer, example_batch, max_seconds, protocol)
+    reduction = Random(site="input") if protocol == "paper" else resolve(method)
+    index = 0 if protocol == "paper" else resolve_block(block, transformer.depth)
+    start = time.perf_counter()
+    with ready_to_run(transformer), ticking("Profiling latency", max_seconds, progress) as tick:
+        n = count_tokens(transformer, example_batch)
+        lowest = n - reduction.capacity(n, transformer.prefix_tokens)
+        if counts is not None:
+            _check_counts(counts, lowest, n)
+        elif protocol == "paper":
+            counts = range(lowest, n)
+        handle = PatchHandle(transformer, reduction, Schedule([0] * transformer.depth))
+        try:
+            race = Interleaved[int](
+                prepare=lambda count: handle.update(Schedule.single(transformer.depth, index, n - count)),
+                run=lambda: transformer.runner(example_batch),
+                device=example_batch.device,
+                reference=n,
+            )
+            build = _builder(reduction.name, index, transformer.depth, protocol)
+            profile = _explore(race, build, counts, lowest, n, max_seconds, tick)
+        finally:
+            handle.remove()
+        context = measurement_context(transformer.runner, example_batch)
+    return replace(profile, seconds=time.perf_counter() - start, context=context)
+
+
+def compare_latency(
+    model: nn.Module,
+    example_batch: Tensor,
+    variants: Mapping[str, tuple[str | Reduction, Schedule] | None],
+    *,
+    rounds: int = 31,
+    max_seconds: float = 20.0,
+    target: str | None = None,
+    progress: bool = True,
+) -> dict[str, Timing]:
+    """Times deployed variants of one model against each other, in one interleaved run.
+
+    Args:
+        model: Any module that contains one Vision Transformer.
+        example_batch: (B, channels, height, width) images on the device.
+        variants: Name -> (method, schedule), or None for the unpruned model, of which there must be one: ratios refer
+            to it.
+        rounds: Measurements of each variant, if time allows.
+        max_seconds: Time limit; one round is completed all the same.
+        target: Dotted path of the transformer in `model`.
+        progress: Shows a bar on a terminal.
+
+    Returns:
+        Name -> median milliseconds with spread, and the ratio to dense with its own.
+
+    Raises:
+        ArgumentError: If no variant is dense, or the model is patched.
+        ScheduleError: If a schedule does not fit.
+    """
+    transformer = find_vision_transformer(model, target)
+    _check(transformer, example_batch, max_seconds, "deployed")
+    dense = next((name for name, variant in variants.items() if variant is None), None)
+    if dense is None:
+        raise ArgumentError("`variants` must hold one None, the dense model that the others are compared with.")
+    handles: dict[str, PatchHandle] = {}
+
+    def prepare(name: str) -> None:
+        variant = variants[name]
+        if variant is None:
+            unpatch(transformer.root)
+        elif name in handles:
+            handles[name].update(variant[1])
+        else:
+            handles[name] = PatchHandle(transformer, resolve(variant[0]), variant[1])
+
+    deadline = time.perf_counter() + max_seconds
+    with ready_to_run(transformer), ticking("Comparing latency", max_seconds, progress) as tick:
+        race = Interleaved[str](prepare, lambda: transformer.runner(example_batch), example_batch.device, dense)
+        try:
+            race.measure(variants, rounds, deadline, tick)
+        finally:
+            unpatch(transformer.root)
+    return {name: race.result(name) for name in variants}
+
+
+def resolve_block(block: int | float, depth: int) -> int:
+    """The index of a block given as an index or as a fraction of the depth: 0.25 of 12 is block 3.
+
+    Raises:
+        ArgumentError: If it is neither an index from 0 to depth - 1 nor a fraction in [0, 1).
+    """
+    if isinstance(block, float) and 0 <= block < 1:
+        return int(block * depth)
+    if isinstance(block, int) and not isinstance(block, bool) and 0 <= block < depth:
+        return block
+    raise ArgumentError(f"`block` must be an index from 0 to {depth - 1} or a fraction in [0, 1), got {block!r}.")
+
+
+def count_tokens(transformer: VisionTransformer, images: Tensor) -> int:
+    """Tokens that enter block 0 for images of this size, seen in a real forward pass."""
+    seen: list[int] = []
+    hook = transformer.blocks[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+    try:
+        transformer.root(images)
+    finally:
+        hook.remove()
+    return seen[0]
+
+
+@contextmanager
+def ready_to_run(transformer: VisionTransformer) -> Iterator[None]:
+    """Evaluation mode without autograd, and room for as many compiled variants as profiling needs."""
+    with torch.no_grad(), evaluating(transformer.root):
+        if is_compiled(transformer.runner):
+            from torch._dynamo import config
+
+            with config.patch(recompile_limit=256, accumulated_recompile_limit=1024):
+                yield
+        else:
+            yield
+
+
+Build = Callable[[Interleaved[int], Sequence[int]], LatencyProfile]
+
+
+def _builder(method: str, block: int, depth: int, protocol: str) -> Build:
+    def build(race: Interleaved[int], measured: Sequence[int]) -> LatencyProfile:
+        tokens = sorted(measured)
+        timings = [race.result(count) for count in tokens]
+        return LatencyProfile(
+            tokens=tuple(tokens),
+            milliseconds=tuple(t.milliseconds for t in timings),
+            spread=tuple(t.spread for t in timings),
+            rounds=tuple(t.rounds for t in timings),
+            method=method,
+            block=block,
+            depth=depth,
+            protocol=protocol,
+        )
+
+    return build
+
+
+def _explore(
+    race: Interleaved[int],
+    build: Build,
+    counts: Sequence[int] | None,
+    lowest: int,
+    n: int,
+    max_seconds: float | None,
+    tick: Ticker,
+) -> LatencyProfile:
+    """Coarse grid, then cliffs, then rounds until the figures are precise or the time is up."""
+    start = time.perf_counter()
+    limit = start + max_seconds if max_seconds is not None else float("inf")
+    race.measure([], 2, progress=tick)
+    dense = race.result(n).milliseconds / 1e3
+    given = counts is not None
+    grid = sorted({*counts, n}) if counts is not None else _coarse(lowest, n, _affordable(dense, max_seconds))
+    if max_seconds is None:
+        race.measure(grid, 20, progress=tick)
+        return build(race, grid)
+    race.measure(grid, _ROUNDS, limit, tick)
+    profile = build(race, grid)
+    while not given and len(grid) < _MOST and time.perf_counter() < start + 0.8 * max_seconds:
+        inside = _inside_cliffs(profile)
+        if not inside:
+            break
+        grid = sorted({*grid, *inside})
+        race.measure(inside, _ROUNDS, limit, tick)
+        profile = build(race, grid)
+    while time.perf_counter() < limit:
+        loose = [count for count in grid if profile.error(count) > _PRECISION * profile.dense_ms]
+        if not loose or not race.measure(loose, 2, limit, tick):
+            break
+        profile = build(race, grid)
+    return profile
+
+
+def _affordable(dense_seconds: float, max_seconds: float | None) -> int:
+    """Counts of the coarse grid, so that its rounds fill about half of the time; a pruned run takes 2/3 of a dense."""
+    fewest, most = _POINTS
+    if max_seconds is None:
+        return most
+    return max(fewest, min(most, int(0.5 * max_seconds / (0.67 * dense_seconds * (_ROUNDS + 1)))))
+
+
+def _coarse(lowest: int, n: int, points: int) -> list[int]:
+    """Evenly spread counts from dense down to a tenth of the tokens: below, no model is worth having."""
+    lowest = max(lowest, ceil(n / 10))
+    return sorted({*(int(count) for count in np.linspace(min(lowest, n), n, points).round()), n})
+
+
+def _inside_cliffs(profile: LatencyProfile) -> list[int]:
+    """The middle of every step that saves more than its share and still hides where; the steepest four."""
+    wide = [step for step in profile.cliffs() if step.above - step.below > 1]
+    steepest = sorted(wide, key=profile.excess, reverse=True)[:4]
+    return [(step.above + step.below) // 2 for step in steepest]
+
+
+def _check(transformer: VisionTransformer, batch: Tensor, max_seconds: float | None, protocol: str) -> None:
+    if not isinstance(batch, Tensor) or batch.ndim != 4 or not batch.shape[0]:
+        came = tuple(batch.shape) if isinstance(batch, Tensor) else type(batch).__name__
+        raise ArgumentError(f"`example_batch` must be images (batch, channels, height, width), got {came}.")
+    if max_seconds is not None and not max_seconds > 0:
+        raise ArgumentError(f"`max_seconds` must be a number > 0, got {max_seconds!r}.")
+    if protocol not in ("deployed", "paper"):
+        raise ArgumentError(f"`protocol` must be 'deployed' or 'paper', got {protocol!r}.")
+    if any(is_overlaid(block) for block in transformer.blocks):
+        raise ArgumentError("The model is patched; remove the patch before measuring it.")
+
+
+def _check_counts(counts: Sequence[int], lowest: int, n: int) -> None:
+    wrong = [count for count in counts if not lowest <= count <= n]
+    if wrong:
+        raise ArgumentError(f"`counts` must lie between {lowest} and {n}, got {wrong[0]}.")

@@ -1,0 +1,43 @@
+"""The panel that a pruned run begins with."""
+
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from lightning_prune.callbacks.decision import Decision
+
+
+def decision_panel(decision: "Decision") -> Panel:
+    """Device, model, N, chosen R and block, predicted and measured latency, why, and how long it took."""
+    context = decision.context
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column()
+    threads = f", {context['threads']} threads" if context["device_type"] == "cpu" else ""
+    compiled = ", compiled" if context["compiled"] else ""
+    table.add_row("device", f"{context['device']}{threads}")
+    table.add_row("model", f"{context['model']}, {context['parameters'] / 1e6:.1f} M parameters{compiled}")
+    table.add_row("batch", f"{context['batch_size']} images, {context['precision']}")
+    removed = ", ".join(f"{remove} at block {block}" for block, remove in decision.schedule.reducing.items())
+    table.add_row("tokens", f"{decision.dense_tokens} -> {decision.tokens}")
+    table.add_row("removed", f"R = {decision.schedule.total} ({decision.method}: {removed})" if removed else "R = 0")
+    table.add_row("latency", _latency(decision))
+    table.add_row("because", decision.reason)
+    table.add_row("took", f"{decision.seconds:.0f} s")
+    return Panel(table, title="Token pruning", title_align="left", expand=False)
+
+
+def print_decision(decision: "Decision", console: Console | None = None) -> None:
+    """Prints the panel."""
+    (console or Console()).print(decision_panel(decision))
+
+
+def _latency(decision: "Decision") -> str:
+    dense = f"dense {decision.dense_ms:.2f} ms"
+    if not decision.schedule.total:
+        return dense
+    predicted = f" (predicted {decision.predicted_ms:.2f} ms)" if decision.predicted_ms is not None else ""
+    return f"{dense}, pruned {decision.latency_ms:.2f} ms{predicted}: {decision.speedup:.2f}x"
