@@ -1,0 +1,193 @@
+"""The LightningModule around an image classifier: accuracy, throughput and latency of a validation."""
+
+import difflib
+from typing import Any
+
+import lightning as L
+import timm
+from timm.data.config import resolve_model_data_config
+from torch import Tensor, nn
+
+from lightning_prune import zoo
+from lightning_prune.errors import ArgumentError, WeightsError
+from lightning_prune.evaluation import Evaluation, check_batch, split_batch
+from lightning_prune.weights import load_weights
+
+__all__ = ["ImageClassifier", "zoo"]  # zoo is imported for what that does: the embedded model becomes known to timm
+
+
+class ImageClassifier(L.LightningModule):
+    """Validates, tests and predicts with an image classifier, and measures how fast it is.
+
+    Batches are `(images, labels)`, images [batch, channels, height, width] and labels [batch]. It logs under `val/`
+    and `test/`, pooled over all dataloaders of the run:
+
+    - `loss` (cross-entropy), `top1`, and `top5` where there are more than 5 classes;
+    - `throughput`: images per second in the forward pass, without loading and transfer;
+    - `throughput_end_to_end`: images per second from the end of one batch to the end of the next;
+    - `latency_p50`, `latency_p95`: milliseconds per batch in the forward pass.
+
+    Times are taken with the device synchronised. Warm-up batches and batches of odd size do not count for them. The
+    callback `TokenPruning` works with any LightningModule; this one is for those who have none. To train, subclass it
+    and add `configure_optimizers`.
+
+    Args:
+        model: Name of a timm model, or any module that maps images to logits [batch, classes].
+        pretrained: Whether timm loads its weights for that name. Ignored where `weights` are given.
+        weights: A weights file for the model: `.safetensors`, `.pth`, or a Lightning checkpoint; read without pickle.
+        num_classes: Size of the head; by default the model's own. With another size than that of timm's weights
+            the head is a new one, at random.
+        compile: Whether to run the model through `torch.compile`.
+        model_kwargs: Further arguments of `timm.create_model`.
+        warmup: How many batches at the start do not count for the times; at least one always counts.
+
+    Raises:
+        ArgumentError: An argument cannot be used; an unknown name comes with similar ones.
+        FileFormatError: The weights file cannot be read.
+        WeightsError: The weights do not fit the model, or timm cannot get them.
+
+    Example:
+        >>> import lightning as L
+        >>> from lightning_prune import DigitsData, ImageClassifier
+        >>> trainer = L.Trainer(logger=False, limit_val_batches=2)
+        >>> metrics = trainer.validate(ImageClassifier("vit_digits_patch4_56"), DigitsData())
+    """
+
+    def __init__(
+        self,
+        model: str | nn.Module = "deit_small_patch16_224",
+        pretrained: bool = True,
+        weights: str | None = None,
+        num_classes: int | None = None,
+        compile: bool = False,
+        model_kwargs: dict[str, Any] | None = None,
+        warmup: int = 2,
+    ) -> None:
+        super().__init__()
+        if num_classes is not None and num_classes < 1:
+            raise ArgumentError(f"num_classes: expected at least 1, got {num_classes}")
+        if warmup < 0:
+            raise ArgumentError(f"warmup: expected 0 or more, got {warmup}")
+        self.save_hyperparameters(ignore=["model"] if isinstance(model, nn.Module) else None)
+        if isinstance(model, str):
+            model = _create(model, pretrained and weights is None, num_classes, model_kwargs or {})
+        elif model_kwargs:
+            raise ArgumentError("model_kwargs: expected none beside a module, they are for timm.create_model")
+        if weights is not None:
+            load_weights(model, weights)
+        self.model = model
+        self.num_classes = num_classes or _head_size(model)
+        if compile:
+            self.model.compile()  # in place: the keys of the state_dict stay
+        self.evaluation = Evaluation(self.num_classes, warmup)
+
+    @property
+    def data_config(self) -> dict[str, Any]:
+        """What the model wants to see: timm's data config with input_size, mean, std, interpolation, crop_pct."""
+        return resolve_model_data_config(self.model)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Classifies images.
+
+        Args:
+            images: [batch, channels, height, width], normalised as `data_config` says.
+
+        Returns:
+            Logits, [batch, classes].
+        """
+        logits: Tensor = self.model(images)
+        return logits
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Returns the cross-entropy of a batch and logs it as `train/loss`."""
+        where = f"training batch {batch_idx}"
+        images, labels = split_batch(batch, where)
+        logits = self(images)
+        check_batch(logits, labels, self.num_classes, where, finite=False)
+        loss = nn.functional.cross_entropy(logits, labels)
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(images))
+        return loss
+
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+        """Returns the logits of a batch, [batch, classes]; labels in it are ignored."""
+        logits: Tensor = self(batch[0] if isinstance(batch, list | tuple) else batch)
+        return logits
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Measures a batch."""
+        self._evaluate(batch, f"validation batch {batch_idx}")
+
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Measures a batch."""
+        self._evaluate(batch, f"test batch {batch_idx}")
+
+    def _evaluate(self, batch: Any, where: str) -> None:
+        images, labels = split_batch(batch, where)
+        with self.evaluation.timing(images):
+            logits = self(images)
+        check_batch(logits, labels, self.num_classes, where)
+        self.evaluation.update(logits, labels)
+
+    def _log_evaluation(self, stage: str) -> None:
+        for name, metric in self.evaluation.finish().items():
+            self.log(f"{stage}/{name}", metric, prog_bar=name == "top1")
+
+    def on_validation_epoch_start(self) -> None:
+        """Forgets the validation before, so that nothing of a sanity check or an aborted run is counted."""
+        self.evaluation.reset()
+
+    def on_validation_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Starts the end-to-end clock, after the callbacks: what they do before the first batch is not counted."""
+        self.evaluation.timer.start()
+
+    def on_validation_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Stops the end-to-end clock of this batch."""
+        self.evaluation.timer.stop()
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs everything under `val/`."""
+        self._log_evaluation("val")
+
+    on_test_epoch_start = on_validation_epoch_start
+    on_test_batch_start = on_validation_batch_start
+    on_test_batch_end = on_validation_batch_end
+
+    def on_test_epoch_end(self) -> None:
+        """Logs everything under `test/`."""
+        self._log_evaluation("test")
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Makes the checkpoint stand alone: loading it needs neither timm's weights nor the weights file again."""
+        if "hyper_parameters" in checkpoint:
+            checkpoint["hyper_parameters"] |= {"pretrained": False, "weights": None}
+
+
+def _create(name: str, pretrained: bool, num_classes: int | None, kwargs: dict[str, Any]) -> nn.Module:
+    """Creates a timm model, with errors that say what to do."""
+    if ":" not in name and not timm.is_model(name):  # with a colon it is a hub's or a folder's, which timm resolves
+        close = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=3)
+        hint = f" Similar: {', '.join(close)}." if close else ""
+        raise ArgumentError(f"model: expected the name of a timm model, got {name!r}.{hint}")
+    if num_classes is not None:
+        kwargs = {**kwargs, "num_classes": num_classes}
+    try:
+        return timm.create_model(name, pretrained=pretrained, **kwargs)
+    except TypeError as error:
+        raise ArgumentError(f"model_kwargs: {name} does not take {sorted(kwargs)}: {error}") from error
+    except (OSError, RuntimeError) as error:  # offline, no such tag, no weights published for this name
+        if not pretrained:
+            raise
+        reason = str(error).strip().splitlines()[0]
+        raise WeightsError(
+            f"model: no pretrained weights for {name!r}: {reason} Give a local file as weights=, or pretrained=False."
+        ) from error
+
+
+def _head_size(model: nn.Module) -> int:
+    """Reads the number of classes off a model."""
+    size = getattr(model, "num_classes", None)
+    if not isinstance(size, int) or size < 1:
+        raise ArgumentError(
+            f"num_classes: expected it to be given, for {type(model).__name__} does not say it (num_classes: {size!r})"
+        )
+    return size

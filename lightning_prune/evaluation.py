@@ -1,0 +1,140 @@
+"""What `ImageClassifier` measures over a validation or test, and the checks of what goes in."""
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import MeanMetric, Metric
+from torchmetrics.classification import MulticlassAccuracy
+
+from lightning_prune.errors import DataError
+from lightning_prune.metrics import Latency, StepTimer, Throughput, steady
+
+
+class Evaluation(nn.Module):
+    """Accuracy, loss, throughput and latency of one run over the data, whole also across processes.
+
+    Args:
+        num_classes: Size of the head.
+        warmup: How many batches at the start do not count for the times; at least one always counts.
+
+    Example:
+        >>> import torch
+        >>> from lightning_prune.evaluation import Evaluation
+        >>> evaluation = Evaluation(num_classes=3, warmup=0)
+        >>> with evaluation.timing(torch.zeros(2, 1, 8, 8)):
+        ...     logits = torch.eye(3)[:2]
+        >>> evaluation.update(logits, torch.tensor([0, 2]))
+        >>> evaluation.finish()["top1"].compute()
+        tensor(0.5000)
+    """
+
+    def __init__(self, num_classes: int, warmup: int) -> None:
+        super().__init__()
+        self.warmup = warmup
+        metrics: dict[str, Metric] = {"loss": MeanMetric(), "top1": _accuracy(num_classes, 1)}
+        if num_classes > 5:
+            metrics["top5"] = _accuracy(num_classes, 5)
+        metrics |= {"throughput": Throughput(), "throughput_end_to_end": Throughput()}
+        metrics |= {"latency_p50": Latency(0.5), "latency_p95": Latency(0.95)}
+        self.metrics = nn.ModuleDict(metrics)
+        self.timer = StepTimer()
+
+    def reset(self) -> None:
+        """Forgets everything measured."""
+        self.timer = StepTimer()
+        for metric in self._by_name().values():
+            metric.reset()
+
+    def timing(self, images: Tensor) -> AbstractContextManager[None]:
+        """Times what is done to a batch of images inside the block, its device waited for on either side."""
+        return self.timer.timing(len(images), images.device)
+
+    def update(self, logits: Tensor, labels: Tensor) -> None:
+        """Adds one batch that `check_batch` has let through.
+
+        Args:
+            logits: [batch, classes].
+            labels: [batch].
+        """
+        metrics = self._by_name()
+        logits = logits.float()
+        metrics["loss"].update(nn.functional.cross_entropy(logits, labels), len(labels))
+        for name in ("top1", "top5"):
+            if name in metrics:
+                metrics[name].update(logits, labels)
+
+    def finish(self) -> dict[str, Metric]:
+        """Passes the times on to their metrics, once, and returns all metrics by name."""
+        metrics = self._by_name()
+        for step in steady(self.timer.forward, self.warmup):
+            metrics["throughput"].update(step.images, step.seconds)
+            metrics["latency_p50"].update(step.seconds)
+            metrics["latency_p95"].update(step.seconds)
+        for step in steady(self.timer.end_to_end, self.warmup):
+            metrics["throughput_end_to_end"].update(step.images, step.seconds)
+        self.timer = StepTimer()
+        return metrics
+
+    def _by_name(self) -> dict[str, Metric]:
+        return {name: metric for name, metric in self.metrics.items() if isinstance(metric, Metric)}
+
+
+def _accuracy(num_classes: int, top_k: int) -> Metric:
+    # Validation of the arguments would wait for the device once more, and check_batch has done it.
+    return MulticlassAccuracy(num_classes=num_classes, top_k=top_k, average="micro", validate_args=False)
+
+
+def split_batch(batch: Any, where: str) -> tuple[Tensor, Tensor]:
+    """Takes a batch apart.
+
+    Args:
+        batch: What the dataloader gave.
+        where: Which batch it is, for the message.
+
+    Returns:
+        Images, [batch, channels, height, width], and labels, [batch].
+
+    Raises:
+        DataError: It is not a pair of tensors.
+    """
+    if isinstance(batch, list | tuple) and len(batch) == 2 and all(isinstance(part, Tensor) for part in batch):
+        return batch[0], batch[1]
+    came = [type(part).__name__ for part in batch] if isinstance(batch, list | tuple) else type(batch).__name__
+    raise DataError(f"{where}: expected a pair of tensors (images, labels), got {came}.")
+
+
+def check_batch(logits: Any, labels: Tensor, num_classes: int, where: str, finite: bool = True) -> None:
+    """Finds what would become a wrong figure or, on a GPU, a crash that names neither place nor cause.
+
+    It waits for the device, so call it outside of what is timed.
+
+    Args:
+        logits: What the model gave; should be [batch, classes].
+        labels: [batch].
+        num_classes: Size of the head.
+        where: Which batch it is, for the message.
+        finite: Whether to look for NaN and infinity.
+
+    Raises:
+        DataError: The output is no such tensor or not finite, or a label is no class of the head.
+    """
+    if not isinstance(logits, Tensor) or logits.shape != (len(labels), num_classes):
+        came = f"shape {list(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
+        raise DataError(
+            f"{where}: expected the model to give logits of shape [{len(labels)}, {num_classes}], got {came}."
+        )
+    if labels.ndim != 1 or labels.is_floating_point() or labels.is_complex():
+        raise DataError(
+            f"{where}: expected labels as a row of integers, got {labels.dtype} of shape {list(labels.shape)}."
+        )
+    wrong = labels[(labels < 0) | (labels >= num_classes)]
+    if len(wrong):
+        raise DataError(
+            f"{where}: label {int(wrong[0])} is out of range, the model's head has {num_classes} classes "
+            f"(0 to {num_classes - 1})."
+        )
+    if finite and not bool(torch.isfinite(logits).all()):
+        broken = int((~torch.isfinite(logits)).any(dim=1).sum())
+        raise DataError(f"{where}: expected finite logits, got NaN or infinity for {broken} of {len(labels)} images.")

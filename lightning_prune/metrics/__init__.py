@@ -1,0 +1,7 @@
+"""What a validation measures besides accuracy, as `torchmetrics.Metric` classes."""
+
+from lightning_prune.metrics.latency import Latency
+from lightning_prune.metrics.throughput import Throughput
+from lightning_prune.metrics.timing import StepTimer, steady, synchronize
+
+__all__ = ["Latency", "StepTimer", "Throughput", "steady", "synchronize"]

@@ -1,0 +1,69 @@
+"""Images per second."""
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from lightning_prune.errors import ArgumentError
+
+
+def throughput(images: Tensor, seconds: Tensor) -> Tensor:
+    """Divides images by seconds; NaN where no time was measured."""
+    return torch.where(seconds > 0, images / seconds, torch.nan)
+
+
+class Throughput(Metric):
+    """Images per second: the sum of the images over the sum of the seconds, never a mean of rates.
+
+    Ranks work at the same time, so over several processes the images add up and the slowest rank's seconds count. It
+    measures what it is given: `lightning_prune.metrics.steady` leaves out warm-up and batches of odd size.
+
+    Args:
+        **kwargs: As for any `torchmetrics.Metric`.
+
+    Example:
+        >>> from lightning_prune.metrics import Throughput
+        >>> metric = Throughput()
+        >>> metric.update(images=16, seconds=0.5)
+        >>> metric.update(images=16, seconds=1.5)
+        >>> metric.compute()
+        tensor(16.)
+    """
+
+    is_differentiable = False
+    higher_is_better = True
+    full_state_update = False
+
+    images: Tensor
+    seconds: Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_state("images", default=torch.tensor(0), dist_reduce_fx="sum")
+        self.add_state("seconds", default=torch.tensor(0.0), dist_reduce_fx="max")
+
+    def update(self, images: int, seconds: float) -> None:
+        """Adds one batch.
+
+        Args:
+            images: Number of images in it.
+            seconds: How long it took.
+
+        Raises:
+            ArgumentError: Either of them is negative.
+        """
+        if images < 0:
+            raise ArgumentError(f"images: expected 0 or more, got {images}")
+        if seconds < 0:
+            raise ArgumentError(f"seconds: expected 0 or more, got {seconds}")
+        self.images += images
+        self.seconds += seconds
+
+    def compute(self) -> Tensor:
+        """Returns images per second; NaN, with a warning, where nothing was measured."""
+        if not self.seconds > 0:
+            warnings.warn("Throughput: nothing was measured, so it is NaN.", stacklevel=2)
+        return throughput(self.images, self.seconds)
