@@ -19,11 +19,11 @@ else:
 PACKAGE = Path(lightning_prune.__file__).parent
 ROOT = Path(__file__).parent.parent
 
-# The chain of CONTRIBUTING.md, left to right: a room imports rooms of a lower rank, and its own. `errors` and `files`
-# are tools for all.
+# The chain of CONTRIBUTING.md, left to right: a room imports rooms of a lower rank, and its own. `errors`, `files`
+# and `progress` are tools for all.
 CHAIN = (
     {"errors"},
-    {"files"},
+    {"files", "progress"},
     {"schedule"},
     {"reduction"},
     {"patching"},
@@ -34,9 +34,9 @@ CHAIN = (
     {"__main__"},
 )
 RANK = {room: rank for rank, rooms in enumerate(CHAIN) for room in rooms}
-# These stand apart from the chain: they may look at it up to planning, and the mechanism (up to patching) may not
-# look at them.
-APART = {"classifier", "data", "digits", "metrics", "report", "zoo"}
+# These stand apart from the chain: they may look at all of it but the command line, and the mechanism (up to patching)
+# may not look at them.
+APART = {"classifier", "data", "digits", "evaluation", "metrics", "report", "weights", "zoo"}
 
 
 def modules() -> dict[str, Path]:
@@ -75,7 +75,7 @@ def may_import(importer: str, imported: str) -> bool:
     if importer == imported:
         return True
     if importer in APART:
-        return imported in APART or RANK.get(imported, 99) < RANK["callbacks"]
+        return imported in APART or RANK.get(imported, 99) < RANK["cli"]
     if imported in APART:
         return RANK[importer] > RANK["patching"]
     return RANK.get(imported, 99) < RANK[importer]
