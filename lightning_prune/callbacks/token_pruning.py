@@ -13,7 +13,8 @@ from torch import Tensor
 
 from lightning_prune.callbacks.decision import Decision, given_schedule, measure_given
 from lightning_prune.callbacks.images import Calibration, calibration_images, images_from_batch
-from lightning_prune.errors import ArgumentError, PruneError
+from lightning_prune.callbacks.together import decided_by_rank_zero
+from lightning_prune.errors import ArgumentError
 from lightning_prune.patching import PatchHandle, find_vision_transformer, patch
 from lightning_prune.planning import Objective, Utility, plan
 from lightning_prune.profiling import measurement_context, resolve_block
@@ -183,19 +184,7 @@ class TokenPruning(L.Callback):
 
     def _open(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any) -> None:
         images = images_from_batch(batch, self.images_from_batch)
-        decision, problem = None, None
-        if trainer.is_global_zero:
-            try:
-                decision = self._decide(trainer, pl_module, batch, images)
-            except Exception as error:
-                problem = error
-        # Every rank must learn of an error, or the others would wait for rank 0 until the process group times out.
-        told = f"{type(problem).__name__} on rank 0: {problem}" if problem else None
-        decision, told = trainer.strategy.broadcast((decision, told))
-        if problem is not None:
-            raise problem
-        if decision is None:
-            raise PruneError(told)
+        decision = decided_by_rank_zero(trainer, lambda: self._decide(trainer, pl_module, batch, images))
         self.decision = decision
         self._batch_size = images.shape[0]
         if decision.schedule.total:
@@ -209,7 +198,7 @@ class TokenPruning(L.Callback):
             if self.decision is not None and made_with == (self._made_with or made_with):
                 return self.decision
             if self.schedule == "auto":
-                calibration = self._calibration(trainer, pl_module, batch)
+                calibration = self.sample(trainer, pl_module, batch)
                 decision = self._plan(pl_module, images, calibration)
             else:
                 schedule = given_schedule(self.schedule, self.block, transformer.depth)
@@ -238,8 +227,9 @@ class TokenPruning(L.Callback):
         )
         return Decision.from_plan(planned)
 
-    def _calibration(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any) -> Calibration:
-        loaders = trainer.val_dataloaders if trainer.validating or trainer.training else None
+    def sample(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any) -> Calibration:
+        """The calibration images that this callback would use in the running loop, whose first batch is `batch`."""
+        loaders = trainer.val_dataloaders if trainer.validating else None
         if loaders is None:
             loaders = trainer.test_dataloaders if trainer.testing else trainer.predict_dataloaders
         return calibration_images(

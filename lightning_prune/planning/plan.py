@@ -29,7 +29,7 @@ class Plan:
         accuracy: Token count -> proxy relative to dense, for the counts it was measured at.
         tokens: The chosen count; N where nothing is removed.
         reason: Why, in a sentence.
-        dense: Timing of the unpruned model, measured beside the chosen point; None where nothing is removed.
+        dense: Timing of the unpruned model, measured beside the chosen point; None where it was not.
         pruned: Timing of the chosen point itself.
         seconds: How long profiling and planning took.
     """
@@ -69,8 +69,8 @@ class Plan:
 
     @property
     def speedup(self) -> float:
-        """Dense over pruned, from rounds in which both ran."""
-        return 1 / self.pruned.ratio if self.pruned else 1.0
+        """Dense over pruned: of the final comparison, from rounds in which both ran, else of the profile."""
+        return 1 / self.pruned.ratio if self.pruned else self.profile.dense_ms / self.predicted_ms
 
     def scores(self) -> dict[int, float]:
         """Token count -> value of the objective, for the counts whose accuracy was measured."""

@@ -81,6 +81,7 @@ def plan(
     protocol: Protocol = "deployed",
     labels: Tensor | None = None,
     curve: ProxyCurve | None = None,
+    confirm: bool = True,
     max_seconds: float | None = 30.0,
     target: str | None = None,
     progress: bool = True,
@@ -105,6 +106,7 @@ def plan(
             random tokens dropped before block 0, at every count, accuracy on 1024 labelled images. Hours on a CPU.
         labels: (images,) int64; the proxy is then top-1 accuracy. Needed by `protocol="paper"`.
         curve: A proxy curve to go on with, when several objectives are planned for on one profile.
+        confirm: Whether to time the winner beside the dense model at the end.
         max_seconds: Time limit of latency profiling, and again of the proxy's refinement.
         target: Dotted path of the transformer in `model`.
         progress: Shows bars on a terminal.
@@ -161,7 +163,7 @@ def plan(
     removed = profile.dense_tokens - tokens
     schedule = Schedule.single(transformer.depth, index, removed)
     dense = pruned = None
-    if removed:
+    if removed and confirm:
         if example_batch is None:
             device = next(transformer.root.parameters()).device
             example_batch = images[: int(profile.context.get("batch_size", 1))].to(device)

@@ -31,7 +31,7 @@ def measurement_context(model: nn.Module, batch: Tensor) -> dict[str, Any]:
         "compiled": is_compiled(model),
         "model": own_class(getattr(model, "_orig_mod", model)).__name__,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),  # a str subclass, which YAML and weights_only loading refuse
         "timm": timm.__version__,
     }
 

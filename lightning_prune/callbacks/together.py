@@ -1,0 +1,39 @@
+"""Deciding once for all processes of a distributed run."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import lightning as L
+
+from lightning_prune.errors import PruneError
+
+T = TypeVar("T")
+
+
+def decided_by_rank_zero(trainer: L.Trainer, decide: Callable[[], T]) -> T:
+    """What `decide` returns on rank 0, on every rank; an error there is raised on every rank.
+
+    Without passing the error on, the other ranks would wait until the process group times out, and then report only a
+    closed connection.
+
+    Args:
+        trainer: Its strategy broadcasts.
+        decide: Called on rank 0 only; its result must pickle.
+
+    Raises:
+        PruneError: On the other ranks, with the message of the error that rank 0 raises as it is.
+    """
+    outcome: T | None = None
+    error: Exception | None = None
+    if trainer.is_global_zero:
+        try:
+            outcome = decide()
+        except Exception as caught:
+            error = caught
+    told = f"{type(error).__name__} on rank 0: {error}" if error else None
+    shared: tuple[T, str | None] = trainer.strategy.broadcast((outcome, told))
+    if error is not None:
+        raise error
+    if shared[1] is not None:
+        raise PruneError(shared[1])
+    return shared[0]

@@ -1,0 +1,71 @@
+"""The command line: LightningCLI with pruning under a flat `prune:` key."""
+
+import logging
+import sys
+import warnings
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from lightning_prune.callbacks import TokenPruning
+from lightning_prune.classifier import ImageClassifier
+from lightning_prune.data import DigitsData, ImageFolderData
+from lightning_prune.errors import PruneError
+from lightning_prune.trainer import PruneTrainer
+
+_PASSED_BY_CODE = {"model", "dataloaders", "datamodule"}
+
+__all__ = ["DigitsData", "ImageFolderData", "PruneCLI", "run"]  # the data classes are found by their bare names
+
+
+class PruneCLI(LightningCLI):
+    """`lightning-prune validate | test | profile | compare`."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Pruning options stand at the top level, where errors are one line and not a dump of all callbacks."""
+        parser.add_lightning_class_args(TokenPruning, "prune")
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """The methods of the trainer that are commands, with the arguments that code fills in."""
+        return {name: _PASSED_BY_CODE for name in ("validate", "test", "profile", "compare")}
+
+    def _parse_ckpt_path(self) -> None:
+        """Leaves hyperparameters of a checkpoint alone: those of a foreign module are no options of ours."""
+
+
+def run(args: list[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        args: Command and options; those of the process if None.
+
+    Returns:
+        Exit status: 0, or 2 after an error that the user can mend, which is then told in one line.
+    """
+    _quieten()
+    try:
+        PruneCLI(
+            model_class=ImageClassifier,
+            datamodule_class=L.LightningDataModule,
+            subclass_mode_data=True,
+            trainer_class=PruneTrainer,
+            trainer_defaults={"logger": False, "enable_checkpointing": False},
+            save_config_callback=None,
+            seed_everything_default=0,
+            args=args,
+            parser_kwargs={"description": "Prune the tokens of Vision Transformers, measured on this device."},
+        )
+    except (PruneError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _quieten() -> None:
+    """Leaves out what Lightning says about itself, not what it says about the run."""
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)
+    known: dict[str, Any] = {"message": ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*"}
+    warnings.filterwarnings("ignore", **known)

@@ -1,0 +1,94 @@
+"""A comparison on disk and on the terminal."""
+
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+from lightning_prune.files import replacing
+from lightning_prune.report.plots import plot_plans, save_figure
+
+if TYPE_CHECKING:
+    from lightning_prune.callbacks.decision import Decision
+    from lightning_prune.comparison import Row
+
+
+def write_comparison(folder: Path, rows: "Sequence[Row]", decisions: "Mapping[str, Decision]") -> list[Path]:
+    """Writes results.csv, results.json, schedule.yaml and, where schedules were planned, profile.json and profile.png.
+
+    `schedule.yaml` is the last variant's, the one to deploy; every variant's is in results.json. Each file appears
+    whole or not at all.
+
+    Args:
+        folder: Where; exists.
+        rows: The table.
+        decisions: Variant -> what was decided.
+
+    Returns:
+        The files written.
+    """
+    table = [row.to_dict() for row in rows]
+    written = [folder / "results.csv", folder / "results.json"]
+    with replacing(written[0]) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, fieldnames=list(table[0]))
+        writer.writeheader()
+        writer.writerows(table)
+    document = {
+        "rows": table,
+        "context": dict(next(iter(decisions.values())).context),
+        "variants": {name: _described(decision) for name, decision in decisions.items()},
+    }
+    with replacing(written[1]) as temporary:
+        temporary.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    *_, last = decisions.values()
+    written.append(last.schedule.save(folder / "schedule.yaml"))
+    plans = [decision.plan for decision in decisions.values() if decision.plan is not None]
+    if plans:
+        written.append(plans[0].profile.save(folder / "profile.json"))
+        written.append(save_figure(plot_plans(plans), folder / "profile.png"))
+    return written
+
+
+def results_table(rows: "Sequence[Row]") -> Table:
+    """The comparison as people read it: accuracy in percent with its change, latency with its spread."""
+    first = rows[0]
+    title = f"{first.device}, batch {first.batch_size}, {first.precision}, {first.images} images"
+    table = Table(title=title, title_justify="left", title_style="bold")
+    table.add_column("variant")
+    headings = ["tokens", "R", "top-1 %", "top-5 %", "latency ms", "speed-up", "images/s", "end to end"]
+    shown = [heading for heading in headings if heading != "top-5 %" or first.top5 is not None]
+    for heading in shown:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        cells = {
+            "tokens": str(row.tokens),
+            "R": str(row.removed),
+            "top-1 %": _accuracy(row.top1, first.top1 if row is not first else None),
+            "top-5 %": _accuracy(row.top5, first.top5 if row is not first else None),
+            "latency ms": f"{row.latency_ms:.2f} ± {row.latency_spread:.2f}",
+            "speed-up": f"{row.speedup:.2f}x",
+            "images/s": _rate(row.throughput),
+            "end to end": _rate(row.throughput_end_to_end),
+        }
+        table.add_row(row.variant, *(cells[heading] for heading in shown))
+    return table
+
+
+def _described(decision: "Decision") -> dict[str, Any]:
+    if decision.plan is not None:
+        return decision.plan.to_dict() | {"latency_ms": decision.latency_ms, "speedup": decision.speedup}
+    return {"schedule": decision.schedule.to_dict(), "reason": decision.reason}
+
+
+def _accuracy(share: float | None, dense: float | None) -> str:
+    if share is None:
+        return "-"
+    change = f" ({100 * (share - dense):+.2f})" if dense is not None else ""
+    return f"{100 * share:.2f}{change}"
+
+
+def _rate(images_a_second: float | None) -> str:
+    return "-" if images_a_second is None else f"{images_a_second:.0f}"

@@ -1,0 +1,173 @@
+"""A Lightning Trainer with two more verbs: profile and compare."""
+
+from typing import Any
+
+import lightning as L
+from rich.console import Console
+from rich.table import Table
+
+from lightning_prune.callbacks import TokenPruning
+from lightning_prune.callbacks.images import images_from_batch
+from lightning_prune.callbacks.together import decided_by_rank_zero
+from lightning_prune.comparison import compare, writable
+from lightning_prune.errors import ArgumentError
+from lightning_prune.profiling import LatencyProfile, profile_latency
+
+
+class PruneTrainer(L.Trainer):
+    """`lightning.Trainer` with `profile` and `compare`; the command line runs its methods.
+
+    Settings of the pruning come from the `TokenPruning` callback among its callbacks, or are that callback's defaults.
+
+    Example:
+        >>> from lightning_prune import DigitsData, ImageClassifier
+        >>> from lightning_prune.trainer import PruneTrainer
+        >>> trainer = PruneTrainer(logger=False)
+        >>> # trainer.compare(ImageClassifier("vit_digits_patch4_56"), datamodule=DigitsData(), output="results")
+    """
+
+    def profile(
+        self,
+        model: L.LightningModule,
+        dataloaders: Any = None,
+        datamodule: L.LightningDataModule | None = None,
+        output: str = "results/profile",
+    ) -> LatencyProfile:
+        """Measure latency against tokens on the first validation batch; writes profile.json and profile.png.
+
+        Args:
+            model: The module that contains the Vision Transformer.
+            dataloaders: Validation loaders, if there is no datamodule.
+            datamodule: Gives the validation loader.
+            output: Folder for the files.
+        """
+        folder = writable(output)
+        pruner = self._pruner()
+        probe = _Profiling(pruner)
+        batches, enabled, callbacks = self.limit_val_batches, pruner.enabled, self.callbacks  # type: ignore[has-type]
+        self.limit_val_batches, pruner.enabled = 1, False
+        callbacks.append(probe)
+        try:
+            self.validate(model, dataloaders=dataloaders, datamodule=datamodule, verbose=False)
+        finally:
+            callbacks.remove(probe)
+            self.limit_val_batches, pruner.enabled = batches, enabled
+        if probe.profile is None:
+            raise ArgumentError("The validation loader yielded no batch to profile on.")
+        if self.is_global_zero:
+            paths = [probe.profile.save(folder / "profile.json"), folder / "profile.png"]
+            probe.profile.plot(paths[1])
+            console = Console()
+            console.print(_profile_table(probe.profile))
+            console.print(f"{_shape(probe.profile)} Written: {', '.join(map(str, paths))}", soft_wrap=True)
+        return probe.profile
+
+    def compare(
+        self,
+        model: L.LightningModule,
+        dataloaders: Any = None,
+        datamodule: L.LightningDataModule | None = None,
+        output: str = "results/compare",
+        max_drop: float = 0.005,
+    ) -> list[dict[str, Any]]:
+        """Validate dense and pruned in one run; writes results.csv, results.json, schedule.yaml and the profile.
+
+        The pruned variants are the best schedule by the pruner's objective (POMT's utility by default) and the fastest
+        inside an accuracy budget; or, if the pruner has a schedule, that schedule.
+
+        Args:
+            model: The module that contains the Vision Transformer.
+            dataloaders: Validation loaders, if there is no datamodule.
+            datamodule: Gives the validation loader.
+            output: Folder for the files.
+            max_drop: The accuracy budget: share of the dense model's proxy that may be lost.
+        """
+        from lightning_prune.report.results import results_table, write_comparison
+
+        folder = writable(output)
+        rows, decisions = compare(
+            self, model, self._pruner(), max_drop, dataloaders=dataloaders, datamodule=datamodule
+        )
+        if self.is_global_zero:
+            paths = write_comparison(folder, rows, decisions)
+            console = Console()
+            console.print(results_table(rows))
+            for name, decision in decisions.items():
+                console.print(f"[bold]{name}[/bold]: {decision.reason}", highlight=False)
+            seconds = sum(decision.seconds for decision in decisions.values())
+            console.print(f"Profiling and planning took {seconds:.0f} s. Written: {', '.join(map(str, paths))}", soft_wrap=True)
+            self._log_comparison([row.to_dict() for row in rows])
+        return [row.to_dict() for row in rows]
+
+    def _pruner(self) -> TokenPruning:
+        pruners = [callback for callback in self.callbacks if isinstance(callback, TokenPruning)]  # type: ignore[has-type]
+        if not pruners:
+            pruners = [TokenPruning()]
+            self.callbacks.append(pruners[0])  # type: ignore[has-type]
+        return pruners[0]
+
+    def _log_comparison(self, rows: list[dict[str, Any]]) -> None:
+        """Every run logs the same keys at step 0, so each variant gets keys of its own."""
+        figures = {
+            f"compare/{row['variant']}/{key}": value
+            for row in rows
+            for key, value in row.items()
+            if isinstance(value, int | float)
+        }
+        for logger in self.loggers:
+            logger.log_metrics(figures, step=0)
+            logger.save()
+            logger.finalize("success")
+
+
+class _Profiling(L.Callback):
+    def __init__(self, pruner: TokenPruning) -> None:
+        self.pruner = pruner
+        self.profile: LatencyProfile | None = None
+
+    def on_validation_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if self.profile is not None:
+            return
+        pruner = self.pruner
+        images = images_from_batch(batch, pruner.images_from_batch)
+
+        def measure() -> LatencyProfile:
+            with trainer.precision_plugin.forward_context():
+                return profile_latency(
+                    pl_module,
+                    images,
+                    method=pruner.reduction,
+                    block=pruner.block,
+                    protocol=pruner.protocol,
+                    max_seconds=pruner.max_seconds,
+                    target=pruner.target,
+                )
+
+        self.profile = decided_by_rank_zero(trainer, measure)
+
+
+def _profile_table(profile: LatencyProfile) -> Table:
+    context = profile.context
+    title = f"{context['model']} on {context['device']}, batch {context['batch_size']}, {context['precision']}"
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for heading in ("tokens", "latency ms", "speed-up", "saved a token, us"):
+        table.add_column(heading, justify="right")
+    cliffs = {cliff.below for cliff in profile.cliffs()}
+    above: tuple[int, float] | None = None
+    for tokens, latency in sorted(zip(profile.tokens, profile.milliseconds, strict=True), reverse=True):
+        saved = f"{1e3 * (above[1] - latency) / (above[0] - tokens):.0f}" if above else ""
+        spread = profile.spread[profile.tokens.index(tokens)]
+        style = "bold red" if tokens in cliffs else None
+        table.add_row(
+            str(tokens), f"{latency:.2f} ± {spread:.2f}", f"{profile.dense_ms / latency:.2f}x", saved, style=style
+        )
+        above = (tokens, latency)
+    return table
+
+
+def _shape(profile: LatencyProfile) -> str:
+    cliffs = ", ".join(f"{cliff.above} -> {cliff.below} tokens" for cliff in profile.cliffs()) or "none"
+    plateaus = ", ".join(f"{flat.above} to {flat.below} tokens" for flat in profile.plateaus()) or "none"
+    return f"Cliffs: {cliffs}. Plateaus: {plateaus}. Measured in {profile.seconds:.0f} s."
