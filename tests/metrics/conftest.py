@@ -1,0 +1,24 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PROGRAM = Path(__file__).with_name("two_ranks.py")
+
+
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each of two processes found; they start once for all tests, which takes most of the time."""
+    target = tmp_path_factory.mktemp("ddp") / "found.json"
+    root = str(PROGRAM.parents[2])
+    paths = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    command = [sys.executable, str(PROGRAM), str(target)]
+    run = subprocess.run(
+        command, cwd=target.parent, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, timeout=240
+    )
+    assert run.returncode == 0, run.stderr
+    return [json.loads(target.with_suffix(f".{rank}").read_text()) for rank in range(2)]

@@ -1,0 +1,66 @@
+import pickle
+
+import pytest
+import torch
+
+from lightning_prune.errors import ArgumentError
+from lightning_prune.metrics import Throughput
+from lightning_prune.metrics.throughput import throughput
+
+
+def filled() -> Throughput:
+    metric = Throughput()
+    metric.update(images=30, seconds=1.0)
+    metric.update(images=10, seconds=3.0)
+    return metric
+
+
+def test_is_sum_over_sum_and_not_a_mean_of_rates() -> None:
+    assert filled().compute() == 10.0
+
+
+def test_pure_function() -> None:
+    assert throughput(torch.tensor(40), torch.tensor(4.0)) == 10.0
+    assert throughput(torch.tensor(40), torch.tensor(0.0)).isnan()
+
+
+def test_counts_images_beyond_what_a_float_holds() -> None:
+    metric = Throughput()
+    metric.update(2**24, 1.0)
+    metric.update(1, 1.0)
+    assert metric.images == 2**24 + 1
+
+
+def test_reset_clone_and_pickle() -> None:
+    metric = filled()
+    copies = [metric.clone(), pickle.loads(pickle.dumps(metric))]
+    metric.reset()
+    metric.update(2, 1.0)
+    assert metric.compute() == 2.0
+    assert [copy.compute() for copy in copies] == [10.0, 10.0]
+
+
+def test_has_no_keys_in_a_state_dict() -> None:
+    assert not filled().state_dict()
+
+
+def test_nothing_measured_is_nan_and_warned_of() -> None:
+    with pytest.warns(UserWarning, match="Throughput: nothing was measured, so it is NaN"):
+        assert Throughput().compute().isnan()
+
+
+@pytest.mark.parametrize(("images", "seconds", "name"), [(-1, 1.0, "images"), (1, -0.5, "seconds")])
+def test_negative_values_are_refused(images: int, seconds: float, name: str) -> None:
+    with pytest.raises(ArgumentError, match=rf"^{name}: expected 0 or more, got -"):
+        Throughput().update(images, seconds)
+
+
+def test_two_ranks_add_images_and_take_the_slowest_rank(ranks: list[dict]) -> None:
+    assert [rank["by_hand"]["rate"] for rank in ranks] == pytest.approx([40 / 6, 40 / 6])
+
+
+def test_two_ranks_of_a_trainer_agree(ranks: list[dict]) -> None:
+    one, other = (rank["logged"] for rank in ranks)
+    assert one == other
+    assert one["val/throughput"] > 0
+    assert one["val/throughput_end_to_end"] > 0

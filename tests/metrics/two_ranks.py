@@ -1,0 +1,46 @@
+"""Run by the tests as a program: validates in two gloo processes, then uses the metrics in them by hand."""
+
+import json
+import sys
+import warnings
+from pathlib import Path
+
+import lightning as L
+import torch
+
+from lightning_prune.classifier import ImageClassifier
+from lightning_prune.data import DigitsData
+from lightning_prune.metrics import Latency, Throughput
+
+KWARGS = {"depth": 1, "embed_dim": 32, "num_heads": 1}
+
+
+def by_hand(rank: int) -> dict[str, float]:
+    rate, p50, p95, empty = Throughput(), Latency(0.5), Latency(0.95), Latency()
+    # Rank 0: 3 batches in 3 s. Rank 1: one batch in 6 s. Together 40 images in 6 s.
+    for seconds in [1.0, 1.0, 1.0] if rank == 0 else [6.0]:
+        rate.update(10, seconds)
+        p50.update(seconds)
+        p95.update(seconds)
+    one_sided = Latency()
+    if rank == 1:
+        one_sided.update(0.25)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        metrics = {"rate": rate, "p50": p50, "p95": p95, "empty": empty, "one_sided": one_sided}
+        return {name: metric.compute().item() for name, metric in metrics.items()}
+
+
+def main(path: Path) -> None:
+    torch.set_num_threads(1)
+    L.seed_everything(0)
+    model = ImageClassifier("vit_digits_patch4_56", pretrained=False, model_kwargs=KWARGS)
+    options = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = L.Trainer(accelerator="cpu", devices=2, strategy="ddp", limit_val_batches=3, **options)
+    (logged,) = trainer.validate(model, DigitsData(batch_size=20, placements=1), verbose=False)
+    found = {"logged": logged, "by_hand": by_hand(trainer.global_rank)}
+    path.with_suffix(f".{trainer.global_rank}").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
