@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from math import hypot, sqrt
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lightning_prune.errors import ArgumentError, FileFormatError
@@ -92,9 +93,20 @@ class LatencyProfile:
         return self.milliseconds[self.tokens.index(tokens)]
 
     def error(self, tokens: int) -> float:
-        """Standard error of the median at a measured count, in milliseconds, from the quartiles and the rounds."""
+        """Standard error of the median at a measured count, in milliseconds, from the quartiles and the rounds.
+
+        No count is trusted to be less noisy than most others: the quartiles of a few lucky rounds say little.
+        """
         index = self.tokens.index(tokens)
-        return 1.2533 * self.spread[index] / 0.6745 / sqrt(self.rounds[index])
+        spread = max(self.spread[index], self._usual_noise * self.milliseconds[index])
+        return 1.2533 * spread / 0.6745 / sqrt(self.rounds[index])
+
+    @property
+    def _usual_noise(self) -> float:
+        """Relative spread of the middling count, of those that were measured often enough to have one."""
+        columns = zip(self.spread, self.milliseconds, self.rounds, strict=True)
+        known = [spread / ms for spread, ms, rounds in columns if rounds > 2]
+        return median(known) if known else float("inf")
 
     def saves(self, tokens: int) -> bool:
         """Whether a count is faster than dense by more than noise (two standard errors) and by more than 2%."""

@@ -52,7 +52,7 @@ def plot_plans(plans: "Sequence[Plan]") -> Figure:
         for axes, height in places:
             label = f"chosen: {plan.tokens} tokens ({plan.objective})" if axes is latency else None
             axes.plot(plan.tokens, height, marker, color=color, markersize=9, fillstyle="none", mew=2, label=label)
-    latency.legend(fontsize=8, loc="lower right")
+    latency.legend(fontsize=7, loc="lower right", ncols=2)
     score.legend(fontsize=8, loc="best")
     figure.suptitle(_title(profile), fontsize=10)
     return figure
@@ -83,7 +83,7 @@ def _draw_latency(axes: Axes, profile: "LatencyProfile") -> None:
     axes.set_xlabel("tokens that leave the reducing block")
     axes.set_ylabel("latency of a batch [ms]")
     axes.grid(alpha=0.25)
-    axes.legend(fontsize=8, loc="lower right")
+    axes.legend(fontsize=7, loc="lower right", ncols=2)
 
 
 def _title(profile: "LatencyProfile") -> str:
