@@ -61,7 +61,8 @@ def test_misfit_names_keys_and_shapes_and_changes_nothing(tmp_path: Path) -> Non
         load_weights(model, path)
     assert str(error.value) == (
         f"weights: {path} does not fit Sequential, of 4 keys 1 missing: 1.bias; 1 unexpected: extra; 3 of another "
-        "shape: 0.weight (model [4, 3], file [5, 3]), 0.bias (model [4], file [5]), 1.weight (model [2, 4], file [2, 5])."
+        "shape: 0.weight (model [4, 3], file [5, 3]), 0.bias (model [4], file [5]), "
+        "1.weight (model [2, 4], file [2, 5])."
     )
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 

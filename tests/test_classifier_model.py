@@ -1,0 +1,153 @@
+import copy
+import functools
+import pickle
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lightning_prune.classifier import ImageClassifier
+from lightning_prune.errors import ArgumentError, FileFormatError, WeightsError
+
+NAME = "vit_digits_patch4_56"
+TINY = {"depth": 1, "embed_dim": 32, "num_heads": 1}
+
+
+class Fixed(nn.Module):
+    """Gives logits that the images carry themselves, so that every figure is known beforehand."""
+
+    def __init__(self, num_classes: int = 6) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.flatten(1)[:, : self.num_classes] * self.scale
+
+
+def trainer(**kwargs: Any) -> L.Trainer:
+    quiet = {
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+    }
+    return L.Trainer(accelerator="cpu", **{**quiet, **kwargs})
+
+
+def tiny(**kwargs: Any) -> ImageClassifier:
+    return ImageClassifier(NAME, pretrained=False, model_kwargs=TINY, **kwargs)
+
+
+def test_weights_file_and_checkpoint_give_the_same_model(tmp_path: Path) -> None:
+    source = tiny()
+    save_file(source.model.state_dict(), tmp_path / "raw.safetensors")
+    torch.save(source.model.state_dict(), tmp_path / "raw.pth")
+    run = trainer(enable_checkpointing=True, default_root_dir=tmp_path)
+    run.strategy.connect(source)
+    run.save_checkpoint(tmp_path / "last.ckpt")
+    images = torch.randn(2, 1, 56, 56)
+    expected = source.eval()(images)
+    for name in ("raw.safetensors", "raw.pth", "last.ckpt"):
+        module = ImageClassifier(NAME, weights=str(tmp_path / name), model_kwargs=TINY).eval()
+        assert torch.equal(module(images), expected)
+
+
+def test_checkpoint_stands_alone(tmp_path: Path) -> None:
+    save_file(tiny().model.state_dict(), tmp_path / "raw.safetensors")
+    module = ImageClassifier(NAME, weights=str(tmp_path / "raw.safetensors"), model_kwargs=TINY)
+    run = trainer(enable_checkpointing=True, default_root_dir=tmp_path)
+    run.strategy.connect(module)
+    run.save_checkpoint(tmp_path / "last.ckpt")
+    (tmp_path / "raw.safetensors").unlink()
+    loaded = ImageClassifier.load_from_checkpoint(tmp_path / "last.ckpt", weights_only=True)
+    images = torch.randn(2, 1, 56, 56)
+    assert torch.equal(loaded.eval()(images), module.eval()(images))
+    assert module.hparams["weights"] == str(tmp_path / "raw.safetensors")  # the run still says where it came from
+
+
+def test_compile_keeps_the_keys_and_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[nn.Module] = []
+    monkeypatch.setattr(nn.Module, "compile", lambda self: compiled.append(self))
+    module = tiny(compile=True)
+    assert compiled == [module.model]
+    assert list(module.state_dict()) == list(tiny().state_dict())
+
+
+def test_compiled_module_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Traced, but run by Python: inductor would need a C++ compiler, which a bare machine does not have.
+    monkeypatch.setattr(nn.Module, "compile", functools.partialmethod(nn.Module.compile, backend="eager"))
+    module = ImageClassifier(Fixed(), compile=True)
+    images = torch.randn(4, 1, 1, 6)
+    assert torch.equal(module(images), images.flatten(1))
+    assert list(copy.deepcopy(module).state_dict()) == ["model.scale"]
+
+
+def test_copies_and_pickles() -> None:
+    module = tiny().eval()
+    images = torch.randn(2, 1, 56, 56)
+    for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert torch.equal(twin(images), module(images))
+
+
+def test_head_and_data_config() -> None:
+    module = tiny(num_classes=3)
+    assert module.num_classes == 3
+    assert module(torch.randn(2, 1, 56, 56)).shape == (2, 3)
+    assert module.data_config["input_size"] == (1, 56, 56)
+
+
+def test_unknown_name_comes_with_similar_ones() -> None:
+    with pytest.raises(
+        ArgumentError, match=r"^model: expected the name of a timm model, got 'deit_smal_patch16_224'\. "
+    ):
+        ImageClassifier("deit_smal_patch16_224")
+    with pytest.raises(ArgumentError, match=r"Similar: .*\bdeit_small_patch16_224\b"):
+        ImageClassifier("deit_smal_patch16_224")
+
+
+def test_no_pretrained_weights() -> None:
+    with pytest.raises(
+        WeightsError, match=rf"^model: no pretrained weights for '{NAME}.nosuchtag': Invalid pretrained tag"
+    ):
+        ImageClassifier(f"{NAME}.nosuchtag")
+
+
+def test_weights_that_do_not_fit(tmp_path: Path) -> None:
+    save_file(tiny(num_classes=4).model.state_dict(), tmp_path / "four.safetensors")
+    with pytest.raises(WeightsError, match=r"2 of another shape: head.weight \(model \[10, 32\], file \[4, 32\]\)"):
+        ImageClassifier(NAME, weights=str(tmp_path / "four.safetensors"), model_kwargs=TINY)
+    with pytest.raises(FileFormatError, match=r"^weights: expected a file, got .*none.pth"):
+        ImageClassifier(NAME, weights=str(tmp_path / "none.pth"))
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"num_classes": 0}, r"^num_classes: expected at least 1, got 0"),
+        ({"warmup": -1}, r"^warmup: expected 0 or more, got -1"),
+        ({"model": nn.Linear(3, 2)}, r"^num_classes: expected it to be given, for Linear does not say it"),
+        ({"model": Fixed(), "model_kwargs": TINY}, r"^model_kwargs: expected none beside a module"),
+        (
+            {"model": NAME, "model_kwargs": {"colour": 3}},
+            rf"^model_kwargs: {NAME} does not take \['colour'\]: .*colour",
+        ),
+    ],
+)
+def test_bad_arguments(kwargs: dict[str, Any], message: str) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        ImageClassifier(pretrained=False, **kwargs) if "model" in kwargs else tiny(**kwargs)
+
+
+def test_works_from_a_config_file(tmp_path: Path) -> None:
+    jsonargparse = pytest.importorskip("jsonargparse")
+    parser = jsonargparse.ArgumentParser()
+    parser.add_subclass_arguments(ImageClassifier, "model")
+    config = {"class_path": "lightning_prune.ImageClassifier"}
+    options = {"model": NAME, "pretrained": False, "model_kwargs": TINY, "num_classes": 4}
+    parsed = parser.parse_object({"model": {**config, "init_args": options}})
+    assert parser.instantiate_classes(parsed).model.num_classes == 4
