@@ -15,7 +15,7 @@ from lightning_prune.callbacks.decision import Decision, given_schedule, measure
 from lightning_prune.callbacks.images import Calibration, calibration_images, images_from_batch
 from lightning_prune.callbacks.together import decided_by_rank_zero
 from lightning_prune.errors import ArgumentError
-from lightning_prune.patching import PatchHandle, find_vision_transformer, patch
+from lightning_prune.patching import PatchHandle, VisionTransformer, find_vision_transformer, patch
 from lightning_prune.planning import Objective, Utility, plan
 from lightning_prune.profiling import measurement_context, resolve_block
 from lightning_prune.profiling.latency import Protocol
@@ -194,7 +194,7 @@ class TokenPruning(L.Callback):
         start = perf_counter()
         with isolate_rng(), trainer.precision_plugin.forward_context():
             transformer = find_vision_transformer(pl_module, self.target)
-            made_with = self._depends_on(measurement_context(transformer.runner, images))
+            made_with = self._depends_on(transformer, measurement_context(transformer.runner, images))
             if self.decision is not None and made_with == (self._made_with or made_with):
                 return self.decision
             if self.schedule == "auto":
@@ -236,9 +236,14 @@ class TokenPruning(L.Callback):
             trainer, pl_module, loaders, self.calibration, batch, self.images_from_batch, self.seed
         )
 
-    def _depends_on(self, context: dict[str, Any]) -> tuple[Any, ...]:
-        """What a decision holds for; another model, device, batch, precision or wish needs another decision."""
-        return (context, self.reduction, self.schedule, self.objective, self.block, self.protocol, self.target)
+    def _depends_on(self, transformer: VisionTransformer, context: dict[str, Any]) -> tuple[Any, ...]:
+        """What a decision holds for; another model, device, batch, precision or wish needs another decision.
+
+        Models of one shape differ in what a cut costs, so the model counts itself; not its weights, which training
+        changes from one validation to the next.
+        """
+        wishes = (self.reduction, self.schedule, self.objective, self.block, self.protocol, self.target)
+        return (id(transformer.root), context, *wishes)
 
     def _check_size(self, batch: Any, batch_idx: int) -> None:
         if self._batch_size == 0:  # said before
