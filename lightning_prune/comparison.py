@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from lightning_prune.callbacks import TokenPruning
+from lightning_prune.callbacks.attached import attached_callbacks
 from lightning_prune.callbacks.decision import Decision, given_schedule, measure_given
 from lightning_prune.callbacks.images import images_from_batch
 from lightning_prune.callbacks.together import decided_by_rank_zero
@@ -158,7 +159,8 @@ class Survey(L.Callback):
                     confirm=False,
                     max_seconds=pruner.max_seconds,
                     **shared,
-                )
+                ),
+                calibration.source,
             )
             for name, objective in self.objectives.items()
         }
@@ -187,7 +189,7 @@ def compare(
     objectives[f"{name} budget"] = AccuracyBudget(max_drop)
     survey = Survey(pruner, objectives)
     settings = pruner.enabled, pruner.verbose, pruner.schedule
-    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    callbacks = attached_callbacks(trainer)
     callbacks.append(survey)
     try:
         pruner.enabled = False
@@ -222,9 +224,7 @@ def writable(output: str | Path) -> Path:
 
 def _timed(decision: Decision, name: str, timings: dict[str, Timing]) -> Decision:
     dense, pruned = timings["dense"], timings[name]
-    return replace(
-        decision, dense_ms=dense.milliseconds, latency_ms=pruned.milliseconds, speedup=1 / pruned.ratio
-    )
+    return replace(decision, dense_ms=dense.milliseconds, latency_ms=pruned.milliseconds, speedup=1 / pruned.ratio)
 
 
 def _flat(metrics: Any) -> dict[str, float]:

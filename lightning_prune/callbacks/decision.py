@@ -33,6 +33,7 @@ class Decision:
         context: Device, batch, precision and versions of the measurement.
         seconds: What deciding took.
         plan: The whole plan, where one was made.
+        calibration: Which images it was judged by, where a plan was made.
         differences: How a given schedule's origin differs from this run.
     """
 
@@ -48,6 +49,7 @@ class Decision:
     context: dict[str, Any]
     seconds: float = 0.0
     plan: Plan | None = None
+    calibration: str = ""
     differences: tuple[str, ...] = ()
 
     def metrics(self) -> dict[str, float]:
@@ -61,8 +63,8 @@ class Decision:
         }
 
     @classmethod
-    def from_plan(cls, plan: Plan) -> "Decision":
-        """What a plan says."""
+    def from_plan(cls, plan: Plan, calibration: str) -> "Decision":
+        """What a plan says that was judged by the images of this description."""
         return cls(
             schedule=plan.schedule,
             method=plan.method,
@@ -76,12 +78,11 @@ class Decision:
             context=dict(plan.profile.context),
             seconds=plan.seconds,
             plan=plan,
+            calibration=calibration,
         )
 
 
-def given_schedule(
-    schedule: int | list[int] | Schedule, block: int | float, depth: int
-) -> Schedule:
+def given_schedule(schedule: int | list[int] | Schedule, block: int | float, depth: int) -> Schedule:
     """A schedule from the forms that users write: R tokens at `block`, a list with one number a block, a Schedule."""
     if isinstance(schedule, Schedule):
         return schedule
@@ -140,5 +141,7 @@ def _differences(schedule: Schedule, reduction: Reduction, context: dict[str, An
     origin = schedule.provenance
     here = {key: context[key] for key in _TRAVELS} | {"method": reduction.name}
     return tuple(
-        f"{key} {origin[key]} there, {value} here" for key, value in here.items() if key in origin and origin[key] != value
+        f"{key} {origin[key]} there, {value} here"
+        for key, value in here.items()
+        if key in origin and origin[key] != value
     )

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
+from lightning_prune.callbacks.attached import attached_callbacks
 from lightning_prune.callbacks.decision import Decision, given_schedule, measure_given
 from lightning_prune.callbacks.images import Calibration, calibration_images, images_from_batch
 from lightning_prune.callbacks.together import decided_by_rank_zero
@@ -110,7 +111,7 @@ class TokenPruning(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuses a second pruner: which of two patches is in force would depend on their order."""
-        pruners = [callback for callback in trainer.callbacks if isinstance(callback, TokenPruning)]  # type: ignore[attr-defined]
+        pruners = [callback for callback in attached_callbacks(trainer) if isinstance(callback, TokenPruning)]
         if len(pruners) > 1:
             raise ArgumentError(f"A Trainer can have one TokenPruning callback, got {len(pruners)}.")
 
@@ -225,7 +226,7 @@ class TokenPruning(L.Callback):
             target=self.target,
             progress=self.verbose,
         )
-        return Decision.from_plan(planned)
+        return Decision.from_plan(planned, calibration.source)
 
     def sample(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any) -> Calibration:
         """The calibration images that this callback would use in the running loop, whose first batch is `batch`."""
@@ -282,7 +283,11 @@ def _readable(schedule: Any) -> Literal["auto"] | int | list[int] | Schedule:
         return schedule
     if isinstance(schedule, list | tuple):
         return list(Schedule(schedule).removed)
-    if isinstance(schedule, bool) or schedule is None or not hasattr(schedule, "__fspath__") and not isinstance(schedule, str):
+    if (
+        isinstance(schedule, bool)
+        or schedule is None
+        or (not hasattr(schedule, "__fspath__") and not isinstance(schedule, str))
+    ):
         raise ArgumentError(
             f"`schedule` must be 'auto', a number of tokens, a list with one number a block, a Schedule or the path of "
             f"one, got {schedule!r}."

@@ -26,6 +26,8 @@ def decision_panel(decision: "Decision") -> Panel:
     table.add_row("removed", f"R = {decision.schedule.total} ({decision.method}: {removed})" if removed else "R = 0")
     table.add_row("latency", _latency(decision))
     table.add_row("because", decision.reason)
+    if decision.calibration:
+        table.add_row("judged by", decision.calibration)
     table.add_row("took", f"{decision.seconds:.0f} s")
     return Panel(table, title="Token pruning", title_align="left", expand=False)
 

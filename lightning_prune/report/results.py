@@ -61,7 +61,7 @@ def results_table(rows: "Sequence[Row]") -> Table:
     table.caption = "below: change against dense in points, spread of the latency, rate of the whole loop (end to end)"
     table.caption_justify = "left"
     table.add_column("variant", no_wrap=True)
-    columns: "dict[str, Callable[[Row], str]]" = {
+    columns: dict[str, Callable[[Row], str]] = {
         "tokens": lambda row: str(row.tokens),
         "R": lambda row: str(row.removed),
         "top-1 %": lambda row: _accuracy(row.top1, first.top1, row is first),
@@ -81,7 +81,11 @@ def results_table(rows: "Sequence[Row]") -> Table:
 
 def _described(decision: "Decision") -> dict[str, Any]:
     if decision.plan is not None:
-        return decision.plan.to_dict() | {"latency_ms": decision.latency_ms, "speedup": decision.speedup}
+        return decision.plan.to_dict() | {
+            "calibration": decision.calibration,
+            "latency_ms": decision.latency_ms,
+            "speedup": decision.speedup,
+        }
     return {"schedule": decision.schedule.to_dict(), "reason": decision.reason}
 
 
