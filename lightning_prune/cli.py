@@ -29,7 +29,7 @@ class PruneCLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """The methods of the trainer that are commands, with the arguments that code fills in."""
-        return {name: _PASSED_BY_CODE for name in ("validate", "test", "profile", "compare")}
+        return dict.fromkeys(("validate", "test", "profile", "compare"), _PASSED_BY_CODE)
 
     def _parse_ckpt_path(self) -> None:
         """Leaves hyperparameters of a checkpoint alone: those of a foreign module are no options of ours."""

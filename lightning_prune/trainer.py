@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_prune.callbacks import TokenPruning
+from lightning_prune.callbacks.attached import attached_callbacks
 from lightning_prune.callbacks.images import images_from_batch
 from lightning_prune.callbacks.together import decided_by_rank_zero
 from lightning_prune.comparison import compare, writable
@@ -44,7 +45,7 @@ class PruneTrainer(L.Trainer):
         folder = writable(output)
         pruner = self._pruner()
         probe = _Profiling(pruner)
-        batches, enabled, callbacks = self.limit_val_batches, pruner.enabled, self.callbacks  # type: ignore[has-type]
+        batches, enabled, callbacks = self.limit_val_batches, pruner.enabled, attached_callbacks(self)
         self.limit_val_batches, pruner.enabled = 1, False
         callbacks.append(probe)
         try:
@@ -85,9 +86,7 @@ class PruneTrainer(L.Trainer):
         from lightning_prune.report.results import results_table, write_comparison
 
         folder = writable(output)
-        rows, decisions = compare(
-            self, model, self._pruner(), max_drop, dataloaders=dataloaders, datamodule=datamodule
-        )
+        rows, decisions = compare(self, model, self._pruner(), max_drop, dataloaders=dataloaders, datamodule=datamodule)
         if self.is_global_zero:
             paths = write_comparison(folder, rows, decisions)
             console = Console()
@@ -95,15 +94,17 @@ class PruneTrainer(L.Trainer):
             for name, decision in decisions.items():
                 console.print(f"[bold]{name}[/bold]: {decision.reason}", highlight=False)
             seconds = sum(decision.seconds for decision in decisions.values())
-            console.print(f"Profiling and planning took {seconds:.0f} s. Written: {', '.join(map(str, paths))}", soft_wrap=True)
+            console.print(
+                f"Profiling and planning took {seconds:.0f} s. Written: {', '.join(map(str, paths))}", soft_wrap=True
+            )
             self._log_comparison([row.to_dict() for row in rows])
         return [row.to_dict() for row in rows]
 
     def _pruner(self) -> TokenPruning:
-        pruners = [callback for callback in self.callbacks if isinstance(callback, TokenPruning)]  # type: ignore[has-type]
+        pruners = [callback for callback in attached_callbacks(self) if isinstance(callback, TokenPruning)]
         if not pruners:
             pruners = [TokenPruning()]
-            self.callbacks.append(pruners[0])  # type: ignore[has-type]
+            attached_callbacks(self).append(pruners[0])
         return pruners[0]
 
     def _log_comparison(self, rows: list[dict[str, Any]]) -> None:

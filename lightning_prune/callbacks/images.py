@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 from torch.utils.data import DataLoader, IterableDataset, Subset
@@ -32,7 +33,7 @@ class Calibration(NamedTuple):
 
 
 def images_from_batch(batch: Any, extract: Extract | None = None) -> Tensor:
-    """The images of a batch: the batch itself, its first element, or its entry `image`, `images`, `pixel_values`, `inputs`.
+    """The images of a batch: itself, its first element, or its `image`, `images`, `pixel_values` or `inputs`.
 
     Args:
         batch: What the loader yields.
@@ -118,11 +119,12 @@ def _guess(batch: Any) -> Any:
 
 def _describe(value: Any) -> str:
     if isinstance(value, Tensor):
-        return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)}"
+        return f"a tensor of shape {tuple(value.shape)}, {str(value.dtype).removeprefix('torch.')}"
     if isinstance(value, Mapping):
         return f"a mapping with the keys {', '.join(repr(key) for key in list(value)[:8])}"
     if isinstance(value, list | tuple):
-        return f"a {type(value).__name__} of {', '.join(type(v).__name__ for v in value[:4])}"
+        kind, held = type(value).__name__, ", ".join(type(v).__name__ for v in value[:4])
+        return f"a {kind} of {held}" if held else f"an empty {kind}"
     return f"of type {type(value).__name__}"
 
 
@@ -130,8 +132,10 @@ def _sampled(loaders: Any, count: int, seed: int) -> DataLoader[Any] | None:
     """A loader over a sample of the first map-style dataset, with its collation and no workers."""
     flat = tree_flatten(getattr(loaders, "iterables", loaders))[0]
     loader = flat[0] if flat else None
-    dataset = getattr(loader, "dataset", None)
-    if not isinstance(loader, DataLoader) or isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+    if not isinstance(loader, DataLoader):
+        return None
+    dataset: Any = loader.dataset
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
         return None
     chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:count].sort().values
     size = loader.batch_size or 1  # None where a batch sampler decides; any size serves here
@@ -140,11 +144,14 @@ def _sampled(loaders: Any, count: int, seed: int) -> DataLoader[Any] | None:
 
 
 def _transferred(trainer: L.Trainer, pl_module: L.LightningModule, batches: Iterable[Any]) -> Iterator[Any]:
-    """The batches as the loop would hand them to a step: converted to the precision, moved, through the user's hooks."""
+    """The batches as the loop hands them to a step: in the precision, on the device, through the user's hooks."""
+    datamodule: L.LightningDataModule | None = getattr(trainer, "datamodule", None)
+    hooks: L.LightningDataModule | L.LightningModule = pl_module
+    if datamodule is not None and is_overridden("on_before_batch_transfer", datamodule):
+        hooks = datamodule
     for batch in batches:
         batch = trainer.precision_plugin.convert_input(batch)
-        source = trainer._data_connector._datahook_selector.get_instance("on_before_batch_transfer")  # noqa: SLF001
-        batch = source.on_before_batch_transfer(batch, 0)
+        batch = hooks.on_before_batch_transfer(batch, 0)
         yield trainer.strategy.batch_to_device(batch, device=pl_module.device, dataloader_idx=0)
 
 

@@ -1,7 +1,7 @@
 """Deciding once for all processes of a distributed run."""
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import lightning as L
 
@@ -31,9 +31,9 @@ def decided_by_rank_zero(trainer: L.Trainer, decide: Callable[[], T]) -> T:
         except Exception as caught:
             error = caught
     told = f"{type(error).__name__} on rank 0: {error}" if error else None
-    shared: tuple[T, str | None] = trainer.strategy.broadcast((outcome, told))
+    outcome, told = trainer.strategy.broadcast((outcome, told))
     if error is not None:
         raise error
-    if shared[1] is not None:
-        raise PruneError(shared[1])
-    return shared[0]
+    if told is not None:
+        raise PruneError(told)
+    return cast(T, outcome)

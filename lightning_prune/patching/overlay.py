@@ -1,6 +1,5 @@
 """Putting a class over a module's own class, and taking it off again."""
 
-from functools import cache
 from typing import Any
 
 from torch import nn
@@ -18,16 +17,19 @@ class Overlay(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copies and pickles by the module's own class and the mixin: the class made of the two has no import path."""
-        base, mixin = _parts(type(self))
-        _, _, *state = super().__reduce_ex__(protocol)
-        return (_rebuild, (base, mixin), *state)
+        reduced: Any = super().__reduce_ex__(protocol)
+        return (_rebuild, _parts(type(self)), *reduced[2:])
 
 
-@cache
-def overlay_class(base: type, mixin: type) -> type:
+_classes: dict[tuple[type, type], type[nn.Module]] = {}
+
+
+def overlay_class(base: type[nn.Module], mixin: type[Overlay]) -> type[nn.Module]:
     """The class made of `mixin` in front of `base`; one a pair, so that all copies of a model share it."""
-    attributes = {"__module__": base.__module__, "__doc__": base.__doc__, "_prune_parts": (base, mixin)}
-    return type(f"{mixin.__name__}{base.__name__}", (mixin, base), attributes)
+    if (base, mixin) not in _classes:
+        attributes = {"__module__": base.__module__, "__doc__": base.__doc__, "_prune_parts": (base, mixin)}
+        _classes[base, mixin] = type(f"{mixin.__name__}{base.__name__}", (mixin, base), attributes)
+    return _classes[base, mixin]
 
 
 def is_overlaid(module: nn.Module) -> bool:
@@ -35,12 +37,12 @@ def is_overlaid(module: nn.Module) -> bool:
     return "_prune_parts" in type(module).__dict__
 
 
-def own_class(module: nn.Module) -> type:
+def own_class(module: nn.Module) -> type[nn.Module]:
     """The module's class without any overlay."""
     return _parts(type(module))[0] if is_overlaid(module) else type(module)
 
 
-def put_on(module: nn.Module, mixin: type, site: Any = None) -> None:
+def put_on(module: nn.Module, mixin: type[Overlay], site: Any = None) -> None:
     """Puts the mixin over the module's class, with what it works on as `_prune_site`."""
     module.__dict__["_prune_site"] = site
     module.__class__ = overlay_class(type(module), mixin)
@@ -61,12 +63,11 @@ def take_off(module: nn.Module) -> None:
         )
 
 
-def _parts(cls: type) -> tuple[type, type]:
-    parts: tuple[type, type] = cls.__dict__["_prune_parts"]
+def _parts(cls: type) -> tuple[type[nn.Module], type[Overlay]]:
+    parts: tuple[type[nn.Module], type[Overlay]] = cls.__dict__["_prune_parts"]
     return parts
 
 
-def _rebuild(base: type, mixin: type) -> nn.Module:
+def _rebuild(base: type[nn.Module], mixin: type[Overlay]) -> nn.Module:
     cls = overlay_class(base, mixin)
-    module: nn.Module = cls.__new__(cls)
-    return module
+    return cls.__new__(cls)

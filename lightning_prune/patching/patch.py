@@ -9,7 +9,7 @@ from torch import nn
 from lightning_prune.errors import ScheduleError
 from lightning_prune.patching.blocks import Halves, halves_agree
 from lightning_prune.patching.families import VisionTransformer, find_vision_transformer
-from lightning_prune.patching.overlay import is_overlaid, put_on, take_off
+from lightning_prune.patching.overlay import Overlay, is_overlaid, put_on, take_off
 from lightning_prune.patching.reduced import BlockSite, PixelSite, RecordingEntry, ReducedBlock, too_many
 from lightning_prune.reduction import Reduction, resolve
 from lightning_prune.schedule import Schedule
@@ -159,7 +159,7 @@ class PatchHandle:
             self.remove()
             raise
 
-    def _put_on(self, module: nn.Module, mixin: type, site: object) -> None:
+    def _put_on(self, module: nn.Module, mixin: type[Overlay], site: object) -> None:
         put_on(module, mixin, site)
         self._sites.append((module, site))
 
@@ -169,7 +169,9 @@ class PatchHandle:
             transformer = self.transformer
             block = transformer.blocks[index]
             halves = transformer.family.halves(block)
-            if halves is not None and not halves_agree(block, halves, transformer.prefix_tokens + 4, transformer.channels):
+            if halves is not None and not halves_agree(
+                block, halves, transformer.prefix_tokens + 4, transformer.channels
+            ):
                 halves = None
             if halves is None:
                 name = type(block).__name__
@@ -187,7 +189,9 @@ def check_schedule(transformer: VisionTransformer, reduction: Reduction, schedul
         raise ScheduleError(f"The schedule is for {schedule.depth} blocks; this model has {transformer.depth}.")
     if reduction.site == "input" and any(schedule.removed[1:]):
         block = next(b for b in schedule.reducing if b)
-        raise ScheduleError(f"{reduction.name} removes tokens before block 0; the schedule asks block {block} for some.")
+        raise ScheduleError(
+            f"{reduction.name} removes tokens before block 0; the schedule asks block {block} for some."
+        )
     if transformer.tokens is None:
         return
     count = transformer.tokens

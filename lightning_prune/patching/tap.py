@@ -62,7 +62,7 @@ def recorded_attention(calls: list[Attention]) -> Attention:
         return first
     if any(c.mask is not None or c.scale != first.scale or c.query.shape != first.query.shape for c in calls):
         raise UnsupportedModelError("The block makes several attention calls of different form.")
-    query, key, value = (torch.cat([call[part] for call in calls], dim=1) for part in range(3))
+    query, key, value = (torch.cat(parts, dim=1) for parts in list(zip(*calls, strict=True))[:3])
     return Attention(query, key, value, None, first.scale)
 
 

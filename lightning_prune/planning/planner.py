@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lightning_prune.errors import ArgumentError
 from lightning_prune.patching import PatchHandle, VisionTransformer, find_vision_transformer
-from lightning_prune.planning.objective import Objective, Utility
+from lightning_prune.planning.objective import Column, Objective, Utility
 from lightning_prune.planning.plan import Plan
 from lightning_prune.profiling import LatencyProfile, Proxy, compare_latency, profile_latency, resolve_block
 from lightning_prune.profiling.context import is_compiled
@@ -19,6 +19,7 @@ from lightning_prune.schedule import Schedule
 
 _FIRST = 4  # counts at which the proxy is measured before any choice
 _MOST = 12  # counts at which it is measured at all
+_WORTHWHILE = 0.002  # a better score by less is not worth another pass over the calibration images
 _PAPER_IMAGES = 1024
 
 
@@ -63,9 +64,12 @@ class ProxyCurve:
         if tokens not in self.values:
             removed = self.profile.dense_tokens - tokens
             schedule = Schedule.single(self.profile.depth, self.profile.block, removed)
-            with ready_to_run(self._transformer), ticking(f"Accuracy at {tokens} tokens", None, self._show):
-                with PatchHandle(self._transformer, self._reduction, schedule):
-                    self.values[tokens] = self._proxy.measure()
+            with (
+                ready_to_run(self._transformer),
+                ticking(f"Accuracy at {tokens} tokens", None, self._show),
+                PatchHandle(self._transformer, self._reduction, schedule),
+            ):
+                self.values[tokens] = self._proxy.measure()
         return self.values[tokens]
 
 
@@ -216,13 +220,11 @@ def _choose(
     deadline = time.perf_counter() + (max_seconds if max_seconds is not None else float("inf"))
     for count in counts if exhaustive else _spread(useful):
         curve(count)
-    while True:
-        estimate = np.interp(counts, *_columns(curve, counts))
-        expected = counts[objective.best(latency, estimate)]
-        refinable = len(curve.values) <= _MOST and time.perf_counter() < deadline
-        if expected in curve.values or not refinable:
+    while not exhaustive and len(curve.values) <= _MOST and time.perf_counter() < deadline:
+        promising = _promising(counts, latency, curve, objective)
+        if promising is None:
             break
-        curve(expected)
+        curve(promising)
     measured = [count for count in counts if count in curve.values]
     accuracy = np.array([curve.values[count] for count in measured])
     chosen = measured[objective.best(np.array([profile.at(count) for count in measured]), accuracy)]
@@ -233,15 +235,34 @@ def _choose(
     return chosen, f"Best by {objective}: {saved:.1f}% less latency, {kept:.2f}% of the dense {curve.name}."
 
 
+def _promising(counts: Sequence[int], latency: Column, curve: ProxyCurve, objective: Objective) -> int | None:
+    """The count to measure next: where the objective expects its best, then the gaps beside it that may hide better.
+
+    Between measured counts the proxy is first taken to be straight. It is usually better than that, but hardly better
+    than at the next larger count; a gap is entered while even this would make a difference.
+    """
+    known = [count for count in counts if count in curve.values]
+    straight = np.interp(counts, known, [curve.values[count] for count in known])
+    best = objective.best(latency, straight)
+    if counts[best] not in curve.values:
+        return counts[best]
+    place = known.index(counts[best])
+    for low, high in ((place - 1, place), (place, place + 1)):
+        if low < 0 or high >= len(known):
+            continue
+        gap = [i for i, count in enumerate(counts) if known[low] < count < known[high]]
+        hopeful = straight.copy()
+        hopeful[gap] = curve.values[known[high]]
+        score = objective.score(latency, hopeful)
+        if gap and score[gap].max() > score[best] + _WORTHWHILE:
+            return counts[gap[len(gap) // 2]]
+    return None
+
+
 def _spread(counts: Sequence[int]) -> list[int]:
     """A few counts spread over the curve, the most tokens among them: budgets live near dense."""
     positions = np.linspace(0, len(counts) - 1, min(_FIRST, len(counts))).round().astype(int)
     return [counts[position] for position in dict.fromkeys(positions.tolist())]
-
-
-def _columns(curve: ProxyCurve, counts: Sequence[int]) -> tuple[list[int], list[float]]:
-    known = [count for count in counts if count in curve.values]
-    return known, [curve.values[count] for count in known]
 
 
 def _proxy_batch(profile: LatencyProfile, transformer: VisionTransformer, example: Tensor | None) -> int:
@@ -265,5 +286,6 @@ def _check_profile(
         raise ArgumentError(f"`profile` was measured by protocol {profile.protocol!r}, not {protocol!r}.")
     if protocol == "deployed" and (profile.method, profile.block) != (reduction.name, block):
         raise ArgumentError(
-            f"`profile` is of {profile.method} at block {profile.block}; asked for is {reduction.name} at block {block}."
+            f"`profile` is of {profile.method} at block {profile.block}; "
+            f"asked for is {reduction.name} at block {block}."
         )

@@ -84,7 +84,9 @@ class Proxy:
             wrong = low if low < 0 else high
             raise DataError(f"Label {wrong} is out of range: the model's head has {classes} classes.")
         if top1(labels, self._dense) == 0:
-            raise DataError("The dense model classifies none of the labelled images correctly; check labels and weights.")
+            raise DataError(
+                "The dense model classifies none of the labelled images correctly; check labels and weights."
+            )
         return "top-1 accuracy relative to dense"
 
     def measure(self) -> float:

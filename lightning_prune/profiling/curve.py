@@ -177,7 +177,7 @@ class LatencyProfile:
         document = read_document(path, _FORMAT, _VERSION)
         try:
             values = {f.name: document[f.name] for f in fields(cls)}
-            plain = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+            plain: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
             return cls(**plain)
         except (KeyError, TypeError, ArgumentError) as error:
             raise FileFormatError(f"{path} is not a usable profile: {error}") from error

@@ -95,8 +95,8 @@ def profile_latency(
                 device=example_batch.device,
                 reference=n,
             )
-            build = _builder(reduction.name, index, transformer.depth, protocol)
-            profile = _explore(race, build, counts, lowest, n, max_seconds, tick)
+            build = profile_builder(reduction.name, index, transformer.depth, protocol)
+            profile = explore(race, build, counts, lowest, n, max_seconds, tick)
         finally:
             handle.remove()
         context = measurement_context(transformer.runner, example_batch)
@@ -198,7 +198,9 @@ def ready_to_run(transformer: VisionTransformer) -> Iterator[None]:
 Build = Callable[[Interleaved[int], Sequence[int]], LatencyProfile]
 
 
-def _builder(method: str, block: int, depth: int, protocol: str) -> Build:
+def profile_builder(method: str, block: int, depth: int, protocol: str) -> Build:
+    """Makes profiles out of what was measured so far."""
+
     def build(race: Interleaved[int], measured: Sequence[int]) -> LatencyProfile:
         tokens = sorted(measured)
         timings = [race.result(count) for count in tokens]
@@ -216,7 +218,7 @@ def _builder(method: str, block: int, depth: int, protocol: str) -> Build:
     return build
 
 
-def _explore(
+def explore(
     race: Interleaved[int],
     build: Build,
     counts: Sequence[int] | None,
@@ -225,8 +227,18 @@ def _explore(
     max_seconds: float | None,
     tick: Ticker,
 ) -> LatencyProfile:
-    """Coarse grid, then cliffs, then rounds until the figures are precise or the time is up."""
-    start = time.perf_counter()
+    """Coarse grid, then cliffs, then rounds until the figures are precise or the time is up.
+
+    Args:
+        race: Measures a token count; its clock is the one that the time limit is on.
+        build: Makes a profile of the counts measured so far.
+        counts: What to measure instead of a grid, or None.
+        lowest: The smallest possible count.
+        n: Dense.
+        max_seconds: Time limit, or None for 20 rounds.
+        tick: Called after every run.
+    """
+    start = race.clock()
     limit = start + max_seconds if max_seconds is not None else float("inf")
     race.measure([], 2, progress=tick)
     dense = race.result(n).milliseconds / 1e3
@@ -237,14 +249,14 @@ def _explore(
         return build(race, grid)
     race.measure(grid, _ROUNDS, limit, tick)
     profile = build(race, grid)
-    while not given and len(grid) < _MOST and time.perf_counter() < start + 0.8 * max_seconds:
+    while not given and len(grid) < _MOST and race.clock() < start + 0.8 * max_seconds:
         inside = _inside_cliffs(profile)
         if not inside:
             break
         grid = sorted({*grid, *inside})
         race.measure(inside, _ROUNDS, limit, tick)
         profile = build(race, grid)
-    while time.perf_counter() < limit:
+    while race.clock() < limit:
         loose = [count for count in grid if profile.error(count) > _PRECISION * profile.dense_ms]
         if not loose or not race.measure(loose, 2, limit, tick):
             break

@@ -31,7 +31,9 @@ def find_vision_transformer(model: nn.Module, target: str | None = None) -> Visi
     if target is not None:
         modules = dict(model.named_modules())
         if target not in modules:
-            raise ArgumentError(f"`target` must be the dotted path of a module in {type(model).__name__}, got {target!r}.")
+            raise ArgumentError(
+                f"`target` must be the dotted path of a module in {type(model).__name__}, got {target!r}."
+            )
         model, prefix = modules[target], target
     else:
         prefix = ""

@@ -51,7 +51,9 @@ class TimmVisionTransformer(Family):
         """See `Family.describe`."""
         assert isinstance(root, vit.VisionTransformer)
         if isinstance(root.patch_drop, nn.Module) and not isinstance(root.patch_drop, nn.Identity) and root.training:
-            raise UnsupportedModelError("The model drops patches while training (patch_drop_rate); call `.eval()` first.")
+            raise UnsupportedModelError(
+                "The model drops patches while training (patch_drop_rate); call `.eval()` first."
+            )
         tokens = None if root.dynamic_img_size else root.patch_embed.num_patches + root.num_prefix_tokens
         return VisionTransformer(
             root=root,
@@ -73,12 +75,12 @@ class TimmVisionTransformer(Family):
     def force_fused(self, block: nn.Module) -> list[nn.Module]:
         """`fused_attn` is an attribute of each attention module, set when the model was built."""
         kinds = (Attention, DiffAttention, vit.ParallelScalingBlock, vit.DiffParallelScalingBlock)
-        changed = [m for m in block.modules() if isinstance(m, kinds) and not m.fused_attn]
+        changed: list[nn.Module] = [m for m in block.modules() if isinstance(m, kinds) and not m.fused_attn]
         for module in changed:
-            module.fused_attn = True
+            vars(module)["fused_attn"] = True
         return changed
 
     def undo_fused(self, changed: list[nn.Module]) -> None:
         """See `Family.undo_fused`."""
         for module in changed:
-            module.fused_attn = False
+            vars(module)["fused_attn"] = False

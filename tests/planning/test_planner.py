@@ -1,0 +1,208 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from timm.models.vision_transformer import VisionTransformer
+
+import lightning_prune as lp
+from lightning_prune.patching.overlay import is_overlaid
+from lightning_prune.planning import ProxyCurve
+
+IMAGES = torch.randn(24, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def vit(**kwargs):
+    torch.manual_seed(0)
+    shape = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 5}
+    return VisionTransformer(**{**shape, **kwargs}).eval()
+
+
+def profile(latency, protocol="deployed", spread=0.001, **kwargs):
+    """A profile of the model above from {tokens: milliseconds}, as if it had been measured."""
+    tokens = tuple(sorted(latency))
+    values = {
+        "tokens": tokens,
+        "milliseconds": tuple(latency[count] for count in tokens),
+        "spread": (spread,) * len(tokens),
+        "rounds": (9,) * len(tokens),
+        "method": "random" if protocol == "paper" else "pomt",
+        "block": 0 if protocol == "paper" else 1,
+        "depth": 4,
+        "protocol": protocol,
+        "context": {"batch_size": 2},
+    }
+    return lp.LatencyProfile(**{**values, **kwargs})
+
+
+STRAIGHT = {count: 1.0 + 0.1 * count for count in range(3, 18)}
+
+
+class KnownCurve(ProxyCurve):
+    """A proxy whose values are given; records what was asked."""
+
+    def __init__(self, curve, accuracy):
+        self.profile, self.values, self.name = curve, {curve.dense_tokens: 1.0}, "soft agreement"
+        self.accuracy, self.asked = accuracy, []
+
+    def __call__(self, tokens):
+        if tokens not in self.values:
+            self.asked.append(tokens)
+            self.values[tokens] = self.accuracy(tokens)
+        return self.values[tokens]
+
+
+def planned(latency, accuracy, objective, **kwargs):
+    curve = profile(latency)
+    known = KnownCurve(curve, accuracy)
+    model = vit()
+    made = lp.plan(
+        model, IMAGES, profile=curve, curve=known, block=1, objective=objective, confirm=False, progress=False, **kwargs
+    )
+    assert not any(map(is_overlaid, model.modules()))
+    return made, known
+
+
+def scores(latency, accuracy, objective):
+    counts = sorted(latency)
+    values = objective.score(np.array([latency[c] for c in counts]), np.array([accuracy(c) for c in counts]))
+    return dict(zip(counts, values, strict=True))
+
+
+def score(tokens, latency, accuracy, objective):
+    return scores(latency, accuracy, objective)[tokens]
+
+
+def best(latency, accuracy, objective):
+    return max(scores(latency, accuracy, objective).values())
+
+
+ACCURACIES = {
+    "concave": lambda count: 1 - (1 - count / 17) ** 2,
+    "steep": lambda count: 1 / (1 + np.exp(-(count - 9.0))) / (1 / (1 + np.exp(-8.0))),
+    "linear": lambda count: 0.5 + 0.5 * count / 17,
+}
+
+
+@pytest.mark.parametrize("accuracy", ACCURACIES.values(), ids=ACCURACIES)
+@pytest.mark.parametrize("objective", [lp.Utility(0.5), lp.Utility(0.2), lp.AccuracyBudget(0.05)], ids=str)
+@pytest.mark.parametrize("cliff", [None, 8, 12])
+def test_finds_what_an_exhaustive_search_finds(accuracy, objective, cliff):
+    latency = {c: ms + (1.0 if cliff is not None and c > cliff else 0.0) for c, ms in STRAIGHT.items()}
+    made, known = planned(latency, accuracy, objective)
+    assert score(made.tokens, latency, accuracy, objective) >= best(latency, accuracy, objective) - 0.002
+    assert len(known.asked) < len(latency) - 1  # and asks for less
+
+
+def test_the_deployed_count_is_the_chosen_one_and_both_were_measured():
+    made, known = planned(STRAIGHT, ACCURACIES["concave"], lp.Utility(0.5))
+    assert made.schedule.tokens(17)[-1] == made.tokens
+    assert made.tokens in known.values
+    assert made.predicted_ms == pytest.approx(STRAIGHT[made.tokens])
+    assert made.schedule.reducing == {1: 17 - made.tokens}
+
+
+def test_a_flat_curve_removes_nothing_and_says_why():
+    made, known = planned(dict.fromkeys(range(3, 18), 5.0), ACCURACIES["linear"], lp.Utility(1.0))
+    assert made.removed == 0
+    assert made.tokens == 17
+    assert "The curve is flat" in made.reason
+    assert known.asked == []  # no accuracy is measured for nothing
+    assert made.speedup == 1.0
+
+
+def test_noise_counts_as_flat():
+    curve = profile(STRAIGHT, spread=5.0)
+    made = lp.plan(vit(), IMAGES, profile=curve, block=1, confirm=False, progress=False)
+    assert made.removed == 0
+    assert "The curve is flat" in made.reason
+
+
+def test_a_plateau_is_not_pruned_for_nothing():
+    """Under a budget that allows it all, pruning stops where it stops to save."""
+    latency = {c: 10.0 if c > 8 else 5.0 for c in range(3, 18)}
+    made, _ = planned(latency, ACCURACIES["linear"], lp.AccuracyBudget(0.9))
+    assert made.tokens == 8
+
+
+def test_a_budget_that_nothing_meets_keeps_dense():
+    made, _ = planned(STRAIGHT, lambda count: 0.5, lp.AccuracyBudget(0.01))
+    assert made.removed == 0
+    assert "every faster count costs too much" in made.reason
+
+
+def test_real_model_end_to_end():
+    model = vit()
+    made = lp.plan(model, IMAGES, example_batch=IMAGES[:2], objective=lp.Utility(1.0), max_seconds=0.5, progress=False)
+    assert made.proxy == "soft agreement"
+    assert made.block == 1
+    assert made.schedule.provenance["tokens_dense"] == 17
+    assert made.schedule.provenance["batch_size"] == 2
+    if made.removed:  # the device decides
+        assert made.pruned.rounds == made.dense.rounds
+        assert made.latency_ms == made.pruned.milliseconds
+    assert not any(map(is_overlaid, model.modules()))
+
+
+def test_proxy_curve_is_that_of_the_deployed_cut():
+    model, curve = vit(), profile(STRAIGHT)
+    values = ProxyCurve(model, IMAGES, curve, progress=False)
+    dense = model(IMAGES).softmax(-1)
+    top = dense.argmax(-1, keepdim=True)
+    with lp.patch(model, "pomt", [0, 8, 0, 0]):
+        pruned = model(IMAGES).softmax(-1)
+    expected = float(pruned.detach().gather(1, top).mean() / dense.detach().gather(1, top).mean())
+    assert values(9) == pytest.approx(expected, rel=1e-5)
+    assert not any(map(is_overlaid, model.modules()))
+
+
+def test_paper_protocol_is_the_papers_computation():
+    """Random drop before block 0, top-1 on labels, utility, argmax over every count; the chosen count is deployed."""
+    model = vit()
+    labels = model(IMAGES).argmax(-1)
+    labels[::5] = (labels[::5] + 1) % 5
+    curve = profile({count: STRAIGHT.get(count, 1.2) for count in range(2, 18)}, protocol="paper")
+    made = lp.plan(
+        model, IMAGES, profile=curve, block=1, protocol="paper", labels=labels, confirm=False, progress=False
+    )
+    right = {}
+    for count in range(2, 18):
+        with lp.patch(model, lp.reduction.Random(site="input"), [17 - count, 0, 0, 0]):
+            right[count] = float((model(IMAGES).argmax(-1) == labels).float().mean())
+    utility = {c: 0.5 * (1 - curve.at(c) / curve.dense_ms) + 0.5 * right[c] / max(right.values()) for c in right}
+    assert made.tokens == max(utility, key=lambda c: (utility[c], c))
+    assert made.method == "pomt"
+    assert made.schedule.reducing == {1: 17 - made.tokens}
+
+
+def test_plan_as_plain_values(tmp_path):
+    made, _ = planned(STRAIGHT, ACCURACIES["concave"], lp.Utility(0.5))
+    json.dumps(made.to_dict())
+    path = made.schedule.save(tmp_path / "schedule.yaml")
+    assert yaml.safe_load(path.read_text())["provenance"]["objective"] == "utility, alpha 0.5"
+    assert lp.Schedule.load(path) == made.schedule
+    figure = made.plot(tmp_path / "plan.png")
+    assert len(figure.axes) == 3
+    assert (tmp_path / "plan.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "`example_batch` is needed"),
+        ({"objective": 0.5}, "`objective` must be an Objective such as Utility"),
+        ({"profile": profile(STRAIGHT, depth=5)}, "5 blocks; this one has 4"),
+        ({"profile": profile(STRAIGHT | {20: 5.0})}, "20 tokens; this model has 17"),
+        ({"profile": profile(STRAIGHT), "block": 2}, "pomt at block 1; asked for is pomt at block 2"),
+        ({"profile": profile(STRAIGHT), "method": "random"}, "pomt at block 1; asked for is random at block 1"),
+        ({"profile": profile(STRAIGHT), "protocol": "paper"}, "protocol 'deployed', not 'paper'"),
+        (
+            {"profile": profile(STRAIGHT, protocol="paper"), "protocol": "paper"},
+            "`labels` are needed by protocol='paper'",
+        ),
+    ],
+)
+def test_bad_arguments_are_named(arguments, message):
+    with pytest.raises(lp.ArgumentError, match=message):
+        lp.plan(vit(), IMAGES, **{"block": 1, "progress": False, **arguments})
