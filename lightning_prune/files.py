@@ -58,7 +58,7 @@ def read_document(path: str | Path, kind: str, version: int) -> dict[str, Any]:
         document = json.loads(text) if source.suffix == ".json" else yaml.safe_load(text)
     except OSError as error:
         raise FileFormatError(f"Cannot read {source}: {error.strerror or error}.") from error
-    except (UnicodeDecodeError, ValueError, yaml.YAMLError) as error:
+    except Exception as error:  # of damage PyYAML makes KeyError, IndexError, RecursionError, ...
         reason = " ".join(str(error).split())
         raise FileFormatError(f"{source} is damaged or not a {kind} file: {reason}") from error
     found = document.get("format") if isinstance(document, dict) else None
