@@ -33,7 +33,7 @@ def resolve(method: str | Reduction) -> Reduction:
         return method
     if isinstance(method, str) and method in METHODS:
         return METHODS[method]()
-    near = get_close_matches(str(method), METHODS, n=1)
+    near = get_close_matches(str(method).lower(), METHODS, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     known = ", ".join(repr(name) for name in METHODS)
     raise ArgumentError(f"`method` must be a Reduction or one of {known}, got {method!r}.{hint}")
