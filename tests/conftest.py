@@ -1,0 +1,84 @@
+"""The published formulas in float64 and plain loops, one image at a time, written without the package."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+
+def probabilities(
+    query: Tensor, key: Tensor, scale: float | None = None, mask: Tensor | None = None
+) -> list[list[list[float]]]:
+    """A[h][j][i] of one image, (H, N, D) each; the mask is (H, N, N), bool or additive."""
+    q, k = query.double().tolist(), key.double().tolist()
+    heads, tokens, channels = query.shape
+    scale = channels**-0.5 if scale is None else scale
+    rows = []
+    for h in range(heads):
+        rows.append([])
+        for j in range(tokens):
+            logits = []
+            for i in range(tokens):
+                logit = sum(a * b for a, b in zip(q[h][j], k[h][i], strict=True)) * scale
+                if mask is not None and mask.dtype == torch.bool:
+                    logit = logit if mask[h, j, i] else -math.inf
+                elif mask is not None:
+                    logit += float(mask[h, j, i])
+                logits.append(logit)
+            top = max(logits)
+            weights = [math.exp(logit - top) for logit in logits]
+            rows[h].append([weight / sum(weights) for weight in weights])
+    return rows
+
+
+def pomt_scores(query: Tensor, key: Tensor, value: Tensor, prefix: int) -> list[float]:
+    """a_i + s_i of every patch token of one image."""
+    attention = probabilities(query, key)
+    v = value.double().tolist()
+    heads, tokens, channels = value.shape
+    received = []
+    for i in range(prefix, tokens):
+        received.append(sum(max(attention[h][j][i] for h in range(heads)) for j in range(prefix, tokens)))
+    magnitude = []
+    for i in range(tokens):
+        magnitude.append(sum(max(v[h][i][d] for h in range(heads)) for d in range(channels)))
+    top = max(magnitude)
+    total = sum(math.exp(m - top) for m in magnitude)
+    return [a / max(received) + math.exp(m - top) / total for a, m in zip(received, magnitude[prefix:], strict=True)]
+
+
+def pomt(
+    tokens: Tensor, query: Tensor, key: Tensor, value: Tensor, remove: int, prefix: int
+) -> tuple[Tensor, list[int]]:
+    """Tokens (N - R, C) in float64 that are left of one image, and where each stood; -1 for the mean."""
+    scores = pomt_scores(query, key, value, prefix)
+    patches = len(scores)
+    by_score = sorted(range(patches), key=lambda i: scores[i], reverse=True)
+    kept = sorted(by_score[: patches - remove - 1])
+    rows = tokens.double()
+    mean = sum(rows[prefix + i] for i in range(patches) if i not in kept) / (remove + 1)
+    left = [rows[p] for p in range(prefix)] + [rows[prefix + i] for i in kept] + [mean]
+    return torch.stack(left), [*range(prefix), *(prefix + i for i in kept), -1]
+
+
+def random(tokens: Tensor, remove: int, prefix: int, seed: int) -> tuple[Tensor, list[int]]:
+    """The same for random pruning: MurmurHash3's finaliser on Python's own whole numbers."""
+    word = 2**32
+
+    def draw(position: int) -> int:
+        h = ((position + 1) * 0x9E3779B1 + seed * 0x9E3779B9 + 0x85EBCA6B) % word
+        h = ((h ^ (h >> 16)) * 0x85EBCA6B) % word
+        h = ((h ^ (h >> 13)) * 0xC2B2AE35) % word
+        return h ^ (h >> 16)
+
+    patches = tokens.shape[0] - prefix
+    kept = sorted(sorted(range(patches), key=draw, reverse=True)[: patches - remove])
+    positions = [*range(prefix), *(prefix + i for i in kept)]
+    return tokens.double()[positions], positions
+
+
+@pytest.fixture(scope="session")
+def naive() -> SimpleNamespace:
+    return SimpleNamespace(probabilities=probabilities, pomt_scores=pomt_scores, pomt=pomt, random=random)

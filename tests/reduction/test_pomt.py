@@ -1,0 +1,132 @@
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_prune.reduction import POMT, Attention, Sequence, pomt, pomt_scores
+
+
+def draw(
+    batch: int, heads: int, tokens: int, channels: int = 4, dtype: torch.dtype = torch.float64, seed: int = 0
+) -> tuple[Tensor, Attention]:
+    """Tokens and the query, key and value that they came from."""
+    generator = torch.Generator().manual_seed(seed)
+    query, key, value = (
+        torch.randn(batch, heads, tokens, channels, generator=generator, dtype=torch.float64).to(dtype)
+        for _ in range(3)
+    )
+    x = torch.randn(batch, tokens, heads * channels, generator=generator, dtype=torch.float64).to(dtype)
+    return x, Attention(query, key, value)
+
+
+def image(attention: Attention, index: int) -> tuple[Tensor, Tensor, Tensor]:
+    return attention.query[index], attention.key[index], attention.value[index]
+
+
+@pytest.mark.parametrize("prefix", [0, 1, 2, 5])
+@pytest.mark.parametrize("heads", [1, 3])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_scores_are_those_of_the_formula(naive: SimpleNamespace, prefix: int, heads: int, batch: int) -> None:
+    _, attention = draw(batch, heads, prefix + 11)
+    scores = pomt_scores(attention, prefix)
+    expected = torch.tensor([naive.pomt_scores(*image(attention, b), prefix) for b in range(batch)]).double()
+    assert scores.dtype == torch.float64
+    torch.testing.assert_close(scores, expected, rtol=1e-6, atol=1e-7)  # torch.tensor of floats is single precision
+    expected = torch.tensor(
+        [naive.pomt_scores(*image(attention, b), prefix) for b in range(batch)], dtype=torch.float64
+    )
+    torch.testing.assert_close(scores, expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("prefix", [0, 1, 2, 5])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_every_number_of_removed_tokens_up_to_the_capacity(naive: SimpleNamespace, prefix: int, batch: int) -> None:
+    tokens = prefix + 9
+    x, attention = draw(batch, 2, tokens, seed=prefix)
+    capacity = POMT().capacity(tokens, prefix)
+    assert capacity == 7
+    for remove in range(1, capacity + 1):
+        reduced = pomt(x, attention, remove, prefix)
+        assert reduced.tokens.shape == (batch, tokens - remove, x.shape[-1])
+        for b in range(batch):
+            expected, positions = naive.pomt(x[b], *image(attention, b), remove, prefix)
+            assert reduced.positions[b].tolist() == positions
+            torch.testing.assert_close(reduced.tokens[b], expected, rtol=1e-12, atol=1e-13)
+            assert torch.equal(reduced.tokens[b, :-1], x[b, positions[:-1]]), "kept tokens keep their bits"
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)], ids=["fp32", "bf16"])
+def test_lower_precisions(naive: SimpleNamespace, dtype: torch.dtype, tolerance: float) -> None:
+    x, attention = draw(3, 2, 14, dtype=dtype)
+    scores, reduced = pomt_scores(attention, 1), pomt(x, attention, 6, 1)
+    assert scores.dtype == torch.float32
+    assert reduced.tokens.dtype == dtype
+    for b in range(3):
+        expected = torch.tensor(naive.pomt_scores(*image(attention, b), 1))
+        torch.testing.assert_close(scores[b], expected, rtol=tolerance, atol=tolerance)
+        # What is fused is judged for the tokens that were really dropped: a low precision may rank near-ties otherwise.
+        positions = reduced.positions[b].tolist()
+        assert positions[:-1] == sorted(positions[:-1])
+        assert positions[-1] == -1
+        dropped = x[b].double()[[i for i in range(14) if i not in positions]]
+        assert len(dropped) == 7
+        torch.testing.assert_close(reduced.tokens[b, -1].double(), dropped.mean(0), rtol=tolerance, atol=tolerance)
+        assert torch.equal(reduced.tokens[b, :-1], x[b, positions[:-1]])
+
+
+def test_the_mean_of_bf16_tokens_is_summed_in_a_higher_precision() -> None:
+    """Summed in bfloat16, 400 tokens of about 1 lose whole units."""
+    _, attention = draw(1, 1, 401, dtype=torch.bfloat16)
+    x = torch.full((1, 401, 2), 1.0, dtype=torch.bfloat16)
+    x[:, ::2] = 1.5
+    reduced = pomt(x, attention, 390, 1)
+    dropped = [i for i in range(401) if i not in reduced.positions[0].tolist()]
+    torch.testing.assert_close(reduced.tokens[0, -1].double(), x[0, dropped].double().mean(0), rtol=4e-3, atol=0)
+
+
+def test_an_image_has_the_same_outcome_alone_and_in_any_batch() -> None:
+    x, attention = draw(5, 3, 21, dtype=torch.float32)
+    attention = attention._replace(query=attention.query * torch.tensor([1.0, 9, 3, 0.1, 5]).view(5, 1, 1, 1))
+    together = pomt(x, attention, 8, 1)
+    for b in range(5):
+        alone = pomt(x[b : b + 1], Attention(*(part[b : b + 1] for part in attention[:3])), 8, 1)
+        assert torch.equal(alone.positions[0], together.positions[b])
+        torch.testing.assert_close(alone.tokens[0], together.tokens[b], rtol=1e-5, atol=1e-6)
+
+
+def test_what_prefix_tokens_ask_for_plays_no_part() -> None:
+    """a_i sums over patch queries, so the query of CLS decides nothing."""
+    _, attention = draw(1, 2, 12)
+    query = attention.query.clone()
+    query[:, :, 0] = 100.0
+    assert torch.equal(pomt_scores(attention, 1), pomt_scores(attention._replace(query=query), 1))
+
+
+def test_the_prefix_takes_its_share_of_the_value_softmax() -> None:
+    """s_i is a softmax over all tokens: a CLS with huge values leaves the patches none of it."""
+    _, attention = draw(1, 2, 12)
+    value = attention.value.clone()
+    value[:, :, 0] = 100.0
+    scores = pomt_scores(attention._replace(value=value), 1)
+    assert scores.max().item() == pytest.approx(1.0, abs=1e-12)
+
+
+def test_the_method_is_the_function() -> None:
+    x, attention = draw(2, 2, 12)
+    reduced = POMT().reduce(Sequence(x, 1, True, attention), 4)
+    expected = pomt(x, attention, 4, 1)
+    assert torch.equal(reduced.tokens, expected.tokens)
+    assert torch.equal(reduced.positions, expected.positions)
+    assert reduced.sizes is None
+
+
+@pytest.mark.parametrize(("tokens", "prefix", "capacity"), [(197, 1, 194), (3, 1, 0), (2, 1, 0), (1, 1, 0), (4, 0, 2)])
+def test_capacity(tokens: int, prefix: int, capacity: int) -> None:
+    assert POMT().capacity(tokens, prefix) == capacity
+
+
+def test_compiles_without_a_break_and_without_looking_at_the_data() -> None:
+    x, attention = draw(2, 2, 12, dtype=torch.float32)
+    compiled = torch.compile(pomt, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(x, attention, 4, 1).tokens, pomt(x, attention, 4, 1).tokens)

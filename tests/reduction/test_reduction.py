@@ -1,0 +1,68 @@
+import copy
+import pickle
+from typing import Any
+
+import pytest
+
+from lightning_prune.errors import ArgumentError
+from lightning_prune.reduction import METHODS, POMT, Random, Reduction, resolve
+
+
+def test_names_resolve_to_default_instances() -> None:
+    assert resolve("pomt") == POMT()
+    assert resolve("random") == Random()
+    assert all(METHODS[name].name == name for name in METHODS)
+
+
+def test_an_instance_stands_for_itself() -> None:
+    method = Random(seed=4)
+    assert resolve(method) is method
+
+
+@pytest.mark.parametrize(
+    ("asked", "nearest"), [("pmot", "pomt"), ("pomt ", "pomt"), ("POMT", "pomt"), ("randm", "random")]
+)
+def test_unknown_name_suggests_the_nearest(asked: str, nearest: str) -> None:
+    with pytest.raises(ArgumentError, match=rf"one of 'pomt', 'random', got '{asked}'\. Did you mean '{nearest}'\?"):
+        resolve(asked)
+
+
+@pytest.mark.parametrize("asked", ["zzz", "", None, 3, POMT])
+def test_what_is_near_nothing_gets_no_suggestion(asked: Any) -> None:
+    with pytest.raises(ArgumentError, match=r"`method` must be a Reduction or one of .*, got [^?]*$"):
+        resolve(asked)
+
+
+def test_equality_and_hash_go_by_class_and_settings() -> None:
+    assert POMT() == POMT()
+    assert Random(1) == Random(1)
+    assert Random(1) != Random(2)
+    assert Random(1) != Random(1, site="input")
+    assert POMT() != Random()
+    assert POMT() != "pomt"
+    assert len({POMT(), POMT(), Random(1), Random(1), Random(2)}) == 3
+
+
+@pytest.mark.parametrize(
+    ("method", "text"),
+    [
+        (POMT(), "POMT()"),
+        (Random(), "Random(seed=0, site='block')"),
+        (Random(3, "input"), "Random(seed=3, site='input')"),
+    ],
+)
+def test_repr_is_what_one_would_type(method: Reduction, text: str) -> None:
+    assert repr(method) == text
+    assert eval(text, {"POMT": POMT, "Random": Random}) == method
+
+
+@pytest.mark.parametrize("method", [POMT(), Random(3, "input")], ids=repr)
+def test_copies_and_pickles(method: Reduction) -> None:
+    assert copy.deepcopy(method) == method
+    assert pickle.loads(pickle.dumps(method)) == method
+
+
+def test_sites_and_what_is_read() -> None:
+    assert (POMT().site, POMT().reads, POMT().proportional_attention) == ("block", {"attention"}, False)
+    assert (Random().site, Random().reads) == ("block", frozenset())
+    assert Random(site="input").site == "input"
