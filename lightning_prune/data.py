@@ -1,16 +1,14 @@
 """LightningDataModules: image folders and datasets as the model wants to see them, and the embedded digits."""
 
-from collections.abc import Sized
-from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from timm.data.dataset_factory import create_dataset
 from timm.data.transforms_factory import create_transform
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_prune.canvas import CANVAS
+from lightning_prune.datasets import class_count, open_dataset
 from lightning_prune.digits import CLASSES, ClutteredDigits, FreshPlacements
 from lightning_prune.errors import ArgumentError, DataError
 
@@ -77,8 +75,8 @@ class ImageFolderData(_EvaluationData):
 
     Raises:
         ArgumentError: An argument is out of its range.
-        DataError: In `setup`: nothing there, no images, no way to know what the model wants to see, or not as many
-            classes as the model's head has.
+        DataError: In `setup`: nothing there, no images or no such split, no way to know what the model wants to see,
+            or not as many classes as the model's head has.
 
     Example:
         >>> from lightning_prune import ImageFolderData
@@ -117,33 +115,17 @@ class ImageFolderData(_EvaluationData):
                 "data_config: expected the LightningModule to have one (ImageClassifier does) or one to be given, "
                 "got neither, so size and normalisation of the images are unknown."
             )
-        self.dataset = self._open(channels=config["input_size"][0])
+        grey = {"input_img_mode": "L"} if config["input_size"][0] == 1 else {}
+        self.dataset = open_dataset(
+            self.root, self.split, self.dataset_name, self.class_map, batch_size=self.batch_size, **grey
+        )
         self.dataset.transform = create_transform(**config, is_training=False)  # type: ignore[attr-defined]
-        classes, head = self._classes(), self._of_model("num_classes")
+        classes, head = class_count(self.dataset), self._of_model("num_classes")
         if classes is not None and head is not None and classes != head:
             raise DataError(
                 f"{self.root}: {classes} classes, but the model's head has {head}. Give the model that was trained on "
                 "these classes, or a class_map that names those of the head."
             )
-
-    def _open(self, channels: int) -> Dataset[Any]:
-        if not self.dataset_name and not Path(self.root).exists():
-            raise DataError(f"root: expected a folder or a tar with images, got {self.root}, which does not exist.")
-        options: dict[str, Any] = {"class_map": self.class_map, "batch_size": self.batch_size}
-        if channels == 1:
-            options["input_img_mode"] = "L"
-        try:
-            dataset: Dataset[Any] = create_dataset(self.dataset_name, str(self.root), self.split, **options)
-        except Exception as error:  # every reader has its own kinds, bare RuntimeError and assert among them
-            raise DataError(f"{self.root}: no dataset could be opened: {error or type(error).__name__}") from error
-        if isinstance(dataset, Sized) and not len(dataset):
-            raise DataError(f"{self.root}: expected images in one subfolder per class, got none.")
-        return dataset
-
-    def _classes(self) -> int | None:
-        names = getattr(getattr(self.dataset, "reader", None), "class_to_idx", None)
-        names = names or getattr(self.dataset, "classes", None)
-        return len(names) if names else None
 
 
 class DigitsData(_EvaluationData):

@@ -124,6 +124,12 @@ def test_folder_without_images(tmp_path: Path) -> None:
         ImageFolderData(str(tmp_path), data_config=CONFIG).setup("validate")
 
 
+def test_folder_without_such_a_split(folder: Path) -> None:
+    with pytest.raises(DataError, match=rf"^split: expected one of val, which {folder} has, got 'test'\.$"):
+        ImageFolderData(str(folder), split="test", data_config=CONFIG).setup("validate")
+    ImageFolderData(str(folder / "val"), split="test", data_config=CONFIG).setup("validate")  # classes at the top
+
+
 def test_folder_that_does_not_exist(tmp_path: Path) -> None:
     with pytest.raises(
         DataError, match=r"^root: expected a folder or a tar with images, got .*nowhere, which does not"
