@@ -41,8 +41,13 @@ def best_in_order(scores: Tensor, keep: int) -> Tensor:
 
 
 def take_tokens(tokens: Tensor, index: Tensor) -> Tensor:
-    """The tokens of every image at its own indices: (B, N, C) and (B, K) -> (B, K, C)."""
-    return tokens.gather(1, index.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+    """The tokens of every image at its own indices: (B, N, C) and (B, K) -> (B, K, C).
+
+    Rows of a flat table are copied whole; a `gather`, which looks up every channel, is several times slower on a CPU.
+    """
+    batch, count, channels = tokens.shape
+    first = torch.arange(batch, device=index.device).unsqueeze(1) * count
+    return tokens.flatten(0, 1).index_select(0, (index + first).flatten()).view(batch, index.shape[1], channels)
 
 
 def with_prefix(index: Tensor, prefix_tokens: int) -> Tensor:
