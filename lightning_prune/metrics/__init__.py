@@ -2,6 +2,6 @@
 
 from lightning_prune.metrics.latency import Latency
 from lightning_prune.metrics.throughput import Throughput
-from lightning_prune.metrics.timing import StepTimer, steady, synchronize
+from lightning_prune.metrics.timing import StepTimer, steady
 
-__all__ = ["Latency", "StepTimer", "Throughput", "steady", "synchronize"]
+__all__ = ["Latency", "StepTimer", "Throughput", "steady"]

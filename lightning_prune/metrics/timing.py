@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import torch
 
+from lightning_prune.device import synchronize
+
 
 class Step(NamedTuple):
     """One batch: number of images, and seconds."""
@@ -39,16 +41,6 @@ def steady(steps: Sequence[Step], warmup: int) -> list[Step]:
     usual = Counter(step.images for step in steps).most_common(1)[0][0]
     even = [step for step in steps if step.images == usual]
     return even[min(warmup, len(even) - 1) :]
-
-
-def synchronize(device: torch.device) -> None:
-    """Waits until `device` has done its work; on a CPU there is nothing to wait for."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
-    elif device.type == "xpu":
-        torch.xpu.synchronize(device)
 
 
 class StepTimer:

@@ -4,7 +4,7 @@ from lightning_prune.profiling.accuracy import Proxy, soft_agreement
 from lightning_prune.profiling.context import measurement_context
 from lightning_prune.profiling.curve import LatencyProfile, Span
 from lightning_prune.profiling.latency import compare_latency, profile_latency, resolve_block
-from lightning_prune.profiling.timing import Interleaved, Timing, synchronize
+from lightning_prune.profiling.timing import Interleaved, Timing
 
 __all__ = [
     "Interleaved",
@@ -17,5 +17,4 @@ __all__ = [
     "profile_latency",
     "resolve_block",
     "soft_agreement",
-    "synchronize",
 ]

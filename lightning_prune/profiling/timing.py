@@ -8,17 +8,9 @@ from typing import Generic, TypeVar
 import numpy as np
 import torch
 
+from lightning_prune.device import synchronize
+
 K = TypeVar("K")
-
-
-def synchronize(device: torch.device) -> None:
-    """Waits until the device has done all work; the CPU always has."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
-    elif device.type not in ("cpu", "meta"):
-        torch.accelerator.synchronize(device)
 
 
 @dataclass(frozen=True)

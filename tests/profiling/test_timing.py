@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from lightning_prune.profiling import Interleaved, synchronize
+from lightning_prune.profiling import Interleaved
 
 CPU = torch.device("cpu")
 
@@ -87,7 +87,3 @@ def test_latecomers_are_comparable():
     race.measure(["a"], rounds=9)  # 20 runs
     race.measure(["b"], rounds=3)
     assert race.result("b").milliseconds == pytest.approx(race.result("a").milliseconds)
-
-
-def test_synchronize_does_nothing_on_a_cpu():
-    synchronize(CPU)
