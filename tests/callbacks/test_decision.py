@@ -1,0 +1,129 @@
+"""Schedules that the user gives, in every form, and where they were made."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import lightning_prune as lp
+from lightning_prune.callbacks.decision import given_schedule
+from lightning_prune.callbacks.token_pruning import _readable
+
+from .tiny import DEPTH, TOKENS, Snapshot, Tiny, loader, pruner, trainer, validated
+
+pytestmark = pytest.mark.usefixtures("clockwork")
+SINGLE = lp.Schedule.single(DEPTH, 1, 5)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "block", "expected"),
+    [
+        (5, 0.25, SINGLE),
+        (5, 3, lp.Schedule([0, 0, 0, 5])),
+        (5, 0.5, lp.Schedule([0, 0, 5, 0])),
+        ([2, 2, 1, 0], 0.25, lp.Schedule([2, 2, 1, 0])),
+        ((2, 2, 1, 0), 0.25, lp.Schedule([2, 2, 1, 0])),
+        (lp.Schedule([0, 1, 0, 1]), 0.25, lp.Schedule([0, 1, 0, 1])),
+        (0, 0.25, lp.Schedule([0, 0, 0, 0])),
+    ],
+)
+def test_given_schedules_are_deployed_and_timed(
+    schedule: Any, block: int | float, expected: lp.Schedule, decisions: list[str]
+) -> None:
+    callback = pruner(schedule=schedule, block=block)
+    module, running = validated(callback)
+    assert decisions == ["measure_given"]
+    decision = callback.decision
+    assert decision.schedule == expected
+    assert module.tokens() == {TOKENS - expected.total} == {decision.tokens}
+    assert (decision.plan, decision.predicted_ms, decision.calibration) == (None, None, "")
+    assert decision.reason == "The schedule was given."
+    assert decision.speedup == pytest.approx(1.5 if expected.total else 1.0)
+    assert running.callback_metrics["pruning/removed"] == expected.total
+    assert given_schedule(callback.schedule, block, DEPTH) == expected
+
+
+@pytest.mark.parametrize("name", ["schedule.yaml", "schedule.json"])
+@pytest.mark.parametrize("kind", [str, Path])
+def test_a_saved_schedule_is_deployed(name: str, kind: Any, tmp_path: Path) -> None:
+    path = kind(SINGLE.save(tmp_path / name))
+    module, _ = validated(pruner(schedule=path))
+    assert module.tokens() == {TOKENS - 5}
+
+
+def test_the_schedule_of_a_run_is_deployed_by_the_next_without_a_warning(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    planned = pruner()
+    first, _ = validated(planned)
+    path = planned.decision.schedule.save(tmp_path / "schedule.yaml")
+    second, _ = validated(pruner(schedule=path))
+    assert second.tokens() == first.tokens()
+    assert not [warning for warning in recwarn if "made elsewhere" in str(warning.message)]
+
+
+def test_a_schedule_from_elsewhere_is_deployed_with_a_warning_that_names_the_differences(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    origin = {
+        "device": "Abacus",
+        "batch_size": 64,
+        "precision": "bf16-mixed",
+        "method": "random",
+        "tokens_dense": TOKENS,
+    }
+    path = lp.Schedule.single(DEPTH, 1, 5, provenance=origin).save(tmp_path / "schedule.yaml")
+    callback = pruner(schedule=path)
+    module, _ = validated(callback)
+    assert module.tokens() == {TOKENS - 5}
+    told = [str(warning.message) for warning in recwarn if "made elsewhere" in str(warning.message)]
+    assert len(told) == 4
+    assert told[0].startswith("The schedule was made elsewhere: device Abacus there, ")
+    assert told[1] == "The schedule was made elsewhere: batch_size 64 there, 4 here."
+    assert told[2] == "The schedule was made elsewhere: precision bf16-mixed there, float32 here."
+    assert told[3] == "The schedule was made elsewhere: method random there, pomt here."
+
+
+@pytest.mark.parametrize(
+    ("schedule", "message"),
+    [
+        ([0, 5, 0], "The schedule is for 3 blocks; this model has 4"),
+        (lp.Schedule.single(12, 3, 5), "The schedule is for 12 blocks; this model has 4"),
+        (17, "Block 1 is asked to remove 17 tokens, but of the 17 that enter it pomt can remove at most 14"),
+        ([8, 8, 0, 0], "Block 1 is asked to remove 8 tokens, but of the 9 that enter it pomt can remove at most 6"),
+        (
+            lp.Schedule.single(DEPTH, 1, 5, provenance={"tokens_dense": 197}),
+            "The schedule was made for 197 tokens; 17 enter this model",
+        ),
+        (-1, "whole number.* >= 0, got -1"),
+    ],
+)
+def test_schedules_that_do_not_fit_are_refused(schedule: Any, message: str) -> None:
+    module = Tiny()
+    before = Snapshot(module)
+    with pytest.raises(lp.ScheduleError, match=message):
+        trainer(pruner(schedule=schedule)).validate(module, loader(), verbose=False)
+    assert module.steps == []
+    before.assert_unchanged()
+
+
+def test_files_that_are_no_schedules_are_refused_at_once(tmp_path: Path) -> None:
+    missing, cut, foreign = (tmp_path / f"{name}.yaml" for name in ("missing", "cut", "foreign"))
+    text = SINGLE.save(cut).read_text()
+    cut.write_text(text[: text.index("removed") + 11])
+    foreign.write_text("learning_rate: 0.1\n")
+    for path, message in (
+        (missing, "^Cannot read .*missing.yaml: No such file or directory"),
+        (cut, "cut.yaml is damaged or not a lightning_prune.schedule file"),
+        (foreign, "foreign.yaml is not a lightning_prune.schedule file: it has no format entry"),
+    ):
+        with pytest.raises(lp.FileFormatError, match=message):
+            pruner(schedule=path)
+
+
+def test_lists_that_are_no_schedules_are_refused_at_once() -> None:
+    with pytest.raises(lp.ScheduleError, match="whole numbers >= 0, got -2 for block 1"):
+        pruner(schedule=[1, -2, 0, 0])
+    with pytest.raises(lp.ScheduleError, match="got an empty list"):
+        pruner(schedule=[])
+    assert _readable("auto") == "auto"

@@ -1,0 +1,495 @@
+"""The callback in Trainer's loops: what is pruned, what is not, and that nothing of it stays."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from torch.utils.data import DataLoader
+
+import lightning_prune as lp
+from lightning_prune.callbacks import TokenPruning
+
+from .tiny import (
+    TOKENS,
+    Snapshot,
+    Stream,
+    Tiny,
+    loader,
+    pictures,
+    pruner,
+    tiny_vit,
+    trainer,
+    validated,
+)
+
+METRICS = {f"pruning/{name}" for name in ("latency_ms", "dense_latency_ms", "speedup", "tokens", "removed")}
+
+pytestmark = pytest.mark.usefixtures("clockwork")
+
+
+@pytest.mark.parametrize("stage", ["validate", "test", "predict"])
+def test_a_run_is_pruned_from_its_first_batch_and_loses_none(stage: str) -> None:
+    module, callback = Tiny(), pruner()
+    before = Snapshot(module)
+    getattr(trainer(callback), stage)(module, loader(22))
+    name = {"validate": "val"}.get(stage, stage)
+    assert [step.images for step in module.steps] == [4, 4, 4, 4, 4, 2]
+    assert callback.decision is not None
+    assert callback.decision.schedule.total > 0
+    assert module.tokens(name) == {callback.decision.tokens} == {TOKENS - callback.decision.schedule.total}
+    before.assert_unchanged()
+
+
+def test_fit_prunes_validation_only_and_decides_once(decisions: list[str], tmp_path: Path) -> None:
+    module, callback = Tiny(), pruner()
+    saved = ModelCheckpoint(dirpath=tmp_path, save_top_k=-1)
+    running = trainer(
+        callback, saved, max_epochs=3, num_sanity_val_steps=2, enable_checkpointing=True, val_check_interval=0.5
+    )
+    running.fit(module, loader(16), loader(12))
+    assert decisions == ["plan"]
+    assert module.tokens("sanity") == module.tokens("train") == {TOKENS}
+    assert module.tokens("val") == {callback.decision.tokens} != {TOKENS}
+    assert (module.seen("train"), module.seen("val"), module.seen("sanity")) == (3 * 16, 6 * 12, 8)
+    checkpoints = sorted(tmp_path.glob("*.ckpt"))
+    assert checkpoints
+    for path in checkpoints:
+        weights = torch.load(path, weights_only=True)["state_dict"]
+        fresh = Tiny()
+        fresh.load_state_dict(weights, strict=True)
+        assert type(fresh.vit.blocks[1]) is type(module.vit.blocks[1])
+
+
+def test_fit_trains_exactly_as_without_the_callback() -> None:
+    weights = []
+    for callbacks in ([pruner()], []):
+        module = Tiny(drop_rate=0.1)
+        L.seed_everything(3)
+        trainer(*callbacks, max_epochs=2).fit(module, loader(16, shuffle=True), loader(8))
+        weights.append(module.state_dict())
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
+
+
+def test_the_random_state_is_untouched() -> None:
+    import random
+
+    import numpy as np
+
+    class Noisy(Tiny):
+        def on_validation_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+            self.drawn = getattr(self, "drawn", [])
+            legacy = np.random.randn()  # noqa: NPY002  # the global generator is what this is about
+            self.drawn.append((random.random(), legacy, torch.rand(1).item()))
+
+    drawn = []
+    for callback in (pruner(), pruner(schedule=5), pruner(enabled=False)):
+        L.seed_everything(11)
+        module = Noisy()
+        L.seed_everything(11)
+        trainer(callback).validate(module, loader(12, shuffle=True), verbose=False)
+        drawn.append(module.drawn)
+    assert len(drawn[0]) == 3
+    assert drawn[0] == drawn[1] == drawn[2]
+
+
+class Generated:
+    """A loader that is no DataLoader and can be read once."""
+
+    def __init__(self) -> None:
+        self.batches = (batch for batch in loader(22))
+
+    def __iter__(self) -> Iterator[Any]:
+        return self.batches
+
+
+def no_loader() -> Generated:
+    return Generated()
+
+
+def stream() -> DataLoader[Any]:
+    return DataLoader(Stream(22), batch_size=4)
+
+
+def workers() -> DataLoader[Any]:
+    return loader(22, num_workers=1, persistent_workers=True)
+
+
+@pytest.mark.parametrize("make", [no_loader, stream, workers])
+def test_no_batch_is_lost(make: Any) -> None:
+    module, _ = validated(pruner(), data=make())
+    assert [step.images for step in module.steps] == [4, 4, 4, 4, 4, 2]
+    assert TOKENS not in module.tokens()
+
+
+def test_limits_and_several_loaders(decisions: list[str]) -> None:
+    module, _ = validated(pruner(), data=[loader(8), loader(12)], limit_val_batches=2)
+    assert [step.images for step in module.steps] == [4] * 4
+    assert len(module.tokens()) == 1
+    assert TOKENS not in module.tokens()
+    assert decisions == ["plan"]
+
+
+def test_disabled_is_dense(decisions: list[str]) -> None:
+    callback = pruner(enabled=False)
+    module, running = validated(callback)
+    assert module.tokens() == {TOKENS}
+    assert decisions == []
+    assert callback.decision is None
+    assert not METRICS & set(running.callback_metrics)
+    callback.enabled = True
+    running.validate(module, loader(), verbose=False)
+    assert module.steps[-1].tokens < TOKENS
+
+
+class Stop(Exception):
+    pass
+
+
+class Interrupting(L.Callback):
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+    def on_validation_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        raise self.error
+
+
+def test_model_is_restored_after_an_error_in_a_step() -> None:
+    class Failing(Tiny):
+        def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+            super().validation_step(batch, batch_idx)
+            if batch_idx == 1:
+                raise Stop("in a step")
+
+    module, callback = Failing(), pruner()
+    before = Snapshot(module)
+    with pytest.raises(Stop, match="in a step"):
+        validated(callback, module)
+    assert TOKENS not in module.tokens()  # it was pruned when it failed
+    before.assert_unchanged()
+    module.steps.clear()
+    with pytest.raises(Stop):  # and the callback goes on
+        validated(callback, module)
+    assert TOKENS not in module.tokens()
+
+
+def test_model_is_restored_after_an_error_in_another_callback() -> None:
+    module = Tiny()
+    before = Snapshot(module)
+    running = trainer(pruner(), Interrupting(Stop("elsewhere")))
+    with pytest.raises(Stop, match="elsewhere"):
+        running.validate(module, loader(), verbose=False)
+    before.assert_unchanged()
+
+
+def test_model_is_restored_after_ctrl_c() -> None:
+    module = Tiny()
+    before = Snapshot(module)
+    running = trainer(pruner(), Interrupting(KeyboardInterrupt()))
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        running.validate(module, loader(), verbose=False)
+    assert module.steps[0].tokens < TOKENS
+    before.assert_unchanged()
+
+
+@pytest.mark.parametrize("forward", range(1, 60, 7))
+def test_model_is_restored_after_an_error_while_deciding(forward: int) -> None:
+    """Fails in some forward pass of profiling, of the accuracy estimate or of the final comparison."""
+
+    class Fragile(Tiny):
+        armed = False
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return super().forward(images)
+
+        def _count(self, norm: torch.nn.Module, args: tuple[torch.Tensor]) -> None:
+            super()._count(norm, args)
+            if self.armed and self.forwards == forward:
+                raise Stop(f"forward {forward}")
+
+    module = Fragile()
+    before = Snapshot(module)
+    module.forwards, module.armed = 0, True
+    with pytest.raises(Stop):
+        validated(pruner(), module)
+    module.armed = False
+    assert module.steps == []
+    before.assert_unchanged()
+
+
+def test_model_is_restored_after_an_error_in_reporting(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: TokenPruning, decision: Any) -> None:
+        raise Stop("reporting")
+
+    monkeypatch.setattr(TokenPruning, "_report", fail)
+    module = Tiny()
+    before = Snapshot(module)
+    with pytest.raises(Stop, match="reporting"):
+        validated(pruner(), module)
+    before.assert_unchanged()
+
+
+def test_decision_is_kept_for_a_second_run(decisions: list[str]) -> None:
+    callback = pruner()
+    module, running = validated(callback)
+    first, forwards = callback.decision, module.forwards
+    running.validate(module, loader(), verbose=False)
+    assert decisions == ["plan"]
+    assert callback.decision is first
+    assert module.forwards - forwards == 6  # the steps and nothing else
+    running.test(module, loader(), verbose=False)
+    assert decisions == ["plan"]
+
+
+@pytest.mark.parametrize("change", ["batch", "precision", "schedule", "objective", "block", "model"])
+def test_decision_is_made_anew_where_it_would_not_hold(change: str, decisions: list[str]) -> None:
+    callback = pruner(schedule=5) if change == "block" else pruner()
+    module, running = validated(callback)
+    data = loader()
+    if change == "batch":
+        data = loader(batch_size=6)
+    elif change == "precision":
+        running = trainer(callback, precision="bf16-mixed")
+    elif change == "schedule":
+        callback.schedule = 3
+    elif change == "objective":
+        callback.objective = lp.AccuracyBudget(0.01)
+    elif change == "block":
+        callback.block = 2
+    else:
+        module = Tiny()
+        with torch.no_grad():
+            module.vit.head.weight.mul_(3)
+    running.validate(module, data, verbose=False)
+    assert len(decisions) == 2
+
+
+def test_use_takes_a_decision_over(decisions: list[str]) -> None:
+    first = pruner()
+    module, _ = validated(first)
+    second = pruner()
+    second.use(first.decision)
+    other, running = validated(second, data=loader(batch_size=6))
+    assert decisions == ["plan"]
+    assert other.tokens() == module.tokens()
+    assert running.callback_metrics["pruning/removed"] == first.decision.schedule.total
+
+
+def test_metrics_reach_callback_metrics_and_loggers(tmp_path: Path) -> None:
+    callback = pruner()
+    for stage in ("validate", "test", "predict"):
+        logger = CSVLogger(tmp_path, name=stage, version=0)
+        running = trainer(callback, logger=logger)
+        getattr(running, stage)(Tiny(), loader())
+        logger.save()
+        logged = (tmp_path / stage / "version_0" / "metrics.csv").read_text().splitlines()
+        assert set(logged[0].split(",")) >= METRICS
+        if stage != "predict":
+            metrics = {name: float(running.callback_metrics[name]) for name in METRICS}
+            assert metrics == pytest.approx(callback.decision.metrics())
+            assert metrics["pruning/speedup"] == pytest.approx(1.5)
+            assert metrics["pruning/tokens"] + metrics["pruning/removed"] == TOKENS
+
+
+def test_metrics_of_several_loaders_keep_their_names() -> None:
+    _, running = validated(pruner(), data=[loader(), loader()])
+    assert set(running.callback_metrics) >= METRICS
+
+
+def test_fit_logs_the_figures(tmp_path: Path) -> None:
+    running = trainer(pruner(), max_epochs=1, logger=CSVLogger(tmp_path, version=0), log_every_n_steps=1)
+    running.fit(Tiny(), loader(8), loader(8))
+    assert set(running.callback_metrics) >= METRICS
+
+
+def test_panel_says_what_was_decided(capsys: pytest.CaptureFixture[str]) -> None:
+    callback = pruner(verbose=True)
+    validated(callback)
+    told = capsys.readouterr().out
+    removed = callback.decision.schedule.total
+    assert told.count("Token pruning") == 1
+    assert "VisionTransformer, 0.1 M parameters" in told
+    assert callback.decision.context["device"] in told
+    assert "4 images, float32" in told
+    assert f"{TOKENS} -> {callback.decision.tokens}" in told
+    assert f"R = {removed} (pomt: {removed} at block 1)" in told
+    assert "dense 18.00 ms, pruned 12.00 ms (predicted " in told
+    assert "1.50x" in told
+    assert "judged by 8 images sampled from the dataset, seed 0" in " ".join(told.replace("│", " ").split())
+    assert "took" in told
+
+
+def test_quiet_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    validated(pruner())
+    assert "pruning" not in capsys.readouterr().out
+
+
+def test_batch_of_another_size_is_pruned_with_one_warning(recwarn: pytest.WarningsRecorder) -> None:
+    module, _ = validated(
+        pruner(), data=DataLoader(pictures(17), batch_sampler=[range(4), range(4, 8), [8, 9, 10], [11], range(12, 16)])
+    )
+    told = [str(warning.message) for warning in recwarn if "batch size" in str(warning.message)]
+    assert len(told) == 1
+    assert told[0].startswith("Batch 2 has 3 images; the profile was made at a batch size of 4.")
+    assert [step.images for step in module.steps] == [4, 4, 3, 1, 4]
+    assert TOKENS not in module.tokens()
+
+
+def test_a_second_pruner_is_refused() -> None:
+    module = Tiny()
+    with pytest.raises(lp.ArgumentError, match=r"^A Trainer can have one TokenPruning callback, got 2\.$"):
+        trainer(pruner(), pruner(schedule=3)).validate(module, loader(), verbose=False)
+    assert module.steps == []
+
+
+def test_bf16_mixed_is_profiled_as_it_runs() -> None:
+    callback = pruner()
+    validated(callback, precision="bf16-mixed")
+    assert callback.decision.context["precision"] == "bf16-mixed"
+
+
+def test_bf16_true_is_profiled_as_it_runs() -> None:
+    callback, module = pruner(), Tiny()
+    trainer(callback, precision="bf16-true").validate(module, loader(), verbose=False)
+    assert callback.decision.context["precision"] == "bfloat16"
+    assert TOKENS not in module.tokens()
+
+
+def test_features_are_judged_by_cosine_similarity() -> None:
+    callback = pruner()
+    validated(callback, Tiny(num_classes=0))
+    assert callback.decision.plan.proxy == "cosine similarity of features"
+    assert "cosine similarity" in callback.decision.reason
+
+
+class Two(Tiny):
+    def __init__(self) -> None:
+        super().__init__()
+        self.teacher = tiny_vit()
+
+
+def test_two_transformers_need_a_target() -> None:
+    with pytest.raises(lp.UnsupportedModelError, match="Found 2 Vision Transformers; pass `target`, one of 'vit'"):
+        validated(pruner(), Two())
+    callback = pruner(target="vit")
+    module, _ = validated(callback, Two())
+    assert module.tokens() == {callback.decision.tokens} != {TOKENS}
+    module, _ = validated(pruner(target="teacher"), Two())
+    assert module.tokens() == {TOKENS}
+    with pytest.raises(lp.ArgumentError, match=r"`target` must be the dotted path .* got 'student'"):
+        validated(pruner(target="student"), Two())
+
+
+class Convolutional(L.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = torch.nn.Conv2d(3, 4, 3)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.net(batch[0])
+
+
+def test_a_module_without_transformer_is_refused() -> None:
+    with pytest.raises(lp.UnsupportedModelError, match=r"Found no Vision Transformer.*Convolutional holds Conv2d"):
+        validated(pruner(), Convolutional())
+
+
+def test_outputs_that_are_not_finite_are_refused() -> None:
+    module = Tiny()
+    with torch.no_grad():
+        module.vit.head.bias[0] = float("nan")
+    with pytest.raises(lp.DataError, match="outputs are not finite for 8 of 8 calibration images"):
+        validated(pruner(), module)
+    assert type(module.vit.blocks[1]).__name__ == "Block"
+
+
+def test_accuracy_budget() -> None:
+    callback = pruner(objective=lp.AccuracyBudget(0.5))
+    validated(callback)
+    decision = callback.decision
+    assert "accuracy budget, at most 50% lost" in decision.reason
+    assert decision.plan.accuracy[decision.tokens] >= 0.5
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"objective": lp.Utility(0.3), "alpha": 0.7}, "`alpha` belongs to the default objective; got alpha=0.7"),
+        ({"alpha": 1.2}, r"`alpha` must be a number in \[0, 1\], got 1.2"),
+        ({"alpha": -0.1}, r"`alpha` must be a number in \[0, 1\], got -0.1"),
+        ({"max_seconds": 0}, "`max_seconds` must be a number > 0, got 0"),
+        ({"max_seconds": "x"}, "`max_seconds` must be a number > 0, got 'x'"),
+        ({"method": "pmot"}, "pmot"),
+        ({"schedule": None}, "`schedule` must be 'auto', a number of tokens, .* got None"),
+        ({"schedule": True}, "`schedule` must be 'auto', a number of tokens, .* got True"),
+        ({"schedule": 2.5}, "`schedule` must be 'auto', a number of tokens, .* got 2.5"),
+    ],
+)
+def test_bad_arguments_are_refused_at_once(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(lp.ArgumentError, match=message):
+        TokenPruning(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"block": 4}, r"`block` must be an index from 0 to 3 or a fraction in \[0, 1\), got 4"),
+        ({"block": 1.0}, r"`block` must be an index from 0 to 3 or a fraction"),
+        ({"calibration": 0}, "`calibration` must be a number of images >= 1, got 0"),
+        ({"calibration": "many"}, "`calibration` must be a number of images, a tensor of images or a loader, got str"),
+        ({"protocol": "papre"}, "`protocol` must be 'deployed' or 'paper', got 'papre'"),
+        ({"objective": "speed"}, "`objective` must be an Objective"),
+    ],
+)
+def test_bad_arguments_are_refused_when_the_model_is_known(options: dict[str, Any], message: str) -> None:
+    module = Tiny()
+    before = Snapshot(module)
+    with pytest.raises(lp.ArgumentError, match=message):
+        validated(pruner(**options), module)
+    assert module.steps == []
+    before.assert_unchanged()
+
+
+def test_paper_protocol_is_exhaustive_and_uses_labels() -> None:
+    module = Tiny()
+    with torch.no_grad():
+        module.vit.head.bias[2] = 100.0  # one image in five is classified rightly
+    callback = pruner(method="random", protocol="paper", calibration=24)
+    validated(callback, module)
+    planned = callback.decision.plan
+    assert planned.profile.protocol == "paper"
+    assert planned.profile.tokens == tuple(range(2, TOKENS + 1))
+    assert set(planned.accuracy) == set(planned.profile.tokens)
+    assert planned.proxy == "top-1 accuracy relative to dense"
+    assert callback.decision.tokens == 2  # accuracy is the same everywhere, latency least there
+    assert callback.decision.schedule.reducing == {1: TOKENS - 2}
+    assert module.tokens() == {2}
+
+
+def test_paper_protocol_needs_labels() -> None:
+    with pytest.raises(lp.ArgumentError, match="`labels` are needed by protocol='paper'"):
+        validated(pruner(protocol="paper"), data=DataLoader(pictures(8), batch_size=4))
+
+
+def test_a_compiled_model_is_pruned_inside_its_compiled_graph() -> None:
+    torch._dynamo.reset()
+    module = Tiny()
+    module.vit.norm._forward_pre_hooks.clear()  # the account of tokens is not for the compiler
+    before = Snapshot(module)
+    module.vit.compile(backend="eager")
+    left: list[int] = []
+    module.vit.fc_norm.register_forward_pre_hook(lambda _, args: left.append(args[0].shape[1]))
+    dense = trainer().predict(module, loader(8))
+    callback = pruner(schedule=6)
+    pruned = trainer(callback).predict(module, loader(8))
+    assert callback.decision.context["compiled"] is True
+    assert not torch.allclose(torch.cat(dense), torch.cat(pruned), atol=1e-6)
+    with lp.patch(tiny := Tiny(), "pomt", callback.decision.schedule):
+        expected = trainer().predict(tiny, loader(8))
+    assert torch.allclose(torch.cat(pruned), torch.cat(expected), atol=1e-5)
+    module.vit._compiled_call_impl = None
+    assert torch.equal(before.before["output"], before._look()["output"])
