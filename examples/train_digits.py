@@ -7,7 +7,8 @@ two cores. With `--checkpoints DIR` an interrupted run goes on where it was.
 
 Attention over all 196 patches is dear on a CPU. So most epochs look at windows of 8 x 8 patches around the digit, cut
 from the same canvases and with the position embeddings of the place that they were cut from, and the last ones look at
-whole canvases. No token is ever dropped at random. The clutter fades in over the first epochs.
+whole canvases. No token is ever dropped at random. The clutter fades in over the first epochs until it is as bright as
+the digits, and goes back to the contrast of the held-out part for the last ones.
 """
 
 import argparse
@@ -33,8 +34,8 @@ from lightning_prune.files import replacing, write_document
 from lightning_prune.zoo import DIGITS_MODEL, DIGITS_WEIGHTS
 
 PATCH, GRID, WINDOW = 4, 14, 8  # pixels per patch; patches per side of a canvas, and of a window
-EPOCHS, WINDOW_EPOCHS, STEADY_EPOCHS = 120, 95, 40
-CLUTTER_EPOCHS = 4  # for each quarter of the clutter's contrast
+EPOCHS, WINDOW_EPOCHS, STEADY_EPOCHS = 108, 80, 40
+FADE_EPOCHS, CLUTTERED_EPOCHS = 4, 85  # per quarter of the clutter's contrast; until it goes back to the usual
 BATCH, RATE, WARMUP, DECAY, SMOOTHING = 32, 1e-3, 100, 0.05, 0.05
 AVERAGING = 0.995  # the weights that are kept are a running average over about 200 steps, five epochs
 
@@ -45,14 +46,15 @@ class LocatedDigits(Dataset[Sample]):
     """Training images, each with the patch row and column of a random window around its digit."""
 
     def __init__(self) -> None:
+        self.usual = ClutteredDigits("train")
         self.levels = [ClutteredDigits("train", clutter=quarter / 4) for quarter in range(5)]
 
     def __len__(self) -> int:
-        return len(self.levels[0])
+        return len(self.usual)
 
     def __getitem__(self, index: int) -> Sample:
         epoch = index // len(self)  # FreshPlacements counts on through the epochs
-        digits = self.levels[min(4, epoch // CLUTTER_EPOCHS)]
+        digits = self.levels[min(4, epoch // FADE_EPOCHS)] if epoch < CLUTTERED_EPOCHS else self.usual
         image, label = digits[index]
         _, (top, left, side) = digits.render(index)
         pick = torch.Generator().manual_seed(index)

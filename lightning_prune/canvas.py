@@ -12,7 +12,7 @@ _SIZES = (20.0, 28.0)  # side of the enlarged scan on the canvas, in pixels
 _FRAGMENTS = (4, 8)  # how many pieces of other scans lie around
 
 
-def draw(scans: Floats, index: int, rng: np.random.Generator, clutter: float = 1.0) -> tuple[Floats, Box]:
+def draw(scans: Floats, index: int, rng: np.random.Generator, clutter: float) -> tuple[Floats, Box]:
     """Draws one scan on a cluttered canvas.
 
     Args:
@@ -27,7 +27,7 @@ def draw(scans: Floats, index: int, rng: np.random.Generator, clutter: float = 1
     Example:
         >>> import numpy as np
         >>> from lightning_prune.canvas import draw
-        >>> canvas, (top, left, side) = draw(np.ones((2, 8, 8), np.float32), 0, np.random.default_rng(0))
+        >>> canvas, (top, left, side) = draw(np.ones((2, 8, 8), np.float32), 0, np.random.default_rng(0), 1.0)
         >>> canvas.shape
         (56, 56)
     """
