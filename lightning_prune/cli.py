@@ -55,9 +55,12 @@ def run(args: list[str] | None = None) -> int:
             save_config_callback=None,
             seed_everything_default=0,
             args=args,
-            parser_kwargs={"description": "Prune the tokens of Vision Transformers, measured on this device."},
+            parser_kwargs={
+                "prog": "lightning-prune",
+                "description": "Prune the tokens of Vision Transformers, measured on this device.",
+            },
         )
-    except (PruneError, OSError) as error:
+    except PruneError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -1,5 +1,6 @@
 """Dense against pruned on the same data, device and clock: the rows of one honest table."""
 
+import tempfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from lightning_prune.callbacks.attached import attached_callbacks
 from lightning_prune.callbacks.decision import Decision, given_schedule, measure_given
 from lightning_prune.callbacks.images import images_from_batch
 from lightning_prune.callbacks.together import decided_by_rank_zero
+from lightning_prune.errors import ArgumentError
 from lightning_prune.patching import find_vision_transformer
 from lightning_prune.planning import AccuracyBudget, Objective, ProxyCurve, plan
 from lightning_prune.profiling import Timing, compare_latency, profile_latency
@@ -212,14 +214,15 @@ def writable(output: str | Path) -> Path:
     """The output folder, made if need be, checked before hours of work rather than after.
 
     Raises:
-        OSError: If it cannot be made or written to.
+        ArgumentError: If it cannot be made or written to.
     """
     folder = Path(output)
-    folder.mkdir(parents=True, exist_ok=True)
-    probe = folder / ".lightning_prune_write_test"
-    probe.touch()
-    probe.unlink()
-    return folder
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError as error:
+        raise ArgumentError(f"`output` must be a folder that can be written to, got {folder}: {error}") from error
 
 
 def _timed(decision: Decision, name: str, timings: dict[str, Timing]) -> Decision:

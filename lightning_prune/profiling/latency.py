@@ -176,7 +176,7 @@ def count_tokens(transformer: VisionTransformer, images: Tensor) -> int:
     seen: list[int] = []
     hook = transformer.blocks[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
     try:
-        transformer.root(images)
+        transformer.root.forward(images)  # past a compiled graph, which would not see the hook
     finally:
         hook.remove()
     return seen[0]

@@ -156,6 +156,16 @@ def test_a_compiled_model_is_profiled_compiled():
     assert len(graphs) >= 13  # one for each count: more than dynamo allows by itself
 
 
+def test_a_model_compiled_in_place_is_profiled_compiled():
+    """Its graph is there already when the profile begins, and sees no hooks."""
+    model = vit()
+    model.compile(backend="eager")
+    model(IMAGES)
+    profile = lp.profile_latency(model, IMAGES, counts=[9], max_seconds=0.1, progress=False)
+    assert profile.context["compiled"]
+    assert profile.tokens == (9, 17)
+
+
 def test_compare_latency_needs_a_dense_variant_and_refers_to_it():
     model, schedule = vit(), lp.Schedule.single(4, 1, 6)
     timings = lp.compare_latency(
