@@ -60,7 +60,7 @@ def halves_agree(block: nn.Module, halves: Halves, tokens: int, channels: int) -
     x = noise.to(device=like.device, dtype=like.dtype)
     with torch.no_grad(), evaluating(block):
         try:
-            return torch.equal(halves.mlp(block, halves.attention(block, x)), block(x))
+            return torch.equal(halves.mlp(block, halves.attention(block, x)), block.forward(x))  # without its hooks
         except (AttributeError, TypeError):
             return False  # a block of the same class family, but built of other parts
 
