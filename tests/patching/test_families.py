@@ -1,0 +1,222 @@
+from collections import OrderedDict
+from typing import Any
+
+import pytest
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+import lightning_prune as lp
+from lightning_prune.errors import ArgumentError
+from lightning_prune.patching import find_vision_transformer
+
+REMOVED = [0, 6, 5, 0]
+
+
+class Wrapper(nn.Module):
+    def __init__(self, **children: nn.Module) -> None:
+        super().__init__()
+        for name, child in children.items():
+            self.add_module(name, child)
+
+    def forward(self, images: Tensor) -> Tensor:
+        output: Tensor = next(self.children())(images)
+        return output
+
+
+FACTS = {  # prefix tokens, CLS, tokens, classes
+    "vit": (1, True, 26, 7),
+    "distilled": (2, True, 27, 7),
+    "one-register": (2, True, 27, 7),
+    "dinov2-registers": (5, True, 30, 7),
+    "registers-without-class": (4, False, 29, 7),
+    "siglip": (0, False, 25, 7),
+    "no-prefix": (0, False, 25, 7),
+    "features": (1, True, 26, 0),
+    "dynamic-size": (1, True, None, 7),
+}
+
+
+@pytest.mark.parametrize("name", FACTS)
+def test_facts(build: Any, name: str) -> None:
+    model = build(name)
+    found = find_vision_transformer(model)
+    assert (found.prefix_tokens, found.has_class_token, found.tokens, found.classes) == FACTS[name]
+    assert found.root is model
+    assert found.runner is model
+    assert found.entry is model.patch_embed
+    assert found.blocks == tuple(model.blocks)
+    assert (found.depth, found.channels, found.path, found.compiled) == (4, 32, "", None)
+
+
+class TestFinding:
+    def check(self, model: nn.Module, inner: VisionTransformer, path: str, images: Tensor) -> None:
+        with torch.no_grad():
+            before = model(images)
+            with lp.patch(inner, "pomt", REMOVED):
+                expected = model(images)
+            with lp.patch(model, "pomt", REMOVED) as handle:
+                assert handle.transformer.root is inner
+                assert handle.transformer.path == path
+                assert torch.equal(model(images), expected)
+            assert torch.equal(model(images), before)
+        assert not torch.equal(expected, before)
+
+    def test_in_a_module(self, build: Any, images: Tensor) -> None:
+        inner = build()
+        self.check(Wrapper(net=inner, other=nn.Linear(2, 2)), inner, "net", images)
+
+    def test_in_a_sequential(self, build: Any, images: Tensor) -> None:
+        inner = build("features")
+        self.check(nn.Sequential(nn.Identity(), inner, nn.Linear(32, 3)), inner, "1", images)
+
+    def test_deep(self, build: Any, images: Tensor) -> None:
+        inner = build()
+        self.check(Wrapper(a=Wrapper(b=nn.Sequential(OrderedDict(c=inner)))), inner, "a.b.c", images)
+
+    def test_compiled(self, build: Any, images: Tensor) -> None:
+        inner = build()
+        model = torch.compile(inner, backend="eager")
+        self.check(model, inner, "_orig_mod", images)
+        found = find_vision_transformer(model)
+        assert found.compiled is model
+        assert found.runner is model
+
+    def test_compiled_in_a_module(self, build: Any, images: Tensor) -> None:
+        inner = build()
+        compiled = torch.compile(inner, backend="eager")
+        model = Wrapper(net=compiled)
+        self.check(model, inner, "net._orig_mod", images)
+        assert find_vision_transformer(model).runner is compiled
+
+    def test_a_subclass_of_the_user(self, build: Any, images: Tensor) -> None:
+        class Mine(VisionTransformer):
+            pass
+
+        inner = build(kind=Mine)
+        self.check(inner, inner, "", images)
+
+    def test_one_transformer_under_two_names_is_one(self, build: Any, images: Tensor) -> None:
+        inner = build()
+        self.check(Wrapper(student=inner, teacher=inner), inner, "student", images)
+
+    def test_a_transformer_in_a_transformer_belongs_to_it(self, build: Any, images: Tensor) -> None:
+        inner = build()
+        inner.aside = build()
+        self.check(inner, inner, "", images)
+
+    def test_the_target_chooses(self, build: Any, images: Tensor) -> None:
+        student, teacher = build(), build(seed=1)
+        model = Wrapper(student=student, teacher=teacher)
+        classes = [type(b) for b in student.blocks]
+        with lp.patch(model, "pomt", REMOVED, target="teacher") as handle:
+            assert handle.transformer.root is teacher
+            assert handle.transformer.path == "teacher"
+            assert [type(b) for b in student.blocks] == classes
+
+    def test_a_target_above_the_transformer(self, build: Any) -> None:
+        teacher = build()
+        model = Wrapper(student=build(), rest=nn.Sequential(teacher))
+        found = find_vision_transformer(model, target="rest")
+        assert found.root is teacher
+        assert found.path == "rest.0"
+
+    def test_a_patched_one_is_found_as_before(self, build: Any) -> None:
+        model = build()
+        with lp.patch(model, "pomt", REMOVED):
+            assert find_vision_transformer(Wrapper(net=model)).root is model
+
+
+class TestErrors:
+    def test_no_transformer(self) -> None:
+        message = r"Found no Vision Transformer\. Looked for timm VisionTransformer; Sequential holds Linear, ReLU\."
+        with pytest.raises(lp.UnsupportedModelError, match=message):
+            lp.patch(nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)), "pomt", REMOVED)
+
+    def test_an_empty_module(self) -> None:
+        with pytest.raises(lp.UnsupportedModelError, match=r"; Identity holds no modules\."):
+            lp.patch(nn.Identity(), "pomt", REMOVED)
+
+    @pytest.mark.parametrize("model", [None, "vit_tiny_patch16_224", torch.ones(1)])
+    def test_no_module(self, model: Any) -> None:
+        message = rf"`model` must be a torch\.nn\.Module, got {type(model).__name__}\."
+        with pytest.raises(lp.UnsupportedModelError, match=message):
+            lp.patch(model, "pomt", REMOVED)
+
+    def test_two_transformers_are_listed(self, build: Any) -> None:
+        model = Wrapper(student=build(), teacher=build("distilled"))
+        message = (
+            r"Found 2 Vision Transformers; pass `target`, one of 'student' \(VisionTransformer\), "
+            r"'teacher' \(VisionTransformerDistilled\)\."
+        )
+        with pytest.raises(lp.UnsupportedModelError, match=message):
+            lp.patch(model, "pomt", REMOVED)
+        lp.patch(model, "pomt", REMOVED, target="student")
+        with pytest.raises(lp.UnsupportedModelError, match=message):
+            lp.patch(model, "pomt", REMOVED)
+
+    def test_an_unknown_target(self, build: Any) -> None:
+        message = r"`target` must be the dotted path of a module in Wrapper, got 'nett'\."
+        with pytest.raises(ArgumentError, match=message):
+            lp.patch(Wrapper(net=build()), "pomt", REMOVED, target="nett")
+
+    def test_a_target_without_a_transformer(self, build: Any) -> None:
+        with pytest.raises(lp.UnsupportedModelError, match=r"Found no Vision Transformer\..*Linear holds no modules"):
+            lp.patch(Wrapper(net=build(), head=nn.Linear(2, 2)), "pomt", REMOVED, target="head")
+
+    def test_patch_dropout_while_training(self, build: Any) -> None:
+        model = build("patch-drop").train()
+        with pytest.raises(lp.UnsupportedModelError, match=r"\(patch_drop_rate\); call `\.eval\(\)` first\."):
+            lp.patch(model, "pomt", REMOVED)
+        model.eval()
+        lp.patch(model, "pomt", REMOVED).remove()
+
+
+class TestImageSizes:
+    @pytest.mark.parametrize("method", ["pomt", "random"])
+    def test_a_dynamic_model_works_at_each_size(self, build: Any, draw: Any, leaving: Any, method: str) -> None:
+        with lp.patch(build("dynamic-size"), method, REMOVED) as handle:
+            model = handle.transformer.root
+            assert leaving(model, draw(size=20)) == (26, 20, 15, 15)
+            assert leaving(model, draw(size=28)) == (50, 44, 39, 39)
+            assert leaving(model, draw(size=16)) == (17, 11, 6, 6)
+
+    @pytest.mark.usefixtures("no_mode_left")
+    def test_the_schedule_is_checked_in_forward(self, build: Any, draw: Any, leaving: Any) -> None:
+        model = build("dynamic-size")
+        with lp.patch(model, "pomt", [0, 6, 12, 0]):
+            assert leaving(model, draw(size=20)) == (26, 20, 8, 8)
+            message = r"Block 2 is asked to remove 12 tokens, but of the 11 that enter it pomt can remove at most 8\."
+            with pytest.raises(lp.ScheduleError, match=message):
+                model(draw(size=16))
+            assert leaving(model, draw(size=20)) == (26, 20, 8, 8)
+
+    def test_depth_is_checked_at_once(self, build: Any) -> None:
+        with pytest.raises(lp.ScheduleError, match="for 3 blocks; this model has 4"):
+            lp.patch(build("dynamic-size"), "pomt", [1, 0, 0])
+
+
+class TestGridGuard:
+    def test_tokens_are_not_folded_into_a_grid(self, build: Any, images: Tensor) -> None:
+        """9 of 25 tokens would fold into a 3 x 3 grid, silently."""
+        model = build("no-prefix")
+        message = r"forward_intermediates\(output_fmt='NCHW'\) folds tokens into a grid.*use output_fmt='NLC'"
+        with lp.patch(model, "random", [16, 0, 0, 0]):
+            for call in (
+                lambda: model.forward_intermediates(images),
+                lambda: model.forward_intermediates(images, output_fmt="NCHW"),
+                lambda: model.forward_intermediates(images, None, False, False, False, "NCHW"),
+                lambda: model.get_intermediate_layers(images, 2, reshape=True),
+            ):
+                with pytest.raises(lp.UnsupportedModelError, match=message):
+                    call()
+        assert model.forward_intermediates(images)[1][0].shape == (2, 32, 5, 5)
+
+    def test_tokens_in_a_row_are_handed_out(self, build: Any, images: Tensor) -> None:
+        model = build()
+        with lp.patch(model, "pomt", REMOVED), torch.no_grad():
+            last, between = model.forward_intermediates(images, output_fmt="NLC")
+            assert [x.shape[1] for x in between] == [25, 19, 14, 14]
+            assert torch.equal(last, model.forward_features(images))
+            assert model.forward_intermediates(images, None, False, False, False, "NLC")[0].shape == (2, 15, 32)
+            assert model.get_intermediate_layers(images, 1)[0].shape == (2, 14, 32)

@@ -1,0 +1,199 @@
+import copy
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from timm.models import vision_transformer as vit
+from torch import Tensor, nn
+
+import lightning_prune as lp
+from lightning_prune.patching.tap import AttentionTap, recorded_attention
+from lightning_prune.reduction import Attention
+
+pytestmark = pytest.mark.usefixtures("no_mode_left")
+B, H, N, D = 2, 2, 6, 4
+
+
+def parts() -> tuple[Tensor, Tensor, Tensor]:
+    query, key, value = torch.randn(3, B, H, N, D, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return query, key, value
+
+
+class OwnAttention(nn.Module):
+    """Attention without `scaled_dot_product_attention`."""
+
+    def __init__(self, dim: int, num_heads: int, **_: Any) -> None:
+        super().__init__()
+        self.qkv, self.proj, self.heads = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim), num_heads
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        batch, tokens, channels = x.shape
+        query, key, value = self.qkv(x).reshape(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        weights = (query @ key.transpose(-2, -1) / query.shape[-1] ** 0.5).softmax(-1)
+        output: Tensor = self.proj((weights @ value).transpose(1, 2).reshape(batch, tokens, channels))
+        return output
+
+
+def test_records_and_keeps_every_bit() -> None:
+    query, key, value = parts()
+    mask = torch.randn(N, N, dtype=torch.float64)
+    expected = F.scaled_dot_product_attention(query, key, value, mask, scale=0.3)
+    calls: list[Attention] = []
+    with AttentionTap(calls):
+        found = F.scaled_dot_product_attention(query, key, value, mask, scale=0.3)
+        assert torch.equal(F.relu(query), query.clamp(min=0)), "other functions pass through"
+    assert torch.equal(found, expected)
+    assert len(calls) == 1
+    assert calls[0].query is query
+    assert calls[0].key is key
+    assert calls[0].value is value
+    assert calls[0].mask is mask
+    assert calls[0].scale == 0.3
+
+
+def test_all_forms_of_the_call_are_read() -> None:
+    query, key, value = parts()
+    calls: list[Attention] = []
+    with AttentionTap(calls):
+        F.scaled_dot_product_attention(query, key, value, None, 0.0, False)
+        F.scaled_dot_product_attention(query=query, key=key, value=value, attn_mask=None)
+    assert [call[:5] for call in calls] == [(query, key, value, None, None)] * 2
+
+
+@pytest.mark.parametrize("kind", ["none", "additive", "bool"])
+def test_sizes_weigh_the_keys(naive: SimpleNamespace, kind: str) -> None:
+    """A key of size s counts as much as s copies of it: that is what log(s) on its logit means."""
+    query, key, value = parts()
+    sizes = torch.tensor([[1, 2, 1, 3, 1, 1], [4, 1, 1, 1, 1, 2]], dtype=torch.float64)
+    generator = torch.Generator().manual_seed(1)
+    mask = {
+        "none": None,
+        "additive": torch.randn(B, H, N, N, generator=generator, dtype=torch.float64),
+        "bool": torch.eye(N, dtype=torch.bool) | (torch.rand(B, H, N, N, generator=generator) > 0.3),
+    }[kind]
+    calls: list[Attention] = []
+    with AttentionTap(calls, sizes.log()):
+        found = F.scaled_dot_product_attention(query, key, value, mask)
+    for b in range(B):
+        index = [i for i in range(N) for _ in range(int(sizes[b, i]))]
+        copies = [None if mask is None else mask[b][..., index]]
+        expected = F.scaled_dot_product_attention(query[b], key[b][:, index], value[b][:, index], *copies)
+        torch.testing.assert_close(found[b], expected, rtol=1e-10, atol=1e-12)
+        assert calls[0].mask is not None
+        seen = calls[0].mask.expand(B, H, N, N)[b]
+        weights = torch.tensor(naive.probabilities(query[b], key[b], mask=seen), dtype=torch.float64)
+        torch.testing.assert_close(weights @ value[b], expected, rtol=1e-10, atol=1e-12)
+
+
+def test_causal_attention_is_refused() -> None:
+    message = r"Token reduction needs bidirectional attention; this block's is causal\."
+    with pytest.raises(lp.UnsupportedModelError, match=message), AttentionTap([]):
+        F.scaled_dot_product_attention(*parts(), is_causal=True)
+
+
+def test_heads_of_several_calls_stand_side_by_side() -> None:
+    one = Attention(*parts())
+    other = Attention(*(part + 1 for part in parts()))
+    assert recorded_attention([one]) is one
+    both = recorded_attention([one, other])
+    assert both.query.shape == (B, 2 * H, N, D)
+    assert torch.equal(both.key, torch.cat((one.key, other.key), dim=1))
+
+
+@pytest.mark.parametrize("change", [{"mask": torch.zeros(N, N)}, {"scale": 0.1}, {"query": torch.zeros(B, H, 1, D)}])
+def test_calls_of_different_form_do_not_go_together(change: dict[str, Any]) -> None:
+    one = Attention(*parts())
+    with pytest.raises(lp.UnsupportedModelError, match="several attention calls of different form"):
+        recorded_attention([one, one._replace(**change)])
+
+
+def own_attention(build: Any) -> vit.VisionTransformer:
+    model: vit.VisionTransformer = build("vit")
+    for block in model.blocks:
+        block.attn = OwnAttention(32, 4).eval()
+    return model
+
+
+def test_attention_of_its_own_making_cannot_be_read(build: Any, images: Tensor) -> None:
+    model = own_attention(build)
+    message = r"made no call of torch\.nn\.functional\.scaled_dot_product_attention"
+    with lp.patch(model, "pomt", [0, 6, 0, 0]), pytest.raises(lp.UnsupportedModelError, match=message):
+        model(images)
+
+
+def test_attention_of_its_own_making_can_be_pruned_at_random(build: Any, images: Tensor, leaving: Any) -> None:
+    with lp.patch(own_attention(build), "random", [0, 6, 0, 0]) as handle:
+        assert leaving(handle.transformer.root, images) == (26, 20, 20, 20)
+
+
+class TestTheModeNeverLeaks:
+    """After whatever went wrong in one model, all others compute what they did, and nothing watches them."""
+
+    def fails(self, model: nn.Module, images: Tensor, other: nn.Module) -> None:
+        with torch.no_grad():
+            before = other(images)
+            with pytest.raises(RuntimeError):
+                model(images)
+            assert torch.overrides._get_current_function_mode_stack() == []
+            assert torch.equal(other(images), before)
+
+    @pytest.mark.parametrize("inside", ["norm1", "attn", "mlp"])
+    @pytest.mark.parametrize("block", [1, 2])
+    def test_when_a_hook_raises(self, build: Any, images: Tensor, inside: str, block: int) -> None:
+        def stop(*_: Any) -> None:
+            raise RuntimeError("stop")
+
+        model, other = build(), build()
+        handle = lp.patch(model, "pomt", [0, 6, 5, 0])
+        hook = getattr(model.blocks[block], inside).register_forward_hook(stop)
+        self.fails(model, images, other)
+        hook.remove()
+        with torch.no_grad():
+            pruned = model(images)
+            handle.remove()
+            with lp.patch(other, "pomt", [0, 6, 5, 0]):
+                assert torch.equal(pruned, other(images))
+
+    def test_when_attention_raises(self, build: Any, images: Tensor) -> None:
+        model, other = build(), build()
+        lp.patch(model, "pomt", [0, 6, 5, 0])
+        model.blocks[1].attn.qkv = nn.Linear(32, 97)
+        self.fails(model, images, other)
+
+    def test_when_the_reduction_raises(self, build: Any, images: Tensor) -> None:
+        class Broken(lp.reduction.POMT):
+            def reduce(self, sequence: Any, remove: int) -> Any:
+                raise RuntimeError("stop")
+
+        model, other = build(), build()
+        lp.patch(model, Broken(), [0, 6, 5, 0])
+        self.fails(model, images, other)
+
+    def test_blocks_that_do_not_reduce_are_not_watched(self, build: Any, images: Tensor) -> None:
+        model, depths = build(), []
+        for block in model.blocks:
+            block.attn.register_forward_hook(
+                lambda *_: depths.append(len(torch.overrides._get_current_function_mode_stack()))
+            )
+        with lp.patch(model, "pomt", [0, 6, 0, 0]):
+            depths.clear()
+            model(images)
+        assert depths == [0, 1, 0, 0]
+
+    def test_a_mode_of_the_user_stays(self, build: Any, images: Tensor) -> None:
+        class Counting(torch.overrides.TorchFunctionMode):
+            seen = 0
+
+            def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+                self.seen += func is F.scaled_dot_product_attention
+                return func(*args, **(kwargs or {}))
+
+        model = build()
+        plain = copy.deepcopy(model)
+        with lp.patch(model, "pomt", [0, 6, 5, 0]), lp.patch(plain, "pomt", [0, 6, 5, 0]), torch.no_grad():
+            with Counting() as counting:
+                found = model(images)
+            assert counting.seen == 4
+            assert torch.equal(found, plain(images))
