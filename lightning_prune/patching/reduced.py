@@ -123,7 +123,7 @@ def _reduce(site: BlockSite, sequence: Sequence, arrived: Survivors | None) -> t
     if site.remove > capacity:
         raise ScheduleError(too_many(site.index, count, site.remove, capacity, site.reduction.name))
     reduced = site.reduction.reduce(sequence, site.remove)
-    if not site.keeps_account:
+    if not site.keeps_account and reduced.sizes is None:  # sizes are for the next reduction, whatever attention does
         return reduced.tokens, None
     return reduced.tokens, Survivors(_compose(arrived, reduced), reduced.sizes)
 
