@@ -32,8 +32,13 @@ class PixelSite:
         return {"pixels": None}
 
     def take(self) -> Tensor | None:
-        """The images; forgotten once taken, so that no batch outlives its forward pass."""
-        pixels, self.pixels = self.pixels, None
+        """The images; forgotten once taken, so that no batch outlives its forward pass.
+
+        With gradients they stay until the next pass: a checkpointed block asks for them again during backward.
+        """
+        pixels = self.pixels
+        if not torch.is_grad_enabled():
+            self.pixels = None
         return pixels
 
 
