@@ -3,9 +3,11 @@
 import logging
 import sys
 import warnings
+from argparse import ArgumentError
 from typing import Any
 
 import lightning as L
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from lightning_prune.callbacks import TokenPruning
@@ -58,10 +60,11 @@ def run(args: list[str] | None = None) -> int:
             parser_kwargs={
                 "prog": "lightning-prune",
                 "description": "Prune the tokens of Vision Transformers, measured on this device.",
+                "exit_on_error": False,  # it would print the usage, a page of Trainer's options, before the error
             },
         )
-    except PruneError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (PruneError, ArgumentError, MisconfigurationException) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
 
