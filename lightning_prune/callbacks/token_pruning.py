@@ -2,11 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal
 
 import lightning as L
-from jsonargparse.typing import Path_fr
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
@@ -74,7 +74,7 @@ class TokenPruning(L.Callback):
     def __init__(
         self,
         method: str | Reduction = "pomt",
-        schedule: Literal["auto"] | int | list[int] | Path_fr | Schedule = "auto",
+        schedule: Literal["auto"] | int | list[int] | str | Path | Schedule = "auto",
         objective: Objective | None = None,
         block: int | float = 0.25,
         alpha: float = 0.5,
