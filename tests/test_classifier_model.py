@@ -64,7 +64,7 @@ def test_checkpoint_stands_alone(tmp_path: Path) -> None:
     run.strategy.connect(module)
     run.save_checkpoint(tmp_path / "last.ckpt")
     (tmp_path / "raw.safetensors").unlink()
-    loaded = ImageClassifier.load_from_checkpoint(tmp_path / "last.ckpt", weights_only=True)
+    loaded = ImageClassifier.load_from_checkpoint(tmp_path / "last.ckpt")
     images = torch.randn(2, 1, 56, 56)
     assert torch.equal(loaded.eval()(images), module.eval()(images))
     assert module.hparams["weights"] == str(tmp_path / "raw.safetensors")  # the run still says where it came from
