@@ -15,6 +15,7 @@ from lightning_prune.callbacks.decision import Decision, given_schedule, measure
 from lightning_prune.callbacks.images import images_from_batch
 from lightning_prune.callbacks.together import decided_by_rank_zero
 from lightning_prune.errors import ArgumentError
+from lightning_prune.errors import DataError
 from lightning_prune.patching import find_vision_transformer
 from lightning_prune.planning import AccuracyBudget, Objective, ProxyCurve, plan
 from lightning_prune.profiling import Timing, compare_latency, profile_latency
@@ -145,7 +146,6 @@ class Survey(L.Callback):
             profile,
             pruner.reduction,
             labels=labels,
-            batch_size=max(32, len(images)),
             target=pruner.target,
             progress=pruner.verbose,
         )
@@ -176,19 +176,22 @@ def compare(
     Args:
         trainer: Runs all validations; `pruner` must be among its callbacks.
         model: The module; dense again afterwards.
-        pruner: Method, block and objective. Its objective is one variant; an accuracy budget is the other. If its
-            schedule is given, that is the only pruned variant.
+        pruner: Method, block and objective. Its objective is one variant; an accuracy budget is the other, unless
+            the objective is one. If its schedule is given, that is the only pruned variant.
         max_drop: The budget: share of the dense proxy that may be lost.
         **data: `dataloaders` or `datamodule`, for `trainer.validate`.
 
     Returns:
         The rows, dense first, and the decision behind each pruned one.
+
+    Raises:
+        DataError: If there is nothing to validate on.
     """
     name = pruner.reduction.name
-    objectives: dict[str, Objective] = {f"{name} utility": pruner.objective}
     if isinstance(pruner.objective, AccuracyBudget):
-        objectives = {}
-    objectives[f"{name} budget"] = AccuracyBudget(max_drop)
+        objectives: dict[str, Objective] = {f"{name} budget": pruner.objective}
+    else:
+        objectives = {f"{name} utility": pruner.objective, f"{name} budget": AccuracyBudget(max_drop)}
     survey = Survey(pruner, objectives)
     settings = pruner.enabled, pruner.verbose, pruner.schedule
     callbacks = attached_callbacks(trainer)
@@ -197,6 +200,8 @@ def compare(
         pruner.enabled = False
         found = {"dense": trainer.validate(model, verbose=False, **data)}
         callbacks.remove(survey)
+        if not survey.decisions:
+            raise DataError("The validation loader yielded no batch to compare on.")
         pruner.enabled, pruner.verbose = True, False
         for variant, decision in survey.decisions.items():
             pruner.use(decision)

@@ -32,7 +32,7 @@ class ProxyCurve:
         profile: The latency curve whose counts may be asked for.
         method: The reduction.
         labels: (images,) int64 or None; see `lightning_prune.profiling.Proxy`.
-        batch_size: Images in one forward pass.
+        batch_size: Images in one forward pass. If None, the profile's, or 32 if that is less and nothing is compiled.
         target: Dotted path of the transformer in `model`.
         progress: Shows a bar on a terminal.
     """
@@ -45,7 +45,7 @@ class ProxyCurve:
         method: str | Reduction = "pomt",
         *,
         labels: Tensor | None = None,
-        batch_size: int = 32,
+        batch_size: int | None = None,
         target: str | None = None,
         progress: bool = True,
     ) -> None:
@@ -56,7 +56,8 @@ class ProxyCurve:
         self._show = progress
         device = next(self._transformer.root.parameters()).device
         with ready_to_run(self._transformer), ticking("Running the dense model", None, progress) as tick:
-            self._proxy = Proxy(self._transformer, images, device, batch_size, labels, tick)
+            size = batch_size or _proxy_batch(profile, self._transformer)
+            self._proxy = Proxy(self._transformer, images, device, size, labels, tick)
         self.name = self._proxy.name
 
     def __call__(self, tokens: int) -> float:
@@ -158,11 +159,8 @@ def plan(
         if labels is None:
             raise ArgumentError("`labels` are needed by protocol='paper', whose accuracy is top-1 on labelled images.")
         images, labels = images[:_PAPER_IMAGES], labels[:_PAPER_IMAGES]
-    batch_size = _proxy_batch(profile, transformer, example_batch)
     if curve is None:
-        curve = ProxyCurve(
-            model, images, profile, reduction, labels=labels, batch_size=batch_size, target=target, progress=progress
-        )
+        curve = ProxyCurve(model, images, profile, reduction, labels=labels, target=target, progress=progress)
     tokens, reason = _choose(profile, curve, objective, exhaustive=protocol == "paper", max_seconds=max_seconds)
     removed = profile.dense_tokens - tokens
     schedule = Schedule.single(transformer.depth, index, removed)
@@ -265,9 +263,9 @@ def _spread(counts: Sequence[int]) -> list[int]:
     return [counts[position] for position in dict.fromkeys(positions.tolist())]
 
 
-def _proxy_batch(profile: LatencyProfile, transformer: VisionTransformer, example: Tensor | None) -> int:
+def _proxy_batch(profile: LatencyProfile, transformer: VisionTransformer) -> int:
     """The profiled batch size where the model is compiled for it; otherwise one that keeps the device busy."""
-    size = int(profile.context.get("batch_size", 1)) if example is None else example.shape[0]
+    size = int(profile.context.get("batch_size", 1))
     return size if is_compiled(transformer.runner) else max(size, 32)
 
 
