@@ -1,0 +1,203 @@
+"""Dense against pruned in one table: every row from a real validation, timings replaced by a fixed price of a token."""
+
+import copy
+from dataclasses import fields
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+
+import lightning_prune as lp
+from lightning_prune.callbacks import TokenPruning
+from lightning_prune.comparison import Row, compare, writable
+from lightning_prune.profiling.timing import Interleaved
+
+COLUMNS = [
+    "variant",
+    "method",
+    "block",
+    "removed",
+    "tokens",
+    "top1",
+    "top5",
+    "latency_ms",
+    "latency_spread",
+    "throughput",
+    "throughput_end_to_end",
+    "speedup",
+    "images",
+    "device",
+    "batch_size",
+    "precision",
+]
+KWARGS = {"depth": 4, "embed_dim": 32, "num_heads": 2}
+OPTIONS: dict[str, Any] = {
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "limit_val_batches": 4,
+}
+
+
+@pytest.fixture(autouse=True)
+def clockwork(monkeypatch: pytest.MonkeyPatch) -> None:
+    def once(self: Interleaved[Any], alternative: Any) -> float:
+        self.prepare(alternative)
+        self.run()
+        if isinstance(alternative, int):
+            return alternative / 1e3
+        return {"dense": 0.2, "pomt utility": 0.05}.get(alternative, 0.1)
+
+    monkeypatch.setattr(Interleaved, "once", once)
+
+
+def module() -> lp.ImageClassifier:
+    torch.manual_seed(0)
+    return lp.ImageClassifier("vit_digits_patch4_56", pretrained=False, model_kwargs=KWARGS)
+
+
+def compared(model: L.LightningModule | None = None, max_drop: float = 0.005, limit: int = 4, **settings: Any) -> Any:
+    pruner = TokenPruning(**{"calibration": 8, "max_seconds": 1, "verbose": False, **settings})
+    trainer = L.Trainer(callbacks=[pruner], **{**OPTIONS, "limit_val_batches": limit})
+    model = model if model is not None else module()
+    rows, decisions = compare(trainer, model, pruner, max_drop, datamodule=lp.DigitsData(batch_size=8))
+    return rows, decisions, trainer, pruner
+
+
+def test_columns_are_those_of_the_files() -> None:
+    assert [field.name for field in fields(Row)] == COLUMNS
+
+
+def test_dense_and_two_pruned_variants() -> None:
+    model = module()
+    before = copy.deepcopy(model.state_dict())
+    rows, decisions, trainer, pruner = compared(model)
+    assert [row.variant for row in rows] == ["dense", "pomt utility", "pomt budget"]
+    assert list(decisions) == ["pomt utility", "pomt budget"]
+    dense, utility, budget = rows
+    assert (dense.method, dense.block, dense.removed, dense.tokens, dense.speedup) == ("", "", 0, 197, 1.0)
+    assert (utility.method, utility.block) == ("pomt", "1")
+    assert utility.tokens == 197 - utility.removed < 197
+    assert [row.latency_ms for row in (dense, utility)] == pytest.approx([200, 50])
+    assert utility.speedup == pytest.approx(4.0)
+    for row in rows:
+        assert (row.images, row.batch_size, row.precision, row.latency_spread) == (32, 8, "float32", 0)
+        assert row.throughput > 0
+        assert row.throughput_end_to_end > 0
+        assert list(row.to_dict()) == COLUMNS
+    assert budget.removed <= utility.removed
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert type(model.model.blocks[1]).__name__ == "Block"
+    assert trainer.callbacks.count(pruner) == 1
+    assert not [callback for callback in trainer.callbacks if type(callback).__name__ == "Survey"]
+    assert (pruner.enabled, pruner.verbose, pruner.schedule, pruner.decision) == (True, False, "auto", None)
+
+
+def test_rows_are_what_validation_itself_says() -> None:
+    model = module()
+    rows, decisions, *_ = compared(model)
+    data = lp.DigitsData(batch_size=8)
+    (dense,) = L.Trainer(**OPTIONS).validate(model, data, verbose=False)
+    assert (rows[0].top1, rows[0].top5) == (dense["val/top1"], dense["val/top5"])
+    with lp.patch(model, "pomt", decisions["pomt utility"].schedule):
+        (pruned,) = L.Trainer(**OPTIONS).validate(model, data, verbose=False)
+    assert (rows[1].top1, rows[1].top5) == (pruned["val/top1"], pruned["val/top5"])
+
+
+def test_a_variant_that_removes_nothing_has_the_timing_of_dense() -> None:
+    rows, decisions, *_ = compared(objective=lp.Utility(0.0))  # latency does not count: dense is best, or as good
+    removed = {row.variant: row.removed for row in rows}
+    nothing = [row for row in rows[1:] if not row.removed]
+    assert nothing, removed
+    for row in nothing:
+        assert (row.latency_ms, row.latency_spread, row.speedup) == (rows[0].latency_ms, rows[0].latency_spread, 1.0)
+        assert (row.tokens, row.block, row.top1) == (197, "", rows[0].top1)
+        assert decisions[row.variant].speedup == 1.0
+
+
+def test_a_given_schedule_is_the_only_variant() -> None:
+    rows, decisions, _, pruner = compared(schedule=60, block=2)
+    assert [row.variant for row in rows] == ["dense", "pomt given"]
+    assert (rows[1].removed, rows[1].tokens, rows[1].block) == (60, 137, "2")
+    assert rows[1].speedup == pytest.approx(2.0)
+    assert decisions["pomt given"].plan is None
+    assert pruner.schedule == 60
+
+
+def test_several_reducing_blocks_are_listed() -> None:
+    rows, *_ = compared(schedule=[10, 0, 20, 0])
+    assert (rows[1].block, rows[1].removed) == ("0 2", 30)
+
+
+def test_an_accuracy_budget_of_the_user_is_the_one_compared() -> None:
+    rows, decisions, *_ = compared(objective=lp.AccuracyBudget(0.9))
+    assert [row.variant for row in rows] == ["dense", "pomt budget"]
+    assert decisions["pomt budget"].plan.objective == lp.AccuracyBudget(0.9)
+
+
+def test_one_profile_and_one_curve_serve_all_variants() -> None:
+    _, decisions, *_ = compared(max_drop=0.5)
+    utility, budget = (decision.plan for decision in decisions.values())
+    assert utility.profile is budget.profile
+    assert set(utility.accuracy) <= set(budget.accuracy)
+    assert budget.objective == lp.AccuracyBudget(0.5)
+
+
+class Stop(Exception):
+    pass
+
+
+def test_an_error_leaves_trainer_pruner_and_model_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Failing(lp.ImageClassifier):
+        runs = 0
+
+        def on_validation_end(self) -> None:
+            self.runs += 1
+            if self.runs == 2:
+                raise Stop
+
+    torch.manual_seed(0)
+    model = Failing("vit_digits_patch4_56", pretrained=False, model_kwargs=KWARGS)
+    pruner = TokenPruning(calibration=8, max_seconds=1, verbose=False)
+    trainer = L.Trainer(callbacks=[pruner], **OPTIONS)
+    callbacks = list(trainer.callbacks)
+    with pytest.raises(Stop):
+        compare(trainer, model, pruner, 0.005, datamodule=lp.DigitsData(batch_size=8))
+    assert model.runs == 2
+    assert trainer.callbacks == callbacks
+    assert (pruner.enabled, pruner.verbose, pruner.schedule, pruner.decision) == (True, False, "auto", None)
+    assert type(model.model.blocks[1]).__name__ == "Block"
+
+
+def test_nothing_to_validate_is_an_error() -> None:
+    with pytest.raises(lp.DataError, match=r"^The validation loader yielded no batch to compare on"):
+        compared(limit=0)
+
+
+class Plain(L.LightningModule):
+    """Logs nothing of what the table has columns for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = module().model
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.net(batch[0])
+
+
+def test_a_module_that_logs_nothing_has_empty_columns() -> None:
+    rows, *_ = compared(Plain(), schedule=60)
+    for row in rows:
+        assert (row.top1, row.top5, row.throughput, row.throughput_end_to_end) == (None, None, None, None)
+        assert row.images == 32
+
+
+def test_writable(tmp_path: Any) -> None:
+    assert writable(tmp_path / "a" / "b").is_dir()
+    assert list((tmp_path / "a" / "b").iterdir()) == []
+    (tmp_path / "file").write_text("old")
+    with pytest.raises(lp.ArgumentError, match=r"^`output` must be a folder that can be written to, got .*file"):
+        writable(tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "old"

@@ -1,0 +1,108 @@
+"""The two verbs of PruneTrainer, called from Python."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger
+
+import lightning_prune as lp
+from lightning_prune.callbacks import TokenPruning
+from lightning_prune.profiling.timing import Interleaved
+from lightning_prune.trainer import PruneTrainer
+
+KWARGS = {"depth": 4, "embed_dim": 32, "num_heads": 2}
+
+
+@pytest.fixture(autouse=True)
+def clockwork(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A millisecond a token, and a cliff of 60 ms below 108 tokens."""
+
+    def once(self: Interleaved[Any], alternative: Any) -> float:
+        self.prepare(alternative)
+        self.run()
+        if isinstance(alternative, int):
+            return (alternative + 60 * (alternative >= 108)) / 1e3
+        return 0.2 if alternative == "dense" else 0.1
+
+    monkeypatch.setattr(Interleaved, "once", once)
+
+
+def trainer(*callbacks: L.Callback, **options: Any) -> PruneTrainer:
+    settings: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    return PruneTrainer(accelerator="cpu", callbacks=list(callbacks), **{**settings, "limit_val_batches": 2, **options})
+
+
+def module() -> lp.ImageClassifier:
+    torch.manual_seed(0)
+    return lp.ImageClassifier("vit_digits_patch4_56", pretrained=False, model_kwargs=KWARGS)
+
+
+def pruner(**settings: Any) -> TokenPruning:
+    return TokenPruning(**{"calibration": 8, "max_seconds": 1, "verbose": False, **settings})
+
+
+def test_profile_measures_writes_and_leaves_the_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    callback, model = pruner(block=2, method="random"), module()
+    running = trainer(callback)
+    attached = list(running.callbacks)
+    profile = running.profile(model, datamodule=lp.DigitsData(batch_size=8), output=str(tmp_path / "out"))
+    assert (profile.method, profile.block, profile.depth, profile.dense_tokens) == ("random", 2, 4, 197)
+    assert profile.context["batch_size"] == 8
+    assert lp.LatencyProfile.load(tmp_path / "out" / "profile.json") == profile
+    assert (tmp_path / "out" / "profile.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["profile.json", "profile.png"]
+    assert (running.callbacks, running.limit_val_batches, callback.enabled) == (attached, 2, True)
+    assert callback.decision is None
+    assert type(model.model.blocks[2]).__name__ == "Block"
+    told = capsys.readouterr().out
+    assert "batch 8, float32" in told
+    assert "257.00 ± 0.00" in told
+    assert "Cliffs: " in told
+    assert "-> " in told.split("Cliffs: ")[1]
+    assert "Written: " in told
+
+
+def test_profile_without_a_batch(tmp_path: Path) -> None:
+    with pytest.raises(lp.ArgumentError, match=r"^The validation loader yielded no batch to profile on"):
+        trainer(pruner()).profile(module(), dataloaders=[], output=str(tmp_path))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_compare_writes_and_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = trainer(pruner()).compare(module(), datamodule=lp.DigitsData(batch_size=8), output=str(tmp_path))
+    names = ["profile.json", "profile.png", "results.csv", "results.json", "schedule.yaml"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    with (tmp_path / "results.csv").open(newline="") as stream:
+        assert [line["variant"] for line in csv.DictReader(stream)] == ["dense", "pomt utility", "pomt budget"]
+    document = json.loads((tmp_path / "results.json").read_text())
+    assert document["rows"] == rows
+    budget = document["variants"]["pomt budget"]
+    assert lp.Schedule.load(tmp_path / "schedule.yaml").to_dict() == budget["schedule"]
+    assert budget["calibration"] == "8 images sampled from the dataset, seed 0"
+    told = capsys.readouterr().out
+    for words in ("dense", "pomt utility", "pomt budget", "2.00x", "Profiling and planning took", "results.csv"):
+        assert words in told
+
+
+def test_a_callback_with_defaults_is_added_where_there_is_none() -> None:
+    running = trainer()
+    first = running._pruner()
+    assert isinstance(first, TokenPruning)
+    assert running._pruner() is first
+    assert running.callbacks.count(first) == 1
+
+
+def test_compare_logs_each_variant_under_its_own_name(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path / "logs", version=0)
+    running = trainer(pruner(schedule=50), logger=logger)
+    rows = running.compare(module(), datamodule=lp.DigitsData(batch_size=8), output=str(tmp_path / "out"))
+    with next((tmp_path / "logs").rglob("metrics.csv")).open(newline="") as stream:
+        logged = {key: value for line in csv.DictReader(stream) for key, value in line.items() if value}
+    assert float(logged["compare/pomt given/latency_ms"]) == pytest.approx(rows[1]["latency_ms"])
+    assert float(logged["compare/dense/top1"]) == pytest.approx(rows[0]["top1"])
+    assert float(logged["compare/pomt given/removed"]) == 50
