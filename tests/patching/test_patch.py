@@ -120,14 +120,16 @@ def test_patching_again_replaces(build: Any, images: Tensor, leaving: Any) -> No
     model, other = build(), build()
     unchanged = state(model)
     first = lp.patch(model, "pomt", REMOVED)
-    second = lp.patch(model, Random(5), [4, 0, 0, 0])
-    lp.patch(other, Random(5), [4, 0, 0, 0])
+    second = lp.patch(model, Random(5), [4, 3, 0, 0])
+    lp.patch(other, Random(5), [4, 3, 0, 0])
     assert (first.active, second.active) == (False, True)
-    assert leaving(model, images) == (22, 22, 22, 22)
+    assert leaving(model, images) == (22, 19, 19, 19)
     assert torch.equal(run(model, images), run(other, images))
     first.remove()
     assert second.active
     assert torch.equal(run(model, images), run(other, images))
+    with pytest.raises(lp.UnsupportedModelError, match="folds tokens into a grid"):
+        model.forward_intermediates(images)
     second.remove()
     unchanged()
 
