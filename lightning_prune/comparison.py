@@ -14,8 +14,7 @@ from lightning_prune.callbacks.attached import attached_callbacks
 from lightning_prune.callbacks.decision import Decision, given_schedule, measure_given
 from lightning_prune.callbacks.images import images_from_batch
 from lightning_prune.callbacks.together import decided_by_rank_zero
-from lightning_prune.errors import ArgumentError
-from lightning_prune.errors import DataError
+from lightning_prune.errors import ArgumentError, DataError
 from lightning_prune.patching import find_vision_transformer
 from lightning_prune.planning import AccuracyBudget, Objective, ProxyCurve, plan
 from lightning_prune.profiling import Timing, compare_latency, profile_latency

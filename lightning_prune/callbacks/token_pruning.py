@@ -18,6 +18,7 @@ from lightning_prune.callbacks.together import decided_by_rank_zero
 from lightning_prune.errors import ArgumentError
 from lightning_prune.patching import PatchHandle, VisionTransformer, find_vision_transformer, patch
 from lightning_prune.planning import Objective, Utility, plan
+from lightning_prune.planning.planner import PAPER_IMAGES
 from lightning_prune.profiling import measurement_context, resolve_block
 from lightning_prune.profiling.latency import Protocol
 from lightning_prune.reduction import Reduction, resolve
@@ -45,9 +46,9 @@ class TokenPruning(L.Callback):
         objective: What to optimise; `Utility(alpha)` if None.
         block: The reducing block: an index, or a fraction of the depth (0.25 is the POMT paper's).
         alpha: Weight of latency against accuracy where `objective` is None, in [0, 1].
-        calibration: How many images to sample from the dataset, or the images (images, channels, height, width), or a
-            loader. Where the dataset cannot be sampled (an IterableDataset, a loader of another kind) the first
-            batch serves unless images or a loader are given.
+        calibration: How many images to sample from the dataset (at least 1024 for `protocol="paper"`), or the images
+            (images, channels, height, width), or a loader. Where the dataset cannot be sampled (an IterableDataset, a
+            loader of another kind) the first batch serves unless images or a loader are given.
         images_from_batch: A function from a batch to its images, where a batch is not a tensor, a sequence that
             begins with one, or a mapping with `image`, `images`, `pixel_values` or `inputs`.
         max_seconds: Time limit of latency profiling, and again of the accuracy estimate.
@@ -233,9 +234,10 @@ class TokenPruning(L.Callback):
         loaders = trainer.val_dataloaders if trainer.validating else None
         if loaders is None:
             loaders = trainer.test_dataloaders if trainer.testing else trainer.predict_dataloaders
-        return calibration_images(
-            trainer, pl_module, loaders, self.calibration, batch, self.images_from_batch, self.seed
-        )
+        wanted = self.calibration
+        if self.protocol == "paper" and isinstance(wanted, int):
+            wanted = max(wanted, PAPER_IMAGES)
+        return calibration_images(trainer, pl_module, loaders, wanted, batch, self.images_from_batch, self.seed)
 
     def _depends_on(self, transformer: VisionTransformer, context: dict[str, Any]) -> tuple[Any, ...]:
         """What a decision holds for; another model, device, batch, precision or wish needs another decision.

@@ -20,7 +20,7 @@ from lightning_prune.schedule import Schedule
 _FIRST = 4  # counts at which the proxy is measured before any choice
 _MOST = 12  # counts at which it is measured at all
 _WORTHWHILE = 0.002  # a better score by less is not worth another pass over the calibration images
-_PAPER_IMAGES = 1024
+PAPER_IMAGES = 1024  # whose accuracy the POMT paper looks at
 
 
 class ProxyCurve:
@@ -141,6 +141,10 @@ def plan(
     reduction = resolve(method)
     transformer = find_vision_transformer(model, target)
     index = resolve_block(block, transformer.depth)
+    if protocol == "paper":
+        if labels is None:
+            raise ArgumentError("`labels` are needed by protocol='paper', whose accuracy is top-1 on labelled images.")
+        images, labels = images[:PAPER_IMAGES], labels[:PAPER_IMAGES]
     if profile is None:
         if example_batch is None:
             raise ArgumentError("`example_batch` is needed to measure a profile: images on the device; got None.")
@@ -155,10 +159,6 @@ def plan(
             progress=progress,
         )
     _check_profile(profile, transformer, reduction, index, protocol)
-    if protocol == "paper":
-        if labels is None:
-            raise ArgumentError("`labels` are needed by protocol='paper', whose accuracy is top-1 on labelled images.")
-        images, labels = images[:_PAPER_IMAGES], labels[:_PAPER_IMAGES]
     if curve is None:
         curve = ProxyCurve(model, images, profile, reduction, labels=labels, target=target, progress=progress)
     tokens, reason = _choose(profile, curve, objective, exhaustive=protocol == "paper", max_seconds=max_seconds)
@@ -209,9 +209,10 @@ def _choose(
     if not useful:
         fastest = profile.tokens[int(np.argmin(profile.milliseconds))]
         gained = 100 * (1 - profile.at(fastest) / profile.dense_ms)
+        closest = f"the best, {fastest} tokens, by {gained:.1f}%" if fastest < n else "dense is the fastest"
         return n, (
-            f"The curve is flat: no measured count is faster than dense by more than 2% and the noise (the best, "
-            f"{fastest} tokens, by {gained:.1f}%). Pruning would cost accuracy for nothing."
+            f"The curve is flat: no measured count is faster than dense by more than 2% and the noise ({closest}). "
+            "Pruning would cost accuracy for nothing."
         )
     counts = [*useful, n]
     latency = np.array([profile.at(count) for count in counts])

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from rich import box
 from rich.table import Table
 
-from lightning_prune.files import replacing
 from lightning_prune.report.plots import plot_plans, save_figure
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ def write_comparison(folder: Path, rows: "Sequence[Row]", decisions: "Mapping[st
     """Writes results.csv, results.json, schedule.yaml and, where schedules were planned, profile.json and profile.png.
 
     `schedule.yaml` is the last variant's, the one to deploy; every variant's is in results.json. Each file appears
-    whole or not at all.
+    whole, and all or none: they take the place of older ones when the last is written.
 
     Args:
         folder: Where; exists.
@@ -32,25 +32,26 @@ def write_comparison(folder: Path, rows: "Sequence[Row]", decisions: "Mapping[st
         The files written.
     """
     table = [row.to_dict() for row in rows]
-    written = [folder / "results.csv", folder / "results.json"]
-    with replacing(written[0]) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, fieldnames=list(table[0]))
-        writer.writeheader()
-        writer.writerows(table)
     document = {
         "rows": table,
         "context": dict(next(iter(decisions.values())).context),
         "variants": {name: _described(decision) for name, decision in decisions.items()},
     }
-    with replacing(written[1]) as temporary:
-        temporary.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     *_, last = decisions.values()
-    written.append(last.schedule.save(folder / "schedule.yaml"))
     plans = [decision.plan for decision in decisions.values() if decision.plan is not None]
-    if plans:
-        written.append(plans[0].profile.save(folder / "profile.json"))
-        written.append(save_figure(plot_plans(plans), folder / "profile.png"))
-    return written
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".") as name:
+        stage = Path(name)
+        with (stage / "results.csv").open("w", newline="", encoding="utf-8") as stream:
+            writer = csv.DictWriter(stream, fieldnames=list(table[0]))
+            writer.writeheader()
+            writer.writerows(table)
+        (stage / "results.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        last.schedule.save(stage / "schedule.yaml")
+        if plans:
+            plans[0].profile.save(stage / "profile.json")
+            save_figure(plot_plans(plans), stage / "profile.png")
+        names = ("results.csv", "results.json", "schedule.yaml", "profile.json", "profile.png")
+        return [(stage / name).replace(folder / name) for name in names if (stage / name).exists()]
 
 
 def results_table(rows: "Sequence[Row]") -> Table:

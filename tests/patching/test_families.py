@@ -220,3 +220,10 @@ class TestGridGuard:
             assert torch.equal(last, model.forward_features(images))
             assert model.forward_intermediates(images, None, False, False, False, "NLC")[0].shape == (2, 15, 32)
             assert model.get_intermediate_layers(images, 1)[0].shape == (2, 14, 32)
+
+
+def test_a_block_used_at_several_depths(build: Any) -> None:
+    model = build()
+    model.blocks[2] = model.blocks[1]
+    with pytest.raises(lp.UnsupportedModelError, match="one block at several depths"):
+        lp.patch(model, "pomt", [0, 2, 0, 0])

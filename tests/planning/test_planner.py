@@ -187,6 +187,17 @@ def test_plan_as_plain_values(tmp_path):
     assert (tmp_path / "plan.png").stat().st_size > 10_000
 
 
+def test_paper_protocol_never_chooses_more_than_the_method_can_remove():
+    model = vit()
+    measured = lp.profile_latency(model, IMAGES[:1], protocol="paper", max_seconds=0.5, progress=False)
+    assert measured.tokens[0] == 17 - lp.reduction.POMT().capacity(17, 1)
+
+
+def test_paper_protocol_asks_for_labels_before_it_measures_for_hours():
+    with pytest.raises(lp.ArgumentError, match="`labels` are needed by protocol='paper'"):
+        lp.plan(vit(), IMAGES, protocol="paper", example_batch=None, progress=False)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -196,7 +207,7 @@ def test_plan_as_plain_values(tmp_path):
         ({"profile": profile(STRAIGHT | {20: 5.0})}, "20 tokens; this model has 17"),
         ({"profile": profile(STRAIGHT), "block": 2}, "pomt at block 1; asked for is pomt at block 2"),
         ({"profile": profile(STRAIGHT), "method": "random"}, "pomt at block 1; asked for is random at block 1"),
-        ({"profile": profile(STRAIGHT), "protocol": "paper"}, "protocol 'deployed', not 'paper'"),
+        ({"profile": profile(STRAIGHT, protocol="paper")}, "protocol 'paper', not 'deployed'"),
         (
             {"profile": profile(STRAIGHT, protocol="paper"), "protocol": "paper"},
             "`labels` are needed by protocol='paper'",

@@ -112,7 +112,7 @@ def test_paper_protocol_drops_random_tokens_before_block_0_at_every_count():
     model, seen = vit(), set()
     model.blocks[0].attn.register_forward_pre_hook(lambda _, args: seen.add(args[0].shape[1]))
     profile = lp.profile_latency(model, IMAGES, protocol="paper", max_seconds=1.0, progress=False)
-    assert profile.tokens == tuple(range(2, 18)) == tuple(sorted(seen))
+    assert profile.tokens == tuple(range(3, 18)) == tuple(sorted(seen))  # 2 is more than pomt can deploy
     assert (profile.protocol, profile.method) == ("paper", "random")
 
 

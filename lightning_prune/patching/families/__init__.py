@@ -50,8 +50,11 @@ def find_vision_transformer(model: nn.Module, target: str | None = None) -> Visi
         candidates = ", ".join(f"{path!r} ({own_class(module).__name__})" for path, module, _ in found)
         raise UnsupportedModelError(f"Found {len(found)} Vision Transformers; pass `target`, one of {candidates}.")
     path, root, family = found[0]
+    description = family.describe(root, path)
+    if len(set(description.blocks)) < description.depth:
+        raise UnsupportedModelError("The model uses one block at several depths; each must be a module of its own.")
     compiled = next((m for m in model.modules() if m is not root and getattr(m, "_orig_mod", None) is root), None)
-    return replace(family.describe(root, path), compiled=compiled)
+    return replace(description, compiled=compiled)
 
 
 def _contents(model: nn.Module) -> str:
