@@ -37,6 +37,7 @@ PATCH, GRID, WINDOW = 4, 14, 8  # pixels per patch; patches per side of a canvas
 EPOCHS, WINDOW_EPOCHS, STEADY_EPOCHS = 108, 80, 40
 FADE_EPOCHS, CLUTTERED_EPOCHS = 4, 85  # per quarter of the clutter's contrast; until it goes back to the usual
 BATCH, RATE, WARMUP, DECAY, SMOOTHING = 32, 1e-3, 100, 0.05, 0.05
+VALIDATE_EVERY = 4
 AVERAGING = 0.995  # the weights that are kept are a running average over about 200 steps, five epochs
 
 Sample = tuple[Tensor, int, int, int]
@@ -71,7 +72,7 @@ class LocatedDigits(Dataset[Sample]):
 class DigitsTraining(ImageClassifier):
     """`ImageClassifier` with an optimiser, windows, and the running average of the weights, which is validated."""
 
-    def __init__(self, epochs: int, window_epochs: int, output: Path) -> None:
+    def __init__(self, epochs: int, window_epochs: int, output: str) -> None:
         super().__init__(DIGITS_MODEL, pretrained=False)
         self.epochs, self.window_epochs, self.output = epochs, window_epochs, output
         # timm's default initialisation is for widths of 768; at 96 it leaves every branch near zero for long.
@@ -169,13 +170,13 @@ def main() -> None:
     callbacks = [ModelCheckpoint(args.checkpoints, save_last=True)] if args.checkpoints else []
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
     trainer = L.Trainer(
-        accelerator="cpu", max_epochs=args.epochs, gradient_clip_val=1.0, check_val_every_n_epoch=5,
+        accelerator="cpu", max_epochs=args.epochs, gradient_clip_val=1.0, check_val_every_n_epoch=VALIDATE_EVERY,
         callbacks=callbacks, enable_checkpointing=bool(callbacks), **quiet,
     )  # fmt: skip
     last = args.checkpoints / "last.ckpt" if args.checkpoints else None
-    module = DigitsTraining(args.epochs, args.window_epochs, args.output)
+    module = DigitsTraining(args.epochs, args.window_epochs, str(args.output))
     trainer.fit(module, train, validation, ckpt_path=last if last and last.exists() else None)
-    if args.epochs % 5:
+    if args.epochs % VALIDATE_EVERY:
         trainer.validate(module, validation, verbose=False)  # writes the weights of the last epoch
     about = {
         "model": DIGITS_MODEL, **figures(args.output), "epochs": args.epochs, "window_epochs": args.window_epochs,
