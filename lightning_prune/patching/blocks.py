@@ -56,12 +56,12 @@ def halves_agree(block: nn.Module, halves: Halves, tokens: int, channels: int) -
         channels: C.
     """
     like = next((p for p in block.parameters() if p.is_floating_point()), torch.empty(0))
-    noise = torch.randn(1, tokens, channels, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(1, tokens, channels, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
     x = noise.to(device=like.device, dtype=like.dtype)
     with torch.no_grad(), evaluating(block):
         try:
             return torch.equal(halves.mlp(block, halves.attention(block, x)), block.forward(x))  # without its hooks
-        except (AttributeError, TypeError):
+        except (AttributeError, TypeError, RuntimeError):
             return False  # a block of the same class family, but built of other parts
 
 

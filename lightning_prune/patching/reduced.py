@@ -10,7 +10,7 @@ from lightning_prune.errors import ArgumentError, ScheduleError
 from lightning_prune.patching.blocks import Halves
 from lightning_prune.patching.families.base import Family
 from lightning_prune.patching.overlay import Overlay
-from lightning_prune.patching.tap import AttentionTap, recorded_attention
+from lightning_prune.patching.tap import recorded_attention
 from lightning_prune.reduction.base import Attention, Reduced, Reduction, Sequence
 
 
@@ -95,7 +95,7 @@ class ReducedBlock(Overlay):
             site.survivors = arrived
             return x
         calls: list[Attention] = []
-        with AttentionTap(calls, sizes.log() if sizes is not None else None):
+        with site.family.tap(calls, sizes.log() if sizes is not None else None):
             if site.halves is None or not reduces_here:
                 after = super().forward(x, *args, **kwargs)
             else:

@@ -1,7 +1,7 @@
 """The outcome of planning: the schedule, and everything it was decided from."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +9,7 @@ import numpy as np
 
 from lightning_prune.planning.objective import Objective
 from lightning_prune.profiling import LatencyProfile, Timing
+from lightning_prune.profiling.curve import SAVING
 from lightning_prune.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ class Plan:
         reason: Why, in a sentence.
         dense: Timing of the unpruned model, measured beside the chosen point; None where it was not.
         pruned: Timing of the chosen point itself.
-        seconds: How long profiling and planning took.
+        seconds: How long planning took, and profiling where no profile was given.
     """
 
     schedule: Schedule
@@ -71,6 +72,24 @@ class Plan:
     def speedup(self) -> float:
         """Dense over pruned: of the final comparison, from rounds in which both ran, else of the profile."""
         return 1 / self.pruned.ratio if self.pruned else self.profile.dense_ms / self.predicted_ms
+
+    def unless_slow(self) -> "Plan":
+        """This plan, or one that removes nothing if the final comparison does not bear out the profile."""
+        if self.pruned is None or self.pruned.ratio < 1 - SAVING:
+            return self
+        took = f"{100 * self.pruned.ratio:.1f}% of dense"
+        return replace(
+            self,
+            schedule=Schedule([0] * self.schedule.depth, {**self.schedule.provenance, "tokens": self.dense_tokens}),
+            tokens=self.dense_tokens,
+            reason=f"Measured beside dense, {self.tokens} tokens take {took}, against the profile: nothing is gained.",
+            pruned=None,
+        )
+
+    @property
+    def dense_tokens(self) -> int:
+        """N."""
+        return self.profile.dense_tokens
 
     def scores(self) -> dict[int, float]:
         """Token count -> value of the objective, for the counts whose accuracy was measured."""

@@ -1,9 +1,11 @@
 """From a latency profile and an accuracy proxy to a schedule."""
 
 import time
+import warnings
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from lightning_prune.errors import ArgumentError
@@ -11,14 +13,14 @@ from lightning_prune.patching import PatchHandle, VisionTransformer, find_vision
 from lightning_prune.planning.objective import Column, Objective, Utility
 from lightning_prune.planning.plan import Plan
 from lightning_prune.profiling import LatencyProfile, Proxy, compare_latency, profile_latency, resolve_block
-from lightning_prune.profiling.context import is_compiled
-from lightning_prune.profiling.latency import Protocol, ready_to_run
+from lightning_prune.profiling.context import is_compiled, measurement_context
+from lightning_prune.profiling.latency import Protocol, check_dense, ready_to_run
 from lightning_prune.progress import ticking
 from lightning_prune.reduction import Random, Reduction, resolve
 from lightning_prune.schedule import Schedule
 
 _FIRST = 4  # counts at which the proxy is measured before any choice
-_MOST = 12  # counts at which it is measured at all
+_MOST = 8  # counts at which it is measured after that
 _WORTHWHILE = 0.002  # a better score by less is not worth another pass over the calibration images
 PAPER_IMAGES = 1024  # whose accuracy the POMT paper looks at
 
@@ -49,9 +51,11 @@ class ProxyCurve:
         target: str | None = None,
         progress: bool = True,
     ) -> None:
+        _check_images(images)
         self.profile = profile
         self.values: dict[int, float] = {profile.dense_tokens: 1.0}
         self._transformer = find_vision_transformer(model, target)
+        check_dense(self._transformer)
         self._reduction = Random(site="input") if profile.protocol == "paper" else resolve(method)
         self._show = progress
         device = next(self._transformer.root.parameters()).device
@@ -138,6 +142,7 @@ def plan(
     objective = objective if objective is not None else Utility()
     if not isinstance(objective, Objective):
         raise ArgumentError(f"`objective` must be an Objective such as Utility(0.5), got {objective!r}.")
+    _check_images(images)
     reduction = resolve(method)
     transformer = find_vision_transformer(model, target)
     index = resolve_block(block, transformer.depth)
@@ -145,6 +150,10 @@ def plan(
         if labels is None:
             raise ArgumentError("`labels` are needed by protocol='paper', whose accuracy is top-1 on labelled images.")
         images, labels = images[:PAPER_IMAGES], labels[:PAPER_IMAGES]
+    if curve is not None:
+        if profile not in (None, curve.profile):
+            raise ArgumentError("`curve` is a proxy curve on another profile than `profile`.")
+        profile = curve.profile
     if profile is None:
         if example_batch is None:
             raise ArgumentError("`example_batch` is needed to measure a profile: images on the device; got None.")
@@ -158,7 +167,9 @@ def plan(
             target=target,
             progress=progress,
         )
-    _check_profile(profile, transformer, reduction, index, protocol)
+    else:
+        _check_profile(profile, transformer, reduction, index, protocol)
+        _warn_if_foreign(profile, transformer, images if example_batch is None else example_batch, example_batch)
     if curve is None:
         curve = ProxyCurve(model, images, profile, reduction, labels=labels, target=target, progress=progress)
     tokens, reason = _choose(profile, curve, objective, exhaustive=protocol == "paper", max_seconds=max_seconds)
@@ -167,8 +178,7 @@ def plan(
     dense = pruned = None
     if removed and confirm:
         if example_batch is None:
-            device = next(transformer.root.parameters()).device
-            example_batch = images[: int(profile.context.get("batch_size", 1))].to(device)
+            example_batch = _batch_of(images, int(profile.context.get("batch_size", 1)), transformer)
         variants = {"dense": None, "pruned": (reduction, schedule)}
         timings = compare_latency(
             model, example_batch, variants, max_seconds=_final_seconds(max_seconds), target=target, progress=progress
@@ -184,7 +194,7 @@ def plan(
         "tokens": tokens,
         **dict(profile.context),
     }
-    return Plan(
+    made = Plan(
         schedule=Schedule(schedule.removed, provenance),
         method=reduction.name,
         block=index,
@@ -198,6 +208,7 @@ def plan(
         pruned=pruned,
         seconds=time.perf_counter() - start,
     )
+    return made.unless_slow()
 
 
 def _choose(
@@ -214,12 +225,14 @@ def _choose(
             f"The curve is flat: no measured count is faster than dense by more than 2% and the noise ({closest}). "
             "Pruning would cost accuracy for nothing."
         )
-    counts = [*useful, n]
+    # The paper's argmax is over every count; else a count that saves nothing is no candidate.
+    counts = list(profile.tokens) if exhaustive else [*useful, n]
     latency = np.array([profile.at(count) for count in counts])
     deadline = time.perf_counter() + (max_seconds if max_seconds is not None else float("inf"))
     for count in counts if exhaustive else _spread(useful):
         curve(count)
-    while not exhaustive and len(curve.values) <= _MOST and time.perf_counter() < deadline:
+    before = len(curve.values)  # what an earlier objective asked for is no reason to ask for less
+    while not exhaustive and len(curve.values) - before < _MOST and time.perf_counter() < deadline:
         promising = _promising(counts, latency, curve, objective)
         if promising is None:
             break
@@ -262,6 +275,30 @@ def _spread(counts: Sequence[int]) -> list[int]:
     """A few counts spread over the curve, the most tokens among them: budgets live near dense."""
     positions = np.linspace(0, len(counts) - 1, min(_FIRST, len(counts))).round().astype(int)
     return [counts[position] for position in dict.fromkeys(positions.tolist())]
+
+
+def _batch_of(images: Tensor, size: int, transformer: VisionTransformer) -> Tensor:
+    """A batch of the profiled size on the model's device, from however many images there are."""
+    device = next(transformer.root.parameters()).device
+    return images[torch.arange(size) % len(images)].to(device)
+
+
+def _check_images(images: object) -> None:
+    if not isinstance(images, Tensor) or images.ndim != 4 or not len(images):
+        came = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
+        raise ArgumentError(f"`images` must be a tensor (images, channels, height, width), got {came}.")
+
+
+def _warn_if_foreign(
+    profile: LatencyProfile, transformer: VisionTransformer, images: Tensor, example_batch: Tensor | None
+) -> None:
+    """Says where a profile was measured under other conditions than those of this run: its latencies may not hold."""
+    here = measurement_context(transformer.runner, _batch_of(images, 1, transformer))
+    here["batch_size"] = None if example_batch is None else len(example_batch)
+    for key in ("device", "batch_size", "image_shape", "precision", "compiled"):
+        there = profile.context.get(key)
+        if None not in (there, here[key]) and there != here[key]:
+            warnings.warn(f"The profile was measured elsewhere: {key} {there} there, {here[key]} here.", stacklevel=3)
 
 
 def _proxy_batch(profile: LatencyProfile, transformer: VisionTransformer) -> int:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_prune.errors import ArgumentError, DataError
+from lightning_prune.errors import ArgumentError, DataError, UnsupportedModelError
 from lightning_prune.patching import VisionTransformer
 
 
@@ -55,6 +55,7 @@ class Proxy:
     Raises:
         ArgumentError: If there are no images, or labels of another number.
         DataError: If a label is out of range, or the outputs are not finite.
+        UnsupportedModelError: If the model returns a vector for each token.
     """
 
     def __init__(
@@ -69,14 +70,19 @@ class Proxy:
         if images.ndim != 4 or not len(images):
             raise ArgumentError(f"`images` must be (images, channels, height, width), got {tuple(images.shape)}.")
         self._transformer, self._images, self._device = transformer, images, device
-        self._batch_size, self._labels, self._progress = batch_size, labels, progress
+        self._batch_size, self._progress = batch_size, progress
+        self._labels = None if labels is None else labels.cpu()
+        weight = next((p for p in transformer.root.parameters() if p.is_floating_point()), images)
+        self._dtype = images.dtype if torch.is_autocast_enabled(device.type) else weight.dtype
         self._dense = self._outputs()
         self.name = self._choose(labels)
 
     def _choose(self, labels: Tensor | None) -> str:
         if labels is None:
             return "soft agreement" if self._transformer.classes else "cosine similarity of features"
-        classes = self._dense.shape[-1]
+        classes = self._transformer.classes
+        if not classes:
+            raise ArgumentError("`labels` need a model that returns logits; this one returns features.")
         if len(labels) != len(self._images):
             raise ArgumentError(f"`labels` must be one for each of {len(self._images)} images, got {len(labels)}.")
         low, high = int(labels.min()), int(labels.max())
@@ -101,9 +107,13 @@ class Proxy:
         collected = []
         with torch.no_grad():
             for images in self._images.split(self._batch_size):
-                collected.append(self._transformer.runner(images.to(self._device)).float().cpu())
+                images = images.to(self._device, self._dtype)
+                collected.append(self._transformer.runner(images).float().cpu())
                 self._progress()
         outputs = torch.cat(collected)
+        if outputs.ndim != 2:
+            shape = ("images", *outputs.shape[1:])
+            raise UnsupportedModelError(f"The transformer must return one vector for each image, got {shape}.")
         if not outputs.isfinite().all():
             bad = int((~outputs.flatten(1).isfinite().all(dim=1)).sum())
             raise DataError(f"The model's outputs are not finite for {bad} of {len(outputs)} calibration images.")

@@ -67,6 +67,10 @@ class LatencyProfile:
         lengths = {len(self.tokens), len(self.milliseconds), len(self.spread), len(self.rounds)}
         if len(lengths) != 1 or not self.tokens:
             raise ArgumentError(f"`tokens` and the measurements must be of one length >= 1, got {sorted(lengths)}.")
+        numbers = (*self.milliseconds, *self.spread)
+        whole = (*self.tokens, *self.rounds, self.block, self.depth)
+        if not all(isinstance(n, int | float) for n in numbers) or not all(isinstance(n, int) for n in whole):
+            raise ArgumentError("`milliseconds` and `spread` must be numbers, all else in a profile whole numbers.")
         if list(self.tokens) != sorted(set(self.tokens)) or self.tokens[0] < 1:
             raise ArgumentError("`tokens` must be positive and strictly ascending.")
         if not all(0 < ms < float("inf") for ms in self.milliseconds):

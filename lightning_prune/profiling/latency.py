@@ -178,6 +178,11 @@ def count_tokens(transformer: VisionTransformer, images: Tensor) -> int:
     hook = transformer.blocks[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
     try:
         transformer.root.forward(images)  # past a compiled graph, which would not see the hook
+    except (AssertionError, RuntimeError) as error:
+        raise ArgumentError(
+            f"The Vision Transformer cannot run on images {tuple(images.shape)}, {images.dtype}: {error} Give those "
+            "that it receives itself, after all that your module does to them (`images_from_batch` of TokenPruning)."
+        ) from error
     finally:
         hook.remove()
     return seen[0]
@@ -190,7 +195,7 @@ def ready_to_run(transformer: VisionTransformer) -> Iterator[None]:
         if is_compiled(transformer.runner):
             from torch._dynamo import config
 
-            with config.patch(recompile_limit=256, accumulated_recompile_limit=1024):
+            with config.patch(cache_size_limit=256, accumulated_cache_size_limit=1024):  # their names since torch 2.1
                 yield
         else:
             yield
@@ -294,6 +299,11 @@ def _check(transformer: VisionTransformer, batch: Tensor, max_seconds: float | N
         raise ArgumentError(f"`max_seconds` must be a number > 0, got {max_seconds!r}.")
     if protocol not in ("deployed", "paper"):
         raise ArgumentError(f"`protocol` must be 'deployed' or 'paper', got {protocol!r}.")
+    check_dense(transformer)
+
+
+def check_dense(transformer: VisionTransformer) -> None:
+    """Raises ArgumentError if the model is patched: measuring would take the user's patch for the dense model."""
     if any(is_overlaid(block) for block in transformer.blocks):
         raise ArgumentError("The model is patched; remove the patch before measuring it.")
 

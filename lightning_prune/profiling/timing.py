@@ -56,6 +56,7 @@ class Interleaved(Generic[K]):
     def once(self, alternative: K) -> float:
         """Seconds of one run, from an idle device to an idle device."""
         self.prepare(alternative)
+        torch.clear_autocast_cache()  # under autocast every step of a loop casts the weights, so every run must
         synchronize(self.device)
         start = self.clock()
         self.run()

@@ -9,6 +9,7 @@ from timm.models.vision_transformer import VisionTransformer
 import lightning_prune as lp
 from lightning_prune.patching.overlay import is_overlaid
 from lightning_prune.planning import ProxyCurve
+from lightning_prune.profiling import Timing
 
 IMAGES = torch.randn(24, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
@@ -187,6 +188,89 @@ def test_plan_as_plain_values(tmp_path):
     assert (tmp_path / "plan.png").stat().st_size > 10_000
 
 
+@pytest.mark.parametrize("accuracy", ACCURACIES.values(), ids=ACCURACIES)
+def test_a_second_objective_on_one_curve_finds_what_it_finds_alone(accuracy):
+    """What the first one asked for must not use up what the second one may ask."""
+    latency = {count: 1.0 + 0.1 * count for count in range(20, 198)}
+    curve = profile(latency)
+    model = vit(img_size=112)  # 197 tokens
+    shared = KnownCurve(curve, lambda count: accuracy(17 * count / 197))
+    options = {"profile": curve, "block": 1, "confirm": False, "progress": False}
+    images = torch.zeros(1, 3, 112, 112)
+    alone = lp.plan(
+        model, images, curve=KnownCurve(curve, shared.accuracy), objective=lp.AccuracyBudget(0.02), **options
+    )
+    lp.plan(model, images, curve=shared, objective=lp.Utility(0.5), **options)
+    second = lp.plan(model, images, curve=shared, objective=lp.AccuracyBudget(0.02), **options)
+    assert curve.at(second.tokens) <= curve.at(alone.tokens)
+    assert shared(second.tokens) >= 0.98
+
+
+def test_paper_protocol_takes_the_argmax_over_every_count():
+    """Counts slower than dense set max L as any other; they are not left out."""
+    model = vit()
+    labels = model(IMAGES).argmax(-1)
+    latency = dict.fromkeys(range(3, 9), 1.0) | dict.fromkeys(range(9, 17), 4.0) | {17: 2.0}
+    curve = profile(latency, protocol="paper")
+    made = lp.plan(
+        model, IMAGES, profile=curve, block=1, protocol="paper", labels=labels, confirm=False, progress=False
+    )
+    assert set(made.accuracy) == set(range(3, 18))
+    utility = {c: 0.5 * (1 - latency[c] / 4.0) + 0.5 * made.accuracy[c] / max(made.accuracy.values()) for c in latency}
+    assert made.tokens == max(utility, key=lambda c: (utility[c], c))
+
+
+def test_a_finalist_that_is_not_faster_removes_nothing(monkeypatch):
+    slow = Timing(9.9, 0.1, 0.99, 0.01, 31)
+    monkeypatch.setattr(
+        "lightning_prune.planning.planner.compare_latency", lambda *_, **__: {"dense": slow, "pruned": slow}
+    )
+    curve = profile(STRAIGHT)
+    made = lp.plan(vit(), IMAGES, profile=curve, curve=KnownCurve(curve, lambda count: 1.0), block=1, progress=False)
+    assert made.removed == 0
+    assert made.tokens == made.schedule.provenance["tokens"] == 17
+    assert "take 99.0% of dense, against the profile: nothing is gained" in made.reason
+    assert made.speedup == 1.0
+    assert made.dense_ms == made.latency_ms or made.latency_ms == made.predicted_ms
+
+
+def test_a_patched_model_is_not_planned_for():
+    model = vit()
+    with lp.patch(model, "pomt", [0, 4, 0, 0]) as handle:
+        with pytest.raises(lp.ArgumentError, match="The model is patched; remove the patch"):
+            lp.plan(model, IMAGES, profile=profile(STRAIGHT), block=1, progress=False)
+        assert handle.active
+
+
+def test_a_profile_from_elsewhere_is_used_and_said():
+    foreign = profile(STRAIGHT, context={"device": "Abacus", "batch_size": 64, "precision": "float16"})
+    with pytest.warns(UserWarning, match="measured elsewhere: .* there") as said:
+        lp.plan(vit(), IMAGES, profile=foreign, example_batch=IMAGES[:2], block=1, confirm=False, progress=False)
+    text = " ".join(str(warning.message) for warning in said)
+    assert "device Abacus there" in text
+    assert "batch_size 64 there, 2 here" in text
+    assert "precision float16 there, float32 here" in text
+
+
+def test_the_final_comparison_runs_at_the_profiled_batch_size(monkeypatch):
+    seen = []
+
+    def compare(model, batch, variants, **_):
+        seen.append(len(batch))
+        return dict.fromkeys(variants, Timing(1.0, 0.1, 0.5, 0.01, 31))
+
+    monkeypatch.setattr("lightning_prune.planning.planner.compare_latency", compare)
+    curve = profile(STRAIGHT, context={"batch_size": 40})
+    lp.plan(vit(), IMAGES, profile=curve, curve=KnownCurve(curve, lambda count: 1.0), block=1, progress=False)
+    assert seen == [40]
+
+
+def test_a_curve_on_another_profile():
+    curve = KnownCurve(profile(STRAIGHT), lambda count: 1.0)
+    with pytest.raises(lp.ArgumentError, match="`curve` is a proxy curve on another profile"):
+        lp.plan(vit(), IMAGES, profile=profile(STRAIGHT | {3: 1.25}), curve=curve, block=1, progress=False)
+
+
 def test_paper_protocol_never_chooses_more_than_the_method_can_remove():
     model = vit()
     measured = lp.profile_latency(model, IMAGES[:1], protocol="paper", max_seconds=0.5, progress=False)
@@ -202,6 +286,7 @@ def test_paper_protocol_asks_for_labels_before_it_measures_for_hours():
     ("arguments", "message"),
     [
         ({}, "`example_batch` is needed"),
+        ({"images": [1, 2]}, "`images` must be a tensor .* got list"),
         ({"objective": 0.5}, "`objective` must be an Objective such as Utility"),
         ({"profile": profile(STRAIGHT, depth=5)}, "5 blocks; this one has 4"),
         ({"profile": profile(STRAIGHT | {20: 5.0})}, "20 tokens; this model has 17"),
@@ -216,4 +301,4 @@ def test_paper_protocol_asks_for_labels_before_it_measures_for_hours():
 )
 def test_bad_arguments_are_named(arguments, message):
     with pytest.raises(lp.ArgumentError, match=message):
-        lp.plan(vit(), IMAGES, **{"block": 1, "progress": False, **arguments})
+        lp.plan(vit(), **{"images": IMAGES, "block": 1, "progress": False, **arguments})

@@ -107,3 +107,20 @@ def test_outputs_that_are_not_finite():
 def test_no_images():
     with pytest.raises(lp.ArgumentError, match="`images` must be"):
         Proxy(lp.patching.find_vision_transformer(vit()), IMAGES[:0], CPU, 3)
+
+
+@pytest.mark.parametrize("classes", [0, 5])
+def test_a_vector_for_each_token_is_no_output_to_compare(classes):
+    model = vit(num_classes=classes, global_pool="")
+    with pytest.raises(lp.UnsupportedModelError, match=r"one vector for each image, got \('images', 17, "):
+        Proxy(lp.patching.find_vision_transformer(model), IMAGES, CPU, 3)
+
+
+def test_labels_for_a_model_without_logits():
+    with pytest.raises(lp.ArgumentError, match="this one returns features"):
+        Proxy(lp.patching.find_vision_transformer(vit(num_classes=0)), IMAGES, CPU, 3, torch.zeros(7).long())
+
+
+def test_images_come_in_the_precision_of_the_model():
+    proxy = Proxy(lp.patching.find_vision_transformer(vit().bfloat16()), IMAGES, CPU, 3)
+    assert proxy.measure() == pytest.approx(1.0)

@@ -97,6 +97,10 @@ def test_load_names_the_file_and_what_is_wrong(tmp_path):
     path.write_text(json.dumps({**json.loads(whole), "milliseconds": [1.0]}))
     with pytest.raises(FileFormatError, match=r"profile\.json is not a usable profile: .*one length"):
         LatencyProfile.load(path)
+    for wrong in ({"spread": ["a", "b"]}, {"block": "x"}, {"tokens": [100, 197.5]}):
+        path.write_text(json.dumps({**json.loads(whole), **wrong}))
+        with pytest.raises(FileFormatError, match="must be numbers, all else in a profile whole numbers"):
+            LatencyProfile.load(path)
     document = json.loads(whole)
     del document["block"]
     path.write_text(json.dumps(document))

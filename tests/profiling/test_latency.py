@@ -222,3 +222,24 @@ def test_a_patched_model_is_not_measured():
         with pytest.raises(lp.ArgumentError, match="The model is patched; remove the patch"):
             lp.profile_latency(model, IMAGES, progress=False)
         assert handle.active
+
+
+def test_images_that_the_transformer_cannot_take():
+    with pytest.raises(lp.ArgumentError, match=r"cannot run on images \(2, 3, 24, 24\).*`images_from_batch`"):
+        lp.profile_latency(vit(), IMAGES[:, :, :24, :24], progress=False)
+
+
+def test_every_run_under_autocast_casts_the_weights():
+    """As every step of a loop does; a cache that outlives one run would make all but the first too fast."""
+    casts = []
+    with torch.autocast("cpu", torch.bfloat16):
+        model = vit()
+        model.blocks[0].register_forward_pre_hook(lambda *_: casts.append(None))
+        cleared = []
+        original = torch.clear_autocast_cache
+        torch.clear_autocast_cache = lambda: (cleared.append(None), original())
+        try:
+            lp.profile_latency(model, IMAGES, counts=[9], max_seconds=0.1, progress=False)
+        finally:
+            torch.clear_autocast_cache = original
+    assert len(cleared) >= len(casts) - 1  # all runs but the one that counts tokens

@@ -1,6 +1,7 @@
 """What the patch needs to know of a model family."""
 
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -8,6 +9,8 @@ from torch import Tensor, nn
 
 from lightning_prune.patching.blocks import Halves
 from lightning_prune.patching.overlay import Overlay
+from lightning_prune.patching.tap import AttentionTap
+from lightning_prune.reduction.base import Attention
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,13 @@ class Family(ABC):
     @abstractmethod
     def undo_fused(self, changed: list[nn.Module]) -> None:
         """The inverse of `force_fused`."""
+
+    def tap(self, calls: list[Attention], log_sizes: Tensor | None) -> AbstractContextManager[Any]:
+        """What records a block's attention in `calls`, and adds `log_sizes` to its logits, while the block runs.
+
+        Families whose attention does not go through `scaled_dot_product_attention`, or not always, bring their own.
+        """
+        return AttentionTap(calls, log_sizes)
 
     def carry(self, args: tuple[Any, ...], kwargs: dict[str, Any], positions: Tensor) -> tuple[Any, Any]:
         """Adapts what a block receives besides tokens (a rotary embedding, a bias) to the tokens that are left.
