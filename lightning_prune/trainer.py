@@ -41,6 +41,9 @@ class PruneTrainer(L.Trainer):
             dataloaders: Validation loaders, if there is no datamodule.
             datamodule: Gives the validation loader.
             output: Folder for the files.
+
+        Raises:
+            ArgumentError: If `output` cannot be written to, or there is no batch to profile on.
         """
         folder = writable(output)
         pruner = self._pruner()
@@ -69,7 +72,7 @@ class PruneTrainer(L.Trainer):
         dataloaders: Any = None,
         datamodule: L.LightningDataModule | None = None,
         output: str = "results/compare",
-        max_drop: float = 0.005,
+        max_drop: float | None = None,
     ) -> list[dict[str, Any]]:
         """Validate dense and pruned in one run; writes results.csv, results.json, schedule.yaml and the profile.
 
@@ -81,19 +84,23 @@ class PruneTrainer(L.Trainer):
             dataloaders: Validation loaders, if there is no datamodule.
             datamodule: Gives the validation loader.
             output: Folder for the files.
-            max_drop: The accuracy budget: share of the dense model's proxy that may be lost.
+            max_drop: The accuracy budget: share of the dense model's proxy that may be lost; 0.005 if not given.
+
+        Raises:
+            ArgumentError: If `output` cannot be written to, or `max_drop` is given where nothing is planned for it.
+            DataError: If there is nothing to validate on.
         """
         from lightning_prune.report.results import results_table, write_comparison
 
         folder = writable(output)
-        rows, decisions = compare(self, model, self._pruner(), max_drop, dataloaders=dataloaders, datamodule=datamodule)
+        data = {"dataloaders": dataloaders, "datamodule": datamodule}
+        rows, decisions, seconds = compare(self, model, self._pruner(), max_drop, **data)
         if self.is_global_zero:
-            paths = write_comparison(folder, rows, decisions)
+            paths = write_comparison(folder, rows, decisions, seconds)
             console = Console()
             console.print(results_table(rows))
             for name, decision in decisions.items():
                 console.print(f"[bold]{name}[/bold]: {decision.reason}", highlight=False)
-            seconds = sum(decision.seconds for decision in decisions.values())
             console.print(
                 f"Profiling and planning took {seconds:.0f} s. Written: {', '.join(map(str, paths))}", soft_wrap=True
             )
@@ -142,7 +149,7 @@ class _Profiling(L.Callback):
                     method=pruner.reduction,
                     block=pruner.block,
                     protocol=pruner.protocol,
-                    max_seconds=pruner.max_seconds,
+                    max_seconds=None if pruner.protocol == "paper" else pruner.max_seconds,
                     target=pruner.target,
                 )
 

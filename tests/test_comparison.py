@@ -58,11 +58,13 @@ def module() -> lp.ImageClassifier:
     return lp.ImageClassifier("vit_digits_patch4_56", pretrained=False, model_kwargs=KWARGS)
 
 
-def compared(model: L.LightningModule | None = None, max_drop: float = 0.005, limit: int = 4, **settings: Any) -> Any:
+def compared(
+    model: L.LightningModule | None = None, max_drop: float | None = None, limit: int = 4, **settings: Any
+) -> Any:
     pruner = TokenPruning(**{"calibration": 8, "max_seconds": 1, "verbose": False, **settings})
     trainer = L.Trainer(callbacks=[pruner], **{**OPTIONS, "limit_val_batches": limit})
     model = model if model is not None else module()
-    rows, decisions = compare(trainer, model, pruner, max_drop, datamodule=lp.DigitsData(batch_size=8))
+    rows, decisions, _ = compare(trainer, model, pruner, max_drop, datamodule=lp.DigitsData(batch_size=8))
     return rows, decisions, trainer, pruner
 
 
@@ -201,3 +203,35 @@ def test_writable(tmp_path: Any) -> None:
     with pytest.raises(lp.ArgumentError, match=r"^`output` must be a folder that can be written to, got .*file"):
         writable(tmp_path / "file")
     assert (tmp_path / "file").read_text() == "old"
+
+
+def test_a_variant_that_is_not_faster_in_the_final_run_removes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def once(self: Interleaved[Any], alternative: Any) -> float:
+        self.prepare(alternative)
+        self.run()
+        return alternative / 1e3 if isinstance(alternative, int) else 0.2
+
+    monkeypatch.setattr(Interleaved, "once", once)
+    rows, decisions, *_ = compared()
+    assert [(row.removed, row.tokens, row.speedup) for row in rows] == [(0, 197, 1.0)] * 3
+    assert "against the profile: nothing is gained" in decisions["pomt utility"].reason
+    assert len({row.top1 for row in rows}) == 1
+
+
+def test_says_how_long_deciding_took() -> None:
+    pruner = TokenPruning(schedule=20, max_seconds=1, verbose=False)
+    trainer = L.Trainer(callbacks=[pruner], **OPTIONS)
+    assert compare(trainer, module(), pruner, datamodule=lp.DigitsData(batch_size=8)).seconds > 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        ({"objective": lp.AccuracyBudget(0.1)}, "the objective is accuracy budget, at most 10% lost"),
+        ({"schedule": 20}, "the schedule is given"),
+    ],
+)
+def test_a_budget_that_nothing_is_planned_for(settings: dict[str, Any], why: str) -> None:
+    pruner = TokenPruning(verbose=False, **settings)
+    with pytest.raises(lp.ArgumentError, match=f"`max_drop` plays no part where {why}; got max_drop=0.01"):
+        compare(L.Trainer(**OPTIONS), module(), pruner, 0.01, datamodule=lp.DigitsData(batch_size=8))

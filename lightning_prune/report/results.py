@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from lightning_prune.comparison import Row
 
 
-def write_comparison(folder: Path, rows: "Sequence[Row]", decisions: "Mapping[str, Decision]") -> list[Path]:
+def write_comparison(
+    folder: Path, rows: "Sequence[Row]", decisions: "Mapping[str, Decision]", seconds: float
+) -> list[Path]:
     """Writes results.csv, results.json, schedule.yaml and, where schedules were planned, profile.json and profile.png.
 
     `schedule.yaml` is the last variant's, the one to deploy; every variant's is in results.json. Each file appears
@@ -27,6 +29,7 @@ def write_comparison(folder: Path, rows: "Sequence[Row]", decisions: "Mapping[st
         folder: Where; exists.
         rows: The table.
         decisions: Variant -> what was decided.
+        seconds: What deciding took.
 
     Returns:
         The files written.
@@ -35,6 +38,7 @@ def write_comparison(folder: Path, rows: "Sequence[Row]", decisions: "Mapping[st
     document = {
         "rows": table,
         "context": dict(next(iter(decisions.values())).context),
+        "seconds": round(seconds, 1),
         "variants": {name: _described(decision) for name, decision in decisions.items()},
     }
     *_, last = decisions.values()

@@ -82,7 +82,7 @@ def test_figures_that_a_module_does_not_log_are_dashes() -> None:
 
 
 def test_files_of_a_given_schedule(tmp_path: Path) -> None:
-    written = write_comparison(tmp_path, [DENSE, PRUNED], {"pomt given": DECISION})
+    written = write_comparison(tmp_path, [DENSE, PRUNED], {"pomt given": DECISION}, 12.34)
     assert [path.name for path in written] == ["results.csv", "results.json", "schedule.yaml"]
     assert sorted(tmp_path.iterdir()) == sorted(written)
     with written[0].open(newline="") as stream:
@@ -101,14 +101,14 @@ def test_files_of_a_given_schedule(tmp_path: Path) -> None:
 
 def test_schedule_is_that_of_the_last_variant(tmp_path: Path) -> None:
     other = replace(DECISION, schedule=lp.Schedule.single(12, 3, 7))
-    write_comparison(tmp_path, [DENSE], {"first": DECISION, "last": other})
+    write_comparison(tmp_path, [DENSE], {"first": DECISION, "last": other}, 12.34)
     assert lp.Schedule.load(tmp_path / "schedule.yaml").total == 7
 
 
 def test_a_file_that_fails_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    old = write_comparison(tmp_path, [DENSE], {"old": DECISION})
+    old = write_comparison(tmp_path, [DENSE], {"old": DECISION}, 12.34)
     before = {path: path.read_bytes() for path in old}
     monkeypatch.setattr(results.csv.DictWriter, "writerows", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
-        write_comparison(tmp_path, [DENSE, PRUNED], {"new": DECISION})
+        write_comparison(tmp_path, [DENSE, PRUNED], {"new": DECISION}, 12.34)
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before

@@ -1,0 +1,140 @@
+"""Deciding all variants of a comparison at once, on the first batch of a validation run."""
+
+from dataclasses import replace
+from time import perf_counter
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from lightning_prune.callbacks import TokenPruning
+from lightning_prune.callbacks.decision import Decision, given_schedule, measure_given
+from lightning_prune.callbacks.images import Calibration, images_from_batch
+from lightning_prune.callbacks.random_state import preserving_random_state
+from lightning_prune.callbacks.together import decided_by_rank_zero
+from lightning_prune.errors import ArgumentError
+from lightning_prune.patching import find_vision_transformer
+from lightning_prune.planning import Objective, ProxyCurve, plan
+from lightning_prune.profiling import Timing, compare_latency, profile_latency
+from lightning_prune.schedule import Schedule
+
+
+class Survey(L.Callback):
+    """Decides every variant on the first batch of a dense validation run, and counts the images of the run.
+
+    One latency profile and one accuracy curve serve all objectives, and all variants are timed in one interleaved run.
+
+    Args:
+        pruner: Whose settings the variants share.
+        objectives: Name of a variant -> what it optimises.
+    """
+
+    def __init__(self, pruner: TokenPruning, objectives: dict[str, Objective]) -> None:
+        self.pruner, self.objectives = pruner, objectives
+        self.decisions: dict[str, Decision] = {}
+        self.timings: dict[str, Timing] = {}
+        self.images = 0
+        self.seconds = 0.0
+
+    def on_validation_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Decides, once."""
+        self.images += len(images_from_batch(batch, self.pruner.images_from_batch))
+        if not self.timings:
+            start = perf_counter()
+            decided = decided_by_rank_zero(trainer, lambda: self._decide(trainer, pl_module, batch))
+            self.decisions, self.timings = decided
+            self.seconds = perf_counter() - start
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Adds up the images of all ranks."""
+        count = torch.tensor(self.images, device=pl_module.device)
+        self.images = int(trainer.strategy.reduce(count, reduce_op="sum"))
+
+    def _decide(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any
+    ) -> tuple[dict[str, Decision], dict[str, Timing]]:
+        pruner = self.pruner
+        images = images_from_batch(batch, pruner.images_from_batch)
+        with preserving_random_state(), trainer.precision_plugin.forward_context():
+            transformer = find_vision_transformer(pl_module, pruner.target)
+            if pruner.schedule == "auto":
+                calibration = pruner.sample(trainer, pl_module, batch)
+                decisions = self._planned(pl_module, images, calibration)
+            else:
+                schedule = given_schedule(pruner.schedule, pruner.block, transformer.depth)
+                limit = pruner.max_seconds / 3
+                given = measure_given(
+                    pl_module, images, pruner.reduction, schedule, limit, pruner.target, progress=pruner.verbose
+                )
+                decisions = {f"{pruner.reduction.name} given": given}
+            variants: dict[str, tuple[Any, Schedule] | None] = {"dense": None}
+            variants |= {n: (pruner.reduction, d.schedule) for n, d in decisions.items() if d.schedule.total}
+            timings = compare_latency(
+                pl_module,
+                images,
+                variants,
+                rounds=51,
+                max_seconds=pruner.max_seconds,
+                target=pruner.target,
+                progress=pruner.verbose,
+            )
+        decisions = {name: _confirmed(decision, timings, name) for name, decision in decisions.items()}
+        # A variant that removes nothing is the dense model: timing it again would only add noise.
+        timings |= {name: timings["dense"] for name, decision in decisions.items() if not decision.schedule.total}
+        return decisions, timings
+
+    def _planned(self, pl_module: L.LightningModule, images: Tensor, calibration: Calibration) -> dict[str, Decision]:
+        pruner = self.pruner
+        shared: dict[str, Any] = {
+            "method": pruner.reduction,
+            "block": pruner.block,
+            "protocol": pruner.protocol,
+            "target": pruner.target,
+            "progress": pruner.verbose,
+        }
+        paper = pruner.protocol == "paper"
+        if paper and calibration.labels is None:  # said before hours of profiling
+            raise ArgumentError("protocol='paper' needs labels, and the calibration batches hold none.")
+        limit = None if paper else pruner.max_seconds
+        profile = profile_latency(pl_module, images, max_seconds=limit, **shared)
+        labels = calibration.labels if paper else None
+        curve = ProxyCurve(
+            pl_module,
+            calibration.images,
+            profile,
+            pruner.reduction,
+            labels=labels,
+            target=pruner.target,
+            progress=pruner.verbose,
+        )
+        return {
+            name: Decision.from_plan(
+                plan(
+                    pl_module,
+                    calibration.images,
+                    profile=profile,
+                    curve=curve,
+                    labels=labels,
+                    objective=objective,
+                    confirm=False,
+                    max_seconds=pruner.max_seconds,
+                    **shared,
+                ),
+                calibration.source,
+            )
+            for name, objective in self.objectives.items()
+        }
+
+
+def _confirmed(decision: Decision, timings: dict[str, Timing], name: str) -> Decision:
+    """The decision with its latency from the run of all variants; one that is not faster there removes nothing."""
+    if name not in timings:
+        return replace(decision, dense_ms=timings["dense"].milliseconds, latency_ms=timings["dense"].milliseconds)
+    dense, pruned = timings["dense"], timings[name]
+    if decision.plan is not None:
+        confirmed = replace(decision.plan, dense=dense, pruned=pruned).unless_slow()
+        return Decision.from_plan(confirmed, decision.calibration)
+    return replace(decision, dense_ms=dense.milliseconds, latency_ms=pruned.milliseconds, speedup=1 / pruned.ratio)
