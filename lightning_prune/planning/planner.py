@@ -3,6 +3,7 @@
 import time
 import warnings
 from collections.abc import Sequence
+from math import hypot
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from lightning_prune.planning.objective import Column, Objective, Utility
 from lightning_prune.planning.plan import Plan
 from lightning_prune.profiling import LatencyProfile, Proxy, compare_latency, profile_latency, resolve_block
 from lightning_prune.profiling.context import is_compiled, measurement_context
+from lightning_prune.profiling.curve import SAVING
 from lightning_prune.profiling.latency import Protocol, check_dense, ready_to_run
 from lightning_prune.progress import ticking
 from lightning_prune.reduction import Random, Reduction, resolve
@@ -218,13 +220,7 @@ def _choose(
     n = profile.dense_tokens
     useful = [count for count in profile.tokens if count < n and profile.saves(count)]
     if not useful:
-        fastest = profile.tokens[int(np.argmin(profile.milliseconds))]
-        gained = 100 * (1 - profile.at(fastest) / profile.dense_ms)
-        closest = f"the best, {fastest} tokens, by {gained:.1f}%" if fastest < n else "dense is the fastest"
-        return n, (
-            f"The curve is flat: no measured count is faster than dense by more than 2% and the noise ({closest}). "
-            "Pruning would cost accuracy for nothing."
-        )
+        return n, _why_dense(profile)
     # The paper's argmax is over every count; else a count that saves nothing is no candidate.
     counts = list(profile.tokens) if exhaustive else [*useful, n]
     latency = np.array([profile.at(count) for count in counts])
@@ -245,6 +241,23 @@ def _choose(
     saved = 100 * (1 - profile.at(chosen) / profile.dense_ms)
     kept = 100 * curve.values[chosen]
     return chosen, f"Best by {objective}: {saved:.1f}% less latency, {kept:.2f}% of the dense {curve.name}."
+
+
+def _why_dense(profile: LatencyProfile) -> str:
+    """Why no count is worth having: the device gains nothing, or the measurement cannot tell."""
+    fastest = profile.tokens[int(np.argmin(profile.milliseconds))]
+    gained = 1 - profile.at(fastest) / profile.dense_ms
+    if gained <= SAVING:
+        closest = f"{fastest} tokens, by {100 * gained:.1f}%" if fastest < profile.dense_tokens else "dense itself"
+        return (
+            f"The curve is flat: no measured count is faster than dense by more than 2% (the fastest is {closest}). "
+            "Pruning would cost accuracy for nothing."
+        )
+    noise = 2 * hypot(profile.error(fastest), profile.error(profile.dense_tokens)) / profile.dense_ms
+    return (
+        f"The measurement is too noisy to choose by: {fastest} tokens seem {100 * gained:.1f}% faster than dense, within "
+        f"a noise of {100 * noise:.0f}%. Stop what else runs on this machine, or raise `max_seconds`."
+    )
 
 
 def _promising(counts: Sequence[int], latency: Column, curve: ProxyCurve, objective: Objective) -> int | None:
