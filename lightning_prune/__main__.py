@@ -16,7 +16,7 @@ commands:
   validate   validate pruned on the validation set
   test       the same on the test set
 
-options of every command (all of them: lightning-prune COMMAND --help):
+options (all of them: lightning-prune COMMAND --help):
   --config FILE            YAML with the keys below; later files and options win
   --model.model NAME       a timm name; --model.weights FILE for weights of your own
   --data CLASS             DigitsData, ImageFolderData, or any LightningDataModule by its import path
@@ -24,6 +24,8 @@ options of every command (all of them: lightning-prune COMMAND --help):
   --prune.schedule VALUE   auto, a number of tokens, a list with one number a block, or a schedule file
   --prune.block VALUE      the reducing block: an index, or a fraction of the depth
   --prune.alpha NUMBER     weight of latency against accuracy in [0, 1]
+  --output DIR             folder for the files (compare, profile)
+  --max_drop SHARE         accuracy budget: share of the accuracy proxy that may be lost (compare)
   --trainer.KEY VALUE      any option of lightning.Trainer: accelerator, precision, devices, ...
   --print_config           print the configuration and stop
 

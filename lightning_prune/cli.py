@@ -1,9 +1,9 @@
 """The command line: LightningCLI with pruning under a flat `prune:` key."""
 
+import argparse
 import logging
 import sys
 import warnings
-from argparse import ArgumentError
 from typing import Any
 
 import lightning as L
@@ -13,7 +13,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning_prune.callbacks import TokenPruning
 from lightning_prune.classifier import ImageClassifier
 from lightning_prune.data import DigitsData, ImageFolderData
-from lightning_prune.errors import PruneError
+from lightning_prune.errors import ArgumentError, PruneError
 from lightning_prune.trainer import PruneTrainer
 
 _PASSED_BY_CODE = {"model", "dataloaders", "datamodule"}
@@ -32,6 +32,13 @@ class PruneCLI(LightningCLI):
     def subcommands() -> dict[str, set[str]]:
         """The methods of the trainer that are commands, with the arguments that code fills in."""
         return dict.fromkeys(("validate", "test", "profile", "compare"), _PASSED_BY_CODE)
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """Creates the trainer; what Lightning says of its options in errors of Python's is the user's to mend."""
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (ImportError, TypeError, ValueError) as error:
+            raise ArgumentError(f"trainer: {error}") from error
 
     def _parse_ckpt_path(self) -> None:
         """Leaves hyperparameters of a checkpoint alone: those of a foreign module are no options of ours."""
@@ -63,7 +70,7 @@ def run(args: list[str] | None = None) -> int:
                 "exit_on_error": False,  # it would print the usage, a page of Trainer's options, before the error
             },
         )
-    except (PruneError, ArgumentError, MisconfigurationException) as error:
+    except (PruneError, argparse.ArgumentError, MisconfigurationException, FileNotFoundError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0

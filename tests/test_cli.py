@@ -4,6 +4,7 @@ import csv
 import importlib.metadata
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -70,7 +71,8 @@ def test_cheap_questions_are_answered_without_torch(words: list[str]) -> None:
     if words == ["--version"]:
         assert run.stdout == f"lightning-prune {lp.__version__}\n"
     else:
-        assert all(word in run.stdout for word in ("compare", "profile", "validate", "test", "--prune.schedule"))
+        options = ("--prune.schedule", "--output DIR", "--max_drop SHARE")
+        assert all(word in run.stdout for word in ("compare", "profile", "validate", "test", *options))
         assert max(map(len, run.stdout.splitlines())) <= 120
 
 
@@ -165,6 +167,11 @@ def test_an_objective_of_the_users_choice(tmp_path: Path) -> None:
         (["--trainer.callbacks+=TokenPruning"], "A Trainer can have one TokenPruning callback, got 2."),
         (["--trainer.limit_val_batches=1.5"], "invalid value 1.5 for limit_val_batches"),
         (["--data=Nothing"], "Nothing"),
+        (["--ckpt_path=nowhere.ckpt"], "nowhere.ckpt"),
+        (["--trainer.accelerator=abacus"], "trainer: You selected an invalid accelerator name: `accelerator='abacus'`"),
+        (["--trainer.accelerator=tpu"], "trainer: Requirement 'torch_xla"),
+        (["--trainer.strategy=solo"], "trainer: You selected an invalid strategy name: `strategy='solo'`"),
+        (["--trainer.devices=few"], "trainer: `devices` selected with `CPUAccelerator` should be an int > 0."),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -211,14 +218,15 @@ def test_a_comparison_that_fails_leaves_the_folder_whole(
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {name: f"old {name}" for name in names}
 
 
-def test_an_error_of_the_program_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [ZeroDivisionError, ValueError, TypeError, ImportError])
+def test_an_error_of_the_program_keeps_its_traceback(error: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
     """One line would hide where it happened."""
 
     def broken(self: TokenPruning, *args: Any) -> None:
-        raise ZeroDivisionError
+        raise error
 
     monkeypatch.setattr(TokenPruning, "_decide", broken)
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(error):
         main(["validate", *TINY])
 
 
@@ -234,12 +242,14 @@ def test_shipped_configs_parse(name: str, capsys: pytest.CaptureFixture[str]) ->
     assert given["data"]["init_args"].items() <= printed["data"]["init_args"].items()
 
 
-def test_root_of_the_images_can_be_overridden(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        main(
-            ["compare", f"--config={CONFIGS / 'imagenet_deit_small.yaml'}", "--data.init_args.root=x", "--print_config"]
-        )
-    assert yaml.safe_load(capsys.readouterr().out)["data"]["init_args"]["root"] == "x"
+@pytest.mark.parametrize("name", ["imagenet_deit_small.yaml", "imagenet_vit_large.yaml"])
+def test_commands_in_the_configs_say_where_the_images_are(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (command,) = re.findall(r"^# +lightning-prune (.+)$", (CONFIGS / name).read_text(), re.MULTILINE)
+    assert "--data.root /path/to/imagenet" in command
+    with pytest.raises(SystemExit) as end:
+        main([*command.replace("configs/", f"{CONFIGS}/").split(), "--print_config"])
+    assert end.value.code == 0
+    assert yaml.safe_load(capsys.readouterr().out)["data"]["init_args"]["root"] == "/path/to/imagenet"
 
 
 APP = '''
