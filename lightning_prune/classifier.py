@@ -85,15 +85,18 @@ class ImageClassifier(L.LightningModule):
         self.evaluation = Evaluation(self.num_classes, warmup)
 
     @property
-    def data_config(self) -> dict[str, Any]:
-        """What the model wants to see: timm's data config with input_size, mean, std, interpolation, crop_pct."""
-        return resolve_model_data_config(self.model)
+    def data_config(self) -> dict[str, Any] | None:
+        """What the model wants to see: timm's data config with input_size, mean, std, interpolation, crop_pct.
+
+        None where the model has no `pretrained_cfg` to read it off, as a module of your own.
+        """
+        return resolve_model_data_config(self.model) if getattr(self.model, "pretrained_cfg", None) else None
 
     def forward(self, images: Tensor) -> Tensor:
         """Classifies images.
 
         Args:
-            images: [batch, channels, height, width], normalised as `data_config` says.
+            images: [batch, channels, height, width], normalised as the model wants it.
 
         Returns:
             Logits, [batch, classes].

@@ -71,7 +71,7 @@ class ImageFolderData(_EvaluationData):
         num_workers: Processes that load images; 0 loads in the main one.
         class_map: A text file with one class per line in the order of the head, where that is not alphabetical.
         data_config: timm's data config to use. By default the attribute `data_config` of the LightningModule that the
-            trainer runs, which `ImageClassifier` has.
+            trainer runs, which `ImageClassifier` reads off the `pretrained_cfg` of its model.
 
     Raises:
         ArgumentError: An argument is out of its range.
@@ -112,8 +112,9 @@ class ImageFolderData(_EvaluationData):
         config = self.data_config or self._of_model("data_config")
         if not config:
             raise DataError(
-                "data_config: expected the LightningModule to have one (ImageClassifier does) or one to be given, "
-                "got neither, so size and normalisation of the images are unknown."
+                "data_config: expected one to be given, or the LightningModule to have one (ImageClassifier has it "
+                "where its model has a pretrained_cfg), got neither, so size and normalisation of the images are "
+                "unknown."
             )
         grey = {"input_img_mode": "L"} if config["input_size"][0] == 1 else {}
         self.dataset = open_dataset(
@@ -142,7 +143,8 @@ class DigitsData(_EvaluationData):
 
     Raises:
         ArgumentError: An argument is out of its range.
-        DataError: In `setup`: the model is for other images, or its head for another number of classes.
+        DataError: In `setup`: the model says that it is for other images, or its head is for another number of
+            classes.
 
     Example:
         >>> from lightning_prune import DigitsData

@@ -6,6 +6,7 @@ import lightning as L
 import pytest
 import torch
 from PIL import Image
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from lightning_prune.classifier import ImageClassifier
@@ -13,6 +14,7 @@ from lightning_prune.data import DigitsData, ImageFolderData
 from lightning_prune.errors import ArgumentError, DataError
 
 CONFIG = {"input_size": (3, 16, 16), "mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25), "crop_pct": 1.0}
+TINY: dict[str, Any] = {"patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 1}
 
 
 class TinyModel(nn.Module):
@@ -45,13 +47,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def trainer(**kwargs: Any) -> L.Trainer:
-    quiet = {
-        "logger": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "enable_checkpointing": False,
-    }
-    return L.Trainer(accelerator="cpu", **quiet, **kwargs)
+    return L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False, **kwargs)
 
 
 def test_folder_is_prepared_as_the_config_says(folder: Path) -> None:
@@ -130,6 +126,14 @@ def test_folder_without_such_a_split(folder: Path) -> None:
     ImageFolderData(str(folder / "val"), split="test", data_config=CONFIG).setup("validate")  # classes at the top
 
 
+def test_a_class_may_have_the_name_of_a_split(folder: Path) -> None:
+    (folder / "val" / "bee").rename(folder / "val" / "train")
+    for root in (folder, folder / "val"):
+        data = ImageFolderData(str(root), batch_size=6, num_workers=0, data_config=CONFIG)
+        data.setup("validate")
+        assert next(iter(data.val_dataloader()))[1].tolist() == [0, 0, 0, 1, 1, 1]
+
+
 def test_folder_that_does_not_exist(tmp_path: Path) -> None:
     with pytest.raises(
         DataError, match=r"^root: expected a folder or a tar with images, got .*nowhere, which does not"
@@ -138,8 +142,17 @@ def test_folder_that_does_not_exist(tmp_path: Path) -> None:
 
 
 def test_nothing_says_what_the_model_wants(folder: Path) -> None:
-    with pytest.raises(DataError, match=r"^data_config: expected the LightningModule to have one"):
+    with pytest.raises(DataError, match=r"^data_config: expected one to be given, or the LightningModule to have one"):
         ImageFolderData(str(folder)).setup("validate")
+
+
+def test_folder_for_a_model_of_ones_own(folder: Path) -> None:
+    """Nobody knows its normalisation, and ImageNet's would be a guess."""
+    module = ImageClassifier(VisionTransformer(img_size=16, num_classes=2, **TINY))
+    with pytest.raises(DataError, match=r"^data_config: expected one to be given, .* normalisation of the images"):
+        trainer().validate(module, ImageFolderData(str(folder), num_workers=0))
+    data = ImageFolderData(str(folder), num_workers=0, data_config=CONFIG)
+    assert trainer().validate(module, data, verbose=False)[0]["val/loss"] > 0
 
 
 def test_digits_show_every_held_out_scan_in_several_placements() -> None:
@@ -166,7 +179,8 @@ def test_digits_train_on_fresh_placements_every_epoch() -> None:
         def configure_optimizers(self) -> None:
             return None
 
-    trainer(max_epochs=2, limit_train_batches=1, limit_val_batches=0).fit(Module(), DigitsData(batch_size=32))
+    running = trainer(max_epochs=2, limit_train_batches=1, limit_val_batches=0, enable_checkpointing=False)
+    running.fit(Module(), DigitsData(batch_size=32))
     assert min(seen[1]) == 1297 > max(seen[0])
 
 
@@ -181,6 +195,12 @@ def test_digits_need_a_model_for_digits(model: nn.Module | str, message: str) ->
     classes = None if isinstance(model, nn.Module) else 4
     with pytest.raises(DataError, match=message):
         trainer().validate(ImageClassifier(model, pretrained=False, num_classes=classes), DigitsData())
+
+
+def test_digits_for_a_model_of_ones_own() -> None:
+    module = ImageClassifier(VisionTransformer(in_chans=1, img_size=56, num_classes=10, **TINY))
+    (logged,) = trainer(limit_val_batches=1).validate(module, DigitsData(), verbose=False)
+    assert 0 <= logged["val/top1"] <= 1
 
 
 @pytest.mark.parametrize(("name", "value"), [("batch_size", 0), ("num_workers", -1)])
