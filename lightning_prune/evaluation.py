@@ -108,7 +108,7 @@ def split_batch(batch: Any, where: str) -> tuple[Tensor, Tensor]:
 def check_batch(logits: Any, labels: Tensor, num_classes: int, where: str, finite: bool = True) -> None:
     """Finds what would become a wrong figure or, on a GPU, a crash that names neither place nor cause.
 
-    It waits for the device, so call it outside of what is timed.
+    It waits for the device, once, so call it outside of what is timed.
 
     Args:
         logits: What the model gave; should be [batch, classes].
@@ -129,12 +129,15 @@ def check_batch(logits: Any, labels: Tensor, num_classes: int, where: str, finit
         raise DataError(
             f"{where}: expected labels as a row of integers, got {labels.dtype} of shape {list(labels.shape)}."
         )
-    wrong = labels[(labels < 0) | (labels >= num_classes)]
-    if len(wrong):
+    outside = (labels < 0) | (labels >= num_classes)
+    broken = ~torch.isfinite(logits).all(dim=1)
+    wrong_labels, broken_images = torch.stack([outside.sum(), broken.sum()]).tolist()  # the one wait
+    if wrong_labels:
         raise DataError(
-            f"{where}: label {int(wrong[0])} is out of range, the model's head has {num_classes} classes "
+            f"{where}: label {int(labels[outside][0])} is out of range, the model's head has {num_classes} classes "
             f"(0 to {num_classes - 1})."
         )
-    if finite and not bool(torch.isfinite(logits).all()):
-        broken = int((~torch.isfinite(logits)).any(dim=1).sum())
-        raise DataError(f"{where}: expected finite logits, got NaN or infinity for {broken} of {len(labels)} images.")
+    if finite and broken_images:
+        raise DataError(
+            f"{where}: expected finite logits, got NaN or infinity for {broken_images} of {len(labels)} images."
+        )

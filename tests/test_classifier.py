@@ -4,6 +4,7 @@ import lightning as L
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_prune import evaluation as evaluation_module
@@ -28,13 +29,7 @@ def loader(logits: Tensor, labels: Tensor, batch_size: int = 4) -> DataLoader[An
 
 
 def trainer(**kwargs: Any) -> L.Trainer:
-    quiet = {
-        "logger": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "enable_checkpointing": False,
-    }
-    return L.Trainer(accelerator="cpu", **{**quiet, **kwargs})
+    return L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False, **kwargs)
 
 
 # Class 0 first, class 5 last: label 0 is top-1, labels 1 to 4 top-5, label 5 neither.
@@ -114,7 +109,7 @@ def test_validate_fit_and_validate_again_with_one_module() -> None:
             return torch.optim.SGD(self.parameters(), lr=0.1)
 
     module, data = Trainable(Fixed()), loader(RANKED, torch.zeros(10, dtype=torch.long))
-    run = trainer(max_epochs=2)
+    run = trainer(max_epochs=2, enable_checkpointing=False)
     first = run.validate(module, data, verbose=False)[0]["val/top1"]
     run.fit(module, data, data)
     assert run.callback_metrics["train/loss"] > 0
@@ -144,3 +139,19 @@ def test_logits_that_are_not_finite() -> None:
     message = r"^test batch 2: expected finite logits, got NaN or infinity for 2 of 2 images\.$"
     with pytest.raises(DataError, match=message):
         trainer().test(ImageClassifier(Fixed()), loader(logits, torch.zeros(10, dtype=torch.long)))
+
+
+def test_a_batch_is_checked_with_one_wait_for_the_device() -> None:
+    waits, aten = [], torch.ops.aten
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            # What brings a value to the CPU: item(), shapes that depend on values, copies.
+            if func.overloadpacket in (aten._local_scalar_dense, aten.index, aten.nonzero, aten._to_copy):
+                waits.append(func)
+            return func(*args, **(kwargs or {}))
+
+    labels = torch.arange(6)
+    with Watch():
+        evaluation_module.check_batch(RANKED[:6], labels, 6, "test batch 0")
+    assert len(waits) <= 1, waits
