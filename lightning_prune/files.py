@@ -3,14 +3,16 @@
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from lightning_prune.errors import FileFormatError
+from lightning_prune.errors import ArgumentError, FileFormatError
+
+_UNFIT = (TypeError, yaml.YAMLError)  # what json and yaml raise at values that they cannot write
 
 
 @contextmanager
@@ -35,15 +37,39 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 def write_document(path: str | Path, document: Mapping[str, Any]) -> Path:
-    """Writes plain values as JSON where `path` ends in `.json` and as YAML elsewhere; returns the path."""
+    """Writes plain values as JSON where `path` ends in `.json` and as YAML elsewhere; returns the path.
+
+    Raises:
+        ArgumentError: If an entry is of a type that such a file cannot hold; names it. An old file stays.
+    """
     target = Path(path)
-    if target.suffix == ".json":
-        text = json.dumps(document, indent=2) + "\n"
-    else:
-        text = yaml.safe_dump(dict(document), sort_keys=False, default_flow_style=None, width=100)
+    dump = _json if target.suffix == ".json" else _yaml
+    try:
+        text = dump(dict(document))
+    except _UNFIT as error:
+        raise ArgumentError(f"{target} can hold plain values only, got {_culprit(document, dump)}.") from error
     with replacing(target) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return target
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=2) + "\n"
+
+
+def _yaml(value: Any) -> str:
+    return yaml.safe_dump(value, sort_keys=False, default_flow_style=None, width=100)
+
+
+def _culprit(value: Any, dump: Callable[[Any], str], place: str = "") -> str:
+    """The type of the innermost entry that cannot be dumped, and its place."""
+    inner = dict(enumerate(value)) if isinstance(value, list | tuple) else value if isinstance(value, Mapping) else {}
+    for key, entry in inner.items():
+        try:
+            dump(entry)
+        except _UNFIT:
+            return _culprit(entry, dump, f"{place}.{key}" if place else str(key))
+    return f"{type(value).__name__} for `{place}`"
 
 
 def read_document(path: str | Path, kind: str, version: int) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The schedule: how many tokens each block of a Vision Transformer removes."""
 
+import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +11,14 @@ from lightning_prune.files import read_document, write_document
 
 _FORMAT = "lightning_prune.schedule"
 _VERSION = 1
+
+
+def _whole(value: Any) -> int | None:
+    """A whole number of any library's kind as an int; None for everything else, bool included."""
+    try:
+        return None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return None
 
 
 @dataclass(frozen=True, repr=False)
@@ -46,10 +55,13 @@ class Schedule:
             raise ScheduleError(f"`removed` must be a list with one number a block, got {removed!r}.") from None
         if not entries:
             raise ScheduleError("`removed` must hold one number for each block, got an empty list.")
+        numbers = []
         for block, entry in enumerate(entries):
-            if isinstance(entry, bool) or not isinstance(entry, int) or entry < 0:
+            number = _whole(entry)
+            if number is None or number < 0:
                 raise ScheduleError(f"`removed` must hold whole numbers >= 0, got {entry!r} for block {block}.")
-        object.__setattr__(self, "removed", entries)
+            numbers.append(number)
+        object.__setattr__(self, "removed", tuple(numbers))
         object.__setattr__(self, "provenance", dict(provenance or {}))
 
     @classmethod
@@ -65,11 +77,12 @@ class Schedule:
         Raises:
             ScheduleError: If `block` is not one of the `depth` blocks or `remove` is not a whole number >= 0.
         """
-        if isinstance(depth, bool) or not isinstance(depth, int) or depth < 1:
+        blocks, reducing = _whole(depth), _whole(block)
+        if blocks is None or blocks < 1:
             raise ScheduleError(f"`depth` must be a whole number >= 1, got {depth!r}.")
-        if isinstance(block, bool) or not isinstance(block, int) or not 0 <= block < depth:
-            raise ScheduleError(f"`block` must be a block index from 0 to {depth - 1}, got {block!r}.")
-        return cls([remove if index == block else 0 for index in range(depth)], provenance)
+        if reducing is None or not 0 <= reducing < blocks:
+            raise ScheduleError(f"`block` must be a block index from 0 to {blocks - 1}, got {block!r}.")
+        return cls([remove if index == reducing else 0 for index in range(blocks)], provenance)
 
     @property
     def depth(self) -> int:
@@ -90,14 +103,18 @@ class Schedule:
         """Tokens that leave each block when `n` (prefix tokens included) enter block 0.
 
         Raises:
-            ScheduleError: If a block would be left without a token; names block, tokens there and tokens asked.
+            ScheduleError: If `n` is not a whole number >= 1, or a block would be left without a token; names block,
+                tokens there and tokens asked.
         """
+        tokens = _whole(n)
+        if tokens is None or tokens < 1:
+            raise ScheduleError(f"`n` must be a whole number >= 1, got {n!r}.")
         leaving = []
         for block, remove in enumerate(self.removed):
-            if remove and remove >= n:
-                raise ScheduleError(f"Block {block} is asked to remove {remove} tokens, but only {n} enter it.")
-            n -= remove
-            leaving.append(n)
+            if remove and remove >= tokens:
+                raise ScheduleError(f"Block {block} is asked to remove {remove} tokens, but only {tokens} enter it.")
+            tokens -= remove
+            leaving.append(tokens)
         return tuple(leaving)
 
     def __repr__(self) -> str:
@@ -128,6 +145,9 @@ class Schedule:
         """Writes the schedule, as JSON where `path` ends in `.json` and as YAML elsewhere; returns the path.
 
         The file appears whole or not at all.
+
+        Raises:
+            ArgumentError: If the provenance has an entry that such a file cannot hold; names it.
         """
         return write_document(path, self.to_dict())
 

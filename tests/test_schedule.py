@@ -5,10 +5,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from lightning_prune import Schedule, ScheduleError
-from lightning_prune.errors import FileFormatError, PruneError
+from lightning_prune.errors import ArgumentError, FileFormatError, PruneError
 
 PROVENANCE = {
     "device": "a CPU",
@@ -30,6 +31,13 @@ class TestConstruction:
         assert (schedule.depth, schedule.total, schedule.reducing) == (3, 5, {1: 3, 2: 2})
         assert schedule.provenance == {}
 
+    def test_whole_numbers_of_other_libraries(self) -> None:
+        schedule = Schedule(np.array([0, 3, 2]))
+        assert schedule == Schedule([0, 3, 2]) == Schedule([np.int64(0), np.uint8(3), 2])
+        assert {type(entry) for entry in schedule.removed} == {int}
+        assert Schedule.single(np.int64(4), np.int32(1), np.int64(5)) == Schedule([0, 5, 0, 0])
+        assert schedule.tokens(np.int64(10)) == (10, 7, 5)
+
     def test_tome_form(self) -> None:
         assert Schedule(removed=[13] * 12).tokens(197)[-1] == 197 - 13 * 12
 
@@ -41,6 +49,7 @@ class TestConstruction:
             (None, r"`removed` must be a list with one number a block, got None\."),
             ([0, -1], r"`removed` must hold whole numbers >= 0, got -1 for block 1\."),
             ([0, 1, 2.0], r"`removed` must hold whole numbers >= 0, got 2\.0 for block 2\."),
+            ([np.bool_(True)], r"`removed` must hold whole numbers >= 0, got .*True.* for block 0\."),
             ([True], r"`removed` must hold whole numbers >= 0, got True for block 0\."),
             ("12", r"`removed` must hold whole numbers >= 0, got '1' for block 0\."),
             ([0, None], r"got None for block 1\."),
@@ -140,6 +149,11 @@ class TestTokens:
         with pytest.raises(ScheduleError, match=message):
             Schedule(removed).tokens(10)
 
+    @pytest.mark.parametrize("n", [0, -3, 197.0, True])
+    def test_a_token_at_least_has_to_enter(self, n: Any) -> None:
+        with pytest.raises(ScheduleError, match=rf"`n` must be a whole number >= 1, got {n}\."):
+            Schedule([0, 0]).tokens(n)
+
 
 class TestFiles:
     @pytest.mark.parametrize("name", ["s.yaml", "s.yml", "s.json", "s"])
@@ -213,6 +227,16 @@ class TestFiles:
     def test_missing(self, tmp_path: Path) -> None:
         with pytest.raises(FileFormatError, match=r"Cannot read .*none\.yaml: No such file"):
             Schedule.load(tmp_path / "none.yaml")
+
+    @pytest.mark.parametrize("name", ["s.yaml", "s.json"])
+    def test_provenance_that_a_file_cannot_hold(self, tmp_path: Path, name: str) -> None:
+        path = Schedule([1, 2], PROVENANCE).save(tmp_path / name)
+        before = path.read_bytes()
+        message = rf"{name} can hold plain values only, got float32 for `provenance\.versions\.cuda`\."
+        with pytest.raises(ArgumentError, match=message):
+            Schedule([3], {**PROVENANCE, "versions": {"torch": "2.6", "cuda": np.float32(12.4)}}).save(path)
+        assert path.read_bytes() == before
+        assert list(tmp_path.iterdir()) == [path]
 
     def test_a_save_that_fails_leaves_the_old_file_whole(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         path = Schedule([1, 2], PROVENANCE).save(tmp_path / "s.yaml")
