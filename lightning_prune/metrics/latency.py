@@ -83,7 +83,7 @@ class Latency(Metric):
         self.ranks.append(torch.tensor([float(rank)], device=self.device))
 
     def compute(self) -> Tensor:
-        """Returns milliseconds; NaN, with a warning, where nothing was measured."""
+        """Returns milliseconds per batch, a scalar; NaN, with a warning, where nothing was measured."""
         # A synchronised state is one tensor already, and an empty one stays a list.
         batches = dim_zero_cat(self.milliseconds) if len(self.milliseconds) else torch.empty(0, device=self.device)
         if not len(batches):

@@ -63,7 +63,7 @@ class Throughput(Metric):
         self.seconds += seconds
 
     def compute(self) -> Tensor:
-        """Returns images per second; NaN, with a warning, where nothing was measured."""
+        """Returns images per second, a scalar; NaN, with a warning, where nothing was measured."""
         if not self.seconds > 0:
             warnings.warn("Throughput: nothing was measured, so it is NaN.", stacklevel=2)
         return throughput(self.images, self.seconds)
