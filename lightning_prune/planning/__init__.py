@@ -2,6 +2,7 @@
 
 from lightning_prune.planning.objective import AccuracyBudget, Objective, Utility
 from lightning_prune.planning.plan import Plan
-from lightning_prune.planning.planner import ProxyCurve, plan
+from lightning_prune.planning.planner import plan
+from lightning_prune.planning.proxy_curve import ProxyCurve
 
 __all__ = ["AccuracyBudget", "Objective", "Plan", "ProxyCurve", "Utility", "plan"]

@@ -2,82 +2,28 @@
 
 import time
 import warnings
-from collections.abc import Sequence
-from math import hypot
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from lightning_prune.errors import ArgumentError
-from lightning_prune.patching import PatchHandle, VisionTransformer, find_vision_transformer
-from lightning_prune.planning.objective import Column, Objective, Utility
+from lightning_prune.patching import VisionTransformer, find_vision_transformer
+from lightning_prune.planning.choice import choose
+from lightning_prune.planning.objective import Objective, Utility
 from lightning_prune.planning.plan import Plan
-from lightning_prune.profiling import LatencyProfile, Proxy, compare_latency, profile_latency, resolve_block
-from lightning_prune.profiling.context import is_compiled, measurement_context
-from lightning_prune.profiling.curve import SAVING
-from lightning_prune.profiling.latency import Protocol, check_dense, ready_to_run
-from lightning_prune.progress import ticking
-from lightning_prune.reduction import Random, Reduction, resolve
+from lightning_prune.planning.proxy_curve import ProxyCurve, check_images
+from lightning_prune.profiling import (
+    LatencyProfile,
+    compare_latency,
+    measurement_context,
+    profile_latency,
+    resolve_block,
+)
+from lightning_prune.profiling.latency import Protocol
+from lightning_prune.reduction import Reduction, resolve
 from lightning_prune.schedule import Schedule
 
-_FIRST = 4  # counts at which the proxy is measured before any choice
-_MOST = 8  # counts at which it is measured after that
-_WORTHWHILE = 0.002  # a better score by less is not worth another pass over the calibration images
 PAPER_IMAGES = 1024  # whose accuracy the POMT paper looks at
-
-
-class ProxyCurve:
-    """The accuracy proxy at token counts, each measured once and only when it is asked for.
-
-    Args:
-        model: Any module that contains one Vision Transformer; dense and unpatched.
-        images: (images, channels, height, width) calibration images.
-        profile: The latency curve whose counts may be asked for.
-        method: The reduction.
-        labels: (images,) int64 or None; see `lightning_prune.profiling.Proxy`.
-        batch_size: Images in one forward pass. If None, the profile's, or 32 if that is less and nothing is compiled.
-        target: Dotted path of the transformer in `model`.
-        progress: Shows a bar on a terminal.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        images: Tensor,
-        profile: LatencyProfile,
-        method: str | Reduction = "pomt",
-        *,
-        labels: Tensor | None = None,
-        batch_size: int | None = None,
-        target: str | None = None,
-        progress: bool = True,
-    ) -> None:
-        _check_images(images)
-        self.profile = profile
-        self.values: dict[int, float] = {profile.dense_tokens: 1.0}
-        self._transformer = find_vision_transformer(model, target)
-        check_dense(self._transformer)
-        self._reduction = Random(site="input") if profile.protocol == "paper" else resolve(method)
-        self._show = progress
-        device = next(self._transformer.root.parameters()).device
-        with ready_to_run(self._transformer), ticking("Running the dense model", None, progress) as tick:
-            size = batch_size or _proxy_batch(profile, self._transformer)
-            self._proxy = Proxy(self._transformer, images, device, size, labels, tick)
-        self.name = self._proxy.name
-
-    def __call__(self, tokens: int) -> float:
-        """The proxy at one token count, relative to dense."""
-        if tokens not in self.values:
-            removed = self.profile.dense_tokens - tokens
-            schedule = Schedule.single(self.profile.depth, self.profile.block, removed)
-            with (
-                ready_to_run(self._transformer),
-                ticking(f"Accuracy at {tokens} tokens", None, self._show),
-                PatchHandle(self._transformer, self._reduction, schedule),
-            ):
-                self.values[tokens] = self._proxy.measure()
-        return self.values[tokens]
 
 
 def plan(
@@ -144,7 +90,7 @@ def plan(
     objective = objective if objective is not None else Utility()
     if not isinstance(objective, Objective):
         raise ArgumentError(f"`objective` must be an Objective such as Utility(0.5), got {objective!r}.")
-    _check_images(images)
+    check_images(images)
     reduction = resolve(method)
     transformer = find_vision_transformer(model, target)
     index = resolve_block(block, transformer.depth)
@@ -174,7 +120,7 @@ def plan(
         _warn_if_foreign(profile, transformer, images if example_batch is None else example_batch, example_batch)
     if curve is None:
         curve = ProxyCurve(model, images, profile, reduction, labels=labels, target=target, progress=progress)
-    tokens, reason = _choose(profile, curve, objective, exhaustive=protocol == "paper", max_seconds=max_seconds)
+    tokens, reason = choose(profile, curve, objective, exhaustive=protocol == "paper", max_seconds=max_seconds)
     removed = profile.dense_tokens - tokens
     schedule = Schedule.single(transformer.depth, index, removed)
     dense = pruned = None
@@ -213,93 +159,10 @@ def plan(
     return made.unless_slow()
 
 
-def _choose(
-    profile: LatencyProfile, curve: ProxyCurve, objective: Objective, exhaustive: bool, max_seconds: float | None
-) -> tuple[int, str]:
-    """The token count to deploy and why; dense where nothing is saved."""
-    n = profile.dense_tokens
-    useful = [count for count in profile.tokens if count < n and profile.saves(count)]
-    if not useful:
-        return n, _why_dense(profile)
-    # The paper's argmax is over every count; else a count that saves nothing is no candidate.
-    counts = list(profile.tokens) if exhaustive else [*useful, n]
-    latency = np.array([profile.at(count) for count in counts])
-    deadline = time.perf_counter() + (max_seconds if max_seconds is not None else float("inf"))
-    for count in counts if exhaustive else _spread(useful):
-        curve(count)
-    before = len(curve.values)  # what an earlier objective asked for is no reason to ask for less
-    while not exhaustive and len(curve.values) - before < _MOST and time.perf_counter() < deadline:
-        promising = _promising(counts, latency, curve, objective)
-        if promising is None:
-            break
-        curve(promising)
-    measured = [count for count in counts if count in curve.values]
-    accuracy = np.array([curve.values[count] for count in measured])
-    chosen = measured[objective.best(np.array([profile.at(count) for count in measured]), accuracy)]
-    if chosen == n:
-        return n, f"Dense is best by the objective ({objective}): every faster count costs too much."
-    saved = 100 * (1 - profile.at(chosen) / profile.dense_ms)
-    kept = 100 * curve.values[chosen]
-    return chosen, f"Best by {objective}: {saved:.1f}% less latency, {kept:.2f}% of the dense {curve.name}."
-
-
-def _why_dense(profile: LatencyProfile) -> str:
-    """Why no count is worth having: the device gains nothing, or the measurement cannot tell."""
-    fastest = profile.tokens[int(np.argmin(profile.milliseconds))]
-    gained = 1 - profile.at(fastest) / profile.dense_ms
-    if gained <= SAVING:
-        closest = f"{fastest} tokens, by {100 * gained:.1f}%" if fastest < profile.dense_tokens else "dense itself"
-        return (
-            f"The curve is flat: no measured count is faster than dense by more than 2% (the fastest is {closest}). "
-            "Pruning would cost accuracy for nothing."
-        )
-    noise = 2 * hypot(profile.error(fastest), profile.error(profile.dense_tokens)) / profile.dense_ms
-    return (
-        f"The measurement is too noisy to choose by: {fastest} tokens seem {100 * gained:.1f}% faster than dense, within "
-        f"a noise of {100 * noise:.0f}%. Stop what else runs on this machine, or raise `max_seconds`."
-    )
-
-
-def _promising(counts: Sequence[int], latency: Column, curve: ProxyCurve, objective: Objective) -> int | None:
-    """The count to measure next: where the objective expects its best, then the gaps beside it that may hide better.
-
-    Between measured counts the proxy is first taken to be straight. It is usually better than that, but hardly better
-    than at the next larger count; a gap is entered while even this would make a difference.
-    """
-    known = [count for count in counts if count in curve.values]
-    straight = np.interp(counts, known, [curve.values[count] for count in known])
-    best = objective.best(latency, straight)
-    if counts[best] not in curve.values:
-        return counts[best]
-    place = known.index(counts[best])
-    for low, high in ((place - 1, place), (place, place + 1)):
-        if low < 0 or high >= len(known):
-            continue
-        gap = [i for i, count in enumerate(counts) if known[low] < count < known[high]]
-        hopeful = straight.copy()
-        hopeful[gap] = curve.values[known[high]]
-        score = objective.score(latency, hopeful)
-        if gap and score[gap].max() > score[best] + _WORTHWHILE:
-            return counts[gap[len(gap) // 2]]
-    return None
-
-
-def _spread(counts: Sequence[int]) -> list[int]:
-    """A few counts spread over the curve, the most tokens among them: budgets live near dense."""
-    positions = np.linspace(0, len(counts) - 1, min(_FIRST, len(counts))).round().astype(int)
-    return [counts[position] for position in dict.fromkeys(positions.tolist())]
-
-
 def _batch_of(images: Tensor, size: int, transformer: VisionTransformer) -> Tensor:
     """A batch of the profiled size on the model's device, from however many images there are."""
     device = next(transformer.root.parameters()).device
     return images[torch.arange(size) % len(images)].to(device)
-
-
-def _check_images(images: object) -> None:
-    if not isinstance(images, Tensor) or images.ndim != 4 or not len(images):
-        came = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
-        raise ArgumentError(f"`images` must be a tensor (images, channels, height, width), got {came}.")
 
 
 def _warn_if_foreign(
@@ -312,12 +175,6 @@ def _warn_if_foreign(
         there = profile.context.get(key)
         if None not in (there, here[key]) and there != here[key]:
             warnings.warn(f"The profile was measured elsewhere: {key} {there} there, {here[key]} here.", stacklevel=3)
-
-
-def _proxy_batch(profile: LatencyProfile, transformer: VisionTransformer) -> int:
-    """The profiled batch size where the model is compiled for it; otherwise one that keeps the device busy."""
-    size = int(profile.context.get("batch_size", 1))
-    return size if is_compiled(transformer.runner) else max(size, 32)
 
 
 def _final_seconds(max_seconds: float | None) -> float:

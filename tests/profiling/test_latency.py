@@ -7,7 +7,8 @@ from torch import nn
 import lightning_prune as lp
 from lightning_prune.patching.overlay import is_overlaid
 from lightning_prune.profiling import Interleaved, resolve_block
-from lightning_prune.profiling.latency import count_tokens, explore, profile_builder
+from lightning_prune.profiling.explore import explore, profile_builder
+from lightning_prune.profiling.latency import count_tokens
 
 CPU = torch.device("cpu")
 
