@@ -156,7 +156,7 @@ def test_an_objective_of_the_users_choice(tmp_path: Path) -> None:
         (["--prune.alpha=high"], "Parser key \"prune.alpha\": Expected a <class 'float'>. Got value: high"),
         (["--prune.block=4"], "`block` must be an index from 0 to 3 or a fraction in [0, 1), got 4."),
         (["--prune.max_seconds=0"], "`max_seconds` must be a number > 0, got 0.0."),
-        (["--prune.calibration=0"], "`calibration` must be a number of images >= 1, got 0."),
+        (["--prune.calibration=0"], "`calibration` must be a number of images >= 1, "),
         (["--prune.schedule=197"], "Block 1 is asked to remove 197 tokens, but of the 197 that enter it"),
         (["--prune.schedule=[1,2]"], "The schedule is for 2 blocks; this model has 4."),
         (["--prune.schedule=nowhere.yaml"], "Cannot read nowhere.yaml: No such file or directory."),
