@@ -7,9 +7,8 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
-from torch.utils._pytree import tree_flatten
-from torch.utils.data import DataLoader, IterableDataset, Subset
 
+from lightning_prune.callbacks.sampling import sampled_loader
 from lightning_prune.errors import ArgumentError, DataError
 
 Extract = Callable[[Any], Tensor]
@@ -70,10 +69,11 @@ def calibration_images(
     trainer: L.Trainer,
     pl_module: L.LightningModule,
     loaders: Any,
-    calibration: Any,
+    calibration: int | Tensor | Iterable[Any],
     first: Any,
     extract: Extract | None = None,
     seed: int = 0,
+    least: int = 0,
 ) -> Calibration:
     """A seeded sample of the first validation dataset, through a loader of our own; never through the running one.
 
@@ -85,28 +85,24 @@ def calibration_images(
         first: The first batch of the loop, used where the dataset cannot be sampled.
         extract: See `images_from_batch`.
         seed: Of the sample.
+        least: How many images to take at any rate, where there are as many.
 
     Raises:
-        ArgumentError: If `calibration` is none of these.
-        DataError: If it yields no images, or images of several sizes.
+        ArgumentError: If there are no images in a batch.
+        DataError: If there are no batches, or images of several sizes.
     """
     if isinstance(calibration, Tensor):
-        return Calibration(images_from_batch(calibration).cpu(), None, f"{len(calibration)} images given")
-    if isinstance(calibration, int) and not isinstance(calibration, bool):
-        if calibration < 1:
-            raise ArgumentError(f"`calibration` must be a number of images >= 1, got {calibration}.")
-        loader = _sampled(loaders, calibration, seed)
-        if loader is None:
-            return _gather([first], None, extract, "the first batch, since the dataset cannot be sampled")
-        batches = _transferred(trainer, pl_module, loader)
-        sampled = len(loader.dataset)  # type: ignore[arg-type]  # a Subset
-        return _gather(batches, calibration, extract, f"{sampled} images sampled from the dataset, seed {seed}")
-    if isinstance(calibration, Iterable) and not isinstance(calibration, str | bytes):
+        images = images_from_batch(trainer.precision_plugin.convert_input(calibration)).cpu()
+        return Calibration(images, None, f"{len(images)} images given")
+    if not isinstance(calibration, int):
         batches = _transferred(trainer, pl_module, calibration)
-        return _gather(batches, _FROM_LOADER, extract, "the loader given as `calibration`")
-    raise ArgumentError(
-        f"`calibration` must be a number of images, a tensor of images or a loader, got {type(calibration).__name__}."
-    )
+        return Calibration(*_gather(batches, max(_FROM_LOADER, least), extract), "the loader given as `calibration`")
+    count = max(calibration, least)
+    loader = sampled_loader(loaders, count, seed)
+    if loader is None:
+        return Calibration(*_gather([first], None, extract), "the first batch, since the dataset cannot be sampled")
+    images, labels = _gather(_transferred(trainer, pl_module, loader), count, extract)
+    return Calibration(images, labels, f"{len(images)} images sampled from the dataset, seed {seed}")
 
 
 def _guess(batch: Any) -> Any:
@@ -128,21 +124,6 @@ def _describe(value: Any) -> str:
     return f"of type {type(value).__name__}"
 
 
-def _sampled(loaders: Any, count: int, seed: int) -> DataLoader[Any] | None:
-    """A loader over a sample of the first map-style dataset, with its collation and no workers."""
-    flat = tree_flatten(getattr(loaders, "iterables", loaders))[0]
-    loader = flat[0] if flat else None
-    if not isinstance(loader, DataLoader):
-        return None
-    dataset: Any = loader.dataset
-    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
-        return None
-    chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:count].sort().values
-    size = loader.batch_size or 1  # None where a batch sampler decides; any size serves here
-    subset: Subset[Any] = Subset(dataset, chosen.tolist())
-    return DataLoader(subset, batch_size=size, collate_fn=loader.collate_fn, num_workers=0)
-
-
 def _transferred(trainer: L.Trainer, pl_module: L.LightningModule, batches: Iterable[Any]) -> Iterator[Any]:
     """The batches as the loop hands them to a step: in the precision, on the device, through the user's hooks."""
     datamodule: L.LightningDataModule | None = getattr(trainer, "datamodule", None)
@@ -155,7 +136,8 @@ def _transferred(trainer: L.Trainer, pl_module: L.LightningModule, batches: Iter
         yield trainer.strategy.batch_to_device(batch, device=pl_module.device, dataloader_idx=0)
 
 
-def _gather(batches: Iterable[Any], count: int | None, extract: Extract | None, source: str) -> Calibration:
+def _gather(batches: Iterable[Any], count: int | None, extract: Extract | None) -> tuple[Tensor, Tensor | None]:
+    """Up to `count` images and, if every batch has them, their labels."""
     images: list[Tensor] = []
     labels: list[Tensor] = []
     for batch in batches:
@@ -172,4 +154,4 @@ def _gather(batches: Iterable[Any], count: int | None, extract: Extract | None, 
         raise DataError(f"The calibration images are of several sizes, {sorted(sizes)}; pass `calibration=` with one.")
     together = torch.cat(images)[:count]
     known = torch.cat(labels)[:count] if len(labels) == len(images) else None
-    return Calibration(together, known if known is not None and len(known) == len(together) else None, source)
+    return together, known if known is not None and len(known) == len(together) else None
