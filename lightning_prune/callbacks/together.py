@@ -4,10 +4,26 @@ from collections.abc import Callable
 from typing import TypeVar, cast
 
 import lightning as L
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 
-from lightning_prune.errors import PruneError
+from lightning_prune.errors import PruneError, UnsupportedModelError
 
 T = TypeVar("T")
+
+
+def refuse_sharded(trainer: L.Trainer) -> None:
+    """Refuses a model that is spread over processes: its forward pass on rank 0 alone would wait for the others.
+
+    Raises:
+        UnsupportedModelError: On every rank.
+    """
+    strategy = trainer.strategy
+    whole = isinstance(strategy, DDPStrategy) and not isinstance(strategy, DeepSpeedStrategy)
+    if trainer.world_size > 1 and not whole:
+        raise UnsupportedModelError(
+            f"TokenPruning needs the whole model in each process, which {type(strategy).__name__} with "
+            f"{trainer.world_size} processes does not promise; evaluate with strategy='ddp' or on one device."
+        )
 
 
 def decided_by_rank_zero(trainer: L.Trainer, decide: Callable[[], T]) -> T:
