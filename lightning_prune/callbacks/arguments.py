@@ -1,0 +1,64 @@
+"""What `TokenPruning` can be given, refused at once where it can never be used."""
+
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, get_args
+
+from lightning_prune.errors import ArgumentError
+from lightning_prune.planning import Objective
+from lightning_prune.profiling.latency import Protocol
+from lightning_prune.schedule import Schedule
+
+
+def _whole(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+_RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {  # argument -> what it must be, and whether a value is
+    "objective": ("an Objective such as Utility(0.5), or None", lambda v: v is None or isinstance(v, Objective)),
+    "block": (
+        "an index >= 0 or a fraction of the depth in [0, 1)",
+        lambda v: _whole(v, 0) or (isinstance(v, float) and 0 <= v < 1),
+    ),
+    "calibration": (
+        "a number of images >= 1, a tensor of images or a loader",
+        lambda v: _whole(v, 1) or (isinstance(v, Iterable) and not isinstance(v, str | bytes)),
+    ),
+    "max_seconds": ("a number > 0", lambda v: _whole(v, 1) or (isinstance(v, float) and v > 0)),
+    "target": ("a dotted path or None", lambda v: v is None or isinstance(v, str)),
+    "protocol": ("'deployed' or 'paper'", lambda v: isinstance(v, str) and v in get_args(Protocol)),
+    "seed": ("a whole number >= 0", lambda v: _whole(v, 0)),
+}
+
+
+def check_arguments(**given: Any) -> None:
+    """Refuses what no model and no data could make usable.
+
+    Raises:
+        ArgumentError: Names the argument, what it must be and what came.
+    """
+    for name, value in given.items():
+        expected, fits = _RULES[name]
+        if not fits(value):
+            raise ArgumentError(f"`{name}` must be {expected}, got {value!r}.")
+
+
+def readable_schedule(schedule: Any) -> Literal["auto"] | int | list[int] | Schedule:
+    """Loads a schedule that is given as a path, and refuses what can never be one.
+
+    Raises:
+        ArgumentError: If it is of no usable type.
+        ScheduleError: If it is a list that is no schedule.
+        FileFormatError: If the file holds none.
+    """
+    if schedule == "auto" or isinstance(schedule, Schedule):
+        return schedule
+    if isinstance(schedule, int) and not isinstance(schedule, bool):
+        return schedule
+    if isinstance(schedule, list | tuple):
+        return list(Schedule(schedule).removed)
+    if isinstance(schedule, str) or hasattr(schedule, "__fspath__"):
+        return Schedule.load(schedule)
+    raise ArgumentError(
+        f"`schedule` must be 'auto', a number of tokens, a list with one number a block, a Schedule or the path of "
+        f"one, got {schedule!r}."
+    )
