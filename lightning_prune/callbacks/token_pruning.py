@@ -5,16 +5,19 @@ from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal
+from weakref import ref
 
 import lightning as L
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
+from lightning_prune.callbacks.arguments import check_arguments, readable_schedule
 from lightning_prune.callbacks.attached import attached_callbacks
 from lightning_prune.callbacks.decision import Decision, given_schedule, measure_given
 from lightning_prune.callbacks.images import Calibration, calibration_images, images_from_batch
-from lightning_prune.callbacks.together import decided_by_rank_zero
+from lightning_prune.callbacks.random_state import preserving_random_state
+from lightning_prune.callbacks.stages import EvaluationCallback
+from lightning_prune.callbacks.together import decided_by_rank_zero, refuse_sharded
 from lightning_prune.errors import ArgumentError
 from lightning_prune.patching import PatchHandle, VisionTransformer, find_vision_transformer, patch
 from lightning_prune.planning import Objective, Utility, plan
@@ -25,7 +28,7 @@ from lightning_prune.reduction import Reduction, resolve
 from lightning_prune.schedule import Schedule
 
 
-class TokenPruning(L.Callback):
+class TokenPruning(EvaluationCallback):
     """Makes the Vision Transformer of a LightningModule faster on the trainer's device while it is evaluated.
 
     On the first batch of `trainer.validate`, `test` or `predict` it measures the model's latency against its token
@@ -34,7 +37,8 @@ class TokenPruning(L.Callback):
     on. When the run ends, by whatever cause, the model is bit-identical to before. In `trainer.fit` only validation
     is pruned: training, the sanity check and checkpoints stay dense. The profile is made once and kept.
 
-    Under a distributed strategy rank 0 decides and every rank gets the same schedule, or the same error.
+    Under DDP rank 0 decides and every rank gets the same schedule, or the same error; strategies that spread the
+    model over processes are refused.
 
     `pruning/latency_ms`, `pruning/dense_latency_ms`, `pruning/speedup`, `pruning/tokens` and `pruning/removed` go to
     the trainer's loggers and `callback_metrics` (in `predict`, which has no metrics, to the loggers).
@@ -42,15 +46,18 @@ class TokenPruning(L.Callback):
     Args:
         method: Name of the reduction, or a `lightning_prune.reduction.Reduction`.
         schedule: `"auto"` plans one; R removes so many tokens at `block`; a list has one number a block; a `Schedule`
-            or the path of a saved one is used as it is, and timed beside dense.
+            or the path of a saved one is used as it is, and timed beside dense. With a given schedule `objective`,
+            `alpha`, `calibration` and `protocol` play no part.
         objective: What to optimise; `Utility(alpha)` if None.
         block: The reducing block: an index, or a fraction of the depth (0.25 is the POMT paper's).
         alpha: Weight of latency against accuracy where `objective` is None, in [0, 1].
         calibration: How many images to sample from the dataset (at least 1024 for `protocol="paper"`), or the images
             (images, channels, height, width), or a loader. Where the dataset cannot be sampled (an IterableDataset, a
-            loader of another kind) the first batch serves unless images or a loader are given.
+            loader of another kind, a sampler that may pass over items) the first batch serves unless images or a
+            loader are given.
         images_from_batch: A function from a batch to its images, where a batch is not a tensor, a sequence that
-            begins with one, or a mapping with `image`, `images`, `pixel_values` or `inputs`.
+            begins with one, or a mapping with `image`, `images`, `pixel_values` or `inputs`. Return what the ViT
+            receives: where the module resizes or normalises in its step, do so here too.
         max_seconds: Time limit of latency profiling, and again of the accuracy estimate.
         target: Dotted path of the transformer in the LightningModule, where there are several.
         enabled: False leaves every run dense; can be changed between runs.
@@ -63,6 +70,8 @@ class TokenPruning(L.Callback):
 
     Raises:
         ArgumentError: If an argument is unusable; some are only known to be when a run starts.
+        UnsupportedModelError: In a run, if the module holds no Vision Transformer that can be pruned, or a strategy
+            spreads it over processes.
 
     Example:
         >>> import lightning as L
@@ -89,13 +98,20 @@ class TokenPruning(L.Callback):
         verbose: bool = True,
     ) -> None:
         super().__init__()
+        check_arguments(
+            objective=objective,
+            block=block,
+            calibration=calibration,
+            max_seconds=max_seconds,
+            target=target,
+            protocol=protocol,
+            seed=seed,
+        )
         if objective is not None and alpha != 0.5:
             raise ArgumentError(f"`alpha` belongs to the default objective; got alpha={alpha} and {objective!r}.")
-        if not isinstance(max_seconds, int | float) or not max_seconds > 0:
-            raise ArgumentError(f"`max_seconds` must be a number > 0, got {max_seconds!r}.")
         self.reduction = resolve(method)
         self.objective = objective if objective is not None else Utility(alpha)
-        self.schedule = _readable(schedule)
+        self.schedule = readable_schedule(schedule)
         self.block = block
         self.calibration = calibration
         self.images_from_batch = images_from_batch
@@ -108,65 +124,25 @@ class TokenPruning(L.Callback):
         self.decision: Decision | None = None
         self._made_with: tuple[Any, ...] | None = None
         self._handle: PatchHandle | None = None
-        self._batch_size: int | None = None  # of the running loop; None while no run is pruned
+        self._batch_size: int | None = None  # of the running loop; None while no run is pruned, 0 where unknown
+        self._met_batch = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the reference to the model that was measured: a copy decides anew, for the model it meets."""
+        return {**vars(self), "_made_with": None if self._made_with is None else ()}
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuses a second pruner: which of two patches is in force would depend on their order."""
         pruners = [callback for callback in attached_callbacks(trainer) if isinstance(callback, TokenPruning)]
         if len(pruners) > 1:
             raise ArgumentError(f"A Trainer can have one TokenPruning callback, got {len(pruners)}.")
-
-    def on_validation_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Opens the run at its first batch: it is on the device in its dtype, and no step has run."""
-        self._before_batch(trainer, pl_module, batch, batch_idx)
-
-    def on_test_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """See `on_validation_batch_start`."""
-        self._before_batch(trainer, pl_module, batch, batch_idx)
-
-    def on_predict_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """See `on_validation_batch_start`."""
-        self._before_batch(trainer, pl_module, batch, batch_idx)
-
-    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Logs the figures."""
-        self._log(pl_module)
-
-    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Logs the figures."""
-        self._log(pl_module)
-
-    def on_predict_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Hands the figures to the loggers themselves: `log` is not to be had in predict."""
-        if self._batch_size is not None and self.decision is not None:
-            for logger in trainer.loggers:
-                logger.log_metrics(self.decision.metrics(), step=trainer.global_step)
-
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Restores the model."""
-        self._close()
-
-    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Restores the model."""
-        self._close()
-
-    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Restores the model."""
-        self._close()
-
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Restores the model: after an exception or Ctrl-C this is called and `teardown` may not be."""
-        self._close()
+        self._met_batch = False
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Restores the model, if nothing has before."""
-        self._close()
+        """Restores the model, if nothing has before, and says so where there was nothing to prune."""
+        super().teardown(trainer, pl_module, stage)
+        if self.enabled and stage != "fit" and not self._met_batch:
+            rank_zero_warn("TokenPruning saw no batch: nothing was measured and nothing pruned.")
 
     def use(self, decision: Decision) -> None:
         """Makes the next runs use what was decided before, without measuring again.
@@ -176,29 +152,33 @@ class TokenPruning(L.Callback):
         """
         self.schedule, self.decision, self._made_with = decision.schedule, decision, None  # None: holds for any run
 
-    def _before_batch(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+    def _before_batch(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int
+    ) -> None:
         if not self.enabled or trainer.sanity_checking:
             return
         if self._batch_size is None:
             self._open(trainer, pl_module, batch)
-        else:
+        elif dataloader_idx == 0:
             self._check_size(batch, batch_idx)
 
     def _open(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any) -> None:
-        images = images_from_batch(batch, self.images_from_batch)
-        decision = decided_by_rank_zero(trainer, lambda: self._decide(trainer, pl_module, batch, images))
-        self.decision = decision
-        self._batch_size = images.shape[0]
-        if decision.schedule.total:
-            self._handle = patch(pl_module, self.reduction, decision.schedule, target=self.target)
+        self._met_batch = True
+        refuse_sharded(trainer)
+        self.decision = decided_by_rank_zero(trainer, lambda: self._decide(trainer, pl_module, batch))
+        self._batch_size = self._size(batch)
+        if self.decision.schedule.total:
+            self._handle = patch(pl_module, self.reduction, self.decision.schedule, target=self.target)
 
-    def _decide(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, images: Tensor) -> Decision:
+    def _decide(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any) -> Decision:
         start = perf_counter()
-        with isolate_rng(), trainer.precision_plugin.forward_context():
+        with preserving_random_state(), trainer.precision_plugin.forward_context():
+            images = images_from_batch(batch, self.images_from_batch)
             transformer = find_vision_transformer(pl_module, self.target)
             made_with = self._depends_on(transformer, measurement_context(transformer.runner, images))
-            if self.decision is not None and made_with == (self._made_with or made_with):
+            if self.decision is not None and self._made_with in (None, made_with):
                 return self.decision
+            _warn_if_wrapped_by_compile(pl_module)
             if self.schedule == "auto":
                 calibration = self.sample(trainer, pl_module, batch)
                 decision = self._plan(pl_module, images, calibration)
@@ -234,34 +214,37 @@ class TokenPruning(L.Callback):
         loaders = trainer.val_dataloaders if trainer.validating else None
         if loaders is None:
             loaders = trainer.test_dataloaders if trainer.testing else trainer.predict_dataloaders
-        wanted = self.calibration
-        if self.protocol == "paper" and isinstance(wanted, int):
-            wanted = max(wanted, PAPER_IMAGES)
-        return calibration_images(trainer, pl_module, loaders, wanted, batch, self.images_from_batch, self.seed)
+        least = PAPER_IMAGES if self.protocol == "paper" else 0
+        extract = self.images_from_batch
+        return calibration_images(trainer, pl_module, loaders, self.calibration, batch, extract, self.seed, least)
 
     def _depends_on(self, transformer: VisionTransformer, context: dict[str, Any]) -> tuple[Any, ...]:
         """What a decision holds for; another model, device, batch, precision or wish needs another decision.
 
-        Models of one shape differ in what a cut costs, so the model counts itself; not its weights, which training
-        changes from one validation to the next.
+        Models of one shape differ in what a cut costs, so the model counts itself, as long as it lives; not its
+        weights, which training changes from one validation to the next.
         """
         wishes = (self.reduction, self.schedule, self.objective, self.block, self.protocol, self.target)
-        return (id(transformer.root), context, *wishes)
+        return (ref(transformer.root), context, *wishes)
 
     def _check_size(self, batch: Any, batch_idx: int) -> None:
-        if self._batch_size == 0:  # said before
-            return
-        size = images_from_batch(batch, self.images_from_batch).shape[0]
-        if size != self._batch_size:
+        size = self._size(batch) if self._batch_size else 0  # 0: unknown, or said before
+        if size and size != self._batch_size:
             rank_zero_warn(
                 f"Batch {batch_idx} has {size} images; the profile was made at a batch size of {self._batch_size}. "
                 "Pruning goes on, but its measured latency is for that size."
             )
             self._batch_size = 0
 
-    def _log(self, pl_module: L.LightningModule) -> None:
-        if self._batch_size is not None and self.decision is not None:
-            pl_module.log_dict(self.decision.metrics(), sync_dist=True, add_dataloader_idx=False)
+    def _size(self, batch: Any) -> int:
+        """How many images a batch has; 0 where that cannot be said, which is no reason to end a run."""
+        try:
+            return images_from_batch(batch, self.images_from_batch).shape[0]
+        except Exception:
+            return 0
+
+    def _figures(self) -> dict[str, float]:
+        return self.decision.metrics() if self._batch_size is not None and self.decision is not None else {}
 
     def _report(self, decision: Decision) -> None:
         for difference in decision.differences:
@@ -277,21 +260,9 @@ class TokenPruning(L.Callback):
         self._handle, self._batch_size = None, None
 
 
-def _readable(schedule: Any) -> Literal["auto"] | int | list[int] | Schedule:
-    """Loads a schedule that is given as a path, and refuses what can never be one."""
-    if schedule == "auto" or isinstance(schedule, Schedule):
-        return schedule
-    if isinstance(schedule, int) and not isinstance(schedule, bool):
-        return schedule
-    if isinstance(schedule, list | tuple):
-        return list(Schedule(schedule).removed)
-    if (
-        isinstance(schedule, bool)
-        or schedule is None
-        or (not hasattr(schedule, "__fspath__") and not isinstance(schedule, str))
-    ):
-        raise ArgumentError(
-            f"`schedule` must be 'auto', a number of tokens, a list with one number a block, a Schedule or the path of "
-            f"one, got {schedule!r}."
+def _warn_if_wrapped_by_compile(pl_module: L.LightningModule) -> None:
+    if getattr(pl_module, "_compiler_ctx", None) is not None:
+        rank_zero_warn(
+            "The whole LightningModule is compiled, but latency is measured on its Vision Transformer alone, which is "
+            "not. Compile the transformer instead, as in `module.vit.compile()` or `ImageClassifier(compile=True)`."
         )
-    return Schedule.load(schedule)

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 import lightning_prune as lp
+from lightning_prune.callbacks.arguments import readable_schedule
 from lightning_prune.callbacks.decision import given_schedule
-from lightning_prune.callbacks.token_pruning import _readable
 
 from .tiny import DEPTH, TOKENS, Snapshot, Tiny, loader, pruner, trainer, validated
 
@@ -126,4 +126,4 @@ def test_lists_that_are_no_schedules_are_refused_at_once() -> None:
         pruner(schedule=[1, -2, 0, 0])
     with pytest.raises(lp.ScheduleError, match="got an empty list"):
         pruner(schedule=[])
-    assert _readable("auto") == "auto"
+    assert readable_schedule("auto") == "auto"

@@ -67,6 +67,7 @@ def test_two_ranks_find_what_one_process_finds(ranks: list[dict[str, Any]]) -> N
             "Block 1 is asked to remove 17 tokens, but of the 17 that enter it pomt can remove",
         ),
         ("failed", "ValueError", "the abacus is broken"),
+        ("unreadable", "ValueError", "no images on rank 0"),
     ],
 )
 def test_an_error_of_rank_zero_is_raised_on_both(
@@ -76,6 +77,13 @@ def test_an_error_of_rank_zero_is_raised_on_both(
     assert first["error"].startswith(f"{kind}: {message}")
     assert second["error"].startswith(f"PruneError: {kind} on rank 0: {message}")
     assert first["images"] == second["images"] == 0
+
+
+def test_only_rank_zero_needs_to_find_images(ranks: list[dict[str, Any]]) -> None:
+    first, second = (rank["tolerated"] for rank in ranks)
+    assert (first["error"], second["error"]) == (None, None)
+    assert first["removed"] == second["removed"] == [0, 6, 0, 0]
+    assert first["tokens"] == second["tokens"] == [11]
 
 
 def test_models_are_restored_on_both_ranks(ranks: list[dict[str, Any]]) -> None:

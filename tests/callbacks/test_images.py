@@ -6,8 +6,19 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
+from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler, UnrepeatedDistributedSamplerWrapper
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    SubsetRandomSampler,
+)
 
 import lightning_prune as lp
 from lightning_prune.callbacks import images as images_module
@@ -176,10 +187,73 @@ def test_sample_is_collated_as_in_the_loop(sampled: list[Calibration]) -> None:
 
 @pytest.mark.usefixtures("clockwork")
 def test_sample_from_a_loader_with_a_batch_sampler(sampled: list[Calibration]) -> None:
-    batches = torch.utils.data.BatchSampler(torch.utils.data.SequentialSampler(range(24)), 6, drop_last=False)
+    batches = BatchSampler(SequentialSampler(range(24)), 6, drop_last=False)
     module, _ = validated(pruner(), data=DataLoader(labelled(), batch_sampler=batches))
     assert [step.images for step in module.steps] == [6] * 4
     assert sampled[0].images.shape[0] == 8
+
+
+WHOLE = DistributedSampler(labelled(), num_replicas=2, rank=1)
+PART = SubsetRandomSampler(range(12, 24))
+FIRST_BATCH = "the first batch, since the dataset cannot be sampled"
+
+
+class Bucketed(BatchSampler):
+    """Batches in its own way."""
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        loader(sampler=RandomSampler(labelled(), num_samples=10)),
+        loader(sampler=WHOLE),
+        loader(sampler=UnrepeatedDistributedSampler(labelled(), num_replicas=2, rank=0)),
+        loader(sampler=DistributedSamplerWrapper(RandomSampler(range(24)), num_replicas=2, rank=0)),
+        DataLoader(labelled(), batch_sampler=BatchSampler(WHOLE, 4, drop_last=False)),
+    ],
+    ids=["random", "distributed", "unrepeated", "wrapped", "batches"],
+)
+@pytest.mark.usefixtures("clockwork")
+def test_loaders_that_go_through_all_items_are_sampled(data: Any) -> None:
+    callback = pruner()
+    trainer(callback).validate(Tiny(), data, verbose=False)
+    assert callback.decision.calibration == "8 images sampled from the dataset, seed 0"
+    trainer(callback).predict(Tiny(), data)
+    assert callback.decision.calibration == "8 images sampled from the dataset, seed 0"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        loader(sampler=PART),
+        loader(sampler=SequentialSampler(range(12))),
+        loader(sampler=DistributedSamplerWrapper(PART, num_replicas=2, rank=0)),
+        loader(sampler=UnrepeatedDistributedSamplerWrapper(PART, num_replicas=2, rank=0)),
+        DataLoader(labelled(), batch_sampler=BatchSampler(PART, 4, drop_last=False)),
+        DataLoader(labelled(), batch_sampler=Bucketed(SequentialSampler(range(24)), 4, drop_last=False)),
+        DataLoader([pictures(4), pictures(4)], batch_size=None),
+    ],
+    ids=["subset", "beginning", "wrapped", "wrapped to predict", "batches", "own batches", "no batches"],
+)
+@pytest.mark.usefixtures("clockwork")
+def test_other_loaders_are_judged_by_what_the_loop_sees(data: Any, sampled: list[Calibration]) -> None:
+    callback = pruner()
+    validated(callback, data=data)
+    assert callback.decision.calibration == FIRST_BATCH
+    assert sampled[0].images.shape == (4, 3, 32, 32)
+
+
+@pytest.mark.usefixtures("clockwork")
+def test_a_part_to_predict_is_judged_by_what_the_loop_sees() -> None:
+    callback = pruner()
+    trainer(callback).predict(Tiny(), loader(sampler=PART))
+    assert callback.decision.calibration == FIRST_BATCH
+
+
+@pytest.mark.usefixtures("clockwork")
+def test_a_subset_is_sampled_within(sampled: list[Calibration]) -> None:
+    validated(pruner(calibration=24), data=DataLoader(Subset(labelled(), range(12, 24)), batch_size=4))
+    assert torch.equal(sampled[0].images, pictures(24)[12:])
 
 
 class Hooked(Tiny):
@@ -242,6 +316,27 @@ def test_calibration_images_given(count: int, sampled: list[Calibration]) -> Non
     assert dataset.asked == list(range(24))
 
 
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("bf16-true", torch.bfloat16), ("16-true", torch.float16), ("bf16-mixed", torch.float32)]
+)
+@pytest.mark.usefixtures("clockwork")
+def test_calibration_images_given_are_converted_to_the_precision_of_the_run(
+    precision: Any, dtype: torch.dtype, sampled: list[Calibration]
+) -> None:
+    module, _ = validated(pruner(calibration=pictures(6)), precision=precision)
+    assert sampled[0].images.dtype == dtype
+    assert TOKENS not in module.tokens()
+
+
+@pytest.mark.parametrize(("protocol", "count"), [("deployed", 512), ("paper", 1024)])
+def test_a_calibration_loader_gives_as_many_images_as_the_protocol_needs(protocol: Any, count: int) -> None:
+    shown = torch.rand(1100, 1, 2, 2)
+    callback = pruner(calibration=DataLoader(shown, batch_size=100), protocol=protocol)
+    running = trainer()
+    running.strategy.connect(module := Tiny())
+    assert callback.sample(running, module, None).images.shape[0] == count
+
+
 @pytest.mark.usefixtures("clockwork")
 def test_calibration_loader_given(sampled: list[Calibration]) -> None:
     callback = pruner(calibration=loader(10, batch_size=5))
@@ -266,7 +361,7 @@ def test_stream_is_judged_by_its_first_batch_and_says_so(
     module, _ = validated(callback, data=data)
     assert module.seen() == 24
     assert torch.equal(sampled[0].images, pictures(24)[:4])
-    assert callback.decision.calibration == "the first batch, since the dataset cannot be sampled"
+    assert callback.decision.calibration == FIRST_BATCH
     told = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert "judged by the first batch, since the dataset cannot be sampled" in told
 

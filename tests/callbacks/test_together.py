@@ -1,8 +1,19 @@
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+)
 
-from lightning_prune.callbacks.together import decided_by_rank_zero
+import lightning_prune as lp
+from lightning_prune.callbacks.together import decided_by_rank_zero, refuse_sharded
 
-from .tiny import trainer
+from .tiny import Tiny, pictures, pruner, trainer
 
 
 def test_a_single_process_gets_its_own_decision_and_its_own_error() -> None:
@@ -23,3 +34,21 @@ def test_ctrl_c_is_not_held_back() -> None:
 
     with pytest.raises(KeyboardInterrupt):
         decided_by_rank_zero(trainer(), interrupt)
+
+
+def running(kind: type, ranks: int) -> Any:
+    """As much of a trainer as is looked at first; some strategies cannot be made without what they need."""
+    return SimpleNamespace(strategy=object.__new__(kind), world_size=ranks, sanity_checking=False)
+
+
+@pytest.mark.parametrize("kind", [FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy])
+def test_strategies_that_spread_the_model_are_refused_before_it_runs(kind: type) -> None:
+    module = Tiny()
+    with pytest.raises(lp.UnsupportedModelError, match=f"which {kind.__name__} with 2 processes does not promise"):
+        pruner().on_validation_batch_start(running(kind, 2), module, pictures(4), 0)
+    assert module.forwards == 0
+
+
+@pytest.mark.parametrize(("kind", "ranks"), [(DDPStrategy, 2), (SingleDeviceStrategy, 1), (FSDPStrategy, 1)])
+def test_strategies_with_whole_models_are_not(kind: type, ranks: int) -> None:
+    refuse_sharded(running(kind, ranks))

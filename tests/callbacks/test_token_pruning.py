@@ -1,5 +1,8 @@
 """The callback in Trainer's loops: what is pruned, what is not, and that nothing of it stays."""
 
+import copy
+import gc
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -215,7 +218,7 @@ def test_model_is_restored_after_an_error_while_deciding(forward: int) -> None:
     before = Snapshot(module)
     module.forwards, module.armed = 0, True
     with pytest.raises(Stop):
-        validated(pruner(), module)
+        validated(pruner(max_seconds=1e6), module)  # never cut short: the forward passes are the same everywhere
     module.armed = False
     assert module.steps == []
     before.assert_unchanged()
@@ -266,6 +269,32 @@ def test_decision_is_made_anew_where_it_would_not_hold(change: str, decisions: l
             module.vit.head.weight.mul_(3)
     running.validate(module, data, verbose=False)
     assert len(decisions) == 2
+
+
+def test_a_decision_dies_with_its_model(monkeypatch: pytest.MonkeyPatch, decisions: list[str]) -> None:
+    """A later model may get the memory, and with it the id, of one that is gone."""
+    from lightning_prune.callbacks import token_pruning
+
+    monkeypatch.setattr(token_pruning, "id", lambda _: 7, raising=False)
+    callback = pruner()
+    validated(callback)
+    gc.collect()
+    validated(callback)
+    assert decisions == ["plan", "plan"]
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda callback: pickle.loads(pickle.dumps(callback))])
+def test_a_copy_decides_for_the_model_it_meets(copied: Any, decisions: list[str]) -> None:
+    callback = pruner()
+    module, _ = validated(callback)
+    again = copied(callback)
+    assert again.decision.schedule == callback.decision.schedule
+    validated(again, module)
+    assert decisions == ["plan", "plan"]
+    kept = pruner()
+    kept.use(callback.decision)
+    validated(copied(kept), module)
+    assert decisions == ["plan", "plan"]
 
 
 def test_use_takes_a_decision_over(decisions: list[str]) -> None:
@@ -337,6 +366,51 @@ def test_batch_of_another_size_is_pruned_with_one_warning(recwarn: pytest.Warnin
     assert told[0].startswith("Batch 2 has 3 images; the profile was made at a batch size of 4.")
     assert [step.images for step in module.steps] == [4, 4, 3, 1, 4]
     assert TOKENS not in module.tokens()
+
+
+def test_later_loaders_need_no_images(recwarn: pytest.WarningsRecorder) -> None:
+    class Two(Tiny):
+        def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+            if dataloader_idx == 0:
+                super().validation_step(batch, batch_idx)
+
+    module, _ = validated(pruner(), Two(), data=[loader(8), DataLoader(["a caption", "another"])])
+    assert module.tokens() != {TOKENS}
+    validated(pruner(), Two(), data=[loader(8), loader(6, batch_size=3)])
+    assert not [warning for warning in recwarn if "batch size" in str(warning.message)]
+
+
+def test_a_batch_without_images_is_left_to_the_step() -> None:
+    class Patient(Tiny):
+        def images(self, batch: Any) -> torch.Tensor:
+            return batch if isinstance(batch, torch.Tensor) else batch["images"]["left"]
+
+    batches = [pictures(4), {"images": {"left": pictures(4)}}, pictures(4)]
+    module, _ = validated(pruner(), Patient(), data=(batch for batch in batches))
+    assert module.seen() == 12
+    assert TOKENS not in module.tokens()
+
+
+@pytest.mark.parametrize("stage", ["validate", "test", "predict"])
+@pytest.mark.parametrize("data", [loader(0), iter(())], ids=["length 0", "no length"])
+def test_a_run_without_batches_is_told(stage: str, data: Any, recwarn: pytest.WarningsRecorder) -> None:
+    callback = pruner()
+    running = trainer(callback)
+    module = Tiny()
+
+    def told() -> list[str]:
+        return [str(warning.message) for warning in recwarn if "saw no batch" in str(warning.message)]
+
+    getattr(running, stage)(module, data)
+    assert told() == ["TokenPruning saw no batch: nothing was measured and nothing pruned."]
+    recwarn.clear()
+    getattr(running, stage)(module, loader())
+    callback.enabled = False
+    getattr(running, stage)(module, data)
+    callback.enabled = True
+    running.fit_loop.max_epochs = 1
+    running.fit(module, loader(4))
+    assert told() == []
 
 
 def test_a_second_pruner_is_refused() -> None:
@@ -423,6 +497,22 @@ def test_accuracy_budget() -> None:
         ({"alpha": -0.1}, r"`alpha` must be a number in \[0, 1\], got -0.1"),
         ({"max_seconds": 0}, "`max_seconds` must be a number > 0, got 0"),
         ({"max_seconds": "x"}, "`max_seconds` must be a number > 0, got 'x'"),
+        ({"max_seconds": float("nan")}, "`max_seconds` must be a number > 0, got nan"),
+        ({"objective": "speed"}, r"`objective` must be an Objective such as Utility\(0.5\), or None, got 'speed'"),
+        ({"block": -1}, r"`block` must be an index >= 0 or a fraction of the depth in \[0, 1\), got -1"),
+        ({"block": 1.0}, "`block` must be .* got 1.0"),
+        ({"block": True}, "`block` must be .* got True"),
+        ({"block": "3"}, "`block` must be .* got '3'"),
+        ({"calibration": 0}, "`calibration` must be a number of images >= 1, a tensor of images or a loader, got 0"),
+        ({"calibration": True}, "`calibration` must be .* got True"),
+        ({"calibration": "many"}, "`calibration` must be .* got 'many'"),
+        ({"calibration": None}, "`calibration` must be .* got None"),
+        ({"target": 3}, "`target` must be a dotted path or None, got 3"),
+        ({"protocol": "papre"}, "`protocol` must be 'deployed' or 'paper', got 'papre'"),
+        ({"protocol": None}, "`protocol` must be 'deployed' or 'paper', got None"),
+        ({"seed": -1}, "`seed` must be a whole number >= 0, got -1"),
+        ({"seed": 1.5}, "`seed` must be a whole number >= 0, got 1.5"),
+        ({"seed": True}, "`seed` must be a whole number >= 0, got True"),
         ({"method": "pmot"}, "pmot"),
         ({"schedule": None}, "`schedule` must be 'auto', a number of tokens, .* got None"),
         ({"schedule": True}, "`schedule` must be 'auto', a number of tokens, .* got True"),
@@ -434,22 +524,13 @@ def test_bad_arguments_are_refused_at_once(options: dict[str, Any], message: str
         TokenPruning(**options)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"block": 4}, r"`block` must be an index from 0 to 3 or a fraction in \[0, 1\), got 4"),
-        ({"block": 1.0}, r"`block` must be an index from 0 to 3 or a fraction"),
-        ({"calibration": 0}, "`calibration` must be a number of images >= 1, got 0"),
-        ({"calibration": "many"}, "`calibration` must be a number of images, a tensor of images or a loader, got str"),
-        ({"protocol": "papre"}, "`protocol` must be 'deployed' or 'paper', got 'papre'"),
-        ({"objective": "speed"}, "`objective` must be an Objective"),
-    ],
-)
-def test_bad_arguments_are_refused_when_the_model_is_known(options: dict[str, Any], message: str) -> None:
+def test_a_block_too_deep_is_refused_when_the_model_is_known() -> None:
     module = Tiny()
     before = Snapshot(module)
-    with pytest.raises(lp.ArgumentError, match=message):
-        validated(pruner(**options), module)
+    with pytest.raises(
+        lp.ArgumentError, match=r"`block` must be an index from 0 to 3 or a fraction in \[0, 1\), got 4"
+    ):
+        validated(pruner(block=4), module)
     assert module.steps == []
     before.assert_unchanged()
 
@@ -493,3 +574,14 @@ def test_a_compiled_model_is_pruned_inside_its_compiled_graph() -> None:
     assert torch.allclose(torch.cat(pruned), torch.cat(expected), atol=1e-5)
     module.vit._compiled_call_impl = None
     assert torch.equal(before.before["output"], before._look()["output"])
+
+
+def test_a_compiled_module_is_told_to_compile_its_transformer(recwarn: pytest.WarningsRecorder) -> None:
+    torch._dynamo.reset()
+    module = Tiny()
+    module.vit.norm._forward_pre_hooks.clear()  # as above
+    trainer(pruner(schedule=6)).predict(torch.compile(module, backend="eager"), loader(8))
+    told = [str(warning.message) for warning in recwarn if "LightningModule is compiled" in str(warning.message)]
+    assert len(told) == 1
+    assert "`module.vit.compile()` or `ImageClassifier(compile=True)`" in told[0]
+    torch._dynamo.reset()

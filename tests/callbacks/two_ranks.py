@@ -68,6 +68,17 @@ def unlucky(*args: Any, **kwargs: Any) -> Any:
     raise ValueError("the abacus is broken")
 
 
+def only_unlucky_on(rank: int) -> Any:
+    """Finds the images of a batch, but fails on one rank."""
+
+    def extract(batch: Any) -> Any:
+        if torch.distributed.get_rank() == rank:
+            raise ValueError(f"no images on rank {rank}")
+        return batch[0]
+
+    return extract
+
+
 def main(path: Path) -> None:
     torch.set_num_threads(1)
     # Lightning starts rank 1 as this program with LOCAL_RANK set; alone means before there is a process group.
@@ -79,6 +90,8 @@ def main(path: Path) -> None:
     real, token_pruning.plan = token_pruning.plan, unlucky
     found["failed"] = run(pruner(), **ddp)
     token_pruning.plan = real
+    found["unreadable"] = run(pruner(images_from_batch=only_unlucky_on(0)), **ddp)
+    found["tolerated"] = run(pruner(schedule=6, images_from_batch=only_unlucky_on(1)), **ddp)
     rank = found["planned"]["rank"]
     path.with_suffix(f".{rank}").write_text(json.dumps(found))
 

@@ -1,0 +1,47 @@
+"""Global random numbers after something that used them."""
+
+import random
+from contextlib import suppress
+from typing import Any
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+
+from lightning_prune.callbacks.random_state import preserving_random_state
+
+from .tiny import Tiny, pictures, pruner, validated
+
+
+def draw() -> tuple[float, float, float]:
+    legacy = np.random.randn()  # noqa: NPY002  # the global generator is what this is about
+    return random.random(), legacy, torch.rand(1).item()
+
+
+@pytest.mark.parametrize("error", [None, ValueError("inside"), KeyboardInterrupt()])
+def test_numbers_go_on_as_if_nothing_had_been(error: BaseException | None) -> None:
+    L.seed_everything(5)
+    expected = draw()
+    L.seed_everything(5)
+    with suppress(ValueError, KeyboardInterrupt), preserving_random_state():
+        draw()
+        if error is not None:
+            raise error
+    assert draw() == expected
+
+
+def test_an_error_while_deciding_leaves_them_alone() -> None:
+    def unlucky() -> Any:
+        yield pictures(4)
+        draw()
+        raise ValueError("no more images")
+
+    module = Tiny()
+    L.seed_everything(5)
+    validated(pruner(enabled=False), module)
+    expected = draw()
+    L.seed_everything(5)
+    with pytest.raises(ValueError, match="no more images"):
+        validated(pruner(calibration=unlucky()), module)
+    assert draw() == expected
