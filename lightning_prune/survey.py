@@ -12,7 +12,7 @@ from lightning_prune.callbacks import TokenPruning
 from lightning_prune.callbacks.decision import Decision, given_schedule, measure_given
 from lightning_prune.callbacks.images import Calibration, images_from_batch
 from lightning_prune.callbacks.random_state import preserving_random_state
-from lightning_prune.callbacks.together import decided_by_rank_zero
+from lightning_prune.callbacks.together import decided_by_rank_zero, refuse_sharded
 from lightning_prune.errors import ArgumentError
 from lightning_prune.patching import find_vision_transformer
 from lightning_prune.planning import Objective, ProxyCurve, plan
@@ -41,8 +41,11 @@ class Survey(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Decides, once."""
+        if dataloader_idx:  # the table is of the first loader
+            return
         self.images += len(images_from_batch(batch, self.pruner.images_from_batch))
         if not self.timings:
+            refuse_sharded(trainer)
             start = perf_counter()
             decided = decided_by_rank_zero(trainer, lambda: self._decide(trainer, pl_module, batch))
             self.decisions, self.timings = decided
