@@ -46,7 +46,7 @@ def write_comparison(
     with tempfile.TemporaryDirectory(dir=folder, prefix=".") as name:
         stage = Path(name)
         with (stage / "results.csv").open("w", newline="", encoding="utf-8") as stream:
-            writer = csv.DictWriter(stream, fieldnames=list(table[0]))
+            writer = csv.DictWriter(stream, fieldnames=list(table[0]), lineterminator="\n")
             writer.writeheader()
             writer.writerows(table)
         (stage / "results.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
