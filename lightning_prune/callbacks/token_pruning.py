@@ -58,8 +58,8 @@ class TokenPruning(EvaluationCallback):
         images_from_batch: A function from a batch to its images, where a batch is not a tensor, a sequence that
             begins with one, or a mapping with `image`, `images`, `pixel_values` or `inputs`. Return what the ViT
             receives: where the module resizes or normalises in its step, do so here too.
-        max_seconds: Time limit of latency profiling, and again of the accuracy estimate, which takes the dense model and
-            four counts over the calibration images all the same.
+        max_seconds: Time limit of latency profiling, and again of the accuracy estimate, which runs the dense model
+            and four counts over the calibration images all the same.
         target: Dotted path of the transformer in the LightningModule, where there are several.
         enabled: False leaves every run dense; can be changed between runs.
         protocol: `"paper"` profiles and estimates as POMT does; needs labels in the batches and hours on a CPU.

@@ -64,8 +64,8 @@ def plan(
         labels: (images,) int64; the proxy is then top-1 accuracy. Needed by `protocol="paper"`.
         curve: A proxy curve to go on with, when several objectives are planned for on one profile.
         confirm: Whether to time the winner beside the dense model at the end.
-        max_seconds: Time limit of latency profiling, and again of the proxy, which takes the dense model and four counts
-            over the images all the same.
+        max_seconds: Time limit of latency profiling, and again of the proxy, which runs the dense model and four
+            counts over the images all the same.
         target: Dotted path of the transformer in `model`.
         progress: Shows bars on a terminal.
 
