@@ -120,7 +120,7 @@ class ImageFolderData(_EvaluationData):
         self.dataset = open_dataset(
             self.root, self.split, self.dataset_name, self.class_map, batch_size=self.batch_size, **grey
         )
-        self.dataset.transform = create_transform(**config, is_training=False)  # type: ignore[attr-defined]
+        self.dataset.transform = create_transform(**config, is_training=False)  # type: ignore[attr-defined]  # timm's way
         classes, head = class_count(self.dataset), self._of_model("num_classes")
         if classes is not None and head is not None and classes != head:
             raise DataError(

@@ -55,8 +55,11 @@ class Plan:
 
     @property
     def predicted_ms(self) -> float:
-        """Latency of the chosen point according to the profile."""
-        return self.profile.at(self.tokens)
+        """Latency of the chosen point according to the profile: its share of dense there, times dense as of now.
+
+        The two runs find the machine in different states, so only the share carries over.
+        """
+        return self.profile.at(self.tokens) / self.profile.dense_ms * self.dense_ms
 
     @property
     def dense_ms(self) -> float:
@@ -71,7 +74,7 @@ class Plan:
     @property
     def speedup(self) -> float:
         """Dense over pruned: of the final comparison, from rounds in which both ran, else of the profile."""
-        return 1 / self.pruned.ratio if self.pruned else self.profile.dense_ms / self.predicted_ms
+        return 1 / self.pruned.ratio if self.pruned else self.profile.dense_ms / self.profile.at(self.tokens)
 
     def unless_slow(self) -> "Plan":
         """This plan, or one that removes nothing if the final comparison does not bear out the profile."""

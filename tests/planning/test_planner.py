@@ -231,7 +231,16 @@ def test_a_finalist_that_is_not_faster_removes_nothing(monkeypatch):
     assert made.tokens == made.schedule.provenance["tokens"] == 17
     assert "take 99.0% of dense, against the profile: nothing is gained" in made.reason
     assert made.speedup == 1.0
-    assert made.dense_ms == made.latency_ms or made.latency_ms == made.predicted_ms
+    assert made.dense_ms == made.latency_ms == 9.9
+
+
+def test_the_prediction_is_the_share_of_dense_that_the_profile_says(monkeypatch):
+    """The machine runs at half its speed when the winner is timed: what is predicted is the ratio, not the clock."""
+    half = {"dense": Timing(5.4, 0.1, 1.0, 0.0, 31), "pruned": Timing(2.7, 0.1, 0.5, 0.01, 31)}
+    monkeypatch.setattr("lightning_prune.planning.planner.compare_latency", lambda *_, **__: half)
+    curve = profile(STRAIGHT)
+    made = lp.plan(vit(), IMAGES, profile=curve, curve=KnownCurve(curve, lambda count: 1.0), block=1, progress=False)
+    assert made.predicted_ms == pytest.approx(STRAIGHT[made.tokens] / STRAIGHT[17] * 5.4)
 
 
 def test_a_patched_model_is_not_planned_for():
