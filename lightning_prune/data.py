@@ -116,11 +116,9 @@ class ImageFolderData(_EvaluationData):
                 "where its model has a pretrained_cfg), got neither, so size and normalisation of the images are "
                 "unknown."
             )
-        grey = {"input_img_mode": "L"} if config["input_size"][0] == 1 else {}
-        self.dataset = open_dataset(
-            self.root, self.split, self.dataset_name, self.class_map, batch_size=self.batch_size, **grey
-        )
-        self.dataset.transform = create_transform(**config, is_training=False)  # type: ignore[attr-defined]  # timm's way
+        options: dict[str, Any] = {"input_img_mode": "L"} if config["input_size"][0] == 1 else {}
+        options |= {"batch_size": self.batch_size, "transform": create_transform(**config, is_training=False)}
+        self.dataset = open_dataset(self.root, self.split, self.dataset_name, self.class_map, **options)
         classes, head = class_count(self.dataset), self._of_model("num_classes")
         if classes is not None and head is not None and classes != head:
             raise DataError(

@@ -23,7 +23,7 @@ def open_dataset(root: str, split: str, name: str = "", class_map: str | None = 
         **options: As for `timm.data.create_dataset`.
 
     Returns:
-        The dataset, without a transform.
+        The dataset.
 
     Raises:
         DataError: Nothing is there, it has no images, or no such part.

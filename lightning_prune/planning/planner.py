@@ -118,7 +118,9 @@ def plan(
         )
     else:
         _check_profile(profile, transformer, reduction, index, protocol)
-        _warn_if_foreign(profile, transformer, images if example_batch is None else example_batch, example_batch)
+        if example_batch is None:
+            example_batch = _batch_of(images, int(profile.context.get("batch_size", 1)), transformer)
+        _warn_if_foreign(profile, transformer, example_batch)
     if curve is None:
         curve = ProxyCurve(model, images, profile, reduction, labels=labels, target=target, progress=progress)
     tokens, reason = choose(profile, curve, objective, exhaustive=protocol == "paper", max_seconds=max_seconds)
@@ -126,8 +128,6 @@ def plan(
     schedule = Schedule.single(transformer.depth, index, removed)
     dense = pruned = None
     if removed and confirm:
-        if example_batch is None:
-            example_batch = _batch_of(images, int(profile.context.get("batch_size", 1)), transformer)
         variants = {"dense": None, "pruned": (reduction, schedule)}
         timings = compare_latency(
             model, example_batch, variants, max_seconds=_final_seconds(max_seconds), target=target, progress=progress
@@ -166,15 +166,12 @@ def _batch_of(images: Tensor, size: int, transformer: VisionTransformer) -> Tens
     return images[torch.arange(size) % len(images)].to(device)
 
 
-def _warn_if_foreign(
-    profile: LatencyProfile, transformer: VisionTransformer, images: Tensor, example_batch: Tensor | None
-) -> None:
+def _warn_if_foreign(profile: LatencyProfile, transformer: VisionTransformer, example_batch: Tensor) -> None:
     """Says where a profile was measured under other conditions than those of this run: its latencies may not hold."""
-    here = measurement_context(transformer.runner, _batch_of(images, 1, transformer))
-    here["batch_size"] = None if example_batch is None else len(example_batch)
+    here = measurement_context(transformer.runner, example_batch)
     for key in ("device", "batch_size", "image_shape", "precision", "compiled"):
         there = profile.context.get(key)
-        if None not in (there, here[key]) and there != here[key]:
+        if there is not None and there != here[key]:
             warnings.warn(f"The profile was measured elsewhere: {key} {there} there, {here[key]} here.", stacklevel=3)
 
 

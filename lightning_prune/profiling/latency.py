@@ -104,7 +104,7 @@ def compare_latency(
     variants: Mapping[str, tuple[str | Reduction, Schedule] | None],
     *,
     rounds: int = 31,
-    max_seconds: float = 20.0,
+    max_seconds: float | None = 20.0,
     target: str | None = None,
     progress: bool = True,
 ) -> dict[str, Timing]:
@@ -116,7 +116,7 @@ def compare_latency(
         variants: Name -> (method, schedule), or None for the unpruned model, of which there must be one: ratios refer
             to it.
         rounds: Measurements of each variant, if time allows.
-        max_seconds: Time limit; one round is completed all the same.
+        max_seconds: Time limit, or None; one round is completed all the same.
         target: Dotted path of the transformer in `model`.
         progress: Shows a bar on a terminal.
 
@@ -143,7 +143,7 @@ def compare_latency(
         else:
             handles[name] = PatchHandle(transformer, resolve(variant[0]), variant[1])
 
-    deadline = time.perf_counter() + max_seconds
+    deadline = float("inf") if max_seconds is None else time.perf_counter() + max_seconds
     with ready_to_run(transformer), ticking("Comparing latency", max_seconds, progress) as tick:
         race = Interleaved[str](prepare, lambda: transformer.runner(example_batch), example_batch.device, dense)
         try:

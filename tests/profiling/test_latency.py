@@ -244,3 +244,9 @@ def test_every_run_under_autocast_casts_the_weights():
         finally:
             torch.clear_autocast_cache = original
     assert len(cleared) >= len(casts) - 1  # all runs but the one that counts tokens
+
+
+def test_compare_latency_without_a_limit():
+    variants = {"dense": None, "pomt": ("pomt", lp.Schedule.single(4, 1, 6))}
+    timings = lp.compare_latency(vit(), IMAGES, variants, rounds=2, max_seconds=None, progress=False)
+    assert timings["pomt"].rounds == 2
