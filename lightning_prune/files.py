@@ -72,13 +72,15 @@ def _culprit(value: Any, dump: Callable[[Any], str], place: str = "") -> str:
     return f"{type(value).__name__} for `{place}`"
 
 
-def read_document(path: str | Path, kind: str, version: int) -> dict[str, Any]:
-    """Reads what `write_document` wrote and checks that it is of the `kind` and `version` that is wanted.
+def read_document(path: str | Path, kind: str | tuple[str, ...], version: int) -> dict[str, Any]:
+    """Reads what `write_document` wrote and checks that it is of the `kind` (or one of them) and `version` wanted.
 
     Raises:
         FileFormatError: If the file is missing, unreadable, truncated, of another kind or of a newer version.
     """
     source = Path(path)
+    kinds = (kind,) if isinstance(kind, str) else kind
+    named = " or ".join(kinds)
     try:
         text = source.read_text(encoding="utf-8")
         document = json.loads(text) if source.suffix == ".json" else yaml.safe_load(text)
@@ -86,12 +88,12 @@ def read_document(path: str | Path, kind: str, version: int) -> dict[str, Any]:
         raise FileFormatError(f"Cannot read {source}: {error.strerror or error}.") from error
     except Exception as error:  # of damage PyYAML makes KeyError, IndexError, RecursionError, ...
         reason = " ".join(str(error).split())
-        raise FileFormatError(f"{source} is damaged or not a {kind} file: {reason}") from error
+        raise FileFormatError(f"{source} is damaged or not a {named} file: {reason}") from error
     found = document.get("format") if isinstance(document, dict) else None
-    if found != kind:
+    if found not in kinds:
         what = f"format {found!r}" if found else "no format entry"
-        raise FileFormatError(f"{source} is not a {kind} file: it has {what}.")
+        raise FileFormatError(f"{source} is not a {named} file: it has {what}.")
     if document.get("version") != version:
         came = document.get("version")
-        raise FileFormatError(f"{source} is a {kind} file of version {came!r}; this release reads version {version}.")
+        raise FileFormatError(f"{source} is a {found} file of version {came!r}; this release reads version {version}.")
     return document

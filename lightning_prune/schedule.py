@@ -9,7 +9,7 @@ from typing import Any
 from lightning_prune.errors import FileFormatError, ScheduleError
 from lightning_prune.files import read_document, write_document
 
-_FORMAT = "lightning_prune.schedule"
+SCHEDULE_FORMAT = "lightning_prune.schedule"
 _VERSION = 1
 
 
@@ -122,7 +122,7 @@ class Schedule:
 
     def to_dict(self) -> dict[str, Any]:
         """The schedule as plain values, as `save` writes them."""
-        document: dict[str, Any] = {"format": _FORMAT, "version": _VERSION, "removed": list(self.removed)}
+        document: dict[str, Any] = {"format": SCHEDULE_FORMAT, "version": _VERSION, "removed": list(self.removed)}
         if self.provenance:
             document["provenance"] = dict(self.provenance)
         return document
@@ -158,7 +158,7 @@ class Schedule:
         Raises:
             FileFormatError: If the file cannot be read or is not a schedule; names the file.
         """
-        document = read_document(path, _FORMAT, _VERSION)
+        document = read_document(path, SCHEDULE_FORMAT, _VERSION)
         try:
             return cls.from_dict(document)
         except ScheduleError as error:

@@ -23,8 +23,9 @@ ROOT = Path(__file__).parent.parent
 # and `progress` are tools for all.
 CHAIN = (
     {"errors"},
-    {"files", "progress"},
+    {"device", "files", "progress"},
     {"schedule"},
+    {"keep_rates"},
     {"reduction"},
     {"patching"},
     {"profiling"},

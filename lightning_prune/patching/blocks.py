@@ -1,6 +1,6 @@
 """The two halves of each kind of block: attention with its residual, and MLP with its residual."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -39,12 +39,36 @@ def _parallel_mlp(block: Any, x: Tensor) -> Tensor:
     return x + torch.stack([ffn(x) for ffn in block.ffns]).sum(dim=0)
 
 
+def _gamma_attention(block: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return x + block.drop_path1(_times(block.gamma_1, block.attn(block.norm1(x), *args, **kwargs)))
+
+
+def _gamma_mlp(block: Any, x: Tensor) -> Tensor:
+    return x + block.drop_path2(_times(block.gamma_2, block.mlp(block.norm2(x))))
+
+
+def _one_drop_attention(block: Any, x: Tensor) -> Tensor:
+    return x + block.drop_path(_times(getattr(block, "gamma_1", None), block.attn(block.norm1(x))))
+
+
+def _one_drop_mlp(block: Any, x: Tensor) -> Tensor:
+    return x + block.drop_path(_times(getattr(block, "gamma_2", None), block.mlp(block.norm2(x))))
+
+
+def _times(gamma: Tensor | None, x: Tensor) -> Tensor:
+    return x if gamma is None else gamma * x
+
+
 PRE_NORM = Halves(_pre_norm_attention, _pre_norm_mlp)
 POST_NORM = Halves(_post_norm_attention, _post_norm_mlp)
 PARALLEL = Halves(_parallel_attention, _parallel_mlp)
+GAMMA = Halves(_gamma_attention, _gamma_mlp)  # layer scale as a parameter of the block, or None
+ONE_DROP = Halves(_one_drop_attention, _one_drop_mlp)  # one drop path for both halves
 
 
-def halves_agree(block: nn.Module, halves: Halves, tokens: int, channels: int) -> bool:
+def halves_agree(
+    block: nn.Module, halves: Halves, tokens: int, channels: int, kwargs: Mapping[str, Any] | None = None
+) -> bool:
     """Whether the two halves reproduce the block's own forward to the bit, on random tokens.
 
     Runs in evaluation mode and without autograd; the training flags are put back and no generator is touched.
@@ -54,15 +78,24 @@ def halves_agree(block: nn.Module, halves: Halves, tokens: int, channels: int) -
         halves: The recipe to check.
         tokens: Tokens to try it on.
         channels: C.
+        kwargs: What else the block must be given.
     """
     like = next((p for p in block.parameters() if p.is_floating_point()), torch.empty(0))
     noise = torch.randn(1, tokens, channels, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
     x = noise.to(device=like.device, dtype=like.dtype)
+    more = {name: _beside(value, x) for name, value in (kwargs or {}).items()}
     with torch.no_grad(), evaluating(block):
         try:
-            return torch.equal(halves.mlp(block, halves.attention(block, x)), block.forward(x))  # without its hooks
+            expected = block.forward(x, **more)  # without its hooks
+            return torch.equal(halves.mlp(block, halves.attention(block, x, **more)), expected)
         except (AttributeError, TypeError, RuntimeError):
             return False  # a block of the same class family, but built of other parts
+
+
+def _beside(value: Any, x: Tensor) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_beside(each, x) for each in value)
+    return value.to(device=x.device, dtype=x.dtype) if isinstance(value, Tensor) else value
 
 
 @contextmanager

@@ -6,11 +6,14 @@ from types import TracebackType
 
 from torch import nn
 
-from lightning_prune.errors import ScheduleError
+from lightning_prune.errors import ScheduleError, UnsupportedModelError
+from lightning_prune.keep_rates import KeepRates, Rate
 from lightning_prune.patching.blocks import Halves, halves_agree
 from lightning_prune.patching.families import VisionTransformer, find_vision_transformer
+from lightning_prune.patching.origin import Origin
 from lightning_prune.patching.overlay import Overlay, is_overlaid, put_on, take_off
 from lightning_prune.patching.reduced import BlockSite, PixelSite, RecordingEntry, ReducedBlock, too_many
+from lightning_prune.patching.told import Ear
 from lightning_prune.reduction import Reduction, resolve
 from lightning_prune.schedule import Schedule
 
@@ -18,7 +21,11 @@ _log = logging.getLogger(__name__)
 
 
 def patch(
-    model: nn.Module, method: str | Reduction, schedule: Schedule | Sequence[int], *, target: str | None = None
+    model: nn.Module,
+    method: str | Reduction,
+    schedule: Schedule | KeepRates | Sequence[int],
+    *,
+    target: str | None = None,
 ) -> "PatchHandle":
     """Makes the Vision Transformer in `model` remove tokens by a schedule, in place.
 
@@ -26,10 +33,13 @@ def patch(
     fused attention. Parameters, buffers, `state_dict` keys and hooks stay as they are; the model deep-copies, pickles,
     compiles with `fullgraph=True` and exports. Patching a patched model replaces the patch.
 
+    A schedule that says on which device and at which batch size it was made is used elsewhere with a warning, at the
+    first batch that a block sees (not in a compiled graph, which has no place for one).
+
     Args:
         model: Any module that contains one Vision Transformer.
         method: Name of a reduction (`"pomt"`, `"random"`) or a `lightning_prune.reduction.Reduction`.
-        schedule: Tokens that each block removes.
+        schedule: Tokens that each block removes, or keep rates, which fit images of any size.
         target: Dotted path of the transformer in `model`, needed where there are several.
 
     Returns:
@@ -37,7 +47,8 @@ def patch(
 
     Raises:
         UnsupportedModelError: If no supported transformer is found, or several and no `target`.
-        ScheduleError: If the schedule is for another depth or asks a block for more tokens than it can give.
+        ScheduleError: If the schedule is for another depth or token count, or asks a block for more tokens than it
+            can give; names the numbers. Where images decide the token count, in forward.
         ArgumentError: If `method` or `target` is unknown.
 
     Example:
@@ -67,11 +78,11 @@ class PatchHandle:
     Attributes:
         transformer: The Vision Transformer that is patched.
         reduction: The method.
-        schedule: What the blocks remove now.
+        schedule: What the blocks remove now: keep rates only where the images decide the token count.
     """
 
     def __init__(
-        self, transformer: VisionTransformer, reduction: Reduction, schedule: Schedule | Sequence[int]
+        self, transformer: VisionTransformer, reduction: Reduction, schedule: Schedule | KeepRates | Sequence[int]
     ) -> None:
         self.transformer = transformer
         self.reduction = reduction
@@ -80,7 +91,7 @@ class PatchHandle:
         self.schedule = self._checked(schedule)
         self._open()
 
-    def update(self, schedule: Schedule | Sequence[int]) -> None:
+    def update(self, schedule: Schedule | KeepRates | Sequence[int]) -> None:
         """Gives the blocks another schedule; one that does not fit leaves the present one in force.
 
         Raises:
@@ -113,28 +124,32 @@ class PatchHandle:
         state = "active" if self.active else "not active"
         return f"PatchHandle({self.reduction!r}, {self.schedule!r}, {state})"
 
-    def _checked(self, schedule: Schedule | Sequence[int]) -> Schedule:
-        schedule = schedule if isinstance(schedule, Schedule) else Schedule(schedule)
-        check_schedule(self.transformer, self.reduction, schedule)
+    def _checked(self, schedule: Schedule | KeepRates | Sequence[int]) -> Schedule | KeepRates:
+        transformer = self.transformer
+        schedule = schedule if isinstance(schedule, Schedule | KeepRates) else Schedule(schedule)
+        if isinstance(schedule, KeepRates) and transformer.tokens is not None:
+            check_depth(transformer, schedule)
+            schedule = schedule.schedule(transformer.tokens, transformer.prefix_tokens)
+        check_schedule(transformer, self.reduction, schedule)
         return schedule
 
     def _open(self) -> None:
         transformer, reduction, schedule = self.transformer, self.reduction, self.schedule
         unpatch(transformer.root)
         self._sites = []
-        if not schedule.total:
+        reducing = schedule.reducing
+        if not reducing:
             return
-        account = transformer.family.carries or reduction.proportional_attention
-        last = transformer.depth if account else max(schedule.reducing) + 1
+        account = transformer.carries or reduction.proportional_attention
+        first, last = min(reducing), transformer.depth - 1 if account else max(reducing)
         pixels = PixelSite() if "pixels" in reduction.reads else None
+        expects = schedule.provenance.get("tokens_dense") if isinstance(schedule, Schedule) else None
         previous: BlockSite | None = None
         try:
-            for index in range(min(schedule.reducing), last):
-                remove = schedule.removed[index]
+            for index in range(first, last + 1):
+                remove = _asked(schedule, index)
                 if not (remove or account):
                     continue
-                block = transformer.blocks[index]
-                halves = self._halves_of(index) if remove and reduction.site == "block" else None
                 site = BlockSite(
                     index=index,
                     reduction=reduction,
@@ -142,14 +157,17 @@ class PatchHandle:
                     prefix_tokens=transformer.prefix_tokens,
                     has_class_token=transformer.has_class_token,
                     family=transformer.family,
-                    halves=halves,
+                    halves=self._halves_of(index) if remove and reduction.site == "block" else None,
                     previous=previous,
                     pixels=pixels,
                     keeps_account=account,
+                    last=index == last,
+                    expects=expects if index == first else None,
+                    origin=Origin.of(schedule.provenance) if index == first else None,
                 )
-                reads_attention = "attention" in reduction.reads or reduction.proportional_attention
-                self._put_on(block, ReducedBlock, site)
-                site.fused = transformer.family.force_fused(block) if reads_attention else []
+                self._put_on(transformer.blocks[index], ReducedBlock, site)
+                if ("attention" in reduction.reads and remove) or reduction.proportional_attention:
+                    self._make_readable(site, transformer.blocks[index])
                 previous = site
             if pixels is not None:
                 self._put_on(transformer.entry, RecordingEntry, pixels)
@@ -158,6 +176,16 @@ class PatchHandle:
         except BaseException:
             self.remove()
             raise
+
+    def _make_readable(self, site: BlockSite, block: nn.Module) -> None:
+        """Lets a block's attention be read, and weighed, while it runs."""
+        family = self.transformer.family
+        site.fused = family.force_fused(block)
+        told = family.told(block)
+        if told:
+            site.ear = Ear()
+            for module, mixin in told.items():
+                self._put_on(module, mixin, site.ear)
 
     def _put_on(self, module: nn.Module, mixin: type[Overlay], site: object) -> None:
         put_on(module, mixin, site)
@@ -169,10 +197,10 @@ class PatchHandle:
             transformer = self.transformer
             block = transformer.blocks[index]
             halves = transformer.family.halves(block)
-            if halves is not None and not halves_agree(
-                block, halves, transformer.prefix_tokens + 4, transformer.channels
-            ):
-                halves = None
+            if halves is not None:
+                tokens, kwargs = transformer.family.trial(transformer)
+                if not halves_agree(block, halves, tokens, transformer.channels, kwargs):
+                    halves = None
             if halves is None:
                 name = type(block).__name__
                 _log.info("Block %d (%s) is cut after its MLP, which still sees all its tokens.", index, name)
@@ -180,20 +208,47 @@ class PatchHandle:
         return self._halves[index]
 
 
-def check_schedule(transformer: VisionTransformer, reduction: Reduction, schedule: Schedule) -> None:
+def check_depth(transformer: VisionTransformer, schedule: Schedule | KeepRates) -> None:
+    """Raises ScheduleError, naming both, if the schedule is for another number of blocks."""
+    if schedule.depth != transformer.depth:
+        raise ScheduleError(f"The schedule is for {schedule.depth} blocks; this model has {transformer.depth}.")
+
+
+def check_schedule(transformer: VisionTransformer, reduction: Reduction, schedule: Schedule | KeepRates) -> None:
     """Raises ScheduleError, naming the numbers, if the schedule does not fit the transformer and the reduction.
 
     Where the token count depends on the image size, the counts are checked in forward instead.
+
+    Raises:
+        ScheduleError: As said.
+        UnsupportedModelError: If the reduction needs of the model's attention what it cannot do.
     """
-    if schedule.depth != transformer.depth:
-        raise ScheduleError(f"The schedule is for {schedule.depth} blocks; this model has {transformer.depth}.")
-    if reduction.site == "input" and any(schedule.removed[1:]):
-        block = next(b for b in schedule.reducing if b)
+    check_depth(transformer, schedule)
+    reducing = schedule.reducing
+    if reducing and min(reducing) < transformer.first:
+        raise ScheduleError(
+            f"Block {min(reducing)} of this {type(transformer.root).__name__} cannot remove tokens, only blocks from "
+            f"{transformer.first} on can: {transformer.before_first}."
+        )
+    if reduction.site == "input" and any(reducing):
+        block = next(b for b in reducing if b)
         raise ScheduleError(
             f"{reduction.name} removes tokens before block 0; the schedule asks block {block} for some."
         )
-    if transformer.tokens is None:
+    if reduction.proportional_attention and not transformer.family.weighs:
+        raise UnsupportedModelError(
+            f"{reduction.name} weighs the attention of later blocks by token sizes, which the attention of this "
+            f"{type(transformer.root).__name__} has no place for; use proportional_attention=False or another method."
+        )
+    if reducing and ("attention" in reduction.reads or reduction.proportional_attention):
+        why = transformer.family.unreadable(transformer)
+        if why is not None:
+            raise UnsupportedModelError(why)
+    if transformer.tokens is None or isinstance(schedule, KeepRates):
         return
+    made_for = schedule.provenance.get("tokens_dense")
+    if made_for not in (None, transformer.tokens):
+        raise ScheduleError(f"The schedule was made for {made_for} tokens; {transformer.tokens} enter this model.")
     count = transformer.tokens
     for index, remove in enumerate(schedule.removed):
         capacity = reduction.capacity(count, transformer.prefix_tokens)
@@ -202,9 +257,16 @@ def check_schedule(transformer: VisionTransformer, reduction: Reduction, schedul
         count -= remove
 
 
+def _asked(schedule: Schedule | KeepRates, block: int) -> int | Rate:
+    if block not in schedule.reducing:
+        return 0
+    return schedule.exact(block) if isinstance(schedule, KeepRates) else schedule.removed[block]
+
+
 def _close(module: nn.Module) -> None:
     site = module.__dict__.get("_prune_site")
     was_overlaid = is_overlaid(module)
     take_off(module)
     if was_overlaid and isinstance(site, BlockSite):
-        site.family.undo_fused(site.fused)
+        for setting in site.fused:
+            setting.restore()

@@ -1,24 +1,22 @@
 """Blocks that reduce: a subclass put over a block's own class while the patch lasts."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lightning_prune.errors import ArgumentError, ScheduleError
+from lightning_prune.errors import ScheduleError
+from lightning_prune.keep_rates import Rate
 from lightning_prune.patching.blocks import Halves
-from lightning_prune.patching.families.base import Family
+from lightning_prune.patching.families.base import Family, Setting
+from lightning_prune.patching.origin import Origin
 from lightning_prune.patching.overlay import Overlay
+from lightning_prune.patching.survivors import Survivors, survivors_of
 from lightning_prune.patching.tap import recorded_attention
-from lightning_prune.reduction.base import Attention, Reduced, Reduction, Sequence
-
-
-class Survivors(NamedTuple):
-    """What later blocks must know of the tokens that are left."""
-
-    positions: Tensor  # (B, K) where each stood in block 0, -1 for a token made of several
-    sizes: Tensor | None  # (B, K) patches that each stands for
+from lightning_prune.patching.told import Ear
+from lightning_prune.reduction.base import Attention, Reduction, Sequence
 
 
 @dataclass(eq=False)
@@ -52,7 +50,7 @@ class BlockSite:
 
     index: int
     reduction: Reduction
-    remove: int
+    remove: int | Rate
     prefix_tokens: int
     has_class_token: bool
     family: Family
@@ -60,12 +58,45 @@ class BlockSite:
     previous: "BlockSite | None" = None
     pixels: PixelSite | None = None
     keeps_account: bool = False  # whether later blocks read `survivors`
+    last: bool = False  # whether no patched block comes after this one
     survivors: Survivors | None = None
-    fused: list[nn.Module] = field(default_factory=list)  # attention modules that were switched to fused
+    fused: list[Setting] = field(default_factory=list)  # what was changed to have fused attention in the block
+    ear: Ear | None = None  # of attention modules that make no fused call
+    expects: int | None = None  # tokens that the schedule was made to meet here, where it says so
+    origin: Origin | None = None  # where the schedule was made; asked at the first batch
 
     def __getstate__(self) -> dict[str, Any]:
         """Leaves the tensors of the last forward pass out of copies and pickles."""
         return {**self.__dict__, "survivors": None}
+
+    def removes(self, tokens: int) -> int:
+        """How many tokens go, of `tokens` that enter the block."""
+        if isinstance(self.remove, int):
+            return self.remove
+        return self.remove.removes(tokens, self.prefix_tokens)
+
+    def check(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Refuses what a reducing block cannot honour; warns where the schedule was made elsewhere.
+
+        Raises:
+            ScheduleError: If the schedule was made for another number of tokens.
+            ArgumentError: If an attention mask for all tokens came.
+            UnsupportedModelError: If attention is to be causal.
+        """
+        self.family.check_call(args, kwargs)
+        if self.expects is not None and self.expects != x.shape[1]:
+            raise ScheduleError(
+                f"The schedule was made for {self.expects} tokens entering block {self.index}; {x.shape[1]} enter it."
+            )
+        if self.origin is not None and not torch.compiler.is_compiling():
+            origin, self.origin = self.origin, None
+            origin.warn(x)
+
+    def leave(self, survivors: Survivors | None) -> None:
+        """Tells the next block who is left; after the last one nothing gathered on the way is needed any more."""
+        self.survivors = survivors
+        if self.last and survivors is not None and not torch.is_grad_enabled():
+            survivors.carried.clear()
 
     def arrived(self) -> Survivors | None:
         """What the reductions before this block left; None where nothing needs to be known of it."""
@@ -80,34 +111,36 @@ class ReducedBlock(Overlay):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The block's own computation with the reduction at its place."""
         site = self._prune_site
-        if site.remove and kwargs.get("attn_mask") is not None:
-            raise ArgumentError("`attn_mask` is made for all tokens; a model whose blocks remove tokens cannot use it.")
+        reduction, family, prefix = site.reduction, site.family, site.prefix_tokens
         arrived = site.arrived()
-        if site.remove and site.reduction.site == "input":
+        remove = site.removes(x.shape[1])
+        if remove:
+            site.check(x, args, kwargs)
+        if remove and reduction.site == "input":
             pixels = site.pixels.take() if site.pixels is not None else None
-            x, arrived = _reduce(site, Sequence(x, site.prefix_tokens, site.has_class_token, pixels=pixels), arrived)
+            x, arrived = _reduce(site, Sequence(x, prefix, site.has_class_token, pixels=pixels), remove, arrived)
+            remove = 0
         if arrived is not None:
-            args, kwargs = site.family.carry(args, kwargs, arrived.positions)
-        sizes = arrived.sizes if arrived is not None and site.reduction.proportional_attention else None
-        reduces_here = site.remove > 0 and site.reduction.site == "block"
-        if not reduces_here and sizes is None:
-            x = super().forward(x, *args, **kwargs)
-            site.survivors = arrived
-            return x
+            args, kwargs = family.carry(args, kwargs, arrived, prefix)
+        sizes = arrived.sizes if arrived is not None and reduction.proportional_attention else None
+        reads = remove > 0 and "attention" in reduction.reads
+        halves = site.halves if remove else None
         calls: list[Attention] = []
-        with site.family.tap(calls, sizes.log() if sizes is not None else None):
-            if site.halves is None or not reduces_here:
+        taps = reads or sizes is not None or (arrived is not None and family.always_taps)
+        log_sizes = sizes.log() if sizes is not None else None
+        with family.tap(calls, log_sizes, arrived, prefix, site.ear) if taps else nullcontext():
+            if halves is None:
                 after = super().forward(x, *args, **kwargs)
             else:
-                after = site.halves.attention(self, x, *args, **kwargs)
-        if reduces_here:
-            attention = recorded_attention(calls) if "attention" in site.reduction.reads else None
+                after = halves.attention(self, x, *args, **kwargs)
+        if remove:
+            attention = recorded_attention(calls) if reads else None
             known = arrived.sizes if arrived is not None else None
-            sequence = Sequence(after, site.prefix_tokens, site.has_class_token, attention, known, x)
-            after, arrived = _reduce(site, sequence, arrived)
-            if site.halves is not None:
-                after = site.halves.mlp(self, after)
-        site.survivors = arrived
+            sequence = Sequence(after, prefix, site.has_class_token, attention, known, x)
+            after, arrived = _reduce(site, sequence, remove, arrived)
+            if halves is not None:
+                after = halves.mlp(self, after)
+        site.leave(arrived)
         return after
 
 
@@ -122,23 +155,17 @@ class RecordingEntry(Overlay):
         return super().forward(x, *args, **kwargs)
 
 
-def _reduce(site: BlockSite, sequence: Sequence, arrived: Survivors | None) -> tuple[Tensor, Survivors | None]:
+def _reduce(
+    site: BlockSite, sequence: Sequence, remove: int, arrived: Survivors | None
+) -> tuple[Tensor, Survivors | None]:
     count = sequence.tokens.shape[1]
     capacity = site.reduction.capacity(count, site.prefix_tokens)
-    if site.remove > capacity:
-        raise ScheduleError(too_many(site.index, count, site.remove, capacity, site.reduction.name))
-    reduced = site.reduction.reduce(sequence, site.remove)
+    if remove > capacity:
+        raise ScheduleError(too_many(site.index, count, remove, capacity, site.reduction.name))
+    reduced = site.reduction.reduce(sequence, remove)
     if not site.keeps_account and reduced.sizes is None:  # sizes are for the next reduction, whatever attention does
         return reduced.tokens, None
-    return reduced.tokens, Survivors(_compose(arrived, reduced), reduced.sizes)
-
-
-def _compose(arrived: Survivors | None, reduced: Reduced) -> Tensor:
-    """Positions in block 0 of tokens whose positions in this block are known."""
-    if arrived is None:
-        return reduced.positions
-    original = arrived.positions.gather(1, reduced.positions.clamp(min=0))
-    return torch.where(reduced.positions < 0, -1, original)
+    return reduced.tokens, survivors_of(arrived, reduced)
 
 
 def too_many(block: int, tokens: int, remove: int, capacity: int, method: str) -> str:

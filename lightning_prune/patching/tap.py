@@ -1,6 +1,6 @@
 """Reads the query, key and value of a block's attention through its own fused attention."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -8,11 +8,24 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from lightning_prune.errors import UnsupportedModelError
+from lightning_prune.patching.positions import take_bias
+from lightning_prune.patching.survivors import Survivors
 from lightning_prune.reduction.base import Attention
 
 
+class Bias(NamedTuple):
+    """How the additive mask of attention, made for all tokens, becomes one for those that are left."""
+
+    survivors: Survivors
+    prefix_tokens: int
+
+    def of(self, mask: Tensor) -> Tensor:
+        """See `take_bias`."""
+        return self.survivors.carry(mask, lambda bias: take_bias(bias, self.survivors.positions, self.prefix_tokens))
+
+
 class AttentionTap(TorchFunctionMode):
-    """Watches `scaled_dot_product_attention` while one block runs: records its inputs, may add to its logits.
+    """Watches `scaled_dot_product_attention` while one block runs: records its inputs, may change its additive mask.
 
     The block runs its own code and its own fused kernel, so its output keeps every bit, and no attention forward of any
     model family is copied. What is recorded has been through q/k-norm and rotary embedding. Enter it with `with`
@@ -22,12 +35,14 @@ class AttentionTap(TorchFunctionMode):
         calls: Where to record; the caller's own list, because `torch.compile` does not trace a mode's attributes.
         log_sizes: (B, N), added to the logits of every key (proportional attention of ToMe, arXiv 2210.09461,
             section 3), or None to leave attention as it is.
+        bias: What to make of a mask, in models that pass a relative-position bias as one; None to leave it as it is.
     """
 
-    def __init__(self, calls: list[Attention], log_sizes: Tensor | None = None) -> None:
+    def __init__(self, calls: list[Attention], log_sizes: Tensor | None = None, bias: Bias | None = None) -> None:
         super().__init__()
         self.calls = calls
         self.log_sizes = log_sizes
+        self.bias = bias
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Passes every call on; looks at attention only."""
@@ -39,9 +54,11 @@ class AttentionTap(TorchFunctionMode):
         query, key, value, mask = call["query"], call["key"], call["value"], call.get("attn_mask")
         if call.get("is_causal"):
             raise UnsupportedModelError("Token reduction needs bidirectional attention; this block's is causal.")
+        if self.bias is not None and mask is not None:
+            mask = self.bias.of(mask)
         if self.log_sizes is not None:
             mask = _add_to_mask(mask, self.log_sizes[:, None, None, :].to(query.dtype))
-            call["attn_mask"] = mask
+        call["attn_mask"] = mask
         self.calls.append(Attention(query, key, value, mask, call.get("scale")))
         return func(**call)
 

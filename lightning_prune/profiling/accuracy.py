@@ -108,7 +108,7 @@ class Proxy:
         with torch.no_grad():
             for images in self._images.split(self._batch_size):
                 images = images.to(self._device, self._dtype)
-                collected.append(self._transformer.runner(images).float().cpu())
+                collected.append(self._transformer.outputs(images).float().cpu())
                 self._progress()
         outputs = torch.cat(collected)
         if outputs.ndim != 2:

@@ -1,14 +1,12 @@
 """What a measured figure depends on; it travels with every figure."""
 
-import platform
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 from torch import Tensor, nn
 
+from lightning_prune.device import device_name
 from lightning_prune.patching.overlay import own_class
 
 
@@ -34,19 +32,6 @@ def measurement_context(model: nn.Module, batch: Tensor) -> dict[str, Any]:
         "torch": str(torch.__version__),  # a str subclass, which YAML and weights_only loading refuse
         "timm": timm.__version__,
     }
-
-
-@cache
-def device_name(device: torch.device) -> str:
-    """What the maker calls the device."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    if device.type != "cpu":
-        return device.type.upper()
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    named = [line.split(":", 1)[1].strip() for line in lines if line.lower().startswith(("model name", "hardware"))]
-    return named[0] if named else platform.processor() or platform.machine()
 
 
 def precision(model: nn.Module, device: torch.device) -> str:

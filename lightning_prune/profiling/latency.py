@@ -167,9 +167,11 @@ def resolve_block(block: int | float, depth: int) -> int:
 
 
 def count_tokens(transformer: VisionTransformer, images: Tensor) -> int:
-    """Tokens that enter block 0 for images of this size, seen in a real forward pass."""
+    """Tokens that enter the first block that can reduce, for images of this size, seen in a real forward pass."""
     seen: list[int] = []
-    hook = transformer.blocks[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+    hook = transformer.blocks[transformer.first].register_forward_pre_hook(
+        lambda _, args: seen.append(args[0].shape[1])
+    )
     try:
         transformer.root.forward(images)  # past a compiled graph, which would not see the hook
     except (AssertionError, RuntimeError) as error:

@@ -6,12 +6,23 @@ from torch import nn
 
 from lightning_prune.errors import ArgumentError, UnsupportedModelError
 from lightning_prune.patching.families.base import Family, VisionTransformer
+from lightning_prune.patching.families.refused import why_refused
 from lightning_prune.patching.families.timm import TimmVisionTransformer
+from lightning_prune.patching.families.timm_biased import TimmBiased
+from lightning_prune.patching.families.timm_rotary import TimmEva, TimmNaFlex
+from lightning_prune.patching.families.timm_unfused import TimmCait, TimmConVit
 from lightning_prune.patching.overlay import own_class
 
-FAMILIES: tuple[Family, ...] = (TimmVisionTransformer(),)
+FAMILIES: tuple[Family, ...] = (
+    TimmVisionTransformer(),
+    TimmEva(),
+    TimmNaFlex(),
+    TimmBiased(),
+    TimmCait(),
+    TimmConVit(),
+)
 
-__all__ = ["FAMILIES", "Family", "VisionTransformer", "find_vision_transformer"]
+__all__ = ["FAMILIES", "Family", "VisionTransformer", "find_vision_transformer", "why_refused"]
 
 
 def find_vision_transformer(model: nn.Module, target: str | None = None) -> VisionTransformer:
@@ -44,6 +55,11 @@ def find_vision_transformer(model: nn.Module, target: str | None = None) -> Visi
         if family is not None and not inside:
             found.append((path, module, family))
     if not found:
+        for path, module in model.named_modules(prefix=prefix):
+            reason = why_refused(type(module))
+            if reason is not None:
+                at = f" at {path!r}" if path else ""
+                raise UnsupportedModelError(f"{type(module).__name__}{at} cannot be pruned: {reason}.")
         looked = ", ".join(family.name for family in FAMILIES)
         raise UnsupportedModelError(f"Found no Vision Transformer. Looked for {looked}; {_contents(model)}.")
     if len(found) > 1:

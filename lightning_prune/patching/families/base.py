@@ -3,13 +3,16 @@
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
+from lightning_prune.errors import ArgumentError, UnsupportedModelError
 from lightning_prune.patching.blocks import Halves
 from lightning_prune.patching.overlay import Overlay
+from lightning_prune.patching.survivors import Survivors
 from lightning_prune.patching.tap import AttentionTap
+from lightning_prune.patching.told import Ear, Listening, ToldAttention
 from lightning_prune.reduction.base import Attention
 
 
@@ -24,10 +27,15 @@ class VisionTransformer:
         blocks: Its blocks in order.
         prefix_tokens: P, class, distillation and register tokens, which stand before the patch tokens.
         has_class_token: Whether token 0 is a CLS token.
-        tokens: N, tokens that enter block 0, prefix included; None where that depends on the image size.
+        tokens: N, tokens that enter the first block that can reduce, prefix included; None where that depends on the
+            image size.
         channels: C.
         entry: The module that receives the images.
         classes: Size of the output if it is logits; 0 if the model returns features.
+        carries: Whether blocks receive something for each token besides the tokens (a rotary embedding, a bias), which
+            must be adapted to those that are left.
+        first: Index of the first block that can reduce.
+        before_first: Why the blocks before it cannot.
         compiled: The `torch.compile` wrapper around `root`, where the model has one.
     """
 
@@ -41,6 +49,9 @@ class VisionTransformer:
     channels: int
     entry: nn.Module
     classes: int
+    carries: bool = False
+    first: int = 0
+    before_first: str = ""
     compiled: nn.Module | None = None
 
     @property
@@ -53,12 +64,42 @@ class VisionTransformer:
         """Number of blocks."""
         return len(self.blocks)
 
+    def outputs(self, images: Tensor) -> Tensor:
+        """Runs the transformer: (B, classes) logits or (B, C) features of (B, channels, height, width) images."""
+        return self.family.output(self.runner(images))
+
+
+class Trial(NamedTuple):
+    """What to try a block on: tokens, and what else it must be given."""
+
+    tokens: int
+    kwargs: dict[str, Any]
+
+
+class Setting(NamedTuple):
+    """An attribute of a module as it was before a patch changed it."""
+
+    module: nn.Module
+    name: str
+    value: Any
+
+    def restore(self) -> None:
+        """Puts it back."""
+        vars(self.module)[self.name] = self.value
+
 
 class Family(ABC):
-    """A kind of Vision Transformer: how to recognise one, and how its blocks come apart."""
+    """A kind of Vision Transformer: how to recognise one, and how its blocks come apart.
+
+    Attributes:
+        name: What messages call it.
+        guard: Laid over the root of a patched model: refuses calls that need every token.
+        weighs: Whether log-sizes can be added to the logits of its attention (proportional attention of ToMe).
+    """
 
     name: ClassVar[str]
-    guard: ClassVar[type[Overlay] | None] = None  # laid over the root: refuses calls that need every token
+    guard: ClassVar[type[Overlay] | None] = None
+    weighs: ClassVar[bool] = True
 
     @abstractmethod
     def matches(self, module: nn.Module) -> bool:
@@ -72,30 +113,68 @@ class Family(ABC):
     def halves(self, block: nn.Module) -> Halves | None:
         """The recipe for this kind of block; None to cut after the whole block."""
 
-    @abstractmethod
-    def force_fused(self, block: nn.Module) -> list[nn.Module]:
-        """Turns fused attention on in the block's attention modules where it is off; returns those it changed."""
+    def trial(self, transformer: VisionTransformer) -> Trial:
+        """On what to check a recipe: few tokens, unless blocks only work on all of them."""
+        return Trial(transformer.prefix_tokens + 4, {})
 
-    @abstractmethod
-    def undo_fused(self, changed: list[nn.Module]) -> None:
-        """The inverse of `force_fused`."""
+    def unreadable(self, transformer: VisionTransformer) -> str | None:
+        """Why the attention cannot be read as the model is set up now, with the way out; None where it can."""
+        return None
 
-    def tap(self, calls: list[Attention], log_sizes: Tensor | None) -> AbstractContextManager[Any]:
-        """What records a block's attention in `calls`, and adds `log_sizes` to its logits, while the block runs.
+    def force_fused(self, block: nn.Module) -> list[Setting]:
+        """Turns fused attention on in the block's attention modules where it is off; returns what it changed."""
+        return []
 
-        Families whose attention does not go through `scaled_dot_product_attention`, or not always, bring their own.
+    def told(self, block: nn.Module) -> dict[nn.Module, type[ToldAttention]]:
+        """Attention modules of the block that make no fused call, and what to lay over them so that they tell."""
+        return {}
+
+    def tap(
+        self,
+        calls: list[Attention],
+        log_sizes: Tensor | None,
+        arrived: Survivors | None,
+        prefix_tokens: int,
+        ear: Ear | None,
+    ) -> AbstractContextManager[Any]:
+        """What records a block's attention, and may change its logits, while the block runs.
+
+        Args:
+            calls: Where to record.
+            log_sizes: (B, N) to be added to the logits of every key, or None.
+            arrived: Who is left after earlier reductions; None where that plays no part.
+            prefix_tokens: P.
+            ear: The ear of the block's `told` modules; None where it has none.
         """
-        return AttentionTap(calls, log_sizes)
+        return AttentionTap(calls, log_sizes) if ear is None else Listening(ear, calls, log_sizes)
 
-    def carry(self, args: tuple[Any, ...], kwargs: dict[str, Any], positions: Tensor) -> tuple[Any, Any]:
-        """Adapts what a block receives besides tokens (a rotary embedding, a bias) to the tokens that are left.
+    @property
+    def always_taps(self) -> bool:
+        """Whether a block after a reduction must run in `tap` even if nothing is read there and nothing weighed."""
+        return False
 
-        Called in blocks after a reduction; `positions` is (B, K), where each token stood in block 0, -1 for a token
-        made of several. Families whose blocks receive nothing else keep this.
+    def check_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Refuses what a reducing block cannot honour.
+
+        Raises:
+            ArgumentError: If an attention mask came, which is made for all tokens.
+            UnsupportedModelError: If attention is to be causal.
+        """
+        if kwargs.get("attn_mask") is not None:
+            raise ArgumentError("`attn_mask` is made for all tokens; a model whose blocks remove tokens cannot use it.")
+        if kwargs.get("is_causal"):
+            raise UnsupportedModelError("Token reduction needs bidirectional attention; this block's is causal.")
+
+    def carry(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], arrived: Survivors, prefix_tokens: int
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Adapts what a block receives besides tokens (a rotary embedding) to the tokens that are left.
+
+        Called in blocks after a reduction. Families whose blocks receive nothing else keep this.
         """
         return args, kwargs
 
-    @property
-    def carries(self) -> bool:
-        """Whether later blocks must be adapted by `carry` at all."""
-        return type(self).carry is not Family.carry
+    def output(self, result: Any) -> Tensor:
+        """Logits or features (B, D) out of what the root returns."""
+        assert isinstance(result, Tensor)
+        return result

@@ -1,87 +1,102 @@
-"""timm's VisionTransformer and VisionTransformerDistilled: DeiT, ViT, DINOv2, CLIP and SigLIP towers and their kin."""
+"""timm's transformers whose tokens stay (B, N, C) in `blocks`: what they have in common, and the plain ones."""
 
+import inspect
 from typing import Any, ClassVar
 
-from timm.layers.attention import Attention
-from timm.layers.diff_attention import DiffAttention
 from timm.models import vision_transformer as vit
 from torch import nn
 
 from lightning_prune.errors import UnsupportedModelError
 from lightning_prune.patching.blocks import PARALLEL, POST_NORM, PRE_NORM, Halves
-from lightning_prune.patching.families.base import Family, VisionTransformer
-from lightning_prune.patching.overlay import Overlay
-
-_HALVES: dict[type, Halves] = {
-    vit.Block: PRE_NORM,
-    vit.ResPostBlock: POST_NORM,
-    vit.ParallelThingsBlock: PARALLEL,
-}
+from lightning_prune.patching.families.base import Family, Setting, VisionTransformer
+from lightning_prune.patching.overlay import Overlay, own_class
 
 
 class GridGuard(Overlay):
     """Refuses to fold the tokens that are left into the grid of all tokens, which can fit by accident, and silently."""
 
-    def forward_intermediates(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+    def forward_intermediates(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own, for tokens in a row only."""
-        layout = kwargs.get("output_fmt", args[4] if len(args) > 4 else "NCHW")
-        if layout == "NCHW":
+        own: Any = super()  # the class that this one is laid over, which a type checker cannot know
+        given = inspect.signature(own.forward_intermediates).bind(*args, **kwargs)
+        given.apply_defaults()
+        if given.arguments.get("output_fmt", "NCHW") == "NCHW":
             raise UnsupportedModelError(
                 "forward_intermediates(output_fmt='NCHW') folds tokens into a grid, but this model removes tokens; "
                 "use output_fmt='NLC', or remove the patch."
             )
-        own: Any = super()  # the class that this one is laid over, which a type checker cannot know
-        return own.forward_intermediates(x, *args, **kwargs)
+        return own.forward_intermediates(*args, **kwargs)
 
 
-class TimmVisionTransformer(Family):
-    """Models whose tokens stay (B, N, C) in `blocks` and whose head reads the prefix tokens or pools the rest.
+class TimmFamily(Family):
+    """Models of timm that say themselves how many prefix tokens they have (0, 1, 2, 5, ...).
 
-    Tested with timm 1.0.31. Prefix tokens are counted by the model itself (`num_prefix_tokens`: 0, 1, 2, 5, ...), and
-    a CLS token is asked for by name: 24 of timm's names have prefix tokens but no CLS.
+    A CLS token is asked for by name: 24 of timm's names have prefix tokens but no CLS. Tested with timm 1.0.31.
     """
 
-    name: ClassVar[str] = "timm VisionTransformer"
     guard: ClassVar[type[Overlay] | None] = GridGuard
+    roots: ClassVar[tuple[type[nn.Module], ...]]
+    recipes: ClassVar[dict[type[nn.Module], Halves]]
 
     def matches(self, module: nn.Module) -> bool:
-        """Subclasses count: VisionTransformerDistilled is one, and users write their own."""
-        return isinstance(module, vit.VisionTransformer)
+        """Subclasses count: users write their own."""
+        return isinstance(module, self.roots)
 
     def describe(self, root: nn.Module, path: str) -> VisionTransformer:
         """See `Family.describe`."""
-        assert isinstance(root, vit.VisionTransformer)
-        if isinstance(root.patch_drop, nn.Module) and not isinstance(root.patch_drop, nn.Identity) and root.training:
+        model: Any = root
+        dropout = getattr(model, "patch_drop", None)
+        if dropout is not None and not isinstance(dropout, nn.Identity) and model.training:
             raise UnsupportedModelError(
                 "The model drops patches while training (patch_drop_rate); call `.eval()` first."
             )
-        tokens = None if root.dynamic_img_size else root.patch_embed.num_patches + root.num_prefix_tokens
         return VisionTransformer(
             root=root,
             path=path,
             family=self,
-            blocks=tuple(root.blocks),
-            prefix_tokens=root.num_prefix_tokens,
-            has_class_token=root.cls_token is not None,
-            tokens=tokens,
-            channels=root.embed_dim,
-            entry=root.patch_embed,
-            classes=0 if isinstance(root.head, nn.Identity) else root.num_classes,
+            blocks=tuple(model.blocks),
+            prefix_tokens=model.num_prefix_tokens,
+            has_class_token=self.has_class_token(model),
+            tokens=self.count(model),
+            channels=model.embed_dim,
+            entry=self.entry(model),
+            classes=0 if isinstance(model.head, nn.Identity) else model.num_classes,
         )
+
+    def count(self, model: Any) -> int | None:
+        """N, or None where the images decide."""
+        if getattr(model, "dynamic_img_size", False):
+            return None
+        return int(model.patch_embed.num_patches + model.num_prefix_tokens)
+
+    def entry(self, model: Any) -> nn.Module:
+        """The module that receives the images."""
+        embed: nn.Module = model.patch_embed
+        return embed
+
+    def has_class_token(self, model: Any) -> bool:
+        """Whether token 0 is a CLS token."""
+        return model.cls_token is not None
 
     def halves(self, block: nn.Module) -> Halves | None:
         """By the nearest known class; a subclass that does otherwise fails the bit-equality check and is cut after."""
-        return next((_HALVES[kind] for kind in type(block).__mro__ if kind in _HALVES), None)
+        return next((self.recipes[kind] for kind in own_class(block).__mro__ if kind in self.recipes), None)
 
-    def force_fused(self, block: nn.Module) -> list[nn.Module]:
+    def force_fused(self, block: nn.Module) -> list[Setting]:
         """`fused_attn` is an attribute of each attention module, set when the model was built."""
-        kinds = (Attention, DiffAttention, vit.ParallelScalingBlock, vit.DiffParallelScalingBlock)
-        changed: list[nn.Module] = [m for m in block.modules() if isinstance(m, kinds) and not m.fused_attn]
-        for module in changed:
-            vars(module)["fused_attn"] = True
+        changed = [Setting(m, "fused_attn", False) for m in block.modules() if vars(m).get("fused_attn") is False]
+        for setting in changed:
+            vars(setting.module)["fused_attn"] = True
         return changed
 
-    def undo_fused(self, changed: list[nn.Module]) -> None:
-        """See `Family.undo_fused`."""
-        for module in changed:
-            vars(module)["fused_attn"] = False
+
+class TimmVisionTransformer(TimmFamily):
+    """DeiT, ViT, DINOv2, CLIP and SigLIP towers and their kin, hybrids included: positions are added to the tokens."""
+
+    name: ClassVar[str] = "timm VisionTransformer"
+    roots = (vit.VisionTransformer,)
+    recipes: ClassVar[dict[type[nn.Module], Halves]] = {
+        vit.Block: PRE_NORM,
+        vit.ResPostBlock: POST_NORM,
+        vit.ParallelThingsBlock: PARALLEL,
+    }

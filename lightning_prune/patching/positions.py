@@ -1,0 +1,66 @@
+"""Positional terms for the tokens that are left: rotary embeddings and biases, made for all tokens of block 0."""
+
+import torch
+from torch import Tensor
+
+
+def patch_positions(positions: Tensor, prefix_tokens: int) -> Tensor:
+    """Places of the patch tokens among the patch tokens.
+
+    Args:
+        positions: (B, K) places in block 0, the P prefix tokens first; -1 for a token made of several.
+        prefix_tokens: P.
+
+    Returns:
+        (B, K - P), -1 staying -1.
+    """
+    patches = positions[:, prefix_tokens:]
+    return torch.where(patches < 0, -1, patches - prefix_tokens)
+
+
+def take_rotation(table: Tensor, index: Tensor, neutral: Tensor) -> Tensor:
+    """The rows of a rotary embedding that belong to the tokens that are left.
+
+    A token made of several has no place of its own: it gets `neutral`, which does not rotate.
+
+    Args:
+        table: (N, D); or (H, N, D), different for each head; or (B, 1 or H, N, D), different for each image.
+        index: (B, K) places among the N, -1 for a token made of several.
+        neutral: (D,).
+
+    Returns:
+        (B, 1 or H, K, D).
+    """
+    count = table.shape[-2]
+    table = torch.cat((table, neutral.to(table).expand(*table.shape[:-2], 1, -1)), dim=-2)
+    index = torch.where(index < 0, count, index)
+    if table.ndim == 2:
+        return table[index].unsqueeze(1)
+    if table.ndim == 3:
+        return table[:, index].transpose(0, 1)
+    heads, width = table.shape[1], table.shape[-1]
+    return table.gather(2, index[:, None, :, None].expand(-1, heads, -1, width))
+
+
+def take_bias(bias: Tensor, positions: Tensor, prefix_tokens: int) -> Tensor:
+    """The rows and columns of an attention bias that belong to the tokens that are left.
+
+    A token made of several has no place of its own: it gets the mean over all patch tokens, the bias that a token of
+    unknown place can expect. Zero would not be neutral, because learned biases have no zero mean.
+
+    Args:
+        bias: (1 or B, H, N, N), added to the attention logits.
+        positions: (B, K) places among the N, the P prefix tokens first; -1 for a token made of several.
+        prefix_tokens: P.
+
+    Returns:
+        (B, H, K, K).
+    """
+    count = bias.shape[-1]
+    bias = torch.cat((bias, bias[:, :, prefix_tokens:].mean(dim=2, keepdim=True)), dim=2)
+    bias = torch.cat((bias, bias[..., prefix_tokens:].mean(dim=3, keepdim=True)), dim=3)
+    index = torch.where(positions < 0, count, positions)
+    batch, left = index.shape
+    pairs = (index[:, :, None] * (count + 1) + index[:, None, :]).flatten(1)
+    table = bias.flatten(2).expand(batch, -1, -1)
+    return table.gather(2, pairs[:, None].expand(-1, table.shape[1], -1)).unflatten(2, (left, left))

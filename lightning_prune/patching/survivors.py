@@ -1,0 +1,41 @@
+"""What later blocks must know of the tokens that are left."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_prune.reduction.base import Reduced
+
+
+class Survivors(NamedTuple):
+    """The tokens that are left, seen from block 0.
+
+    Attributes:
+        positions: (B, K) where each stood in block 0, -1 for a token made of several.
+        sizes: (B, K) patches that each stands for, where the method keeps account of it.
+        carried: What was gathered for these tokens before, with what it was gathered from.
+    """
+
+    positions: Tensor
+    sizes: Tensor | None
+    carried: list[tuple[Tensor, Tensor]]
+
+    def carry(self, source: Tensor, gather: Callable[[Tensor], Tensor]) -> Tensor:
+        """`gather(source)`, once for all blocks that receive the same tensor: most models share one among them."""
+        for known, gathered in self.carried:
+            if known is source:
+                return gathered
+        gathered = gather(source)
+        self.carried.append((source, gathered))
+        return gathered
+
+
+def survivors_of(arrived: Survivors | None, reduced: Reduced) -> Survivors:
+    """Who is left once a reduction has worked on those that `arrived` (None: all tokens of block 0)."""
+    positions = reduced.positions
+    if arrived is not None:
+        original = arrived.positions.gather(1, positions.clamp(min=0))
+        positions = torch.where(positions < 0, -1, original)
+    return Survivors(positions, reduced.sizes, [])
