@@ -27,9 +27,10 @@ class ImageClassifier(L.LightningModule):
     - `throughput_end_to_end`: images per second from the end of one batch to the end of the next;
     - `latency_p50`, `latency_p95`: milliseconds per batch in the forward pass.
 
-    Times are taken with the device synchronised. Warm-up batches and batches of odd size do not count for them. The
-    callback `TokenPruning` works with any LightningModule; this one is for those who have none. To train, subclass it
-    and add `configure_optimizers`.
+    Times are taken with the device synchronised. Warm-up batches and batches of odd size do not count for them. Images
+    that a DistributedSampler repeats, to give all processes as many, count for the times only. The callback
+    `TokenPruning` works with any LightningModule; this one is for those who have none. To train, subclass it and add
+    `configure_optimizers`.
 
     Args:
         model: Name of a timm model, or any module that maps images to logits [batch, classes].
@@ -121,18 +122,19 @@ class ImageClassifier(L.LightningModule):
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Measures a batch."""
-        self._evaluate(batch, f"validation batch {batch_idx}")
+        self._evaluate(batch, "validation", batch_idx, dataloader_idx)
 
     def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Measures a batch."""
-        self._evaluate(batch, f"test batch {batch_idx}")
+        self._evaluate(batch, "test", batch_idx, dataloader_idx)
 
-    def _evaluate(self, batch: Any, where: str) -> None:
+    def _evaluate(self, batch: Any, stage: str, batch_idx: int, dataloader_idx: int) -> None:
+        where = f"{stage} batch {batch_idx}"
         images, labels = split_batch(batch, where)
         with self.evaluation.timing(images):
             logits = self(images)
         check_batch(logits, labels, self.num_classes, where)
-        self.evaluation.update(logits, labels)
+        self.evaluation.update(logits, labels, batch_idx, dataloader_idx)
 
     def _log_evaluation(self, stage: str) -> None:
         for name, metric in self.evaluation.finish().items():
@@ -140,7 +142,7 @@ class ImageClassifier(L.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Forgets the validation before, so that nothing of a sanity check or an aborted run is counted."""
-        self.evaluation.reset()
+        self.evaluation.reset(self.trainer)
 
     def on_validation_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Starts the end-to-end clock, after the callbacks: what they do before the first batch is not counted."""

@@ -3,6 +3,7 @@
 from contextlib import AbstractContextManager
 from typing import Any
 
+import lightning as L
 import torch
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
@@ -10,6 +11,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_prune.errors import DataError
 from lightning_prune.metrics import Latency, StepTimer, Throughput, steady
+from lightning_prune.shares import Share, shares_of
 
 
 class Evaluation(nn.Module):
@@ -40,9 +42,15 @@ class Evaluation(nn.Module):
         metrics |= {"latency_p50": Latency(0.5), "latency_p95": Latency(0.95)}
         self.metrics = nn.ModuleDict(metrics)
         self.timer = StepTimer()
+        self.shares: list[Share | None] = []
 
-    def reset(self) -> None:
-        """Forgets everything measured."""
+    def reset(self, trainer: L.Trainer | None = None) -> None:
+        """Forgets everything measured.
+
+        Args:
+            trainer: Whose loaders come next, to leave out the images that they repeat under several processes.
+        """
+        self.shares = shares_of(trainer) if trainer is not None else []
         self.timer = StepTimer()
         for metric in self._by_name().values():
             metric.reset()
@@ -51,13 +59,21 @@ class Evaluation(nn.Module):
         """Times what is done to a batch of images inside the block, its device waited for on either side."""
         return self.timer.timing(len(images), images.device)
 
-    def update(self, logits: Tensor, labels: Tensor) -> None:
-        """Adds one batch that `check_batch` has let through.
+    def update(self, logits: Tensor, labels: Tensor, batch_idx: int = 0, dataloader_idx: int = 0) -> None:
+        """Adds one batch that `check_batch` has let through, without the images in it that are repeated.
 
         Args:
             logits: [batch, classes].
             labels: [batch].
+            batch_idx: Which batch of its loader it is.
+            dataloader_idx: Which loader.
         """
+        share = self.shares[dataloader_idx] if dataloader_idx < len(self.shares) else None
+        if share is not None:
+            count = share.counted(batch_idx, len(labels))
+            if not count:
+                return
+            logits, labels = logits[:count], labels[:count]
         metrics = self._by_name()
         logits = logits.float()
         metrics["loss"].update(nn.functional.cross_entropy(logits, labels), len(labels))
