@@ -91,6 +91,11 @@ def given_schedule(schedule: int | list[int] | Schedule, block: int | float, dep
     return Schedule(schedule)
 
 
+def deployed(schedule: Schedule) -> Schedule:
+    """The schedule for `patch`, which would tell again, and of less, that it was made elsewhere."""
+    return Schedule(schedule.removed, {k: v for k, v in schedule.provenance.items() if k not in _TRAVELS})
+
+
 def measure_given(
     model: nn.Module,
     images: Tensor,
@@ -112,7 +117,7 @@ def measure_given(
     _refuse_foreign(schedule, transformer, reduction, n)
     variants: dict[str, tuple[str | Reduction, Schedule] | None] = {"dense": None}
     if schedule.total:
-        variants["pruned"] = (reduction, schedule)
+        variants["pruned"] = (reduction, deployed(schedule))
     timings = compare_latency(model, images, variants, max_seconds=max_seconds, target=target, progress=progress)
     pruned = timings.get("pruned", timings["dense"])  # nothing removed: the model is the dense one
     return Decision(

@@ -1,6 +1,7 @@
 """Images out of whatever a loop's batches are, and a calibration sample that leaves the running loader alone."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import lightning as L
@@ -99,9 +100,11 @@ def calibration_images(
         return Calibration(*_gather(batches, max(_FROM_LOADER, least), extract), "the loader given as `calibration`")
     count = max(calibration, least)
     loader = sampled_loader(loaders, count, seed)
-    if loader is None:
+    sampled = iter(()) if loader is None else _transferred(trainer, pl_module, loader)
+    begin = next(sampled, None)
+    if begin is None or not _same_form(begin, first):
         return Calibration(*_gather([first], None, extract), "the first batch, since the dataset cannot be sampled")
-    images, labels = _gather(_transferred(trainer, pl_module, loader), count, extract)
+    images, labels = _gather(chain([begin], sampled), count, extract)
     return Calibration(images, labels, f"{len(images)} images sampled from the dataset, seed {seed}")
 
 
@@ -124,12 +127,23 @@ def _describe(value: Any) -> str:
     return f"of type {type(value).__name__}"
 
 
+def _same_form(sampled: Any, first: Any) -> bool:
+    """Whether a batch is like the loop's: that may draw each from several loaders (a CombinedLoader's other modes)."""
+    if isinstance(first, Mapping):
+        return isinstance(sampled, Mapping) and set(sampled) == set(first)
+    if isinstance(first, list | tuple):
+        return isinstance(sampled, list | tuple) and [*map(type, sampled)][:1] == [*map(type, first)][:1]
+    return isinstance(sampled, type(first))
+
+
 def _transferred(trainer: L.Trainer, pl_module: L.LightningModule, batches: Iterable[Any]) -> Iterator[Any]:
     """The batches as the loop hands them to a step: in the precision, on the device, through the user's hooks."""
     datamodule: L.LightningDataModule | None = getattr(trainer, "datamodule", None)
     hooks: L.LightningDataModule | L.LightningModule = pl_module
-    if datamodule is not None and is_overridden("on_before_batch_transfer", datamodule):
-        hooks = datamodule
+    if datamodule is not None:
+        # Its own base class, which may be that of pytorch_lightning.
+        base = next(kind for kind in type(datamodule).__mro__ if kind.__name__ == "DataHooks")
+        hooks = datamodule if is_overridden("on_before_batch_transfer", datamodule, base) else pl_module
     for batch in batches:
         batch = trainer.precision_plugin.convert_input(batch)
         batch = hooks.on_before_batch_transfer(batch, 0)

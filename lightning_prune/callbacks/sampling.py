@@ -3,24 +3,18 @@
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
-from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler, UnrepeatedDistributedSamplerWrapper
 from torch.utils._pytree import tree_flatten
-from torch.utils.data import (
-    BatchSampler,
-    DataLoader,
-    DistributedSampler,
-    RandomSampler,
-    SequentialSampler,
-    Subset,
-)
+from torch.utils.data import BatchSampler, DataLoader, Subset
 
+# By name, as pytorch_lightning has copies of Lightning's own.
 _SOURCES = {  # samplers that go through the whole of something -> their attribute that holds it
-    SequentialSampler: "data_source",
-    RandomSampler: "data_source",
-    DistributedSampler: "dataset",
-    UnrepeatedDistributedSampler: "dataset",
+    "SequentialSampler": "data_source",
+    "RandomSampler": "data_source",
+    "DistributedSampler": "dataset",
+    "UnrepeatedDistributedSampler": "dataset",
 }
+_WRAPPERS = ("DistributedSamplerWrapper", "UnrepeatedDistributedSamplerWrapper")
+_MAKERS = ("torch", "lightning", "pytorch_lightning", "lightning_fabric")
 
 
 def sampled_loader(loaders: Any, count: int, seed: int) -> DataLoader[Any] | None:
@@ -50,7 +44,13 @@ def sampled_loader(loaders: Any, count: int, seed: int) -> DataLoader[Any] | Non
 
 def _visits_all(sampler: Any, dataset: Any) -> bool:
     """Whether a sampler goes through the whole dataset, on all ranks together."""
-    while isinstance(sampler, DistributedSamplerWrapper | UnrepeatedDistributedSamplerWrapper):
+    while _known(sampler) in _WRAPPERS:
         sampler = getattr(sampler.dataset, "_sampler", None)
-    source: Any = getattr(sampler, _SOURCES.get(type(sampler), ""), None)
+    source: Any = getattr(sampler, _SOURCES.get(_known(sampler), ""), None)
     return hasattr(source, "__len__") and hasattr(dataset, "__len__") and len(source) == len(dataset)
+
+
+def _known(sampler: Any) -> str:
+    """The name of a sampler's class, where it is one of PyTorch's or Lightning's: those of users do as they like."""
+    kind = type(sampler)
+    return kind.__name__ if kind.__module__.split(".")[0] in _MAKERS else ""

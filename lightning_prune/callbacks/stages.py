@@ -20,8 +20,8 @@ class EvaluationCallback(L.Callback, ABC):
         """What to log at the end of an epoch; may be empty."""
 
     @abstractmethod
-    def _close(self) -> None:
-        """Called when a run ends, by whatever cause and perhaps more than once."""
+    def _close(self, trainer: L.Trainer) -> None:
+        """Called when a run of `trainer` ends, by whatever cause and perhaps more than once."""
 
     def on_validation_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -57,20 +57,20 @@ class EvaluationCallback(L.Callback, ABC):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Closes the run."""
-        self._close()
+        self._close(trainer)
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Closes the run."""
-        self._close()
+        self._close(trainer)
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Closes the run."""
-        self._close()
+        self._close(trainer)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Closes the run: after an exception or Ctrl-C this is called and `teardown` may not be."""
-        self._close()
+        self._close(trainer)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Closes the run, if nothing has before."""
-        self._close()
+        self._close(trainer)

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import TypeVar, cast
 
 import lightning as L
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 
 from lightning_prune.errors import PruneError, UnsupportedModelError
 
@@ -18,7 +17,8 @@ def refuse_sharded(trainer: L.Trainer) -> None:
         UnsupportedModelError: On every rank.
     """
     strategy = trainer.strategy
-    whole = isinstance(strategy, DDPStrategy) and not isinstance(strategy, DeepSpeedStrategy)
+    names = {kind.__name__ for kind in type(strategy).__mro__}  # by name: pytorch_lightning has classes of its own
+    whole = "DDPStrategy" in names and "DeepSpeedStrategy" not in names  # the latter is derived from the former
     if trainer.world_size > 1 and not whole:
         raise UnsupportedModelError(
             f"TokenPruning needs the whole model in each process, which {type(strategy).__name__} with "

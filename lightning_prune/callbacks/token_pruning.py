@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal
-from weakref import ref
+from weakref import ReferenceType, ref
 
 import lightning as L
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -13,17 +13,17 @@ from torch import Tensor
 
 from lightning_prune.callbacks.arguments import check_arguments, readable_schedule
 from lightning_prune.callbacks.attached import attached_callbacks
-from lightning_prune.callbacks.decision import Decision, given_schedule, measure_given
+from lightning_prune.callbacks.decision import Decision, deployed, given_schedule, measure_given
 from lightning_prune.callbacks.images import Calibration, calibration_images, images_from_batch
 from lightning_prune.callbacks.random_state import preserving_random_state
 from lightning_prune.callbacks.stages import EvaluationCallback
 from lightning_prune.callbacks.together import decided_by_rank_zero, refuse_sharded
-from lightning_prune.errors import ArgumentError
+from lightning_prune.errors import ArgumentError, UnsupportedModelError
 from lightning_prune.patching import PatchHandle, VisionTransformer, find_vision_transformer, patch
 from lightning_prune.planning import Objective, Utility, plan
 from lightning_prune.planning.planner import PAPER_IMAGES
 from lightning_prune.profiling import measurement_context, resolve_block
-from lightning_prune.profiling.latency import Protocol
+from lightning_prune.profiling.latency import Protocol, check_dense
 from lightning_prune.reduction import Reduction, resolve
 from lightning_prune.schedule import Schedule
 
@@ -35,7 +35,8 @@ class TokenPruning(EvaluationCallback):
     count on the trainer's accelerator, at the loop's batch size and precision, estimates what each cut costs in
     accuracy on a sample of the dataset, chooses a schedule and patches the model; the run is pruned from that batch
     on. When the run ends, by whatever cause, the model is bit-identical to before. In `trainer.fit` only validation
-    is pruned: training, the sanity check and checkpoints stay dense. The profile is made once and kept.
+    is pruned: training, the sanity check and checkpoints stay dense. The profile is made once and kept. The callback
+    moves to the front of the trainer's own, so that the others see the model restored when a run ends or fails.
 
     Under DDP rank 0 decides and every rank gets the same schedule, or the same error; strategies that spread the
     model over processes are refused.
@@ -126,17 +127,25 @@ class TokenPruning(EvaluationCallback):
         self._made_with: tuple[Any, ...] | None = None
         self._handle: PatchHandle | None = None
         self._batch_size: int | None = None  # of the running loop; None while no run is pruned, 0 where unknown
+        self._running: ReferenceType[L.Trainer] | None = None  # whose run is pruned
         self._met_batch = False
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the reference to the model that was measured: a copy decides anew, for the model it meets."""
-        return {**vars(self), "_made_with": None if self._made_with is None else ()}
+        """Without the run under way and the model that was measured: a copy decides anew, for the model it meets."""
+        idle = {"_handle": None, "_batch_size": None, "_running": None}
+        return {**vars(self), **idle, "_made_with": None if self._made_with is None else ()}
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuses a second pruner: which of two patches is in force would depend on their order."""
-        pruners = [callback for callback in attached_callbacks(trainer) if isinstance(callback, TokenPruning)]
+        callbacks = attached_callbacks(trainer)
+        pruners = [callback for callback in callbacks if isinstance(callback, TokenPruning)]
         if len(pruners) > 1:
             raise ArgumentError(f"A Trainer can have one TokenPruning callback, got {len(pruners)}.")
+        other = self._running() if self._running is not None else None
+        if other not in (None, trainer):
+            raise ArgumentError("This TokenPruning is at work in the run of another Trainer; give each its own.")
+        # First, because Lightning stops at the first callback whose on_exception fails, and calls no other hook then.
+        callbacks.insert(0, callbacks.pop(callbacks.index(self)))
         self._met_batch = False
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -160,6 +169,11 @@ class TokenPruning(EvaluationCallback):
             return
         if self._batch_size is None:
             self._open(trainer, pl_module, batch)
+        elif self._handle is not None and not self._handle.active:
+            raise UnsupportedModelError(
+                f"The patch of this run was taken off or replaced before batch {batch_idx}; leave it in place until "
+                "the run ends."
+            )
         elif dataloader_idx == 0:
             self._check_size(batch, batch_idx)
 
@@ -167,15 +181,17 @@ class TokenPruning(EvaluationCallback):
         self._met_batch = True
         refuse_sharded(trainer)
         self.decision = decided_by_rank_zero(trainer, lambda: self._decide(trainer, pl_module, batch))
-        self._batch_size = self._size(batch)
+        self._batch_size, self._running = self._size(batch), ref(trainer)
         if self.decision.schedule.total:
-            self._handle = patch(pl_module, self.reduction, self.decision.schedule, target=self.target)
+            schedule = deployed(self.decision.schedule)
+            self._handle = patch(pl_module, self.reduction, schedule, target=self.target)
 
     def _decide(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any) -> Decision:
         start = perf_counter()
         with preserving_random_state(), trainer.precision_plugin.forward_context():
             images = images_from_batch(batch, self.images_from_batch)
             transformer = find_vision_transformer(pl_module, self.target)
+            check_dense(transformer)  # also where nothing is measured: the patch of the user would be replaced
             made_with = self._depends_on(transformer, measurement_context(transformer.runner, images))
             if self.decision is not None and self._made_with in (None, made_with):
                 return self.decision
@@ -255,10 +271,12 @@ class TokenPruning(EvaluationCallback):
 
             print_decision(decision)
 
-    def _close(self) -> None:
+    def _close(self, trainer: L.Trainer) -> None:
+        if self._running is not None and self._running() not in (None, trainer):
+            return  # a run of another Trainer, which was refused in `setup`
         if self._handle is not None:
             self._handle.remove()
-        self._handle, self._batch_size = None, None
+        self._handle, self._batch_size, self._running = None, None, None
 
 
 def _warn_if_wrapped_by_compile(pl_module: L.LightningModule) -> None:
