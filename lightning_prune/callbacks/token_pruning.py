@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lightning_prune.callbacks.arguments import check_arguments, readable_schedule
 from lightning_prune.callbacks.attached import attached_callbacks
+from lightning_prune.callbacks.checkpoints import make_dense
 from lightning_prune.callbacks.decision import Decision, deployed, given_schedule, measure_given
 from lightning_prune.callbacks.images import Calibration, calibration_images, images_from_batch
 from lightning_prune.callbacks.random_state import preserving_random_state
@@ -153,6 +154,11 @@ class TokenPruning(EvaluationCallback):
         super().teardown(trainer, pl_module, stage)
         if self.enabled and stage != "fit" and not self._met_batch:
             rank_zero_warn("TokenPruning saw no batch: nothing was measured and nothing pruned.")
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Keeps the patch out of a checkpoint that is written in the middle of a validation."""
+        if self._handle is not None:
+            make_dense(checkpoint)
 
     def use(self, decision: Decision) -> None:
         """Makes the next runs use what was decided before, without measuring again.

@@ -1,0 +1,142 @@
+"""The same callback in Trainers of the package `pytorch_lightning`, whose classes are not those of `lightning`."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import RandomSampler, SubsetRandomSampler
+
+import lightning_prune as lp
+from lightning_prune.callbacks.sampling import sampled_loader
+from lightning_prune.callbacks.together import refuse_sharded
+from lightning_prune.patching.overlay import is_overlaid
+
+from .tiny import OPTIONS, TOKENS, brief, labelled, loader, pictures, tiny_vit
+
+pytestmark = pytest.mark.usefixtures("clockwork")
+pl = pytest.importorskip("pytorch_lightning")
+
+
+class Theirs(pl.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.vit = tiny_vit()
+        self.left = 0
+        self.tokens: dict[str, list[int]] = {}
+        self.vit.norm.register_forward_pre_hook(self._count)
+
+    def _count(self, norm: torch.nn.Module, args: tuple[Tensor]) -> None:
+        self.left = args[0].shape[1]
+
+    def step(self, stage: str, batch: Any) -> Tensor:
+        logits = self.vit(batch[0])
+        self.tokens.setdefault(stage, []).append(self.left)
+        return logits
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.step("fit", batch).square().mean()
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val/mean", self.step("validate", batch).mean())
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self.step("test", batch)
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.step("predict", batch)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=1e-3)
+
+
+class Data(pl.LightningDataModule):
+    def val_dataloader(self) -> Any:
+        return loader()
+
+    test_dataloader = predict_dataloader = train_dataloader = val_dataloader
+
+
+class DoublingData(Data):
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return [batch[0] * 2, batch[1]]
+
+
+@pytest.mark.parametrize("data", [Data, DoublingData])
+@pytest.mark.parametrize("stage", ["validate", "test", "predict", "fit"])
+def test_all_loops(stage: str, data: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lightning_prune.callbacks import token_pruning
+
+    sampled: list[Any] = []
+    real = token_pruning.calibration_images
+    monkeypatch.setattr(token_pruning, "calibration_images", lambda *a: sampled.append(real(*a)) or sampled[-1])
+    module, callback = Theirs(), brief()
+    options = {"max_epochs": 1, "num_sanity_val_steps": 0} if stage == "fit" else {}
+    running = pl.Trainer(callbacks=[callback], **OPTIONS, **options)
+    getattr(running, stage)(module, datamodule=data())
+    pruned = "validate" if stage == "fit" else stage
+    assert module.tokens.pop(pruned) == [callback.decision.tokens] * 6
+    assert module.tokens == ({"fit": [TOKENS] * 6} if stage == "fit" else {})
+    assert callback.decision.tokens < TOKENS
+    assert callback.decision.calibration == "8 images sampled from the dataset, seed 0"
+    (sample,) = sampled
+    images = {tuple(image.flatten()[:3].tolist()) for image in pictures(24) * (2 if data is DoublingData else 1)}
+    assert {tuple(image.flatten()[:3].tolist()) for image in sample.images} <= images
+    if pruned != "predict":
+        assert running.callback_metrics["pruning/tokens"] == callback.decision.tokens
+    assert not any(is_overlaid(part) for part in module.modules())
+
+
+def test_a_fault_restores_the_model() -> None:
+    class Failing(Theirs):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            super().validation_step(batch, batch_idx)
+            raise ZeroDivisionError
+
+    module = Failing()
+    with pytest.raises(ZeroDivisionError):
+        pl.Trainer(callbacks=[brief(schedule=6)], **OPTIONS).validate(module, loader(), verbose=False)
+    assert module.tokens == {"validate": [TOKENS - 6]}
+    assert not any(is_overlaid(part) for part in module.modules())
+
+
+def test_strategies_are_told_apart() -> None:
+    from pytorch_lightning import strategies
+
+    def running(kind: type) -> Any:
+        return SimpleNamespace(strategy=object.__new__(kind), world_size=2)
+
+    refuse_sharded(running(strategies.DDPStrategy))
+    for kind in (strategies.FSDPStrategy, strategies.DeepSpeedStrategy, strategies.ModelParallelStrategy):
+        with pytest.raises(lp.UnsupportedModelError, match=f"which {kind.__name__} with 2 processes does not promise"):
+            refuse_sharded(running(kind))
+
+
+def test_distributed_loaders_are_sampled() -> None:
+    from lightning_fabric.utilities.distributed import DistributedSamplerWrapper
+    from pytorch_lightning.overrides.distributed import (
+        UnrepeatedDistributedSampler,
+        UnrepeatedDistributedSamplerWrapper,
+    )
+
+    data, ranks = labelled(), {"num_replicas": 2, "rank": 0}
+    whole = RandomSampler(data)
+    for sampler in (
+        UnrepeatedDistributedSampler(data, **ranks),
+        UnrepeatedDistributedSamplerWrapper(whole, **ranks),
+        DistributedSamplerWrapper(whole, **ranks),
+    ):
+        found = sampled_loader(loader(sampler=sampler), 8, 0)
+        assert found is not None
+        assert len(found.dataset) == 8
+    part = DistributedSamplerWrapper(SubsetRandomSampler(range(8)), **ranks)
+    assert sampled_loader(loader(sampler=part), 8, 0) is None
+
+
+def test_a_sampler_of_the_users_own_of_the_same_name_is_not_taken_for_theirs() -> None:
+    class SequentialSampler(torch.utils.data.SequentialSampler):
+        def __iter__(self) -> Any:
+            return iter(range(0, 24, 3))
+
+    assert sampled_loader(loader(sampler=SequentialSampler(labelled())), 8, 0) is None
