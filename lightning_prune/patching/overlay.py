@@ -43,7 +43,16 @@ def own_class(module: nn.Module) -> type[nn.Module]:
 
 
 def put_on(module: nn.Module, mixin: type[Overlay], site: Any = None) -> None:
-    """Puts the mixin over the module's class, with what it works on as `_prune_site`."""
+    """Puts the mixin over the module's class, with what it works on as `_prune_site`.
+
+    Raises:
+        UnsupportedModelError: If the module would not run what its class says, and go on unpruned, in silence.
+    """
+    if "forward" in module.__dict__:
+        raise UnsupportedModelError(
+            f"The `forward` of a {type(module).__name__} was replaced on the module itself (accelerate does so for "
+            f"models spread over devices), where a patch of its class has no effect; undo that first."
+        )
     module.__dict__["_prune_site"] = site
     module.__class__ = overlay_class(type(module), mixin)
 

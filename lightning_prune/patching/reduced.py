@@ -133,6 +133,8 @@ class ReducedBlock(Overlay):
                 after = super().forward(x, *args, **kwargs)
             else:
                 after = halves.attention(self, x, *args, **kwargs)
+        if log_sizes is not None and not calls:
+            recorded_attention(calls)  # raises: nothing was weighed
         if remove:
             attention = recorded_attention(calls) if reads else None
             known = arrived.sizes if arrived is not None else None
