@@ -59,11 +59,63 @@ def _times(gamma: Tensor | None, x: Tensor) -> Tensor:
     return x if gamma is None else gamma * x
 
 
+def _multihead_attention(block: Any, x: Tensor) -> Tensor:
+    y = block.ln_1(x)
+    return block.dropout(block.self_attention(y, y, y, need_weights=False)[0]) + x
+
+
+def _multihead_mlp(block: Any, x: Tensor) -> Tensor:
+    return x + block.mlp(block.ln_2(x))
+
+
+def _dropout_attention(block: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return block.dropout(_first(block.attention(block.layernorm_before(x), *args, **kwargs))) + x
+
+
+def _dropout_mlp(block: Any, x: Tensor) -> Tensor:
+    return block.dropout(block.mlp(block.layernorm_after(x))) + x
+
+
+def _output_attention(block: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return _first(block.attention(block.layernorm_before(x), *args, **kwargs)) + x
+
+
+def _output_mlp(block: Any, x: Tensor) -> Tensor:
+    return block.output(block.intermediate(block.layernorm_after(x)), x)
+
+
+def _layer_scale_attention(block: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return block.drop_path(block.layer_scale1(_first(block.attention(block.norm1(x), *args, **kwargs)))) + x
+
+
+def _layer_scale_mlp(block: Any, x: Tensor) -> Tensor:
+    return block.drop_path(block.layer_scale2(block.mlp(block.norm2(x)))) + x
+
+
+def _tower_attention(block: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return x + _first(block.self_attn(block.layer_norm1(x), *args, **kwargs))
+
+
+def _tower_mlp(block: Any, x: Tensor) -> Tensor:
+    return x + block.mlp(block.layer_norm2(x))
+
+
+def _first(result: Any) -> Tensor:
+    """Attention alone: most modules of transformers return the weights, or None, beside it."""
+    attention: Tensor = result[0] if isinstance(result, tuple) else result
+    return attention
+
+
 PRE_NORM = Halves(_pre_norm_attention, _pre_norm_mlp)
 POST_NORM = Halves(_post_norm_attention, _post_norm_mlp)
 PARALLEL = Halves(_parallel_attention, _parallel_mlp)
 GAMMA = Halves(_gamma_attention, _gamma_mlp)  # layer scale as a parameter of the block, or None
 ONE_DROP = Halves(_one_drop_attention, _one_drop_mlp)  # one drop path for both halves
+MULTIHEAD = Halves(_multihead_attention, _multihead_mlp)  # torchvision, over nn.MultiheadAttention
+DROPOUT = Halves(_dropout_attention, _dropout_mlp)  # transformers: ViT, DeiT
+OUTPUT = Halves(_output_attention, _output_mlp)  # the same in its first versions 5: `output` adds the residual
+LAYER_SCALE = Halves(_layer_scale_attention, _layer_scale_mlp)  # transformers: DINOv2, DINOv3
+TOWER = Halves(_tower_attention, _tower_mlp)  # transformers: CLIP, SigLIP
 
 
 def halves_agree(

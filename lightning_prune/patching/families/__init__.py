@@ -6,11 +6,19 @@ from torch import nn
 
 from lightning_prune.errors import ArgumentError, UnsupportedModelError
 from lightning_prune.patching.families.base import Family, VisionTransformer
+from lightning_prune.patching.families.huggingface_models import (
+    HuggingFaceCLIP,
+    HuggingFaceDinov2,
+    HuggingFaceDinov3,
+    HuggingFaceSigLIP,
+    HuggingFaceViT,
+)
 from lightning_prune.patching.families.refused import why_refused
 from lightning_prune.patching.families.timm import TimmVisionTransformer
 from lightning_prune.patching.families.timm_biased import TimmBiased
 from lightning_prune.patching.families.timm_rotary import TimmEva, TimmNaFlex
 from lightning_prune.patching.families.timm_unfused import TimmCait, TimmConVit
+from lightning_prune.patching.families.torchvision import TorchvisionVisionTransformer
 from lightning_prune.patching.overlay import own_class
 
 FAMILIES: tuple[Family, ...] = (
@@ -20,6 +28,12 @@ FAMILIES: tuple[Family, ...] = (
     TimmBiased(),
     TimmCait(),
     TimmConVit(),
+    TorchvisionVisionTransformer(),
+    HuggingFaceViT(),
+    HuggingFaceDinov2(),
+    HuggingFaceDinov3(),
+    HuggingFaceCLIP(),
+    HuggingFaceSigLIP(),
 )
 
 __all__ = ["FAMILIES", "Family", "VisionTransformer", "find_vision_transformer", "why_refused"]

@@ -28,7 +28,6 @@ _TIMM: dict[str, str] = {  # module of timm.models -> reason
             "hiera",
             "levit",
             "maxxvit",
-            "mobilevit",
             "mvitv2",
             "nest",
             "nextvit",
@@ -46,6 +45,10 @@ _TIMM: dict[str, str] = {  # module of timm.models -> reason
 }
 _TORCHVISION: dict[str, str] = {"swin_transformer": _STAGES, "maxvit": _STAGES}
 _HUGGING_FACE: dict[str, str] = {"swin": _STAGES, "swinv2": _STAGES, "sam": _GRID_INSIDE, "pvt": _STAGES}
+_HUGGING_FACE_CLASSES: dict[str, str] = {  # of architectures that can be pruned otherwise
+    **dict.fromkeys(("Dinov2Backbone", "Dinov2WithRegistersBackbone", "DINOv3ViTBackbone"), _GRID_AFTER),
+    **dict.fromkeys(("ViTForMaskedImageModeling", "DeiTForMaskedImageModeling"), _GRID_AFTER),
+}
 
 
 def why_refused(kind: type[nn.Module]) -> str | None:
@@ -57,7 +60,7 @@ def why_refused(kind: type[nn.Module]) -> str | None:
         elif parts[:2] == ["torchvision", "models"] and len(parts) > 2:
             reason = _TORCHVISION.get(parts[2])
         elif parts[:2] == ["transformers", "models"] and len(parts) > 2:
-            reason = _HUGGING_FACE.get(parts[2])
+            reason = _HUGGING_FACE.get(parts[2]) or _HUGGING_FACE_CLASSES.get(each.__name__)
         else:
             reason = None
         if reason is not None:
