@@ -17,6 +17,7 @@ _HOME = {
     "FileFormatError": "errors",
     "ImageClassifier": "classifier",
     "ImageFolderData": "data",
+    "KeepRates": "keep_rates",
     "LatencyProfile": "profiling.curve",
     "PatchHandle": "patching",
     "Plan": "planning.plan",
@@ -28,6 +29,7 @@ _HOME = {
     "Utility": "planning.objective",
     "WeightsError": "errors",
     "compare_latency": "profiling.latency",
+    "load_schedule": "keep_rates",
     "patch": "patching",
     "plan": "planning.planner",
     "profile_latency": "profiling.latency",
@@ -55,6 +57,8 @@ if TYPE_CHECKING:  # the same names for type checkers and editors, which cannot 
     from lightning_prune.errors import ScheduleError as ScheduleError
     from lightning_prune.errors import UnsupportedModelError as UnsupportedModelError
     from lightning_prune.errors import WeightsError as WeightsError
+    from lightning_prune.keep_rates import KeepRates as KeepRates
+    from lightning_prune.keep_rates import load_schedule as load_schedule
     from lightning_prune.patching import PatchHandle as PatchHandle
     from lightning_prune.patching import patch as patch
     from lightning_prune.planning.objective import AccuracyBudget as AccuracyBudget

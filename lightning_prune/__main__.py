@@ -15,6 +15,7 @@ commands:
   profile    measure latency against tokens on this device
   validate   validate pruned on the validation set
   test       the same on the test set
+  models     say which of timm's transformers can be pruned
 
 options (all of them: lightning-prune COMMAND --help):
   --config FILE            YAML with the keys below; later files and options win
@@ -50,6 +51,10 @@ def main(args: list[str] | None = None) -> int:
     if words[0] == "--version":
         print(f"lightning-prune {__version__}")
         return 0
+    if words[0] == "models":
+        from lightning_prune.report.models import models
+
+        return models(words[1:])
     from lightning_prune.cli import run
 
     return run(args)

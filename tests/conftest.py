@@ -33,9 +33,11 @@ def probabilities(
     return rows
 
 
-def pomt_scores(query: Tensor, key: Tensor, value: Tensor, prefix: int) -> list[float]:
-    """a_i + s_i of every patch token of one image."""
-    attention = probabilities(query, key)
+def pomt_scores(
+    query: Tensor, key: Tensor, value: Tensor, prefix: int, attention: list[list[list[float]]] | None = None
+) -> list[float]:
+    """a_i + s_i of every patch token of one image; `attention` is A[h][j][i] where it is more than q and k say."""
+    attention = probabilities(query, key) if attention is None else attention
     v = value.double().tolist()
     heads, tokens, channels = value.shape
     received = []
@@ -50,10 +52,16 @@ def pomt_scores(query: Tensor, key: Tensor, value: Tensor, prefix: int) -> list[
 
 
 def pomt(
-    tokens: Tensor, query: Tensor, key: Tensor, value: Tensor, remove: int, prefix: int
+    tokens: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    remove: int,
+    prefix: int,
+    attention: list[list[list[float]]] | None = None,
 ) -> tuple[Tensor, list[int]]:
     """Tokens (N - R, C) in float64 that are left of one image, and where each stood; -1 for the mean."""
-    scores = pomt_scores(query, key, value, prefix)
+    scores = pomt_scores(query, key, value, prefix, attention)
     patches = len(scores)
     by_score = sorted(range(patches), key=lambda i: scores[i], reverse=True)
     kept = sorted(by_score[: patches - remove - 1])

@@ -49,7 +49,7 @@ def take_bias(bias: Tensor, positions: Tensor, prefix_tokens: int) -> Tensor:
     unknown place can expect. Zero would not be neutral, because learned biases have no zero mean.
 
     Args:
-        bias: (1 or B, H, N, N), added to the attention logits.
+        bias: (1 or B, H, N, N) or (H, N, N), added to the attention logits.
         positions: (B, K) places among the N, the P prefix tokens first; -1 for a token made of several.
         prefix_tokens: P.
 
@@ -57,6 +57,7 @@ def take_bias(bias: Tensor, positions: Tensor, prefix_tokens: int) -> Tensor:
         (B, H, K, K).
     """
     count = bias.shape[-1]
+    bias = bias.unsqueeze(0) if bias.ndim == 3 else bias
     bias = torch.cat((bias, bias[:, :, prefix_tokens:].mean(dim=2, keepdim=True)), dim=2)
     bias = torch.cat((bias, bias[..., prefix_tokens:].mean(dim=3, keepdim=True)), dim=3)
     index = torch.where(positions < 0, count, positions)

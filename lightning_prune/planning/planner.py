@@ -94,7 +94,7 @@ def plan(
     check_images(images)
     reduction = resolve(method)
     transformer = find_vision_transformer(model, target)
-    index = resolve_block(block, transformer.depth)
+    index = resolve_block(block, transformer.depth, transformer.first)
     if protocol == "paper":
         if labels is None:
             raise ArgumentError("`labels` are needed by protocol='paper', whose accuracy is top-1 on labelled images.")

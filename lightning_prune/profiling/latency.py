@@ -73,7 +73,7 @@ def profile_latency(
     _check(transformer, example_batch, max_seconds, protocol)
     deployed = resolve(method)
     reduction = Random(site="input") if protocol == "paper" else deployed
-    index = 0 if protocol == "paper" else resolve_block(block, transformer.depth)
+    index = 0 if protocol == "paper" else resolve_block(block, transformer.depth, transformer.first)
     start = time.perf_counter()
     with ready_to_run(transformer), ticking("Profiling latency", max_seconds, progress) as tick:
         n = count_tokens(transformer, example_batch)
@@ -153,14 +153,19 @@ def compare_latency(
     return {name: race.result(name) for name in variants}
 
 
-def resolve_block(block: int | float, depth: int) -> int:
+def resolve_block(block: int | float, depth: int, first: int = 0) -> int:
     """The index of a block given as an index or as a fraction of the depth: 0.25 of 12 is block 3.
+
+    Args:
+        block: Index or fraction.
+        depth: Number of blocks.
+        first: The first block that can reduce; a fraction that falls before it means this one.
 
     Raises:
         ArgumentError: If it is neither an index from 0 to depth - 1 nor a fraction in [0, 1).
     """
     if isinstance(block, float) and 0 <= block < 1:
-        return int(block * depth)
+        return max(int(block * depth), first)
     if isinstance(block, int) and not isinstance(block, bool) and 0 <= block < depth:
         return block
     raise ArgumentError(f"`block` must be an index from 0 to {depth - 1} or a fraction in [0, 1), got {block!r}.")

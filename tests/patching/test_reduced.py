@@ -4,6 +4,7 @@ import copy
 import gc
 import math
 import weakref
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import lightning_prune as lp
+from lightning_prune.patching.survivors import Survivors
 from lightning_prune.reduction import POMT, Random, Reduced, Reduction, Sequence
 
 DEPTH = 4
@@ -206,18 +208,18 @@ class TestPositions:
         handle.remove()
 
     def test_a_family_is_told_them(self, build: Any, images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-        """`Family.carry` is how a rotary embedding or a bias will follow the tokens, in every later block."""
-        model = build()
-        family = type(lp.patching.find_vision_transformer(model).family)
+        """`Family.carry` is how a rotary embedding follows the tokens, in every later block."""
+        transformer = replace(lp.patching.find_vision_transformer(build()), carries=True)
         told: list[list[int]] = []
 
-        def carry(self: Any, args: Any, kwargs: Any, positions: Tensor) -> Any:
-            told.append(positions[0].tolist())
+        def carry(self: Any, args: Any, kwargs: Any, arrived: Survivors, prefix_tokens: int) -> Any:
+            told.append(arrived.positions[0].tolist())
+            assert prefix_tokens == 1
             return args, kwargs
 
-        monkeypatch.setattr(family, "carry", carry)
-        with lp.patch(model, Watching(Random()), [0, 5, 6, 0]):
-            model(images)
+        monkeypatch.setattr(type(transformer.family), "carry", carry)
+        with lp.PatchHandle(transformer, Watching(Random()), [0, 5, 6, 0]):
+            transformer.root(images)
         first, second = (reduced.positions[0].tolist() for _, reduced in Watching.seen)
         assert told == [first, [first[i] for i in second]]
 

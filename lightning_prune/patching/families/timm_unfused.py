@@ -89,5 +89,5 @@ class TimmConVit(TimmUnfused):
         return replace(
             super().describe(root, path),
             first=int(model.local_up_to_layer),
-            before_first="their attention goes by places on the whole grid",
+            before_first="attention in those before goes by places on the whole grid",
         )

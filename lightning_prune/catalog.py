@@ -1,0 +1,106 @@
+"""Which of timm's transformers can be pruned, asked of the models themselves."""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import timm
+import torch
+
+from lightning_prune.errors import UnsupportedModelError
+from lightning_prune.patching import find_vision_transformer
+from lightning_prune.patching.families import why_refused
+
+# timm's modules of transformers that keep one resolution throughout. All others are convolutional or hierarchical.
+_ISOTROPIC = (
+    "beit",
+    "cait",
+    "convit",
+    "deepseek_vit",
+    "deit",
+    "eva",
+    "gemma4_vit",
+    "naflexvit",
+    "qwen3_vit",
+    "tnt",
+    "vision_transformer",
+    "vision_transformer_hybrid",
+    "vision_transformer_relpos",
+    "vision_transformer_sam",
+    "vitamin",
+    "volo",
+    "xcit",
+)
+
+
+class Support(NamedTuple):
+    """What can be done with a model of timm.
+
+    Attributes:
+        name: timm's name.
+        model: Its class.
+        reducible: `"yes"`; `"pruning only"`, where attention has no place for the sizes of merged tokens; `"after the
+            block"`, where the MLP of a reducing block still sees all its tokens; `"from block 10"`; or `"no"`.
+        reason: Why not, or not everywhere.
+    """
+
+    name: str
+    model: str
+    reducible: str
+    reason: str = ""
+
+
+def isotropic_names() -> list[str]:
+    """The names that timm has of transformers that keep one resolution throughout, sorted."""
+    modules = {f"timm.models.{module}" for module in _ISOTROPIC}
+    return [name for name in timm.list_models() if timm.model_entrypoint(name).__module__ in modules]
+
+
+def support_of(name: str) -> Support:
+    """Whether the model of that name can be pruned; builds one block of it, without weights.
+
+    Raises:
+        RuntimeError: If timm has no such name.
+    """
+    kind = timm.model_entrypoint(name).__annotations__.get("return")
+    reason = why_refused(kind) if isinstance(kind, type) else None
+    if isinstance(kind, type) and reason is not None:
+        return Support(name, kind.__name__, "no", reason)
+    with torch.device("meta"):
+        try:
+            model = timm.create_model(name, pretrained=False, depth=1)
+        except (AssertionError, IndexError, TypeError):  # its options are made for its own depth
+            model = timm.create_model(name, pretrained=False)
+    try:
+        transformer = find_vision_transformer(model)
+    except UnsupportedModelError as error:
+        return Support(name, type(model).__name__, "no", str(error))
+    if transformer.first:
+        reducible, reason = f"from block {transformer.first}", transformer.before_first
+    elif transformer.family.halves(transformer.blocks[0]) is None:
+        block = type(transformer.blocks[0]).__name__
+        reducible, reason = "after the block", f"attention and MLP of a {block} do not come apart"
+    elif not transformer.family.weighs:
+        reducible, reason = "pruning only", "its attention cannot be weighed by the sizes of merged tokens"
+    else:
+        reducible, reason = "yes", ""
+    return Support(name, type(model).__name__, reducible, reason)
+
+
+class Group(NamedTuple):
+    """Models of one class with which the same can be done."""
+
+    model: str
+    reducible: str
+    reason: str
+    names: int
+
+
+def grouped(supports: Iterable[Support]) -> list[Group]:
+    """The groups of a survey: what can be pruned first, larger groups first."""
+    counts: dict[tuple[str, str, str], int] = {}
+    for each in supports:
+        key = (each.model, each.reducible, each.reason)
+        counts[key] = counts.get(key, 0) + 1
+    order = {"yes": 0, "pruning only": 1, "after the block": 2, "no": 4}
+    groups = [Group(*key, names) for key, names in counts.items()]
+    return sorted(groups, key=lambda g: (order.get(g.reducible, 3), -g.names, g.model))

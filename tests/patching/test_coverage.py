@@ -1,0 +1,122 @@
+"""One small model of every kind that timm has: class, block, attention, positions and pooling."""
+
+import copy
+import csv
+import importlib.util
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+
+import lightning_prune as lp
+from lightning_prune.catalog import isotropic_names
+from lightning_prune.patching import find_vision_transformer
+from lightning_prune.patching.overlay import is_overlaid
+
+ROOT = Path(__file__).parents[2]
+_spec = importlib.util.spec_from_file_location("coverage", ROOT / "examples" / "benchmarks" / "coverage.py")
+assert _spec is not None
+assert _spec.loader is not None
+coverage = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(coverage)
+
+with (ROOT / "examples" / "results" / "coverage_timm.csv").open(encoding="utf-8") as file:
+    ROWS = [row for row in csv.DictReader(file) if row["name"] in timm.list_models()]
+
+KIND = ("model", "block", "attention", "positions", "pooling")
+REPRESENTATIVES: dict[str, dict[str, str]] = {}
+for _row in ROWS:
+    if _row["reducible"] != "no":
+        REPRESENTATIVES.setdefault(" ".join(_row[column] for column in KIND), _row)
+
+
+@pytest.fixture(params=REPRESENTATIVES.values(), ids=[row["name"] for row in REPRESENTATIVES.values()])
+def row(request: pytest.FixtureRequest) -> dict[str, str]:
+    found: dict[str, str] = request.param
+    return found
+
+
+def small(row: dict[str, str]) -> tuple[Any, torch.Tensor]:
+    """A model of the kind and images for it."""
+    model = coverage.stir(
+        coverage.build_small(row["name"], **({"local_up_to_layer": 2} if "ConV" in row["model"] else {}))
+    )
+    return model, torch.randn(2, 3, *coverage.image_size(model), generator=torch.Generator().manual_seed(0))
+
+
+def removed(model: Any) -> list[int]:
+    found: list[int] = coverage.schedules(find_vision_transformer(model))[1]
+    return found
+
+
+def test_the_results_are_of_all_names_and_all_is_well() -> None:
+    assert {row["name"] for row in ROWS} == set(isotropic_names())
+    assert len(REPRESENTATIVES) >= 31
+    for row in ROWS:
+        if row["reducible"] != "no":
+            assert row["parity"] == row["removal"] == row["pomt"] == "True", row
+            assert float(row["oracle"]) < 1e-10, row
+
+
+def test_parity_removal_and_oracle(row: dict[str, str]) -> None:
+    found = coverage.row(row["name"])
+    assert coverage.passed(found)
+    assert found["reducible"] == row["reducible"]
+    for column in KIND:
+        assert str(found[column]) == row[column]
+
+
+@torch.no_grad()
+def test_in_single_precision(row: dict[str, str]) -> None:
+    model, images = small(row)
+    schedule = removed(model)
+    reference = copy.deepcopy(model).double()
+    with lp.patch(reference, "random", schedule), lp.patch(model, "random", schedule):
+        assert coverage.relative_error(model(images).double(), reference(images.double())) < 1e-5
+
+
+@torch.no_grad()
+def test_copies_and_pickles_are_patched_and_can_be_unpatched(row: dict[str, str]) -> None:
+    model, images = small(row)
+    dense = model(images)
+    with lp.patch(model, "pomt", removed(model)):
+        pruned = model(images)
+        for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert torch.equal(other(images), pruned)
+            lp.patching.unpatch(other)
+            assert torch.equal(other(images), dense)
+            assert not any(is_overlaid(module) for module in other.modules())
+    assert not torch.equal(pruned, dense)
+
+
+@torch.no_grad()
+def test_half_precision_and_autocast(row: dict[str, str]) -> None:
+    """Bits as of before once the patch is off; near the single-precision result while it is on."""
+    model, images = small(row)
+    half = copy.deepcopy(model).bfloat16()
+    before = half(images.bfloat16())
+    with lp.patch(half, "random", removed(model)), lp.patch(model, "random", removed(model)):
+        expected = model(images)
+        found = half(images.bfloat16())
+        with torch.autocast("cpu", torch.bfloat16):
+            mixed = model(images)
+    assert found.dtype == torch.bfloat16
+    for each in (found, mixed):
+        assert torch.nn.functional.cosine_similarity(each.float(), expected, dim=-1).min() > 0.98
+    assert torch.equal(half(images.bfloat16()), before)
+    with lp.patch(half, "pomt", removed(model)):
+        assert half(images.bfloat16()).isfinite().all()
+
+
+def test_one_graph(row: dict[str, str]) -> None:
+    model, images = small(row)
+    torch._dynamo.reset()
+    with lp.patch(model, "pomt", removed(model)), torch.no_grad():
+        expected = model(images)
+        fast = torch.compile(model, backend="eager", fullgraph=True)
+        torch.testing.assert_close(fast(images), expected, rtol=1e-5, atol=1e-5)
+        exported = torch.export.export(model, (images,)).module()
+        torch.testing.assert_close(exported(images), expected, rtol=1e-5, atol=1e-5)

@@ -1,0 +1,118 @@
+"""Schedules that were made elsewhere, and schedules of keep rates, on a patched model."""
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+
+import lightning_prune as lp
+from lightning_prune.device import device_name
+
+HERE = device_name(torch.device("cpu"))
+
+
+def made(**provenance: Any) -> lp.Schedule:
+    return lp.Schedule([0, 6, 0, 0], provenance)
+
+
+@pytest.mark.parametrize(
+    ("provenance", "words"),
+    [
+        ({"device": "Jetson Orin"}, rf"device Jetson Orin there, {HERE} here\."),
+        ({"device": HERE, "batch_size": 16}, r"made elsewhere: batch_size 16 there, 2 here\. It is used as it is"),
+        ({"device": "H200", "batch_size": 1}, r"device H200 there, .* here; batch_size 1 there, 2 here"),
+    ],
+)
+@pytest.mark.parametrize("method", ["pomt", "random"])
+def test_made_elsewhere(build: Any, draw: Any, provenance: dict[str, Any], words: str, method: str) -> None:
+    model = build()
+    with lp.patch(model, method, made(**provenance)):
+        with pytest.warns(UserWarning, match=words) as caught:
+            pruned = model(draw())
+        assert len(caught) == 1
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert torch.equal(model(draw()), pruned), "said once"
+    with lp.patch(model, method, [0, 6, 0, 0]):
+        assert torch.equal(model(draw()), pruned)
+
+
+def test_made_here(build: Any, draw: Any) -> None:
+    with (
+        warnings.catch_warnings(),
+        lp.patch(build(), "pomt", made(device=HERE, batch_size=2, tokens_dense=26)) as handle,
+    ):
+        warnings.simplefilter("error")
+        handle.transformer.root(draw())
+
+
+def test_made_elsewhere_in_one_graph(build: Any, draw: Any) -> None:
+    model = build()
+    with lp.patch(model, "pomt", made(device="Jetson Orin")), torch.no_grad():
+        fast = torch.compile(model, backend="eager", fullgraph=True)
+        assert fast(draw()).shape == (2, 7)
+
+
+def test_made_for_other_tokens(build: Any, draw: Any) -> None:
+    model = build()
+    with pytest.raises(lp.ScheduleError, match="The schedule was made for 197 tokens; 26 enter this model"):
+        lp.patch(model, "pomt", made(tokens_dense=197))
+    dynamic = build("dynamic-size")
+    with lp.patch(dynamic, "pomt", made(tokens_dense=26)):
+        dynamic(draw(size=20))
+        with pytest.raises(lp.ScheduleError, match="made for 26 tokens entering block 1; 50 enter it"):
+            dynamic(draw(size=28))
+        dynamic(draw(size=20))
+
+
+class TestKeepRates:
+    @pytest.mark.parametrize("method", ["pomt", "random"])
+    def test_each_size_by_itself(self, build: Any, draw: Any, leaving: Any, method: str) -> None:
+        rates = lp.KeepRates([1, 0.7, 1, 0.5])
+        model = build("dynamic-size")
+        with lp.patch(model, method, rates) as handle:
+            assert handle.schedule is rates
+            for size, tokens in ((20, 26), (28, 50), (16, 17)):
+                assert leaving(model, draw(size=size)) == rates.schedule(tokens).tokens(tokens)
+                pruned = model(draw(size=size))
+                with lp.patch(build("dynamic-size"), method, rates.schedule(tokens)) as other:
+                    assert torch.equal(other.transformer.root(draw(size=size)), pruned)
+
+    def test_a_fixed_size_resolves_at_once(self, build: Any) -> None:
+        with lp.patch(build("dinov2-registers"), "pomt", lp.KeepRates([1, 0.7, 1, 1])) as handle:
+            assert handle.schedule == lp.Schedule([0, 7, 0, 0]), "18 of 25 patch tokens stay, 5 prefix tokens apart"
+
+    def test_an_update(self, build: Any, draw: Any, leaving: Any) -> None:
+        model = build("dynamic-size")
+        with lp.patch(model, "random", [0, 6, 0, 0]) as handle:
+            handle.update(lp.KeepRates([1, 1, 0.2, 1]))
+            assert leaving(model, draw(size=28)) == (50, 50, 11, 11)
+
+    def test_keeping_all(self, build: Any, draw: Any) -> None:
+        model = build("dynamic-size")
+        before = model(draw())
+        with lp.patch(model, "pomt", lp.KeepRates([1, 1, 1, 1])) as handle:
+            assert not handle.active
+        with lp.patch(model, "pomt", lp.KeepRates([1, 0.99, 1, 1])), torch.no_grad():
+            assert torch.equal(model(draw()), before), "ceil(0.99 * 25) is 25"
+
+    def test_errors(self, build: Any, draw: Any) -> None:
+        for name in ("vit", "dynamic-size"):
+            with pytest.raises(lp.ScheduleError, match="for 3 blocks; this model has 4"):
+                lp.patch(build(name), "pomt", lp.KeepRates([1, 0.5, 1]))
+        with pytest.raises(lp.ScheduleError, match=r"Block 1 is asked to remove 24 tokens, .* at most 23"):
+            lp.patch(build(), "pomt", lp.KeepRates([1, 0.01, 1, 1]))
+        with (
+            lp.patch(build("dynamic-size"), "pomt", lp.KeepRates([1, 0.01, 1, 1])) as handle,
+            pytest.raises(lp.ScheduleError, match=r"Block 1 is asked to remove 48 tokens, but of the 50 .* at most 47"),
+        ):
+            handle.transformer.root(draw(size=28))
+
+    def test_one_graph_for_all_sizes(self, build: Any, draw: Any) -> None:
+        model = build("dynamic-size")
+        torch._dynamo.reset()
+        with lp.patch(model, "pomt", lp.KeepRates([1, 0.7, 1, 0.5])), torch.no_grad():
+            fast = torch.compile(model, backend="eager", fullgraph=True)
+            for size in (20, 28, 16):
+                torch.testing.assert_close(fast(draw(size=size)), model(draw(size=size)), rtol=1e-5, atol=1e-5)

@@ -1,0 +1,107 @@
+import math
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import lightning_prune as lp
+from lightning_prune.errors import FileFormatError, ScheduleError
+from lightning_prune.keep_rates import KeepRates, load_schedule
+
+COUNTS = (17, 26, 50, 197, 257, 577, 1025)
+
+
+@pytest.mark.parametrize("prefix", [0, 1, 2, 5])
+@pytest.mark.parametrize("tokens", COUNTS)
+@pytest.mark.parametrize("rate", ["0.1", "0.3", "0.5", "0.7", "0.9", "0.99", "1", "1e-3"])
+def test_the_share_is_rounded_up(rate: str, tokens: int, prefix: int) -> None:
+    """Of the decimal as it is written: 0.1 * 30 is 3, although floating point says a little more."""
+    patches = tokens - prefix
+    schedule = KeepRates.single(4, 1, float(rate)).schedule(tokens, prefix)
+    assert schedule.removed == (0, patches - math.ceil(Fraction(rate) * patches), 0, 0)
+
+
+def test_each_block_takes_its_share_of_what_enters_it() -> None:
+    schedule = KeepRates([1, 0.7, 1.0, 0.5]).schedule(197)
+    assert schedule == lp.Schedule([0, 58, 0, 69])
+    assert schedule.tokens(197) == (197, 139, 139, 70)
+
+
+@pytest.mark.parametrize("tokens", COUNTS)
+@pytest.mark.parametrize("prefix", [0, 1, 5])
+def test_of_a_schedule_gives_it_back(tokens: int, prefix: int) -> None:
+    for removed in ([0, 5, 0, 3], [7, 1, 1, 1], [0, 0, 0, 0], [tokens - prefix - 1, 0, 0, 0]):
+        schedule = lp.Schedule(removed, {"device": "a"})
+        rates = KeepRates.of(schedule, tokens, prefix) if sum(removed) < tokens - prefix else None
+        if rates is not None:
+            assert rates.schedule(tokens, prefix) == schedule
+            assert rates.provenance == {"device": "a"}
+
+
+def test_of_a_schedule_that_leaves_no_patch() -> None:
+    with pytest.raises(ScheduleError, match="Block 1 would be left without a patch token of 17 tokens"):
+        KeepRates.of(lp.Schedule([0, 16]), 17, 2)
+
+
+def test_is_a_value() -> None:
+    assert KeepRates([1, 0.5]) == KeepRates((1.0, 0.5), {"note": "apart"})
+    assert hash(KeepRates([1, 0.5])) == hash(KeepRates([1.0, 0.5]))
+    assert KeepRates([1, 0.5]).reducing == {1: 0.5}
+    assert KeepRates([1, 0.5]).depth == 2
+    assert repr(KeepRates([1, 0.5])) == "KeepRates(depth=2, rates={1: 0.5})"
+
+
+@pytest.mark.parametrize("entry", [0, -0.1, 1.01, True, "0.5", None, math.nan])
+def test_no_keep_rate(entry: Any) -> None:
+    with pytest.raises(ScheduleError, match=r"`rates` must hold keep rates in \(0, 1\], got .* for block 1"):
+        KeepRates([1, entry])
+
+
+def test_no_list() -> None:
+    number: Any = 0.5
+    with pytest.raises(ScheduleError, match="got an empty list"):
+        KeepRates([])
+    with pytest.raises(ScheduleError, match=r"`rates` must be a list with one keep rate a block, got 0\.5"):
+        KeepRates(number)
+    with pytest.raises(ScheduleError, match="`block` must be a block index from 0 to 3, got 4"):
+        KeepRates.single(4, 4, 0.5)
+
+
+def test_no_patch_token() -> None:
+    with pytest.raises(ScheduleError, match="`tokens` must be more than the 5 prefix tokens, got 5"):
+        KeepRates([0.5]).schedule(5, 5)
+
+
+@pytest.mark.parametrize("name", ["rates.yaml", "rates.json"])
+def test_files(tmp_path: Path, name: str) -> None:
+    rates = KeepRates([1, 0.7, 1, 0.25], {"device": "a CPU", "batch_size": 4})
+    path = rates.save(tmp_path / name)
+    for found in (KeepRates.load(path), load_schedule(path)):
+        assert found == rates
+        assert found.provenance == rates.provenance
+    schedule = lp.Schedule([0, 5])
+    assert load_schedule(schedule.save(tmp_path / f"schedule-{name}")) == schedule
+
+
+def test_files_of_another_kind(tmp_path: Path) -> None:
+    rates, schedule = KeepRates([0.5]).save(tmp_path / "r.yaml"), lp.Schedule([1]).save(tmp_path / "s.yaml")
+    with pytest.raises(FileFormatError, match=r"r\.yaml is not a lightning_prune\.schedule file"):
+        lp.Schedule.load(rates)
+    with pytest.raises(FileFormatError, match=r"s\.yaml is not a lightning_prune\.keep_rates file"):
+        KeepRates.load(schedule)
+    other = tmp_path / "o.yaml"
+    other.write_text("format: other\n")
+    message = "is not a lightning_prune.schedule or lightning_prune.keep_rates file: it has format 'other'"
+    with pytest.raises(FileFormatError, match=message):
+        load_schedule(other)
+    other.write_text("format: lightning_prune.keep_rates\nversion: 1\nrates: [2.0]\n")
+    with pytest.raises(FileFormatError, match=r"holds no usable keep rates: `rates` must hold keep rates in \(0, 1\]"):
+        load_schedule(other)
+    for text, message in (
+        ("rates: 0.5", "`rates` must be a list"),
+        ("rates: [0.5]\nprovenance: 3", "`provenance` must"),
+    ):
+        other.write_text(f"format: lightning_prune.keep_rates\nversion: 1\n{text}\n")
+        with pytest.raises(FileFormatError, match=message):
+            KeepRates.load(other)
