@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 
 PROGRAM = Path(__file__).with_name("two_ranks.py")
+EVEN = ["one odd", "a batch of one", "one image", "even", "shuffled", "dropped last", "a part", "several"]
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
     """What each of two processes found; they start once for all tests, which takes most of the time."""
     target = tmp_path_factory.mktemp("ddp") / "found.json"
     paths = os.pathsep.join(filter(None, [str(PROGRAM.parents[2]), os.environ.get("PYTHONPATH")]))
@@ -26,7 +27,22 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         timeout=200,
     )
     assert run.returncode == 0, run.stderr
-    return [json.loads(target.with_suffix(f".{rank}").read_text()) for rank in range(2)]
+    return {
+        name: [json.loads(target.with_suffix(f"{ending}.{rank}").read_text()) for rank in range(2)]
+        for name, ending in (("ranks", ""), ("counted", ".counted"))
+    }
+
+
+@pytest.fixture(scope="module")
+def ranks(found: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """What each rank found of deciding."""
+    return found["ranks"]
+
+
+@pytest.fixture(scope="module")
+def counted(found: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """What each rank found on data that two cannot share evenly, in fit and in predict."""
+    return found["counted"]
 
 
 def test_rank_zero_alone_measures_and_both_do_the_same(ranks: list[dict[str, Any]]) -> None:
@@ -90,3 +106,56 @@ def test_models_are_restored_on_both_ranks(ranks: list[dict[str, Any]]) -> None:
     for rank in ranks:
         for found in rank.values():
             assert found["block"] == "Block"
+
+
+@pytest.mark.parametrize("variant", ["dense", "pruned"])
+@pytest.mark.parametrize("data", EVEN)
+def test_no_image_is_counted_twice(counted: list[dict[str, Any]], data: str, variant: str) -> None:
+    """Two processes say of any number of images what one says, though a sampler repeats some of them."""
+    alone = counted[0]["one"][data][variant]
+    stages = ("val", "test") if data == "one odd" else ("val",)
+    for rank in counted:
+        together = rank["two"][data][variant]
+        for stage in stages:
+            for name in ("top1", "top5"):
+                assert together[f"{stage}/{name}"] == alone[f"{stage}/{name}"]
+            assert together[f"{stage}/loss"] == pytest.approx(alone[f"{stage}/loss"], rel=1e-6)
+            assert together[f"{stage}/throughput"] > 0
+        assert together["warned"] == []
+    if data != "one image":
+        assert 0 < alone["val/top1"] < alone["val/top5"] < 1
+
+
+@pytest.mark.parametrize("variant", ["dense", "pruned"])
+def test_images_that_may_be_counted_twice_are_told_by_rank_zero(counted: list[dict[str, Any]], variant: str) -> None:
+    alone = counted[0]["one"]["own batches"][variant]
+    for name, of in (("own batches", [rank["two"]["own batches"] for rank in counted]), ("own shards", None)):
+        first, second = of or [rank[name] for rank in counted]
+        sampler = {"own batches": "DistributedSampler", "own shards": "list"}[name]
+        message = (
+            f"{sampler} repeats 1 of 21 items so that 2 processes get as many each, and in which batches cannot be "
+            "said: accuracy and loss count them twice."
+        )
+        assert set(first[variant]["warned"]) == {message}
+        assert second[variant]["warned"] == []
+        assert first[variant]["val/top5"] == second[variant]["val/top5"] != alone["val/top5"]
+
+
+def test_fit_trains_as_without_the_callback_and_prunes_validation(counted: list[dict[str, Any]]) -> None:
+    for rank in counted:
+        fitted, dense = rank["fitted"], rank["fitted dense"]
+        assert fitted["tokens"] == {"train": [17], "val": [11], "sanity": [17]}
+        assert dense["tokens"] == {"train": [17], "val": [17], "sanity": [17]}
+        assert fitted["removed"] == [0, 6, 0, 0]
+        assert not fitted["patched"]
+        assert fitted["weights"] == dense["weights"] == counted[0]["fitted"]["weights"]
+
+
+def test_predictions_of_both_ranks_are_those_of_one_process(counted: list[dict[str, Any]]) -> None:
+    alone = counted[0]["predicted alone"]
+    assert len(alone) == 21
+    for rank, found in enumerate(counted):
+        expected = alone[rank::2]
+        assert len(found["predicted"]) == len(expected) == 11 - rank
+        for one, other in zip(found["predicted"], expected, strict=True):
+            assert one == pytest.approx(other, abs=1e-5)

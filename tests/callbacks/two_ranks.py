@@ -6,15 +6,26 @@ Says as JSON what each rank found.
 import json
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from tiny import OPTIONS, TOKENS, Tiny, loader, pruner
+from tiny import OPTIONS, TOKENS, Tiny, loader, pictures, pruner, tiny_vit
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    TensorDataset,
+)
 from torchmetrics.classification import MulticlassAccuracy
 
+from lightning_prune import ImageClassifier
 from lightning_prune.callbacks import TokenPruning, token_pruning
+from lightning_prune.patching.overlay import is_overlaid
 
 
 class Scored(Tiny):
@@ -25,7 +36,7 @@ class Scored(Tiny):
         self.accuracy = MulticlassAccuracy(self.vit.num_classes, average="micro")
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        logits = self.step("val", batch)
+        logits = self.step("sanity" if self.trainer.sanity_checking else "val", batch)
         self.accuracy.update(logits, batch[1])
         self.log("accuracy", self.accuracy, on_epoch=True)
         self.log("loss", torch.nn.functional.cross_entropy(logits, batch[1]), sync_dist=True)
@@ -64,6 +75,70 @@ def run(callback: TokenPruning, **options: Any) -> dict[str, Any]:
     }
 
 
+class Bucketed(BatchSampler):
+    """Batches in its own way."""
+
+
+def odd(count: int = 21, batch_size: int = 4, **options: Any) -> DataLoader[Any]:
+    """Images for seven classes, as many as two processes cannot share evenly."""
+    return DataLoader(TensorDataset(pictures(count), torch.arange(count) % 7), batch_size=batch_size, **options)
+
+
+def own_shards() -> DataLoader[Any]:
+    """A distributed sampler of the user's own making: each rank has eleven, and the last of rank 1 is a copy."""
+    rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+    return odd(sampler=[*range(rank, 21, 2), 0][:11])
+
+
+LOADERS: dict[str, Any] = {
+    "one odd": odd,
+    "a batch of one": lambda: odd(17),
+    "one image": lambda: odd(1),
+    "even": lambda: odd(20),
+    "shuffled": lambda: odd(sampler=RandomSampler(range(21), generator=torch.Generator().manual_seed(4))),
+    "dropped last": lambda: odd(26, drop_last=True),
+    "a part": lambda: odd(sampler=SubsetRandomSampler(range(13), generator=torch.Generator().manual_seed(4))),
+    "several": lambda: [odd(), odd(7, batch_size=2)],
+    "own batches": lambda: DataLoader(odd().dataset, batch_sampler=Bucketed(SequentialSampler(range(21)), 4, False)),
+}
+
+
+def classified(data: Any, test: bool = False, **options: Any) -> dict[str, Any]:
+    """What ImageClassifier says of odd data, dense and pruned, in validate and if asked in test; and its warnings."""
+    found: dict[str, Any] = {}
+    for name, callbacks in (("dense", []), ("pruned", [pruner(schedule=6, max_seconds=0.01)])):
+        trainer = L.Trainer(callbacks=[*callbacks], **{**OPTIONS, **options})
+        module = ImageClassifier(tiny_vit(num_classes=7), num_classes=7)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            trainer.validate(module, data(), verbose=False)
+            found[name] = {key: float(value) for key, value in trainer.callback_metrics.items()}
+            if test:
+                trainer.test(module, data(), verbose=False)
+                found[name] |= {key: float(value) for key, value in trainer.callback_metrics.items()}
+        found[name]["warned"] = [str(each.message) for each in told if "count them twice" in str(each.message)]
+    return found
+
+
+def fitted(callback: TokenPruning, **options: Any) -> dict[str, Any]:
+    """Fit on this rank: tokens of each stage, the weights in one number, and whether anything is left patched."""
+    module = Scored()
+    trainer = L.Trainer(callbacks=[callback], max_epochs=2, **{**OPTIONS, **options})
+    trainer.fit(module, loader(16, batch_size=2), loader(16))
+    return {
+        "tokens": {stage: sorted(module.tokens(stage)) for stage in ("train", "val", "sanity")},
+        "removed": list(callback.decision.schedule.removed) if callback.decision else None,
+        "weights": sum(float(p.double().abs().sum()) for p in module.parameters()),
+        "patched": any(is_overlaid(part) for part in module.modules()),
+    }
+
+
+def predicted(callback: TokenPruning, **options: Any) -> list[list[float]]:
+    """The logits of this rank for an odd number of images."""
+    logits = L.Trainer(callbacks=[callback], **{**OPTIONS, **options}).predict(Tiny(), DataLoader(pictures(21), 4))
+    return torch.cat(logits).tolist()
+
+
 def unlucky(*args: Any, **kwargs: Any) -> Any:
     raise ValueError("the abacus is broken")
 
@@ -82,7 +157,12 @@ def only_unlucky_on(rank: int) -> Any:
 def main(path: Path) -> None:
     torch.set_num_threads(1)
     # Lightning starts rank 1 as this program with LOCAL_RANK set; alone means before there is a process group.
-    found = {} if "LOCAL_RANK" in os.environ else {"alone": run(pruner(schedule=6))}
+    found: dict[str, Any] = {}
+    counted: dict[str, Any] = {"two": {}}
+    if "LOCAL_RANK" not in os.environ:
+        found = {"alone": run(pruner(schedule=6))}
+        counted["one"] = {name: classified(data, name == "one odd") for name, data in LOADERS.items()}
+        counted["predicted alone"] = predicted(pruner(schedule=6))
     ddp = {"devices": 2, "strategy": "ddp"}
     found |= {"planned": run(pruner(), **ddp), "given": run(pruner(schedule=6), **ddp)}
     found["dense"] = run(pruner(enabled=False), **ddp)
@@ -92,7 +172,14 @@ def main(path: Path) -> None:
     token_pruning.plan = real
     found["unreadable"] = run(pruner(images_from_batch=only_unlucky_on(0)), **ddp)
     found["tolerated"] = run(pruner(schedule=6, images_from_batch=only_unlucky_on(1)), **ddp)
+    for name, data in LOADERS.items():
+        counted["two"][name] = classified(data, name == "one odd", **ddp)
+    counted["own shards"] = classified(own_shards, use_distributed_sampler=False, **ddp)
+    counted["fitted"] = fitted(pruner(schedule=6, max_seconds=0.01), **ddp)
+    counted["fitted dense"] = fitted(pruner(enabled=False), **ddp)
+    counted["predicted"] = predicted(pruner(schedule=6), **ddp)
     rank = found["planned"]["rank"]
+    path.with_suffix(f".counted.{rank}").write_text(json.dumps(counted))
     path.with_suffix(f".{rank}").write_text(json.dumps(found))
 
 
