@@ -336,3 +336,64 @@ def test_overlay_says_what_the_callback_does_by_default() -> None:
     (added,) = yaml.safe_load((CONFIGS / "pruning.yaml").read_text())["trainer"]["callbacks+"]
     defaults = {name: p.default for name, p in inspect.signature(TokenPruning.__init__).parameters.items()}
     assert added["init_args"].items() <= defaults.items()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Digits as files: ten classes, and as many images as two processes cannot share evenly."""
+    from PIL import Image
+
+    from lightning_prune.digits import ClutteredDigits
+
+    root, digits = tmp_path_factory.mktemp("images"), ClutteredDigits("held_out")
+    wanted = {label: 3 if label else 2 for label in range(10)}
+    for index in range(len(digits)):
+        pixels, label = digits[index]
+        if wanted[label]:
+            (root / f"class{label}").mkdir(exist_ok=True)
+            gray = ((pixels[0] - pixels.min()) / (pixels.max() - pixels.min()) * 255).byte().numpy()
+            Image.fromarray(gray).save(root / f"class{label}" / f"{wanted[label]}.png")
+            wanted[label] -= 1
+    assert sum(wanted.values()) == 0
+    return root
+
+
+def images_of(folder: Path) -> list[str]:
+    of_digits = ("--data=DigitsData", "--trainer.limit_")
+    words = [word for word in TINY if not word.startswith(of_digits)]
+    words.insert(3, "--data=ImageFolderData")  # before what is set of it
+    return [*words, f"--data.init_args.root={folder}", "--data.init_args.num_workers=0", "--prune.schedule=90"]
+
+
+DDP = ["--trainer.devices=2", "--trainer.strategy=ddp"]
+
+
+def test_validate_in_two_processes_says_what_one_says(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def figures(told: str) -> dict[str, float]:
+        rows = re.findall(r"(val/top1|val/top5|val/loss|pruning/removed|pruning/tokens)[ │]+([\d.e-]+)", told)
+        return {name: float(value) for name, value in rows}
+
+    run = separate("-m", "lightning_prune", "validate", *images_of(folder), *DDP)
+    assert run.returncode == 0, run.stderr
+    assert main(["validate", *images_of(folder)]) == 0
+    alone, together = figures(capsys.readouterr().out), figures(run.stdout)
+    assert list(alone) == ["pruning/removed", "pruning/tokens", "val/loss", "val/top1", "val/top5"]
+    assert together == pytest.approx(alone, rel=1e-6)
+    assert together["val/top1"] == alone["val/top1"]
+    assert 0 < together["val/top5"] == alone["val/top5"] < 1
+    assert together["pruning/removed"] == 90
+    assert run.stdout.count("Token pruning") == 1  # rank 0 alone tells
+
+
+def test_compare_in_two_processes_writes_what_one_writes(folder: Path, tmp_path: Path) -> None:
+    run = separate("-m", "lightning_prune", "compare", *images_of(folder), *DDP, f"--output={tmp_path / 'two'}")
+    assert run.returncode == 0, run.stderr
+    assert main(["compare", *images_of(folder), f"--output={tmp_path / 'one'}"]) == 0
+    one, two = (json.loads((tmp_path / name / "results.json").read_text())["rows"] for name in ("one", "two"))
+    same = ("variant", "method", "block", "removed", "tokens", "top1", "top5", "batch_size", "precision")
+    assert [[row[key] for key in same] for row in two] == [[row[key] for key in same] for row in one]
+    assert [row["variant"] for row in two] == ["dense", "pomt given"]
+    assert all(0 < row["top5"] < 1 for row in two)
+    schedules = [lp.Schedule.load(tmp_path / name / "schedule.yaml") for name in ("one", "two")]
+    assert schedules[0] == schedules[1]
+    assert run.stdout.count("Written: ") == 1
