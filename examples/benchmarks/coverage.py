@@ -287,7 +287,7 @@ def main() -> int:
             print("WRONG:", rows[-1], flush=True)
     if arguments.output:
         with arguments.output.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, COLUMNS)
+            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
             writer.writeheader()
             for each in rows:
                 error = each.get("oracle")
