@@ -368,14 +368,29 @@ def images_of(folder: Path) -> list[str]:
 DDP = ["--trainer.devices=2", "--trainer.strategy=ddp"]
 
 
-def test_validate_in_two_processes_says_what_one_says(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+TWO_COMMANDS = """
+import json, os, pathlib, sys
+from lightning_prune.__main__ import main
+statuses = [main(words) for words in json.loads(sys.argv[1])]
+pathlib.Path(f"statuses.{os.environ.get('LOCAL_RANK', '0')}").write_text(json.dumps(statuses))
+"""
+
+
+def test_validate_in_two_processes_says_what_one_says(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And what is wrong on rank 0 ends both, and is told by both."""
+
     def figures(told: str) -> dict[str, float]:
         rows = re.findall(r"(val/top1|val/top5|val/loss|pruning/removed|pruning/tokens)[ │]+([\d.e-]+)", told)
         return {name: float(value) for name, value in rows}
 
-    run = separate("-m", "lightning_prune", "validate", *images_of(folder), *DDP)
+    (tmp_path / "commands.py").write_text(TWO_COMMANDS)
+    words = ["validate", *images_of(folder)]
+    commands = [[*words, *DDP], [*words, *DDP, "--prune.schedule=197"]]
+    run = separate("commands.py", json.dumps(commands), cwd=tmp_path)
     assert run.returncode == 0, run.stderr
-    assert main(["validate", *images_of(folder)]) == 0
+    assert main(words) == 0
     alone, together = figures(capsys.readouterr().out), figures(run.stdout)
     assert list(alone) == ["pruning/removed", "pruning/tokens", "val/loss", "val/top1", "val/top5"]
     assert together == pytest.approx(alone, rel=1e-6)
@@ -383,6 +398,10 @@ def test_validate_in_two_processes_says_what_one_says(folder: Path, capsys: pyte
     assert 0 < together["val/top5"] == alone["val/top5"] < 1
     assert together["pruning/removed"] == 90
     assert run.stdout.count("Token pruning") == 1  # rank 0 alone tells
+    assert [json.loads((tmp_path / f"statuses.{rank}").read_text()) for rank in range(2)] == [[0, 2], [0, 2]]
+    message = "Block 1 is asked to remove 197 tokens, but of the 197 that enter it pomt can remove at most 194."
+    assert run.stderr.count(f"error: {message}") == 1  # lines of two processes may run into each other
+    assert run.stderr.count(f"error: ScheduleError on rank 0: {message}") == 1
 
 
 def test_compare_in_two_processes_writes_what_one_writes(folder: Path, tmp_path: Path) -> None:

@@ -102,6 +102,7 @@ PLACES: dict[str, Callable[[], nn.Module]] = {
     "dynamically quantized": quantized,
     "weights quantized by torchao": weights_quantized,
 }
+SLOW = ("in a compiled wrapper", "auto")  # test_loops.py plans for a compiled transformer
 
 
 def say(network: nn.Module) -> Tensor:
@@ -109,8 +110,9 @@ def say(network: nn.Module) -> Tensor:
         return network.eval()(pictures(8))
 
 
-@pytest.mark.parametrize("schedule", [6, "auto"])
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(
+    ("place", "schedule"), [(place, way) for place in PLACES for way in (6, "auto") if (place, way) != SLOW]
+)
 def test_it_is_found_pruned_and_restored(place: str, schedule: Any) -> None:
     torch._dynamo.reset()
     network = PLACES[place]()
