@@ -4,6 +4,7 @@ from torch import Tensor
 
 from lightning_prune.errors import DataError
 from lightning_prune.evaluation import Evaluation, check_batch, split_batch
+from lightning_prune.shares import Share
 
 LABELS = torch.tensor([0, 2, 5, 1])
 
@@ -80,3 +81,22 @@ def test_half_precision_logits_are_counted_in_float() -> None:
     evaluation = Evaluation(num_classes=6, warmup=0)
     evaluation.update(torch.eye(6, dtype=torch.bfloat16)[:4], torch.arange(4))
     assert evaluation.finish()["loss"].compute().item() == pytest.approx(1.0435, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("share", "counted"),
+    [(None, 8), (Share(items=8, distinct=8, batch_size=4), 8), (Share(8, 5, 4), 5), (Share(8, 4, 4), 4)],
+)
+def test_repeated_images_are_left_out_of_accuracy_and_loss(share: Share | None, counted: int) -> None:
+    """Two batches of four, all classified rightly but for what stands after the images that count."""
+    evaluation = Evaluation(num_classes=6, warmup=0)
+    evaluation.shares = [None, share]
+    classes = torch.arange(8).where(torch.arange(8) < counted, 5) % 4
+    right = torch.where(torch.arange(8) < counted, classes, classes + 1)
+    for batch_idx, (logits, labels) in enumerate(zip(torch.eye(6)[classes].split(4), right.split(4), strict=True)):
+        evaluation.update(logits, labels, batch_idx, dataloader_idx=1)
+    metrics = evaluation.finish()
+    assert metrics["top1"].compute().item() == 1.0
+    assert metrics["loss"].weight.item() == counted
+    evaluation.update(torch.eye(6)[[5]], torch.tensor([0]), 0, dataloader_idx=0)  # the other loader repeats nothing
+    assert metrics["top1"].compute().item() == pytest.approx(counted / (counted + 1))

@@ -585,3 +585,41 @@ def test_a_compiled_module_is_told_to_compile_its_transformer(recwarn: pytest.Wa
     assert len(told) == 1
     assert "`module.vit.compile()` or `ImageClassifier(compile=True)`" in told[0]
     torch._dynamo.reset()
+
+
+class Watching(L.Callback):
+    """Remembers its hooks, and whether the model was patched then."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, bool]] = []
+
+    def _look(self, hook: str, pl_module: Any) -> None:
+        self.seen.append((hook, type(pl_module.vit.blocks[1]).__name__ != "Block"))
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._look("setup", pl_module)
+
+    def on_validation_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        self._look("batch", pl_module)
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._look("epoch", pl_module)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._look("end", pl_module)
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._look("teardown", pl_module)
+
+
+def test_wherever_it_stands_other_callbacks_see_the_same() -> None:
+    """It moves to the front; they keep their order, and miss no hook and get none twice."""
+    callback, others = pruner(schedule=5), [Watching(), Watching(), Watching()]
+    running = trainer(others[0], others[1], callback, others[2])
+    for _ in range(2):
+        running.validate(Tiny(), loader(8), verbose=False)
+        own = [each for each in vars(running)["callbacks"] if each in (callback, *others)]
+        assert own == [callback, *others]
+    expected = [("setup", False), ("batch", True), ("batch", True), ("epoch", True), ("end", False)]
+    for other in others:
+        assert other.seen == [*expected, ("teardown", False)] * 2
