@@ -13,6 +13,7 @@ from lightning_prune.patching.blocks import Halves
 from lightning_prune.patching.families.base import Family, Setting
 from lightning_prune.patching.origin import Origin
 from lightning_prune.patching.overlay import Overlay
+from lightning_prune.patching.per_thread import PerThread
 from lightning_prune.patching.survivors import Survivors, survivors_of
 from lightning_prune.patching.tap import recorded_attention
 from lightning_prune.patching.told import Ear
@@ -23,20 +24,16 @@ from lightning_prune.reduction.base import Attention, Reduction, Sequence
 class PixelSite:
     """Keeps the images of the forward pass that is under way for a reduction that reads them."""
 
-    pixels: Tensor | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leaves the images out of copies and pickles."""
-        return {"pixels": None}
+    pixels: PerThread[Tensor] = field(default_factory=PerThread)
 
     def take(self) -> Tensor | None:
         """The images; forgotten once taken, so that no batch outlives its forward pass.
 
         With gradients they stay until the next pass: a checkpointed block asks for them again during backward.
         """
-        pixels = self.pixels
+        pixels = self.pixels.get()
         if not torch.is_grad_enabled():
-            self.pixels = None
+            self.pixels.set(None)
         return pixels
 
 
@@ -59,15 +56,11 @@ class BlockSite:
     pixels: PixelSite | None = None
     keeps_account: bool = False  # whether later blocks read `survivors`
     last: bool = False  # whether no patched block comes after this one
-    survivors: Survivors | None = None
+    survivors: PerThread[Survivors] = field(default_factory=PerThread)
     fused: list[Setting] = field(default_factory=list)  # what was changed to have fused attention in the block
     ear: Ear | None = None  # of attention modules that make no fused call
     expects: int | None = None  # tokens that the schedule was made to meet here, where it says so
     origin: Origin | None = None  # where the schedule was made; asked at the first batch
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leaves the tensors of the last forward pass out of copies and pickles."""
-        return {**self.__dict__, "survivors": None}
 
     def removes(self, tokens: int) -> int:
         """How many tokens go, of `tokens` that enter the block."""
@@ -92,15 +85,20 @@ class BlockSite:
             origin, self.origin = self.origin, None
             origin.warn(x)
 
-    def leave(self, survivors: Survivors | None) -> None:
-        """Tells the next block who is left; after the last one nothing gathered on the way is needed any more."""
-        self.survivors = survivors
-        if self.last and survivors is not None and not torch.is_grad_enabled():
-            survivors.carried.clear()
-
     def arrived(self) -> Survivors | None:
         """What the reductions before this block left; None where nothing needs to be known of it."""
-        return self.previous.survivors if self.previous is not None else None
+        return self.previous.survivors.get() if self.previous is not None else None
+
+    def leave(self, survivors: Survivors | None) -> None:
+        """Tells the next block who is left; after the last one nobody needs to know any more.
+
+        With gradients it stays until the next pass: a checkpointed block asks for it again during backward.
+        """
+        self.survivors.set(survivors)
+        site = self if self.last and survivors is not None and not torch.is_grad_enabled() else None
+        while site is not None:
+            site.survivors.set(None)
+            site = site.previous
 
 
 class ReducedBlock(Overlay):
@@ -153,7 +151,7 @@ class RecordingEntry(Overlay):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The module's own computation."""
-        self._prune_site.pixels = x
+        self._prune_site.pixels.set(x)
         return super().forward(x, *args, **kwargs)
 
 

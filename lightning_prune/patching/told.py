@@ -1,43 +1,46 @@
 """Reads the query, key and value of attention modules that make no fused call of their own."""
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from lightning_prune.errors import UnsupportedModelError
 from lightning_prune.patching.overlay import Overlay
+from lightning_prune.patching.per_thread import PerThread
 from lightning_prune.reduction.base import Attention
+
+
+class Question(NamedTuple):
+    """What an attention module is asked to tell while its block runs.
+
+    Attributes:
+        calls: Where to record.
+        log_sizes: (B, N) to be added to the logits of every key, or None.
+    """
+
+    calls: list[Attention]
+    log_sizes: Tensor | None
 
 
 @dataclass(eq=False)
 class Ear:
-    """What an attention module that makes no fused call is asked to tell while its block runs.
+    """Where an attention module that makes no fused call finds what it is asked; nothing while nobody listens."""
 
-    Attributes:
-        calls: Where to record; None while nobody listens.
-        log_sizes: (B, N) to be added to the logits of every key, or None.
-    """
-
-    calls: list[Attention] | None = None
-    log_sizes: Tensor | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leaves tensors out of copies and pickles."""
-        return {"calls": None, "log_sizes": None}
+    question: PerThread[Question] = field(default_factory=PerThread)
 
 
 class Listening:
     """Makes an ear listen while one block runs: what `AttentionTap` is for modules without a fused call."""
 
     def __init__(self, ear: Ear, calls: list[Attention], log_sizes: Tensor | None) -> None:
-        self._ear, self._calls, self._log_sizes = ear, calls, log_sizes
+        self._ear, self._question = ear, Question(calls, log_sizes)
 
     def __enter__(self) -> None:
-        self._ear.calls, self._ear.log_sizes = self._calls, self._log_sizes
+        self._ear.question.set(self._question)
 
     def __exit__(self, *_: object) -> None:
-        self._ear.calls, self._ear.log_sizes = None, None
+        self._ear.question.set(None)
 
 
 class ToldAttention(Overlay):
@@ -54,11 +57,11 @@ class ToldAttention(Overlay):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The module's own computation."""
-        ear = self._prune_site
-        if ear.calls is not None:
-            ear.calls.append(self.read(x))
-        if ear.log_sizes is not None:
-            kwargs = self.weighed(kwargs, ear.log_sizes)
+        question = self._prune_site.question.get()
+        if question is not None:
+            question.calls.append(self.read(x))
+            if question.log_sizes is not None:
+                kwargs = self.weighed(kwargs, question.log_sizes)
         return super().forward(x, *args, **kwargs)
 
     def weighed(self, kwargs: dict[str, Any], log_sizes: Tensor) -> dict[str, Any]:
