@@ -50,7 +50,7 @@ def put_on(module: nn.Module, mixin: type[Overlay], site: Any = None) -> None:
     """
     if "forward" in module.__dict__:
         raise UnsupportedModelError(
-            f"The `forward` of a {type(module).__name__} was replaced on the module itself (accelerate does so for "
+            f"The `forward` of {type(module).__name__} was replaced on the module itself (accelerate does so for "
             f"models spread over devices), where a patch of its class has no effect; undo that first."
         )
     module.__dict__["_prune_site"] = site
