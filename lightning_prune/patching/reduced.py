@@ -13,7 +13,7 @@ from lightning_prune.patching.blocks import Halves
 from lightning_prune.patching.families.base import Family, Setting
 from lightning_prune.patching.origin import Origin
 from lightning_prune.patching.overlay import Overlay
-from lightning_prune.patching.per_thread import PerThread
+from lightning_prune.patching.per_thread import KeptForBackward
 from lightning_prune.patching.survivors import Survivors, survivors_of
 from lightning_prune.patching.tap import recorded_attention
 from lightning_prune.patching.told import Ear
@@ -24,16 +24,12 @@ from lightning_prune.reduction.base import Attention, Reduction, Sequence
 class PixelSite:
     """Keeps the images of the forward pass that is under way for a reduction that reads them."""
 
-    pixels: PerThread[Tensor] = field(default_factory=PerThread)
+    pixels: KeptForBackward[Tensor] = field(default_factory=KeptForBackward)
 
     def take(self) -> Tensor | None:
-        """The images; forgotten once taken, so that no batch outlives its forward pass.
-
-        With gradients they stay until the next pass: a checkpointed block asks for them again during backward.
-        """
+        """The images; forgotten once taken, so that no batch outlives its forward pass, or the backward after it."""
         pixels = self.pixels.get()
-        if not torch.is_grad_enabled():
-            self.pixels.set(None)
+        self.pixels.set(None)
         return pixels
 
 
@@ -56,7 +52,7 @@ class BlockSite:
     pixels: PixelSite | None = None
     keeps_account: bool = False  # whether later blocks read `survivors`
     last: bool = False  # whether no patched block comes after this one
-    survivors: PerThread[Survivors] = field(default_factory=PerThread)
+    survivors: KeptForBackward[Survivors] = field(default_factory=KeptForBackward)
     fused: list[Setting] = field(default_factory=list)  # what was changed to have fused attention in the block
     ear: Ear | None = None  # of attention modules that make no fused call
     expects: int | None = None  # tokens that the schedule was made to meet here, where it says so
@@ -79,7 +75,8 @@ class BlockSite:
         self.family.check_call(args, kwargs)
         if self.expects is not None and self.expects != x.shape[1]:
             raise ScheduleError(
-                f"The schedule was made for {self.expects} tokens entering block {self.index}; {x.shape[1]} enter it."
+                f"The schedule was made for {self.expects} tokens entering block {self.index}; {x.shape[1]} enter it. "
+                "Give keep rates (KeepRates) where images come in several sizes."
             )
         if self.origin is not None and not torch.compiler.is_compiling():
             origin, self.origin = self.origin, None
@@ -89,13 +86,10 @@ class BlockSite:
         """What the reductions before this block left; None where nothing needs to be known of it."""
         return self.previous.survivors.get() if self.previous is not None else None
 
-    def leave(self, survivors: Survivors | None) -> None:
-        """Tells the next block who is left; after the last one nobody needs to know any more.
-
-        With gradients it stays until the next pass: a checkpointed block asks for it again during backward.
-        """
-        self.survivors.set(survivors)
-        site = self if self.last and survivors is not None and not torch.is_grad_enabled() else None
+    def leave(self, survivors: Survivors | None, keep: bool) -> None:
+        """Tells the next block who is left; after the last one nobody needs to know, unless backward may ask again."""
+        self.survivors.set(survivors, keep)
+        site = self if self.last and survivors is not None else None
         while site is not None:
             site.survivors.set(None)
             site = site.previous
@@ -108,7 +102,7 @@ class ReducedBlock(Overlay):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The block's own computation with the reduction at its place."""
-        site = self._prune_site
+        site, entered = self._prune_site, x
         reduction, family, prefix = site.reduction, site.family, site.prefix_tokens
         arrived = site.arrived()
         remove = site.removes(x.shape[1])
@@ -140,7 +134,7 @@ class ReducedBlock(Overlay):
             after, arrived = _reduce(site, sequence, remove, arrived)
             if halves is not None:
                 after = halves.mlp(self, after)
-        site.leave(arrived)
+        site.leave(arrived, _differentiated(entered))
         return after
 
 
@@ -151,8 +145,13 @@ class RecordingEntry(Overlay):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The module's own computation."""
-        self._prune_site.pixels.set(x)
+        self._prune_site.pixels.set(x, _differentiated(x))
         return super().forward(x, *args, **kwargs)
+
+
+def _differentiated(x: Tensor) -> bool:
+    """Whether a backward pass may come: gradients are on, or off only for the sake of checkpointing."""
+    return torch.is_grad_enabled() or x.requires_grad
 
 
 def _reduce(

@@ -202,7 +202,7 @@ class TestPositions:
         for _, reduced in Watching.seen:
             for b, row in enumerate(reduced.positions.tolist()):
                 positions[b] = [-1 if i < 0 else positions[b][i] for i in row]
-        survivors = model.blocks[3].__dict__["_prune_site"].survivors.get()
+        survivors = model.blocks[3].__dict__["_prune_site"].survivors._kept
         assert survivors.positions.tolist() == positions
         assert len(positions[0]) == 15
         handle.remove()

@@ -2,6 +2,7 @@
 
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from threading import Barrier
 from typing import Any, ClassVar
 
@@ -80,3 +81,39 @@ def test_nothing_is_left_behind(kind: str) -> None:
         states = [value for site in sites for value in vars(site).values() if isinstance(value, PerThread)]
         assert states
         assert not any(state._values for state in states)
+
+
+def gradients(model: Any, images: Tensor, elsewhere: bool) -> list[Tensor]:
+    """Of all parameters that have one; backward runs in another thread where asked, as it does on a GPU."""
+    model.zero_grad(set_to_none=True)
+    loss = model(images).square().sum()
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(loss.backward).result() if elsewhere else loss.backward()
+    return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("frozen", [0, 2])
+@pytest.mark.parametrize(
+    ("kind", "reentrant"),
+    [*((kind, False) for kind in MODELS), ("told", True), ("pixels", True)],  # the others' blocks take keywords
+)
+def test_checkpointed_blocks_find_their_state_in_backward(
+    kind: str, frozen: int, reentrant: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, method, removed = MODELS[kind]
+    torch.manual_seed(0)
+    model = timm.create_model(name, depth=4, embed_dim=32, num_heads=4, img_size=80, num_classes=5).eval()
+    for part in (model.patch_embed, *model.blocks[:frozen]):
+        part.requires_grad_(frozen == 0)
+    module = __import__(type(model).__module__, fromlist=["checkpoint"])
+    for attribute in ("checkpoint", "checkpoint_seq"):
+        if hasattr(module, attribute):
+            monkeypatch.setattr(module, attribute, partial(getattr(module, attribute), use_reentrant=reentrant))
+    images = torch.randn(2, 3, 80, 80)
+    with lp.patch(model, method, removed):
+        expected = gradients(model, images, elsewhere=False)
+        model.set_grad_checkpointing(True)
+        for elsewhere in (False, True):
+            found = gradients(model, images, elsewhere)
+            assert len(found) == len(expected) > 3
+            assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(found, expected, strict=True))
