@@ -18,6 +18,7 @@ from lightning_prune.patching import find_vision_transformer
 from lightning_prune.planning import Objective, ProxyCurve, plan
 from lightning_prune.profiling import Timing, compare_latency, profile_latency
 from lightning_prune.schedule import Schedule
+from lightning_prune.shares import shares_of
 
 
 class Survey(L.Callback):
@@ -43,7 +44,9 @@ class Survey(L.Callback):
         """Decides, once."""
         if dataloader_idx:  # the table is of the first loader
             return
-        self.images += len(images_from_batch(batch, self.pruner.images_from_batch))
+        count = len(images_from_batch(batch, self.pruner.images_from_batch))
+        share = shares_of(trainer)[0]
+        self.images += count if share is None else share.counted(batch_idx, count)
         if not self.timings:
             refuse_sharded(trainer)
             start = perf_counter()
@@ -67,7 +70,7 @@ class Survey(L.Callback):
                 calibration = pruner.sample(trainer, pl_module, batch)
                 decisions = self._planned(pl_module, images, calibration)
             else:
-                schedule = given_schedule(pruner.schedule, pruner.block, transformer.depth)
+                schedule = given_schedule(pruner.schedule, pruner.block, transformer)
                 limit = pruner.max_seconds / 3
                 given = measure_given(
                     pl_module, images, pruner.reduction, schedule, limit, pruner.target, progress=pruner.verbose

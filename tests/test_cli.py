@@ -120,12 +120,18 @@ def test_compare_under_a_schedule_and_validate_from_its_file(
     assert "pruning/speedup" in told
 
 
-@pytest.mark.parametrize("value", ["auto", "12", "[3,0,4,0]"])
+@pytest.mark.parametrize("value", ["auto", "12", "0.5", "[3,0,4,0]"])
 def test_every_form_of_a_schedule_is_taken(value: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["test", *TINY, f"--prune.schedule={value}"]) == 0
     told = capsys.readouterr().out
     assert "test/top1" in told
-    assert {"auto": "judged by", "12": "R = 12 (", "[3,0,4,0]": "3 at block 0, 4 at block 2"}[value] in told
+    panel = {
+        "auto": "judged by",
+        "12": "R = 12 (pomt: 12 at block 1)",
+        "0.5": "R = 98 (pomt: 98 at block 1 by keep rate)",
+        "[3,0,4,0]": "3 at block 0, 4 at block 2",
+    }
+    assert panel[value] in told
 
 
 def test_profile_writes_a_curve_and_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -195,7 +201,7 @@ def test_files_that_are_no_schedules(content: str, tmp_path: Path, capsys: pytes
     path.write_text(content)
     told = fails(capsys, "validate", *TINY, f"--prune.schedule={path}")
     assert str(path) in told
-    assert "lightning_prune.schedule file" in told
+    assert "lightning_prune.schedule or lightning_prune.keep_rates file" in told
 
 
 @pytest.mark.parametrize("command", ["compare", "profile"])

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, Literal, get_args
 
 from lightning_prune.errors import ArgumentError
+from lightning_prune.keep_rates import KeepRates, load_schedule
 from lightning_prune.planning import Objective
 from lightning_prune.profiling.latency import Protocol
 from lightning_prune.schedule import Schedule
@@ -42,7 +43,7 @@ def check_arguments(**given: Any) -> None:
             raise ArgumentError(f"`{name}` must be {expected}, got {value!r}.")
 
 
-def readable_schedule(schedule: Any) -> Literal["auto"] | int | list[int] | Schedule:
+def readable_schedule(schedule: Any) -> Literal["auto"] | int | float | list[int] | Schedule | KeepRates:
     """Loads a schedule that is given as a path, and refuses what can never be one.
 
     Raises:
@@ -50,15 +51,17 @@ def readable_schedule(schedule: Any) -> Literal["auto"] | int | list[int] | Sche
         ScheduleError: If it is a list that is no schedule.
         FileFormatError: If the file holds none.
     """
-    if schedule == "auto" or isinstance(schedule, Schedule):
+    if schedule == "auto" or isinstance(schedule, Schedule | KeepRates):
+        return schedule
+    if isinstance(schedule, float) and 0 < schedule <= 1:
         return schedule
     if isinstance(schedule, int) and not isinstance(schedule, bool):
         return schedule
     if isinstance(schedule, list | tuple):
         return list(Schedule(schedule).removed)
     if isinstance(schedule, str) or hasattr(schedule, "__fspath__"):
-        return Schedule.load(schedule)
+        return load_schedule(schedule)
     raise ArgumentError(
-        f"`schedule` must be 'auto', a number of tokens, a list with one number a block, a Schedule or the path of "
-        f"one, got {schedule!r}."
+        f"`schedule` must be 'auto', a number of tokens, a keep rate in (0, 1], a list with one number a block, a "
+        f"Schedule, KeepRates or the path of either, got {schedule!r}."
     )

@@ -1,12 +1,15 @@
 """What a callback decided: the schedule that a run uses, and what it is known to cost."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from lightning_prune.errors import ScheduleError
+from lightning_prune.keep_rates import KeepRates
 from lightning_prune.patching import VisionTransformer, check_schedule, find_vision_transformer
+from lightning_prune.patching.patch import check_depth
 from lightning_prune.planning import Plan
 from lightning_prune.profiling import compare_latency, measurement_context, resolve_block
 from lightning_prune.profiling.latency import count_tokens, ready_to_run
@@ -35,6 +38,7 @@ class Decision:
         plan: The whole plan, where one was made.
         calibration: Which images it was judged by, where a plan was made.
         differences: How a given schedule's origin differs from this run.
+        keep_rates: The keep rates that were given; None where tokens were counted.
     """
 
     schedule: Schedule
@@ -51,6 +55,7 @@ class Decision:
     plan: Plan | None = None
     calibration: str = ""
     differences: tuple[str, ...] = ()
+    keep_rates: KeepRates | None = None
 
     def metrics(self) -> dict[str, float]:
         """The figures as Lightning logs them."""
@@ -61,6 +66,17 @@ class Decision:
             "pruning/tokens": float(self.tokens),
             "pruning/removed": float(self.schedule.total),
         }
+
+    def deployable(self, transformer: VisionTransformer) -> Schedule | KeepRates:
+        """What to patch with: keep rates where the images decide the token count, unless tokens were counted by hand.
+
+        The device and the batch were compared when this was decided; a patch need not do so again.
+        """
+        if transformer.tokens is None and self.keep_rates is not None:
+            return KeepRates(self.keep_rates.rates)
+        if transformer.tokens is None and self.plan is not None:
+            return KeepRates.of(Schedule(self.schedule.removed), self.dense_tokens, transformer.prefix_tokens)
+        return Schedule(self.schedule.removed, {"tokens_dense": self.dense_tokens})
 
     @classmethod
     def from_plan(cls, plan: Plan, calibration: str) -> "Decision":
@@ -82,25 +98,28 @@ class Decision:
         )
 
 
-def given_schedule(schedule: int | list[int] | Schedule, block: int | float, depth: int) -> Schedule:
-    """A schedule from the forms that users write: R tokens at `block`, a list with one number a block, a Schedule."""
-    if isinstance(schedule, Schedule):
+def given_schedule(
+    schedule: int | float | list[int] | Schedule | KeepRates, block: int | float, transformer: VisionTransformer
+) -> Schedule | KeepRates:
+    """A schedule from the forms that users write.
+
+    R tokens at `block`, or a keep rate there; a list with one number a block; a `Schedule` or `KeepRates`.
+    """
+    if isinstance(schedule, Schedule | KeepRates):
         return schedule
+    if isinstance(schedule, list):
+        return Schedule(schedule)
+    index = resolve_block(block, transformer.depth, transformer.first)
     if isinstance(schedule, int):
-        return Schedule.single(depth, resolve_block(block, depth), schedule)
-    return Schedule(schedule)
-
-
-def deployed(schedule: Schedule) -> Schedule:
-    """The schedule for `patch`, which would tell again, and of less, that it was made elsewhere."""
-    return Schedule(schedule.removed, {k: v for k, v in schedule.provenance.items() if k not in _TRAVELS})
+        return Schedule.single(transformer.depth, index, schedule)
+    return KeepRates.single(transformer.depth, index, schedule)
 
 
 def measure_given(
     model: nn.Module,
     images: Tensor,
     reduction: Reduction,
-    schedule: Schedule,
+    schedule: Schedule | KeepRates,
     max_seconds: float,
     target: str | None,
     progress: bool,
@@ -114,24 +133,31 @@ def measure_given(
     with ready_to_run(transformer):
         n = count_tokens(transformer, images)
         context = measurement_context(transformer.runner, images)
-    _refuse_foreign(schedule, transformer, reduction, n)
+    rates = schedule if isinstance(schedule, KeepRates) else None
+    if isinstance(schedule, KeepRates):
+        check_depth(transformer, schedule)
+        counts = Schedule(schedule.schedule(n, transformer.prefix_tokens).removed)
+    else:
+        counts = schedule
+    _refuse_foreign(counts, transformer, reduction, n)
     variants: dict[str, tuple[str | Reduction, Schedule] | None] = {"dense": None}
-    if schedule.total:
-        variants["pruned"] = (reduction, deployed(schedule))
+    if counts.total:
+        variants["pruned"] = (reduction, counts)
     timings = compare_latency(model, images, variants, max_seconds=max_seconds, target=target, progress=progress)
     pruned = timings.get("pruned", timings["dense"])  # nothing removed: the model is the dense one
     return Decision(
-        schedule=schedule,
+        schedule=counts,
         method=reduction.name,
         dense_tokens=n,
-        tokens=schedule.tokens(n)[-1],
+        tokens=counts.tokens(n)[-1],
         dense_ms=timings["dense"].milliseconds,
         latency_ms=pruned.milliseconds,
         speedup=1 / pruned.ratio,
         predicted_ms=None,
         reason="The schedule was given.",
         context=context,
-        differences=_differences(schedule, reduction, context),
+        differences=_differences(schedule.provenance, reduction, context),
+        keep_rates=rates,
     )
 
 
@@ -142,8 +168,7 @@ def _refuse_foreign(schedule: Schedule, transformer: VisionTransformer, reductio
         raise ScheduleError(f"The schedule was made for {made_for} tokens; {n} enter this model.")
 
 
-def _differences(schedule: Schedule, reduction: Reduction, context: dict[str, Any]) -> tuple[str, ...]:
-    origin = schedule.provenance
+def _differences(origin: Mapping[str, Any], reduction: Reduction, context: dict[str, Any]) -> tuple[str, ...]:
     here = {key: context[key] for key in _TRAVELS} | {"method": reduction.name}
     return tuple(
         f"{key} {origin[key]} there, {value} here"

@@ -14,16 +14,18 @@ from torch import Tensor
 from lightning_prune.callbacks.arguments import check_arguments, readable_schedule
 from lightning_prune.callbacks.attached import attached_callbacks
 from lightning_prune.callbacks.checkpoints import make_dense
-from lightning_prune.callbacks.decision import Decision, deployed, given_schedule, measure_given
+from lightning_prune.callbacks.decision import Decision, given_schedule, measure_given
+from lightning_prune.callbacks.form import Form, form_of
 from lightning_prune.callbacks.images import Calibration, calibration_images, images_from_batch
 from lightning_prune.callbacks.random_state import preserving_random_state
 from lightning_prune.callbacks.stages import EvaluationCallback
 from lightning_prune.callbacks.together import decided_by_rank_zero, refuse_sharded
 from lightning_prune.errors import ArgumentError, UnsupportedModelError
+from lightning_prune.keep_rates import KeepRates
 from lightning_prune.patching import PatchHandle, VisionTransformer, find_vision_transformer, patch
 from lightning_prune.planning import Objective, Utility, plan
 from lightning_prune.planning.planner import PAPER_IMAGES
-from lightning_prune.profiling import measurement_context, resolve_block
+from lightning_prune.profiling import measurement_context
 from lightning_prune.profiling.latency import Protocol, check_dense
 from lightning_prune.reduction import Reduction, resolve
 from lightning_prune.schedule import Schedule
@@ -47,9 +49,10 @@ class TokenPruning(EvaluationCallback):
 
     Args:
         method: Name of the reduction, or a `lightning_prune.reduction.Reduction`.
-        schedule: `"auto"` plans one; R removes so many tokens at `block`; a list has one number a block; a `Schedule`
-            or the path of a saved one is used as it is, and timed beside dense. With a given schedule `objective`,
-            `alpha`, `calibration` and `protocol` play no part.
+        schedule: `"auto"` plans one; R removes so many tokens at `block`, and 0.7 keeps so many of its patch tokens; a
+            list has one number a block; a `Schedule`, `KeepRates` or the path of saved ones is used as it is, and timed
+            beside dense. With a given schedule `objective`, `alpha`, `calibration` and `protocol` play no part. Where
+            images come in several sizes, a planned schedule and keep rates hold for all; counts for the first only.
         objective: What to optimise; `Utility(alpha)` if None.
         block: The reducing block: an index, or a fraction of the depth (0.25 is the POMT paper's).
         alpha: Weight of latency against accuracy where `objective` is None, in [0, 1].
@@ -87,7 +90,7 @@ class TokenPruning(EvaluationCallback):
     def __init__(
         self,
         method: str | Reduction = "pomt",
-        schedule: Literal["auto"] | int | list[int] | str | Path | Schedule = "auto",
+        schedule: Literal["auto"] | int | float | list[int] | str | Path | Schedule | KeepRates = "auto",
         objective: Objective | None = None,
         block: int | float = 0.25,
         alpha: float = 0.5,
@@ -127,13 +130,13 @@ class TokenPruning(EvaluationCallback):
         self.decision: Decision | None = None
         self._made_with: tuple[Any, ...] | None = None
         self._handle: PatchHandle | None = None
-        self._batch_size: int | None = None  # of the running loop; None while no run is pruned, 0 where unknown
+        self._form: Form | None = None  # of the first batch of the running loop; None where unknown, or told before
         self._running: ReferenceType[L.Trainer] | None = None  # whose run is pruned
         self._met_batch = False
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the run under way and the model that was measured: a copy decides anew, for the model it meets."""
-        idle = {"_handle": None, "_batch_size": None, "_running": None}
+        idle = {"_handle": None, "_form": None, "_running": None}
         return {**vars(self), **idle, "_made_with": None if self._made_with is None else ()}
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -173,7 +176,7 @@ class TokenPruning(EvaluationCallback):
     ) -> None:
         if not self.enabled or trainer.sanity_checking:
             return
-        if self._batch_size is None:
+        if self._running is None:
             self._open(trainer, pl_module, batch)
         elif self._handle is not None and not self._handle.active:
             raise UnsupportedModelError(
@@ -181,15 +184,15 @@ class TokenPruning(EvaluationCallback):
                 "the run ends."
             )
         elif dataloader_idx == 0:
-            self._check_size(batch, batch_idx)
+            self._check_form(batch, batch_idx)
 
     def _open(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any) -> None:
         self._met_batch = True
         refuse_sharded(trainer)
         self.decision = decided_by_rank_zero(trainer, lambda: self._decide(trainer, pl_module, batch))
-        self._batch_size, self._running = self._size(batch), ref(trainer)
+        self._form, self._running = form_of(batch, self.images_from_batch), ref(trainer)
         if self.decision.schedule.total:
-            schedule = deployed(self.decision.schedule)
+            schedule = self.decision.deployable(find_vision_transformer(pl_module, self.target))
             self._handle = patch(pl_module, self.reduction, schedule, target=self.target)
 
     def _decide(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any) -> Decision:
@@ -206,7 +209,7 @@ class TokenPruning(EvaluationCallback):
                 calibration = self.sample(trainer, pl_module, batch)
                 decision = self._plan(pl_module, images, calibration)
             else:
-                schedule = given_schedule(self.schedule, self.block, transformer.depth)
+                schedule = given_schedule(self.schedule, self.block, transformer)
                 limit = self.max_seconds / 3
                 decision = measure_given(
                     pl_module, images, self.reduction, schedule, limit, self.target, progress=self.verbose
@@ -223,7 +226,7 @@ class TokenPruning(EvaluationCallback):
             example_batch=images,
             method=self.reduction,
             objective=self.objective,
-            block=resolve_block(self.block, find_vision_transformer(pl_module, self.target).depth),
+            block=self.block,
             protocol=self.protocol,
             labels=calibration.labels if self.protocol == "paper" else None,
             max_seconds=self.max_seconds,
@@ -250,24 +253,17 @@ class TokenPruning(EvaluationCallback):
         wishes = (self.reduction, self.schedule, self.objective, self.block, self.protocol, self.target)
         return (ref(transformer.root), context, *wishes)
 
-    def _check_size(self, batch: Any, batch_idx: int) -> None:
-        size = self._size(batch) if self._batch_size else 0  # 0: unknown, or said before
-        if size and size != self._batch_size:
+    def _check_form(self, batch: Any, batch_idx: int) -> None:
+        form = form_of(batch, self.images_from_batch) if self._form else None
+        difference = self._form.difference(form) if self._form and form else None
+        if difference is not None:
             rank_zero_warn(
-                f"Batch {batch_idx} has {size} images; the profile was made at a batch size of {self._batch_size}. "
-                "Pruning goes on, but its measured latency is for that size."
+                f"Batch {batch_idx} {difference}. Pruning goes on, but its measured latency is for that size."
             )
-            self._batch_size = 0
-
-    def _size(self, batch: Any) -> int:
-        """How many images a batch has; 0 where that cannot be said, which is no reason to end a run."""
-        try:
-            return images_from_batch(batch, self.images_from_batch).shape[0]
-        except Exception:
-            return 0
+            self._form = None
 
     def _figures(self) -> dict[str, float]:
-        return self.decision.metrics() if self._batch_size is not None and self.decision is not None else {}
+        return self.decision.metrics() if self._running is not None and self.decision is not None else {}
 
     def _report(self, decision: Decision) -> None:
         for difference in decision.differences:
@@ -282,7 +278,7 @@ class TokenPruning(EvaluationCallback):
             return  # a run of another Trainer, which was refused in `setup`
         if self._handle is not None:
             self._handle.remove()
-        self._handle, self._batch_size, self._running = None, None, None
+        self._handle, self._form, self._running = None, None, None
 
 
 def _warn_if_wrapped_by_compile(pl_module: L.LightningModule) -> None:

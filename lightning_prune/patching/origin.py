@@ -8,6 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from lightning_prune.device import device_name
+from lightning_prune.keep_rates import KeepRates
+from lightning_prune.schedule import Schedule
 
 
 @dataclass(frozen=True)
@@ -42,3 +44,9 @@ class Origin:
                 "measured there.",
                 stacklevel=2,
             )
+
+
+def without_origin(schedule: Schedule | KeepRates) -> Schedule | KeepRates:
+    """The schedule for measuring: that is what elsewhere asks for, and no place for a warning."""
+    kept = {key: value for key, value in schedule.provenance.items() if key not in ("device", "batch_size")}
+    return KeepRates(schedule.rates, kept) if isinstance(schedule, KeepRates) else Schedule(schedule.removed, kept)

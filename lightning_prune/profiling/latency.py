@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.errors import ArgumentError
+from lightning_prune.keep_rates import KeepRates
 from lightning_prune.patching import PatchHandle, VisionTransformer, find_vision_transformer, unpatch
 from lightning_prune.patching.blocks import evaluating
+from lightning_prune.patching.origin import without_origin
 from lightning_prune.patching.overlay import is_overlaid
 from lightning_prune.profiling.context import is_compiled, measurement_context
 from lightning_prune.profiling.curve import LatencyProfile
@@ -101,7 +103,7 @@ def profile_latency(
 def compare_latency(
     model: nn.Module,
     example_batch: Tensor,
-    variants: Mapping[str, tuple[str | Reduction, Schedule] | None],
+    variants: Mapping[str, tuple[str | Reduction, Schedule | KeepRates] | None],
     *,
     rounds: int = 31,
     max_seconds: float | None = 20.0,
@@ -139,9 +141,9 @@ def compare_latency(
         if variant is None:
             unpatch(transformer.root)
         elif name in handles:
-            handles[name].update(variant[1])
+            handles[name].update(without_origin(variant[1]))
         else:
-            handles[name] = PatchHandle(transformer, resolve(variant[0]), variant[1])
+            handles[name] = PatchHandle(transformer, resolve(variant[0]), without_origin(variant[1]))
 
     deadline = float("inf") if max_seconds is None else time.perf_counter() + max_seconds
     with ready_to_run(transformer), ticking("Comparing latency", max_seconds, progress) as tick:

@@ -22,6 +22,7 @@ def decision_panel(decision: "Decision") -> Panel:
     table.add_row("model", f"{context['model']}, {context['parameters'] / 1e6:.1f} M parameters{compiled}")
     table.add_row("batch", f"{context['batch_size']} images, {context['precision']}")
     removed = ", ".join(f"{remove} at block {block}" for block, remove in decision.schedule.reducing.items())
+    removed += " by keep rate" if removed and decision.keep_rates is not None else ""
     table.add_row("tokens", f"{decision.dense_tokens} -> {decision.tokens}")
     table.add_row("removed", f"R = {decision.schedule.total} ({decision.method}: {removed})" if removed else "R = 0")
     table.add_row("latency", _latency(decision))

@@ -8,6 +8,7 @@ import pytest
 import lightning_prune as lp
 from lightning_prune.callbacks.arguments import readable_schedule
 from lightning_prune.callbacks.decision import given_schedule
+from lightning_prune.patching import find_vision_transformer
 
 from .tiny import DEPTH, TOKENS, Snapshot, Tiny, loader, pruner, trainer, validated
 
@@ -40,7 +41,7 @@ def test_given_schedules_are_deployed_and_timed(
     assert decision.reason == "The schedule was given."
     assert decision.speedup == pytest.approx(1.5 if expected.total else 1.0)
     assert running.callback_metrics["pruning/removed"] == expected.total
-    assert given_schedule(callback.schedule, block, DEPTH) == expected
+    assert given_schedule(callback.schedule, block, find_vision_transformer(module)) == expected
 
 
 @pytest.mark.parametrize("name", ["schedule.yaml", "schedule.json"])
@@ -114,8 +115,11 @@ def test_files_that_are_no_schedules_are_refused_at_once(tmp_path: Path) -> None
     foreign.write_text("learning_rate: 0.1\n")
     for path, message in (
         (missing, "^Cannot read .*missing.yaml: No such file or directory"),
-        (cut, "cut.yaml is damaged or not a lightning_prune.schedule file"),
-        (foreign, "foreign.yaml is not a lightning_prune.schedule file: it has no format entry"),
+        (cut, "cut.yaml is damaged or not a lightning_prune.schedule or lightning_prune.keep_rates file"),
+        (
+            foreign,
+            "foreign.yaml is not a lightning_prune.schedule or lightning_prune.keep_rates file: it has no format entry",
+        ),
     ):
         with pytest.raises(lp.FileFormatError, match=message):
             pruner(schedule=path)
