@@ -33,7 +33,8 @@ class ImageClassifier(L.LightningModule):
     `configure_optimizers`.
 
     Args:
-        model: Name of a timm model, or any module that maps images to logits [batch, classes].
+        model: Name of a timm model, or any module that maps images to logits [batch, classes], or to an output with
+            `logits`, as Hugging Face's classifiers do.
         pretrained: Whether timm loads its weights for that name. Ignored where `weights` are given.
         weights: A weights file for the model: `.safetensors`, `.pth`, or a Lightning checkpoint; read without pickle.
         num_classes: Size of the head; by default the model's own. With another size than that of timm's weights
@@ -102,7 +103,8 @@ class ImageClassifier(L.LightningModule):
         Returns:
             Logits, [batch, classes].
         """
-        logits: Tensor = self.model(images)
+        output = self.model(images)
+        logits: Tensor = getattr(output, "logits", output)  # Hugging Face's models return them among other things
         return logits
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -193,7 +195,7 @@ def _create(name: str, pretrained: bool, num_classes: int | None, kwargs: dict[s
 
 def _head_size(model: nn.Module) -> int:
     """Reads the number of classes off a model."""
-    size = getattr(model, "num_classes", None)
+    size = getattr(model, "num_classes", getattr(model, "num_labels", None))  # the latter in Hugging Face's models
     if not isinstance(size, int) or size < 1:
         raise ArgumentError(
             f"num_classes: expected it to be given, for {type(model).__name__} does not say it (num_classes: {size!r})"

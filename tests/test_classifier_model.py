@@ -4,12 +4,17 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import jsonargparse
 import lightning as L
 import pytest
 import torch
+import transformers
 from safetensors.torch import save_file
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+from torchvision.models import VisionTransformer
 
+from lightning_prune.callbacks import TokenPruning
 from lightning_prune.classifier import ImageClassifier
 from lightning_prune.errors import ArgumentError, FileFormatError, WeightsError
 
@@ -130,10 +135,32 @@ def test_bad_arguments(kwargs: dict[str, Any], message: str) -> None:
 
 
 def test_works_from_a_config_file(tmp_path: Path) -> None:
-    jsonargparse = pytest.importorskip("jsonargparse")
     parser = jsonargparse.ArgumentParser()
     parser.add_subclass_arguments(ImageClassifier, "model")
     config = {"class_path": "lightning_prune.ImageClassifier"}
     options = {"model": NAME, "pretrained": False, "model_kwargs": TINY, "num_classes": 4}
     parsed = parser.parse_object({"model": {**config, "init_args": options}})
     assert parser.instantiate_classes(parsed).model.num_classes == 4
+
+
+def test_a_model_of_hugging_face() -> None:
+    """Its output holds the logits among other things, and it counts labels, not classes."""
+    shape = {"image_size": 32, "patch_size": 8, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2}
+    config = transformers.ViTConfig(**shape, intermediate_size=64, num_labels=7)
+    module = ImageClassifier(transformers.ViTForImageClassification(config))
+    assert module.num_classes == 7
+    images = torch.randn(8, 3, 32, 32)
+    assert torch.equal(module.eval()(images), module.model(images).logits)
+    data = DataLoader(TensorDataset(images, torch.arange(8) % 7), batch_size=4)
+    options = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False}
+    trainer = L.Trainer(callbacks=[TokenPruning(schedule=6, max_seconds=0.01, verbose=False)], **options)
+    (found,) = trainer.validate(module, data, verbose=False)
+    assert 0 <= found["val/top1"] <= found["val/top5"] <= 1
+    assert found["pruning/tokens"] == 11
+
+
+def test_a_model_of_torchvision() -> None:
+    model = VisionTransformer(32, 8, num_layers=2, num_heads=2, hidden_dim=32, mlp_dim=64, num_classes=6)
+    module = ImageClassifier(model)
+    assert module.num_classes == 6
+    assert module.eval()(torch.randn(2, 3, 32, 32)).shape == (2, 6)

@@ -415,7 +415,7 @@ def test_compare_in_two_processes_writes_what_one_writes(folder: Path, tmp_path:
     assert run.returncode == 0, run.stderr
     assert main(["compare", *images_of(folder), f"--output={tmp_path / 'one'}"]) == 0
     one, two = (json.loads((tmp_path / name / "results.json").read_text())["rows"] for name in ("one", "two"))
-    same = ("variant", "method", "block", "removed", "tokens", "top1", "top5", "batch_size", "precision")
+    same = ("variant", "method", "block", "removed", "tokens", "top1", "top5", "batch_size", "precision", "images")
     assert [[row[key] for key in same] for row in two] == [[row[key] for key in same] for row in one]
     assert [row["variant"] for row in two] == ["dense", "pomt given"]
     assert all(0 < row["top5"] < 1 for row in two)

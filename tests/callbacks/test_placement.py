@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 import lightning_prune as lp
 from lightning_prune.patching.overlay import is_overlaid
@@ -84,9 +85,8 @@ def quantized() -> nn.Module:
 
 
 def weights_quantized() -> nn.Module:
-    quantization = pytest.importorskip("torchao.quantization")
     vit = tiny_vit().eval()
-    quantization.quantize_(vit, quantization.Int8WeightOnlyConfig())
+    quantize_(vit, Int8WeightOnlyConfig())
     assert type(vit.blocks[1].mlp.fc1.weight).__name__ != "Parameter"
     return vit
 

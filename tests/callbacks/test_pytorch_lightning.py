@@ -4,6 +4,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from torch import Tensor
 from torch.utils.data import RandomSampler, SubsetRandomSampler
@@ -16,7 +17,6 @@ from lightning_prune.patching.overlay import is_overlaid
 from .tiny import OPTIONS, TOKENS, brief, labelled, loader, pictures, tiny_vit
 
 pytestmark = pytest.mark.usefixtures("clockwork")
-pl = pytest.importorskip("pytorch_lightning")
 
 
 class Theirs(pl.LightningModule):
