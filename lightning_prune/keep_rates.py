@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
+from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +25,10 @@ class Rate(NamedTuple):
         """Tokens that go of `tokens`: the patch tokens but their share, which is rounded up."""
         patches = tokens - prefix_tokens
         return patches + (-self.numerator * patches // self.denominator)
+
+
+def _is_rate(value: Any) -> bool:
+    return not isinstance(value, bool) and isinstance(value, Real) and 0 < float(value) <= 1
 
 
 @dataclass(frozen=True, repr=False)
@@ -62,7 +67,7 @@ class KeepRates:
         if not entries:
             raise ScheduleError("`rates` must hold one keep rate for each block, got an empty list.")
         for block, entry in enumerate(entries):
-            if isinstance(entry, bool) or not isinstance(entry, int | float) or not 0 < entry <= 1:
+            if not _is_rate(entry):
                 raise ScheduleError(f"`rates` must hold keep rates in (0, 1], got {entry!r} for block {block}.")
         object.__setattr__(self, "rates", tuple(float(entry) for entry in entries))
         object.__setattr__(self, "provenance", dict(provenance or {}))
@@ -95,7 +100,7 @@ class KeepRates:
             if patches < 1:
                 raise ScheduleError(f"Block {block} would be left without a patch token of {tokens} tokens.")
             rates.append(patches / (patches + remove))
-        return cls(rates, schedule.provenance)
+        return cls(rates, {k: v for k, v in schedule.provenance.items() if k not in ("tokens_dense", "tokens")})
 
     @property
     def depth(self) -> int:
@@ -109,7 +114,10 @@ class KeepRates:
 
     def exact(self, block: int) -> Rate:
         """The keep rate of a block as a ratio."""
-        ratio = Fraction(repr(self.rates[block])).limit_denominator(1_000_000)
+        written = Fraction(repr(self.rates[block]))
+        ratio = written.limit_denominator(1_000_000)  # 0.3333333333333333 stands for a third
+        if abs(ratio - written) > Fraction(1, 10**15):
+            ratio = written
         return Rate(ratio.numerator, ratio.denominator)
 
     def schedule(self, tokens: int, prefix_tokens: int = 1) -> Schedule:

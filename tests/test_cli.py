@@ -254,7 +254,9 @@ def test_shipped_configs_parse(name: str, capsys: pytest.CaptureFixture[str]) ->
     assert within(given["data"]["init_args"], printed["data"]["init_args"])
 
 
-@pytest.mark.parametrize("name", ["imagenet_deit_small.yaml", "imagenet_torchvision_vit.yaml", "imagenet_vit_large.yaml"])
+@pytest.mark.parametrize(
+    "name", ["imagenet_deit_small.yaml", "imagenet_torchvision_vit.yaml", "imagenet_vit_large.yaml"]
+)
 def test_commands_in_the_configs_say_where_the_images_are(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     (command,) = re.findall(r"^# +lightning-prune (.+)$", (CONFIGS / name).read_text(), re.MULTILINE)
     assert "--data.root /path/to/imagenet" in command

@@ -3,6 +3,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import lightning_prune as lp
@@ -42,6 +43,13 @@ def test_of_a_schedule_gives_it_back(tokens: int, prefix: int) -> None:
 def test_of_a_schedule_that_leaves_no_patch() -> None:
     with pytest.raises(ScheduleError, match="Block 1 would be left without a patch token of 17 tokens"):
         KeepRates.of(lp.Schedule([0, 16]), 17, 2)
+
+
+def test_extremes() -> None:
+    assert KeepRates([1e-7]).schedule(197).removed == (195,), "one patch token stays"
+    assert KeepRates([0.9999999]).schedule(10_000_002, 1).removed == (1,)
+    assert KeepRates([1 / 3]).schedule(301, 1).removed == (200,)
+    assert KeepRates([np.float32(0.5), np.float64(0.7)]) == KeepRates([0.5, 0.7])
 
 
 def test_is_a_value() -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lightning_prune.errors import ScheduleError
 from lightning_prune.keep_rates import KeepRates
 from lightning_prune.patching import VisionTransformer, check_schedule, find_vision_transformer
-from lightning_prune.patching.patch import check_depth
+from lightning_prune.patching.checks import check_depth
 from lightning_prune.planning import Plan
 from lightning_prune.profiling import compare_latency, measurement_context, resolve_block
 from lightning_prune.profiling.latency import count_tokens, ready_to_run
@@ -68,11 +68,11 @@ class Decision:
         }
 
     def deployable(self, transformer: VisionTransformer) -> Schedule | KeepRates:
-        """What to patch with: keep rates where the images decide the token count, unless tokens were counted by hand.
+        """What to patch with: keep rates where they were given, or were planned and the images decide the token count.
 
         The device and the batch were compared when this was decided; a patch need not do so again.
         """
-        if transformer.tokens is None and self.keep_rates is not None:
+        if self.keep_rates is not None:
             return KeepRates(self.keep_rates.rates)
         if transformer.tokens is None and self.plan is not None:
             return KeepRates.of(Schedule(self.schedule.removed), self.dense_tokens, transformer.prefix_tokens)

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightning_prune.patching.overlay import own_class
+
 
 class Halves(NamedTuple):
     """How to run a block in two parts: `mlp(block, attention(block, x, *args, **kwargs))` is `block(x, ...)`."""
@@ -118,12 +120,19 @@ LAYER_SCALE = Halves(_layer_scale_attention, _layer_scale_mlp)  # transformers: 
 TOWER = Halves(_tower_attention, _tower_mlp)  # transformers: CLIP, SigLIP
 
 
+def runs(block: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a block runs the forward of this class: a subclass with one of its own may do more, now or later."""
+    return own_class(block).forward is kind.forward
+
+
 def halves_agree(
     block: nn.Module, halves: Halves, tokens: int, channels: int, kwargs: Mapping[str, Any] | None = None
 ) -> bool:
     """Whether the two halves reproduce the block's own forward to the bit, on random tokens.
 
-    Runs in evaluation mode and without autograd; the training flags are put back and no generator is touched.
+    A second look: recipes are chosen by the code that a block runs, this tells whether its parts are the usual ones.
+    Runs in evaluation mode and without autograd; the training flags are put back and no generator is touched. A block
+    without data of its own to compare (on the meta device, or sharded) is taken at its word.
 
     Args:
         block: The block, unpatched.
@@ -133,6 +142,8 @@ def halves_agree(
         kwargs: What else the block must be given.
     """
     like = next((p for p in block.parameters() if p.is_floating_point()), torch.empty(0))
+    if like.is_meta or type(like) not in (Tensor, nn.Parameter):
+        return True
     noise = torch.randn(1, tokens, channels, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
     x = noise.to(device=like.device, dtype=like.dtype)
     more = {name: _beside(value, x) for name, value in (kwargs or {}).items()}
@@ -140,7 +151,7 @@ def halves_agree(
         try:
             expected = block.forward(x, **more)  # without its hooks
             return torch.equal(halves.mlp(block, halves.attention(block, x, **more)), expected)
-        except (AttributeError, TypeError, RuntimeError):
+        except (AttributeError, TypeError):
             return False  # a block of the same class family, but built of other parts
 
 

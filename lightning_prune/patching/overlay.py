@@ -63,6 +63,10 @@ def take_off(module: nn.Module) -> None:
     Raises:
         UnsupportedModelError: If something else has since put a class of its own over ours.
     """
+    if is_overlaid(module) and "forward" in module.__dict__:
+        raise UnsupportedModelError(
+            f"The `forward` of a patched {own_class(module).__name__} was replaced on the module; undo that first."
+        )
     if is_overlaid(module):
         module.__class__ = own_class(module)
         module.__dict__.pop("_prune_site", None)

@@ -1,7 +1,9 @@
 """Opening a model's blocks to a reduction, and closing them again."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
 from types import TracebackType
 
 from torch import nn
@@ -9,10 +11,12 @@ from torch import nn
 from lightning_prune.errors import ScheduleError, UnsupportedModelError
 from lightning_prune.keep_rates import KeepRates, Rate
 from lightning_prune.patching.blocks import Halves, halves_agree
+from lightning_prune.patching.checks import check_schedule
 from lightning_prune.patching.families import VisionTransformer, find_vision_transformer
 from lightning_prune.patching.origin import Origin
 from lightning_prune.patching.overlay import Overlay, is_overlaid, put_on, take_off
-from lightning_prune.patching.reduced import BlockSite, PixelSite, RecordingEntry, ReducedBlock, too_many
+from lightning_prune.patching.reduced import BlockSite, PixelSite, RecordingEntry, ReducedBlock
+from lightning_prune.patching.root import RootSite
 from lightning_prune.patching.told import Ear
 from lightning_prune.reduction import Reduction, resolve
 from lightning_prune.schedule import Schedule
@@ -64,12 +68,7 @@ def patch(
 
 def unpatch(model: nn.Module) -> None:
     """Takes every patch off `model`, whoever holds its handle: a copy of a patched model has none."""
-    for module in model.modules():
-        _close(module)
-
-
-class RootSite:
-    """Marks a root that is guarded by a patch; says which one, as the other sites do."""
+    _close_all(model.modules())
 
 
 class PatchHandle:
@@ -78,7 +77,7 @@ class PatchHandle:
     Attributes:
         transformer: The Vision Transformer that is patched.
         reduction: The method.
-        schedule: What the blocks remove now: keep rates only where the images decide the token count.
+        schedule: What the blocks remove now.
     """
 
     def __init__(
@@ -87,6 +86,7 @@ class PatchHandle:
         self.transformer = transformer
         self.reduction = reduction
         self._halves: dict[int, Halves | None] = {}
+        self._cut_after: set[str] = set()  # classes of blocks of which this was said
         self._sites: list[tuple[nn.Module, object]] = []
         self.schedule = self._checked(schedule)
         self._open()
@@ -94,18 +94,27 @@ class PatchHandle:
     def update(self, schedule: Schedule | KeepRates | Sequence[int]) -> None:
         """Gives the blocks another schedule; one that does not fit leaves the present one in force.
 
+        Where another patch has replaced this one, this one replaces it in turn.
+
         Raises:
             ScheduleError: As `patch`.
         """
-        self.schedule = self._checked(schedule)
-        self._open()
+        found = self.transformer.family.describe(self.transformer.root, self.transformer.path)
+        self.transformer = replace(found, compiled=self.transformer.compiled)  # its image size may have been changed
+        schedule, before, was_active = self._checked(schedule), self.schedule, self.active
+        try:
+            self.schedule = schedule
+            self._open()
+        except BaseException:
+            self.schedule = before
+            if was_active:
+                self._open()
+            raise
 
     def remove(self) -> None:
         """Restores the model to the bit. Safe to call twice, and after another patch has replaced this one."""
-        for module, site in self._sites:
-            if module.__dict__.get("_prune_site") is site:
-                _close(module)
-        self._sites = []
+        sites, self._sites = self._sites, []
+        _close_all(module for module, site in sites if module.__dict__.get("_prune_site") is site)
 
     @property
     def active(self) -> bool:
@@ -125,12 +134,13 @@ class PatchHandle:
         return f"PatchHandle({self.reduction!r}, {self.schedule!r}, {state})"
 
     def _checked(self, schedule: Schedule | KeepRates | Sequence[int]) -> Schedule | KeepRates:
-        transformer = self.transformer
+        if isinstance(schedule, str | Path | int | float):
+            raise ScheduleError(
+                f"`schedule` must be a Schedule, KeepRates or a list with one number a block, got {schedule!r}; "
+                "load_schedule reads files, Schedule.single and KeepRates.single are for one block."
+            )
         schedule = schedule if isinstance(schedule, Schedule | KeepRates) else Schedule(schedule)
-        if isinstance(schedule, KeepRates) and transformer.tokens is not None:
-            check_depth(transformer, schedule)
-            schedule = schedule.schedule(transformer.tokens, transformer.prefix_tokens)
-        check_schedule(transformer, self.reduction, schedule)
+        check_schedule(self.transformer, self.reduction, schedule)
         return schedule
 
     def _open(self) -> None:
@@ -140,11 +150,11 @@ class PatchHandle:
         reducing = schedule.reducing
         if not reducing:
             return
-        account = transformer.carries or reduction.proportional_attention
-        first, last = min(reducing), transformer.depth - 1 if account else max(reducing)
+        adapts = transformer.carries or reduction.proportional_attention  # what every block after a reduction does
+        account = adapts or reduction.keeps_sizes
+        first, last = min(reducing), transformer.depth - 1 if adapts else max(reducing)
         pixels = PixelSite() if "pixels" in reduction.reads else None
         expects = schedule.provenance.get("tokens_dense") if isinstance(schedule, Schedule) else None
-        previous: BlockSite | None = None
         try:
             for index in range(first, last + 1):
                 remove = _asked(schedule, index)
@@ -158,21 +168,19 @@ class PatchHandle:
                     has_class_token=transformer.has_class_token,
                     family=transformer.family,
                     halves=self._halves_of(index) if remove and reduction.site == "block" else None,
-                    previous=previous,
+                    follows=index > first,
                     pixels=pixels,
                     keeps_account=account,
-                    last=index == last,
                     expects=expects if index == first else None,
                     origin=Origin.of(schedule.provenance) if index == first else None,
                 )
                 self._put_on(transformer.blocks[index], ReducedBlock, site)
                 if ("attention" in reduction.reads and remove) or reduction.proportional_attention:
                     self._make_readable(site, transformer.blocks[index])
-                previous = site
             if pixels is not None:
                 self._put_on(transformer.entry, RecordingEntry, pixels)
             if transformer.family.guard is not None:
-                self._put_on(transformer.root, transformer.family.guard, RootSite())
+                self._put_on(transformer.root, transformer.family.guard, RootSite(transformer.root))
         except BaseException:
             self.remove()
             raise
@@ -202,65 +210,32 @@ class PatchHandle:
                 if not halves_agree(block, halves, tokens, transformer.channels, kwargs):
                     halves = None
             if halves is None:
-                name = type(block).__name__
-                _log.info("Block %d (%s) is cut after its MLP, which still sees all its tokens.", index, name)
+                self._say_cut_after(index, type(block).__name__)
             self._halves[index] = halves
         return self._halves[index]
 
-
-def check_depth(transformer: VisionTransformer, schedule: Schedule | KeepRates) -> None:
-    """Raises ScheduleError, naming both, if the schedule is for another number of blocks."""
-    if schedule.depth != transformer.depth:
-        raise ScheduleError(f"The schedule is for {schedule.depth} blocks; this model has {transformer.depth}.")
-
-
-def check_schedule(transformer: VisionTransformer, reduction: Reduction, schedule: Schedule | KeepRates) -> None:
-    """Raises ScheduleError, naming the numbers, if the schedule does not fit the transformer and the reduction.
-
-    Where the token count depends on the image size, the counts are checked in forward instead.
-
-    Raises:
-        ScheduleError: As said.
-        UnsupportedModelError: If the reduction needs of the model's attention what it cannot do.
-    """
-    check_depth(transformer, schedule)
-    reducing = schedule.reducing
-    if reducing and min(reducing) < transformer.first:
-        raise ScheduleError(
-            f"Block {min(reducing)} of this {type(transformer.root).__name__} cannot remove tokens, only blocks from "
-            f"{transformer.first} on can: {transformer.before_first}."
-        )
-    if reduction.site == "input" and any(reducing):
-        block = next(b for b in reducing if b)
-        raise ScheduleError(
-            f"{reduction.name} removes tokens before block 0; the schedule asks block {block} for some."
-        )
-    if reduction.proportional_attention and not transformer.family.weighs:
-        raise UnsupportedModelError(
-            f"{reduction.name} weighs the attention of later blocks by token sizes, which the attention of this "
-            f"{type(transformer.root).__name__} has no place for; use proportional_attention=False or another method."
-        )
-    if reducing and ("attention" in reduction.reads or reduction.proportional_attention):
-        why = transformer.family.unreadable(transformer)
-        if why is not None:
-            raise UnsupportedModelError(why)
-    if transformer.tokens is None or isinstance(schedule, KeepRates):
-        return
-    made_for = schedule.provenance.get("tokens_dense")
-    if made_for not in (None, transformer.tokens):
-        raise ScheduleError(f"The schedule was made for {made_for} tokens; {transformer.tokens} enter this model.")
-    count = transformer.tokens
-    for index, remove in enumerate(schedule.removed):
-        capacity = reduction.capacity(count, transformer.prefix_tokens)
-        if remove > capacity:
-            raise ScheduleError(too_many(index, count, remove, capacity, reduction.name))
-        count -= remove
+    def _say_cut_after(self, index: int, name: str) -> None:
+        if name not in self._cut_after:
+            self._cut_after.add(name)
+            _log.warning("Block %d (%s) is cut after its MLP, which still sees all its tokens.", index, name)
 
 
 def _asked(schedule: Schedule | KeepRates, block: int) -> int | Rate:
     if block not in schedule.reducing:
         return 0
     return schedule.exact(block) if isinstance(schedule, KeepRates) else schedule.removed[block]
+
+
+def _close_all(modules: Iterable[nn.Module]) -> None:
+    """Closes what can be closed, and then says what could not."""
+    errors = []
+    for module in modules:
+        try:
+            _close(module)
+        except UnsupportedModelError as error:
+            errors.append(error)
+    if errors:
+        raise errors[0]
 
 
 def _close(module: nn.Module) -> None:

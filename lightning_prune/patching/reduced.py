@@ -2,44 +2,56 @@
 
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_prune.errors import ScheduleError
+from lightning_prune.errors import ScheduleError, UnsupportedModelError
 from lightning_prune.keep_rates import Rate
 from lightning_prune.patching.blocks import Halves
 from lightning_prune.patching.families.base import Family, Setting
 from lightning_prune.patching.origin import Origin
 from lightning_prune.patching.overlay import Overlay
-from lightning_prune.patching.per_thread import KeptForBackward
+from lightning_prune.patching.per_thread import PerThread
 from lightning_prune.patching.survivors import Survivors, survivors_of
 from lightning_prune.patching.tap import recorded_attention
 from lightning_prune.patching.told import Ear
+from lightning_prune.patching.travelling import found, leave
 from lightning_prune.reduction.base import Attention, Reduction, Sequence
 
 
 @dataclass(eq=False)
 class PixelSite:
-    """Keeps the images of the forward pass that is under way for a reduction that reads them."""
+    """Hands the images of the forward pass that is under way to a reduction that reads them."""
 
-    pixels: KeptForBackward[Tensor] = field(default_factory=KeptForBackward)
+    pixels: PerThread[Tensor] = field(default_factory=PerThread)
 
-    def take(self) -> Tensor | None:
-        """The images; forgotten once taken, so that no batch outlives its forward pass, or the backward after it."""
+    def take(self, tokens: Tensor) -> Tensor:
+        """The images that these tokens (B, N, C) were made of.
+
+        From now on they travel with the tokens, so that no batch outlives its forward pass and the backward after it,
+        in which a checkpointed block asks for them again.
+
+        Raises:
+            UnsupportedModelError: If they were not seen.
+        """
         pixels = self.pixels.get()
         self.pixels.set(None)
+        if pixels is None:
+            pixels = found(tokens)
+        if not isinstance(pixels, Tensor):
+            raise UnsupportedModelError(
+                "The images that these tokens were made of were not seen. Run the whole model, and compile it as a "
+                "whole or not at all."
+            )
+        leave(tokens, pixels)
         return pixels
 
 
 @dataclass(eq=False)
 class BlockSite:
-    """What one patched block does, and what it last left for the blocks after it.
-
-    State is kept by block, not by model: gradient checkpointing runs a block a second time during backward, when a
-    shared state would already be that of the last block.
-    """
+    """What one patched block does. It keeps nothing of a forward pass: that travels with the tokens."""
 
     index: int
     reduction: Reduction
@@ -48,11 +60,9 @@ class BlockSite:
     has_class_token: bool
     family: Family
     halves: Halves | None = None
-    previous: "BlockSite | None" = None
+    follows: bool = False  # whether a patched block comes before this one
     pixels: PixelSite | None = None
-    keeps_account: bool = False  # whether later blocks read `survivors`
-    last: bool = False  # whether no patched block comes after this one
-    survivors: KeptForBackward[Survivors] = field(default_factory=KeptForBackward)
+    keeps_account: bool = False  # whether later blocks must know who is left
     fused: list[Setting] = field(default_factory=list)  # what was changed to have fused attention in the block
     ear: Ear | None = None  # of attention modules that make no fused call
     expects: int | None = None  # tokens that the schedule was made to meet here, where it says so
@@ -82,17 +92,27 @@ class BlockSite:
             origin, self.origin = self.origin, None
             origin.warn(x)
 
-    def arrived(self) -> Survivors | None:
-        """What the reductions before this block left; None where nothing needs to be known of it."""
-        return self.previous.survivors.get() if self.previous is not None else None
+    def arrived(self, x: Tensor) -> Survivors | None:
+        """Who is left after the blocks before this one; None where all are, or nobody needs to know.
 
-    def leave(self, survivors: Survivors | None, keep: bool) -> None:
-        """Tells the next block who is left; after the last one nobody needs to know, unless backward may ask again."""
-        self.survivors.set(survivors, keep)
-        site = self if self.last and survivors is not None else None
-        while site is not None:
-            site.survivors.set(None)
-            site = site.previous
+        Raises:
+            UnsupportedModelError: If that cannot be said of the tokens that arrive.
+        """
+        if not (self.follows and self.keeps_account):
+            return None
+        left = found(x)
+        if not isinstance(left, Left) or (left.survivors and left.survivors.positions.shape[1] != x.shape[1]):
+            raise UnsupportedModelError(
+                f"The tokens that enter block {self.index} are not those that left the block before: something between "
+                "them, such as a hook that returns other tokens, lost what belongs to them (where each stood)."
+            )
+        return left.survivors
+
+
+class Left(NamedTuple):
+    """What a block that keeps account leaves with its tokens."""
+
+    survivors: Survivors | None
 
 
 class ReducedBlock(Overlay):
@@ -102,14 +122,14 @@ class ReducedBlock(Overlay):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The block's own computation with the reduction at its place."""
-        site, entered = self._prune_site, x
+        site = self._prune_site
         reduction, family, prefix = site.reduction, site.family, site.prefix_tokens
-        arrived = site.arrived()
+        arrived = site.arrived(x)
         remove = site.removes(x.shape[1])
         if remove:
             site.check(x, args, kwargs)
         if remove and reduction.site == "input":
-            pixels = site.pixels.take() if site.pixels is not None else None
+            pixels = site.pixels.take(x) if site.pixels is not None else None
             x, arrived = _reduce(site, Sequence(x, prefix, site.has_class_token, pixels=pixels), remove, arrived)
             remove = 0
         if arrived is not None:
@@ -134,7 +154,8 @@ class ReducedBlock(Overlay):
             after, arrived = _reduce(site, sequence, remove, arrived)
             if halves is not None:
                 after = halves.mlp(self, after)
-        site.leave(arrived, _differentiated(entered))
+        if site.keeps_account:
+            leave(after, Left(arrived))
         return after
 
 
@@ -145,13 +166,8 @@ class RecordingEntry(Overlay):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The module's own computation."""
-        self._prune_site.pixels.set(x, _differentiated(x))
+        self._prune_site.pixels.set(x)
         return super().forward(x, *args, **kwargs)
-
-
-def _differentiated(x: Tensor) -> bool:
-    """Whether a backward pass may come: gradients are on, or off only for the sake of checkpointing."""
-    return torch.is_grad_enabled() or x.requires_grad
 
 
 def _reduce(
@@ -162,9 +178,7 @@ def _reduce(
     if remove > capacity:
         raise ScheduleError(too_many(site.index, count, remove, capacity, site.reduction.name))
     reduced = site.reduction.reduce(sequence, remove)
-    if not site.keeps_account and reduced.sizes is None:  # sizes are for the next reduction, whatever attention does
-        return reduced.tokens, None
-    return reduced.tokens, survivors_of(arrived, reduced)
+    return reduced.tokens, survivors_of(arrived, reduced) if site.keeps_account else None
 
 
 def too_many(block: int, tokens: int, remove: int, capacity: int, method: str) -> str:

@@ -36,7 +36,7 @@ class Reduced(NamedTuple):
 
     tokens: Tensor  # (B, N - R, C), prefix tokens first, kept tokens in their order
     positions: Tensor  # (B, N - R) index that each had among the N; -1 for a token made of several
-    sizes: Tensor | None = None  # (B, N - R) where the method keeps account of how many patches a token stands for
+    sizes: Tensor | None = None  # (B, N - R) how many patches each stands for, where the method keeps sizes
 
 
 class Reduction(ABC):
@@ -49,6 +49,7 @@ class Reduction(ABC):
         name: The name that `lightning_prune.patch` knows it by.
         site: `"block"`: acts between a block's attention and its MLP. `"input"`: acts before block 0.
         reads: What it looks at besides the tokens: `"attention"`, `"pixels"`.
+        keeps_sizes: Whether it returns sizes, and its later reductions of the same images want to be given them.
         proportional_attention: Whether the sizes that it returns weigh the attention of later blocks: log(size) is
             added to the logits of each key.
     """
@@ -56,6 +57,7 @@ class Reduction(ABC):
     name: ClassVar[str]
     site: Literal["block", "input"] = "block"
     reads: ClassVar[frozenset[str]] = frozenset()
+    keeps_sizes: bool = False
     proportional_attention: bool = False
 
     @abstractmethod

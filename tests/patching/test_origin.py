@@ -79,9 +79,26 @@ class TestKeepRates:
                 with lp.patch(build("dynamic-size"), method, rates.schedule(tokens)) as other:
                     assert torch.equal(other.transformer.root(draw(size=size)), pruned)
 
-    def test_a_fixed_size_resolves_at_once(self, build: Any) -> None:
+    def test_prefix_tokens_are_not_counted(self, build: Any, draw: Any, leaving: Any) -> None:
         with lp.patch(build("dinov2-registers"), "pomt", lp.KeepRates([1, 0.7, 1, 1])) as handle:
-            assert handle.schedule == lp.Schedule([0, 7, 0, 0]), "18 of 25 patch tokens stay, 5 prefix tokens apart"
+            assert leaving(handle.transformer.root, draw()) == (30, 23, 23, 23), "18 of 25 patch tokens stay"
+
+    def test_a_fixed_size_that_is_changed(self, build: Any, draw: Any, leaving: Any) -> None:
+        model = build()
+        with lp.patch(model, "pomt", lp.KeepRates([1, 0.5, 1, 1], {"tokens_dense": 26})) as handle:
+            assert leaving(model, draw()) == (26, 14, 14, 14)
+            model.set_input_size(img_size=28)
+            assert leaving(model, draw(size=28)) == (50, 26, 26, 26)
+            handle.update([0, 40, 0, 0])
+            assert leaving(model, draw(size=28)) == (50, 10, 10, 10)
+
+    def test_those_of_a_schedule_fit_other_sizes(self, build: Any, draw: Any, leaving: Any) -> None:
+        schedule = lp.Schedule([0, 5, 0, 0], {"tokens_dense": 26, "tokens": 21, "method": "pomt"})
+        rates = lp.KeepRates.of(schedule, 26)
+        assert rates.provenance == {"method": "pomt"}
+        assert leaving(build(img_size=28), draw(size=28)) == (50,) * 4
+        with lp.patch(build(img_size=28), "pomt", rates) as handle:
+            assert leaving(handle.transformer.root, draw(size=28)) == (50, 41, 41, 41)
 
     def test_an_update(self, build: Any, draw: Any, leaving: Any) -> None:
         model = build("dynamic-size")
@@ -108,6 +125,13 @@ class TestKeepRates:
             pytest.raises(lp.ScheduleError, match=r"Block 1 is asked to remove 48 tokens, but of the 50 .* at most 47"),
         ):
             handle.transformer.root(draw(size=28))
+
+    @pytest.mark.parametrize("schedule", ["schedule.yaml", 0.7, 5])
+    def test_what_is_no_schedule(self, build: Any, schedule: Any) -> None:
+        with pytest.raises(
+            lp.ScheduleError, match=r"`schedule` must be a Schedule, KeepRates or a list .*, got .*load_sch"
+        ):
+            lp.patch(build(), "pomt", schedule)
 
     def test_one_graph_for_all_sizes(self, build: Any, draw: Any) -> None:
         model = build("dynamic-size")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import lightning_prune as lp
 from lightning_prune.errors import ArgumentError
 from lightning_prune.patching import unpatch
+from lightning_prune.patching.overlay import is_overlaid
 from lightning_prune.reduction import POMT, Random
 
 REMOVED = [0, 6, 5, 0]
@@ -314,3 +315,37 @@ def test_a_model_can_be_collected_while_and_after_it_is_patched(build: Any, imag
     del model, handle
     gc.collect()
     assert alive() is None
+
+
+class TestForwardReplacedWhilePatched:
+    """As accelerate does on the module itself, around what it finds there."""
+
+    def replaced(self, model: Any) -> Any:
+        block = model.blocks[1]
+        inner = block.forward
+        block.forward = lambda *args, **kwargs: inner(*args, **kwargs)
+        return block
+
+    def test_removal_says_so_and_removes_the_rest(self, build: Any, images: Tensor) -> None:
+        model = build()
+        dense = model(images)
+        handle = lp.patch(model, "pomt", [0, 3, 3, 0])
+        block = self.replaced(model)
+        with pytest.raises(lp.UnsupportedModelError, match="`forward` of a patched Block was replaced on the module"):
+            handle.remove()
+        assert [is_overlaid(each) for each in model.blocks] == [False, True, False, False]
+        del block.forward
+        lp.patching.unpatch(model)
+        assert torch.equal(model(images), dense)
+
+    def test_an_update_that_fails_leaves_the_old_schedule(self, build: Any, images: Tensor) -> None:
+        model = build()
+        handle = lp.patch(model, "pomt", [0, 0, 3, 0])
+        pruned = model(images)
+        block = self.replaced(model)
+        with pytest.raises(lp.UnsupportedModelError, match="was replaced on the module"):
+            handle.update([0, 4, 0, 0])
+        assert handle.active
+        assert handle.schedule == lp.Schedule([0, 0, 3, 0])
+        del block.forward
+        assert torch.equal(model(images), pruned)

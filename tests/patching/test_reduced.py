@@ -15,6 +15,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import lightning_prune as lp
 from lightning_prune.patching.survivors import Survivors
+from lightning_prune.patching.travelling import found
 from lightning_prune.reduction import POMT, Random, Reduced, Reduction, Sequence
 
 DEPTH = 4
@@ -24,6 +25,7 @@ class Pairs(Reduction):
     """Merges the first `remove` pairs of neighbouring patch tokens, weighted by their sizes, as ToMe does."""
 
     name: ClassVar[str] = "pairs"
+    keeps_sizes = True
 
     def __init__(self, proportional_attention: bool = True) -> None:
         self.proportional_attention = proportional_attention
@@ -79,7 +81,7 @@ class Watching(Reduction):
     def __init__(self, other: Reduction) -> None:
         self.other = other
         self.site, self.proportional_attention = other.site, other.proportional_attention
-        self.reads = other.reads
+        self.reads, self.keeps_sizes = other.reads, other.keeps_sizes
 
     def reduce(self, sequence: Sequence, remove: int) -> Reduced:
         reduced = self.other.reduce(sequence, remove)
@@ -194,16 +196,17 @@ class TestPositions:
     def test_they_are_composed_through_two_reductions(self, build: Any, images: Tensor, method: Reduction) -> None:
         """What stood where in block 0: told by tracing each token's index through what each reduction said."""
         watching = Watching(method)
-        watching.proportional_attention = True  # the account is kept for all blocks
+        watching.proportional_attention = watching.keeps_sizes = True  # the account is kept for all blocks
         model = build()
+        left: list[Any] = []
+        model.norm.register_forward_pre_hook(lambda _, args: left.append(found(args[0])))
         handle = lp.patch(model, watching, [5, 0, 6, 0])
         model(images)
         positions = [list(range(26)) for _ in images]
         for _, reduced in Watching.seen:
             for b, row in enumerate(reduced.positions.tolist()):
                 positions[b] = [-1 if i < 0 else positions[b][i] for i in row]
-        survivors = model.blocks[3].__dict__["_prune_site"].survivors._kept
-        assert survivors.positions.tolist() == positions
+        assert left[0].survivors.positions.tolist() == positions
         assert len(positions[0]) == 15
         handle.remove()
 

@@ -1,8 +1,12 @@
 """One patched model in several threads at once, as servers run it: each forward pass keeps its own account."""
 
+import gc
+import importlib.util
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from threading import Barrier
 from typing import Any, ClassVar
 
@@ -10,10 +14,18 @@ import pytest
 import timm
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import lightning_prune as lp
-from lightning_prune.patching.per_thread import PerThread
+from lightning_prune.patching.survivors import Survivors
 from lightning_prune.reduction import POMT, Reduced, Reduction, Sequence
+
+_path = Path(__file__).parents[2] / "examples" / "benchmarks" / "coverage.py"
+_spec = importlib.util.spec_from_file_location("coverage", _path)
+assert _spec is not None
+assert _spec.loader is not None
+coverage = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(coverage)
 
 REMOVED = [0, 6, 0, 5]
 
@@ -69,24 +81,33 @@ def test_threads_do_not_disturb_one_another(kind: str) -> None:
                 assert all(torch.equal(each, alone) for each in found)
 
 
+@pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize("kind", MODELS)
-def test_nothing_is_left_behind(kind: str) -> None:
-    """Neither images nor places of a batch outlive its forward pass, whatever threads there were."""
+def test_nothing_is_left_behind(kind: str, trained: bool) -> None:
+    """Neither images nor places of a batch outlive its forward pass, and the backward after it."""
     name, method, removed = MODELS[kind]
     model = timm.create_model(name, depth=4, embed_dim=32, num_heads=4, img_size=80).eval()
-    with lp.patch(model, method, removed):
-        with ThreadPoolExecutor(3) as pool:
-            list(pool.map(torch.inference_mode()(model), [torch.randn(1, 3, 80, 80)] * 3))
-        sites = [vars(module)["_prune_site"] for module in model.modules() if "_prune_site" in vars(module)]
-        states = [value for site in sites for value in vars(site).values() if isinstance(value, PerThread)]
-        assert states
-        assert not any(state._values for state in states)
+
+    def run(images: Tensor) -> Any:
+        with torch.set_grad_enabled(trained):
+            output = model(images)
+            if trained:
+                output.sum().backward()
+        return weakref.ref(images)
+
+    with lp.patch(model, method, removed), ThreadPoolExecutor(3) as pool:
+        references = [future.result() for future in [pool.submit(run, torch.randn(1, 3, 80, 80)) for _ in range(3)]]
+        gc.collect()
+        assert [reference() for reference in references] == [None] * 3
+        assert not [each for each in gc.get_objects() if isinstance(each, Survivors)]
 
 
-def gradients(model: Any, images: Tensor, elsewhere: bool) -> list[Tensor]:
-    """Of all parameters that have one; backward runs in another thread where asked, as it does on a GPU."""
+def gradients(model: Any, batches: list[Tensor], elsewhere: bool) -> list[Tensor]:
+    """Of the sum over several forward passes; backward runs in another thread where asked, as it does on a GPU."""
     model.zero_grad(set_to_none=True)
-    loss = model(images).square().sum()
+    loss = sum(model(images).square().sum() for images in batches)
+    with torch.no_grad():
+        model(torch.randn(1, 3, 80, 80).double())  # a forward pass of others in between
     with ThreadPoolExecutor(1) as pool:
         pool.submit(loss.backward).result() if elsewhere else loss.backward()
     return [p.grad.clone() for p in model.parameters() if p.grad is not None]
@@ -102,18 +123,68 @@ def test_checkpointed_blocks_find_their_state_in_backward(
 ) -> None:
     name, method, removed = MODELS[kind]
     torch.manual_seed(0)
-    model = timm.create_model(name, depth=4, embed_dim=32, num_heads=4, img_size=80, num_classes=5).eval()
+    model = coverage.stir(timm.create_model(name, depth=4, embed_dim=32, num_heads=4, img_size=80, num_classes=5))
+    model = model.double()
     for part in (model.patch_embed, *model.blocks[:frozen]):
         part.requires_grad_(frozen == 0)
     module = __import__(type(model).__module__, fromlist=["checkpoint"])
     for attribute in ("checkpoint", "checkpoint_seq"):
         if hasattr(module, attribute):
             monkeypatch.setattr(module, attribute, partial(getattr(module, attribute), use_reentrant=reentrant))
-    images = torch.randn(2, 3, 80, 80)
+    batches = list(torch.randn(2, 2, 3, 80, 80).double())
     with lp.patch(model, method, removed):
-        expected = gradients(model, images, elsewhere=False)
+        expected = gradients(model, batches, elsewhere=False)
         model.set_grad_checkpointing(True)
         for elsewhere in (False, True):
-            found = gradients(model, images, elsewhere)
-            assert len(found) == len(expected) > 3
-            assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(found, expected, strict=True))
+            given = gradients(model, batches, elsewhere)
+            assert len(given) == len(expected) > 3
+            assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-12) for a, b in zip(given, expected, strict=True))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("kind", ["rope", "bias"])
+def test_a_checkpoint_around_the_whole_model(kind: str, reentrant: bool) -> None:
+    name, method, removed = MODELS[kind]
+    model = timm.create_model(name, depth=4, embed_dim=32, num_heads=4, img_size=80, num_classes=5).eval().double()
+    images = torch.randn(2, 3, 80, 80).double().requires_grad_()
+    with lp.patch(model, method, removed):
+        (expected,) = torch.autograd.grad(model(images).square().sum(), images)
+        model(torch.randn(1, 3, 80, 80).double())
+        checkpoint(model, images, use_reentrant=reentrant).square().sum().backward()
+        torch.testing.assert_close(images.grad, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("which", [(1,), (2, 3), (0, 1, 2, 3)], ids=str)
+@pytest.mark.parametrize("kind", MODELS)
+def test_blocks_compiled_one_by_one(kind: str, which: tuple[int, ...]) -> None:
+    """Regional compilation: compiled blocks and others hand on to each other what they leave."""
+    name, method, removed = MODELS[kind]
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    model = timm.create_model(name, depth=4, embed_dim=32, num_heads=4, img_size=80, num_classes=5).eval()
+    images = torch.randn(2, 3, 80, 80)
+    with lp.patch(model, method, removed), torch.no_grad():
+        expected = model(images)
+        for index in which:
+            model.blocks[index].compile(backend="eager")
+        if kind == "pixels" and 0 in which:
+            with pytest.raises(Exception, match=r"were not seen\. Run the whole model, and compile it as a whole"):
+                model(images)
+            return
+        for _ in range(2):
+            torch.testing.assert_close(model(images), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_tokens_that_others_put_in_between() -> None:
+    """A hook that returns new tokens loses what belongs to the old ones; where something does, that is an error."""
+    model = timm.create_model(MODELS["rope"][0], depth=4, embed_dim=32, num_heads=4, img_size=80).eval()
+    images = torch.randn(1, 3, 80, 80)
+    model.blocks[1].register_forward_hook(lambda _, args, output: output.clone())
+    message = "tokens that enter block 2 are not those that left the block before"
+    with lp.patch(model, "pomt", REMOVED), pytest.raises(lp.UnsupportedModelError, match=message):
+        model(images)
+    plain = timm.create_model("vit_tiny_patch16_224", depth=4, embed_dim=32, num_heads=4, img_size=80).eval()
+    with lp.patch(plain, "pomt", REMOVED):
+        expected = plain(images)
+        plain.blocks[1].register_forward_hook(lambda _, args, output: output.clone())
+        assert torch.equal(plain(images), expected)

@@ -5,12 +5,14 @@ define these. Tested with transformers 5.2.0, 5.4.0, 5.10.4, 5.16.1 and 5.23.0. 
 `forward` of every block, patched or not, to record `output_hidden_states`, and do not put it back.
 """
 
+from abc import abstractmethod
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from lightning_prune.errors import ArgumentError, UnsupportedModelError
+from lightning_prune.patching.blocks import Halves
 from lightning_prune.patching.families.base import Family, VisionTransformer
 from lightning_prune.patching.families.refused import why_refused
 from lightning_prune.patching.overlay import own_class
@@ -73,6 +75,15 @@ class HuggingFace(Family):
         registers = getattr(embeddings, "register_tokens", None)
         count = 0 if registers is None else int(registers.shape[1])
         return int(self.class_token) + int(hasattr(embeddings, "distillation_token")) + count
+
+    @abstractmethod
+    def recipe(self, block: nn.Module) -> Halves:
+        """How a block of this family comes apart."""
+
+    def halves(self, block: nn.Module) -> Halves | None:
+        """A subclass of users with a forward of its own is cut after."""
+        theirs = own_class(block).forward.__module__.startswith("transformers.models.")
+        return self.recipe(block) if theirs else None
 
     def unreadable(self, transformer: VisionTransformer) -> str | None:
         """Attention is read through torch's fused function, which one of the implementations to choose from calls."""

@@ -3,7 +3,7 @@
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_prune.patching.blocks import DROPOUT, LAYER_SCALE, OUTPUT, TOWER, Halves
 from lightning_prune.patching.families.base import Trial, VisionTransformer
@@ -28,7 +28,7 @@ class HuggingFaceViT(HuggingFace):
     layers: ClassVar[tuple[str, ...]] = ("ViTLayer", "DeiTLayer")
     carries = True
 
-    def halves(self, block: nn.Module) -> Halves | None:
+    def recipe(self, block: nn.Module) -> Halves:
         """The MLP is one module, or two in the first versions 5."""
         return OUTPUT if hasattr(block, "intermediate") else DROPOUT
 
@@ -47,7 +47,7 @@ class HuggingFaceDinov2(HuggingFace):
     any_size = True
     carries = True
 
-    def halves(self, block: nn.Module) -> Halves | None:
+    def recipe(self, block: nn.Module) -> Halves:
         """Layer scale and drop path in both."""
         return LAYER_SCALE
 
@@ -72,11 +72,15 @@ class HuggingFaceDinov3(HuggingFaceDinov2):
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Gathers the rotary embedding to the tokens that are left; a fused token is not rotated."""
         args, kwargs = super().carry(args, kwargs, arrived, prefix_tokens)
-        index = patch_positions(arrived.positions, prefix_tokens)
         cosine, sine = kwargs["position_embeddings"]
+
+        def gather(table: Tensor, unrotated: float) -> Tensor:
+            index = patch_positions(arrived.positions, prefix_tokens)
+            return take_rotation(table, index, table.new_full(table.shape[-1:], unrotated))
+
         left = (
-            arrived.carry(cosine, lambda table: take_rotation(table, index, table.new_ones(table.shape[-1]))),
-            arrived.carry(sine, lambda table: take_rotation(table, index, table.new_zeros(table.shape[-1]))),
+            arrived.carry(cosine, lambda table: gather(table, 1.0)),
+            arrived.carry(sine, lambda table: gather(table, 0.0)),
         )
         return args, {**kwargs, "position_embeddings": left}
 
@@ -93,7 +97,7 @@ class HuggingFaceCLIP(HuggingFace):
     )
     layers: ClassVar[tuple[str, ...]] = ("CLIPEncoderLayer",)
 
-    def halves(self, block: nn.Module) -> Halves | None:
+    def recipe(self, block: nn.Module) -> Halves:
         """The same block in both towers."""
         return TOWER
 

@@ -1,26 +1,28 @@
 """timm's transformers whose tokens stay (B, N, C) in `blocks`: what they have in common, and the plain ones."""
 
-import inspect
 from typing import Any, ClassVar
 
 from timm.models import vision_transformer as vit
 from torch import nn
 
 from lightning_prune.errors import UnsupportedModelError
-from lightning_prune.patching.blocks import PARALLEL, POST_NORM, PRE_NORM, Halves
+from lightning_prune.patching.blocks import PARALLEL, POST_NORM, PRE_NORM, Halves, runs
 from lightning_prune.patching.families.base import Family, Setting, VisionTransformer
-from lightning_prune.patching.overlay import Overlay, own_class
+from lightning_prune.patching.overlay import Overlay
+from lightning_prune.patching.root import RootSite
 
 
 class GridGuard(Overlay):
     """Refuses to fold the tokens that are left into the grid of all tokens, which can fit by accident, and silently."""
 
+    _prune_site: RootSite
+
     def forward_intermediates(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own, for tokens in a row only."""
         own: Any = super()  # the class that this one is laid over, which a type checker cannot know
-        given = inspect.signature(own.forward_intermediates).bind(*args, **kwargs)
-        given.apply_defaults()
-        if given.arguments.get("output_fmt", "NCHW") == "NCHW":
+        position = self._prune_site.layout
+        layout = kwargs.get("output_fmt", args[position] if 0 <= position < len(args) else "NCHW")
+        if layout == "NCHW":
             raise UnsupportedModelError(
                 "forward_intermediates(output_fmt='NCHW') folds tokens into a grid, but this model removes tokens; "
                 "use output_fmt='NLC', or remove the patch."
@@ -79,8 +81,8 @@ class TimmFamily(Family):
         return model.cls_token is not None
 
     def halves(self, block: nn.Module) -> Halves | None:
-        """By the nearest known class; a subclass that does otherwise fails the bit-equality check and is cut after."""
-        return next((self.recipes[kind] for kind in own_class(block).__mro__ if kind in self.recipes), None)
+        """By the known class whose forward the block runs; a subclass with one of its own is cut after."""
+        return next((recipe for kind, recipe in self.recipes.items() if runs(block, kind)), None)
 
     def force_fused(self, block: nn.Module) -> list[Setting]:
         """`fused_attn` is an attribute of each attention module, set when the model was built."""

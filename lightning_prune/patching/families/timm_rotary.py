@@ -41,8 +41,7 @@ class TimmRotary(TimmFamily):
         rope = kwargs.get("rope")
         if rope is None:
             return args, kwargs
-        index = patch_positions(arrived.positions, prefix_tokens)
-        return args, {**kwargs, "rope": arrived.carry(rope, lambda table: _take(table, index))}
+        return args, {**kwargs, "rope": arrived.carry(rope, lambda r: _take(r, arrived.positions, prefix_tokens))}
 
 
 class TimmEva(TimmRotary):
@@ -57,12 +56,12 @@ class NaFlexGuard(GridGuard):
 
     def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         """The model's own, for images (B, channels, height, width) only."""
-        if not isinstance(x, Tensor) or x.ndim != 4 or args or any(value is not None for value in kwargs.values()):
+        if not isinstance(x, Tensor) or x.ndim != 4:
             raise UnsupportedModelError(
                 "A NaFlexVit whose blocks remove tokens takes images (B, C, H, W) only: padded batches of patches are "
                 "masked and pooled by where each token stood. Remove the patch to run them."
             )
-        return super().forward(x)
+        return super().forward(x, *args, **kwargs)
 
 
 class TimmNaFlex(TimmRotary):
@@ -86,7 +85,7 @@ class TimmNaFlex(TimmRotary):
         return model.embeds.cls_token is not None
 
 
-def _take(table: Tensor, index: Tensor) -> Tensor:
+def _take(table: Tensor, positions: Tensor, prefix_tokens: int) -> Tensor:
     half = table.shape[-1] // 2
     unrotated = torch.cat((table.new_zeros(half), table.new_ones(half)))
-    return take_rotation(table, index, unrotated)
+    return take_rotation(table, patch_positions(positions, prefix_tokens), unrotated)

@@ -6,9 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models import vision_transformer as vit
 
-from lightning_prune.patching.blocks import MULTIHEAD, Halves
+from lightning_prune.patching.blocks import MULTIHEAD, Halves, runs
 from lightning_prune.patching.families.base import Family, VisionTransformer
-from lightning_prune.patching.overlay import own_class
 from lightning_prune.patching.told import ToldAttention
 from lightning_prune.reduction.base import Attention
 
@@ -59,8 +58,8 @@ class TorchvisionVisionTransformer(Family):
         )
 
     def halves(self, block: nn.Module) -> Halves | None:
-        """A subclass that does otherwise fails the bit-equality check and is cut after."""
-        return MULTIHEAD if issubclass(own_class(block), vit.EncoderBlock) else None
+        """A subclass with a forward of its own is cut after."""
+        return MULTIHEAD if runs(block, vit.EncoderBlock) else None
 
     def unreadable(self, transformer: VisionTransformer) -> str | None:
         """Only a self-attention as torchvision builds it is what `ToldMultihead` reads."""
