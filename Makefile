@@ -22,8 +22,8 @@ help: ## Show the targets
 demo: $(INSTALLED) ## Prune the embedded digits model on this device and compare it with the dense one
 	$(BIN)/lightning-prune compare --config configs/digits.yaml --output results/digits
 
-test: $(INSTALLED_DEV) ## Run the tests (ARGS="-k schedule -x" goes to pytest)
-	$(BIN)/pytest $(ARGS)
+test: $(INSTALLED_DEV) ## Run the tests, a process for each core (ARGS="-k schedule -n 0" goes to pytest)
+	$(BIN)/pytest -n auto --dist loadfile $(ARGS)
 
 lint: $(INSTALLED_DEV) ## Check style and formatting
 	$(BIN)/ruff check .

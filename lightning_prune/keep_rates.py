@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from numbers import Real
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from lightning_prune.errors import FileFormatError, ScheduleError
 from lightning_prune.files import read_document, write_document
@@ -13,6 +13,9 @@ from lightning_prune.schedule import SCHEDULE_FORMAT, Schedule
 
 _FORMAT = "lightning_prune.keep_rates"
 _VERSION = 1
+
+
+S = TypeVar("S", "KeepRates", Schedule)
 
 
 class Rate(NamedTuple):
@@ -173,11 +176,7 @@ class KeepRates:
         Raises:
             FileFormatError: If the file cannot be read or holds no keep rates; names the file.
         """
-        document = read_document(path, _FORMAT, _VERSION)
-        try:
-            return cls.from_dict(document)
-        except ScheduleError as error:
-            raise FileFormatError(f"{path} holds no usable keep rates: {error}") from error
+        return _read(cls, read_document(path, _FORMAT, _VERSION), path)
 
 
 def load_schedule(path: str | Path) -> Schedule | KeepRates:
@@ -187,4 +186,12 @@ def load_schedule(path: str | Path) -> Schedule | KeepRates:
         FileFormatError: If the file cannot be read or is neither; names the file.
     """
     document = read_document(path, (SCHEDULE_FORMAT, _FORMAT), _VERSION)
-    return KeepRates.load(path) if document["format"] == _FORMAT else Schedule.load(path)
+    return _read(KeepRates, document, path) if document["format"] == _FORMAT else _read(Schedule, document, path)
+
+
+def _read(kind: type[S], document: Mapping[str, Any], path: str | Path) -> S:
+    try:
+        return kind.from_dict(document)
+    except ScheduleError as error:
+        what = "keep rates" if kind is KeepRates else "schedule"
+        raise FileFormatError(f"{path} holds no usable {what}: {error}") from error

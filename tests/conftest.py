@@ -1,7 +1,12 @@
 """The published formulas in float64 and plain loops, one image at a time, written without the package."""
 
 import math
+import os
 from types import SimpleNamespace
+
+# One thread for each process that the tests run in, and start: their models are tiny, and threads that wait for one
+# another would take longer than the work. Before torch reads it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch

@@ -12,7 +12,7 @@ from lightning_prune.errors import ScheduleError, UnsupportedModelError
 from lightning_prune.keep_rates import KeepRates, Rate
 from lightning_prune.patching.blocks import Halves, halves_agree
 from lightning_prune.patching.checks import check_schedule
-from lightning_prune.patching.families import VisionTransformer, find_vision_transformer
+from lightning_prune.patching.families import VisionTransformer, describe, find_vision_transformer
 from lightning_prune.patching.origin import Origin
 from lightning_prune.patching.overlay import Overlay, is_overlaid, put_on, take_off
 from lightning_prune.patching.reduced import BlockSite, PixelSite, RecordingEntry, ReducedBlock
@@ -99,8 +99,9 @@ class PatchHandle:
         Raises:
             ScheduleError: As `patch`.
         """
-        found = self.transformer.family.describe(self.transformer.root, self.transformer.path)
-        self.transformer = replace(found, compiled=self.transformer.compiled)  # its image size may have been changed
+        known = self.transformer
+        now = describe(known.family, known.root, known.path)  # its image size may have been changed
+        self.transformer = replace(now, compiled=known.compiled)
         schedule, before, was_active = self._checked(schedule), self.schedule, self.active
         try:
             self.schedule = schedule

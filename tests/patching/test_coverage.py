@@ -31,6 +31,7 @@ REPRESENTATIVES: dict[str, dict[str, str]] = {}
 for _row in ROWS:
     if _row["reducible"] != "no":
         REPRESENTATIVES.setdefault(" ".join(_row[column] for column in KIND), _row)
+EXPORTED = {row["name"] for row in {row["model"]: row for row in REPRESENTATIVES.values()}.values()}
 
 
 @pytest.fixture(params=REPRESENTATIVES.values(), ids=[row["name"] for row in REPRESENTATIVES.values()])
@@ -112,11 +113,13 @@ def test_half_precision_and_autocast(row: dict[str, str]) -> None:
 
 
 def test_one_graph(row: dict[str, str]) -> None:
+    """Also for export, of one model of each class: it traces the same code."""
     model, images = small(row)
     torch._dynamo.reset()
     with lp.patch(model, "pomt", removed(model)), torch.no_grad():
         expected = model(images)
         fast = torch.compile(model, backend="eager", fullgraph=True)
         torch.testing.assert_close(fast(images), expected, rtol=1e-5, atol=1e-5)
-        exported = torch.export.export(model, (images,)).module()
-        torch.testing.assert_close(exported(images), expected, rtol=1e-5, atol=1e-5)
+        if row["name"] in EXPORTED:
+            exported = torch.export.export(model, (images,)).module()
+            torch.testing.assert_close(exported(images), expected, rtol=1e-5, atol=1e-5)

@@ -175,6 +175,25 @@ def test_blocks_compiled_one_by_one(kind: str, which: tuple[int, ...]) -> None:
             torch.testing.assert_close(model(images), expected, rtol=1e-5, atol=1e-5)
 
 
+@torch.no_grad()
+def test_blocks_wrapped_by_compile() -> None:
+    """`model.blocks[i] = torch.compile(block)` puts another module in its place; the block itself is patched."""
+    torch._dynamo.reset()
+    model = timm.create_model(MODELS["rope"][0], depth=4, embed_dim=32, num_heads=4, img_size=80).eval()
+    images = torch.randn(2, 3, 80, 80)
+    dense = model(images)
+    with lp.patch(model, "pomt", REMOVED):
+        expected = model(images)
+    for index in (1, 2):
+        model.blocks[index] = torch.compile(model.blocks[index], backend="eager")
+    model(images)
+    with lp.patch(model, "pomt", REMOVED) as handle:
+        torch.testing.assert_close(model(images), expected, rtol=1e-5, atol=1e-5)
+        handle.update(REMOVED)
+        torch.testing.assert_close(model(images), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model(images), dense, rtol=1e-5, atol=1e-5)
+
+
 def test_tokens_that_others_put_in_between() -> None:
     """A hook that returns new tokens loses what belongs to the old ones; where something does, that is an error."""
     model = timm.create_model(MODELS["rope"][0], depth=4, embed_dim=32, num_heads=4, img_size=80).eval()

@@ -36,7 +36,7 @@ FAMILIES: tuple[Family, ...] = (
     HuggingFaceSigLIP(),
 )
 
-__all__ = ["FAMILIES", "Family", "VisionTransformer", "find_vision_transformer", "why_refused"]
+__all__ = ["FAMILIES", "Family", "VisionTransformer", "describe", "find_vision_transformer", "why_refused"]
 
 
 def find_vision_transformer(model: nn.Module, target: str | None = None) -> VisionTransformer:
@@ -80,11 +80,21 @@ def find_vision_transformer(model: nn.Module, target: str | None = None) -> Visi
         candidates = ", ".join(f"{path!r} ({own_class(module).__name__})" for path, module, _ in found)
         raise UnsupportedModelError(f"Found {len(found)} Vision Transformers; pass `target`, one of {candidates}.")
     path, root, family = found[0]
-    description = family.describe(root, path)
-    if len(set(description.blocks)) < description.depth:
-        raise UnsupportedModelError("The model uses one block at several depths; each must be a module of its own.")
     compiled = next((m for m in model.modules() if m is not root and getattr(m, "_orig_mod", None) is root), None)
-    return replace(description, compiled=compiled)
+    return replace(describe(family, root, path), compiled=compiled)
+
+
+def describe(family: Family, root: nn.Module, path: str) -> VisionTransformer:
+    """What `family` says of a root; of blocks that `torch.compile` has wrapped, the blocks themselves.
+
+    Raises:
+        UnsupportedModelError: If it cannot be pruned.
+    """
+    description = family.describe(root, path)
+    blocks = tuple(getattr(block, "_orig_mod", block) for block in description.blocks)
+    if len(set(blocks)) < len(blocks):
+        raise UnsupportedModelError("The model uses one block at several depths; each must be a module of its own.")
+    return replace(description, blocks=blocks)
 
 
 def _contents(model: nn.Module) -> str:
