@@ -36,10 +36,10 @@ class PixelSite:
         Raises:
             UnsupportedModelError: If they were not seen.
         """
-        pixels = self.pixels.get()
-        self.pixels.set(None)
-        if pixels is None:
-            pixels = found(tokens)
+        pixels = found(tokens)
+        if pixels is None:  # not a block that backward runs again
+            pixels = self.pixels.get()
+            self.pixels.set(None)
         if not isinstance(pixels, Tensor):
             raise UnsupportedModelError(
                 "The images that these tokens were made of were not seen. Run the whole model, and compile it as a "
