@@ -66,7 +66,7 @@ def main() -> None:
     rows = [measure(name, args.batch_size, args.rounds, torch.device(args.device)) for name in args.models]
     table = Table(title=f"R = 0, batch {args.batch_size}, {rows[0]['device']}")
     for heading in ("model", "touched modules", "dense ms", "patched / dense", "dense again / dense"):
-        table.add_column(heading, justify="left" if heading == "model" else "right")
+        table.add_column(heading, justify="left" if heading == "model" else "right", overflow="fold")
     for row in rows:
         patched, again = (f"{row[key]} ± {row[spread]}" for key, spread in RATIOS)
         table.add_row(str(row["model"]), str(row["touched_modules"]), str(row["dense_ms"]), patched, again)

@@ -75,7 +75,9 @@ def classes_table(groups: Sequence[Group]) -> Table:
 
 def names_table(supports: Sequence[Support]) -> Table:
     """A row for each name."""
-    table = Table("name", "model", "can be pruned", "why not, or not everywhere", box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
+    for head in ("name", "model", *_HEAD[2:]):
+        table.add_column(head, overflow="fold")  # a name that is cut short cannot be copied
     for each in supports:
         table.add_row(*each)
     return table
