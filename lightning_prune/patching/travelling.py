@@ -34,10 +34,13 @@ def found(tokens: Tensor) -> Any:
 
 
 def _storage(tensor: Tensor) -> Any:
-    """None while compiling, which traces no storages, and for tensors that have none (those of functorch)."""
+    """None while compiling, which traces no storages, and for tensors without one, as those of `torch.func` are.
+
+    Nothing is hidden by that: the tensor itself carries the same, and a block that finds neither raises.
+    """
     if torch.compiler.is_compiling():
         return None
     try:
         return tensor.untyped_storage()
-    except (RuntimeError, NotImplementedError):
+    except NotImplementedError:
         return None

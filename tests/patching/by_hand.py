@@ -20,7 +20,10 @@ class Pairs(Reduction):
     """Merges the first `remove` pairs of neighbouring patch tokens, weighted by their sizes, as ToMe does."""
 
     name: ClassVar[str] = "pairs"
-    proportional_attention = True
+    keeps_sizes = True
+
+    def __init__(self, proportional_attention: bool = True) -> None:
+        self.proportional_attention = proportional_attention
 
     def reduce(self, sequence: Sequence, remove: int) -> Reduced:
         x, start = sequence.tokens, sequence.prefix_tokens

@@ -2,9 +2,7 @@
 
 import copy
 import csv
-import importlib.util
 import pickle
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,12 +14,7 @@ from lightning_prune.catalog import isotropic_names
 from lightning_prune.patching import find_vision_transformer
 from lightning_prune.patching.overlay import is_overlaid
 
-ROOT = Path(__file__).parents[2]
-_spec = importlib.util.spec_from_file_location("coverage", ROOT / "examples" / "benchmarks" / "coverage.py")
-assert _spec is not None
-assert _spec.loader is not None
-coverage = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(coverage)
+from .sweep import ROOT, coverage
 
 with (ROOT / "examples" / "results" / "coverage_timm.csv").open(encoding="utf-8") as file:
     ROWS = [row for row in csv.DictReader(file) if row["name"] in timm.list_models()]

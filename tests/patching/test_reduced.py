@@ -18,34 +18,9 @@ from lightning_prune.patching.survivors import Survivors
 from lightning_prune.patching.travelling import found
 from lightning_prune.reduction import POMT, Random, Reduced, Reduction, Sequence
 
+from .by_hand import Pairs
+
 DEPTH = 4
-
-
-class Pairs(Reduction):
-    """Merges the first `remove` pairs of neighbouring patch tokens, weighted by their sizes, as ToMe does."""
-
-    name: ClassVar[str] = "pairs"
-    keeps_sizes = True
-
-    def __init__(self, proportional_attention: bool = True) -> None:
-        self.proportional_attention = proportional_attention
-
-    def reduce(self, sequence: Sequence, remove: int) -> Reduced:
-        x, start = sequence.tokens, sequence.prefix_tokens
-        end = start + 2 * remove
-        sizes = x.new_ones(x.shape[:2]) if sequence.sizes is None else sequence.sizes
-        weights = sizes[:, start:end].reshape(len(x), remove, 2)
-        pairs = x[:, start:end].reshape(len(x), remove, 2, -1)
-        merged = (pairs * weights[..., None]).sum(2) / weights.sum(2)[..., None]
-        positions = torch.arange(x.shape[1], device=x.device).expand(len(x), -1)
-        return Reduced(
-            torch.cat((x[:, :start], merged, x[:, end:]), 1),
-            torch.cat((positions[:, :start], positions.new_full((len(x), remove), -1), positions[:, end:]), 1),
-            torch.cat((sizes[:, :start], weights.sum(2), sizes[:, end:]), 1),
-        )
-
-    def capacity(self, tokens: int, prefix_tokens: int) -> int:
-        return (tokens - prefix_tokens) // 2
 
 
 class Variance(Reduction):

@@ -1,12 +1,10 @@
 """One patched model in several threads at once, as servers run it: each forward pass keeps its own account."""
 
 import gc
-import importlib.util
 import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 from threading import Barrier
 from typing import Any, ClassVar
 
@@ -20,12 +18,7 @@ import lightning_prune as lp
 from lightning_prune.patching.survivors import Survivors
 from lightning_prune.reduction import POMT, Reduced, Reduction, Sequence
 
-_path = Path(__file__).parents[2] / "examples" / "benchmarks" / "coverage.py"
-_spec = importlib.util.spec_from_file_location("coverage", _path)
-assert _spec is not None
-assert _spec.loader is not None
-coverage = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(coverage)
+from .sweep import coverage
 
 REMOVED = [0, 6, 0, 5]
 
@@ -173,6 +166,21 @@ def test_blocks_compiled_one_by_one(kind: str, which: tuple[int, ...]) -> None:
             return
         for _ in range(2):
             torch.testing.assert_close(model(images), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["rope", "bias"])
+def test_tensors_without_a_storage(kind: str) -> None:
+    """Those of `torch.func`: what is left travels with the tensor alone."""
+    name, method, removed = MODELS[kind]
+    model = timm.create_model(name, depth=4, embed_dim=32, num_heads=4, img_size=80, num_classes=5).eval().double()
+    model.requires_grad_(False)  # torch.func cannot differentiate fused attention by its mask, pruned or not
+    images = torch.randn(2, 3, 80, 80).double()
+    with lp.patch(model, method, removed):
+        batched = torch.vmap(lambda image: model(image[None])[0])(images)
+        torch.testing.assert_close(batched, model(images))
+        gradient = torch.func.grad(lambda x: model(x).square().sum())(images)
+        (expected,) = torch.autograd.grad(model(images.requires_grad_()).square().sum(), images)
+        torch.testing.assert_close(gradient, expected)
 
 
 @torch.no_grad()

@@ -1,9 +1,7 @@
 """POMT in every family of timm, against a forward pass in float64 that shortens nothing by the package."""
 
-import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,12 +16,7 @@ from torch import Tensor, nn
 
 import lightning_prune as lp
 
-_path = Path(__file__).parents[2] / "examples" / "benchmarks" / "coverage.py"
-_spec = importlib.util.spec_from_file_location("coverage", _path)
-assert _spec is not None
-assert _spec.loader is not None
-coverage = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(coverage)
+from .sweep import coverage
 
 SMALL = {"embed_dim": 32, "num_heads": 4, "depth": 4, "num_classes": 5}
 
