@@ -29,14 +29,16 @@ class Sequence(NamedTuple):
     sizes: Tensor | None = None  # (B, N) how many patches each token stands for, where an earlier block merged some
     entering: Tensor | None = None  # (B, N, C) the tokens as they entered the block
     pixels: Tensor | None = None  # (B, channels, height, width) the images, where the reduction reads "pixels"
+    trace: bool = False  # whether `Reduced.sources` is wanted, for which nobody pays otherwise
 
 
 class Reduced(NamedTuple):
     """The tokens that are left."""
 
     tokens: Tensor  # (B, N - R, C), prefix tokens first, kept tokens in their order
-    positions: Tensor  # (B, N - R) index that each had among the N; -1 for a token made of several
-    sizes: Tensor | None = None  # (B, N - R) how many patches each stands for, where the method keeps sizes
+    positions: Tensor  # (B, N - R) index among the N of each, or of the one it was merged into; -1: has no place
+    sizes: Tensor | None = None  # (B, N - R) how many patches each stands for, where the method keeps sizes; 0: padding
+    sources: Tensor | None = None  # (B, N) index among the N - R that each went into, -1 if dropped; where traced
 
 
 class Reduction(ABC):
@@ -52,6 +54,9 @@ class Reduction(ABC):
         keeps_sizes: Whether it returns sizes, and its later reductions of the same images want to be given them.
         proportional_attention: Whether the sizes that it returns weigh the attention of later blocks: log(size) is
             added to the logits of each key.
+        merges: Whether every token that goes is merged into one that stays, so that none is lost.
+        adaptive: Whether the image decides how many tokens go. There is no schedule then and `remove` is 0; shorter
+            images of a batch are padded with tokens of size 0, which proportional attention masks.
     """
 
     name: ClassVar[str]
@@ -59,6 +64,8 @@ class Reduction(ABC):
     reads: ClassVar[frozenset[str]] = frozenset()
     keeps_sizes: bool = False
     proportional_attention: bool = False
+    merges: bool = False
+    adaptive: bool = False
 
     @abstractmethod
     def reduce(self, sequence: Sequence, remove: int) -> Reduced:
@@ -75,6 +82,27 @@ class Reduction(ABC):
     @abstractmethod
     def capacity(self, tokens: int, prefix_tokens: int) -> int:
         """The most tokens that can be removed when `tokens`, `prefix_tokens` of them prefix, are there."""
+
+    def spread(self, remove: int, tokens: int, prefix_tokens: int, depth: int, block: int) -> list[int]:
+        """What each block removes if `remove` tokens are to go in all, in the form that the method is used in.
+
+        Args:
+            remove: Tokens that go in all; at most `most`.
+            tokens: N, entering the first block.
+            prefix_tokens: P.
+            depth: Number of blocks.
+            block: The reducing block of methods that reduce once, as this does unless a method says otherwise; the
+                first block that may reduce for all others. Before block 0 is where methods of that site act.
+
+        Returns:
+            One number a block, `remove` in all.
+        """
+        at = 0 if self.site == "input" else block
+        return [remove if index == at else 0 for index in range(depth)]
+
+    def most(self, tokens: int, prefix_tokens: int, depth: int, block: int) -> int:
+        """The most tokens that `spread` can make go."""
+        return self.capacity(tokens, prefix_tokens)
 
     def settings(self) -> dict[str, Any]:
         """What distinguishes this instance from a default one, as plain values."""

@@ -1,0 +1,266 @@
+"""Trains `vit_cifar_patch4_56` on CIFAR-10 from scratch, on two CPU cores in about an hour and a half.
+
+    python examples/train_cifar10.py --data DIR
+
+`DIR` holds the image folders `train/<class>/*` and `val/<class>/*`; where it does not, torchvision downloads CIFAR-10
+into it. Written are the weights and, beside them, a JSON with the figures and with how they came about. With
+`--checkpoints FOLDER` an interrupted run goes on where it was.
+
+What makes it affordable: a small convolutional network learns first and teaches the ViT what it says of each image, as
+in DeiT (arXiv 2012.12877), softly; attention is started as in arXiv 2305.09828; and most images are seen small, with
+25 or 49 tokens, by position embeddings resampled from those of all 196. No token is ever dropped or merged.
+"""
+
+import argparse
+import math
+import platform
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import lightning as L
+import timm
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.callbacks import ModelCheckpoint
+from safetensors.torch import save_file
+from timm.layers import build_sincos2d_pos_embed
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+from torchvision.datasets import CIFAR10, ImageFolder
+from torchvision.transforms.functional import pil_to_tensor
+
+from lightning_prune import ImageClassifier
+from lightning_prune.files import replacing, write_document
+from lightning_prune.zoo import CIFAR_MODEL
+
+WEIGHTS = Path(__file__).parent / "weights" / f"{CIFAR_MODEL}.safetensors"
+BATCH, PAD, CLASSES = 128, 4, 10
+
+
+class Stage(NamedTuple):
+    """Part of the training: images of `side` pixels, `epochs` of them."""
+
+    side: int
+    epochs: float
+
+
+STAGES = (Stage(20, 6), Stage(28, 7), Stage(56, 0.4))
+TEACHER_EPOCHS = 6
+
+
+def images_of(root: Path, part: str) -> TensorDataset:
+    """All images of a part, (n, 3, 32, 32) bytes, with their labels."""
+    if (root / part).is_dir():
+        samples = ImageFolder(root / part)
+    else:
+        samples = CIFAR10(root, train=part == "train", download=True)
+    images, labels = zip(*((pil_to_tensor(image), label) for image, label in samples), strict=True)
+    return TensorDataset(torch.stack(images), torch.tensor(labels))
+
+
+def augmented(images: Tensor) -> Tensor:
+    """Every image of a batch mirrored or not, and shifted by up to 4 pixels in each direction."""
+    count, _, height, width = images.shape
+    padded = F.pad(images, [PAD] * 4, mode="reflect")
+    images = torch.where(torch.rand(count, 1, 1, 1, device=images.device) < 0.5, padded.flip(3), padded)
+    top, left = torch.randint(0, 2 * PAD + 1, (2, count, 1, 1), device=images.device)
+    rows = top + torch.arange(height, device=images.device)[:, None]
+    columns = left + torch.arange(width, device=images.device)
+    each = torch.arange(count, device=images.device)[:, None, None]
+    return images[each, :, rows, columns].permute(0, 3, 1, 2)
+
+
+class Normalise(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        config = timm.get_pretrained_cfg(CIFAR_MODEL)
+        self.register_buffer("mean", torch.tensor(config.mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(config.std).view(3, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return (images.float() / 255 - self.mean) / self.std
+
+
+class Residual(nn.Module):
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body = body
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.body(x)
+
+
+def convolution(before: int, after: int, stride: int = 1) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(before, after, 3, stride, 1, bias=False), nn.BatchNorm2d(after), nn.ReLU(inplace=True)
+    )
+
+
+class Teacher(L.LightningModule):
+    """A small residual network, which learns in minutes what a ViT needs hours for."""
+
+    def __init__(self, epochs: int) -> None:
+        super().__init__()
+        self.epochs, self.normalise = epochs, Normalise()
+        self.body = nn.Sequential(
+            convolution(3, 32), convolution(32, 64, 2), Residual(convolution(64, 64)), convolution(64, 128, 2),
+            Residual(convolution(128, 128)), convolution(128, 256, 2), Residual(convolution(256, 256)),
+            nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(256, CLASSES),
+        ).to(memory_format=torch.channels_last)  # fmt: skip
+        self.right: list[Tensor] = []
+
+    def forward(self, images: Tensor) -> Tensor:
+        return 0.25 * self.body(self.normalise(images))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        images, labels = batch
+        return F.cross_entropy(self(augmented(images)), labels, label_smoothing=0.1)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.right.append((self(batch[0]).argmax(1) == batch[1]).float())
+
+    def on_validation_epoch_end(self) -> None:
+        print(f"{time.strftime('%H:%M:%S')}  teacher  val/top1 {torch.cat(self.right).mean():.4f}", flush=True)
+        self.right.clear()
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.2, momentum=0.9, nesterov=True, weight_decay=5e-4)
+        steps = int(self.trainer.estimated_stepping_batches)
+        rates = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.2, steps, pct_start=0.25, cycle_momentum=False)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": rates, "interval": "step"}}
+
+
+def start_attention(attention: Any) -> None:
+    """Each token begins by attending to itself and to what is like it (arXiv 2305.09828, section 4)."""
+    heads, size = attention.num_heads, attention.head_dim
+    width = heads * size
+    query, key, value = attention.qkv.weight.view(3, width, width)
+    noise = torch.randn(heads, width, width) / math.sqrt(width)
+    left, weight, right = torch.linalg.svd(0.7 * noise + 0.7 * torch.eye(width))
+    weight = weight[:, :size].sqrt().unsqueeze(2)
+    query.copy_((left.transpose(1, 2)[:, :size] * weight).reshape(width, width))
+    key.copy_((right[:, :size] * weight).reshape(width, width))
+    left, weight, right = torch.linalg.svd(0.4 * noise[0] - 0.4 * torch.eye(width))
+    attention.proj.weight.copy_(left * weight.sqrt())
+    value.copy_(right * weight.sqrt().unsqueeze(1))
+
+
+class Cifar10Training(ImageClassifier):
+    """`ImageClassifier` with an optimiser, a teacher, and images that grow from stage to stage."""
+
+    def __init__(self, teacher: Teacher, stages: tuple[Stage, ...], batches: int, rate: float) -> None:
+        super().__init__(CIFAR_MODEL, pretrained=False, model_kwargs={"dynamic_img_size": True})
+        self.normalise, self.rate = Normalise(), rate
+        self.ends = [round(batches * sum(stage.epochs for stage in stages[: i + 1])) for i in range(len(stages))]
+        self.sides = [stage.side for stage in stages]
+        self.teacher = teacher.eval().requires_grad_(False)
+        self.model.init_weights("jax")  # timm's default is for widths of 768: at 128 it leaves branches near zero
+        with torch.no_grad():
+            self.model.pos_embed[:, 1:] = 0.5 * build_sincos2d_pos_embed([14, 14], self.model.embed_dim)
+            for block in self.model.blocks:
+                start_attention(block.attn)
+        self.seen: list[Tensor] = []
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self.teacher.eval()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        images, labels = augmented(batch[0]), batch[1]
+        side = next(side for side, end in zip(self.sides, self.ends, strict=True) if self.global_step < end)
+        with torch.no_grad():
+            told = (4 * self.teacher(images)).softmax(1)
+        logits = self(resized(self.normalise(images), side))
+        self.seen.append((logits.detach().argmax(1) == labels).float().mean())
+        return 0.8 * F.cross_entropy(logits, told) + 0.2 * F.cross_entropy(logits, labels)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self.global_step % 100 == 0:
+            top1 = torch.stack(self.seen).mean()
+            self.seen.clear()
+            print(f"{time.strftime('%H:%M:%S')}  step {self.global_step}  train/top1 {top1:.4f}", flush=True)
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        side = next((s for s, end in zip(self.sides, self.ends, strict=True) if self.global_step <= end), 56)
+        super().validation_step([resized(self.normalise(batch[0]), side), batch[1]], batch_idx)
+
+    def on_validation_epoch_end(self) -> None:
+        super().on_validation_epoch_end()
+        top1 = self.trainer.callback_metrics["val/top1"]
+        print(f"{time.strftime('%H:%M:%S')}  step {self.global_step}  val/top1 {top1:.4f}", flush=True)
+
+    def configure_optimizers(self) -> Any:
+        matrices = [p for p in self.model.parameters() if p.ndim > 1 and p.shape[0] > 1]
+        others = [p for p in self.model.parameters() if not (p.ndim > 1 and p.shape[0] > 1)]
+        groups = [{"params": matrices, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
+        optimizer = torch.optim.AdamW(groups, lr=self.rate, fused=True)
+        warm, total = 200, self.ends[-1]
+        rates = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: min((step + 1) / warm, 0.005 + 0.5 * (1 + math.cos(math.pi * step / total)))
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": rates, "interval": "step"}}
+
+
+def resized(images: Tensor, side: int) -> Tensor:
+    return F.interpolate(images, size=(side, side), mode="bicubic", antialias=True, align_corners=False)
+
+
+def trainer(checkpoints: Path | None, **kwargs: Any) -> L.Trainer:
+    callbacks = [ModelCheckpoint(checkpoints, save_last=True, every_n_train_steps=200)] if checkpoints else []
+    return L.Trainer(
+        max_epochs=-1, gradient_clip_val=1.0, callbacks=callbacks, enable_checkpointing=bool(callbacks),
+        logger=False, enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, **kwargs,
+    )  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True, help="folder of CIFAR-10")
+    parser.add_argument("--output", type=Path, default=WEIGHTS, help="the .safetensors; the .json lies beside it")
+    parser.add_argument("--checkpoints", type=Path, help="folder; a run goes on from the last checkpoint there")
+    parser.add_argument("--stages", nargs="+", default=[f"{s.side}:{s.epochs}" for s in STAGES], help="SIDE:EPOCHS")
+    parser.add_argument("--teacher-epochs", type=int, default=TEACHER_EPOCHS)
+    parser.add_argument("--rate", type=float, default=1.5e-3, help="the highest learning rate")
+    args = parser.parse_args()
+    stages = tuple(Stage(int(s), float(e)) for s, e in (each.split(":") for each in args.stages))
+
+    L.seed_everything(0)
+    started = time.monotonic()
+    train, held_out = images_of(args.data, "train"), images_of(args.data, "val")
+    loader = DataLoader(train, batch_size=BATCH, shuffle=True, drop_last=True)
+    validation = DataLoader(held_out, batch_size=250)
+    folder = args.checkpoints
+
+    teacher = Teacher(args.teacher_epochs)
+    saved = folder / "teacher.pt" if folder else None
+    if saved and saved.exists():
+        teacher.load_state_dict(torch.load(saved, weights_only=True))
+    else:
+        trainer(None, max_steps=args.teacher_epochs * len(loader)).fit(teacher, loader, validation)
+        if saved:
+            folder.mkdir(parents=True, exist_ok=True)
+            torch.save(teacher.state_dict(), saved)
+
+    module = Cifar10Training(teacher, stages, len(loader), args.rate)
+    last = folder / "last.ckpt" if folder else None
+    run = trainer(folder, max_steps=module.ends[-1])
+    run.fit(module, loader, validation, ckpt_path=last if last and last.exists() else None)
+    (found,) = run.validate(module, validation, verbose=False)
+
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(args.output) as temporary:
+        save_file({key: value.contiguous() for key, value in module.model.state_dict().items()}, temporary)
+    about = {
+        "model": CIFAR_MODEL, "held_out_top1": round(100 * found["val/top1"], 2),
+        "held_out_loss": round(found["val/loss"], 4), "held_out_images": len(held_out), "train_images": len(train),
+        "stages": [stage._asdict() for stage in stages], "teacher_epochs": args.teacher_epochs, "rate": args.rate,
+        "minutes": round((time.monotonic() - started) / 60, 1), "device": str(run.strategy.root_device),
+        "cores": torch.get_num_threads(), "torch": torch.__version__, "lightning": L.__version__,
+        "timm": timm.__version__, "python": platform.python_version(),
+    }  # fmt: skip
+    write_document(args.output.with_suffix(".json"), about)
+    print(about)
+
+
+if __name__ == "__main__":
+    main()
