@@ -48,7 +48,8 @@ class Reduction(ABC):
     image's outcome depend on another of the batch, synchronise with the host, or make shapes depend on data.
 
     Attributes:
-        name: The name that `lightning_prune.patch` knows it by.
+        name: The name that `lightning_prune.patch` knows it by. Of the class; an instance may have one of its own where
+            its settings make it a method of its own, as `POMT(dropped="nearest")` does.
         site: `"block"`: acts between a block's attention and its MLP. `"input"`: acts before block 0.
         reads: What it looks at besides the tokens: `"attention"`, `"pixels"`.
         keeps_sizes: Whether it returns sizes, and its later reductions of the same images want to be given them.
@@ -59,7 +60,7 @@ class Reduction(ABC):
             images of a batch are padded with tokens of size 0, which proportional attention masks.
     """
 
-    name: ClassVar[str]
+    name: str
     site: Literal["block", "input"] = "block"
     reads: ClassVar[frozenset[str]] = frozenset()
     keeps_sizes: bool = False

@@ -76,7 +76,7 @@ class POMT(Reduction):
         >>> handle = lp.patch(model, "pomt", lp.Schedule.single(depth=12, block=3, remove=56))
     """
 
-    name: ClassVar[str] = "pomt"
+    name: str = "pomt"
     reads: ClassVar[frozenset[str]] = frozenset({"attention"})
 
     def reduce(self, sequence: Sequence, remove: int) -> Reduced:

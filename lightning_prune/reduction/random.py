@@ -1,6 +1,6 @@
 """Random pruning: the floor that every method must beat, and the probe of the POMT paper's profile."""
 
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -40,7 +40,7 @@ class Random(Reduction):
         ArgumentError: If `site` is neither, or `seed` is not a whole number >= 0.
     """
 
-    name: ClassVar[str] = "random"
+    name: str = "random"
 
     def __init__(self, seed: int = 0, site: Literal["block", "input"] = "block") -> None:
         if site not in ("block", "input"):
