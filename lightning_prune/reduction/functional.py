@@ -1,9 +1,9 @@
-"""Pieces that several reductions share: attention probabilities and picking tokens."""
+"""Pieces that several reductions share: attention probabilities, picking tokens, tracing them."""
 
 import torch
 from torch import Tensor
 
-from lightning_prune.reduction.base import Attention
+from lightning_prune.reduction.base import Attention, Reduced
 
 
 def attention_probabilities(attention: Attention, queries: slice = slice(None)) -> Tensor:
@@ -54,3 +54,47 @@ def with_prefix(index: Tensor, prefix_tokens: int) -> Tensor:
     """Indices among patch tokens (B, K) -> indices among all tokens (B, P + K), the prefix tokens first."""
     prefix = torch.arange(prefix_tokens, device=index.device).expand(index.shape[0], -1)
     return torch.cat((prefix, index + prefix_tokens), dim=1)
+
+
+def sources_of(reduced: Reduced, tokens: int) -> Tensor:
+    """Which of the tokens that are left each of those before went into.
+
+    Args:
+        reduced: What a reduction returned. Where it does not say so itself, each token that is left is the one whose
+            position it has, and if exactly one has no position (-1, fused of all others), the rest went into it.
+        tokens: N, tokens before.
+
+    Returns:
+        (B, N) int64 index among the tokens that are left, -1 for a token that was dropped.
+
+    Example:
+        >>> import torch
+        >>> from lightning_prune.reduction import Reduced
+        >>> sources_of(Reduced(torch.zeros(1, 3, 8), torch.tensor([[0, 2, -1]])), tokens=5)
+        tensor([[0, 2, 1, 2, 2]])
+    """
+    if reduced.sources is not None:
+        return reduced.sources
+    positions = reduced.positions
+    left = torch.arange(positions.shape[1], device=positions.device).expand_as(positions)
+    nowhere = positions < 0
+    fused = torch.where(nowhere, left, 0).sum(dim=1, keepdim=True)
+    rest = torch.where(nowhere.sum(dim=1, keepdim=True) == 1, fused, -1)
+    places = torch.where(nowhere, tokens, positions)  # those without one write past the end
+    return rest.repeat(1, tokens + 1).scatter(1, places, left)[:, :tokens]
+
+
+def keep_best(tokens: Tensor, scores: Tensor, remove: int, prefix_tokens: int) -> Reduced:
+    """The prefix and the best N - P - R patch tokens, in their order.
+
+    Args:
+        tokens: (B, N, C).
+        scores: (B, N - P), the higher the better.
+        remove: R.
+        prefix_tokens: P.
+
+    Returns:
+        N - R tokens.
+    """
+    index = with_prefix(best_in_order(scores, scores.shape[1] - remove), prefix_tokens)
+    return Reduced(take_tokens(tokens, index), index)
