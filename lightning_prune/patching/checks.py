@@ -1,6 +1,6 @@
 """Whether a schedule fits a model and a method, asked before anything is touched."""
 
-from lightning_prune.errors import ScheduleError, UnsupportedModelError
+from lightning_prune.errors import ArgumentError, ScheduleError, UnsupportedModelError
 from lightning_prune.keep_rates import KeepRates
 from lightning_prune.patching.families import VisionTransformer
 from lightning_prune.patching.reduced import too_many
@@ -14,6 +14,40 @@ def check_depth(transformer: VisionTransformer, schedule: Schedule | KeepRates) 
         raise ScheduleError(f"The schedule is for {schedule.depth} blocks; this model has {transformer.depth}.")
 
 
+def check_reduction(transformer: VisionTransformer, reduction: Reduction, at: int | None, reads: bool = True) -> None:
+    """Raises if the reduction cannot work in this transformer, whatever the numbers.
+
+    Args:
+        transformer: The transformer.
+        reduction: The method.
+        at: The first block that is to reduce; None for the first that can.
+        reads: Whether any block will.
+
+    Raises:
+        ScheduleError: If that block cannot remove tokens.
+        UnsupportedModelError: If the reduction needs of the model what it cannot do.
+        ArgumentError: If the reduction was made for another model.
+    """
+    kind = type(transformer.root).__name__
+    if at is not None and at < transformer.first:
+        raise ScheduleError(
+            f"Block {at} of this {kind} cannot remove tokens, only blocks from {transformer.first} on can: "
+            f"{transformer.before_first}."
+        )
+    if reduction.proportional_attention and not transformer.family.weighs:
+        raise UnsupportedModelError(
+            f"{reduction.name} weighs the attention of later blocks by token sizes, which the attention of this "
+            f"{kind} has no place for; use proportional_attention=False or another method."
+        )
+    if reads and ("attention" in reduction.reads or reduction.proportional_attention):
+        why = transformer.family.unreadable(transformer)
+        if why is not None:
+            raise UnsupportedModelError(why)
+    why = reduction.unfit(transformer.root) if reads else None
+    if why is not None:
+        raise ArgumentError(why)
+
+
 def check_schedule(transformer: VisionTransformer, reduction: Reduction, schedule: Schedule | KeepRates) -> None:
     """Raises ScheduleError, naming the numbers, if the schedule does not fit the transformer and the reduction.
 
@@ -25,25 +59,12 @@ def check_schedule(transformer: VisionTransformer, reduction: Reduction, schedul
     """
     check_depth(transformer, schedule)
     reducing = schedule.reducing
-    if reducing and min(reducing) < transformer.first:
-        raise ScheduleError(
-            f"Block {min(reducing)} of this {type(transformer.root).__name__} cannot remove tokens, only blocks from "
-            f"{transformer.first} on can: {transformer.before_first}."
-        )
+    check_reduction(transformer, reduction, min(reducing) if reducing else None, bool(reducing))
     if reduction.site == "input" and any(reducing):
         block = next(b for b in reducing if b)
         raise ScheduleError(
             f"{reduction.name} removes tokens before block 0; the schedule asks block {block} for some."
         )
-    if reduction.proportional_attention and not transformer.family.weighs:
-        raise UnsupportedModelError(
-            f"{reduction.name} weighs the attention of later blocks by token sizes, which the attention of this "
-            f"{type(transformer.root).__name__} has no place for; use proportional_attention=False or another method."
-        )
-    if reducing and ("attention" in reduction.reads or reduction.proportional_attention):
-        why = transformer.family.unreadable(transformer)
-        if why is not None:
-            raise UnsupportedModelError(why)
     if transformer.tokens is None:
         return
     if isinstance(schedule, KeepRates):  # resolved for each size by itself, but those of this size can be said now

@@ -11,7 +11,7 @@ from torch import nn
 from lightning_prune.errors import ScheduleError, UnsupportedModelError
 from lightning_prune.keep_rates import KeepRates, Rate
 from lightning_prune.patching.blocks import Halves, halves_agree
-from lightning_prune.patching.checks import check_schedule
+from lightning_prune.patching.checks import check_reduction, check_schedule
 from lightning_prune.patching.families import VisionTransformer, describe, find_vision_transformer
 from lightning_prune.patching.origin import Origin
 from lightning_prune.patching.overlay import Overlay, is_overlaid, put_on, take_off
@@ -27,7 +27,7 @@ _log = logging.getLogger(__name__)
 def patch(
     model: nn.Module,
     method: str | Reduction,
-    schedule: Schedule | KeepRates | Sequence[int],
+    schedule: Schedule | KeepRates | Sequence[int] | None = None,
     *,
     target: str | None = None,
 ) -> "PatchHandle":
@@ -42,8 +42,9 @@ def patch(
 
     Args:
         model: Any module that contains one Vision Transformer.
-        method: Name of a reduction (`"pomt"`, `"random"`) or a `lightning_prune.reduction.Reduction`.
-        schedule: Tokens that each block removes, or keep rates, which fit images of any size.
+        method: Name of a reduction (`"pomt"`, `"tome"`, `"topk"`, ...) or a `lightning_prune.reduction.Reduction`.
+        schedule: Tokens that each block removes, or keep rates, which fit images of any size. To be left out where
+            the images decide that, as they do with visual words of several images (`VWTInter`).
         target: Dotted path of the transformer in `model`, needed where there are several.
 
     Returns:
@@ -77,11 +78,14 @@ class PatchHandle:
     Attributes:
         transformer: The Vision Transformer that is patched.
         reduction: The method.
-        schedule: What the blocks remove now.
+        schedule: What the blocks remove now; None where the images decide.
     """
 
     def __init__(
-        self, transformer: VisionTransformer, reduction: Reduction, schedule: Schedule | KeepRates | Sequence[int]
+        self,
+        transformer: VisionTransformer,
+        reduction: Reduction,
+        schedule: Schedule | KeepRates | Sequence[int] | None = None,
     ) -> None:
         self.transformer = transformer
         self.reduction = reduction
@@ -91,7 +95,7 @@ class PatchHandle:
         self.schedule = self._checked(schedule)
         self._open()
 
-    def update(self, schedule: Schedule | KeepRates | Sequence[int]) -> None:
+    def update(self, schedule: Schedule | KeepRates | Sequence[int] | None = None) -> None:
         """Gives the blocks another schedule; one that does not fit leaves the present one in force.
 
         Where another patch has replaced this one, this one replaces it in turn.
@@ -134,7 +138,17 @@ class PatchHandle:
         state = "active" if self.active else "not active"
         return f"PatchHandle({self.reduction!r}, {self.schedule!r}, {state})"
 
-    def _checked(self, schedule: Schedule | KeepRates | Sequence[int]) -> Schedule | KeepRates:
+    def _checked(self, schedule: Schedule | KeepRates | Sequence[int] | None) -> Schedule | KeepRates | None:
+        name = self.reduction.name
+        if self.reduction.adaptive:
+            if schedule is not None:
+                raise ScheduleError(
+                    f"With {name} the images decide how many tokens go: `schedule` must be left out, got {schedule!r}."
+                )
+            check_reduction(self.transformer, self.reduction, at=0 if self.reduction.site == "input" else None)
+            return None
+        if schedule is None:
+            raise ScheduleError(f"`schedule` is missing: {name} removes as many tokens as a schedule says; got None.")
         if isinstance(schedule, str | Path | int | float):
             raise ScheduleError(
                 f"`schedule` must be a Schedule, KeepRates or a list with one number a block, got {schedule!r}; "
@@ -148,19 +162,23 @@ class PatchHandle:
         transformer, reduction, schedule = self.transformer, self.reduction, self.schedule
         unpatch(transformer.root)
         self._sites = []
-        reducing = schedule.reducing
+        reducing = schedule.reducing if schedule is not None else (transformer.first,)
         if not reducing:
             return
-        adapts = transformer.carries or reduction.proportional_attention  # what every block after a reduction does
+        restores = transformer.pools and reduction.merges
+        # What every block after a reduction does, or the last of them.
+        adapts = transformer.carries or reduction.proportional_attention or restores
         account = adapts or reduction.keeps_sizes
         first, last = min(reducing), transformer.depth - 1 if adapts else max(reducing)
         pixels = PixelSite() if "pixels" in reduction.reads else None
         expects = schedule.provenance.get("tokens_dense") if isinstance(schedule, Schedule) else None
+        origin = Origin.of(schedule.provenance) if schedule is not None else None
         try:
             for index in range(first, last + 1):
-                remove = _asked(schedule, index)
-                if not (remove or account):
+                remove = _asked(schedule, index) if schedule is not None else 0
+                if not (remove or account or schedule is None):
                     continue
+                reduces = index in reducing
                 site = BlockSite(
                     index=index,
                     reduction=reduction,
@@ -168,15 +186,18 @@ class PatchHandle:
                     prefix_tokens=transformer.prefix_tokens,
                     has_class_token=transformer.has_class_token,
                     family=transformer.family,
-                    halves=self._halves_of(index) if remove and reduction.site == "block" else None,
+                    halves=self._halves_of(index) if reduces and reduction.site == "block" else None,
                     follows=index > first,
                     pixels=pixels,
                     keeps_account=account,
                     expects=expects if index == first else None,
-                    origin=Origin.of(schedule.provenance) if index == first else None,
+                    origin=origin if index == first else None,
+                    adapts=reduces and reduction.adaptive,
+                    traces=reduces and restores,
+                    restores=restores and index == last,
                 )
                 self._put_on(transformer.blocks[index], ReducedBlock, site)
-                if ("attention" in reduction.reads and remove) or reduction.proportional_attention:
+                if ("attention" in reduction.reads and reduces) or reduction.proportional_attention:
                     self._make_readable(site, transformer.blocks[index])
             if pixels is not None:
                 self._put_on(transformer.entry, RecordingEntry, pixels)

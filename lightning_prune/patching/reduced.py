@@ -19,6 +19,7 @@ from lightning_prune.patching.tap import recorded_attention
 from lightning_prune.patching.told import Ear
 from lightning_prune.patching.travelling import found, leave
 from lightning_prune.reduction.base import Attention, Reduction, Sequence
+from lightning_prune.reduction.functional import sources_of, take_tokens
 
 
 @dataclass(eq=False)
@@ -63,6 +64,9 @@ class BlockSite:
     follows: bool = False  # whether a patched block comes before this one
     pixels: PixelSite | None = None
     keeps_account: bool = False  # whether later blocks must know who is left
+    adapts: bool = False  # whether the images decide here how many tokens go
+    traces: bool = False  # whether it must be known which token each of block 0 went into
+    restores: bool = False  # whether each token stands again, after this block, where those it is made of stood
     fused: list[Setting] = field(default_factory=list)  # what was changed to have fused attention in the block
     ear: Ear | None = None  # of attention modules that make no fused call
     expects: int | None = None  # tokens that the schedule was made to meet here, where it says so
@@ -126,17 +130,18 @@ class ReducedBlock(Overlay):
         reduction, family, prefix = site.reduction, site.family, site.prefix_tokens
         arrived = site.arrived(x)
         remove = site.removes(x.shape[1])
-        if remove:
+        reduces = remove > 0 or site.adapts
+        if reduces:
             site.check(x, args, kwargs)
-        if remove and reduction.site == "input":
+        if reduces and reduction.site == "input":
             pixels = site.pixels.take(x) if site.pixels is not None else None
             x, arrived = _reduce(site, Sequence(x, prefix, site.has_class_token, pixels=pixels), remove, arrived)
-            remove = 0
+            reduces = False
         if arrived is not None:
             args, kwargs = family.carry(args, kwargs, arrived, prefix)
         sizes = arrived.sizes if arrived is not None and reduction.proportional_attention else None
-        reads = remove > 0 and "attention" in reduction.reads
-        halves = site.halves if remove else None
+        reads = reduces and "attention" in reduction.reads
+        halves = site.halves if reduces else None
         calls: list[Attention] = []
         taps = reads or sizes is not None or (arrived is not None and family.always_taps)
         log_sizes = sizes.log() if sizes is not None else None
@@ -147,13 +152,15 @@ class ReducedBlock(Overlay):
                 after = halves.attention(self, x, *args, **kwargs)
         if log_sizes is not None and not calls:
             recorded_attention(calls)  # raises: nothing was weighed
-        if remove:
+        if reduces:
             attention = recorded_attention(calls) if reads else None
             known = arrived.sizes if arrived is not None else None
             sequence = Sequence(after, prefix, site.has_class_token, attention, known, x)
             after, arrived = _reduce(site, sequence, remove, arrived)
             if halves is not None:
                 after = halves.mlp(self, after)
+        if site.restores and arrived is not None and arrived.sources is not None:
+            return take_tokens(after, arrived.sources)
         if site.keeps_account:
             leave(after, Left(arrived))
         return after
@@ -177,7 +184,9 @@ def _reduce(
     capacity = site.reduction.capacity(count, site.prefix_tokens)
     if remove > capacity:
         raise ScheduleError(too_many(site.index, count, remove, capacity, site.reduction.name))
-    reduced = site.reduction.reduce(sequence, remove)
+    reduced = site.reduction.reduce(sequence._replace(trace=True) if site.traces else sequence, remove)
+    if site.traces and reduced.sources is None:
+        reduced = reduced._replace(sources=sources_of(reduced, count))
     return reduced.tokens, survivors_of(arrived, reduced) if site.keeps_account else None
 
 

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar, Literal, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Attention(NamedTuple):
@@ -83,6 +83,13 @@ class Reduction(ABC):
     @abstractmethod
     def capacity(self, tokens: int, prefix_tokens: int) -> int:
         """The most tokens that can be removed when `tokens`, `prefix_tokens` of them prefix, are there."""
+
+    def unfit(self, model: nn.Module) -> str | None:
+        """Why this instance cannot be used with a transformer: what it was made with (a vocabulary) is for another.
+
+        Asked when a model is patched; None where nothing speaks against it, as with most methods.
+        """
+        return None
 
     def spread(self, remove: int, tokens: int, prefix_tokens: int, depth: int, block: int) -> list[int]:
         """What each block removes if `remove` tokens are to go in all, in the form that the method is used in.

@@ -34,6 +34,8 @@ class VisionTransformer:
         classes: Size of the output if it is logits; 0 if the model returns features.
         carries: Whether blocks receive something for each token besides the tokens (a rotary embedding, a bias), which
             must be adapted to those that are left.
+        pools: Whether what the model returns is made of all its patch tokens, by a mean or by attention, and not of
+            the CLS token alone. Of merged tokens each then counts as often as it holds patches.
         first: Index of the first block that can reduce.
         before_first: Why the blocks before it cannot.
         compiled: The `torch.compile` wrapper around `root`, where the model has one.
@@ -50,6 +52,7 @@ class VisionTransformer:
     entry: nn.Module
     classes: int
     carries: bool = False
+    pools: bool = False
     first: int = 0
     before_first: str = ""
     compiled: nn.Module | None = None

@@ -31,6 +31,7 @@ class HuggingFace(Family):
         class_token: Whether token 0 is a CLS token.
         any_size: Whether it takes images of all sizes, by fitting its positional terms to them.
         carries: Whether blocks receive what is made for all tokens: a mask while exporting, a rotary embedding.
+        pooling: Names of the roots that return something made of all patch tokens, not of the CLS token alone.
     """
 
     roots: ClassVar[tuple[str, ...]]
@@ -38,6 +39,7 @@ class HuggingFace(Family):
     class_token: ClassVar[bool] = True
     any_size: ClassVar[bool] = False
     carries: ClassVar[bool] = False
+    pooling: ClassVar[tuple[str, ...]] = ()
 
     def matches(self, module: nn.Module) -> bool:
         """Subclasses count: users write their own."""
@@ -68,6 +70,7 @@ class HuggingFace(Family):
             entry=core.embeddings,
             classes=_classes(root),
             carries=self.carries,
+            pools=_is_a(root, self.pooling),
         )
 
     def prefix_tokens(self, embeddings: Any) -> int:

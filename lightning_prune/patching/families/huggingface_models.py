@@ -44,6 +44,7 @@ class HuggingFaceDinov2(HuggingFace):
         "Dinov2WithRegistersForImageClassification",
     )
     layers: ClassVar[tuple[str, ...]] = ("Dinov2Layer", "Dinov2WithRegistersLayer")
+    pooling: ClassVar[tuple[str, ...]] = ("Dinov2ForImageClassification", "Dinov2WithRegistersForImageClassification")
     any_size = True
     carries = True
 
@@ -96,6 +97,7 @@ class HuggingFaceCLIP(HuggingFace):
         "CLIPForImageClassification",
     )
     layers: ClassVar[tuple[str, ...]] = ("CLIPEncoderLayer",)
+    pooling: ClassVar[tuple[str, ...]] = ("CLIPForImageClassification",)
 
     def recipe(self, block: nn.Module) -> Halves:
         """The same block in both towers."""
@@ -113,3 +115,4 @@ class HuggingFaceSigLIP(HuggingFaceCLIP):
     roots: ClassVar[tuple[str, ...]] = ("SiglipVisionModel", "SiglipVisionTransformer", "SiglipForImageClassification")
     layers: ClassVar[tuple[str, ...]] = ("SiglipEncoderLayer",)
     class_token = False
+    pooling: ClassVar[tuple[str, ...]] = roots

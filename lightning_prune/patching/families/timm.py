@@ -63,6 +63,7 @@ class TimmFamily(Family):
             channels=model.embed_dim,
             entry=self.entry(model),
             classes=0 if isinstance(model.head, nn.Identity) else model.num_classes,
+            pools=getattr(model, "global_pool", "token") not in ("token", ""),
         )
 
     def count(self, model: Any) -> int | None:

@@ -73,7 +73,7 @@ class TimmCait(TimmUnfused):
         """See `Family.describe`."""
         model: Any = root
         tokens = int(model.patch_embed.num_patches)
-        return replace(super().describe(root, path), prefix_tokens=0, has_class_token=False, tokens=tokens)
+        return replace(super().describe(root, path), prefix_tokens=0, has_class_token=False, tokens=tokens, pools=True)
 
 
 class TimmConVit(TimmUnfused):
