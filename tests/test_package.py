@@ -19,12 +19,12 @@ else:
 PACKAGE = Path(lightning_prune.__file__).parent
 ROOT = Path(__file__).parent.parent
 
-# The chain of CONTRIBUTING.md, left to right: a room imports rooms of a lower rank, and its own. `errors`, `files`
-# and `progress` are tools for all.
+# The chain of CONTRIBUTING.md, left to right: a room imports rooms of a lower rank, and its own. `errors`, `files`,
+# `patches` and `progress` are tools for all.
 CHAIN = (
     {"errors"},
-    {"device", "files", "progress"},
-    {"schedule"},
+    {"device", "files", "patches", "progress"},
+    {"schedule", "vocabulary"},
     {"keep_rates"},
     {"reduction"},
     {"patching"},
