@@ -4,6 +4,7 @@ from lightning_prune.reduction.base import Attention, Reduced, Reduction, Sequen
 from lightning_prune.reduction.pomt import POMT, pomt, pomt_scores
 from lightning_prune.reduction.random import Random
 from lightning_prune.reduction.registry import METHODS, names, resolve
+from lightning_prune.reduction.vwt_intra import VWTIntra, patch_variances, vwt_intra
 
 __all__ = [
     "METHODS",
@@ -13,8 +14,11 @@ __all__ = [
     "Reduced",
     "Reduction",
     "Sequence",
+    "VWTIntra",
     "names",
+    "patch_variances",
     "pomt",
     "pomt_scores",
     "resolve",
+    "vwt_intra",
 ]

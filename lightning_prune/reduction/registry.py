@@ -11,10 +11,11 @@ from lightning_prune.errors import ArgumentError
 from lightning_prune.reduction.base import Reduction
 from lightning_prune.reduction.pomt import POMT
 from lightning_prune.reduction.random import Random
+from lightning_prune.reduction.vwt_intra import VWTIntra
 
 GROUP = "lightning_prune.reductions"
 
-METHODS: dict[str, type[Reduction]] = {method.name: method for method in (POMT, Random)}
+METHODS: dict[str, type[Reduction]] = {method.name: method for method in (POMT, Random, VWTIntra)}
 """The methods of this package."""
 
 _WITH_SETTINGS: dict[str, Callable[[], Reduction]] = {}
