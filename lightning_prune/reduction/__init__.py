@@ -1,24 +1,35 @@
 """Which tokens go: one file per published method, each a pure function on tensors with a thin class around it."""
 
 from lightning_prune.reduction.base import Attention, Reduced, Reduction, Sequence
+from lightning_prune.reduction.evit import EViT, evit
+from lightning_prune.reduction.functional import sources_of
+from lightning_prune.reduction.nearest import merge_into_nearest
 from lightning_prune.reduction.pomt import POMT, pomt, pomt_scores
 from lightning_prune.reduction.random import Random
 from lightning_prune.reduction.registry import METHODS, names, resolve
-from lightning_prune.reduction.vwt_intra import VWTIntra, patch_variances, vwt_intra
+from lightning_prune.reduction.shift import Shift, shift, shift_scores
+from lightning_prune.reduction.topk import TopK, topk, topk_scores
 
 __all__ = [
     "METHODS",
     "POMT",
     "Attention",
+    "EViT",
     "Random",
     "Reduced",
     "Reduction",
     "Sequence",
-    "VWTIntra",
+    "Shift",
+    "TopK",
+    "evit",
+    "merge_into_nearest",
     "names",
-    "patch_variances",
     "pomt",
     "pomt_scores",
     "resolve",
-    "vwt_intra",
+    "shift",
+    "shift_scores",
+    "sources_of",
+    "topk",
+    "topk_scores",
 ]

@@ -3,22 +3,27 @@
 import warnings
 from collections.abc import Callable
 from difflib import get_close_matches
+from functools import partial
 from importlib.metadata import EntryPoint, entry_points
 from inspect import isabstract, signature
 from typing import Any
 
 from lightning_prune.errors import ArgumentError
 from lightning_prune.reduction.base import Reduction
+from lightning_prune.reduction.evit import EViT
 from lightning_prune.reduction.pomt import POMT
 from lightning_prune.reduction.random import Random
+from lightning_prune.reduction.shift import Shift
+from lightning_prune.reduction.topk import TopK
+from lightning_prune.reduction.tome import ToMe
 from lightning_prune.reduction.vwt_intra import VWTIntra
 
 GROUP = "lightning_prune.reductions"
 
-METHODS: dict[str, type[Reduction]] = {method.name: method for method in (POMT, Random, VWTIntra)}
+METHODS: dict[str, type[Reduction]] = {method.name: method for method in (POMT, Random, ToMe, VWTIntra)}
 """The methods of this package."""
 
-_WITH_SETTINGS: dict[str, Callable[[], Reduction]] = {}
+_WITH_SETTINGS: dict[str, Callable[..., Reduction]] = {"pomt-nearest": partial(POMT, "nearest")}
 """Names for a method with settings that make it one of its own."""
 
 
