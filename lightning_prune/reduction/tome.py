@@ -72,7 +72,7 @@ class ToMe(Reduction):
         101
     """
 
-    name: ClassVar[str] = "tome"
+    name = "tome"
     reads: ClassVar[frozenset[str]] = frozenset({"attention"})
     keeps_sizes = True
     merges = True
