@@ -70,7 +70,7 @@ class Survey(L.Callback):
                 calibration = pruner.sample(trainer, pl_module, batch)
                 decisions = self._planned(pl_module, images, calibration)
             else:
-                schedule = given_schedule(pruner.schedule, pruner.block, transformer)
+                schedule = given_schedule(pruner.schedule, pruner.block, transformer, pruner.reduction, images)
                 limit = pruner.max_seconds / 3
                 given = measure_given(
                     pl_module, images, pruner.reduction, schedule, limit, pruner.target, progress=pruner.verbose

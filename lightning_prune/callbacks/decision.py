@@ -11,8 +11,9 @@ from lightning_prune.keep_rates import KeepRates
 from lightning_prune.patching import VisionTransformer, check_schedule, find_vision_transformer
 from lightning_prune.patching.checks import check_depth
 from lightning_prune.planning import Plan
-from lightning_prune.profiling import compare_latency, measurement_context, resolve_block
+from lightning_prune.profiling import compare_latency, measurement_context, reducing_block, spread_schedule
 from lightning_prune.profiling.latency import count_tokens, ready_to_run
+from lightning_prune.profiling.spreading import reduces_often
 from lightning_prune.reduction import Reduction
 from lightning_prune.schedule import Schedule
 
@@ -99,20 +100,51 @@ class Decision:
 
 
 def given_schedule(
-    schedule: int | float | list[int] | Schedule | KeepRates, block: int | float, transformer: VisionTransformer
+    schedule: int | float | list[int] | Schedule | KeepRates,
+    block: int | float,
+    transformer: VisionTransformer,
+    reduction: Reduction,
+    images: Tensor,
 ) -> Schedule | KeepRates:
     """A schedule from the forms that users write.
 
-    R tokens at `block`, or a keep rate there; a list with one number a block; a `Schedule` or `KeepRates`.
+    R tokens, or the share of patch tokens to keep, in the form that the method is used in: at `block`, before block 0,
+    or spread over the blocks; a list with one number a block; a `Schedule` or `KeepRates`.
+
+    Args:
+        schedule: What the user wrote.
+        block: As `lightning_prune.profile_latency` takes it.
+        transformer: The Vision Transformer.
+        reduction: The method.
+        images: (B, channels, height, width), of which the tokens are counted where that depends on their size.
+
+    Raises:
+        ScheduleError: If a method that reduces in many blocks cannot remove so many tokens.
     """
     if isinstance(schedule, Schedule | KeepRates):
         return schedule
     if isinstance(schedule, list):
         return Schedule(schedule)
-    index = resolve_block(block, transformer.depth, transformer.first)
-    if isinstance(schedule, int):
-        return Schedule.single(transformer.depth, index, schedule)
-    return KeepRates.single(transformer.depth, index, schedule)
+    index, depth, prefix = reducing_block(reduction, block, transformer), transformer.depth, transformer.prefix_tokens
+    if not reduces_often(reduction):
+        if isinstance(schedule, int):
+            return Schedule.single(depth, index, schedule)
+        return KeepRates.single(depth, index, schedule)
+    n = transformer.tokens
+    if n is None:
+        with ready_to_run(transformer):
+            n = count_tokens(transformer, images)
+    whole = (
+        KeepRates.single(depth, index, schedule).schedule(n, prefix).total if isinstance(schedule, float) else schedule
+    )
+    most = reduction.most(n, prefix, depth, index)
+    if whole > most:
+        raise ScheduleError(
+            f"{reduction.name} is asked to remove {whole} tokens in all, but of the {n} that enter it can remove at "
+            f"most {most}."
+        )
+    counts = spread_schedule(reduction, whole, n, prefix, depth, index)
+    return KeepRates.of(counts, n, prefix) if isinstance(schedule, float) else counts
 
 
 def measure_given(

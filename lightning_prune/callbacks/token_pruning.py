@@ -209,7 +209,7 @@ class TokenPruning(EvaluationCallback):
                 calibration = self.sample(trainer, pl_module, batch)
                 decision = self._plan(pl_module, images, calibration)
             else:
-                schedule = given_schedule(self.schedule, self.block, transformer)
+                schedule = given_schedule(self.schedule, self.block, transformer, self.reduction, images)
                 limit = self.max_seconds / 3
                 decision = measure_given(
                     pl_module, images, self.reduction, schedule, limit, self.target, progress=self.verbose

@@ -23,7 +23,7 @@ class Plan:
     Attributes:
         schedule: What to deploy; its provenance says where it came from.
         method: The reduction to deploy it with.
-        block: The reducing block.
+        block: The reducing block; the first that may reduce, of methods that reduce in many.
         objective: What was optimised.
         profile: The latency curve it was chosen on.
         proxy: What the accuracy estimate means.

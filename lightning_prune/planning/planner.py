@@ -17,9 +17,11 @@ from lightning_prune.profiling import (
     compare_latency,
     measurement_context,
     profile_latency,
-    resolve_block,
+    reducing_block,
+    spread_schedule,
 )
 from lightning_prune.profiling.latency import Protocol
+from lightning_prune.profiling.spreading import refuse_adaptive
 from lightning_prune.reduction import Reduction, resolve
 from lightning_prune.schedule import Schedule
 
@@ -58,7 +60,7 @@ def plan(
             the final comparison. If None, as many of `images` as the profile's batch size says.
         method: The reduction to deploy.
         objective: `Utility()` if None.
-        block: Index of the reducing block, or a fraction of the depth.
+        block: Index of the reducing block, or a fraction of the depth; see `lightning_prune.profile_latency`.
         protocol: `"paper"` reproduces POMT's computation (arXiv 2407.05941, section 3.2): latency and accuracy of
             random tokens dropped before block 0, at every count, accuracy on 1024 labelled images. Hours on a CPU.
         labels: (images,) int64; the proxy is then top-1 accuracy. Needed by `protocol="paper"`.
@@ -73,7 +75,8 @@ def plan(
         The plan: schedule, curve, reasons, measured and predicted latency.
 
     Raises:
-        ArgumentError: If an argument is unusable or one that is needed is missing.
+        ArgumentError: If an argument is unusable, one that is needed is missing, or the images decide how many tokens
+            go, as with methods that are adaptive.
         UnsupportedModelError: As `lightning_prune.patch`.
         DataError: If labels are out of range or outputs not finite.
 
@@ -94,7 +97,8 @@ def plan(
     check_images(images)
     reduction = resolve(method)
     transformer = find_vision_transformer(model, target)
-    index = resolve_block(block, transformer.depth, transformer.first)
+    refuse_adaptive(reduction)
+    index = reducing_block(reduction, block, transformer)
     if protocol == "paper":
         if labels is None:
             raise ArgumentError("`labels` are needed by protocol='paper', whose accuracy is top-1 on labelled images.")
@@ -125,7 +129,8 @@ def plan(
         curve = ProxyCurve(model, images, profile, reduction, labels=labels, target=target, progress=progress)
     tokens, reason = choose(profile, curve, objective, exhaustive=protocol == "paper", max_seconds=max_seconds)
     removed = profile.dense_tokens - tokens
-    schedule = Schedule.single(transformer.depth, index, removed)
+    n, prefix, depth = profile.dense_tokens, transformer.prefix_tokens, transformer.depth
+    schedule = spread_schedule(reduction, removed, n, prefix, depth, index)
     dense = pruned = None
     if removed and confirm:
         variants = {"dense": None, "pruned": (reduction, schedule)}

@@ -4,12 +4,11 @@ from torch import Tensor, nn
 
 from lightning_prune.errors import ArgumentError
 from lightning_prune.patching import PatchHandle, VisionTransformer, find_vision_transformer
-from lightning_prune.profiling import LatencyProfile, Proxy
+from lightning_prune.profiling import LatencyProfile, Proxy, spread_schedule
 from lightning_prune.profiling.context import is_compiled
 from lightning_prune.profiling.latency import check_dense, ready_to_run
 from lightning_prune.progress import ticking
 from lightning_prune.reduction import Random, Reduction, resolve
-from lightning_prune.schedule import Schedule
 
 
 class ProxyCurve:
@@ -54,8 +53,8 @@ class ProxyCurve:
     def __call__(self, tokens: int) -> float:
         """The proxy at one token count, relative to dense."""
         if tokens not in self.values:
-            removed = self.profile.dense_tokens - tokens
-            schedule = Schedule.single(self.profile.depth, self.profile.block, removed)
+            n, prefix = self.profile.dense_tokens, self._transformer.prefix_tokens
+            schedule = spread_schedule(self._reduction, n - tokens, n, prefix, self.profile.depth, self.profile.block)
             with (
                 ready_to_run(self._transformer),
                 ticking(f"Accuracy at {tokens} tokens", None, self._show),

@@ -3,7 +3,8 @@
 from lightning_prune.profiling.accuracy import Proxy, soft_agreement
 from lightning_prune.profiling.context import measurement_context
 from lightning_prune.profiling.curve import LatencyProfile, Span
-from lightning_prune.profiling.latency import compare_latency, profile_latency, resolve_block
+from lightning_prune.profiling.latency import compare_latency, profile_latency
+from lightning_prune.profiling.spreading import reducing_block, resolve_block, spread_schedule
 from lightning_prune.profiling.timing import Interleaved, Timing
 
 __all__ = [
@@ -15,6 +16,8 @@ __all__ = [
     "compare_latency",
     "measurement_context",
     "profile_latency",
+    "reducing_block",
     "resolve_block",
     "soft_agreement",
+    "spread_schedule",
 ]

@@ -39,12 +39,13 @@ class LatencyProfile:
     """Latency against tokens, measured at the batch size and precision of the user.
 
     Attributes:
-        tokens: Token counts, ascending; the last is N, dense. They leave the reducing block and enter all later ones.
+        tokens: Token counts, ascending; the last is N, dense. They leave the last reducing block and enter all later
+            ones.
         milliseconds: Median latency of the whole model on one batch, for each count.
         spread: Half the distance between the quartiles, in milliseconds.
         rounds: Measurements behind each median.
         method: The reduction that made the tokens go, and so is part of the cost.
-        block: The reducing block.
+        block: The reducing block; the first that may reduce, of methods that reduce in many.
         depth: Blocks of the model.
         protocol: `"deployed"`: the cut that will be deployed. `"paper"`: random tokens dropped before block 0.
         seconds: How long measuring took.

@@ -18,6 +18,7 @@ from lightning_prune.patching.overlay import is_overlaid
 from lightning_prune.profiling.context import is_compiled, measurement_context
 from lightning_prune.profiling.curve import LatencyProfile
 from lightning_prune.profiling.explore import explore, profile_builder
+from lightning_prune.profiling.spreading import reducing_block, refuse_adaptive, spread_schedule
 from lightning_prune.profiling.timing import Interleaved, Timing
 from lightning_prune.progress import ticking
 from lightning_prune.reduction import Random, Reduction, resolve
@@ -40,17 +41,20 @@ def profile_latency(
 ) -> LatencyProfile:
     """Measures the latency of the model for different numbers of tokens, on the device that the batch is on.
 
-    Each count is measured as it will be deployed: by `method` at `block`, its own price included. All counts are run
-    in turn, in rounds, after warm-up, with the device synchronised before and after; figures are medians. A coarse
-    grid comes first, then counts inside every suspected cliff, down to single tokens while time lasts. The model is
-    restored to the bit, also after an error.
+    Each count is measured as it will be deployed: by `method` in the form that it is used in, at `block` or spread over
+    the blocks, its own price included. All counts are run in turn, in rounds, after warm-up, with the device
+    synchronised before and after; figures are medians. A coarse grid comes first, then counts inside every suspected
+    cliff, down to single tokens while time lasts. The model is restored to the bit, also after an error.
 
     Args:
         model: Any module that contains one Vision Transformer.
         example_batch: (B, channels, height, width) images on the device, in the size and dtype that will be used.
         method: The reduction.
-        block: Index of the reducing block, or a fraction of the depth (0.25 is the POMT paper's).
-        counts: Token counts (prefix included) to measure instead of the grid; dense is always added.
+        block: Index of the reducing block, or a fraction of the depth (0.25 is the POMT paper's). Of methods that
+            reduce in many blocks, as ToMe, an index is the first of them and a fraction plays no part; neither does
+            for methods that act before block 0.
+        counts: Token counts (prefix included) that leave the last reducing block, to measure instead of the grid;
+            dense is always added.
         max_seconds: Time limit; one round over the coarse grid is completed all the same. None measures 20 rounds.
         protocol: `"paper"` measures as POMT does (arXiv 2407.05941, section 3.2): every token count, random tokens
             dropped before block 0; `method` then only says how far it could go, and `block` plays no part.
@@ -58,7 +62,7 @@ def profile_latency(
         progress: Shows a bar on a terminal.
 
     Raises:
-        ArgumentError: If an argument is unusable, or the model is patched.
+        ArgumentError: If an argument is unusable, the model is patched, or the images decide how many tokens go.
         UnsupportedModelError: As `lightning_prune.patch`.
 
     Example:
@@ -74,25 +78,27 @@ def profile_latency(
     transformer = find_vision_transformer(model, target)
     _check(transformer, example_batch, max_seconds, protocol)
     deployed = resolve(method)
+    refuse_adaptive(deployed)
     reduction = Random(site="input") if protocol == "paper" else deployed
-    index = 0 if protocol == "paper" else resolve_block(block, transformer.depth, transformer.first)
+    index = 0 if protocol == "paper" else reducing_block(deployed, block, transformer)
+    depth, prefix = transformer.depth, transformer.prefix_tokens
     start = time.perf_counter()
     with ready_to_run(transformer), ticking("Profiling latency", max_seconds, progress) as tick:
         n = count_tokens(transformer, example_batch)
-        lowest = n - min(each.capacity(n, transformer.prefix_tokens) for each in (reduction, deployed))
+        lowest = n - min(each.most(n, prefix, depth, index) for each in (reduction, deployed))
         if counts is not None:
             _check_counts(counts, lowest, n)
         elif protocol == "paper":
             counts = range(lowest, n)
-        handle = PatchHandle(transformer, reduction, Schedule([0] * transformer.depth))
+        handle = PatchHandle(transformer, reduction, Schedule([0] * depth))
         try:
             race = Interleaved[int](
-                prepare=lambda count: handle.update(Schedule.single(transformer.depth, index, n - count)),
+                prepare=lambda count: handle.update(spread_schedule(reduction, n - count, n, prefix, depth, index)),
                 run=lambda: transformer.runner(example_batch),
                 device=example_batch.device,
                 reference=n,
             )
-            build = profile_builder(reduction.name, index, transformer.depth, protocol)
+            build = profile_builder(reduction.name, index, depth, protocol)
             profile = explore(race, build, counts, lowest, n, max_seconds, tick)
         finally:
             handle.remove()
@@ -153,24 +159,6 @@ def compare_latency(
         finally:
             unpatch(transformer.root)
     return {name: race.result(name) for name in variants}
-
-
-def resolve_block(block: int | float, depth: int, first: int = 0) -> int:
-    """The index of a block given as an index or as a fraction of the depth: 0.25 of 12 is block 3.
-
-    Args:
-        block: Index or fraction.
-        depth: Number of blocks.
-        first: The first block that can reduce; a fraction that falls before it means this one.
-
-    Raises:
-        ArgumentError: If it is neither an index from 0 to depth - 1 nor a fraction in [0, 1).
-    """
-    if isinstance(block, float) and 0 <= block < 1:
-        return max(int(block * depth), first)
-    if isinstance(block, int) and not isinstance(block, bool) and 0 <= block < depth:
-        return block
-    raise ArgumentError(f"`block` must be an index from 0 to {depth - 1} or a fraction in [0, 1), got {block!r}.")
 
 
 def count_tokens(transformer: VisionTransformer, images: Tensor) -> int:

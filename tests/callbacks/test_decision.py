@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import lightning_prune as lp
 from lightning_prune.callbacks.arguments import readable_schedule
@@ -41,7 +42,8 @@ def test_given_schedules_are_deployed_and_timed(
     assert decision.reason == "The schedule was given."
     assert decision.speedup == pytest.approx(1.5 if expected.total else 1.0)
     assert running.callback_metrics["pruning/removed"] == expected.total
-    assert given_schedule(callback.schedule, block, find_vision_transformer(module)) == expected
+    found = find_vision_transformer(module)
+    assert given_schedule(callback.schedule, block, found, callback.reduction, torch.zeros(1, 3, 32, 32)) == expected
 
 
 @pytest.mark.parametrize("name", ["schedule.yaml", "schedule.json"])
