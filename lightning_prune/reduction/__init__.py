@@ -8,7 +8,10 @@ from lightning_prune.reduction.pomt import POMT, pomt, pomt_scores
 from lightning_prune.reduction.random import Random
 from lightning_prune.reduction.registry import METHODS, names, resolve
 from lightning_prune.reduction.shift import Shift, shift, shift_scores
+from lightning_prune.reduction.tome import ToMe, bipartite_matching
+from lightning_prune.reduction.tome_schedule import tome_schedule
 from lightning_prune.reduction.topk import TopK, topk, topk_scores
+from lightning_prune.reduction.vwt_intra import VWTIntra, vwt_intra
 
 __all__ = [
     "METHODS",
@@ -20,7 +23,10 @@ __all__ = [
     "Reduction",
     "Sequence",
     "Shift",
+    "ToMe",
     "TopK",
+    "VWTIntra",
+    "bipartite_matching",
     "evit",
     "merge_into_nearest",
     "names",
@@ -30,6 +36,8 @@ __all__ = [
     "shift",
     "shift_scores",
     "sources_of",
+    "tome_schedule",
     "topk",
     "topk_scores",
+    "vwt_intra",
 ]

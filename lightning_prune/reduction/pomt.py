@@ -1,12 +1,14 @@
 """POMT: attention received and value magnitude pick the tokens, their mean replaces the rest (arXiv 2407.05941)."""
 
-from typing import ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from lightning_prune.errors import ArgumentError
 from lightning_prune.reduction.base import Attention, Reduced, Reduction, Sequence
 from lightning_prune.reduction.functional import attention_probabilities, best_in_order, take_tokens, with_prefix
+from lightning_prune.reduction.nearest import merge_into_nearest
 
 
 def pomt_scores(attention: Attention, prefix_tokens: int) -> Tensor:
@@ -69,21 +71,55 @@ class POMT(Reduction):
 
     Source: arXiv 2407.05941, section 3.3. The paper reduces once, at 25% of the depth.
 
+    Args:
+        dropped: What becomes of the tokens that are not kept. `"mean"`, the paper's: their mean is one token, so that
+            N - P - R - 1 are kept. `"nearest"`, ours: N - P - R are kept by the same score, and each of the R others is
+            merged into the kept one most like it (see `merge_into_nearest`); the name is `"pomt-nearest"` then.
+        proportional_attention: With `"nearest"`, whether the patches that a token stands for weigh it in the attention
+            of later blocks, as in ToMe. The mean token has no weight in any case.
+
+    Raises:
+        ArgumentError: If `dropped` is neither, or `proportional_attention` is not a bool.
+
     Example:
         >>> import timm
         >>> import lightning_prune as lp
+        >>> from lightning_prune.reduction import POMT
         >>> model = timm.create_model("vit_tiny_patch16_224").eval()
-        >>> handle = lp.patch(model, "pomt", lp.Schedule.single(depth=12, block=3, remove=56))
+        >>> handle = lp.patch(model, POMT(dropped="nearest"), lp.Schedule.single(depth=12, block=3, remove=56))
     """
 
     name: str = "pomt"
     reads: ClassVar[frozenset[str]] = frozenset({"attention"})
 
+    def __init__(self, dropped: Literal["mean", "nearest"] = "mean", proportional_attention: bool = True) -> None:
+        if dropped not in ("mean", "nearest"):
+            raise ArgumentError(f"`dropped` must be 'mean' or 'nearest', got {dropped!r}.")
+        if not isinstance(proportional_attention, bool):
+            raise ArgumentError(f"`proportional_attention` must be True or False, got {proportional_attention!r}.")
+        self.dropped = dropped
+        if dropped == "nearest":
+            self.name = "pomt-nearest"
+            self.merges = self.keeps_sizes = True
+            self.proportional_attention = proportional_attention
+
     def reduce(self, sequence: Sequence, remove: int) -> Reduced:
-        """See `pomt`."""
-        assert sequence.attention is not None  # the patch provides what `reads` asks for
-        return pomt(sequence.tokens, sequence.attention, remove, sequence.prefix_tokens)
+        """See `pomt` and `merge_into_nearest`."""
+        attention = sequence.attention
+        assert attention is not None  # the patch provides what `reads` asks for
+        if self.dropped == "mean":
+            return pomt(sequence.tokens, attention, remove, sequence.prefix_tokens)
+        scores = pomt_scores(attention, sequence.prefix_tokens)
+        return merge_into_nearest(
+            sequence.tokens, attention.key, scores, remove, sequence.prefix_tokens, sequence.sizes, sequence.trace
+        )
 
     def capacity(self, tokens: int, prefix_tokens: int) -> int:
-        """All patch tokens but two may go: one stays as it is, the others become the mean."""
-        return max(tokens - prefix_tokens - 2, 0)
+        """All patch tokens but one may go, which stays as it is or receives all others; with a mean token, but two."""
+        return max(tokens - prefix_tokens - (2 if self.dropped == "mean" else 1), 0)
+
+    def settings(self) -> dict[str, Any]:
+        """`dropped` and `proportional_attention`, where they are not the paper's."""
+        if self.dropped == "mean":
+            return {}
+        return {"dropped": self.dropped, "proportional_attention": self.proportional_attention}

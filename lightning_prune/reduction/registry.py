@@ -14,13 +14,15 @@ from lightning_prune.reduction.evit import EViT
 from lightning_prune.reduction.pomt import POMT
 from lightning_prune.reduction.random import Random
 from lightning_prune.reduction.shift import Shift
-from lightning_prune.reduction.topk import TopK
 from lightning_prune.reduction.tome import ToMe
+from lightning_prune.reduction.topk import TopK
 from lightning_prune.reduction.vwt_intra import VWTIntra
 
 GROUP = "lightning_prune.reductions"
 
-METHODS: dict[str, type[Reduction]] = {method.name: method for method in (POMT, Random, ToMe, VWTIntra)}
+METHODS: dict[str, type[Reduction]] = {
+    method.name: method for method in (POMT, TopK, EViT, ToMe, Shift, VWTIntra, Random)
+}
 """The methods of this package."""
 
 _WITH_SETTINGS: dict[str, Callable[..., Reduction]] = {"pomt-nearest": partial(POMT, "nearest")}
