@@ -92,6 +92,79 @@ def random(tokens: Tensor, remove: int, prefix: int, seed: int) -> tuple[Tensor,
     return tokens.double()[positions], positions
 
 
+def topk_scores(query: Tensor, key: Tensor, prefix: int, has_class_token: bool) -> list[float]:
+    """Mean attention that every patch token of one image receives: from CLS, or else from the patch tokens."""
+    attention = probabilities(query, key)
+    heads, tokens, _ = query.shape
+    queries = [0] if has_class_token else range(prefix, tokens)
+    return [
+        sum(attention[h][j][i] for h in range(heads) for j in queries) / (heads * len(queries))
+        for i in range(prefix, tokens)
+    ]
+
+
+def shift_scores(tokens: Tensor, entering: Tensor, prefix: int) -> list[float]:
+    """Euclidean distance of every patch token of one image from what it was."""
+    after, before = tokens.double().tolist(), entering.double().tolist()
+    return [math.dist(a, b) for a, b in zip(after[prefix:], before[prefix:], strict=True)]
+
+
+def best(scores: list[float], keep: int) -> list[int]:
+    """Where the highest scores stand, in ascending order."""
+    return sorted(sorted(range(len(scores)), key=lambda i: scores[i], reverse=True)[:keep])
+
+
+def keep_best(tokens: Tensor, scores: list[float], remove: int, prefix: int) -> tuple[Tensor, list[int]]:
+    """The tokens of one image that are left in float64, and where each stood."""
+    positions = [*range(prefix), *(prefix + i for i in best(scores, len(scores) - remove))]
+    return tokens.double()[positions], positions
+
+
+def evit(tokens: Tensor, scores: list[float], remove: int, prefix: int) -> tuple[Tensor, list[int]]:
+    """The same, with one token less and the mean of the others, weighted by their scores, behind them; it has -1."""
+    left, positions = keep_best(tokens, scores, remove + 1, prefix)
+    others = [i for i in range(len(tokens)) if i not in positions]
+    weights = [scores[i - prefix] for i in others]
+    if sum(weights) == 0:
+        weights = [1.0] * len(others)
+    fused = sum(w / sum(weights) * tokens[i].double() for w, i in zip(weights, others, strict=True))
+    return torch.cat((left, fused[None])), [*positions, -1]
+
+
+def nearest(
+    tokens: Tensor, key: Tensor, scores: list[float], remove: int, prefix: int, sizes: list[float] | None = None
+) -> tuple[Tensor, list[int], list[float], list[int]]:
+    """Tokens that are left of one image, where each stood, how many each stands for, and where each token went."""
+    sizes = [1.0] * len(tokens) if sizes is None else sizes
+    _, positions = keep_best(tokens, scores, remove, prefix)
+    heads = key.shape[0]
+    keys = key.double().tolist()
+    mean = [[sum(k[i][d] for k in keys) / heads for d in range(key.shape[2])] for i in range(len(tokens))]
+    sources = []
+    for i in range(len(tokens)):
+        likeness = [
+            sum(a * b for a, b in zip(mean[i], mean[j], strict=True)) / math.hypot(*mean[i]) / math.hypot(*mean[j])
+            for j in positions[prefix:]
+        ]
+        sources.append(positions.index(i) if i in positions else prefix + likeness.index(max(likeness)))
+    rows, weights = [], []
+    for k in range(len(positions)):
+        group = [i for i, source in enumerate(sources) if source == k]
+        weights.append(sum(sizes[i] for i in group))
+        rows.append(sum(sizes[i] * tokens[i].double() for i in group) / weights[-1])
+    return torch.stack(rows), positions, weights, sources
+
+
 @pytest.fixture(scope="session")
 def naive() -> SimpleNamespace:
-    return SimpleNamespace(probabilities=probabilities, pomt_scores=pomt_scores, pomt=pomt, random=random)
+    return SimpleNamespace(
+        probabilities=probabilities,
+        pomt_scores=pomt_scores,
+        pomt=pomt,
+        random=random,
+        topk_scores=topk_scores,
+        shift_scores=shift_scores,
+        keep_best=keep_best,
+        evit=evit,
+        nearest=nearest,
+    )
