@@ -1,7 +1,9 @@
 """What each method keeps, merges and drops of a few images: the picture that people look at first."""
 
 from collections.abc import Mapping, Sequence
+from math import ceil
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from lightning_prune.patching.trace import TokenTrace
 
 _INCHES = 1.75  # a side of a picture
+_ENTRY = 2.8  # width of an entry of the legend in inches
 _LEFT_OVER = len(TINTS)  # so many shared tokens or fewer are left-overs put together; more are alike patches merged
 
 
@@ -64,9 +67,9 @@ def plot_tokens(
     grids = {name: _grid(name, trace, len(images)) for name, trace in traces.items()}
     columns = 1 + len(traces)
     tall = pictures.shape[1] / pictures.shape[2]
-    size = (_INCHES * columns, _INCHES * tall * len(pictures) + 0.75)
+    width = _INCHES * columns
     close = ConstrainedLayoutEngine(w_pad=0.03, h_pad=0.03, wspace=0.0, hspace=0.0)
-    figure = Figure(figsize=size, layout=close)
+    figure = Figure(layout=close)
     panels = figure.subplots(len(pictures), columns, squeeze=False)
     rows, across = next(iter(grids.values()))
     panels[0, 0].set_title(f"picture\n{rows * across} patches", fontsize=10)
@@ -75,7 +78,13 @@ def plot_tokens(
     kinds: set[str] = set()
     for column, (name, trace) in enumerate(traces.items(), start=1):
         kinds |= _draw_method(panels[:, column], pictures, name, trace, grids[name])
-    figure.legend(handles=_legend(kinds), loc="outside lower center", ncols=4, fontsize=9, frameon=False)
+    legend = _legend(kinds)
+    beside = max(1, min(len(legend), int(width / _ENTRY)))
+    figure.legend(handles=legend, loc="outside lower center", ncols=beside, fontsize=9, frameon=False)
+    titles = max(panel.get_title().count("\n") + 1 for panel in panels[0])
+    labels = len(pictures) * any(panel.get_xlabel() for panel in panels[0])
+    lines = titles + labels + ceil(len(legend) / beside)
+    figure.set_size_inches(width, _INCHES * tall * len(pictures) + 0.175 * lines + 0.12)
     return figure
 
 
@@ -112,7 +121,7 @@ def _draw_method(
     left = trace.tokens.cpu().tolist()
     same = len(set(left)) == 1
     counts = f"{left[0]} tokens left" if same else f"{min(left)} to {max(left)} tokens left"
-    panels[0].set_title(f"{name}\n{counts}", fontsize=10)
+    panels[0].set_title(f"{fill(name, 20)}\n{counts}", fontsize=10)
     tinted = max(len(shared(groups)) for groups in all_groups) <= _LEFT_OVER
     for panel, picture, groups, tokens in zip(panels, pictures, all_groups, left, strict=True):
         _show(panel, paint(picture, groups, grid, tinted))
