@@ -1,0 +1,6 @@
+"""8-bit weights and activations, as something to compare pruning with, alone and together with it."""
+
+from lightning_prune.quantization.availability import int8_unavailable
+from lightning_prune.quantization.weights import Int8Weights
+
+__all__ = ["Int8Weights", "int8_unavailable"]

@@ -1,0 +1,85 @@
+"""Whether a device has an int8 path for a model, and if not, why: a table says so in the row's place."""
+
+import torch
+from torch import Tensor, nn
+
+from lightning_prune.errors import PruneError
+from lightning_prune.quantization.backend import quantizer
+from lightning_prune.quantization.weights import Int8Weights
+
+_ROWS = 32  # CUDA's int8 matrix product wants more than 16
+_TOLERANCE = 0.1  # relative to the float result; 8 bits are off by 1 to 2 hundredths, saturated sums by far more
+
+
+def int8_unavailable(
+    device: torch.device | str, model: nn.Module | None = None, images: Tensor | None = None
+) -> str | None:
+    """Tries int8 on a device.
+
+    Args:
+        device: Where the model runs.
+        model: What is to be quantized. Each of its kinds of linear layers is tried by itself, against float; without
+            a model one layer is.
+        images: If given, the model runs once with int8 weights on this batch, which also finds weights that it
+            uses in other ways than as a linear layer. It is restored afterwards.
+
+    Returns:
+        None where it works; otherwise the reason, in words for a table.
+
+    Example:
+        >>> from lightning_prune.quantization import int8_unavailable
+        >>> int8_unavailable("cpu") is None
+        True
+        >>> int8_unavailable("mps")
+        'no int8 matrix product on mps'
+    """
+    device = torch.device(device)
+    if device.type in ("mps", "meta"):
+        return f"no int8 matrix product on {device.type}"
+    try:
+        quantizer()
+        layers = [nn.Linear(64, 64, device=device)] if model is None else _kinds(model)
+        for layer in layers:
+            reason = _failing(layer, device)
+            if reason is not None:
+                return reason
+        if model is not None and images is not None:
+            with torch.no_grad(), Int8Weights(model):
+                model(images)
+    except PruneError as error:
+        return str(error).removeprefix("int8: ").rstrip(".")
+    except Exception as error:  # whatever a kernel of this device raises is the reason that is asked for
+        return f"int8 failed in a trial on {device}: {type(error).__name__}: {_first_line(error)}"
+    return None
+
+
+def _kinds(model: nn.Module) -> list[nn.Linear]:
+    """One layer for each size and dtype that occurs."""
+    modules = dict(model.named_modules())
+    found: dict[object, nn.Linear] = {}
+    for path in Int8Weights(model).quantized:
+        layer = modules[path]
+        assert isinstance(layer, nn.Linear)
+        found.setdefault((layer.weight.shape, layer.weight.dtype), layer)
+    return list(found.values())
+
+
+def _failing(layer: nn.Linear, device: torch.device) -> str | None:
+    """Why a layer in 8 bits is of no use here: what it returns is not what it returns in float."""
+    # Not the layer itself: it may have hooks, and be of a class with other arguments.
+    trial = nn.Linear(layer.in_features, layer.out_features, bias=False, device=device, dtype=layer.weight.dtype)
+    generator = torch.Generator().manual_seed(0)  # the caller's random numbers stay as they are
+    rows = torch.randn(_ROWS, layer.in_features, generator=generator).to(device, layer.weight.dtype)
+    with torch.no_grad():
+        trial.weight.copy_(layer.weight)
+        exact = trial(rows).float()
+        with Int8Weights(trial):
+            error = (trial(rows).float() - exact).norm() / exact.norm().clamp(min=torch.finfo(torch.float32).tiny)
+    if error <= _TOLERANCE:
+        return None
+    return f"int8 is wrong on {device}: a layer {layer.in_features} -> {layer.out_features} is off by {error:.0%}"
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else "no reason given"

@@ -1,0 +1,53 @@
+"""The quantized weight itself. The one file that imports torchao, which is an extra: import it through `backend`."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchao.quantization import Int8Tensor, PerRow
+from torchao.quantization.quantize_.workflows import QuantizeTensorToInt8Kwargs
+from torchao.utils import should_reduce_range
+
+
+class Int8Weight(Int8Tensor):
+    """torchao's int8 weight, also where a model calls `F.linear` with keywords.
+
+    torchao takes the arguments of `linear` by position only, but attention that adds a bias of its own (BEiT and EVA in
+    timm) names them: `F.linear(x, weight=..., bias=...)`.
+    """
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Puts the arguments of `linear` in their places; everything else is torchao's."""
+        if func is F.linear and kwargs:
+            args, kwargs = _in_order(*args, **kwargs), {}
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def _in_order(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+    return input, weight, bias
+
+
+def quantize(weight: Tensor) -> Tensor:
+    """Quantizes a weight as torchao's `Int8DynamicActivationInt8WeightConfig` does.
+
+    Symmetric, one scale for each output channel; activations are quantized in each forward pass, one scale for each
+    token, so that an image never depends on its batch-mates. That config would also change inductor's settings for the
+    whole process, and so how the float model beside it compiles; here they are left alone. On CPUs without VNNI half of
+    the range is used, for their 16-bit sums would saturate (torchao's advice).
+
+    Args:
+        weight: (out, in) in float32, bfloat16 or float16.
+
+    Returns:
+        An `Int8Weight` of the same shape, dtype and device.
+    """
+    narrow = should_reduce_range(weight.device)
+    activations = QuantizeTensorToInt8Kwargs(granularity=PerRow(), reduce_range=narrow)
+    # Validation runs in inference mode; what is made there could not be used in a graph with gradients later.
+    with torch.inference_mode(False), torch.no_grad():
+        quantized: Tensor = Int8Weight.from_hp(
+            weight.detach(), granularity=PerRow(), act_quant_kwargs=activations, reduce_range=narrow
+        )
+    return quantized
