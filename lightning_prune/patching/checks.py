@@ -39,6 +39,11 @@ def check_reduction(transformer: VisionTransformer, reduction: Reduction, at: in
             f"{reduction.name} weighs the attention of later blocks by token sizes, which the attention of this "
             f"{kind} has no place for; use proportional_attention=False or another method."
         )
+    if reduction.adaptive and transformer.pools and not reduction.merges:
+        raise UnsupportedModelError(
+            f"{reduction.name} pads images that are left with fewer tokens than others of their batch, and this {kind} "
+            "pools over its patch tokens, padding included; it needs a model that reads its CLS token."
+        )
     if reads and ("attention" in reduction.reads or reduction.proportional_attention):
         why = transformer.family.unreadable(transformer)
         if why is not None:

@@ -1,0 +1,134 @@
+"""Reductions with which the images decide how many tokens go: shorter ones are padded, and nobody sees the padding."""
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import pytest
+import torch
+import torch.nn.functional as F
+from timm.models.eva import Eva
+from timm.models.vision_transformer_relpos import VisionTransformerRelPos
+from torch import Tensor, nn
+
+import lightning_prune as lp
+from lightning_prune.errors import ArgumentError, ScheduleError, UnsupportedModelError
+from lightning_prune.patching import find_vision_transformer, trace_tokens
+from lightning_prune.reduction import Reduced, Reduction, Sequence
+
+from .by_hand import disturb
+from .huggingface_models import build_hf, outputs_of
+from .test_torchvision import build_tv
+
+SMALL: dict[str, Any] = {"img_size": 20, "patch_size": 4, "embed_dim": 32, "depth": 4, "num_heads": 4, "num_classes": 7}
+
+
+class Bright(Reduction):
+    """Keeps the patches whose mean is above zero, however many these are."""
+
+    name: ClassVar[str] = "bright"
+    reads: ClassVar[frozenset[str]] = frozenset({"pixels"})
+    site = "input"
+    adaptive = keeps_sizes = proportional_attention = True
+
+    def reduce(self, sequence: Sequence, remove: int) -> Reduced:
+        assert remove == 0
+        assert sequence.pixels is not None
+        stays = F.avg_pool2d(sequence.pixels.mean(1, keepdim=True), 4).flatten(1) > 0
+        stays = torch.cat((stays.new_ones(len(stays), sequence.prefix_tokens), stays), 1)
+        order = stays.to(torch.int8).argsort(dim=1, descending=True, stable=True)
+        order = order[:, : int(stays.sum(1).max())]
+        kept = stays.gather(1, order)
+        tokens = sequence.tokens.gather(1, order[..., None].expand(-1, -1, sequence.tokens.shape[-1]))
+        return Reduced(tokens, torch.where(kept, order, -1), kept.to(tokens.dtype))
+
+    def capacity(self, tokens: int, prefix_tokens: int) -> int:
+        return 0
+
+    def unfit(self, model: nn.Module) -> str | None:
+        return "`method` is made for grey images." if getattr(model, "grey", False) else None
+
+
+MODELS: dict[str, Callable[[], Any]] = {
+    "relpos": lambda: disturb(VisionTransformerRelPos(**SMALL, class_token=True, global_pool="token")),
+    "eva": lambda: disturb(Eva(**SMALL, use_rot_pos_emb=True, use_abs_pos_emb=True, global_pool="token")),
+    "torchvision": build_tv,
+    "ViTForImageClassification": lambda: build_hf("ViTForImageClassification"),
+    "DINOv3ViTModel": lambda: build_hf("DINOv3ViTModel"),
+}
+
+
+@torch.no_grad()
+def run(model: Any, images: Tensor) -> Tensor:
+    result = model(images)
+    return result if isinstance(result, Tensor) else outputs_of(result)
+
+
+def images_of_other_lengths() -> Tensor:
+    images = torch.randn(3, 3, 20, 20, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    images[1] += 0.2
+    images[2] -= 0.15
+    return images
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_nobody_sees_the_padding(name: str) -> None:
+    model, images = MODELS[name]().double(), images_of_other_lengths()
+    lengths = {int((F.avg_pool2d(i.mean(0, keepdim=True), 4) > 0).sum()) for i in images}
+    assert len(lengths) == 3
+    dense = run(model, images)
+    with lp.patch(model, Bright()):
+        together = run(model, images)
+        alone = torch.cat([run(model, image[None]) for image in images])
+    assert (together - alone).abs().max() < 1e-10
+    assert (together - dense).abs().max() > 1e-3
+    assert torch.equal(run(model, images), dense)
+
+
+def test_as_if_the_others_had_never_been(build: Any) -> None:
+    """The same image through the dense blocks with only its bright patches."""
+    model, images = build().double(), images_of_other_lengths()
+    expected = []
+    for image in images:
+        reference = copy.deepcopy(model)
+        bright = (F.avg_pool2d(image.mean(0, keepdim=True), 4) > 0).flatten().nonzero()[:, 0] + 1
+        index = torch.cat((torch.zeros(1, dtype=torch.int64), bright))
+        reference.blocks[0].register_forward_pre_hook(lambda block, args, index=index: (args[0][:, index],))
+        expected.append(run(reference, image[None]))
+    with lp.patch(model, Bright()):
+        assert (run(model, images) - torch.cat(expected)).abs().max() < 1e-10
+    trace = trace_tokens(model, images, Bright())
+    assert trace.tokens.tolist() == [1 + int((F.avg_pool2d(i.mean(0, keepdim=True), 4) > 0).sum()) for i in images]
+
+
+def test_copies_pickles_and_updates(build: Any) -> None:
+    model, images = build().double(), images_of_other_lengths()
+    handle = lp.patch(model, Bright())
+    expected = run(model, images)
+    assert handle.schedule is None
+    assert torch.equal(run(copy.deepcopy(model), images), expected)
+    assert torch.equal(run(pickle.loads(pickle.dumps(model)), images), expected)
+    handle.update()
+    assert torch.equal(run(model, images), expected)
+    handle.remove()
+
+
+def test_a_schedule_says_nothing(build: Any) -> None:
+    with pytest.raises(ScheduleError, match=r"With bright the images decide .* left out, got \[5, 0, 0, 0\]"):
+        lp.patch(build(), Bright(), [5, 0, 0, 0])
+    with pytest.raises(ScheduleError, match="`schedule` is missing: pomt removes as many tokens as a schedule says"):
+        lp.patch(build(), "pomt")
+
+
+def test_what_the_method_was_not_made_for(build: Any) -> None:
+    model = build()
+    model.grey = True
+    with pytest.raises(ArgumentError, match="made for grey images"):
+        lp.patch(model, Bright())
+    assert not find_vision_transformer(model).root.blocks[0].__dict__.get("_prune_site")
+
+
+def test_padding_cannot_be_pooled(build: Any) -> None:
+    with pytest.raises(UnsupportedModelError, match=r"bright pads .* pools over its patch tokens"):
+        lp.patch(build("pool-avg"), Bright())

@@ -1,0 +1,282 @@
+"""ToMe in models, against forward passes in float64 that merge, weigh and place tokens in plain loops."""
+
+import copy
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from timm.models.cait import TalkingHeadAttn
+from timm.models.convit import MHSA
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import lightning_prune as lp
+from lightning_prune.errors import ScheduleError, UnsupportedModelError
+from lightning_prune.patching import find_vision_transformer
+from lightning_prune.reduction import ToMe, tome_schedule
+
+from ..naive_tome import Naive
+from . import huggingface_models as hf
+from . import test_torchvision as tv
+from .by_hand import Parts, pruned_by_hand
+from .sweep import coverage
+from .test_timm_families import MODELS, bias_by_hand, neutral_rows, silenced
+
+WHERE = {"one": [0, 6, 0, 0], "two": [5, 0, 7, 0], "all": [6, 5, 4, 3]}
+UNWEIGHED = ("cait", "convit")  # their attention takes nothing that is added to its logits
+every_way = pytest.mark.parametrize("where", WHERE)
+
+
+def parts_of(block: Any, kwargs: dict[str, Any]) -> Parts:
+    """Of timm's own block."""
+
+    def project(x: Tensor) -> Any:
+        query, key, value = block.attn.qkv(x).reshape(len(x), 3, block.attn.num_heads, -1).permute(1, 2, 0, 3)
+        return block.attn.q_norm(query), block.attn.k_norm(key), value
+
+    return Parts(block.norm1, project, block.attn.proj, block.ls1, block.norm2, block.mlp, block.ls2)
+
+
+@torch.no_grad()
+def run(model: Any, images: Tensor) -> Tensor:
+    output: Tensor = model(images)
+    return output
+
+
+def expect(model: Any, images: Tensor, where: str, proportional: bool, kind: Any, after: str | None = None) -> Tensor:
+    """`pruned_by_hand`; `after` is the module after the blocks of a model that pools patch tokens: it gets them all."""
+    naive, model = Naive(proportional), copy.deepcopy(model)
+    if after is not None:
+        model.get_submodule(after).register_forward_pre_hook(lambda _, args: (naive.restored(args[0]),))
+    prefix = find_vision_transformer(model).prefix_tokens
+    return pruned_by_hand(model, images, WHERE[where], naive, prefix, *kind)
+
+
+def agree(model: Any, images: Tensor, where: str, proportional: bool, expected: Tensor, run: Any, error: Any) -> None:
+    """In float64 to rounding, also an image alone; in half precision at least finite; and the model gets out of it."""
+    model, images = model.double(), images.double()
+    dense = run(model, images)
+    with lp.patch(model, ToMe(proportional), WHERE[where]):
+        assert error(run(model, images), expected) < 1e-10
+        assert error(run(model, images[1:2]), expected[1:2]) < 1e-10
+    assert torch.equal(run(model, images), dense)
+    assert error(dense, expected) > 1e-6
+    half = model.bfloat16()
+    with lp.patch(half, ToMe(proportional), WHERE[where]):
+        assert run(half, images.bfloat16()).isfinite().all()
+
+
+TIMM = (lambda model: list(model.blocks), parts_of, lambda logits: logits)
+TIMM_MODELS = {"vit": None, "distilled": None, "dinov2-registers": None, "qk-norm": None, "siglip": "norm"}
+TIMM_MODELS |= {"pool-avg": "norm", "no-prefix": "norm", "no-pool": None}
+
+
+@every_way
+@pytest.mark.parametrize("proportional", [True, False])
+@pytest.mark.parametrize("name", TIMM_MODELS)
+def test_timm(build: Any, images: Tensor, relative_error: Any, name: str, proportional: bool, where: str) -> None:
+    model = build(name)
+    expected = expect(model, images, where, proportional, TIMM, TIMM_MODELS[name])
+    agree(model, images, where, proportional, expected, run, relative_error)
+
+
+@every_way
+@pytest.mark.parametrize("name", hf.KINDS)
+def test_transformers(name: str, images: Tensor, relative_error: Any, where: str) -> None:
+    model = hf.build_hf(name)
+    kind = (hf.blocks_of, hf.parts_of, hf.outputs_of)
+    after = "post_layernorm" if name == "SiglipVisionModel" else None
+    expected = expect(model, images, where, True, kind, after)
+    agree(model, images, where, True, expected, hf.run, relative_error)
+
+
+@every_way
+def test_torchvision(images: Tensor, relative_error: Any, where: str) -> None:
+    model = tv.build_tv()
+    expected = expect(model, images, where, True, (tv.blocks_of, tv.parts_of, lambda logits: logits))
+    agree(model, images, where, True, expected, run, relative_error)
+
+
+def key_of(attn: Any, x: Tensor) -> Tensor:
+    """(H, N, D) of a module without fused attention."""
+    key: Tensor = attn.qkv(x)[0].reshape(x.shape[1], 3, attn.num_heads, -1)[:, 1].transpose(0, 1)
+    return key
+
+
+@contextmanager
+def spied(seen: list[Tensor], places: list[int], sizes: list[float], prefix: int) -> Iterator[None]:
+    """Fused attention that remembers its keys, finds its bias by place and weighs its keys by their sizes."""
+    original = F.scaled_dot_product_attention
+
+    def spy(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **more: Any) -> Tensor:
+        if attn_mask is not None and attn_mask.shape[-1] != key.shape[-2]:
+            attn_mask = bias_by_hand(attn_mask, places, prefix)
+        seen.append(key[0])
+        weights = torch.tensor([math.log(size) for size in sizes], dtype=query.dtype).view(1, 1, 1, -1)
+        return original(query, key, value, attn_mask=weights if attn_mask is None else attn_mask + weights, **more)
+
+    F.scaled_dot_product_attention = spy
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = original
+
+
+@torch.no_grad()
+def placed_by_hand(model: Any, image: Tensor, removed: list[int], proportional: bool) -> Tensor:
+    """The output for one image; every block is the model's own and gets the places of the destinations."""
+    transformer, naive = find_vision_transformer(model), Naive(proportional)
+    prefix, first = transformer.prefix_tokens, transformer.first
+    entered: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    hooks = [
+        b.register_forward_pre_hook(lambda _, args, kwargs: entered.append((args, kwargs)), with_kwargs=True)
+        for b in model.blocks
+    ]
+    model(image)
+    for hook in hooks:
+        hook.remove()
+    x = entered[first][0][0]
+    whole = x.shape[1]
+    places, sizes = list(range(whole)), [1.0] * whole
+    for index, block in enumerate(model.blocks):
+        if index < first:
+            continue
+        kwargs = dict(entered[index][1])
+        if kwargs.get("rope") is not None and len(places) < whole:
+            kwargs["rope"] = neutral_rows(kwargs["rope"], [p - prefix for p in places[prefix:]])
+        seen: list[Tensor] = []
+        with spied(seen, places, sizes, prefix):
+            if not removed[index]:
+                x = block(x, **kwargs)
+                continue
+            with silenced(block, "norm2", "mlp"):
+                middle = block(x, **kwargs)
+            if isinstance(block.attn, TalkingHeadAttn | MHSA):
+                seen.append(key_of(block.attn, block.norm1(x)))
+            rows, kept, sizes = naive(middle[0], (seen[0], seen[0], seen[0]), sizes, removed[index], prefix)
+            places = [places[k] for k in kept]
+            with silenced(block, "norm1", "attn"):
+                x = block(rows[None], **kwargs)
+    x = naive.restored(x) if transformer.pools else x
+    hook = model.blocks[-1].register_forward_hook(lambda *_: x)
+    try:
+        return model(image)
+    finally:
+        hook.remove()
+
+
+@pytest.mark.parametrize("removed", [[0, 6, 0, 0], [0, 7, 4, 0]], ids=["one", "two"])
+@pytest.mark.parametrize("name", MODELS)
+def test_places_are_those_of_the_destinations(name: str, removed: list[int], relative_error: Any) -> None:
+    """Rotary embeddings and position biases: a merged token is turned and biased as the one it stands in place of."""
+    model, proportional = MODELS[name]().double(), name not in UNWEIGHED
+    images = torch.randn(2, 3, *coverage.image_size(model), generator=torch.Generator().manual_seed(1)).double()
+    expected = torch.cat([placed_by_hand(model, image[None], removed, proportional) for image in images])
+    dense = run(model, images)
+    with lp.patch(model, ToMe(proportional), removed):
+        found = run(model, images)
+    assert relative_error(found, expected) < 1e-10
+    assert relative_error(dense, expected) > 1e-6
+
+
+@pytest.mark.parametrize("name", UNWEIGHED)
+def test_attention_that_cannot_be_weighed_is_refused(name: str) -> None:
+    model = MODELS[name]()
+    with pytest.raises(UnsupportedModelError, match="tome weighs the attention of later blocks by token sizes"):
+        lp.patch(model, "tome", [0, 6, 0, 0])
+    with pytest.raises(UnsupportedModelError, match="use proportional_attention=False or another method"):
+        lp.patch(model, ToMe(), [0, 6, 0, 0])
+
+
+def test_nothing_to_merge_changes_no_bit(build: Any, images: Tensor) -> None:
+    model = build()
+    dense = run(model, images)
+    with lp.patch(model, "tome", tome_schedule(r=0, depth=4, tokens=26)):
+        assert torch.equal(run(model, images), dense)
+
+
+@pytest.mark.parametrize("proportional", [True, False])
+def test_attention_is_left_as_it_is_before_the_first_merge(
+    build: Any, images: Tensor, monkeypatch: pytest.MonkeyPatch, proportional: bool
+) -> None:
+    masks: list[Any] = []
+    original = F.scaled_dot_product_attention
+
+    def spy(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, *args: Any, **more: Any) -> Tensor:
+        masks.append(None if attn_mask is None else attn_mask.shape)
+        return original(query, key, value, attn_mask, *args, **more)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    with lp.patch(build(), ToMe(proportional), [0, 5, 0, 0]) as handle:
+        run(handle.transformer.root, images)
+    assert masks == [None, None, *[torch.Size((2, 1, 1, 21)) if proportional else None] * 2]
+
+
+def test_more_than_half_is_refused(build: Any) -> None:
+    model = build()
+    lp.patch(model, "tome", [12, 6, 3, 2])
+    with pytest.raises(ScheduleError, match="of the 14 that enter it tome can remove at most 6"):
+        lp.patch(model, "tome", [12, 7, 0, 0])
+
+
+@pytest.mark.parametrize("form", ["constant", "decreasing"])
+def test_both_forms_run_to_the_last_token(build: Any, images: Tensor, leaving: Any, form: Any) -> None:
+    method, model = ToMe(schedule=form), build()
+    for remove in (1, 9, method.most(26, 1, 4, 0)):
+        with lp.patch(model, method, method.spread(remove, 26, 1, 4, 0)):
+            assert leaving(model, images)[-1] == 26 - remove
+
+
+def cases() -> Iterator[Any]:
+    yield pytest.param("vit", True, id="vit")
+    yield pytest.param("siglip", True, id="pooled")
+    yield pytest.param("vit", False, id="unweighed")
+
+
+@pytest.mark.parametrize(("name", "proportional"), cases())
+def test_compiles_as_a_whole_and_exports(build: Any, draw: Any, name: str, proportional: bool) -> None:
+    torch._dynamo.reset()
+    model = build(name)
+    lp.patch(model, ToMe(proportional), WHERE["two"])
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    exported = torch.export.export(model, (draw(),)).module()
+    for seed in range(2):
+        expected = run(model, draw(seed=seed))
+        torch.testing.assert_close(run(compiled, draw(seed=seed)), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(run(exported, draw(seed=seed)), expected, rtol=1e-5, atol=1e-5)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("name", ["dinov3", "beit-own-bias"])
+def test_models_with_places_compile_and_export(name: str) -> None:
+    torch._dynamo.reset()
+    model = MODELS[name]()
+    images = torch.randn(2, 3, *coverage.image_size(model), generator=torch.Generator().manual_seed(1))
+    lp.patch(model, "tome", [0, 7, 4, 0])
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    exported = torch.export.export(model, (images,)).module()
+    expected = run(model, images)
+    torch.testing.assert_close(run(compiled, images), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(run(exported, images), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_autocast(build: Any, images: Tensor, relative_error: Any) -> None:
+    model = build()
+    with lp.patch(model, "tome", WHERE["all"]):
+        expected = run(model, images)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = run(model, images)
+    assert found.isfinite().all()
+    assert found.shape == expected.shape
+
+
+def test_training_goes_through_it(build: Any, images: Tensor) -> None:
+    model = build().train()
+    with lp.patch(model, "tome", WHERE["all"]):
+        model(images).square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
