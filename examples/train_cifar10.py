@@ -45,8 +45,9 @@ class Stage(NamedTuple):
     epochs: float
 
 
-STAGES = (Stage(20, 6), Stage(28, 7), Stage(56, 0.4))
+STAGES = (Stage(20, 9), Stage(28, 8), Stage(56, 0.75))
 TEACHER_EPOCHS = 6
+STEADY = 0.6  # share of the steps before the rate begins to fall; a run can be made longer while it has not
 
 
 def images_of(root: Path, part: str) -> TensorDataset:
@@ -151,6 +152,7 @@ class Cifar10Training(ImageClassifier):
 
     def __init__(self, teacher: Teacher, stages: tuple[Stage, ...], batches: int, rate: float) -> None:
         super().__init__(CIFAR_MODEL, pretrained=False, model_kwargs={"dynamic_img_size": True})
+        self.hparams.clear()  # a teacher is none that a checkpoint read without pickle could hold
         self.normalise, self.rate = Normalise(), rate
         self.ends = [round(batches * sum(stage.epochs for stage in stages[: i + 1])) for i in range(len(stages))]
         self.sides = [stage.side for stage in stages]
@@ -194,9 +196,9 @@ class Cifar10Training(ImageClassifier):
         others = [p for p in self.model.parameters() if not (p.ndim > 1 and p.shape[0] > 1)]
         groups = [{"params": matrices, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
         optimizer = torch.optim.AdamW(groups, lr=self.rate, fused=True)
-        warm, total = 200, self.ends[-1]
+        warm, steady, total = 200, round(STEADY * self.ends[-1]), self.ends[-1]
         rates = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: min((step + 1) / warm, 0.005 + 0.5 * (1 + math.cos(math.pi * step / total)))
+            optimizer, lambda step: min((step + 1) / warm, 1.0, max(0.005, (total - step) / (total - steady)))
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": rates, "interval": "step"}}
 
