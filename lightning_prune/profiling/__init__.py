@@ -6,13 +6,17 @@ from lightning_prune.profiling.curve import LatencyProfile, Span
 from lightning_prune.profiling.latency import compare_latency, profile_latency
 from lightning_prune.profiling.spreading import reducing_block, resolve_block, spread_schedule
 from lightning_prune.profiling.timing import Interleaved, Timing
+from lightning_prune.profiling.variant import DENSE, Variant, VariantSwitch
 
 __all__ = [
+    "DENSE",
     "Interleaved",
     "LatencyProfile",
     "Proxy",
     "Span",
     "Timing",
+    "Variant",
+    "VariantSwitch",
     "compare_latency",
     "measurement_context",
     "profile_latency",

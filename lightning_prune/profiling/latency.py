@@ -11,15 +11,15 @@ from torch import Tensor, nn
 
 from lightning_prune.errors import ArgumentError
 from lightning_prune.keep_rates import KeepRates
-from lightning_prune.patching import PatchHandle, VisionTransformer, find_vision_transformer, unpatch
+from lightning_prune.patching import PatchHandle, VisionTransformer, find_vision_transformer
 from lightning_prune.patching.blocks import evaluating
-from lightning_prune.patching.origin import without_origin
 from lightning_prune.patching.overlay import is_overlaid
 from lightning_prune.profiling.context import is_compiled, measurement_context
 from lightning_prune.profiling.curve import LatencyProfile
 from lightning_prune.profiling.explore import explore, profile_builder
 from lightning_prune.profiling.spreading import reducing_block, refuse_adaptive, spread_schedule
 from lightning_prune.profiling.timing import Interleaved, Timing
+from lightning_prune.profiling.variant import DENSE, Variant, VariantSwitch
 from lightning_prune.progress import ticking
 from lightning_prune.reduction import Random, Reduction, resolve
 from lightning_prune.schedule import Schedule
@@ -109,7 +109,7 @@ def profile_latency(
 def compare_latency(
     model: nn.Module,
     example_batch: Tensor,
-    variants: Mapping[str, tuple[str | Reduction, Schedule | KeepRates] | None],
+    variants: Mapping[str, Variant | tuple[str | Reduction, Schedule | KeepRates] | None],
     *,
     rounds: int = 31,
     max_seconds: float | None = 20.0,
@@ -121,8 +121,8 @@ def compare_latency(
     Args:
         model: Any module that contains one Vision Transformer.
         example_batch: (B, channels, height, width) images on the device.
-        variants: Name -> (method, schedule), or None for the unpruned model, of which there must be one: ratios refer
-            to it.
+        variants: Name -> (method, schedule), a `lightning_prune.profiling.Variant`, or None for the unpruned model, of
+            which there must be one: ratios refer to it.
         rounds: Measurements of each variant, if time allows.
         max_seconds: Time limit, or None; one round is completed all the same.
         target: Dotted path of the transformer in `model`.
@@ -137,27 +137,23 @@ def compare_latency(
     """
     transformer = find_vision_transformer(model, target)
     _check(transformer, example_batch, max_seconds, "deployed")
-    dense = next((name for name, variant in variants.items() if variant is None), None)
+    wanted = {name: DENSE if variant is None else Variant(*variant) for name, variant in variants.items()}
+    dense = next((name for name, variant in wanted.items() if variant == DENSE), None)
     if dense is None:
         raise ArgumentError("`variants` must hold one None, the dense model that the others are compared with.")
-    handles: dict[str, PatchHandle] = {}
-
-    def prepare(name: str) -> None:
-        variant = variants[name]
-        if variant is None:
-            unpatch(transformer.root)
-        elif name in handles:
-            handles[name].update(without_origin(variant[1]))
-        else:
-            handles[name] = PatchHandle(transformer, resolve(variant[0]), without_origin(variant[1]))
-
+    switch = VariantSwitch(transformer)
     deadline = float("inf") if max_seconds is None else time.perf_counter() + max_seconds
     with ready_to_run(transformer), ticking("Comparing latency", max_seconds, progress) as tick:
-        race = Interleaved[str](prepare, lambda: transformer.runner(example_batch), example_batch.device, dense)
+        race = Interleaved[str](
+            prepare=lambda name: switch.to(wanted[name]),
+            run=lambda: transformer.runner(example_batch),
+            device=example_batch.device,
+            reference=dense,
+        )
         try:
             race.measure(variants, rounds, deadline, tick)
         finally:
-            unpatch(transformer.root)
+            switch.off()
     return {name: race.result(name) for name in variants}
 
 
