@@ -27,8 +27,10 @@ _HOME = {
     "TokenPruning": "callbacks",
     "UnsupportedModelError": "errors",
     "Utility": "planning.objective",
+    "Vocabulary": "vocabulary",
     "WeightsError": "errors",
     "compare_latency": "profiling.latency",
+    "learn_vocabulary": "vocabulary_learning",
     "load_schedule": "keep_rates",
     "patch": "patching",
     "plan": "planning.planner",
@@ -69,6 +71,8 @@ if TYPE_CHECKING:  # the same names for type checkers and editors, which cannot 
     from lightning_prune.profiling.latency import compare_latency as compare_latency
     from lightning_prune.profiling.latency import profile_latency as profile_latency
     from lightning_prune.schedule import Schedule as Schedule
+    from lightning_prune.vocabulary import Vocabulary as Vocabulary
+    from lightning_prune.vocabulary_learning import learn_vocabulary as learn_vocabulary
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,147 @@
+"""vwt-inter in whole models: its tokens and no others, whatever the batch, compiled and exported too."""
+
+import copy
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+import lightning_prune as lp
+from lightning_prune.errors import ArgumentError, ScheduleError
+from lightning_prune.reduction.vwt_inter import VWTInter, group_by_word, merge_groups
+from lightning_prune.vocabulary import Vocabulary
+
+SHAPE = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2, "num_classes": 5}
+
+
+def vit(**options: Any) -> nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model("vit_tiny_patch16_224", **{**SHAPE, **options}).eval().double()
+
+
+def images(batch: int = 4, size: int = 32) -> Tensor:
+    """The more alike the patches of an image, the later it comes."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(batch, 3, size, size, generator=generator, dtype=torch.float64)
+    flat = torch.randn(3, 1, 1, generator=generator, dtype=torch.float64)
+    return flat + noise * torch.linspace(1, 0.1, batch).view(-1, 1, 1, 1)
+
+
+def words(**options: Any) -> Vocabulary:
+    return lp.learn_vocabulary([images(8).float()], patch_size=8, words=12, progress=False, **options)
+
+
+def test_no_image_depends_on_its_batch_mates() -> None:
+    model, batch = vit(), images()
+    with torch.no_grad(), lp.patch(model, VWTInter(words(), 0.3)):
+        together = model(batch)
+        counts = group_by_word(batch, 16, words(), 0.3).counts.tolist()
+        assert len(set(counts)) > 1
+        for b in range(4):
+            torch.testing.assert_close(model(batch[b : b + 1])[0], together[b], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("options", [{}, {"reg_tokens": 2}])
+def test_the_blocks_see_the_means_and_nothing_else(options: dict[str, Any]) -> None:
+    """One image has no padding: its logits are those of the plain blocks on the merged tokens."""
+    model, batch, vocabulary = vit(**options), images()[2:3], words()
+    prefix = model.num_prefix_tokens
+    grouping = group_by_word(batch, 16, vocabulary, 0.3)
+    count = int(grouping.counts)
+    assert 1 < count < 16
+    with torch.no_grad():
+        x = model.norm_pre(model._pos_embed(model.patch_embed(batch)))
+        merged = merge_groups(x, grouping, prefix, count).tokens
+        expected = model.forward_head(model.norm(model.blocks(merged)))
+        with lp.patch(model, VWTInter(vocabulary, 0.3)):
+            torch.testing.assert_close(model(batch), expected)
+
+
+def test_a_threshold_of_zero_is_the_dense_model() -> None:
+    model, batch = vit(), images()
+    with torch.no_grad():
+        dense = model(batch)
+        with lp.patch(model, VWTInter(words(), 0)):
+            torch.testing.assert_close(model(batch), dense)
+        assert torch.equal(model(batch), dense)
+
+
+def test_padding_to_the_image_compiles_and_exports() -> None:
+    model, batch = vit(), images()
+    with torch.no_grad():
+        with lp.patch(model, VWTInter(words(), 0.3)):
+            expected = model(batch)
+        with lp.patch(model, VWTInter(words(), 0.3, pad_to="image")):
+            compiled = torch.compile(model, fullgraph=True, backend="eager")
+            exported = torch.export.export(model, (batch,), dynamic_shapes=({0: torch.export.Dim("batch")},)).module()
+            for run in (model, compiled, exported, copy.deepcopy(model)):
+                torch.testing.assert_close(run(batch), expected)
+            torch.testing.assert_close(exported(batch[:3]), expected[:3])
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "message"),
+    [
+        (Vocabulary(torch.randn(3, 48), 4), "is for patches of 4 x 4, this model for 8 x 8; learn one for this model"),
+        (
+            Vocabulary(torch.randn(3, 192), 8, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)),
+            r"normalised by mean \(0.485, 0.456, 0.406\), this model for \(0.5, 0.5, 0.5\)",
+        ),
+        (
+            Vocabulary(torch.randn(3, 192), 8, mean=(0.5, 0.5, 0.5), std=(0.229, 0.224, 0.225)),
+            r"normalised by std \(0.229, 0.224, 0.225\), this model for \(0.5, 0.5, 0.5\)",
+        ),
+    ],
+)
+def test_a_vocabulary_for_another_model_is_refused_at_once(vocabulary: Vocabulary, message: str) -> None:
+    model = vit()
+    with pytest.raises(ArgumentError, match=message):
+        lp.patch(model, VWTInter(vocabulary))
+
+
+def test_a_vocabulary_for_this_model_or_of_unknown_normalisation_is_taken() -> None:
+    for known in ({}, {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}):
+        lp.patch(vit(), VWTInter(words(**known))).remove()
+
+
+def test_where_only_the_images_show_the_patch_size_the_first_forward_says_it() -> None:
+    class Embedding(nn.Module):
+        def __init__(self, embed: nn.Module) -> None:
+            super().__init__()
+            self.embed, self.num_patches, self.grid_size = embed, embed.num_patches, embed.grid_size
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.embed(x)
+
+    model = vit()
+    model.patch_embed = Embedding(model.patch_embed)
+    with (
+        lp.patch(model, VWTInter(Vocabulary(torch.randn(3, 48), 4))),
+        pytest.raises(ArgumentError, match="is for patches of 3 x 4 x 4, this model for 3 x 8 x 8"),
+    ):
+        model(images())
+
+
+def test_a_schedule_is_refused() -> None:
+    with pytest.raises(ScheduleError, match="With vwt-inter the images decide how many tokens go"):
+        lp.patch(vit(), VWTInter(words()), [1, 0, 0])
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("vit_small_patch16_dinov3", {}),
+        ("vit_tiny_patch16_224", {"class_token": False, "global_pool": "avg"}),
+        ("vit_tiny_patch16_224", {"dynamic_img_size": True}),
+    ],
+)
+def test_other_kinds_of_models_do_not_mix_images_either(name: str, options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    model = timm.create_model(name, **{**SHAPE, **options}).eval().double()
+    batch = images()
+    with torch.no_grad(), lp.patch(model, VWTInter(words(), 0.3)):
+        together = model(batch)
+        for b in (0, 3):
+            torch.testing.assert_close(model(batch[b : b + 1])[0], together[b], rtol=0, atol=1e-10)
