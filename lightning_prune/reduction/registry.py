@@ -121,7 +121,7 @@ def _load(name: str, points: list[EntryPoint]) -> type[Reduction]:
         ArgumentError: If several packages declare the name, or what it leads to does not load or is no reduction.
     """
     if len(points) > 1:
-        raise ArgumentError(f"Several packages declare a method {name!r}: {', '.join(map(_where, points))}.")
+        raise ArgumentError(f"Several packages declare a method {name!r}: {', '.join(sorted(map(_where, points)))}.")
     point = points[0]
     try:
         found = point.load()

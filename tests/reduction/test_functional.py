@@ -4,8 +4,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_prune.reduction import Attention
-from lightning_prune.reduction.functional import attention_probabilities, best_in_order, take_tokens, with_prefix
+from lightning_prune.reduction import Attention, Reduced, Reduction, Sequence, resolve
+from lightning_prune.reduction.functional import (
+    attention_probabilities,
+    best_in_order,
+    keep_best,
+    sources_of,
+    take_tokens,
+    with_prefix,
+)
 
 B, H, N, D = 2, 3, 7, 4
 
@@ -73,3 +80,59 @@ def test_take_tokens_and_prefix() -> None:
     assert torch.equal(taken[0], tokens[0, [0, 1, 3, 4]])
     assert torch.equal(taken[1], tokens[1, [0, 1, 2, 3]])
     assert with_prefix(torch.tensor([[1, 2]]), 0).tolist() == [[1, 2]]
+
+
+def test_keep_best_is_the_prefix_and_the_best_in_their_order() -> None:
+    tokens, scores = torch.randn(2, 6, 3), torch.tensor([[0.1, 0.9, 0.3, 0.8], [5.0, 4.0, 3.0, 6.0]])
+    reduced = keep_best(tokens, scores, remove=2, prefix_tokens=2)
+    assert reduced.positions.tolist() == [[0, 1, 3, 5], [0, 1, 2, 5]]
+    assert torch.equal(reduced.tokens[1], tokens[1, [0, 1, 2, 5]])
+    assert reduced.sizes is reduced.sources is None
+
+
+class TestSources:
+    @staticmethod
+    def loop(positions: list[int], tokens: int) -> list[int]:
+        """By the rule, for one image."""
+        rest = positions.index(-1) if positions.count(-1) == 1 else -1
+        return [positions.index(i) if i in positions else rest for i in range(tokens)]
+
+    @pytest.mark.parametrize(
+        "positions",
+        [
+            [[0, 1, 2, 3, 4, 5]],
+            [[0, 3, 5], [1, 2, 4]],
+            [[0, 3, -1], [0, 1, -1]],
+            [[-1, 3, 5], [3, -1, 4]],
+            [[-1, -1, 5], [0, -1, -1]],
+            [[0, 2, -1], [0, 2, 4], [-1, 2, -1]],
+            [[-1]],
+        ],
+        ids=["all", "dropped", "fused-last", "fused-anywhere", "several", "mixed", "one"],
+    )
+    def test_those_that_are_not_said_follow_from_positions(self, positions: list[list[int]]) -> None:
+        reduced = Reduced(torch.zeros(len(positions), len(positions[0]), 2), torch.tensor(positions))
+        found = sources_of(reduced, 6)
+        assert found.tolist() == [self.loop(row, 6) for row in positions]
+        assert found.dtype == torch.int64
+        compiled = torch.compile(sources_of, fullgraph=True, backend="eager")
+        assert torch.equal(compiled(reduced, 6), found)
+
+    def test_those_that_are_said_are_those(self) -> None:
+        said = torch.tensor([[1, 0, 1]])
+        reduced = Reduced(torch.zeros(1, 2, 2), torch.tensor([[1, -1]]), None, said)
+        assert sources_of(reduced, 3) is said
+
+    @pytest.mark.parametrize("name", ["pomt", "pomt-nearest", "topk", "evit", "shift", "random", "tome"])
+    def test_of_every_method(self, name: str) -> None:
+        """Each token that is left came from somewhere, and merging and fusing methods lose none."""
+        method: Reduction = resolve(name)
+        x, attention = torch.randn(2, 3, 12, 8), Attention(*torch.randn(3, 3, 2, 12, 4))
+        reduced = method.reduce(Sequence(x[0], 1, True, attention, entering=x[1], trace=True), 4)
+        sources = sources_of(reduced, 12)
+        for row, positions in zip(sources.tolist(), reduced.positions.tolist(), strict=True):
+            assert set(row) - {-1} == set(range(8))
+            assert row[0] == 0
+            assert all(row[place] == k for k, place in enumerate(positions) if place >= 0)
+            fuses = method.merges or -1 in positions
+            assert row.count(-1) == (0 if fuses else 4)
