@@ -1,6 +1,7 @@
 """What the rows of a comparison's document say: which belong together, and which figure ranks them."""
 
 from collections.abc import Mapping, Sequence
+from math import isfinite
 from typing import Any, NamedTuple
 
 from lightning_prune.errors import DataError
@@ -65,30 +66,37 @@ def dense_of(rows: Sequence[Row]) -> Row | None:
 def score_of(rows: Sequence[Row]) -> Score | None:
     """Top-1 where any row knows it, else the agreement with dense where any row knows that, else None."""
     for score in (TOP1, AGREEMENT):
-        if any(row.get(score.key) is not None for row in rows):
+        if any(number(row, score.key) is not None for row in rows):
             return score
     return None
 
 
 def by_target(rows: Sequence[Row], score: Score | None) -> dict[float | None, list[Row]]:
     """Target speed-up -> its rows, best first; the rows without a target come first, as they came."""
-    targets = sorted({row["target"] for row in rows if row.get("target") is not None})
-    groups: dict[float | None, list[Row]] = {None: [row for row in rows if row.get("target") is None]}
+    targets = sorted({target for row in rows if (target := number(row, "target")) is not None})
+    groups: dict[float | None, list[Row]] = {None: [row for row in rows if number(row, "target") is None]}
     for target in targets:
-        groups[target] = ranked([row for row in rows if row.get("target") == target], score)
+        groups[target] = ranked([row for row in rows if number(row, "target") == target], score)
     return {target: group for target, group in groups.items() if group}
+
+
+def number(row: Row, key: str) -> float | None:
+    """The figure, or None where the row has none, or one that is not finite."""
+    value = row.get(key)
+    real = isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
+    return float(value) if real and value is not None else None
 
 
 def ranked(rows: Sequence[Row], score: Score | None) -> list[Row]:
     """Best first; rows without the figure last, in the order in which they came."""
     if score is None:
         return list(rows)
-    return sorted(rows, key=lambda row: -1.0 if row.get(score.key) is None else row[score.key], reverse=True)
+    return sorted(rows, key=lambda row: _or_last(number(row, score.key)), reverse=True)
 
 
 def placed(row: Row, score: Score) -> bool:
     """Whether the row has both a latency and the figure, so that it has a place in a plot."""
-    return row.get("latency_ms") is not None and row.get(score.key) is not None
+    return number(row, "latency_ms") is not None and number(row, score.key) is not None
 
 
 def front_of(rows: Sequence[Row], score: Score) -> list[Row]:
@@ -105,3 +113,7 @@ def front_of(rows: Sequence[Row], score: Score) -> list[Row]:
         if not front or row[score.key] > front[-1][score.key]:
             front.append(row)
     return front
+
+
+def _or_last(figure: float | None) -> float:
+    return -1.0 if figure is None else figure

@@ -6,7 +6,6 @@ from pathlib import Path
 from textwrap import fill
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
@@ -33,10 +32,11 @@ def plot_tokens(
     mean: float | Sequence[float] | None = None,
     std: float | Sequence[float] | None = None,
 ) -> Figure:
-    """A row for each image: the picture, and for each method what became of its patches.
+    r"""A row for each image: the picture, and for each method what became of its patches.
 
-    Dropped patches fade to grey and are crossed out. The token that pruning methods make of what is left over gets one translucent tint;
-    patches that were merged, because they are alike, the mean colour of their pixels, with a border around each token.
+    Dropped patches fade to grey and are crossed out. The token that pruning methods make of what is left over gets
+    one translucent tint; patches that were merged, because they are alike, the mean colour of their pixels, with a
+    border around each token. Grey pictures, whose mean colours look alike, are lent a hue for each merged token.
     Patches that are kept as they are keep their pixels.
 
     Args:
@@ -59,7 +59,7 @@ def plot_tokens(
         >>> trace = trace_tokens(model, images, "pomt", lp.Schedule.single(4, 1, 56))
         >>> figure = plot_tokens(images, {"pomt": trace}, mean=0, std=1)
         >>> [axes.get_title() for axes in figure.axes[:2]]
-        ['picture\\n196 patches', 'pomt\\n141 tokens left']
+        ['picture\n196 patches', 'pomt\n141 tokens left']
     """
     pictures = _pictures(images, mean, std)
     if not traces:
