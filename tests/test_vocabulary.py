@@ -164,7 +164,7 @@ def test_files_that_are_no_vocabularies_of_this_release(
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     path = tmp_path / "words.safetensors"
     for missing in (path, tmp_path):
-        with pytest.raises(FileFormatError, match="Cannot read .*: it does not exist, or is a folder"):
+        with pytest.raises(FileFormatError, match=r"Cannot read .*: it does not exist, or is a folder"):
             Vocabulary.load(missing)
     whole = vocabulary().save(path).read_bytes()
     for content in (b"", whole[: len(whole) // 2], whole[:20], b"removed: [1]\n", struct.pack("<Q", 2**40) + b"{}"):

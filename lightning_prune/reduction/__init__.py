@@ -11,6 +11,7 @@ from lightning_prune.reduction.shift import Shift, shift, shift_scores
 from lightning_prune.reduction.tome import ToMe, bipartite_matching
 from lightning_prune.reduction.tome_schedule import tome_schedule
 from lightning_prune.reduction.topk import TopK, topk, topk_scores
+from lightning_prune.reduction.vwt_inter import VWTInter
 from lightning_prune.reduction.vwt_intra import VWTIntra, vwt_intra
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "Shift",
     "ToMe",
     "TopK",
+    "VWTInter",
     "VWTIntra",
     "bipartite_matching",
     "evit",

@@ -16,12 +16,13 @@ from lightning_prune.reduction.random import Random
 from lightning_prune.reduction.shift import Shift
 from lightning_prune.reduction.tome import ToMe
 from lightning_prune.reduction.topk import TopK
+from lightning_prune.reduction.vwt_inter import VWTInter
 from lightning_prune.reduction.vwt_intra import VWTIntra
 
 GROUP = "lightning_prune.reductions"
 
 METHODS: dict[str, type[Reduction]] = {
-    method.name: method for method in (POMT, TopK, EViT, ToMe, Shift, VWTIntra, Random)
+    method.name: method for method in (POMT, TopK, EViT, ToMe, Shift, VWTIntra, VWTInter, Random)
 }
 """The methods of this package."""
 
