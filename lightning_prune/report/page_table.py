@@ -4,8 +4,20 @@ from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import Any, NamedTuple
 
-from lightning_prune.report.rows import TOP1, Row, Score, by_target, dense_of, number, rows_of, score_of
-from lightning_prune.report.words import change_of, interval_of, missed, points
+from lightning_prune.report.rows import (
+    TOP1,
+    Row,
+    Score,
+    by_target,
+    change_of,
+    dense_of,
+    interval_of,
+    missed,
+    number,
+    points,
+    rows_of,
+    score_of,
+)
 
 
 class _Column(NamedTuple):

@@ -8,30 +8,28 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
+from lightning_prune.report.line_styles import line_styles
 from lightning_prune.report.plots import save_figure
-from lightning_prune.report.rows import Row, Score, dense_of, front_of, placed, rows_of, score_of, series
-
-# Okabe and Ito's colours, which colour-blind readers tell apart, and markers for those who print in grey.
-_STYLES = (
-    ("#0072b2", "o"),
-    ("#d55e00", "s"),
-    ("#009e73", "^"),
-    ("#cc79a7", "D"),
-    ("#e69f00", "v"),
-    ("#56b4e9", "P"),
-    ("#6c3483", "X"),
-    ("#8a7500", "<"),
-    ("#7b3f00", ">"),
-    ("#00798c", "h"),
+from lightning_prune.report.rows import (
+    Row,
+    Score,
+    dense_of,
+    front_of,
+    interval_of,
+    number,
+    placed,
+    rows_of,
+    score_of,
+    series,
 )
+from lightning_prune.report.speedup_axis import add_speedups
+
 _BARS = {
     "top1": "bars: half the distance between the quartiles of the latency; 95% interval of the change against dense",
     "agreement": "bars: half the distance between the quartiles of the latency",
 }
-_GREY, _FLOOR, _INK = "#7f8c8d", ("#6b7280", "."), "#222222"
-_SPEEDUPS = (0.5, 0.67, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0, 5.0, 7.0, 10.0, 20.0, 50.0)
+_GREY, _INK = "#7f8c8d", "#222222"
 _WIDE = 6.0  # points below dense from which on a second panel shows what is near dense, which the first presses flat
 
 
@@ -69,7 +67,7 @@ def plot_pareto(document: Mapping[str, Any]) -> Figure:
     if score is not None:
         figure.supxlabel(_BARS[score.key], fontsize=7, color=_INK)
     if dense is not None and dense.get("latency_ms"):
-        _add_speedups(panels[0], float(dense["latency_ms"]))
+        add_speedups(panels[0], float(dense["latency_ms"]))
     handles, labels = panels[0].get_legend_handles_labels()
     if labels:
         plain = [handle[0] if isinstance(handle, ErrorbarContainer) else handle for handle in handles]
@@ -132,7 +130,7 @@ def _mark_dense(axes: Axes, dense: Row, score: Score | None) -> None:
 
 
 def _draw_lines(axes: Axes, lines: Mapping[str, Sequence[Row]], score: Score) -> None:
-    styles = _styles(list(lines))
+    styles = line_styles(list(lines))
     for name, all_rows in lines.items():
         rows = sorted((row for row in all_rows if placed(row, score)), key=lambda row: -row["latency_ms"])
         if not rows:
@@ -160,23 +158,17 @@ def _draw_lines(axes: Axes, lines: Mapping[str, Sequence[Row]], score: Score) ->
         )
 
 
-def _styles(names: Sequence[str]) -> dict[str, tuple[str, str, bool]]:
-    """Line -> colour, marker, whether it is drawn hollow; a method's int8 variant looks like the method, hollow."""
-    bases = list(dict.fromkeys(name.removesuffix("+int8") for name in names))
-    others = [base for base in bases if base != "random"]
-    chosen = {base: _STYLES[number % len(_STYLES)] for number, base in enumerate(others)} | {"random": _FLOOR}
-    return {name: (*chosen[name.removesuffix("+int8")], name.endswith("int8")) for name in names}
-
-
 def _intervals(rows: Sequence[Row], score: Score) -> np.ndarray | None:
     """Distances (2, rows) from the heights down and up to the ends of the interval, in points; None: not known."""
-    if score.key != "top1" or all(row.get("top1_low") is None or row.get("top1_high") is None for row in rows):
+    if score.key != "top1" or all(interval_of(row) is None for row in rows):
         return None
     ends = []
     for row in rows:
-        low, change, high = row.get("top1_low"), row.get("top1_change"), row.get("top1_high")
-        known = low is not None and change is not None and high is not None
-        ends.append((100 * max(change - low, 0.0), 100 * max(high - change, 0.0)) if known else (0.0, 0.0))
+        low, change, high = (number(row, key) for key in ("top1_low", "top1_change", "top1_high"))
+        if low is None or change is None or high is None:
+            ends.append((0.0, 0.0))
+        else:
+            ends.append((100 * max(change - low, 0.0), 100 * max(high - change, 0.0)))
     return np.array(ends).T
 
 
@@ -194,22 +186,6 @@ def _draw_front(axes: Axes, rows: Sequence[Row], score: Score) -> None:
             zorder=1,
             label="beaten by no other",
         )
-
-
-def _add_speedups(axes: Axes, dense_ms: float) -> None:
-    """A second scale above; latency is linear below, so the speed-ups stand at uneven distances."""
-    low, high = sorted(axes.get_xlim())
-    ticks = [ratio for ratio in _SPEEDUPS if low <= dense_ms / ratio <= high]
-    above = axes.secondary_xaxis("top")  # in milliseconds too: a reciprocal scale breaks where it passes zero
-    kept: list[float] = []
-    for ratio in ticks:  # no two labels closer than their width
-        if not kept or abs(dense_ms / kept[-1] - dense_ms / ratio) > 0.05 * (high - low):
-            kept.append(ratio)
-    above.xaxis.set_major_locator(FixedLocator([dense_ms / ratio for ratio in kept]))
-    above.xaxis.set_minor_locator(NullLocator())
-    above.xaxis.set_major_formatter(FuncFormatter(lambda place, _: f"{dense_ms / place:.3g}x"))
-    above.set_xlabel("speed-up over dense")
-    axes.set_xlim(low, high)
 
 
 def _say_what_is_missing(axes: Axes) -> None:

@@ -115,5 +115,34 @@ def front_of(rows: Sequence[Row], score: Score) -> list[Row]:
     return front
 
 
+def percent(share: float | None) -> str:
+    """A share as a percentage with two digits, or a dash."""
+    return "-" if share is None else f"{100 * share:.2f}%"
+
+
+def points(share: float) -> str:
+    """A difference of shares in percentage points, signed, with a minus as wide as the plus."""
+    return f"{100 * share:+.2f}".replace("-", "\u2212")
+
+
+def change_of(row: Row, dense: Row | None) -> float | None:
+    """The change in top-1 against dense: as measured on the same images, else the difference of the two figures."""
+    change = number(row, "top1_change")
+    share, before = number(row, "top1"), None if dense is None else number(dense, "top1")
+    return share - before if change is None and share is not None and before is not None else change
+
+
+def interval_of(row: Row) -> tuple[float, float] | None:
+    """The 95% interval of the change, if it is known."""
+    low, high = number(row, "top1_low"), number(row, "top1_high")
+    return None if low is None or high is None else (low, high)
+
+
+def missed(row: Row) -> bool:
+    """Whether the speed-up that was reached is below the row's target by more than its spread."""
+    target, speedup = number(row, "target"), number(row, "speedup")
+    return target is not None and speedup is not None and speedup + (number(row, "speedup_spread") or 0.0) < target
+
+
 def _or_last(figure: float | None) -> float:
     return -1.0 if figure is None else figure

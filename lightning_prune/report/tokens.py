@@ -77,7 +77,7 @@ def plot_tokens(
         _show(panel, picture)
     kinds: set[str] = set()
     for column, (name, trace) in enumerate(traces.items(), start=1):
-        kinds |= _draw_method(panels[:, column], pictures, name, trace, grids[name])
+        kinds |= _draw_method(list(panels[:, column]), pictures, name, trace, grids[name])
     legend = _legend(kinds)
     beside = max(1, min(len(legend), int(width / _ENTRY)))
     figure.legend(handles=legend, loc="outside lower center", ncols=beside, fontsize=9, frameon=False)

@@ -3,7 +3,22 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from lightning_prune.report.rows import TOP1, Row, Score, by_target, dense_of, number, rows_of, score_of, series_name
+from lightning_prune.report.rows import (
+    TOP1,
+    Row,
+    Score,
+    by_target,
+    change_of,
+    dense_of,
+    interval_of,
+    missed,
+    number,
+    percent,
+    points,
+    rows_of,
+    score_of,
+    series_name,
+)
 
 
 class Summary(NamedTuple):
@@ -53,35 +68,6 @@ def summary(document: Mapping[str, Any]) -> Summary:
     )
 
 
-def percent(share: float | None) -> str:
-    """A share as a percentage with two digits, or a dash."""
-    return "-" if share is None else f"{100 * share:.2f}%"
-
-
-def points(share: float) -> str:
-    """A difference of shares in percentage points, signed, with a minus as wide as the plus."""
-    return f"{100 * share:+.2f}".replace("-", "\u2212")
-
-
-def change_of(row: Row, dense: Row | None) -> float | None:
-    """The change in top-1 against dense: as measured on the same images, else the difference of the two figures."""
-    change = number(row, "top1_change")
-    share, before = number(row, "top1"), None if dense is None else number(dense, "top1")
-    return share - before if change is None and share is not None and before is not None else change
-
-
-def interval_of(row: Row) -> tuple[float, float] | None:
-    """The 95% interval of the change, if it is known."""
-    low, high = number(row, "top1_low"), number(row, "top1_high")
-    return None if low is None or high is None else (low, high)
-
-
-def missed(row: Row) -> bool:
-    """Whether the speed-up that was reached is below the row's target by more than its spread."""
-    target, speedup = number(row, "target"), number(row, "speedup")
-    return target is not None and speedup is not None and speedup + (number(row, "speedup_spread") or 0.0) < target
-
-
 def _against_dense(row: Row, dense: Row | None) -> str:
     """` -0.80 points against dense (95% interval ...)`, with what the interval says; empty where nothing is known."""
     change, interval = change_of(row, dense), interval_of(row)
@@ -95,7 +81,7 @@ def _against_dense(row: Row, dense: Row | None) -> str:
     return said + (": no difference that 95% would bear out" if low <= 0 <= high else "")
 
 
-def _winners(groups: Mapping[float | None, Sequence[Row]], score: Score | None) -> list[str]:
+def _winners(groups: Mapping[float, Sequence[Row]], score: Score | None) -> list[str]:
     """The first sentence: who is ahead at how many targets."""
     won: dict[str, list[str]] = {}
     for target, group in groups.items():
@@ -115,7 +101,7 @@ def _best(group: Sequence[Row], score: Score | None) -> list[Row]:
     return [row for row in known if score is not None and row[score.key] == known[0][score.key]]
 
 
-def _at_target(target: float | None, group: Sequence[Row], score: Score | None) -> str:
+def _at_target(target: float, group: Sequence[Row], score: Score | None) -> str:
     best = _best(group, score)
     if not best or score is None:
         return ""
@@ -157,7 +143,7 @@ def _not_faster(rows: Sequence[Row], dense: Row | None) -> list[str]:
     return [f"{row.get('variant')} does not help here: it is {row['speedup']:.2f}x as fast as dense." for row in slow]
 
 
-def _place_of(method: str, groups: Mapping[float | None, Sequence[Row]], score: Score | None) -> list[str]:
+def _place_of(method: str, groups: Mapping[float, Sequence[Row]], score: Score | None) -> list[str]:
     """Where the named method, the package's own choice, is not the best."""
     behind = []
     for target, group in groups.items():
@@ -172,7 +158,7 @@ def _place_of(method: str, groups: Mapping[float | None, Sequence[Row]], score: 
     return [f"{method} is not the best everywhere: {'; '.join(behind)}."] if behind else []
 
 
-def _beaten_by_random(groups: Mapping[float | None, Sequence[Row]], score: Score | None) -> list[str]:
+def _beaten_by_random(groups: Mapping[float, Sequence[Row]], score: Score | None) -> list[str]:
     """Methods that end below the floor that each must beat."""
     beaten = []
     for target, group in groups.items():
