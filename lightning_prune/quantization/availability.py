@@ -38,9 +38,8 @@ def int8_unavailable(
         return f"no int8 matrix product on {device.type}"
     try:
         quantizer()
-        layers = [nn.Linear(64, 64, device=device)] if model is None else _kinds(model)
-        for layer in layers:
-            reason = _failing(layer, device)
+        for weight in [_random(64, 64)] if model is None else _kinds(model):
+            reason = _failing(weight, device)
             if reason is not None:
                 return reason
         if model is not None and images is not None:
@@ -53,31 +52,36 @@ def int8_unavailable(
     return None
 
 
-def _kinds(model: nn.Module) -> list[nn.Linear]:
-    """One layer for each size and dtype that occurs."""
+def _random(rows: int, columns: int) -> Tensor:
+    """From a generator of its own: the caller's random numbers stay as they are."""
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
+
+
+def _kinds(model: nn.Module) -> list[Tensor]:
+    """The weight of one layer for each size and dtype that occurs."""
     modules = dict(model.named_modules())
-    found: dict[object, nn.Linear] = {}
+    found: dict[object, Tensor] = {}
     for path in Int8Weights(model).quantized:
-        layer = modules[path]
-        assert isinstance(layer, nn.Linear)
-        found.setdefault((layer.weight.shape, layer.weight.dtype), layer)
+        weight = modules[path].weight
+        assert isinstance(weight, Tensor)
+        found.setdefault((weight.shape, weight.dtype), weight)
     return list(found.values())
 
 
-def _failing(layer: nn.Linear, device: torch.device) -> str | None:
+def _failing(weight: Tensor, device: torch.device) -> str | None:
     """Why a layer in 8 bits is of no use here: what it returns is not what it returns in float."""
-    # Not the layer itself: it may have hooks, and be of a class with other arguments.
-    trial = nn.Linear(layer.in_features, layer.out_features, bias=False, device=device, dtype=layer.weight.dtype)
-    generator = torch.Generator().manual_seed(0)  # the caller's random numbers stay as they are
-    rows = torch.randn(_ROWS, layer.in_features, generator=generator).to(device, layer.weight.dtype)
+    out, into = weight.shape
+    # Not the model's own layer, which may have hooks.
+    trial = nn.utils.skip_init(nn.Linear, into, out, bias=False, device=device, dtype=weight.dtype)
+    rows = _random(_ROWS, into).to(device, weight.dtype)
     with torch.no_grad():
-        trial.weight.copy_(layer.weight)
+        trial.weight.copy_(weight)
         exact = trial(rows).float()
         with Int8Weights(trial):
             error = (trial(rows).float() - exact).norm() / exact.norm().clamp(min=torch.finfo(torch.float32).tiny)
     if error <= _TOLERANCE:
         return None
-    return f"int8 is wrong on {device}: a layer {layer.in_features} -> {layer.out_features} is off by {error:.0%}"
+    return f"int8 is wrong on {device}: a layer {into} -> {out} is off by {error:.0%}"
 
 
 def _first_line(error: Exception) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_prune.errors import ArgumentError
 
@@ -33,7 +33,7 @@ def quiet() -> Iterator[None]:
             logging.getLogger(name).removeFilter(is_news)
 
 
-def quantizer() -> Callable[[Tensor], Tensor]:
+def quantizer() -> Callable[[Tensor], nn.Parameter]:
     """Loads torchao and returns what quantizes a weight.
 
     Raises:
@@ -46,5 +46,5 @@ def quantizer() -> Callable[[Tensor], Tensor]:
         missing = isinstance(error, ModuleNotFoundError) and error.name == "torchao"
         why = "torchao is not installed" if missing else f"torchao cannot be used ({error})"
         raise ArgumentError(f"int8: {why}; pip install 'lightning-prune[int8]'") from error
-    quantize: Callable[[Tensor], Tensor] = module.quantize
+    quantize: Callable[[Tensor], nn.Parameter] = module.quantize
     return quantize

@@ -4,7 +4,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._python_dispatch import return_and_correct_aliasing
 from torchao.quantization import Int8Tensor, PerRow
 from torchao.quantization.quantize_.workflows import QuantizeTensorToInt8Kwargs
 from torchao.utils import should_reduce_range
@@ -25,11 +26,25 @@ class Int8Weight(Int8Tensor):
         return super().__torch_function__(func, types, args, kwargs or {})
 
 
+@Int8Weight.implements(torch.ops.aten._to_copy.default)
+def _cast(func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+    """Remembers the dtype of a model that is cast, which torchao's own forgets; the numbers are int8 all along."""
+    weight = args[0]
+    to = weight._get_to_kwargs(*args[1:], **kwargs)
+    names = (*weight.tensor_data_names, *weight.optional_tensor_data_names)
+    tensors = {name: getattr(weight, name) for name in names}
+    moved = {name: tensor if tensor is None else tensor.to(to["device"]) for name, tensor in tensors.items()}
+    more = (*weight.tensor_attribute_names, *weight.optional_tensor_attribute_names)
+    attributes = {name: getattr(weight, name) for name in more}
+    cast = type(weight)(**moved, **{**attributes, "dtype": to["dtype"]})
+    return return_and_correct_aliasing(func, args, kwargs, cast)
+
+
 def _in_order(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
     return input, weight, bias
 
 
-def quantize(weight: Tensor) -> Tensor:
+def quantize(weight: Tensor) -> nn.Parameter:
     """Quantizes a weight as torchao's `Int8DynamicActivationInt8WeightConfig` does.
 
     Symmetric, one scale for each output channel; activations are quantized in each forward pass, one scale for each
@@ -41,13 +56,13 @@ def quantize(weight: Tensor) -> Tensor:
         weight: (out, in) in float32, bfloat16 or float16.
 
     Returns:
-        An `Int8Weight` of the same shape, dtype and device.
+        A parameter around an `Int8Weight` of the same shape, dtype and device, without gradient.
     """
     narrow = should_reduce_range(weight.device)
     activations = QuantizeTensorToInt8Kwargs(granularity=PerRow(), reduce_range=narrow)
     # Validation runs in inference mode; what is made there could not be used in a graph with gradients later.
     with torch.inference_mode(False), torch.no_grad():
-        quantized: Tensor = Int8Weight.from_hp(
+        quantized = Int8Weight.from_hp(
             weight.detach(), granularity=PerRow(), act_quant_kwargs=activations, reduce_range=narrow
         )
-    return quantized
+        return nn.Parameter(quantized, requires_grad=False)

@@ -122,11 +122,9 @@ class Int8Weights:
         """
         if not self.active:
             return
-        for layer in self._layers:
-            now = layer.module._parameters["weight"]
-            if now is not None and (now.device, now.dtype) != (layer.source.device, layer.source.dtype):
-                layer.source.data = layer.source.data.to(device=now.device, dtype=now.dtype)
-            layer.module._parameters["weight"] = layer.source
+        own = [_follow(layer.source, layer.module._parameters["weight"]) for layer in self._layers]
+        for layer, weight in zip(self._layers, own, strict=True):
+            layer.module._parameters["weight"] = weight
         self.active = False
 
     def __enter__(self) -> "Int8Weights":
@@ -145,7 +143,7 @@ class Int8Weights:
         source = module._parameters["weight"]
         assert source is not None
         if id(source) not in made:
-            made[id(source)] = nn.Parameter(self._quantize(source), requires_grad=False)
+            made[id(source)] = self._quantize(source)
         return _Layer(module, source, _stamp(source), made[id(source)])
 
 
@@ -173,6 +171,17 @@ def _matrices(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         linear = isinstance(part, nn.Linear) and not isinstance(part, NonDynamicallyQuantizableLinear)
         if linear or isinstance(part, nn.MultiheadAttention):
             yield path, part
+
+
+def _follow(source: nn.Parameter, now: Tensor | None) -> nn.Parameter:
+    """The float weight where, and in the dtype in which, the int8 one is now; the same object wherever torch can."""
+    if now is None or (now.device, now.dtype) == (source.device, source.dtype):
+        return source
+    moved = source.data.to(device=now.device, dtype=now.dtype)
+    if not torch._has_compatible_shallow_copy_type(source.data, moved):  # as `Module.to` does: the meta device, say
+        return nn.Parameter(moved, source.requires_grad)
+    source.data = moved
+    return source
 
 
 def _stamp(weight: Tensor) -> tuple[Any, ...]:

@@ -1,0 +1,115 @@
+import builtins
+import logging
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_prune.errors import ArgumentError
+from lightning_prune.quantization import Int8Weights, availability, backend, int8_unavailable
+
+
+def model() -> nn.Module:
+    return nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16), nn.Linear(16, 10)).eval()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_it_works_here(dtype: torch.dtype) -> None:
+    network = model().to(dtype)
+    parameters, numbers = list(network.parameters()), torch.random.get_rng_state()
+    assert int8_unavailable("cpu") is None
+    assert int8_unavailable(torch.device("cpu"), network, torch.ones(4, 16, dtype=dtype)) is None
+    assert all(one is other for one, other in zip(parameters, network.parameters(), strict=True))
+    assert torch.equal(torch.random.get_rng_state(), numbers)
+
+
+@pytest.mark.parametrize("kind", ["mps", "meta"])
+def test_devices_without(kind: str) -> None:
+    assert int8_unavailable(kind, model()) == f"no int8 matrix product on {kind}"
+
+
+def test_a_device_that_is_not_there_says_why() -> None:
+    reason = int8_unavailable(torch.device("xpu", 0))
+    assert reason is not None
+    assert reason.startswith("int8 failed in a trial on xpu:0: ")
+    assert "\n" not in reason
+
+
+def test_a_model_without_such_layers_says_why() -> None:
+    assert int8_unavailable("cpu", nn.Linear(3, 5)) == (
+        "Linear has no linear layer that can be quantized: Linear: 3 -> 5: sizes must be multiples of 8"
+    )
+
+
+def test_wrong_results_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those of saturated sums, on a CPU without the right instructions, would be."""
+
+    class Off(Int8Weights):
+        def __enter__(self) -> Int8Weights:
+            super().__enter__()
+            self._layers[0].module._parameters["weight"] = nn.Parameter(2 * self._layers[0].source)
+            return self
+
+    monkeypatch.setattr(availability, "Int8Weights", Off)
+    assert int8_unavailable("cpu") == "int8 is wrong on cpu: a layer 64 -> 64 is off by 100%"
+
+
+class Odd(nn.Module):
+    """Reads the weight of its layer in a way that int8 does not have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.layer.weight.roll(1, 0)
+
+
+def test_a_failing_run_of_the_model_is_the_reason() -> None:
+    network = Odd()
+    weight = network.layer.weight
+    assert int8_unavailable("cpu", network) is None
+    reason = int8_unavailable("cpu", network, torch.zeros(2, 16))
+    assert reason is not None
+    assert reason.startswith("int8 failed in a trial on cpu: ")
+    assert network.layer.weight is weight
+
+
+def without_torchao(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    real = builtins.__import__
+
+    def importing(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name.split(".")[0] == "torchao":
+            raise error
+        return real(name, *args, **kwargs)
+
+    monkeypatch.delitem(sys.modules, "lightning_prune.quantization.int8_tensor", raising=False)
+    monkeypatch.setattr(builtins, "__import__", importing)
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (ModuleNotFoundError("No module named 'torchao'", name="torchao"), "torchao is not installed"),
+        (ImportError("cannot import name 'Int8Tensor'"), r"torchao cannot be used \(cannot import name 'Int8Tensor'\)"),
+    ],
+)
+def test_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, error: Exception, reason: str) -> None:
+    without_torchao(monkeypatch, error)
+    with pytest.raises(ArgumentError, match=rf"^int8: {reason}; pip install 'lightning-prune\[int8\]'$"):
+        Int8Weights(model())
+    found = int8_unavailable("cpu", model())
+    assert found is not None
+    assert found.endswith("; pip install 'lightning-prune[int8]'")
+
+
+def test_only_known_noise_is_dropped(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING), backend.quiet():
+        for name, known in backend._KNOWN.items():
+            logging.getLogger(name).warning("before %s after", known)
+            logging.getLogger(name).warning("news")
+    assert [record.getMessage() for record in caplog.records] == ["news"] * len(backend._KNOWN)
+    logging.getLogger("torchao").warning(backend._KNOWN["torchao"])
+    assert len(caplog.records) == len(backend._KNOWN) + 1

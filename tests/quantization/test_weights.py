@@ -1,0 +1,334 @@
+"""The reference is written out in float64 by hand; the shapes and dtypes of real models come from three libraries."""
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+import torchvision
+import transformers
+from torch import Tensor, nn
+from torch._inductor import config
+from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+from torchao.utils import should_reduce_range
+
+import lightning_prune as lp
+from lightning_prune.errors import ArgumentError, UnsupportedModelError
+from lightning_prune.quantization import Int8Weights
+
+SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 3, "num_heads": 2, "num_classes": 16}
+
+
+def vit(**more: Any) -> nn.Module:
+    return timm.create_model("vit_tiny_patch16_224", **SMALL | more).eval()
+
+
+def hybrid() -> nn.Module:
+    """A stem of convolutions before the blocks."""
+    stem = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.ReLU(), nn.Conv2d(8, 16, 3, stride=2, padding=1))
+    return vit(embed_layer=lambda **_: timm.layers.HybridEmbed(stem, embed_dim=64, img_size=32, patch_size=2))
+
+
+def torchvisions() -> nn.Module:
+    model = torchvision.models.VisionTransformer(32, 8, 3, 2, 64, 128, num_classes=16).eval()
+    nn.init.normal_(model.heads.head.weight)
+    return model
+
+
+def hugging_face() -> nn.Module:
+    config = transformers.ViTConfig(
+        hidden_size=64, num_hidden_layers=3, num_attention_heads=2, intermediate_size=128, image_size=32, patch_size=8
+    )
+    return transformers.ViTForImageClassification(config).eval()
+
+
+MODELS: dict[str, Any] = {
+    "timm": vit,
+    "hybrid": hybrid,
+    "beit": lambda: timm.create_model("beit_base_patch16_224", **SMALL).eval(),
+    "eva": lambda: timm.create_model("eva02_tiny_patch14_224", **SMALL | {"mlp_ratio": 2}).eval(),
+    "torchvision": torchvisions,
+    "huggingface": hugging_face,
+}
+
+
+def build(name: str, seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    model: nn.Module = MODELS[name]()
+    return model
+
+
+def images(batch: int = 2) -> Tensor:
+    return torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+def run(model: nn.Module, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        out = model(x)
+    logits: Tensor = getattr(out, "logits", out)
+    return logits
+
+
+def snapshot(model: nn.Module) -> tuple[list[str], list[Any], list[Tensor]]:
+    """What must be the same after: keys, identity and requires_grad of the parameters, and their bits."""
+    parameters = [(name, id(p), p.requires_grad, p.dtype) for name, p in model.named_parameters()]
+    return list(model.state_dict()), parameters, [value.clone() for value in model.state_dict().values()]
+
+
+def same(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
+    return one[:2] == other[:2] and all(torch.equal(a, b) for a, b in zip(one[2], other[2], strict=True))
+
+
+def alike(one: Tensor, other: Tensor, least: float) -> bool:
+    """Float noise moves values over a border between two steps, so int8 results are never equal to many digits."""
+    return float(F.cosine_similarity(one.float(), other.float()).min()) > least
+
+
+def rounded(row: list[float], limit: int) -> tuple[list[int], float]:
+    """One row in 8 bits, symmetric: the largest magnitude over half the number of steps is the scale."""
+    scale = max(abs(value) for value in row) / (limit + 0.5)
+    return [max(-limit - 1, min(limit, round(value / scale))) for value in row], scale
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("batch", [1, 5])
+def test_against_plain_loops(dtype: torch.dtype, batch: int) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(24, 8).to(dtype)
+    x = torch.randn(batch, 3, 24).to(dtype)
+    limit = 63 if should_reduce_range(torch.device("cpu")) else 127
+    weight = [rounded(row, limit) for row in layer.weight.double().tolist()]
+    expected = []
+    for row in x.double().reshape(-1, 24).tolist():
+        values, scale = rounded(row, limit)
+        for (other, other_scale), bias in zip(weight, layer.bias.double().tolist(), strict=True):
+            expected.append(sum(a * b for a, b in zip(values, other, strict=True)) * scale * other_scale + bias)
+    with Int8Weights(layer):
+        found = run(layer, x)
+    assert found.dtype == dtype
+    error = (found.double().flatten() - torch.tensor(expected, dtype=torch.float64)).abs().max()
+    # In float32 only a value on the border of two steps may go the other way.
+    assert error < (0.05 if dtype == torch.bfloat16 else 0.02)
+
+
+def test_it_is_what_torchaos_own_config_does() -> None:
+    model, other = build("timm"), build("timm")
+    narrow = should_reduce_range(torch.device("cpu"))
+    quantize_(other, Int8DynamicActivationInt8WeightConfig(set_inductor_config=False, reduce_range=narrow))
+    with Int8Weights(model):
+        assert torch.equal(run(model, images()), run(other, images()))
+
+
+def test_inductors_settings_stay() -> None:
+    before = config.save_config_portable()
+    Int8Weights(nn.Linear(8, 8))
+    assert config.save_config_portable() == before
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_on_and_off_on_every_kind_of_model(name: str, dtype: torch.dtype) -> None:
+    model = build(name).to(dtype)
+    x = images().to(dtype)
+    dense, before = run(model, x), snapshot(model)
+    int8 = Int8Weights(model)
+    assert same(snapshot(model), before)
+    for _ in range(2):
+        int8.put_on()
+        int8.put_on()
+        quantized = run(model, x)
+        assert list(model.state_dict()) == before[0]
+        int8.take_off()
+        int8.take_off()
+        assert not int8.active
+        assert same(snapshot(model), before)
+        assert torch.equal(run(model, x), dense)
+    assert quantized.dtype == dtype
+    assert not torch.equal(quantized, dense)
+    assert alike(quantized, dense, 0.95)
+
+
+def test_what_stays_in_float() -> None:
+    layers = Int8Weights(hybrid())
+    assert not layers.kept
+    assert len(layers.quantized) == 4 * 3 + 1
+    layers = Int8Weights(torchvisions())
+    assert len(layers.quantized) == 2 * 3 + 1
+    assert set(layers.kept.values()) == {"its projections are read by one native call of nn.MultiheadAttention"}
+    assert len(layers.kept) == 3
+    assert Int8Weights(vit(num_classes=10)).kept == {"head": "64 -> 10: sizes must be multiples of 8"}
+    partly = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8).double(), nn.LazyLinear(8), nn.Linear(8, 8))
+    torch.nn.utils.parametrizations.weight_norm(partly[3])
+    assert Int8Weights(partly).kept == {
+        "1": "its weight is float64",
+        "2": "its weight is computed (a parametrization) or not there yet",
+        "3": "its weight is computed (a parametrization) or not there yet",
+    }
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_an_image_does_not_depend_on_its_batch(name: str) -> None:
+    model, x = build(name), images(4)
+    with Int8Weights(model):
+        together, alone = run(model, x), torch.cat([run(model, one) for one in x.split(1)])
+    assert alike(together, alone, 0.999)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("method", ["pomt", "random"])
+def test_together_with_a_patch(name: str, method: str) -> None:
+    """In whichever order they come and go."""
+    model, x = build(name), images()
+    dense, before = run(model, x), snapshot(model)
+    int8, schedule = Int8Weights(model), [0, 5, 0]
+    with int8:
+        quantized = run(model, x)
+        with lp.patch(model, method, schedule):
+            both = run(model, x)
+        assert torch.equal(run(model, x), quantized)
+    with lp.patch(model, method, schedule) as handle:
+        pruned = run(model, x)
+        with int8:
+            assert torch.equal(run(model, x), both)
+        assert torch.equal(run(model, x), pruned)
+        int8.put_on()
+        handle.remove()
+        assert torch.equal(run(model, x), quantized)
+        int8.take_off()
+    assert same(snapshot(model), before)
+    assert torch.equal(run(model, x), dense)
+    assert not torch.equal(both, pruned)
+
+
+@pytest.mark.parametrize("name", ["timm", "torchvision"])
+def test_compiled(name: str) -> None:
+    torch._dynamo.reset()
+    model, x = build(name), images()
+    int8 = Int8Weights(model)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    for _ in range(2):
+        dense = run(compiled, x)
+        assert torch.allclose(dense, run(model, x), atol=1e-4)
+        with int8:
+            quantized = run(compiled, x)
+            assert alike(quantized, run(model, x), 0.999)
+            assert not torch.equal(quantized, dense)
+    with int8, lp.patch(model, "pomt", [0, 5, 0]):
+        assert alike(run(compiled, x), run(model, x), 0.98)
+    torch._dynamo.reset()
+
+
+def test_exported() -> None:
+    model, x = build("eva"), images()
+    with Int8Weights(model), torch.no_grad():
+        assert alike(torch.export.export(model, (x,)).module()(x), model(x), 0.999)
+
+
+def test_autocast() -> None:
+    model, x = build("timm"), images()
+    dense = run(model, x)
+    with Int8Weights(model), torch.autocast("cpu", torch.bfloat16):
+        quantized = run(model, x)
+    assert alike(quantized, dense, 0.95)
+
+
+def test_quantized_in_inference_mode_and_used_with_gradients() -> None:
+    model, x = build("timm"), images().requires_grad_()
+    with torch.inference_mode():
+        int8 = Int8Weights(model)
+        int8.put_on()
+        model(images())
+    model(x).sum()  # records a graph through int8 weights, which inference tensors would refuse
+    int8.take_off()
+    model(x).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_weights_that_changed_are_quantized_anew() -> None:
+    model, other = build("timm"), build("timm", seed=7)
+    int8 = Int8Weights(model)
+    with Int8Weights(other):
+        expected = run(other, images())
+    model.load_state_dict(other.state_dict())
+    with int8:
+        assert torch.equal(run(model, images()), expected)
+    replaced = build("timm")
+    int8 = Int8Weights(replaced)
+    replaced.load_state_dict(other.state_dict(), assign=True)
+    with int8:
+        assert torch.equal(run(replaced, images()), expected)
+
+
+def test_moved_while_on() -> None:
+    model, x = build("timm"), images()
+    half, source = run(copy.deepcopy(model).bfloat16(), x.bfloat16()), model.blocks[0].mlp.fc1.weight
+    with Int8Weights(model):
+        model.bfloat16()
+        assert run(model, x.bfloat16()).dtype == torch.bfloat16
+    assert model.blocks[0].mlp.fc1.weight is source
+    assert torch.equal(run(model, x.bfloat16()), half)
+    with Int8Weights(model):
+        model.to("meta")
+    assert all(parameter.device.type == "meta" for parameter in model.parameters())
+
+
+def test_a_shared_weight_is_quantized_once() -> None:
+    model = nn.Sequential(nn.Linear(16, 16), nn.GELU(), nn.Linear(16, 16))
+    model[2].weight = model[0].weight
+    with Int8Weights(model):
+        assert model[2].weight is model[0].weight
+    assert model[2].weight is model[0].weight
+
+
+def test_copied_and_pickled_while_on() -> None:
+    model = build("timm")
+    with Int8Weights(model):
+        quantized = run(model, images())
+        copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+    assert all(torch.equal(run(other, images()), quantized) for other in copies)
+
+
+def test_restored_after_an_error() -> None:
+    model = build("timm")
+    before = snapshot(model)
+    with pytest.raises((RuntimeError, AssertionError)), Int8Weights(model):
+        model(torch.zeros(1, 5, 32, 32))
+    assert same(snapshot(model), before)
+
+
+def test_nothing_is_left_half_done() -> None:
+    model = build("timm")
+    int8, other = Int8Weights(model), Int8Weights(model.blocks[1])
+    with other:
+        before = [type(parameter) for parameter in model.parameters()]
+        with pytest.raises(
+            ArgumentError, match=r"^module: expected float weights .*, got quantized ones; take those off"
+        ):
+            int8.put_on()
+        assert not int8.active
+        assert [type(parameter) for parameter in model.parameters()] == before
+        with pytest.raises(ArgumentError, match=r"^module: expected float weights .*, got quantized ones"):
+            Int8Weights(model)
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (nn.Conv2d(3, 8, 1), r"^Conv2d has no linear layer that can be quantized: it has none\."),
+        (nn.Linear(8, 10), r"^Linear has no .* quantized: Linear: 8 -> 10: sizes must be multiples of 8\."),
+        (nn.Sequential(nn.Linear(8, 8).double()), r"quantized: 0: its weight is float64\."),
+    ],
+)
+def test_nothing_to_quantize(module: nn.Module, message: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=message):
+        Int8Weights(module)
+
+
+def test_says_what_it_is() -> None:
+    int8 = Int8Weights(vit(num_classes=10))
+    assert repr(int8) == "Int8Weights(12 layers, 1 in float, off)"
+    with int8:
+        assert repr(int8) == "Int8Weights(12 layers, 1 in float, on)"
