@@ -20,7 +20,8 @@ def bipartite_matching(key: Tensor, remove: int, prefix_tokens: int) -> tuple[Te
     Patch tokens alternate between two sets: those at odd places among them (the second, the fourth, ...) may go, those
     at even places may be gone into. Each of the first finds the one of the second that it is most similar to, by the
     cosine of their keys averaged over the heads, and the R most similar pairs merge. Prefix tokens take no part, and of
-    an odd number of patch tokens the larger set is that of the destinations.
+    an odd number of patch tokens the larger set is that of the destinations. Keys are those that met queries: with
+    rotary embeddings turned by them, and in talking heads (CaiT) those of all heads side by side.
 
     Args:
         key: (B, H, N, D).

@@ -1,0 +1,199 @@
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_prune.errors import ArgumentError
+from lightning_prune.reduction import Attention, Sequence, ToMe, bipartite_matching, resolve
+from lightning_prune.reduction.merging import merge
+
+from ..naive_tome import matching, merged
+
+
+def draw(batch: int, tokens: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple[Tensor, Attention]:
+    generator = torch.Generator().manual_seed(seed)
+    q, k, v = torch.randn(3, batch, 3, tokens, 4, generator=generator, dtype=torch.float64).to(dtype)
+    return torch.randn(batch, tokens, 6, generator=generator, dtype=torch.float64).to(dtype), Attention(q, k, v)
+
+
+def draw_sizes(batch: int, tokens: int) -> Tensor:
+    return torch.randint(1, 9, (batch, tokens), generator=torch.Generator().manual_seed(3)).float()
+
+
+def pairs_of(source: Tensor, destination: Tensor) -> set[tuple[int, int]]:
+    return set(zip(source.tolist(), destination.tolist(), strict=True))
+
+
+@pytest.mark.parametrize("patches", [2, 3, 10, 11])
+@pytest.mark.parametrize("prefix", [0, 1, 2, 5])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_every_number_of_removed_tokens_up_to_the_capacity(batch: int, prefix: int, patches: int) -> None:
+    tokens = prefix + patches
+    x, attention = draw(batch, tokens, seed=prefix)
+    capacity = ToMe().capacity(tokens, prefix)
+    assert capacity == patches // 2
+    for remove in range(1, capacity + 1):
+        for sizes in (None, draw_sizes(batch, tokens)):
+            found = ToMe().reduce(Sequence(x, prefix, prefix > 0, attention, sizes, trace=True), remove)
+            assert found.tokens.shape == (batch, tokens - remove, 6)
+            assert found.sizes is not None
+            assert found.sources is not None
+            for b in range(batch):
+                pairs = matching(attention.key[b], remove, prefix)
+                before = [1.0] * tokens if sizes is None else sizes[b].tolist()
+                rows, kept, weights, sources = merged(x[b], pairs, before)
+                torch.testing.assert_close(found.tokens[b], rows, rtol=1e-12, atol=1e-13)
+                assert found.positions[b].tolist() == kept
+                assert found.sizes[b].tolist() == weights
+                assert found.sources[b].tolist() == sources
+                assert kept[:prefix] == list(range(prefix))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("prefix", [0, 1, 5])
+def test_lower_precisions(prefix: int, dtype: torch.dtype, tolerance: float) -> None:
+    """The matching is that of the keys as they come: half precision in, no half precision in between."""
+    x, attention = draw(3, prefix + 21, dtype)
+    sizes = draw_sizes(3, prefix + 21)
+    found = ToMe().reduce(Sequence(x, prefix, prefix > 0, attention, sizes), 8)
+    assert found.tokens.dtype == dtype
+    assert found.sizes is not None
+    assert found.sizes.dtype == torch.float32
+    for b in range(3):
+        rows, kept, weights, _ = merged(x[b], matching(attention.key[b], 8, prefix), sizes[b].tolist())
+        assert found.positions[b].tolist() == kept
+        assert found.sizes[b].tolist() == weights
+        torch.testing.assert_close(found.tokens[b].double(), rows, rtol=tolerance, atol=tolerance / 10)
+
+
+def test_what_nothing_goes_into_keeps_its_bits() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        x, attention = draw(2, 41, dtype)
+        found = ToMe().reduce(Sequence(x, 1, True, attention, draw_sizes(2, 41), trace=True), 12)
+        assert found.sources is not None
+        for b in range(2):
+            alone = [i for i, count in enumerate(found.sources[b].bincount().tolist()) if count == 1]
+            assert len(alone) > 10
+            assert torch.equal(found.tokens[b, alone], x[b, found.positions[b, alone]])
+
+
+def test_patches_are_never_lost() -> None:
+    """Ten times in succession: the sizes add up to the patches, and size-weighted tokens to the sum of all."""
+    x, _ = draw(2, 200)
+    expected, sizes, tokens = x.sum(dim=1), None, x
+    for step in range(10):
+        _, attention = draw(2, tokens.shape[1], seed=step)
+        reduced = ToMe().reduce(Sequence(tokens, 1, True, attention, sizes), 17)
+        tokens, sizes = reduced.tokens, reduced.sizes
+        assert sizes is not None
+        assert sizes.sum(dim=1).tolist() == [200, 200]
+        assert sizes[:, 0].tolist() == [1, 1], "nothing goes into a prefix token"
+    assert sizes is not None
+    assert sizes.max() > 3
+    torch.testing.assert_close((tokens * sizes.unsqueeze(2)).sum(dim=1), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_many_go_into_one_and_sums_are_taken_in_a_higher_precision() -> None:
+    """300 tokens of 1 and one of 3, summed in bfloat16, are 256; and no such size is a number of bfloat16."""
+    x = torch.ones(2, 302, 4, dtype=torch.bfloat16)
+    x[:, 300] = 4.0
+    source = torch.arange(301).expand(2, -1)
+    reduced = merge(x, source, torch.full_like(source, 301))
+    assert reduced.sizes is not None
+    assert reduced.sizes.tolist() == [[302.0], [302.0]]
+    assert torch.equal(reduced.tokens, torch.full_like(reduced.tokens, 305 / 302))
+    assert reduced.positions.tolist() == [[301], [301]]
+
+
+def test_autocast_rounds_no_token() -> None:
+    """A product of matrices would: autocast makes bfloat16 of it, also for the tokens that stay as they are."""
+    x, attention = draw(2, 41, torch.float32)
+    source, destination = bipartite_matching(attention.key, 15, 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = merge(x, source, destination)
+        assert ToMe().reduce(Sequence(x, 1, True, attention), 15).tokens.dtype == torch.float32
+    assert torch.equal(found.tokens, merge(x, source, destination).tokens)
+
+
+def test_keys_that_are_zero_match_nothing_and_break_nothing() -> None:
+    x, attention = draw(1, 21)
+    key = attention.key.clone()
+    key[:, :, 4] = 0.0
+    found = ToMe().reduce(Sequence(x, 1, True, attention._replace(key=key)), 9)
+    assert found.tokens.isfinite().all()
+    assert 4 in found.positions[0].tolist()
+
+
+def test_an_image_has_the_same_outcome_alone_and_in_any_batch() -> None:
+    x, attention = draw(5, 60, torch.float32)
+    sizes = draw_sizes(5, 60)
+    together = ToMe().reduce(Sequence(x, 1, True, attention, sizes), 20)
+    for b in range(5):
+        part = slice(b, b + 1)
+        alone = ToMe().reduce(Sequence(x[part], 1, True, Attention(*(a[part] for a in attention[:3])), sizes[part]), 20)
+        assert torch.equal(alone.positions[0], together.positions[b])
+        torch.testing.assert_close(alone.tokens[0], together.tokens[b], rtol=1e-5, atol=1e-6)
+
+
+def test_prefix_tokens_take_no_part_whatever_their_keys() -> None:
+    """A CLS whose key is that of a patch is no partner of it, and the alternation starts after the prefix."""
+    _, attention = draw(2, 12)
+    key = attention.key.clone()
+    key[:, :, :2] = key[:, :, 5:7]
+    source, destination = bipartite_matching(key, 5, 2)
+    alone = bipartite_matching(key[:, :, 2:], 5, 0)
+    for b in range(2):
+        assert pairs_of(source[b] - 2, destination[b] - 2) == pairs_of(alone[0][b], alone[1][b])
+    assert (source % 2 == 1).all()
+    assert (destination % 2 == 0).all()
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiles_without_a_break(backend: str) -> None:
+    torch._dynamo.reset()
+    x, attention = draw(2, 30, torch.float32)
+    sizes = draw_sizes(2, 30)
+
+    def reduce(x: Tensor, key: Tensor, sizes: Tensor) -> Any:
+        return ToMe().reduce(Sequence(x, 1, True, Attention(key, key, key), sizes, trace=True), 9)
+
+    found = torch.compile(reduce, fullgraph=True, backend=backend)(x, attention.key, sizes)
+    for each, expected in zip(found, reduce(x, attention.key, sizes), strict=True):
+        torch.testing.assert_close(each, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_gradients_are_those_of_the_mean() -> None:
+    x, attention = draw(1, 9)
+    source, destination = bipartite_matching(attention.key, 3, 1)
+    assert torch.autograd.gradcheck(lambda x: merge(x, source, destination).tokens, x.requires_grad_())
+
+
+@pytest.mark.parametrize(
+    ("tokens", "prefix", "capacity"), [(197, 1, 98), (198, 1, 98), (3, 1, 1), (2, 1, 0), (1, 5, 0)]
+)
+def test_capacity(tokens: int, prefix: int, capacity: int) -> None:
+    assert ToMe().capacity(tokens, prefix) == capacity
+
+
+def test_it_is_what_it_says() -> None:
+    method = ToMe()
+    assert resolve("tome") == method
+    assert (method.site, method.reads, method.keeps_sizes, method.merges) == ("block", {"attention"}, True, True)
+    assert (method.proportional_attention, method.schedule, method.adaptive) == (True, "constant", False)
+    other = ToMe(False, "decreasing")
+    assert repr(other) == "ToMe(proportional_attention=False, schedule='decreasing')"
+    assert other.settings() == {"proportional_attention": False, "schedule": "decreasing"}
+    assert len({method, ToMe(), other, ToMe(False)}) == 3
+    assert copy.deepcopy(other) == other
+    assert pickle.loads(pickle.dumps(other)) == other
+
+
+def test_bad_arguments() -> None:
+    anything: Any = ToMe
+    with pytest.raises(ArgumentError, match="`proportional_attention` must be True or False, got 'yes'"):
+        anything("yes")
+    with pytest.raises(ArgumentError, match="`schedule` must be 'constant' or 'decreasing', got 'rising'"):
+        anything(schedule="rising")
