@@ -72,6 +72,7 @@ class ImageFolderData(_EvaluationData):
         class_map: A text file with one class per line in the order of the head, where that is not alphabetical.
         data_config: timm's data config to use. By default the attribute `data_config` of the LightningModule that the
             trainer runs, which `ImageClassifier` reads off the `pretrained_cfg` of its model.
+        download: Whether a dataset by name may be fetched into `root` where it is not there yet.
 
     Raises:
         ArgumentError: An argument is out of its range.
@@ -94,13 +95,17 @@ class ImageFolderData(_EvaluationData):
         num_workers: int = 4,
         class_map: str | None = None,
         data_config: dict[str, Any] | None = None,
+        download: bool = False,
     ) -> None:
         super().__init__(batch_size, num_workers)
+        if download and not dataset:
+            raise ArgumentError("download: a folder or a tar cannot be fetched; give the dataset's name by `dataset`.")
         self.root = root
         self.split = split
         self.dataset_name = dataset
         self.class_map = class_map
         self.data_config = data_config
+        self.download = download
         self.save_hyperparameters()
 
     def setup(self, stage: str) -> None:
@@ -118,6 +123,7 @@ class ImageFolderData(_EvaluationData):
             )
         options: dict[str, Any] = {"input_img_mode": "L"} if config["input_size"][0] == 1 else {}
         options |= {"batch_size": self.batch_size, "transform": create_transform(**config, is_training=False)}
+        options |= {"download": True} if self.download else {}
         self.dataset = open_dataset(self.root, self.split, self.dataset_name, self.class_map, **options)
         classes, head = class_count(self.dataset), self._of_model("num_classes")
         if classes is not None and head is not None and classes != head:

@@ -6,6 +6,7 @@ import lightning as L
 import pytest
 import torch
 from PIL import Image
+from timm.data import dataset_factory
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -208,3 +209,28 @@ def test_bad_arguments(name: str, value: int) -> None:
     for kind in (DigitsData, lambda **kwargs: ImageFolderData("images", **kwargs)):
         with pytest.raises(ArgumentError, match=rf"^{name}: expected .*, got {value}"):
             kind(**{name: value})
+
+
+def test_a_dataset_by_name_may_be_fetched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: dict[str, Any] = {}
+
+    class Fetched(torch.utils.data.Dataset[Any]):
+        classes = ("ant", "bee")
+
+        def __init__(self, **options: Any) -> None:
+            asked.update(options)
+
+        def __len__(self) -> int:
+            return 1
+
+    monkeypatch.setitem(dataset_factory._TORCH_BASIC_DS, "cifar10", Fetched)
+    for download in (True, False):
+        data = ImageFolderData(str(tmp_path), dataset="torch/cifar10", download=download, data_config=CONFIG)
+        data.setup("validate")
+        assert asked["download"] is download
+        assert asked["train"] is False
+
+
+def test_a_folder_cannot_be_fetched() -> None:
+    with pytest.raises(ArgumentError, match="download: a folder or a tar cannot be fetched; give the dataset's name"):
+        ImageFolderData("images", download=True)
