@@ -1,5 +1,7 @@
 """A scale of speed-ups above a plot over latency."""
 
+from math import log
+
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
@@ -15,10 +17,11 @@ def add_speedups(axes: Axes, dense_ms: float) -> None:
     """
     low, high = sorted(axes.get_xlim())
     ticks = [ratio for ratio in _SPEEDUPS if low <= dense_ms / ratio <= high]
+    apart = 0.05 * (high - low)
     above = axes.secondary_xaxis("top")  # in milliseconds too: a reciprocal scale breaks where it passes zero
     kept: list[float] = []
-    for ratio in ticks:  # no two labels closer than their width
-        if not kept or abs(dense_ms / kept[-1] - dense_ms / ratio) > 0.05 * (high - low):
+    for ratio in sorted(ticks, key=lambda ratio: abs(log(ratio))):  # 1x first: no two labels closer than their width
+        if all(abs(dense_ms / other - dense_ms / ratio) > apart for other in kept):
             kept.append(ratio)
     above.xaxis.set_major_locator(FixedLocator([dense_ms / ratio for ratio in kept]))
     above.xaxis.set_minor_locator(NullLocator())

@@ -1,0 +1,114 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+from matplotlib.axes import Axes
+from matplotlib.container import ErrorbarContainer
+
+from lightning_prune.errors import DataError
+from lightning_prune.report.line_styles import line_styles
+from lightning_prune.report.pareto import plot_pareto, save_pareto
+
+from .made_up import LOST, comparison, planned, row, without_accuracy
+
+
+def lines(axes: Axes) -> dict[str, ErrorbarContainer]:
+    return {str(each.get_label()): each for each in axes.containers if isinstance(each, ErrorbarContainer)}
+
+
+def points(line: ErrorbarContainer) -> list[tuple[float, float]]:
+    return [(float(x), float(y)) for x, y in zip(*line[0].get_data(), strict=True)]
+
+
+def test_every_method_is_a_line_at_its_figures() -> None:
+    document = comparison()
+    found = lines(plot_pareto(document).axes[0])
+    assert set(found) == {"dense", "int8", *LOST}
+    for name in ("pomt", "pomt+int8"):
+        wanted = [
+            (row["latency_ms"], 100 * row["top1"])
+            for row in document["rows"]
+            if row["method"] == "pomt" and row["int8"] == (name != "pomt")
+        ]
+        assert points(found[name]) == [pytest.approx(point) for point in wanted]
+    assert points(found["dense"]) == [pytest.approx((106.99, 93.1))]
+
+
+def test_bars_are_the_spread_and_the_interval_of_the_change() -> None:
+    document = comparison()
+    row = next(row for row in document["rows"] if row["variant"] == "tome 1.5x")
+    _, _, (across, upright) = lines(plot_pareto(document).axes[0])["tome"]
+    (left, _), (right, _) = across.get_segments()[2]
+    assert (left, right) == pytest.approx(
+        (row["latency_ms"] - row["latency_spread"], row["latency_ms"] + row["latency_spread"])
+    )
+    (_, low), (_, high) = upright.get_segments()[2]
+    assert (low, high) == pytest.approx((93.1 + 100 * row["top1_low"], 93.1 + 100 * row["top1_high"]))
+
+
+def test_a_second_panel_shows_what_is_near_dense_only_where_the_range_is_wide() -> None:
+    figure = plot_pareto(comparison())
+    titles = [axes.get_title(loc="left") for axes in figure.axes]
+    assert titles == ["", "the same, near dense"]
+    low, high = figure.axes[1].get_ylim()
+    assert low < 93.1 < high
+    assert high - low < 8
+    assert len(plot_pareto(planned()).axes) == 1
+
+
+def test_speed_ups_stand_above_their_latency() -> None:
+    figure = plot_pareto(comparison())
+    figure.canvas.draw()
+    above = figure.axes[0].child_axes[0]
+    ticks = {
+        label.get_text(): float(place) for place, label in zip(above.get_xticks(), above.get_xticklabels(), strict=True)
+    }
+    assert ticks["1x"] == pytest.approx(106.99)
+    assert ticks["2x"] == pytest.approx(106.99 / 2)
+
+
+def test_the_front_joins_what_is_beaten_by_no_other() -> None:
+    (front,) = [line for line in plot_pareto(comparison()).axes[0].lines if line.get_label() == "beaten by no other"]
+    heights = [float(height) for height in front.get_ydata()]
+    assert heights == pytest.approx([88.8, 92.3, 92.95, 93.15])  # dense is both slower and below tome at 1.1x
+
+
+def test_agreement_takes_the_place_of_an_accuracy_that_is_not_logged() -> None:
+    figure = plot_pareto(without_accuracy(comparison()))
+    assert figure.axes[0].get_ylabel() == "agreement with dense [%]"
+    found = lines(figure.axes[0])
+    assert points(found["dense"]) == [pytest.approx((106.99, 100.0))]
+    assert len(found) == 2 + len(LOST)
+
+
+def test_what_is_missing_is_said() -> None:
+    axes = plot_pareto(without_accuracy(comparison(), "agreement")).axes[0]
+    assert "the module logs no val/top1" in axes.texts[0].get_text()
+    assert not lines(axes)
+
+
+def test_rows_that_were_not_measured_have_no_place() -> None:
+    refused = row("shift 2x", method="shift", target=2.0, latency_ms=None, top1=None, note="No such layer.")
+    figure = plot_pareto({"rows": [*planned()["rows"], refused]})
+    assert set(lines(figure.axes[0])) == {"dense", "pomt"}
+
+
+def test_no_rows_are_refused() -> None:
+    with pytest.raises(DataError, match="'rows'"):
+        plot_pareto({"rows": []})
+
+
+def test_styles_are_told_apart_and_int8_looks_like_its_method() -> None:
+    names = [*LOST, "int8", *(f"method {number}" for number in range(9))]
+    styles = line_styles(names)
+    assert styles["pomt+int8"] == (*styles["pomt"][:2], True)
+    assert styles["int8"][2]
+    assert not styles["pomt"][2]
+    assert len(set(styles.values())) == len(names)
+
+
+@pytest.mark.parametrize("document", [comparison(), planned(), without_accuracy(comparison(), "agreement")])
+def test_saved_whole(document: dict[str, Any], tmp_path: Path) -> None:
+    path = save_pareto(document, tmp_path / "pareto.png")
+    assert path.read_bytes().startswith(b"\x89PNG")
+    assert list(tmp_path.iterdir()) == [path]
