@@ -77,10 +77,16 @@ def recorded_attention(calls: list[Attention]) -> Attention:
     first = calls[0]
     if len(calls) == 1:
         return first
-    if any(c.mask is not None or c.scale != first.scale or c.query.shape != first.query.shape for c in calls):
+    if any(_form(call) != _form(first) for call in calls):
         raise UnsupportedModelError("The block makes several attention calls of different form.")
     query, key, value = (torch.cat(parts, dim=1) for parts in list(zip(*calls, strict=True))[:3])
-    return Attention(query, key, value, None, first.scale)
+    masks = [c.mask.expand(*c.query.shape[:2], *c.mask.shape[-2:]) for c in calls if c.mask is not None]
+    return Attention(query, key, value, torch.cat(masks, dim=1) if masks else None, first.scale)
+
+
+def _form(call: Attention) -> tuple[Any, ...]:
+    mask = call.mask
+    return call.query.shape, call.scale, *((None, None) if mask is None else (mask.dtype, mask.shape))
 
 
 def _add_to_mask(mask: Tensor | None, bias: Tensor) -> Tensor:

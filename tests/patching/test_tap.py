@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import lightning_prune as lp
 from lightning_prune.patching.tap import AttentionTap, recorded_attention
 from lightning_prune.reduction import Attention
+from lightning_prune.reduction.functional import attention_probabilities
 
 pytestmark = pytest.mark.usefixtures("no_mode_left")
 B, H, N, D = 2, 2, 6, 4
@@ -100,6 +101,15 @@ def test_heads_of_several_calls_stand_side_by_side() -> None:
     both = recorded_attention([one, other])
     assert both.query.shape == (B, 2 * H, N, D)
     assert torch.equal(both.key, torch.cat((one.key, other.key), dim=1))
+
+
+@pytest.mark.parametrize("shape", [(N, N), (1, H, N, N), (B, 1, 1, N)])
+def test_so_do_their_masks(shape: tuple[int, ...]) -> None:
+    """As where a block with several attentions weighs its keys and reduces again."""
+    one = Attention(*parts(), torch.randn(shape).double())
+    other = Attention(*(part + 1 for part in parts()), torch.randn(shape).double())
+    both = attention_probabilities(recorded_attention([one, other]))
+    assert torch.equal(both, torch.cat((attention_probabilities(one), attention_probabilities(other)), dim=1))
 
 
 @pytest.mark.parametrize("change", [{"mask": torch.zeros(N, N)}, {"scale": 0.1}, {"query": torch.zeros(B, H, 1, D)}])
