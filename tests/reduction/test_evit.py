@@ -5,7 +5,7 @@ import torch
 
 from lightning_prune.reduction import EViT, evit, topk_scores
 
-from .drawn import PRECISIONS, check_alone_and_together, check_one_graph, draw
+from .drawn import PRECISIONS, check_alone_and_together, draw
 
 
 @pytest.mark.parametrize(("prefix", "class_token"), [(0, False), (1, True), (2, True), (5, True), (4, False)])
@@ -72,10 +72,6 @@ def test_the_weights_are_a_mean() -> None:
 
 def test_an_image_has_the_same_outcome_in_any_batch() -> None:
     check_alone_and_together(EViT())
-
-
-def test_compiles_and_exports_whole() -> None:
-    check_one_graph(EViT())
 
 
 @pytest.mark.parametrize(("tokens", "prefix", "capacity"), [(197, 1, 194), (3, 1, 0), (2, 1, 0), (1, 1, 0), (4, 0, 2)])

@@ -1,0 +1,40 @@
+"""A reduction of your own: the patch tokens with the largest norm stay, the others are dropped.
+
+    python examples/custom_reduction.py
+
+A package of yours makes it known by name to `lp.patch`, `TokenPruning` and `lightning-prune --prune.method norm` with
+two lines in its pyproject.toml (`my_package.reductions` being the module that holds the class):
+
+    [project.entry-points."lightning_prune.reductions"]
+    norm = "my_package.reductions:Norm"
+"""
+
+import timm
+import torch
+
+import lightning_prune as lp
+from lightning_prune.reduction import Reduced, Reduction, Sequence
+from lightning_prune.reduction.functional import keep_best
+
+
+class Norm(Reduction):
+    name = "norm"  # that of the entry point
+
+    def reduce(self, sequence: Sequence, remove: int) -> Reduced:
+        scores = sequence.tokens[:, sequence.prefix_tokens :].norm(dim=-1)
+        return keep_best(sequence.tokens, scores, remove, sequence.prefix_tokens)
+
+    def capacity(self, tokens: int, prefix_tokens: int) -> int:
+        return max(tokens - prefix_tokens - 1, 0)
+
+
+def main() -> None:
+    model = timm.create_model("vit_tiny_patch16_224").eval()
+    images = torch.randn(2, 3, 224, 224)
+    schedule = lp.Schedule.single(depth=12, block=3, remove=56)
+    with torch.no_grad(), lp.patch(model, Norm(), schedule) as handle:
+        print(f"{handle.reduction!r}: logits {tuple(model(images).shape)}, tokens {schedule.tokens(197)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""The example of a user's own reduction."""
+
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import lightning_prune as lp
+from lightning_prune.reduction import Sequence, resolve
+
+ROOT = Path(__file__).parents[2]
+EXAMPLE = ROOT / "examples" / "custom_reduction.py"
+
+
+def test_it_runs() -> None:
+    done = subprocess.run([sys.executable, EXAMPLE], capture_output=True, text=True, check=True, cwd=ROOT)
+    left = ", ".join(["197"] * 3 + ["141"] * 9)
+    assert done.stdout == f"Norm(): logits (2, 1000), tokens ({left})\n"
+
+
+def test_it_keeps_what_it_says() -> None:
+    method = runpy.run_path(str(EXAMPLE))["Norm"]()
+    x = torch.randn(3, 12, 8, generator=torch.Generator().manual_seed(0))
+    reduced = method.reduce(Sequence(x, 1, True), 4)
+    for b in range(3):
+        longest = sorted(range(1, 12), key=lambda i: x[b, i].norm().item(), reverse=True)[:7]
+        assert reduced.positions[b].tolist() == [0, *sorted(longest)]
+
+
+def test_the_lines_that_it_shows_make_it_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    section, line = re.findall(
+        r'^    (\[project\.entry-points."(?:.*)"\]|norm = .*)$', EXAMPLE.read_text(), re.MULTILINE
+    )
+    group, value = re.search('"(.*)"', section), re.search('"(.*)"', line)
+    assert group is not None
+    assert value is not None
+    package = tmp_path / "my_package"
+    package.mkdir()
+    (package / "reductions.py").write_text(EXAMPLE.read_text())
+    info = tmp_path / "my_package-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: my_package\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[{group[1]}]\nnorm = {value[1]}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert resolve("norm").name == "norm"
+    assert type(resolve("norm")).__module__ == "my_package.reductions"
+    with pytest.raises(lp.ArgumentError, match="Did you mean 'norm'"):
+        resolve("nrom")
