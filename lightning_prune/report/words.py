@@ -130,7 +130,7 @@ def _unknown_accuracy(score: Score | None) -> list[str]:
     if score is None:
         return ["Accuracy is not known: the module logs no val/top1. The speed-ups below say nothing of its price."]
     if score != TOP1:
-        return ["Accuracy is not known: the module logs no val/top1. Variants are ranked by agreement with dense."]
+        return ["The module logs no val/top1. Variants are ranked by agreement with dense."]
     return []
 
 
