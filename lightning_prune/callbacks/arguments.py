@@ -7,6 +7,7 @@ from lightning_prune.errors import ArgumentError
 from lightning_prune.keep_rates import KeepRates, load_schedule
 from lightning_prune.planning import Objective
 from lightning_prune.profiling.latency import Protocol
+from lightning_prune.reduction import Reduction
 from lightning_prune.schedule import Schedule
 
 
@@ -41,6 +42,21 @@ def check_arguments(**given: Any) -> None:
         expected, fits = _RULES[name]
         if not fits(value):
             raise ArgumentError(f"`{name}` must be {expected}, got {value!r}.")
+
+
+def check_adaptive(reduction: Reduction, **given: Any) -> None:
+    """Refuses what would play no part with a reduction of which the images decide how many tokens go.
+
+    Raises:
+        ArgumentError: Names the argument, what came and why.
+    """
+    defaults = {"schedule": "auto", "objective": None, "alpha": 0.5, "protocol": "deployed"}
+    for name, value in given.items():
+        if type(value) is not type(defaults[name]) or value != defaults[name]:
+            raise ArgumentError(
+                f"With {reduction.name} the images decide how many tokens go, and nothing is planned: `{name}` must be "
+                f"left out, got {value!r}."
+            )
 
 
 def readable_schedule(schedule: Any) -> Literal["auto"] | int | float | list[int] | Schedule | KeepRates:

@@ -40,6 +40,8 @@ class Decision:
         calibration: Which images it was judged by, where a plan was made.
         differences: How a given schedule's origin differs from this run.
         keep_rates: The keep rates that were given; None where tokens were counted.
+        adaptive: Whether the images decide how many tokens go. The schedule is empty then, and `tokens` those of the
+            longest image of the batch that was measured.
     """
 
     schedule: Schedule
@@ -57,6 +59,12 @@ class Decision:
     calibration: str = ""
     differences: tuple[str, ...] = ()
     keep_rates: KeepRates | None = None
+    adaptive: bool = False
+
+    @property
+    def prunes(self) -> bool:
+        """Whether there is anything to patch."""
+        return self.adaptive or self.schedule.total > 0
 
     def metrics(self) -> dict[str, float]:
         """The figures as Lightning logs them."""
@@ -65,14 +73,17 @@ class Decision:
             "pruning/dense_latency_ms": self.dense_ms,
             "pruning/speedup": self.speedup,
             "pruning/tokens": float(self.tokens),
-            "pruning/removed": float(self.schedule.total),
+            "pruning/removed": float(self.dense_tokens - self.tokens if self.adaptive else self.schedule.total),
         }
 
-    def deployable(self, transformer: VisionTransformer) -> Schedule | KeepRates:
+    def deployable(self, transformer: VisionTransformer) -> Schedule | KeepRates | None:
         """What to patch with: keep rates where they were given, or were planned and the images decide the token count.
 
-        The device and the batch were compared when this was decided; a patch need not do so again.
+        The device and the batch were compared when this was decided; a patch need not do so again. None where the
+        images decide how many tokens go.
         """
+        if self.adaptive:
+            return None
         if self.keep_rates is not None:
             return KeepRates(self.keep_rates.rates)
         if transformer.tokens is None and self.plan is not None:

@@ -11,7 +11,8 @@ import lightning as L
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from lightning_prune.callbacks.arguments import check_arguments, readable_schedule
+from lightning_prune.callbacks.adaptive import measure_adaptive
+from lightning_prune.callbacks.arguments import check_adaptive, check_arguments, readable_schedule
 from lightning_prune.callbacks.attached import attached_callbacks
 from lightning_prune.callbacks.checkpoints import make_dense
 from lightning_prune.callbacks.decision import Decision, given_schedule, measure_given
@@ -48,7 +49,8 @@ class TokenPruning(EvaluationCallback):
     the trainer's loggers and `callback_metrics` (in `predict`, which has no metrics, to the loggers).
 
     Args:
-        method: Name of the reduction, or a `lightning_prune.reduction.Reduction`.
+        method: Name of the reduction, or a `lightning_prune.reduction.Reduction`. With one that lets the images decide how
+            many tokens go, as `VWTInter`, nothing is planned: it is applied, and timed beside dense.
         schedule: `"auto"` plans one; R removes so many tokens at `block`, and 0.7 keeps so many of its patch tokens; a
             list has one number a block; a `Schedule`, `KeepRates` or the path of saved ones is used as it is, and timed
             beside dense. With a given schedule `objective`, `alpha`, `calibration` and `protocol` play no part. Where
@@ -118,6 +120,8 @@ class TokenPruning(EvaluationCallback):
         self.reduction = resolve(method)
         self.objective = objective if objective is not None else Utility(alpha)
         self.schedule = readable_schedule(schedule)
+        if self.reduction.adaptive:
+            check_adaptive(self.reduction, schedule=schedule, objective=objective, alpha=alpha, protocol=protocol)
         self.block = block
         self.calibration = calibration
         self.images_from_batch = images_from_batch
@@ -191,7 +195,7 @@ class TokenPruning(EvaluationCallback):
         refuse_sharded(trainer)
         self.decision = decided_by_rank_zero(trainer, lambda: self._decide(trainer, pl_module, batch))
         self._form, self._running = form_of(batch, self.images_from_batch), ref(trainer)
-        if self.decision.schedule.total:
+        if self.decision.prunes:
             schedule = self.decision.deployable(find_vision_transformer(pl_module, self.target))
             self._handle = patch(pl_module, self.reduction, schedule, target=self.target)
 
@@ -205,7 +209,10 @@ class TokenPruning(EvaluationCallback):
             if self.decision is not None and self._made_with in (None, made_with):
                 return self.decision
             _warn_if_wrapped_by_compile(pl_module)
-            if self.schedule == "auto":
+            if self.reduction.adaptive:
+                limit = self.max_seconds / 3
+                decision = measure_adaptive(pl_module, images, self.reduction, limit, self.target, self.verbose)
+            elif self.schedule == "auto":
                 calibration = self.sample(trainer, pl_module, batch)
                 decision = self._plan(pl_module, images, calibration)
             else:

@@ -24,7 +24,8 @@ def decision_panel(decision: "Decision") -> Panel:
     removed = ", ".join(f"{remove} at block {block}" for block, remove in decision.schedule.reducing.items())
     removed += " by keep rate" if removed and decision.keep_rates is not None else ""
     table.add_row("tokens", f"{decision.dense_tokens} -> {decision.tokens}")
-    table.add_row("removed", f"R = {decision.schedule.total} ({decision.method}: {removed})" if removed else "R = 0")
+    how_many = f"R = {decision.schedule.total} ({decision.method}: {removed})" if removed else "R = 0"
+    table.add_row("removed", f"as each image decides ({decision.method})" if decision.adaptive else how_many)
     table.add_row("latency", _latency(decision))
     table.add_row("because", decision.reason)
     if decision.calibration:
@@ -40,7 +41,7 @@ def print_decision(decision: "Decision", console: Console | None = None) -> None
 
 def _latency(decision: "Decision") -> str:
     dense = f"dense {decision.dense_ms:.2f} ms"
-    if not decision.schedule.total:
+    if not decision.prunes:
         return dense
     predicted = f" (predicted {decision.predicted_ms:.2f} ms)" if decision.predicted_ms is not None else ""
     return f"{dense}, pruned {decision.latency_ms:.2f} ms{predicted}: {decision.speedup:.2f}x"

@@ -1,0 +1,114 @@
+"""TokenPruning with a method of which the images decide how many tokens go, in real Trainers."""
+
+from io import StringIO
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from torch.utils.data import DataLoader
+
+import lightning_prune as lp
+from lightning_prune.callbacks import TokenPruning
+from lightning_prune.errors import ArgumentError
+from lightning_prune.reduction.vwt_inter import VWTInter
+from lightning_prune.report.panel import decision_panel
+from lightning_prune.vocabulary import Vocabulary
+
+from .tiny import Tiny, trainer
+
+
+def images() -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    flat = torch.randn(8, 3, 1, 1, generator=generator)
+    return flat + torch.linspace(0.1, 1, 8).view(8, 1, 1, 1) * torch.randn(8, 3, 32, 32, generator=generator)
+
+
+def words() -> Vocabulary:
+    return lp.learn_vocabulary([images()], patch_size=8, words=12, progress=False)
+
+
+def pruner(**options: Any) -> TokenPruning:
+    return TokenPruning(VWTInter(words(), 0.3), max_seconds=0.3, verbose=False, **options)
+
+
+def data() -> DataLoader[Any]:
+    return DataLoader(torch.utils.data.TensorDataset(images(), torch.zeros(8).long()), batch_size=4)
+
+
+def test_a_run_is_pruned_as_its_images_decide_and_says_so() -> None:
+    callback, module = pruner(), Tiny()
+    state = {key: value.clone() for key, value in module.state_dict().items()}
+    running = trainer(callback)
+    running.validate(module, data(), verbose=False)
+    decision = callback.decision
+    assert decision is not None
+    assert decision.adaptive
+    assert decision.prunes
+    assert (decision.method, decision.dense_tokens) == ("vwt-inter", 17)
+    assert decision.tokens < 17
+    assert f"the longest of this batch is left with {decision.tokens} of 17 tokens" in decision.reason
+    assert module.steps[0].tokens == decision.tokens
+    assert len({step.tokens for step in module.steps}) > 1, "each batch has its own length"
+    figures = running.callback_metrics
+    assert figures["pruning/removed"] == 17 - decision.tokens
+    assert figures["pruning/speedup"] == pytest.approx(decision.speedup)
+    assert all(torch.equal(value, state[key]) for key, value in module.state_dict().items())
+    assert not [m for m in module.modules() if "_prune_site" in vars(m)]
+
+
+def test_the_panel_says_who_decides() -> None:
+    callback = pruner()
+    trainer(callback).validate(Tiny(), data(), verbose=False)
+    assert callback.decision is not None
+    console = Console(width=120, file=StringIO())
+    console.print(decision_panel(callback.decision))
+    text = console.file.getvalue()
+    assert "as each image decides (vwt-inter)" in text
+    assert "pruned" in text
+
+
+def test_a_decision_is_kept_and_can_be_handed_on() -> None:
+    callback = pruner()
+    trainer(callback).validate(Tiny(), data(), verbose=False)
+    first = callback.decision
+    assert first is not None
+    other, module = pruner(), Tiny()
+    other.use(first)
+    trainer(other).validate(module, data(), verbose=False)
+    assert other.decision is first
+    assert max(step.tokens for step in module.steps) < 17
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"schedule": 3}, "`schedule` must be left out, got 3"),
+        ({"schedule": [1, 0, 0, 0]}, r"`schedule` must be left out, got \[1, 0, 0, 0\]"),
+        ({"objective": lp.AccuracyBudget(0.1)}, "`objective` must be left out"),
+        ({"alpha": 0.3}, "`alpha` must be left out, got 0.3"),
+        ({"protocol": "paper"}, "`protocol` must be left out, got 'paper'"),
+    ],
+)
+def test_what_would_play_no_part_is_refused(options: dict[str, Any], named: str) -> None:
+    with pytest.raises(ArgumentError, match=f"With vwt-inter the images decide .*{named}"):
+        pruner(**options)
+
+
+def test_a_vocabulary_for_another_model_ends_the_run_before_it_begins() -> None:
+    callback = TokenPruning(VWTInter(Vocabulary(torch.randn(3, 48), 4)), max_seconds=0.3, verbose=False)
+    module = Tiny()
+    with pytest.raises(ArgumentError, match="is for patches of 4 x 4, this model for 8 x 8"):
+        trainer(callback).validate(module, data(), verbose=False)
+    assert not module.steps
+
+
+def test_planning_and_profiling_are_refused_with_the_way_out() -> None:
+    vit = Tiny().vit.eval()
+    method = VWTInter(words())
+    for call in (
+        lambda: lp.profile_latency(vit, images(), method=method, max_seconds=1),
+        lambda: lp.plan(vit, images(), example_batch=images(), method=method, max_seconds=1),
+    ):
+        with pytest.raises(ArgumentError, match="with vwt-inter the image decides how many tokens go"):
+            call()
