@@ -49,8 +49,8 @@ class TokenPruning(EvaluationCallback):
     the trainer's loggers and `callback_metrics` (in `predict`, which has no metrics, to the loggers).
 
     Args:
-        method: Name of the reduction, or a `lightning_prune.reduction.Reduction`. With one that lets the images decide how
-            many tokens go, as `VWTInter`, nothing is planned: it is applied, and timed beside dense.
+        method: Name of the reduction, or a `lightning_prune.reduction.Reduction`. With one that lets the images decide
+            how many tokens go, as `VWTInter`, nothing is planned: it is applied, and timed beside dense.
         schedule: `"auto"` plans one; R removes so many tokens at `block`, and 0.7 keeps so many of its patch tokens; a
             list has one number a block; a `Schedule`, `KeepRates` or the path of saved ones is used as it is, and timed
             beside dense. With a given schedule `objective`, `alpha`, `calibration` and `protocol` play no part. Where
