@@ -25,7 +25,9 @@ class ImageClassifier(L.LightningModule):
     - `loss` (cross-entropy), `top1`, and `top5` where there are more than 5 classes;
     - `throughput`: images per second in the forward pass, without loading and transfer;
     - `throughput_end_to_end`: images per second from the end of one batch to the end of the next;
-    - `latency_p50`, `latency_p95`: milliseconds per batch in the forward pass.
+    - `latency_p50`, `latency_p95`: milliseconds per batch in the forward pass;
+    - `joules_per_image`, `watts`: of the whole loop, the idle device's share included, where the device has an energy
+      counter (`lightning_prune.profiling.find_counter`) and the run lasts a second or longer after its warm-up.
 
     Times are taken with the device synchronised. Warm-up batches and batches of odd size do not count for them. Images
     that a DistributedSampler repeats, to give all processes as many, count for the times only. The callback

@@ -1,6 +1,7 @@
 """What `ImageClassifier` measures over a validation or test, and the checks of what goes in."""
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import lightning as L
@@ -10,12 +11,14 @@ from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_prune.errors import DataError
-from lightning_prune.metrics import Latency, StepTimer, Throughput, steady
+from lightning_prune.metering import EnergyMeter, meter_of
+from lightning_prune.metrics import Energy, Latency, StepTimer, Throughput, steady
+from lightning_prune.metrics.energy import QUANTITIES
 from lightning_prune.shares import Share, shares_of
 
 
 class Evaluation(nn.Module):
-    """Accuracy, loss, throughput and latency of one run over the data, whole also across processes.
+    """Accuracy, loss, throughput, latency and energy of one run over the data, whole also across processes.
 
     Args:
         num_classes: Size of the head.
@@ -40,8 +43,10 @@ class Evaluation(nn.Module):
             metrics["top5"] = _accuracy(num_classes, 5)
         metrics |= {"throughput": Throughput(), "throughput_end_to_end": Throughput()}
         metrics |= {"latency_p50": Latency(0.5), "latency_p95": Latency(0.95)}
+        metrics |= {quantity: Energy(quantity) for quantity in QUANTITIES}
         self.metrics = nn.ModuleDict(metrics)
         self.timer = StepTimer()
+        self.meter: EnergyMeter | None = None
         self.shares: list[Share | None] = []
 
     def reset(self, trainer: L.Trainer | None = None) -> None:
@@ -52,12 +57,17 @@ class Evaluation(nn.Module):
         """
         self.shares = shares_of(trainer) if trainer is not None else []
         self.timer = StepTimer()
+        self.meter = meter_of(trainer, self.warmup) if trainer is not None else None
         for metric in self._by_name().values():
             metric.reset()
 
-    def timing(self, images: Tensor) -> AbstractContextManager[None]:
+    @contextmanager
+    def timing(self, images: Tensor) -> Iterator[None]:
         """Times what is done to a batch of images inside the block, its device waited for on either side."""
-        return self.timer.timing(len(images), images.device)
+        if self.meter is not None:
+            self.meter.begin(len(images))
+        with self.timer.timing(len(images), images.device):
+            yield
 
     def update(self, logits: Tensor, labels: Tensor, batch_idx: int = 0, dataloader_idx: int = 0) -> None:
         """Adds one batch that `check_batch` has let through, without the images in it that are repeated.
@@ -82,8 +92,18 @@ class Evaluation(nn.Module):
                 metrics[name].update(logits, labels)
 
     def finish(self) -> dict[str, Metric]:
-        """Passes the times on to their metrics, once, and returns all metrics by name."""
+        """Passes times and energy on to their metrics, once, and returns all metrics by name.
+
+        Those of energy are left out where the device has no counter, or the run was shorter than a second.
+        """
         metrics = self._by_name()
+        metered = self.meter.finish() if self.meter is not None else None
+        self.meter = None
+        for quantity in QUANTITIES:
+            if metered is None:
+                del metrics[quantity]
+            else:
+                metrics[quantity].update(*metered)
         for step in steady(self.timer.forward, self.warmup):
             metrics["throughput"].update(step.images, step.seconds)
             metrics["latency_p50"].update(step.seconds)
@@ -92,6 +112,10 @@ class Evaluation(nn.Module):
             metrics["throughput_end_to_end"].update(step.images, step.seconds)
         self.timer = StepTimer()
         return metrics
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy of the module, made during a run or after an aborted one, has no part in it; counters hold handles.
+        return {**self.__dict__, "meter": None}
 
     def _by_name(self) -> dict[str, Metric]:
         return {name: metric for name, metric in self.metrics.items() if isinstance(metric, Metric)}

@@ -3,6 +3,7 @@
 from lightning_prune.profiling.accuracy import Proxy, soft_agreement
 from lightning_prune.profiling.context import measurement_context
 from lightning_prune.profiling.curve import LatencyProfile, Span
+from lightning_prune.profiling.energy import EnergyReading, Unavailable, find_counter, measure_energy
 from lightning_prune.profiling.latency import compare_latency, profile_latency
 from lightning_prune.profiling.spreading import reducing_block, resolve_block, spread_schedule
 from lightning_prune.profiling.timing import Interleaved, Timing
@@ -10,14 +11,18 @@ from lightning_prune.profiling.variant import DENSE, Variant, VariantSwitch
 
 __all__ = [
     "DENSE",
+    "EnergyReading",
     "Interleaved",
     "LatencyProfile",
     "Proxy",
     "Span",
     "Timing",
+    "Unavailable",
     "Variant",
     "VariantSwitch",
     "compare_latency",
+    "find_counter",
+    "measure_energy",
     "measurement_context",
     "profile_latency",
     "reducing_block",

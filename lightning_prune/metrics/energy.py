@@ -1,0 +1,83 @@
+"""Joules per image, and watts."""
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from lightning_prune.errors import ArgumentError
+
+QUANTITIES = ("joules_per_image", "watts")
+
+
+def ratio(joules: Tensor, amount: Tensor) -> Tensor:
+    """Divides energy by images or by seconds; NaN where there were none."""
+    return torch.where(amount > 0, joules / amount, torch.nan)
+
+
+class Energy(Metric):
+    """Energy per image, or mean power: sums over sums, never a mean of rates.
+
+    Ranks work at the same time on devices of their own, so over several processes joules and images add up and the
+    longest time counts. Where processes share what is counted, as those of one machine do its processor, one of them
+    gives the joules and the others 0. Windows should be a second or longer: counters move every tenth of a second.
+
+    Args:
+        quantity: `"joules_per_image"` or `"watts"`.
+        **kwargs: As for any `torchmetrics.Metric`.
+
+    Raises:
+        ArgumentError: `quantity` is neither.
+
+    Example:
+        >>> from lightning_prune.metrics import Energy
+        >>> metric = Energy("joules_per_image")
+        >>> metric.update(joules=30.0, images=16, seconds=1.0)
+        >>> metric.update(joules=50.0, images=16, seconds=1.5)
+        >>> metric.compute()
+        tensor(2.5000)
+    """
+
+    is_differentiable = False
+    higher_is_better = False
+    full_state_update = False
+
+    joules: Tensor
+    images: Tensor
+    seconds: Tensor
+
+    def __init__(self, quantity: str = "joules_per_image", **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if quantity not in QUANTITIES:
+            raise ArgumentError(f"quantity: expected one of {', '.join(QUANTITIES)}, got {quantity!r}")
+        self.quantity = quantity
+        self.add_state("joules", default=torch.tensor(0.0), dist_reduce_fx="sum")
+        self.add_state("images", default=torch.tensor(0), dist_reduce_fx="sum")
+        self.add_state("seconds", default=torch.tensor(0.0), dist_reduce_fx="max")
+
+    def update(self, joules: float, images: int, seconds: float) -> None:
+        """Adds one window.
+
+        Args:
+            joules: Energy that the device used in it.
+            images: Number of images in it.
+            seconds: How long it was.
+
+        Raises:
+            ArgumentError: One of them is negative.
+        """
+        for name, number in (("joules", joules), ("images", images), ("seconds", seconds)):
+            if not number >= 0:
+                raise ArgumentError(f"{name}: expected 0 or more, got {number}")
+        self.joules += joules
+        self.images += images
+        self.seconds += seconds
+
+    def compute(self) -> Tensor:
+        """Returns joules per image or watts, a scalar; NaN, with a warning, where nothing was measured."""
+        amount = self.seconds if self.quantity == "watts" else self.images
+        if not amount > 0:
+            warnings.warn("Energy: nothing was measured, so it is NaN.", stacklevel=2)
+        return ratio(self.joules, amount)
