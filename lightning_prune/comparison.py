@@ -1,7 +1,6 @@
 """Dense against pruned on the same data, device and clock: the rows of one honest table."""
 
 import tempfile
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,55 +9,13 @@ import lightning as L
 from lightning_prune.callbacks import TokenPruning
 from lightning_prune.callbacks.attached import attached_callbacks
 from lightning_prune.callbacks.decision import Decision
+from lightning_prune.comparing.outcomes import OutcomeRecorder, Outcomes
+from lightning_prune.comparing.row import Row, compared, flat, logged, surroundings, timed
 from lightning_prune.errors import ArgumentError, DataError
 from lightning_prune.planning import AccuracyBudget, Objective
 from lightning_prune.survey import Survey
 
-
-@dataclass(frozen=True)
-class Row:
-    """One variant of the table.
-
-    Attributes:
-        variant: Its name; `dense` is the unpruned model.
-        method: The reduction; empty for dense.
-        block: The reducing blocks; empty for dense.
-        removed: R, tokens removed in all.
-        tokens: Tokens that leave the last reducing block.
-        top1: Share of images whose best class is right; None where the module does not log it.
-        top5: Share of images with the right class among the best five.
-        latency_ms: Median time of the transformer on one batch, from one interleaved run of all variants.
-        latency_spread: Half the distance between the quartiles of those times.
-        throughput: Images a second in forward during validation.
-        throughput_end_to_end: Images a second of the whole loop, loading included; dense, which comes first, pays for
-            cold file caches.
-        speedup: Dense latency over this one, the median over rounds in which both ran.
-        images: Images validated.
-        device: What it ran on.
-        batch_size: Images in a batch.
-        precision: Of the computation.
-    """
-
-    variant: str
-    method: str
-    block: str
-    removed: int
-    tokens: int
-    top1: float | None
-    top5: float | None
-    latency_ms: float
-    latency_spread: float
-    throughput: float | None
-    throughput_end_to_end: float | None
-    speedup: float
-    images: int
-    device: str
-    batch_size: int
-    precision: str
-
-    def to_dict(self) -> dict[str, Any]:
-        """The row as plain values, in the order of the columns."""
-        return asdict(self)
+__all__ = ["Comparison", "Row", "compare", "writable"]
 
 
 class Comparison(NamedTuple):
@@ -93,12 +50,14 @@ def compare(
         ArgumentError: If `max_drop` is given although nothing is planned for it.
     """
     survey = Survey(pruner, _objectives(pruner, max_drop))
+    recorder = OutcomeRecorder(pruner.target, pruner.images_from_batch)
     settings = pruner.enabled, pruner.verbose, pruner.schedule
     callbacks = attached_callbacks(trainer)
-    callbacks.append(survey)
+    callbacks += [survey, recorder]
     try:
         pruner.enabled = False
         found = {"dense": trainer.validate(model, verbose=False, **data)}
+        outcomes = {"dense": recorder.outcomes}
         callbacks.remove(survey)
         if not survey.decisions:
             raise DataError("The validation loader yielded no batch to compare on.")
@@ -106,12 +65,14 @@ def compare(
         for variant, decision in survey.decisions.items():
             pruner.use(decision)
             found[variant] = trainer.validate(model, verbose=False, **data)
+            outcomes[variant] = recorder.outcomes
     finally:
-        if survey in callbacks:
-            callbacks.remove(survey)
+        for callback in (survey, recorder):
+            if callback in callbacks:
+                callbacks.remove(callback)
         pruner.enabled, pruner.verbose, pruner.schedule = settings
         pruner.decision = None
-    rows = [_row(variant, survey, _flat(metrics)) for variant, metrics in found.items()]
+    rows = [_row(variant, survey, flat(metrics), outcomes) for variant, metrics in found.items()]
     return Comparison(rows, survey.decisions, survey.seconds)
 
 
@@ -144,30 +105,18 @@ def writable(output: str | Path) -> Path:
         raise ArgumentError(f"`output` must be a folder that can be written to, got {folder}: {error}") from error
 
 
-def _flat(metrics: Any) -> dict[str, float]:
-    """Of several dataloaders the first counts."""
-    return dict(metrics[0]) if metrics else {}
-
-
-def _row(variant: str, survey: Survey, metrics: dict[str, float]) -> Row:
+def _row(variant: str, survey: Survey, metrics: dict[str, float], outcomes: dict[str, Outcomes | None]) -> Row:
     timing, decision = survey.timings[variant], survey.decisions.get(variant)
     any_decision = next(iter(survey.decisions.values()))
-    context = any_decision.context
+    figures: dict[str, Any] = timed(timing) | logged(metrics)
+    if variant != "dense":
+        figures |= compared(outcomes["dense"], outcomes[variant])
     return Row(
         variant=variant,
         method=decision.method if decision else "",
         block=" ".join(str(block) for block in decision.schedule.reducing) if decision else "",
         removed=decision.schedule.total if decision else 0,
         tokens=decision.tokens if decision else any_decision.dense_tokens,
-        top1=metrics.get("val/top1"),
-        top5=metrics.get("val/top5"),
-        latency_ms=timing.milliseconds,
-        latency_spread=timing.spread,
-        throughput=metrics.get("val/throughput"),
-        throughput_end_to_end=metrics.get("val/throughput_end_to_end"),
-        speedup=1 / timing.ratio,
-        images=survey.images,
-        device=context["device"],
-        batch_size=context["batch_size"],
-        precision=context["precision"],
+        **figures,
+        **surroundings(any_decision.context, survey.images),
     )

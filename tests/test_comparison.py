@@ -14,22 +14,10 @@ from lightning_prune.comparison import Row, compare, writable
 from lightning_prune.profiling.timing import Interleaved
 
 COLUMNS = [
-    "variant",
-    "method",
-    "block",
-    "removed",
-    "tokens",
-    "top1",
-    "top5",
-    "latency_ms",
-    "latency_spread",
-    "throughput",
-    "throughput_end_to_end",
-    "speedup",
-    "images",
-    "device",
-    "batch_size",
-    "precision",
+    *("variant", "method", "int8", "target", "block", "removed", "tokens"),
+    *("top1", "top1_change", "top1_low", "top1_high", "top5", "agreement"),
+    *("latency_ms", "latency_spread", "speedup", "speedup_spread", "throughput", "throughput_end_to_end"),
+    *("joules_per_image", "watts", "images", "device", "batch_size", "precision", "note"),
 ]
 KWARGS = {"depth": 4, "embed_dim": 32, "num_heads": 2}
 OPTIONS: dict[str, Any] = {
@@ -89,11 +77,16 @@ def test_dense_and_two_pruned_variants() -> None:
         assert row.throughput > 0
         assert row.throughput_end_to_end > 0
         assert list(row.to_dict()) == COLUMNS
+    assert (dense.top1_change, dense.top1_low, dense.agreement, dense.speedup_spread) == (None, None, None, 0)
+    for row in (utility, budget):
+        assert row.top1_change == pytest.approx(row.top1 - dense.top1)
+        assert row.top1_low < row.top1_change < row.top1_high
+        assert 0 <= row.agreement <= 1
     assert budget.removed <= utility.removed
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert type(model.model.blocks[1]).__name__ == "Block"
     assert trainer.callbacks.count(pruner) == 1
-    assert not [callback for callback in trainer.callbacks if type(callback).__name__ == "Survey"]
+    assert not [callback for callback in trainer.callbacks if type(callback).__name__ in ("Survey", "OutcomeRecorder")]
     assert (pruner.enabled, pruner.verbose, pruner.schedule, pruner.decision) == (True, False, "auto", None)
 
 
@@ -194,6 +187,8 @@ def test_a_module_that_logs_nothing_has_empty_columns() -> None:
     for row in rows:
         assert (row.top1, row.top5, row.throughput, row.throughput_end_to_end) == (None, None, None, None)
         assert row.images == 32
+    assert rows[1].agreement is not None  # the transformer itself returns logits, and the batches hold labels
+    assert rows[1].top1_low < rows[1].top1_change < rows[1].top1_high
 
 
 def test_writable(tmp_path: Any) -> None:

@@ -1,6 +1,5 @@
 """A comparison on disk and on the terminal."""
 
-import csv
 import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rich import box
 from rich.table import Table
 
+from lightning_prune.report.methods import write_table
 from lightning_prune.report.plots import plot_plans, save_figure
 
 if TYPE_CHECKING:
@@ -45,10 +45,7 @@ def write_comparison(
     plans = [decision.plan for decision in decisions.values() if decision.plan is not None]
     with tempfile.TemporaryDirectory(dir=folder, prefix=".") as name:
         stage = Path(name)
-        with (stage / "results.csv").open("w", newline="", encoding="utf-8") as stream:
-            writer = csv.DictWriter(stream, fieldnames=list(table[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(table)
+        write_table(stage / "results.csv", rows)
         (stage / "results.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
         last.schedule.save(stage / "schedule.yaml")
         if plans:

@@ -10,10 +10,25 @@ from rich.console import Console
 import lightning_prune as lp
 from lightning_prune.callbacks.decision import Decision
 from lightning_prune.comparison import Row
-from lightning_prune.report import results
+from lightning_prune.report import methods
 from lightning_prune.report.results import results_table, write_comparison
 
-DENSE = Row("dense", "", "", 0, 197, 0.9, 0.99, 20.0, 0.25, 800.0, 700.0, 1.0, 360, "Abacus", 16, "float32")
+DENSE = Row(
+    variant="dense",
+    removed=0,
+    tokens=197,
+    top1=0.9,
+    top5=0.99,
+    latency_ms=20.0,
+    latency_spread=0.25,
+    throughput=800.0,
+    throughput_end_to_end=700.0,
+    speedup=1.0,
+    images=360,
+    device="Abacus",
+    batch_size=16,
+    precision="float32",
+)
 PRUNED = replace(
     DENSE,
     variant="pomt budget",
@@ -108,7 +123,7 @@ def test_schedule_is_that_of_the_last_variant(tmp_path: Path) -> None:
 def test_a_file_that_fails_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     old = write_comparison(tmp_path, [DENSE], {"old": DECISION}, 12.34)
     before = {path: path.read_bytes() for path in old}
-    monkeypatch.setattr(results.csv.DictWriter, "writerows", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(methods.csv.DictWriter, "writerows", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         write_comparison(tmp_path, [DENSE, PRUNED], {"new": DECISION}, 12.34)
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
