@@ -33,9 +33,10 @@ def check_speedups(speedups: Sequence[float]) -> list[float]:
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if not number or not isfinite(value) or value <= 1:
             raise ArgumentError(f"`speedups` must be finite numbers > 1 (1 is the dense model), got {value!r}.")
-    if len(set(speedups)) < len(speedups):
-        twice = next(value for value in speedups if list(speedups).count(value) > 1)
-        raise ArgumentError(f"`speedups` must differ from one another, got {twice:g} twice.")
+    told = [f"{value:g}" for value in speedups]  # as rows are called
+    if len(set(told)) < len(told):
+        twice = next(name for name in told if told.count(name) > 1)
+        raise ArgumentError(f"`speedups` must differ from one another, got {twice} twice.")
     return sorted(float(value) for value in speedups)
 
 

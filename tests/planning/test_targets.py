@@ -158,6 +158,7 @@ def test_equal_amounts_are_timed_once() -> None:
         ([math.inf], r"finite numbers > 1 .* got inf\."),
         ([math.nan], r"finite numbers > 1 .* got nan\."),
         ([True], r"finite numbers > 1 .* got True\."),
+        ([1.5, 1.50000001], r"`speedups` must differ from one another, got 1\.5 twice\."),
         ([1.5, 2, 1.5], r"`speedups` must differ from one another, got 1\.5 twice\."),
     ],
 )
