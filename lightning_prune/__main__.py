@@ -15,6 +15,7 @@ commands:
   profile    measure latency against tokens on this device
   validate   validate pruned on the validation set
   test       the same on the test set
+  vocabulary learn visual words for vwt-inter from unlabelled images
   models     say which of timm's transformers can be pruned
 
 options (all of them: lightning-prune COMMAND --help):

@@ -22,7 +22,7 @@ __all__ = ["DigitsData", "ImageFolderData", "PruneCLI", "run"]  # the data class
 
 
 class PruneCLI(LightningCLI):
-    """`lightning-prune validate | test | profile | compare`."""
+    """`lightning-prune validate | test | profile | compare | vocabulary`."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Pruning options stand at the top level, where errors are one line and not a dump of all callbacks."""
@@ -31,7 +31,7 @@ class PruneCLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """The methods of the trainer that are commands, with the arguments that code fills in."""
-        return dict.fromkeys(("validate", "test", "profile", "compare"), _PASSED_BY_CODE)
+        return dict.fromkeys(("validate", "test", "profile", "compare", "vocabulary"), _PASSED_BY_CODE)
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Creates the trainer; what Lightning says of its options in errors of Python's is the user's to mend."""

@@ -1,4 +1,4 @@
-"""A Lightning Trainer with two more verbs: profile and compare."""
+"""A Lightning Trainer with three more verbs: profile, compare and vocabulary."""
 
 from typing import Any
 
@@ -13,10 +13,12 @@ from lightning_prune.callbacks.together import decided_by_rank_zero
 from lightning_prune.comparison import compare, writable
 from lightning_prune.errors import ArgumentError
 from lightning_prune.profiling import LatencyProfile, profile_latency
+from lightning_prune.vocabulary import Vocabulary
+from lightning_prune.vocabulary_command import learn_words
 
 
 class PruneTrainer(L.Trainer):
-    """`lightning.Trainer` with `profile` and `compare`; the command line runs its methods.
+    """`lightning.Trainer` with `profile`, `compare` and `vocabulary`; the command line runs its methods.
 
     Settings of the pruning come from the `TokenPruning` callback among its callbacks, or are that callback's defaults.
 
@@ -106,6 +108,70 @@ class PruneTrainer(L.Trainer):
             )
             self._log_comparison([row.to_dict() for row in rows])
         return [row.to_dict() for row in rows]
+
+    def vocabulary(
+        self,
+        model: L.LightningModule,
+        dataloaders: Any = None,
+        datamodule: L.LightningDataModule | None = None,
+        output: str = "words.safetensors",
+        words: int = 1000,
+        limit: int | None = None,
+        seed: int = 0,
+    ) -> Vocabulary:
+        """Learn visual words for `VWTInter` from the unlabelled images of the prediction loader.
+
+        Args:
+            model: The module that contains the Vision Transformer, which has the patch size and the normalisation.
+            dataloaders: Prediction loaders, if there is no datamodule.
+            datamodule: Gives the prediction loader.
+            output: The file to write, `.safetensors`.
+            words: How many words.
+            limit: How many images to learn from; all if not given.
+            seed: Of k-means.
+
+        Raises:
+            ArgumentError: If an argument is unusable, or there are more words than patches.
+            DataError: If there are no images.
+        """
+        data = {"dataloaders": dataloaders, "datamodule": datamodule}
+        return learn_words(self, model, self._pruner(), output, words, limit, seed, **data)
+
+    def _compare_methods(
+        self,
+        model: L.LightningModule,
+        dataloaders: Any,
+        datamodule: L.LightningDataModule | None,
+        output: Path,
+        max_drop: float | None,
+        methods: list[str],
+        speedups: list[float] | None,
+        fresh: bool,
+    ) -> list[dict[str, Any]]:
+        from lightning_prune.report.methods import document_of, methods_table, remarks, write_methods
+
+        if max_drop is not None:
+            raise ArgumentError(f"`max_drop` plays no part where `methods` are compared; got max_drop={max_drop}.")
+        folder, console = writable(output), Console()
+
+        def tell(text: str) -> None:
+            if self.is_global_zero:
+                console.print(text, soft_wrap=True, highlight=False)
+
+        data = {"dataloaders": dataloaders, "datamodule": datamodule}
+        found = compare_methods(self, model, self._pruner(), methods, speedups, folder, fresh, tell, **data)
+        table = [row.to_dict() for row in found.rows]
+        if self.is_global_zero:
+            command = self.command or f"trainer.compare(methods={methods}, speedups={speedups})"
+            paths = write_methods(folder, found, command, _normalisation(model))
+            console.print(methods_table(found.rows))
+            for remark in remarks(document_of(found, command)):
+                console.print(remark, soft_wrap=True, highlight=False)
+            console.print(
+                f"Planning took {found.decided.seconds:.0f} s. Written: {', '.join(map(str, paths))}", soft_wrap=True
+            )
+            self._log_comparison(table)
+        return table
 
     def _pruner(self) -> TokenPruning:
         pruners = [callback for callback in attached_callbacks(self) if isinstance(callback, TokenPruning)]

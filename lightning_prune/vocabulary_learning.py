@@ -29,7 +29,8 @@ def learn_vocabulary(
 ) -> Vocabulary:
     """Learns visual words from unlabelled images: centroids of their patches by mini-batch k-means.
 
-    Source: arXiv 2411.15397. Images stream past; about three patches a word are kept in memory at a time.
+    Source: arXiv 2411.15397. Images stream past; about three patches a word are kept in memory at a time. The words do
+    not depend on how the images are batched.
 
     Args:
         batches: Images (B, channels, height, width) as the model sees them: resized and normalised.
@@ -119,7 +120,11 @@ class WordLearner:
         self.patches += len(patches)
         self._waiting.append(patches.numpy().copy())  # patches of one pixel would be a view of the images
         if sum(map(len, self._waiting)) >= self._step:
-            self._learn()
+            together = np.concatenate(self._waiting)
+            whole = len(together) // self._step * self._step
+            for start in range(0, whole, self._step):  # steps of one size, so that batches of any size give one result
+                self._learn(together[start : start + self._step])
+            self._waiting = [together[whole:].copy()]  # a view would keep all of it
 
     def finish(self, mean: Sequence[float] | None = None, std: Sequence[float] | None = None) -> Vocabulary:
         """The vocabulary of all that was added.
@@ -139,19 +144,19 @@ class WordLearner:
                 f"`words` must be at most the number of patches, {self.patches} of {self.images} images; got "
                 f"{self.words}."
             )
-        if len(self._waiting) > 1 or self._means is None:  # the first of the list only says how many channels there are
-            self._learn()
+        rest = np.concatenate(self._waiting)
+        if len(rest):
+            self._learn(rest)
+            self._waiting = [rest[:0]]
         return Vocabulary(
             torch.from_numpy(self._means.cluster_centers_), self.patch_size, mean, std, self.patches, self.seed
         )
 
-    def _learn(self) -> None:
+    def _learn(self, patches: NDArray[np.float32]) -> None:
         from sklearn.cluster import MiniBatchKMeans  # takes a second to import
 
-        patches = np.concatenate(self._waiting)
         if self._means is None:
             self._means = MiniBatchKMeans(
                 self.words, random_state=self.seed, n_init=1, init_size=len(patches), compute_labels=False
             )
         self._means.partial_fit(patches)
-        self._waiting = [patches[:0]]

@@ -47,16 +47,25 @@ def test_as_many_words_as_patches_are_the_patches() -> None:
     assert torch.cdist(patches, learned.centroids).amin(dim=1).max() < 1e-4
 
 
-def test_the_seed_decides_and_batches_of_any_size_make_steps_of_one_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_prune.vocabulary_learning._LEAST_STEP", 27)
+def test_the_seed_decides_and_how_images_are_batched_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_prune.vocabulary_learning._LEAST_STEP", 20)
     images = draw(12)
-    one, two, other = (
-        lp.learn_vocabulary(images.split(size), patch_size=8, words=9, seed=seed, progress=False)
-        for size, seed in ((3, 0), (1, 0), (3, 1))
+    one, *others, seeded = (
+        lp.learn_vocabulary(images.split(size), patch_size=8, words=6, seed=seed, progress=False)
+        for size, seed in ((3, 0), (1, 0), (5, 0), (12, 0), (3, 1))
     )
-    assert one == two
-    assert one != other
-    assert one.patches == two.patches == 12 * 9
+    assert all(other == one for other in others)
+    assert seeded != one
+    assert one.patches == 12 * 9
+
+
+def test_words_can_be_asked_for_between_images() -> None:
+    learner = WordLearner(patch_size=8, words=4)
+    learner.add(draw(2))
+    before = learner.finish()
+    assert learner.finish() == before
+    learner.add(draw(2, seed=1))
+    assert learner.finish() != before
 
 
 def test_half_precision_images_are_learned_in_single() -> None:

@@ -13,6 +13,7 @@ from lightning_prune.reduction.tome_schedule import tome_schedule
 from lightning_prune.reduction.topk import TopK, topk, topk_scores
 from lightning_prune.reduction.vwt_inter import VWTInter
 from lightning_prune.reduction.vwt_intra import VWTIntra, vwt_intra
+from lightning_prune.reduction.word_counts import TokensPerImage, tokens_per_image
 
 __all__ = [
     "METHODS",
@@ -25,6 +26,7 @@ __all__ = [
     "Sequence",
     "Shift",
     "ToMe",
+    "TokensPerImage",
     "TopK",
     "VWTInter",
     "VWTIntra",
@@ -38,6 +40,7 @@ __all__ = [
     "shift",
     "shift_scores",
     "sources_of",
+    "tokens_per_image",
     "tome_schedule",
     "topk",
     "topk_scores",
