@@ -137,42 +137,6 @@ class PruneTrainer(L.Trainer):
         data = {"dataloaders": dataloaders, "datamodule": datamodule}
         return learn_words(self, model, self._pruner(), output, words, limit, seed, **data)
 
-    def _compare_methods(
-        self,
-        model: L.LightningModule,
-        dataloaders: Any,
-        datamodule: L.LightningDataModule | None,
-        output: Path,
-        max_drop: float | None,
-        methods: list[str],
-        speedups: list[float] | None,
-        fresh: bool,
-    ) -> list[dict[str, Any]]:
-        from lightning_prune.report.methods import document_of, methods_table, remarks, write_methods
-
-        if max_drop is not None:
-            raise ArgumentError(f"`max_drop` plays no part where `methods` are compared; got max_drop={max_drop}.")
-        folder, console = writable(output), Console()
-
-        def tell(text: str) -> None:
-            if self.is_global_zero:
-                console.print(text, soft_wrap=True, highlight=False)
-
-        data = {"dataloaders": dataloaders, "datamodule": datamodule}
-        found = compare_methods(self, model, self._pruner(), methods, speedups, folder, fresh, tell, **data)
-        table = [row.to_dict() for row in found.rows]
-        if self.is_global_zero:
-            command = self.command or f"trainer.compare(methods={methods}, speedups={speedups})"
-            paths = write_methods(folder, found, command, _normalisation(model))
-            console.print(methods_table(found.rows))
-            for remark in remarks(document_of(found, command)):
-                console.print(remark, soft_wrap=True, highlight=False)
-            console.print(
-                f"Planning took {found.decided.seconds:.0f} s. Written: {', '.join(map(str, paths))}", soft_wrap=True
-            )
-            self._log_comparison(table)
-        return table
-
     def _pruner(self) -> TokenPruning:
         pruners = [callback for callback in attached_callbacks(self) if isinstance(callback, TokenPruning)]
         if not pruners:
