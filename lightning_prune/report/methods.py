@@ -108,7 +108,7 @@ def methods_table(rows: "Sequence[Row]") -> Table:
     """
     first = rows[0]
     title = f"{first.device}, batch {first.batch_size}, {first.precision}, {first.images} images"
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=0)
     table.add_column("variant", overflow="fold")
     columns: dict[str, Callable[[Row], str]] = {
         "tokens": lambda row: "-" if row.tokens is None else str(row.tokens),
@@ -131,8 +131,8 @@ def methods_table(rows: "Sequence[Row]") -> Table:
         last = row.method, row.int8
         table.add_row(row.variant, *(cell(row) for cell in columns.values()))
     table.caption = (
-        "change: of top-1 against dense on the same images, in points; same: share of images\nwith the same best class "
-        "as dense; ms: median latency of a batch; faster: than dense"
+        "change: of top-1 against dense, in points, by the same images; same: share of\n"
+        "images with the best class of dense; ms: median latency of a batch"
     )
     table.caption_justify = "left"
     return table
