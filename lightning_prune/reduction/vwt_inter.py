@@ -129,7 +129,10 @@ class VWTInter(Reduction):
     embeddings, positions included, and all other patches stay. How many tokens are left depends on the image, so there
     is no schedule. Shorter images of a batch are padded and the padding is masked, so that no image depends on its
     batch-mates; it therefore saves most at batch size 1. A token counts the same in attention however many patches it
-    stands for, as in the paper.
+    stands for, as in the paper. On the command line:
+
+        lightning-prune vocabulary --config my.yaml --words 1000 --output words.safetensors
+        lightning-prune validate --config my.yaml --prune.method VWTInter --prune.method.vocabulary words.safetensors
 
     Args:
         vocabulary: A `Vocabulary` for the model's patch size and normalisation, or its file, as
