@@ -1,5 +1,8 @@
 """Pieces that several reductions share: attention probabilities, picking tokens, tracing them."""
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -25,6 +28,20 @@ def attention_probabilities(attention: Attention, queries: slice = slice(None)) 
             mask = mask[..., queries, :]
         logits = logits.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else logits + mask
     return logits.softmax(dim=-1)
+
+
+def as_precise_as_given(tensor: Tensor) -> AbstractContextManager[Any]:
+    """A context in which matrix products keep the precision of what goes into them, also under autocast.
+
+    Autocast would round to half precision what was made float32 on purpose. Where it is not on, nothing is entered, so
+    that exported graphs hold no autocast region.
+
+    Args:
+        tensor: Any tensor of the device that the products are computed on.
+    """
+    kind = tensor.device.type
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if on else nullcontext()
 
 
 def best_in_order(scores: Tensor, keep: int) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lightning_prune.errors import ArgumentError
 from lightning_prune.reduction.base import Reduced, Reduction, Sequence
+from lightning_prune.reduction.functional import as_precise_as_given
 from lightning_prune.reduction.merging import merge
 from lightning_prune.reduction.tome_schedule import most_removed, spread_removed
 
@@ -41,7 +42,8 @@ def bipartite_matching(key: Tensor, remove: int, prefix_tokens: int) -> tuple[Te
     # One mean with a dtype is one pass over the keys, and half precision would tie many similarities.
     metric = key.mean(dim=1, dtype=torch.promote_types(key.dtype, torch.float32))
     metric = F.normalize(metric[:, prefix_tokens:], dim=-1)
-    likeness, partner = (metric[:, 1::2] @ metric[:, ::2].transpose(1, 2)).max(dim=-1)
+    with as_precise_as_given(metric):
+        likeness, partner = (metric[:, 1::2] @ metric[:, ::2].transpose(1, 2)).max(dim=-1)
     chosen = likeness.topk(remove, dim=-1, sorted=False).indices
     return chosen * 2 + (prefix_tokens + 1), partner.gather(1, chosen) * 2 + prefix_tokens
 
@@ -83,7 +85,7 @@ class ToMe(Reduction):
     ) -> None:
         if not isinstance(proportional_attention, bool):
             raise ArgumentError(f"`proportional_attention` must be True or False, got {proportional_attention!r}.")
-        if schedule not in _INFLECTION:
+        if schedule not in tuple(_INFLECTION):  # which asks for no hash: a list is said to be wrong, too
             raise ArgumentError(f"`schedule` must be 'constant' or 'decreasing', got {schedule!r}.")
         self.proportional_attention = proportional_attention
         self.schedule = schedule

@@ -3,7 +3,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lightning_prune.reduction import EViT, evit, topk_scores
+from lightning_prune.reduction import Attention, EViT, evit, topk_scores
 
 from .drawn import PRECISIONS, check_alone_and_together, draw
 
@@ -60,6 +60,14 @@ def test_scores_that_are_all_zero_weigh_alike(dtype: torch.dtype) -> None:
     assert reduced.positions.tolist() == [[0, 1, 2, -1]] * 2
     expected = sequence.tokens[:, 3:].double().mean(1)
     torch.testing.assert_close(reduced.tokens[:, -1].double(), expected, rtol=1e-2, atol=1e-2)
+
+
+def test_autocast_rounds_no_token() -> None:
+    tokens, attention = draw(dtype=torch.float32).tokens, Attention(*torch.zeros(3, 3, 2, 12, 4))
+    expected = evit(tokens, attention, 4, 1, True).tokens
+    with torch.autocast("cpu", torch.bfloat16):
+        found = evit(tokens, attention, 4, 1, True).tokens
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_the_weights_are_a_mean() -> None:

@@ -45,6 +45,17 @@ def test_every_number_of_removed_tokens(naive: SimpleNamespace, prefix: int, bat
                     assert torch.equal(reduced.tokens[b, k], sequence.tokens[b, positions[k]]), "it keeps its bits"
 
 
+def test_autocast_changes_no_choice() -> None:
+    """Keys that are nearly alike, whose likenesses bfloat16 would make equal."""
+    generator = torch.Generator().manual_seed(0)
+    key = 1 + 0.05 * torch.randn(2, 3, 31, 8, generator=generator)
+    tokens, scores = torch.randn(2, 31, 6, generator=generator), torch.randn(2, 30, generator=generator)
+    expected = merge_into_nearest(tokens, key, scores, 20, 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = merge_into_nearest(tokens, key, scores, 20, 1)
+    assert torch.equal(found.tokens, expected.tokens)
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), PRECISIONS)
 def test_lower_precisions(dtype: torch.dtype, tolerance: float) -> None:
     """What is merged is judged for what really went where: bfloat16 may rank near-ties otherwise."""

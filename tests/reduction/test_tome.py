@@ -118,6 +118,18 @@ def test_autocast_rounds_no_token() -> None:
     assert torch.equal(found.tokens, merge(x, source, destination).tokens)
 
 
+def test_autocast_changes_no_pair() -> None:
+    """Keys of a few kinds, nearly alike, whose cosines bfloat16 would make equal."""
+    generator = torch.Generator().manual_seed(0)
+    kinds = torch.randn(4, 8, generator=generator)[torch.arange(60) % 4]
+    key = kinds + 0.05 * torch.randn(2, 3, 60, 8, generator=generator)
+    expected = bipartite_matching(key, 20, 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = bipartite_matching(key, 20, 1)
+    for b in range(2):
+        assert pairs_of(found[0][b], found[1][b]) == pairs_of(expected[0][b], expected[1][b])
+
+
 def test_keys_that_are_zero_match_nothing_and_break_nothing() -> None:
     x, attention = draw(1, 21)
     key = attention.key.clone()
@@ -197,3 +209,5 @@ def test_bad_arguments() -> None:
         anything("yes")
     with pytest.raises(ArgumentError, match="`schedule` must be 'constant' or 'decreasing', got 'rising'"):
         anything(schedule="rising")
+    with pytest.raises(ArgumentError, match=r"`schedule` must be 'constant' or 'decreasing', got \['constant'\]"):
+        anything(schedule=["constant"])
