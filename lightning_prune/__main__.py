@@ -11,7 +11,8 @@ Makes Vision Transformers faster on the device at hand, without training: measur
 many to remove, patches the model, and validates it.
 
 commands:
-  compare    validate dense and pruned in one run; table, results.csv, schedule.yaml, profile.png
+  compare    validate dense and pruned in one run; table, results.csv, schedule.yaml, profile.png; with --methods
+             every method at every speed-up: also pareto.png, tokens.png and report.html
   profile    measure latency against tokens on this device
   validate   validate pruned on the validation set
   test       the same on the test set
@@ -28,11 +29,15 @@ options (all of them: lightning-prune COMMAND --help):
   --prune.alpha NUMBER     weight of latency against accuracy in [0, 1]
   --output DIR             folder for the files (compare, profile)
   --max_drop SHARE         accuracy budget: share of the accuracy proxy that may be lost (compare)
+  --methods NAME ...       methods to compare, such as pomt tome int8 pomt+int8 (compare)
+  --speedups NUMBER ...    what they are to reach on this device: 1.1 1.25 1.5 2 if not given (compare)
+  --fresh                  with --methods: measure again what was finished before an interruption (compare)
   --trainer.KEY VALUE      any option of lightning.Trainer: accelerator, precision, devices, ...
   --print_config           print the configuration and stop
 
-example:
+examples:
   lightning-prune compare --model.model vit_digits_patch4_56 --data DigitsData --output results/digits
+  lightning-prune compare --config configs/digits.yaml --methods pomt tome random int8 --speedups 1.25 1.5 2
 """
 
 

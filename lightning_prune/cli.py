@@ -1,9 +1,12 @@
 """The command line: LightningCLI with pruning under a flat `prune:` key."""
 
 import argparse
+import json
 import logging
+import shlex
 import sys
 import warnings
+from itertools import takewhile
 from typing import Any
 
 import lightning as L
@@ -17,12 +20,22 @@ from lightning_prune.errors import ArgumentError, PruneError
 from lightning_prune.trainer import PruneTrainer
 
 _PASSED_BY_CODE = {"model", "dataloaders", "datamodule"}
+_SEVERAL = ("--methods", "--speedups")
 
 __all__ = ["DigitsData", "ImageFolderData", "PruneCLI", "run"]  # the data classes are found by their bare names
 
 
 class PruneCLI(LightningCLI):
-    """`lightning-prune validate | test | profile | compare | vocabulary`."""
+    """`lightning-prune validate | test | profile | compare | vocabulary`.
+
+    Args:
+        words: What was typed after the name of the command.
+        kwargs: Of `lightning.pytorch.cli.LightningCLI`.
+    """
+
+    def __init__(self, words: list[str], **kwargs: Any) -> None:
+        self._command = shlex.join(["lightning-prune", *words])
+        super().__init__(args=gathered(words), **kwargs)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Pruning options stand at the top level, where errors are one line and not a dump of all callbacks."""
@@ -36,12 +49,42 @@ class PruneCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Creates the trainer; what Lightning says of its options in errors of Python's is the user's to mend."""
         try:
-            return super().instantiate_trainer(**kwargs)
+            trainer = super().instantiate_trainer(**kwargs)
         except (ImportError, TypeError, ValueError) as error:
             raise ArgumentError(f"trainer: {error}") from error
+        if isinstance(trainer, PruneTrainer):
+            trainer.command = self._command
+        return trainer
 
     def _parse_ckpt_path(self) -> None:
         """Leaves hyperparameters of a checkpoint alone: those of a foreign module are no options of ours."""
+
+
+def gathered(words: list[str]) -> list[str]:
+    """Words after an option that takes several are gathered into one list, as `--methods dense pomt tome`.
+
+    jsonargparse wants `--methods=["dense", "pomt", "tome"]`, and `--fresh=true`; so given, an option is left as it is.
+
+    Args:
+        words: Of the command line.
+
+    Example:
+        >>> from lightning_prune.cli import gathered
+        >>> gathered(["compare", "--speedups", "1.5", "2", "--fresh=true"])
+        ['compare', '--speedups=["1.5", "2"]', '--fresh=true']
+    """
+    found: list[str] = []
+    position = 0
+    while position < len(words):
+        word, position = words[position], position + 1
+        values = list(takewhile(lambda each: not each.startswith("--"), words[position:])) if word in _SEVERAL else []
+        if values and not values[0].startswith("["):
+            position += len(values)
+            word = f"{word}={json.dumps(values)}"
+        elif word == "--fresh" and (position == len(words) or words[position].startswith("--")):
+            word = "--fresh=true"
+        found.append(word)
+    return found
 
 
 def run(args: list[str] | None = None) -> int:
@@ -56,6 +99,7 @@ def run(args: list[str] | None = None) -> int:
     _quieten()
     try:
         PruneCLI(
+            sys.argv[1:] if args is None else args,
             model_class=ImageClassifier,
             datamodule_class=L.LightningDataModule,
             subclass_mode_data=True,
@@ -63,7 +107,6 @@ def run(args: list[str] | None = None) -> int:
             trainer_defaults={"logger": False, "enable_checkpointing": False},
             save_config_callback=None,
             seed_everything_default=0,
-            args=args,
             parser_kwargs={
                 "prog": "lightning-prune",
                 "description": "Prune the tokens of Vision Transformers, measured on this device.",
@@ -80,5 +123,8 @@ def _quieten() -> None:
     """Leaves out what Lightning says about itself, not what it says about the run."""
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)
-    known: dict[str, Any] = {"message": ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*"}
-    warnings.filterwarnings("ignore", **known)
+    for known in (
+        ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",
+        "LightningCLI's args parameter is intended to run from within Python.*",  # what was typed, gathered
+    ):
+        warnings.filterwarnings("ignore", message=known)

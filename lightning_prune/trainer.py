@@ -1,5 +1,6 @@
 """A Lightning Trainer with three more verbs: profile, compare and vocabulary."""
 
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -10,6 +11,7 @@ from lightning_prune.callbacks import TokenPruning
 from lightning_prune.callbacks.attached import attached_callbacks
 from lightning_prune.callbacks.images import images_from_batch
 from lightning_prune.callbacks.together import decided_by_rank_zero
+from lightning_prune.comparing.run import compare_methods
 from lightning_prune.comparison import compare, writable
 from lightning_prune.errors import ArgumentError
 from lightning_prune.profiling import LatencyProfile, profile_latency
@@ -27,7 +29,12 @@ class PruneTrainer(L.Trainer):
         >>> from lightning_prune.trainer import PruneTrainer
         >>> trainer = PruneTrainer(logger=False)
         >>> # trainer.compare(ImageClassifier("vit_digits_patch4_56"), datamodule=DigitsData(), output="results")
+
+    Attributes:
+        command: What was typed, for the report of a comparison; empty where code calls.
     """
+
+    command: str = ""
 
     def profile(
         self,
@@ -75,11 +82,17 @@ class PruneTrainer(L.Trainer):
         datamodule: L.LightningDataModule | None = None,
         output: str = "results/compare",
         max_drop: float | None = None,
+        methods: list[str] | None = None,
+        speedups: list[float] | None = None,
+        fresh: bool = False,
     ) -> list[dict[str, Any]]:
-        """Validate dense and pruned in one run; writes results.csv, results.json, schedule.yaml and the profile.
+        """Validate dense and pruned in one run; writes results.csv, results.json and the schedules.
 
-        The pruned variants are the best schedule by the pruner's objective (POMT's utility by default) and the fastest
-        inside an accuracy budget; or, if the pruner has a schedule, that schedule.
+        Without `methods` the pruned variants are the best schedule by the pruner's objective (POMT's utility by
+        default) and the fastest inside an accuracy budget; or, if the pruner has a schedule, that schedule; the profile
+        is written beside them. With `methods` each is pruned until it is as much faster as `speedups` say, on this
+        device, and pareto.png, tokens.png and report.html are written. What is finished is kept under `output/state`,
+        and a run that was interrupted goes on from there.
 
         Args:
             model: The module that contains the Vision Transformer.
@@ -87,13 +100,25 @@ class PruneTrainer(L.Trainer):
             datamodule: Gives the validation loader.
             output: Folder for the files.
             max_drop: The accuracy budget: share of the dense model's proxy that may be lost; 0.005 if not given.
+            methods: Names of methods to compare: reductions, int8, and both, as in pomt+int8; dense is always there.
+            speedups: Dense latency over theirs that the methods are to reach; 1.1, 1.25, 1.5 and 2 if not given.
+            fresh: With `methods`: measure again what was finished before.
 
         Raises:
-            ArgumentError: If `output` cannot be written to, or `max_drop` is given where nothing is planned for it.
+            ArgumentError: If `output` cannot be written to, a method is not known, a speed-up is not above 1, or an
+                argument is given that would play no part.
             DataError: If there is nothing to validate on.
+            UnsupportedModelError: If none of the methods can be used with the model.
         """
         from lightning_prune.report.results import results_table, write_comparison
 
+        if methods is not None:
+            return self._compare_methods(
+                model, dataloaders, datamodule, Path(output), max_drop, methods, speedups, fresh
+            )
+        if speedups is not None or fresh:
+            idle = f"speedups={speedups}" if speedups is not None else "fresh=True"
+            raise ArgumentError(f"`{idle.split('=')[0]}` plays no part without `methods`; got {idle}.")
         folder = writable(output)
         data = {"dataloaders": dataloaders, "datamodule": datamodule}
         rows, decisions, seconds = compare(self, model, self._pruner(), max_drop, **data)
@@ -137,6 +162,42 @@ class PruneTrainer(L.Trainer):
         data = {"dataloaders": dataloaders, "datamodule": datamodule}
         return learn_words(self, model, self._pruner(), output, words, limit, seed, **data)
 
+    def _compare_methods(
+        self,
+        model: L.LightningModule,
+        dataloaders: Any,
+        datamodule: L.LightningDataModule | None,
+        output: Path,
+        max_drop: float | None,
+        methods: list[str],
+        speedups: list[float] | None,
+        fresh: bool,
+    ) -> list[dict[str, Any]]:
+        from lightning_prune.report.methods import document_of, methods_table, remarks, write_methods
+
+        if max_drop is not None:
+            raise ArgumentError(f"`max_drop` plays no part where `methods` are compared; got max_drop={max_drop}.")
+        folder, console = writable(output), Console()
+
+        def tell(text: str) -> None:
+            if self.is_global_zero:
+                console.print(text, soft_wrap=True, highlight=False)
+
+        data = {"dataloaders": dataloaders, "datamodule": datamodule}
+        found = compare_methods(self, model, self._pruner(), methods, speedups, folder, fresh, tell, **data)
+        table = [row.to_dict() for row in found.rows]
+        if self.is_global_zero:
+            command = self.command or f"trainer.compare(methods={methods}, speedups={speedups})"
+            paths = write_methods(folder, found, command, _normalisation(model))
+            console.print(methods_table(found.rows))
+            for remark in remarks(document_of(found, command)):
+                console.print(remark, soft_wrap=True, highlight=False)
+            console.print(
+                f"Planning took {found.decided.seconds:.0f} s. Written: {', '.join(map(str, paths))}", soft_wrap=True
+            )
+            self._log_comparison(table)
+        return table
+
     def _pruner(self) -> TokenPruning:
         pruners = [callback for callback in attached_callbacks(self) if isinstance(callback, TokenPruning)]
         if not pruners:
@@ -156,6 +217,14 @@ class PruneTrainer(L.Trainer):
             logger.log_metrics(figures, step=0)
             logger.save()
             logger.finalize("success")
+
+
+def _normalisation(model: L.LightningModule) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Mean and standard deviation that the images were normalised by, where the module says what its model wants."""
+    config = getattr(model, "data_config", None) or {}
+    if "mean" not in config or "std" not in config:
+        return None
+    return tuple(config["mean"]), tuple(config["std"])
 
 
 class _Profiling(L.Callback):

@@ -34,8 +34,10 @@ TINY = [
     "--prune.calibration=8",
 ]
 COLUMNS = [
-    *("variant", "method", "block", "removed", "tokens", "top1", "top5", "latency_ms", "latency_spread"),
-    *("throughput", "throughput_end_to_end", "speedup", "images", "device", "batch_size", "precision"),
+    *("variant", "method", "int8", "target", "block", "removed", "tokens"),
+    *("top1", "top1_change", "top1_low", "top1_high", "top5", "agreement"),
+    *("latency_ms", "latency_spread", "speedup", "speedup_spread", "throughput", "throughput_end_to_end"),
+    *("joules_per_image", "watts", "images", "device", "batch_size", "precision", "note"),
 ]
 
 
@@ -423,7 +425,10 @@ def test_compare_in_two_processes_writes_what_one_writes(folder: Path, tmp_path:
     assert run.returncode == 0, run.stderr
     assert main(["compare", *images_of(folder), f"--output={tmp_path / 'one'}"]) == 0
     one, two = (json.loads((tmp_path / name / "results.json").read_text())["rows"] for name in ("one", "two"))
-    same = ("variant", "method", "block", "removed", "tokens", "top1", "top5", "batch_size", "precision", "images")
+    same = [
+        name for name in COLUMNS if name not in ("device", "agreement") and not name.startswith(("lat", "speed", "thr"))
+    ]
+    assert "top1_low" in same
     assert [[row[key] for key in same] for row in two] == [[row[key] for key in same] for row in one]
     assert [row["variant"] for row in two] == ["dense", "pomt given"]
     assert all(0 < row["top5"] < 1 for row in two)
