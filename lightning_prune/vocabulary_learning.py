@@ -15,6 +15,7 @@ from lightning_prune.vocabulary import Vocabulary
 
 _STEP = 3  # patches for each word in a step of k-means, and to choose the first words from: scikit-learn's own rule
 _LEAST_STEP = 1024  # patches; its own size of a mini-batch
+_CHOSEN_WELL = 2048  # words; of more, k-means++ takes many minutes, and a third of the patches differ enough anyway
 
 
 def learn_vocabulary(
@@ -30,7 +31,8 @@ def learn_vocabulary(
     """Learns visual words from unlabelled images: centroids of their patches by mini-batch k-means.
 
     Source: arXiv 2411.15397. Images stream past; about three patches a word are kept in memory at a time. The words do
-    not depend on how the images are batched.
+    not depend on how the images are batched. The first words are patches chosen by k-means++, at random where there are
+    more than 2048 words.
 
     Args:
         batches: Images (B, channels, height, width) as the model sees them: resized and normalised.
@@ -157,6 +159,11 @@ class WordLearner:
 
         if self._means is None:
             self._means = MiniBatchKMeans(
-                self.words, random_state=self.seed, n_init=1, init_size=len(patches), compute_labels=False
+                self.words,
+                init="k-means++" if self.words <= _CHOSEN_WELL else "random",
+                random_state=self.seed,
+                n_init=1,
+                init_size=len(patches),
+                compute_labels=False,
             )
         self._means.partial_fit(patches)

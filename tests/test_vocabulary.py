@@ -59,6 +59,13 @@ def test_the_seed_decides_and_how_images_are_batched_does_not(monkeypatch: pytes
     assert one.patches == 12 * 9
 
 
+def test_more_words_than_can_be_chosen_well_begin_with_random_patches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_prune.vocabulary_learning._CHOSEN_WELL", 5)
+    made = [lp.learn_vocabulary([draw(12)], patch_size=8, words=6, seed=seed, progress=False) for seed in (0, 0, 1)]
+    assert made[0] == made[1] != made[2]
+    assert torch.cdist(made[0].centroids, made[0].centroids).fill_diagonal_(9).min() > 0.1, "no word twice"
+
+
 def test_words_can_be_asked_for_between_images() -> None:
     learner = WordLearner(patch_size=8, words=4)
     learner.add(draw(2))
