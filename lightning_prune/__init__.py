@@ -36,7 +36,7 @@ _HOME = {
     "plan": "planning.planner",
     "profile_latency": "profiling.latency",
 }
-_ROOMS = ("callbacks", "metrics", "patching", "planning", "profiling", "reduction", "report")
+_ROOMS = ("callbacks", "metrics", "patching", "planning", "profiling", "quantization", "reduction", "report")
 
 __all__ = ["__version__", *sorted(_HOME), *_ROOMS]
 
@@ -46,6 +46,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors, which cannot 
     from lightning_prune import patching as patching
     from lightning_prune import planning as planning
     from lightning_prune import profiling as profiling
+    from lightning_prune import quantization as quantization
     from lightning_prune import reduction as reduction
     from lightning_prune import report as report
     from lightning_prune.callbacks import TokenPruning as TokenPruning
