@@ -106,3 +106,39 @@ def test_compare_logs_each_variant_under_its_own_name(tmp_path: Path) -> None:
     assert float(logged["compare/pomt given/latency_ms"]) == pytest.approx(rows[1]["latency_ms"])
     assert float(logged["compare/dense/top1"]) == pytest.approx(rows[0]["top1"])
     assert float(logged["compare/pomt given/removed"]) == 50
+
+
+def test_compare_of_methods_by_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def once(self: Interleaved[Any], alternative: Any) -> float:
+        schedule = alternative.schedule
+        return 1e-3 * (sum(schedule.tokens(197)) if schedule is not None else 4 * 197)
+
+    monkeypatch.setattr(Interleaved, "once", once)
+    logger = CSVLogger(tmp_path / "logs", version=0)
+    rows = trainer(pruner(), logger=logger).compare(
+        module(),
+        datamodule=lp.DigitsData(batch_size=8),
+        output=str(tmp_path / "out"),
+        methods=["random"],
+        speedups=[1.5],
+    )
+    assert [row["variant"] for row in rows] == ["dense", "random 1.5x"]
+    document = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert document["rows"] == rows
+    assert document["command"] == "trainer.compare(methods=['random'], speedups=[1.5])"
+    with next((tmp_path / "logs").rglob("metrics.csv")).open(newline="") as stream:
+        logged = {key: value for line in csv.DictReader(stream) for key, value in line.items() if value}
+    assert float(logged["compare/random 1.5x/speedup"]) == pytest.approx(rows[1]["speedup"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"speedups": [1.5]}, r"`speedups` plays no part without `methods`; got speedups=\[1.5\]"),
+        ({"fresh": True}, "`fresh` plays no part without `methods`; got fresh=True"),
+        ({"methods": ["pomt"], "max_drop": 0.1}, "`max_drop` plays no part where `methods` are compared"),
+    ],
+)
+def test_arguments_that_would_play_no_part(arguments: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(lp.ArgumentError, match=message):
+        trainer(pruner()).compare(module(), datamodule=lp.DigitsData(), output=str(tmp_path), **arguments)
