@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_prune.errors import ScheduleError, UnsupportedModelError
+from lightning_prune.errors import ArgumentError, ScheduleError, UnsupportedModelError
 from lightning_prune.keep_rates import Rate
 from lightning_prune.patching.blocks import Halves
 from lightning_prune.patching.families.base import Family, Setting
@@ -19,7 +19,7 @@ from lightning_prune.patching.tap import recorded_attention
 from lightning_prune.patching.told import Ear
 from lightning_prune.patching.travelling import found, leave
 from lightning_prune.reduction.base import Attention, Reduction, Sequence
-from lightning_prune.reduction.functional import sources_of, take_tokens
+from lightning_prune.reduction.functional import take_tokens
 
 
 @dataclass(eq=False)
@@ -186,7 +186,11 @@ def _reduce(
         raise ScheduleError(too_many(site.index, count, remove, capacity, site.reduction.name))
     reduced = site.reduction.reduce(sequence._replace(trace=True) if site.traces else sequence, remove)
     if site.traces and reduced.sources is None:
-        reduced = reduced._replace(sources=sources_of(reduced, count))
+        # Positions tell of one fused token at most; where others went cannot be guessed, nor checked without a sync.
+        raise ArgumentError(
+            f"{site.reduction.name} says that it `merges`, and this model pools over its patch tokens, so it must say "
+            "where each token went: return `Reduced.sources` where `Sequence.trace` asks for them."
+        )
     return reduced.tokens, survivors_of(arrived, reduced) if site.keeps_account else None
 
 

@@ -55,7 +55,8 @@ class Reduction(ABC):
         keeps_sizes: Whether it returns sizes, and its later reductions of the same images want to be given them.
         proportional_attention: Whether the sizes that it returns weigh the attention of later blocks: log(size) is
             added to the logits of each key.
-        merges: Whether every token that goes is merged into one that stays, so that none is lost.
+        merges: Whether every token that goes is merged into one that stays, so that none is lost. Models that pool over
+            their patch tokens are then told where each went, so `Reduced.sources` must be there where it is traced.
         adaptive: Whether the image decides how many tokens go. There is no schedule then and `remove` is 0; shorter
             images of a batch are padded with tokens of size 0, which proportional attention masks.
     """

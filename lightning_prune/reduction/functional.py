@@ -78,7 +78,8 @@ def sources_of(reduced: Reduced, tokens: int) -> Tensor:
 
     Args:
         reduced: What a reduction returned. Where it does not say so itself, each token that is left is the one whose
-            position it has, and if exactly one has no position (-1, fused of all others), the rest went into it.
+            position it has, and if exactly one has no position (-1, fused of all others) and is no padding (of size
+            0), the rest went into it.
         tokens: N, tokens before.
 
     Returns:
@@ -95,8 +96,9 @@ def sources_of(reduced: Reduced, tokens: int) -> Tensor:
     positions = reduced.positions
     left = torch.arange(positions.shape[1], device=positions.device).expand_as(positions)
     nowhere = positions < 0
-    fused = torch.where(nowhere, left, 0).sum(dim=1, keepdim=True)
-    rest = torch.where(nowhere.sum(dim=1, keepdim=True) == 1, fused, -1)
+    of_several = nowhere if reduced.sizes is None else nowhere & (reduced.sizes > 0)
+    fused = torch.where(of_several, left, 0).sum(dim=1, keepdim=True)
+    rest = torch.where(of_several.sum(dim=1, keepdim=True) == 1, fused, -1)
     places = torch.where(nowhere, tokens, positions)  # those without one write past the end
     return rest.repeat(1, tokens + 1).scatter(1, places, left)[:, :tokens]
 

@@ -11,6 +11,7 @@ from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from torch import Tensor, nn
 
 import lightning_prune as lp
+from lightning_prune.errors import ArgumentError
 from lightning_prune.patching import find_vision_transformer
 from lightning_prune.reduction import Reduced, Sequence
 
@@ -86,6 +87,23 @@ class TestEachCountsByItsPatches:
     @pytest.mark.parametrize("name", HF)
     def test_hugging_face(self, images: Tensor, name: str, removed: list[int]) -> None:
         check(build_hf(name).double(), images.double(), lambda m: outputs_of(m(images.double())), Merged(), removed)
+
+
+class Silent(Merged):
+    """Says that nothing is lost, but not where it went."""
+
+    name: ClassVar[str] = "silent"
+
+    def reduce(self, sequence: Sequence, remove: int) -> Reduced:
+        return super().reduce(sequence, remove)._replace(sources=None)
+
+
+def test_a_method_that_merges_must_say_where(build: Any, images: Tensor) -> None:
+    with lp.patch(build(), Silent(), [0, 5, 0, 0]) as handle:
+        assert handle.transformer.root(images).shape == (2, 7)
+    message = "silent says that it `merges`, .* pools .* return `Reduced.sources` where"
+    with lp.patch(build("pool-avg"), Silent(), [0, 5, 0, 0]) as handle, pytest.raises(ArgumentError, match=message):
+        handle.transformer.root(images)
 
 
 @pytest.mark.parametrize(

@@ -118,6 +118,12 @@ class TestSources:
         compiled = torch.compile(sources_of, fullgraph=True, backend="eager")
         assert torch.equal(compiled(reduced, 6), found)
 
+    def test_nothing_went_into_padding(self) -> None:
+        positions = torch.tensor([[0, 3, -1], [0, -1, -1]])
+        sizes = torch.tensor([[1.0, 1.0, 0.0], [1.0, 4.0, 0.0]])
+        found = sources_of(Reduced(torch.zeros(2, 3, 2), positions, sizes), 5)
+        assert found.tolist() == [[0, -1, -1, 1, -1], [0, 1, 1, 1, 1]]
+
     def test_those_that_are_said_are_those(self) -> None:
         said = torch.tensor([[1, 0, 1]])
         reduced = Reduced(torch.zeros(1, 2, 2), torch.tensor([[1, -1]]), None, said)
