@@ -62,7 +62,8 @@ def ask(
         speedups: The targets.
         settings: Whatever else the answer depends on.
     """
-    methods = {entry.name: {} if entry.reduction is None else entry.reduction.settings() for entry in entries}
+    # Not its settings, which may name a file (a vocabulary) that was written anew meanwhile.
+    methods = {entry.name: {} if entry.reduction is None else vars(entry.reduction) for entry in entries}
     question = {
         "weights": weights,
         "data": dict(data),

@@ -9,6 +9,7 @@ import numpy as np
 
 from lightning_prune.errors import ArgumentError
 from lightning_prune.profiling import DENSE, Interleaved, Timing, Variant
+from lightning_prune.profiling.curve import SAVING
 from lightning_prune.progress import Ticker
 
 _ROUNDS = 3  # of the search; what it finds is verified by many more
@@ -143,10 +144,10 @@ class Goal:
     def judge(self, timing: Timing) -> None:
         """Takes the timing of the present amount and moves on to another, unless this is the smallest that will do.
 
-        A ratio that misses the target by no more than its noise, two standard errors, counts as reached. One that is
-        better by more than that, and by more than a token is worth, asks for fewer tokens.
+        A ratio that misses the target by no more than its noise, two standard errors and at most 2%, counts as reached.
+        One that is better by more than that, and by more than a token is worth, asks for fewer tokens.
         """
-        wanted, noise = 1 / self.speedup, 2 * error_of(timing)
+        wanted, noise = 1 / self.speedup, min(2 * error_of(timing), SAVING)
         self.best = max(self.best, 1 / timing.ratio)
         self.passed[self.amount] = timing.ratio <= wanted + noise
         passing = min((amount for amount, passed in self.passed.items() if passed), default=None)

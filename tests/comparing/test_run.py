@@ -14,7 +14,9 @@ from lightning_prune.comparing import opening
 from lightning_prune.comparing.run import compare_methods
 from lightning_prune.profiling.energy import EnergyReading
 from lightning_prune.reduction import POMT
+from lightning_prune.reduction.vwt_inter import VWTInter
 from lightning_prune.statistics import paired_interval
+from lightning_prune.vocabulary_learning import learn_vocabulary
 
 pytestmark = pytest.mark.usefixtures("clockwork")
 
@@ -203,6 +205,28 @@ def test_methods_that_cannot_be_used_are_rows_with_a_note(module: Any, running: 
     assert [row.variant for row in found.rows] == ["dense", "foreign", "random 1.5x"]
     with pytest.raises(lp.UnsupportedModelError, match=r"None of the methods can be .*foreign: it is from elsewhere"):
         run(module, running, tmp_path / "alone", ["foreign"], [1.5], method=Foreign())
+
+
+def test_a_method_of_which_the_images_decide_has_one_row(module: Any, running: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    vocabulary = learn_vocabulary([torch.rand(8, 1, 56, 56)], 4, words=5, progress=False)
+    reduction = VWTInter(vocabulary, threshold=0.5)
+    found = run(module, running, tmp_path, ["vwt-inter", "random"], [1.5], method=reduction)
+    row = found.rows[1]
+    assert (row.variant, row.method, row.target, row.removed, row.tokens) == (
+        "vwt-inter",
+        "vwt-inter",
+        None,
+        None,
+        None,
+    )
+    assert row.note == "the images decide how many tokens go"
+    assert row.speedup == pytest.approx(197 / 100)
+    assert (row.images, row.top1_low < row.top1_change < row.top1_high) == (16, True)
+    assert list(found.traces) == ["vwt-inter", "random 1.5x"]
+    assert found.decided.planned[1].schedule is None
+    again = run(module, running, tmp_path, ["vwt-inter", "random"], [1.5], method=VWTInter(vocabulary, threshold=0.5))
+    assert again.rows[1].throughput == row.throughput
 
 
 def test_a_device_without_int8_says_so_in_the_row(

@@ -16,7 +16,7 @@ from lightning_prune.comparing.question import ask, data_identity, differences, 
 from lightning_prune.comparing.slug import slug
 from lightning_prune.comparing.state import Finished, State
 from lightning_prune.profiling import Timing
-from lightning_prune.reduction import POMT
+from lightning_prune.reduction import POMT, Random
 
 QUESTION = {"weights": "abc", "speedups": [1.5], "methods": {"pomt": {}}}
 TIMING = Timing(10.0, 0.5, 0.8, 0.01, 51)
@@ -145,6 +145,9 @@ def test_a_question_is_what_it_depends_on() -> None:
     first = ask(**shared, entries=read_methods(["pomt"], POMT()), speedups=[1.5], settings={"block": 0.25})
     again = ask(**shared, entries=read_methods(["pomt"], POMT()), speedups=[1.5], settings={"block": 0.25})
     assert question_digest(first) == question_digest(again)
+    seeded = read_methods(["random"], Random(seed=1))
+    plain = ask(**shared, entries=read_methods(["random"], POMT()), speedups=[1.5], settings={})
+    assert differences(plain, ask(**shared, entries=seeded, speedups=[1.5], settings={})) == ["methods"]
     for entries, speedups, block, key in [
         (["pomt", "random"], [1.5], 0.25, "methods"),
         (["pomt"], [2.0], 0.25, "speedups"),
