@@ -35,7 +35,7 @@ from lightning_prune.files import replacing, write_document
 from lightning_prune.zoo import CIFAR_MODEL
 
 WEIGHTS = Path(__file__).parent / "weights" / f"{CIFAR_MODEL}.safetensors"
-BATCH, PAD, CLASSES = 128, 4, 10
+BATCH, PAD, CLASSES = 64, 4, 10
 
 
 class Stage(NamedTuple):
@@ -45,7 +45,7 @@ class Stage(NamedTuple):
     epochs: float
 
 
-STAGES = (Stage(20, 9), Stage(28, 8), Stage(56, 0.75))
+STAGES = (Stage(20, 6), Stage(28, 9), Stage(56, 0.75))
 TEACHER_EPOCHS = 6
 STEADY = 0.6  # share of the steps before the rate begins to fall; a run can be made longer while it has not
 
@@ -174,7 +174,7 @@ class Cifar10Training(ImageClassifier):
             told = (4 * self.teacher(images)).softmax(1)
         logits = self(resized(self.normalise(images), side))
         self.seen.append((logits.detach().argmax(1) == labels).float().mean())
-        return 0.8 * F.cross_entropy(logits, told) + 0.2 * F.cross_entropy(logits, labels)
+        return 0.5 * F.cross_entropy(logits, told) + 0.5 * F.cross_entropy(logits, labels)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self.global_step % 100 == 0:
