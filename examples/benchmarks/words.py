@@ -113,7 +113,8 @@ def main() -> None:
     parser.add_argument("--thresholds", type=float, nargs="+", default=[0.1, 0.2])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("results/words"))
-    parser.add_argument("--throughput", action="store_true", help="measure that, from the vocabularies in --output")
+    parser.add_argument("--vocabularies", type=Path, default=Path("results/words"), help="learned ones are kept there")
+    parser.add_argument("--throughput", action="store_true", help="measure that, and not the lengths")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--images", type=int, default=64, help="images of a measurement of throughput")
     parser.add_argument("--rounds", type=int, default=11)
@@ -126,8 +127,7 @@ def main() -> None:
     total = len(data.dataset)
     learned_from, held_out = (Subset(data.dataset, range(start, total, 2)) for start in (0, 1))
     rows: list[dict[str, object]] = []
-    # Vocabularies are large and no part of the results, but measuring throughput starts from them.
-    kept = {count: args.output / f"words_{count}.safetensors" for count in args.words}
+    kept = {count: args.vocabularies / f"words_{count}.safetensors" for count in args.words}
     if not all(path.exists() for path in kept.values()):
         for words in learned(learned_from, args.words, side, args.seed, config):
             words.save(kept[len(words)])
