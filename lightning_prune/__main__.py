@@ -23,7 +23,7 @@ options (all of them: lightning-prune COMMAND --help):
   --config FILE            YAML with the keys below; later files and options win
   --model.model NAME       a timm name; --model.weights FILE for weights of your own
   --data CLASS             DigitsData, ImageFolderData, or any LightningDataModule by its import path
-  --prune.method NAME      the reduction: pomt, pomt-nearest, topk, evit, tome, shift, vwt-intra, random, ...; or a class
+  --prune.method NAME      the reduction: pomt, pomt-nearest, topk, evit, tome, shift, vwt-intra, random, or a class
   --prune.schedule VALUE   auto, a number of tokens, a keep rate, a list with one number a block, or a file
   --prune.block VALUE      the reducing block: an index, or a fraction of the depth
   --prune.alpha NUMBER     weight of latency against accuracy in [0, 1]
