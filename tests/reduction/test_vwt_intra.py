@@ -123,6 +123,13 @@ def test_a_patched_model_is_the_model_of_the_kept_tokens(options: dict[str, obje
             torch.testing.assert_close(exported(images), expected)
 
 
+def test_one_compiled_graph_takes_images_of_several_sizes() -> None:
+    compiled = torch.compile(vwt_intra, fullgraph=True, dynamic=True, backend="eager")
+    for rows, columns in ((3, 5), (4, 4), (7, 3)):
+        tokens, pixels = torch.randn(2, 1 + rows * columns, 6), torch.randn(2, 3, 8 * rows, 8 * columns)
+        assert torch.equal(compiled(tokens, pixels, 4, 1).tokens, vwt_intra(tokens, pixels, 4, 1).tokens)
+
+
 def test_blocks_after_the_first_are_refused() -> None:
     with pytest.raises(ScheduleError, match="vwt-intra removes tokens before block 0; the schedule asks block 1"):
         lp.patch(vit(), VWTIntra(), lp.Schedule.single(3, 1, 5))
