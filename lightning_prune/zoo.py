@@ -104,6 +104,4 @@ def vit_cifar_patch4_56(pretrained: bool = False, **kwargs: Any) -> VisionTransf
     embed = partial(HybridEmbed, backbone=stem, proj=False)
     # patch_size 1 is of the map that the convolutions give, in which every place is a token.
     shape = {"img_size": CANVAS, "patch_size": 1, "embed_dim": width, "depth": 12, "num_heads": 4}
-    return build_model_with_cfg(
-        VisionTransformer, CIFAR_MODEL, pretrained, **{"embed_layer": embed, **shape, **kwargs}
-    )
+    return build_model_with_cfg(VisionTransformer, CIFAR_MODEL, pretrained, **{"embed_layer": embed, **shape, **kwargs})

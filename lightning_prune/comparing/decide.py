@@ -12,7 +12,8 @@ from lightning_prune.comparing.joules import with_energy
 from lightning_prune.comparing.planned import Decided, Planned, Unreached
 from lightning_prune.errors import ScheduleError, UnsupportedModelError
 from lightning_prune.patching import PatchHandle, VisionTransformer
-from lightning_prune.planning.targets import Goal, search, verify
+from lightning_prune.planning.goals import Goal
+from lightning_prune.planning.targets import aim, search, verify
 from lightning_prune.profiling import DENSE, Interleaved, Timing, Variant, measurement_context
 from lightning_prune.profiling.latency import check_dense, count_tokens, ready_to_run
 from lightning_prune.profiling.spreading import reducing_block, spread_schedule
@@ -139,9 +140,11 @@ class _Reach:
     ) -> list[Goal]:
         """The amounts that the latency curve suggests for the targets."""
         least = 0 if self.entry.int8 else 1
-        found = search(race, self.variant_of, least, self.most, speedups, max_seconds, tick)
+        found = search(race, self.variant_of, least, self.most, speedups, max_seconds / 2, tick)
         start = {speedup: self.most if amount is None else amount for speedup, amount in found.amounts.items()}
-        return [Goal(self.variant_of, speedup, start[speedup], least, self.most) for speedup in speedups]
+        goals = [Goal(self.variant_of, speedup, start[speedup], least, self.most) for speedup in speedups]
+        aim(race, goals, max_seconds / 2, tick)
+        return goals
 
     def row(
         self, goal: Goal | None, timing: Timing | None, note: str, context: Mapping[str, Any] | None = None

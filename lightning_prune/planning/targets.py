@@ -1,22 +1,20 @@
 """The fewest tokens that a method must remove to be so much faster than the dense model, on this device."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from math import ceil, floor, isfinite, sqrt
+from collections.abc import Sequence
+from math import isfinite
 from typing import NamedTuple
 
 import numpy as np
 
 from lightning_prune.errors import ArgumentError
-from lightning_prune.profiling import DENSE, Interleaved, Timing, Variant
-from lightning_prune.profiling.curve import SAVING
+from lightning_prune.planning.goals import NEAR, Goal, VariantOf
+from lightning_prune.profiling import DENSE, Interleaved, Variant
 from lightning_prune.progress import Ticker
 
 _ROUNDS = 3  # of the search; what it finds is verified by many more
 _POINTS = (4, 16)  # fewest and most amounts of the coarse grid
-_ATTEMPTS = 5  # verifications of one goal
-
-VariantOf = Callable[[int], Variant]
+_AIMING = 9  # rounds of each that the search itself makes, before the run that counts
+_SLOW = 3.0  # times dense: a variant that is slower is timed in fewer rounds, which it would else fill alone
 
 
 def check_speedups(speedups: Sequence[float]) -> list[float]:
@@ -66,6 +64,9 @@ def search(
 ) -> Search:
     """Measures amounts in interleaved rounds: a coarse grid, then the middles of the steps that hold the targets.
 
+    Amounts are chosen by the non-increasing curve that fits the measured ratios best, so that the noise of a single
+    amount does not pass for a cliff.
+
     Args:
         race: Times variants; its reference is dense. Its clock is the one that the time limit is on.
         variant_of: The variant that removes so many tokens.
@@ -75,6 +76,8 @@ def search(
         max_seconds: Time limit; one round over the coarse grid is completed all the same.
         tick: Called after every run.
     """
+    from sklearn.isotonic import isotonic_regression  # takes a second to import
+
     start = race.clock()
     limit = start + max_seconds
     race.measure([], 1, progress=tick)
@@ -84,100 +87,43 @@ def search(
     known = sorted({int(amount) for amount in np.linspace(least, most, points).round()})
     race.measure([variant_of(amount) for amount in known], _ROUNDS, limit, tick)
 
-    def ratio(amount: int) -> float:
-        return race.result(variant_of(amount)).ratio
-
-    def reaching(speedup: float) -> int | None:
-        return next((amount for amount in known if ratio(amount) <= 1 / speedup), None)
-
-    while race.clock() < limit:
-        found = [amount for amount in map(reaching, speedups) if amount is not None]
+    while True:
+        ratios = [race.result(variant_of(amount)).ratio for amount in known]
+        fitted = isotonic_regression(ratios, increasing=False)
+        near = {s: 1 / s + NEAR for s in speedups}
+        reach = {s: next((a for a, r in zip(known, fitted, strict=True) if r <= near[s]), None) for s in speedups}
+        if race.clock() >= limit:
+            break
+        found = [amount for amount in reach.values() if amount is not None]
         below = {amount: max((a for a in known if a < amount), default=least - 1) for amount in found}
         middles = {(low + high) // 2 for high, low in below.items() if high - low > 1}
         if not middles:
             break
         race.measure([variant_of(amount) for amount in sorted(middles)], _ROUNDS, limit, tick)
         known = sorted({*known, *middles})
-    fastest = min(known, key=ratio)
-    return Search({speedup: reaching(speedup) for speedup in speedups}, 1 / ratio(fastest), fastest)
+    fastest = int(np.argmin(ratios))
+    return Search(reach, 1 / ratios[fastest], known[fastest])
 
 
-@dataclass
-class Goal:
-    """A target speed-up of one method while it is being verified.
+def aim(race: Interleaved[Variant], goals: Sequence[Goal], max_seconds: float, tick: Ticker) -> None:
+    """Moves the goals of one method by short runs of their own, until they reach their targets or the time is over.
 
-    Attributes:
-        variant_of: The variant that removes so many tokens.
-        speedup: The target.
-        amount: What is tried; what is to be deployed, in the end.
-        least: The smallest amount that may be tried.
-        most: The largest.
-        open: Whether another amount is to be tried.
-        passed: Amount that was timed -> whether it reaches the target.
-        best: The largest speed-up that was timed.
+    Args:
+        race: That of the search.
+        goals: Changed in place; all are open again afterwards, for the run that counts.
+        max_seconds: Time limit.
+        tick: Called after every run.
     """
-
-    variant_of: VariantOf
-    speedup: float
-    amount: int
-    least: int
-    most: int
-    open: bool = True
-    passed: dict[int, bool] = field(default_factory=dict)
-    best: float = 0.0
-
-    @property
-    def variant(self) -> Variant:
-        """What is tried."""
-        return self.variant_of(self.amount)
-
-    @property
-    def reached(self) -> bool:
-        """Whether the amount is seen to reach the target."""
-        return self.passed.get(self.amount, False)
-
-    @property
-    def unreachable(self) -> bool:
-        """Whether not even the largest amount reaches the target."""
-        return not self.reached and self.passed.get(self.most) is False
-
-    def judge(self, timing: Timing) -> None:
-        """Takes the timing of the present amount and moves on to another, unless this is the smallest that will do.
-
-        A ratio that misses the target by no more than its noise, two standard errors and at most 2%, counts as reached.
-        One that is better by more than that, and by more than a token is worth, asks for fewer tokens.
-        """
-        wanted, noise = 1 / self.speedup, min(2 * error_of(timing), SAVING)
-        self.best = max(self.best, 1 / timing.ratio)
-        self.passed[self.amount] = timing.ratio <= wanted + noise
-        passing = min((amount for amount, passed in self.passed.items() if passed), default=None)
-        # What a token is worth, by the line to dense; cliffs and plateaus are found by trying.
-        tokens = abs(timing.ratio - wanted) * max(self.amount, 1) / max(1 - timing.ratio, 0.02)
-        following = self.amount
-        if not self.reached:
-            top = self.most if passing is None else passing - 1
-            eager = 2 ** (len(self.passed) - 1)  # where the line misled before
-            following = min(self.amount + max(1, ceil(tokens)) * eager, top)
-            if passing is None and len(self.passed) >= _ATTEMPTS - 2:
-                following = self.most  # so that nobody is told that it cannot be reached unless it cannot
-        elif timing.ratio < wanted - noise:
-            failing = max((a for a, passed in self.passed.items() if not passed and a < self.amount), default=-1)
-            following = max(self.amount - floor(tokens), failing + 1, self.least)
-        self.open = following not in self.passed and len(self.passed) < _ATTEMPTS
-        if self.open:
-            self.amount = following
-        else:
-            self.settle()
-
-    def settle(self) -> None:
-        """Ends with the smallest amount that reaches the target, or the largest that was timed."""
-        self.open = False
-        self.amount = min((a for a, passed in self.passed.items() if passed), default=max(self.passed))
-
-
-def error_of(timing: Timing) -> float:
-    """Standard error of the median ratio, from its quartiles and the rounds."""
-    return 1.2533 * timing.ratio_spread / 0.6745 / sqrt(timing.rounds)
+    limit = race.clock() + max_seconds
+    while race.clock() < limit and any(goal.open for goal in goals):
+        race.measure(dict.fromkeys(goal.variant for goal in goals if goal.open), _AIMING, limit, tick)
+        for goal in goals:
+            if goal.open and race.has(goal.variant):
+                goal.judge(race.result(goal.variant))
+    for goal in goals:
+        if goal.passed:
+            goal.settle()
+            goal.open, goal.passed = True, {}
 
 
 def verify(
@@ -202,7 +148,13 @@ def verify(
     timed: set[Variant] = set()
     pending = list(dict.fromkeys([*others, *(goal.variant for goal in goals)]))
     while pending:
-        race.measure(pending, rounds, limit, tick)
+        before = race.clock()
+        race.measure(pending, 1, progress=tick)
+        slow = [variant for variant in pending if race.result(variant).ratio > _SLOW]
+        fast = [variant for variant in pending if variant not in slow]
+        race.measure(slow, min(rounds, _AIMING) - 1, before + max_seconds / 10, tick)
+        # Half of what is left for this run, so that time remains to move those that miss their targets.
+        race.measure(fast, rounds - 1, (race.clock() + limit) / 2, tick)
         timed.update(pending)
         for goal in goals:
             while goal.open and goal.variant in timed:

@@ -97,6 +97,10 @@ class Interleaved(Generic[K]):
             self._rounds.append(times)
         return rounds
 
+    def has(self, alternative: K) -> bool:
+        """Whether an alternative was part of any round."""
+        return any(alternative in times for times in self._rounds)
+
     def result(self, alternative: K) -> Timing:
         """The timing of one alternative over all rounds that it was part of."""
         together = [times for times in self._rounds if alternative in times]

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import lightning_prune as lp
-from lightning_prune.planning.targets import Goal, check_speedups, search, verify
+from lightning_prune.planning.goals import Goal
+from lightning_prune.planning.targets import aim, check_speedups, search, verify
 from lightning_prune.profiling import DENSE, Interleaved, Variant
 
 MOST = 190
@@ -50,6 +51,7 @@ class Device:
         found = search(self.race(), variant_of, least, MOST, speedups, seconds, lambda: None)
         start = {speedup: MOST if amount is None else amount for speedup, amount in found.amounts.items()}
         goals = [Goal(variant_of, speedup, start[speedup], least, MOST) for speedup in speedups]
+        aim(self.race(), goals, seconds, lambda: None)
         verify(self.race(), goals, [], 51, 3 * seconds, lambda: None)
         return {goal.speedup: goal for goal in goals}, found
 
@@ -70,13 +72,19 @@ def smallest(share: Callable[[int], float], speedup: float) -> int | None:
     return next((amount for amount in range(1, MOST + 1) if share(amount) <= 1 / speedup + 1e-12), None)
 
 
+def is_smallest(amount: int, share: Callable[[int], float], speedup: float) -> bool:
+    """Or one of those that miss the target by half a percent of dense, and a little for the drift of the clock."""
+    exact, nearly = smallest(share, speedup), smallest(share, 1 / (1 / speedup + 0.006))
+    return exact is not None and nearly is not None and nearly <= amount <= exact
+
+
 @pytest.mark.parametrize("share", [straight, cliff, plateau])
 def test_finds_the_smallest_amount_that_reaches_each_target(share: Callable[[int], float]) -> None:
     speedups = [1.1, 1.25, 1.5, 2.0]
     goals, _ = Device(share).reach(speedups)
     for speedup in speedups:
         assert goals[speedup].reached
-        assert goals[speedup].amount == smallest(share, speedup), speedup
+        assert is_smallest(goals[speedup].amount, share, speedup), speedup
 
 
 @pytest.mark.parametrize("share", [straight, cliff, plateau])
@@ -111,7 +119,7 @@ def test_8_bits_alone_may_reach_a_target() -> None:
     goals, _ = Device(straight, int8=0.7).reach([1.25, 2.0], in_8_bits, least=0)
     assert goals[1.25].amount == 0
     assert goals[1.25].variant.int8
-    assert goals[2.0].amount == smallest(lambda amount: 0.7 * straight(amount), 2.0)
+    assert is_smallest(goals[2.0].amount, lambda amount: 0.7 * straight(amount), 2.0)
 
 
 def test_a_search_that_was_misled_is_set_right_by_the_verification() -> None:
@@ -136,6 +144,17 @@ def test_the_time_limit_holds_and_leaves_no_goal_open() -> None:
         (False, False, False, 3)
     ] * 2
     assert goals[0].best == pytest.approx(1 / straight(3), rel=0.01)  # the clock of this device drifts
+
+
+def test_a_slow_variant_does_not_take_the_time_of_the_others() -> None:
+    device = Device(straight, int8=40.0)
+    race = device.race()
+    goals = [Goal(removes, speedup, 3, 1, MOST) for speedup in (1.25, 2.0)]
+    verify(race, goals, [Variant(int8=True)], 51, 20.0, lambda: None)
+    assert device.now < 21
+    assert all(goal.reached for goal in goals)
+    assert race.result(goals[0].variant).rounds >= 50
+    assert 3 <= race.result(Variant(int8=True)).rounds <= 10
 
 
 def test_equal_amounts_are_timed_once() -> None:
