@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from lightning_prune.report.rows import (
     front_of,
     interval_of,
     number,
+    percent,
     placed,
     rows_of,
     score_of,
@@ -31,6 +33,7 @@ _BARS = {
 }
 _GREY, _INK = "#7f8c8d", "#222222"
 _WIDE = 6.0  # points below dense from which on a second panel shows what is near dense, which the first presses flat
+_SLOW = 1.25  # times the latency of dense: what is slower would press all that is of interest into a corner
 
 
 def plot_pareto(document: Mapping[str, Any]) -> Figure:
@@ -38,7 +41,8 @@ def plot_pareto(document: Mapping[str, Any]) -> Figure:
 
     Bars: horizontally half the distance between the quartiles of the latency, vertically the 95% interval of the
     paired difference to dense. A broad grey line joins the rows that no other row beats in both. Where the module logs
-    no accuracy the agreement with dense takes its place, and where that is not known either the plot says so.
+    no accuracy the agreement with dense takes its place, and where that is not known either the plot says so. Rows that
+    take more than 1.25 times as long as dense have no place in the plot; a line below names them.
 
     Args:
         document: What `compare` writes as `results.json`.
@@ -52,9 +56,11 @@ def plot_pareto(document: Mapping[str, Any]) -> Figure:
         >>> [axes.get_ylabel() for axes in plot_pareto({"rows": [dense, pruned]}).axes]
         ['top-1 [%]']
     """
-    rows = rows_of(document)
-    score = score_of(rows)
-    dense = dense_of(rows)
+    all_rows = rows_of(document)
+    score = score_of(all_rows)
+    dense = dense_of(all_rows)
+    slow = _slow(all_rows, dense)
+    rows = [row for row in all_rows if row not in slow]
     zoom = _zoom(rows, dense, score)
     figure = Figure(figsize=(8.4, 5.2 if zoom is None else 8.6), layout="constrained")
     panels = [figure.subplots()] if zoom is None else list(figure.subplots(2, 1, sharex=True))
@@ -64,8 +70,11 @@ def plot_pareto(document: Mapping[str, Any]) -> Figure:
         panels[1].set_ylim(zoom)
         panels[1].set_title("the same, near dense", fontsize=9, loc="left")
     panels[-1].set_xlabel("latency of a batch [ms], faster to the left")
-    if score is not None:
-        figure.supxlabel(_BARS[score.key], fontsize=7, color=_INK)
+    below = [] if score is None else [_BARS[score.key]]
+    if slow:
+        below.append(fill(f"Off the chart: {'; '.join(_said(row, score) for row in slow)}.", 105))
+    if below:
+        figure.supxlabel("\n".join(below), fontsize=8, color=_INK)
     if dense is not None and dense.get("latency_ms"):
         add_speedups(panels[0], float(dense["latency_ms"]))
     handles, labels = panels[0].get_legend_handles_labels()
@@ -105,8 +114,22 @@ def _draw(axes: Axes, rows: Sequence[Row], dense: Row | None, score: Score | Non
     axes.grid(alpha=0.25)
 
 
+def _slow(rows: Sequence[Row], dense: Row | None) -> list[Row]:
+    """The rows so much slower than dense that they are told instead of drawn."""
+    limit = None if dense is None else number(dense, "latency_ms")
+    if limit is None:
+        return []
+    return [row for row in rows if (number(row, "latency_ms") or 0.0) > _SLOW * limit]
+
+
+def _said(row: Row, score: Score | None) -> str:
+    share = None if score is None else number(row, score.key)
+    known = "" if share is None or score is None else f", {percent(share)} {score.label}"
+    return f"{row.get('variant')}, {row['latency_ms']:.0f} ms{known}"
+
+
 def _zoom(rows: Sequence[Row], dense: Row | None, score: Score | None) -> tuple[float, float] | None:
-    """The heights that a second panel shows: the best quarter of a wide range, or None where the range is not wide."""
+    """The heights that a second panel shows: the best quarter of a wide range; None where few rows are in it."""
     best = None if dense is None else _share(dense, score)
     if best is None or score is None:
         return None
@@ -115,6 +138,8 @@ def _zoom(rows: Sequence[Row], dense: Row | None, score: Score | None) -> tuple[
         return None
     top = max(*heights, best)
     reach = (top - min(heights)) / 4
+    if 2 * sum(height >= top - reach for height in heights) < len(heights):
+        return None
     return top - reach, top + 0.2 * reach
 
 

@@ -112,3 +112,15 @@ def test_saved_whole(document: dict[str, Any], tmp_path: Path) -> None:
     path = save_pareto(document, tmp_path / "pareto.png")
     assert path.read_bytes().startswith(b"\x89PNG")
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_is_far_slower_than_dense_sets_no_axis_and_is_told_below() -> None:
+    document = comparison()
+    int8 = document["rows"].pop() | {"latency_ms": 1658.7, "speedup": 0.065}
+    figure = plot_pareto({**document, "rows": [*document["rows"], int8]})
+    assert set(lines(figure.axes[0])) == {"dense", *LOST}
+    assert figure.axes[0].get_xlim()[1] < 1.25 * 106.99
+    assert figure.get_supxlabel().endswith("\nOff the chart: int8, 1659 ms, 93.00% top-1.")
+    assert "Off the chart" not in plot_pareto(comparison()).get_supxlabel()
+    unknown = without_accuracy({"rows": [document["rows"][0], int8]}, "agreement")
+    assert plot_pareto(unknown).get_supxlabel() == "Off the chart: int8, 1659 ms."
