@@ -5,7 +5,10 @@ from typing import Any, NamedTuple
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from torch.utils.data import RandomSampler
 
 from lightning_prune.callbacks.images import Extract, images_from_batch, labels_from_batch
 from lightning_prune.errors import ArgumentError
@@ -42,7 +45,8 @@ class OutcomeRecorder(L.Callback):
 
     It listens to the module's own `forward` where the step calls it once a batch, else to the Vision Transformer where
     that returns logits. Where neither can be told (several calls in a step, features, a LightningModule compiled as a
-    whole) nothing is recorded. Images that several processes repeat are left out, as in the accuracy.
+    whole), or the loader shuffles, nothing is recorded. Images that several processes repeat are left out, as in the
+    accuracy.
 
     Args:
         target: Dotted path of the transformer, where there are several.
@@ -67,6 +71,9 @@ class OutcomeRecorder(L.Callback):
         self._forget(shares_of(trainer)[0] if shares_of(trainer) else None)
         self._transformer = find_vision_transformer(pl_module, self.target)
         self._known = getattr(pl_module, "_compiler_ctx", None) is None
+        if self._known and _shuffled(trainer):
+            rank_zero_warn("The validation loader shuffles, so that images of two runs cannot be paired: no intervals.")
+            self._known = False
         if self._known:
             self._stop = [listen(pl_module, self._own.append), listen(self._transformer.runner, self._inner.append)]
 
@@ -180,6 +187,12 @@ def listen(module: nn.Module, tell: Callable[[Any], None]) -> Callable[[], None]
 
 def _are_logits(output: Any, images: int) -> bool:
     return isinstance(output, Tensor) and output.ndim == 2 and len(output) == images and output.shape[1] > 1
+
+
+def _shuffled(trainer: L.Trainer) -> bool:
+    """Whether the first loader yields its images in another order each time."""
+    loaders = tree_leaves(getattr(trainer.val_dataloaders, "iterables", trainer.val_dataloaders))
+    return bool(loaders) and isinstance(getattr(loaders[0], "sampler", None), RandomSampler)
 
 
 def _gathered(trainer: L.Trainer, values: Tensor) -> Tensor:

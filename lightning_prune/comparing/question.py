@@ -37,7 +37,7 @@ def data_identity(loaders: Any, batch: Any, limit: int | float | None) -> dict[s
         digest.update(_bytes_of(leaf) if isinstance(leaf, Tensor) else repr(leaf).encode())
     return {
         "datasets": [type(dataset).__name__ for dataset in datasets],
-        "items": [len(dataset) if hasattr(dataset, "__len__") else None for dataset in datasets],
+        "items": [_length(dataset) for dataset in datasets],
         "limit_val_batches": limit,
         "first_batch": digest.hexdigest()[:32],
     }
@@ -68,7 +68,7 @@ def ask(
         "weights": weights,
         "data": dict(data),
         **dict(context),
-        "methods": {name: {key: repr(value) for key, value in given.items()} for name, given in methods.items()},
+        "methods": {name: {key: _told(value) for key, value in given.items()} for name, given in methods.items()},
         "speedups": list(speedups),
         **dict(settings),
         "lightning_prune": __version__,
@@ -84,6 +84,19 @@ def question_digest(question: Mapping[str, Any]) -> str:
 def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     """The entries in which two questions differ."""
     return [key for key in {**one, **other} if one.get(key) != other.get(key)]
+
+
+def _length(dataset: Any) -> int | None:
+    """How many items a dataset has; None where it does not know, as a stream whose `__len__` raises."""
+    try:
+        return len(dataset)
+    except (TypeError, NotImplementedError):
+        return None
+
+
+def _told(value: Any) -> str:
+    """A setting as text; of a tensor everything, where `repr` would leave out its middle."""
+    return hashlib.sha256(_bytes_of(value)).hexdigest()[:32] if isinstance(value, Tensor) else repr(value)
 
 
 def _bytes_of(value: Tensor) -> bytes:

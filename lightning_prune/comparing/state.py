@@ -12,7 +12,7 @@ from lightning_prune.comparing.outcomes import Outcomes
 from lightning_prune.comparing.planned import Decided
 from lightning_prune.comparing.question import differences, question_digest
 from lightning_prune.comparing.slug import slug
-from lightning_prune.errors import FileFormatError, PruneError
+from lightning_prune.errors import ArgumentError, FileFormatError, PruneError
 from lightning_prune.files import read_document, replacing, write_document
 
 _VERSION = 1
@@ -34,6 +34,10 @@ class Finished:
     outcomes: Outcomes | None
 
 
+class _Damaged(Exception):
+    """A file that cannot be read; it counts as not there."""
+
+
 class State:
     """The folder of one question: `state/<digest of the question>` in the output folder.
 
@@ -44,6 +48,9 @@ class State:
         output: The output folder of the comparison.
         question: What is asked; see `lightning_prune.comparing.question`.
         fresh: Whether to forget what is known of this question.
+
+    Raises:
+        ArgumentError: If nothing can be written there.
     """
 
     def __init__(self, output: Path, question: Mapping[str, Any], fresh: bool = False) -> None:
@@ -53,7 +60,10 @@ class State:
         if fresh and self.folder.exists():
             shutil.rmtree(self.folder)
         self.known = self._read("question") is not None
-        self._write("question", {"question": self._question})
+        try:
+            self._write("question", {"question": self._question})
+        except OSError as error:
+            raise ArgumentError(f"`output` must have a folder `state` that can be written to: {error}") from error
 
     def news(self) -> list[str]:
         """In what this question differs from the one asked before in the same folder; empty if none was, or this."""
@@ -81,9 +91,9 @@ class State:
         try:
             if values is None or values["variant"] != variant:
                 return None
-            outcomes = self._outcomes(variant) if values["has_outcomes"] else None
-            return Finished(dict(values["metrics"]), int(values["images"]), outcomes)
-        except (KeyError, TypeError, ValueError, OSError):
+            metrics, images = {name: float(value) for name, value in values["metrics"].items()}, int(values["images"])
+            return Finished(metrics, images, self._outcomes(variant, images) if values["has_outcomes"] else None)
+        except (AttributeError, KeyError, TypeError, ValueError, _Damaged):
             return None
 
     def keep_finished(self, variant: str, finished: Finished) -> None:
@@ -94,8 +104,14 @@ class State:
         values = {"variant": variant, "metrics": dict(finished.metrics), "images": finished.images}
         self._write(f"rows/{slug(variant)}", {**values, "has_outcomes": finished.outcomes is not None}, "finished")
 
-    def _outcomes(self, variant: str) -> Outcomes:
-        predicted, labels = np.load(self._array(variant), allow_pickle=False).tolist()
+    def _outcomes(self, variant: str, images: int) -> Outcomes:
+        try:
+            found = np.load(self._array(variant), allow_pickle=False)
+        except Exception as error:  # of damage numpy makes EOFError, BadZipFile, MemoryError, ...
+            raise _Damaged from error
+        if not isinstance(found, np.ndarray) or found.dtype != np.int32 or found.shape != (2, images):
+            raise _Damaged
+        predicted, labels = found.tolist()
         return Outcomes(predicted, labels)
 
     def _array(self, variant: str) -> Path:

@@ -158,3 +158,12 @@ def test_listen_passes_on_and_stops() -> None:
     stop()
     module(4)
     assert heard == [3]
+
+
+def test_images_in_another_order_each_time_are_not_paired() -> None:
+    recorder = OutcomeRecorder()
+    trainer = L.Trainer(callbacks=[recorder], **OPTIONS)
+    loader = DataLoader(TensorDataset(IMAGES, LABELS), batch_size=5, shuffle=True)
+    with pytest.warns(UserWarning, match="The validation loader shuffles, so that images of two runs cannot be paired"):
+        trainer.validate(Inner(), loader, verbose=False)
+    assert (recorder.outcomes, recorder.images) == (None, 10)

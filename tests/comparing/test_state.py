@@ -3,13 +3,14 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import lightning_prune as lp
-from lightning_prune.comparing.entries import read_methods
+from lightning_prune.comparing.entries import Entry, read_methods
 from lightning_prune.comparing.outcomes import Outcomes
 from lightning_prune.comparing.planned import Decided, Planned, Unreached
 from lightning_prune.comparing.question import ask, data_identity, differences, question_digest, weights_digest
@@ -91,6 +92,32 @@ def test_a_damaged_file_counts_as_not_there(name: str, damage: str, tmp_path: Pa
     assert again.finished("dense") == (FINISHED if name == "decided.json" else None)
 
 
+@pytest.mark.parametrize("damage", ["nothing", "another shape", "another number", "letters", "archive", "too large"])
+def test_damaged_outcomes_count_as_not_there(damage: str, tmp_path: Path) -> None:
+    state = State(tmp_path, QUESTION)
+    state.keep_finished("dense", FINISHED)
+    path = state.folder / "rows" / "dense.npy"
+    whole = path.read_bytes()
+    if damage == "nothing":
+        path.write_bytes(b"")
+    elif damage == "too large":
+        path.write_bytes(whole.replace(b"(2, 4), }         ", b"(2, 999999999), }"))
+    elif damage == "archive":
+        with path.open("wb") as stream:
+            np.savez(stream, np.zeros(2))
+    else:
+        shapes = {"another shape": np.zeros(2), "another number": np.zeros((2, 3)), "letters": np.full((2, 4), "a")}
+        np.save(path, shapes[damage] if damage == "letters" else shapes[damage].astype(np.int32))
+    assert path.read_bytes() != whole
+    assert State(tmp_path, QUESTION).finished("dense") is None
+
+
+def test_a_file_in_the_place_of_the_folder_is_told(tmp_path: Path) -> None:
+    (tmp_path / "state").write_text("mine")
+    with pytest.raises(lp.ArgumentError, match="`output` must have a folder `state` that can be written to"):
+        State(tmp_path, QUESTION)
+
+
 def test_no_half_file_is_left_by_an_interruption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     state = State(tmp_path, QUESTION)
 
@@ -110,6 +137,12 @@ def test_no_half_file_is_left_by_an_interruption(tmp_path: Path, monkeypatch: py
 )
 def test_names_of_files(variant: str, name: str) -> None:
     assert slug(variant) == name
+
+
+def test_long_names_are_cut_and_differ() -> None:
+    one, other = slug("x" * 400 + " 1.5x"), slug("x" * 400 + " 2x")
+    assert one != other
+    assert max(len(one), len(other)) < 200
 
 
 def test_weights_are_told_apart_to_the_bit() -> None:
@@ -138,6 +171,33 @@ def test_data_is_told_apart_by_size_limit_and_first_batch() -> None:
     assert differences(known, data_identity(loader, [images[:2], torch.arange(1, 3)], 1.0)) == ["first_batch"]
     fewer = DataLoader(TensorDataset(images[:4], torch.arange(4)), batch_size=2)
     assert differences(known, data_identity(fewer, batch, 1.0)) == ["items"]
+
+
+class Stream(IterableDataset[Any]):
+    """Does not know its length, though its class says so."""
+
+    def __iter__(self) -> Any:
+        yield from torch.zeros(3, 1, 2, 2)
+
+    def __len__(self) -> int:
+        raise TypeError("a stream has no length")
+
+
+def test_data_of_unknown_length() -> None:
+    assert data_identity(DataLoader(Stream()), torch.zeros(1, 1, 2, 2), 2)["items"] == [None]
+
+
+def test_tensors_that_a_method_holds_are_told_apart_everywhere() -> None:
+    def asked(held: torch.Tensor) -> dict[str, Any]:
+        method = Random()
+        vars(method)["held"] = held
+        return ask(weights="", data={}, context={}, entries=[Entry("random", method, False)], speedups=[], settings={})
+
+    weights = torch.zeros(5000)
+    changed = weights.clone()
+    changed[2500] = 1
+    assert asked(weights) == asked(weights.clone())
+    assert differences(asked(weights), asked(changed)) == ["methods"]
 
 
 def test_a_question_is_what_it_depends_on() -> None:
