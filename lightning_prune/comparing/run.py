@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_prune.callbacks import TokenPruning
 from lightning_prune.callbacks.attached import attached_callbacks
 from lightning_prune.comparing.deployment import Deployment
-from lightning_prune.comparing.entries import read_methods
+from lightning_prune.comparing.entries import Entry, read_methods
 from lightning_prune.comparing.opening import Opening
 from lightning_prune.comparing.outcomes import OutcomeRecorder
 from lightning_prune.comparing.planned import Decided, Planned, variant_of
@@ -21,6 +21,7 @@ from lightning_prune.errors import ArgumentError, DataError
 from lightning_prune.patching import TokenTrace
 from lightning_prune.planning import Utility
 from lightning_prune.planning.targets import check_speedups
+from lightning_prune.reduction import POMT
 
 SPEEDUPS = (1.1, 1.25, 1.5, 2.0)
 _PICTURES = 4  # images whose tokens are traced
@@ -70,14 +71,14 @@ def compare_methods(
         **data: `dataloaders` or `datamodule`, for `trainer.validate`.
 
     Raises:
-        ArgumentError: If a name or target is wrong, or the pruner has a schedule or an objective of its own, which
-            would play no part.
+        ArgumentError: If a name or target is wrong, or the pruner has a schedule, an objective or a method of
+            its own, which would play no part.
         UnsupportedModelError: If no method can be used with this model.
         DataError: If there is nothing to validate on.
     """
     entries = read_methods(methods, pruner.reduction)
     targets = check_speedups(list(SPEEDUPS if speedups is None else speedups))
-    _refuse_idle_settings(pruner)
+    _refuse_idle_settings(pruner, entries)
     opening = Opening(pruner, entries, targets, output, fresh, tell, trainer.limit_val_batches)
     with _dense_but_for(trainer, pruner, opening), _one_batch(trainer):
         trainer.validate(model, verbose=False, **data)
@@ -123,14 +124,17 @@ def _dense_but_for(trainer: L.Trainer, pruner: TokenPruning, *added: L.Callback)
 def _one_batch(trainer: L.Trainer) -> Iterator[None]:
     """Runs of one batch; of none, where the user wants none."""
     limit = trainer.limit_val_batches
-    trainer.limit_val_batches = min(limit, 1) if isinstance(limit, int) else 1
+    trainer.limit_val_batches = 1 if limit is None or limit > 0 else 0
     try:
         yield
     finally:
         trainer.limit_val_batches = limit
 
 
-def _refuse_idle_settings(pruner: TokenPruning) -> None:
+def _refuse_idle_settings(pruner: TokenPruning, entries: Sequence[Entry]) -> None:
+    own = pruner.reduction
+    if own != POMT() and all(entry.reduction is not own for entry in entries):
+        raise ArgumentError(f"`method` plays no part unless `methods` name it; got {own!r}, which they do not.")
     idle = {
         "schedule": pruner.schedule != "auto",
         "objective": pruner.objective != Utility(),

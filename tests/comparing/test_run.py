@@ -13,7 +13,7 @@ from lightning_prune.callbacks import TokenPruning
 from lightning_prune.comparing import opening
 from lightning_prune.comparing.run import compare_methods
 from lightning_prune.profiling.energy import EnergyReading
-from lightning_prune.reduction import POMT
+from lightning_prune.reduction import POMT, Random
 from lightning_prune.reduction.vwt_inter import VWTInter
 from lightning_prune.statistics import paired_interval
 from lightning_prune.vocabulary_learning import learn_vocabulary
@@ -277,10 +277,16 @@ def test_settings_that_would_play_no_part(
         run(module, running, tmp_path, ["pomt"], [1.5], **settings)
 
 
+def test_a_method_that_is_not_compared_plays_no_part(module: Any, running: Any, tmp_path: Path) -> None:
+    with pytest.raises(lp.ArgumentError, match=r"`method` plays no part unless `methods` name it; got Random\(seed=3"):
+        run(module, running, tmp_path, ["topk"], [1.5], method=Random(seed=3))
+
+
+@pytest.mark.parametrize("limit", [0, 0.0])
 def test_nothing_to_validate_is_an_error_and_leaves_the_trainer_alone(
-    module: Any, running: Any, tmp_path: Path
+    limit: int | float, module: Any, running: Any, tmp_path: Path
 ) -> None:
-    trainer, pruner = running(limit_val_batches=0)
+    trainer, pruner = running(limit_val_batches=limit)
     callbacks = list(trainer.callbacks)
     with pytest.raises(lp.DataError, match=r"^The validation loader yielded no batch to compare on"):
         compare_methods(trainer, module(), pruner, ["random"], None, tmp_path, datamodule=data())
