@@ -5,6 +5,7 @@ from typing import Any
 
 import lightning as L
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from lightning_prune.callbacks import TokenPruning
@@ -70,7 +71,7 @@ class PruneTrainer(L.Trainer):
         if self.is_global_zero:
             paths = [probe.profile.save(folder / "profile.json"), folder / "profile.png"]
             probe.profile.plot(paths[1])
-            console = Console()
+            console = Console(markup=False)
             console.print(_profile_table(probe.profile))
             console.print(f"{_shape(probe.profile)} Written: {', '.join(map(str, paths))}", soft_wrap=True)
         return probe.profile
@@ -127,10 +128,9 @@ class PruneTrainer(L.Trainer):
             console = Console()
             console.print(results_table(rows))
             for name, decision in decisions.items():
-                console.print(f"[bold]{name}[/bold]: {decision.reason}", highlight=False)
-            console.print(
-                f"Profiling and planning took {seconds:.0f} s. Written: {', '.join(map(str, paths))}", soft_wrap=True
-            )
+                console.print(f"[bold]{escape(name)}[/bold]: {escape(decision.reason)}", highlight=False)
+            written = escape(", ".join(map(str, paths)))
+            console.print(f"Profiling and planning took {seconds:.0f} s. Written: {written}", soft_wrap=True)
             self._log_comparison([row.to_dict() for row in rows])
         return [row.to_dict() for row in rows]
 
@@ -173,11 +173,12 @@ class PruneTrainer(L.Trainer):
         speedups: list[float] | None,
         fresh: bool,
     ) -> list[dict[str, Any]]:
-        from lightning_prune.report.methods import document_of, methods_table, remarks, write_methods
+        from lightning_prune.report.methods import check_room, document_of, methods_table, remarks, write_methods
 
         if max_drop is not None:
             raise ArgumentError(f"`max_drop` plays no part where `methods` are compared; got max_drop={max_drop}.")
-        folder, console = writable(output), Console()
+        folder, console = writable(output), Console(markup=False)  # names of files and methods may hold brackets
+        check_room(folder)
 
         def tell(text: str) -> None:
             if self.is_global_zero:
@@ -221,10 +222,12 @@ class PruneTrainer(L.Trainer):
 
 def _normalisation(model: L.LightningModule) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
     """Mean and standard deviation that the images were normalised by, where the module says what its model wants."""
-    config = getattr(model, "data_config", None) or {}
-    if "mean" not in config or "std" not in config:
+    config: Any = getattr(model, "data_config", None)
+    try:
+        mean, std = (tuple(float(value) for value in config[name]) for name in ("mean", "std"))
+    except (KeyError, TypeError, ValueError):
         return None
-    return tuple(config["mean"]), tuple(config["std"])
+    return mean, std
 
 
 class _Profiling(L.Callback):

@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import CSVLogger
 import lightning_prune as lp
 from lightning_prune.callbacks import TokenPruning
 from lightning_prune.profiling.timing import Interleaved
-from lightning_prune.trainer import PruneTrainer
+from lightning_prune.trainer import PruneTrainer, _normalisation
 
 KWARGS = {"depth": 4, "embed_dim": 32, "num_heads": 2}
 
@@ -142,3 +142,23 @@ def test_compare_of_methods_by_code(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_arguments_that_would_play_no_part(arguments: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(lp.ArgumentError, match=message):
         trainer(pruner()).compare(module(), datamodule=lp.DigitsData(), output=str(tmp_path), **arguments)
+
+
+@pytest.mark.parametrize("settings", [{}, {"methods": ["random"], "speedups": [1.5]}])
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_brackets_in_names_of_files_are_no_markup(settings: dict[str, Any], tmp_path: Path, capsys: Any) -> None:
+    callback = pruner() if not settings else TokenPruning(max_seconds=1, verbose=False)
+    output = tmp_path / "[" / "bold]"
+    trainer(callback).compare(module(), datamodule=lp.DigitsData(batch_size=8), output=str(output), **settings)
+    assert f"Written: {output / 'results.csv'}" in capsys.readouterr().out
+
+
+class Spoken:
+    def __init__(self, config: Any) -> None:
+        self.data_config = config
+
+
+@pytest.mark.parametrize("config", [None, "text", {}, {"mean": None, "std": None}, {"mean": 0.5, "std": 0.2}])
+def test_a_normalisation_that_is_not_said_is_none(config: Any) -> None:
+    assert _normalisation(Spoken(config)) is None
+    assert _normalisation(Spoken({"mean": [0.5], "std": (0.2,)})) == ((0.5,), (0.2,))

@@ -12,12 +12,14 @@ from rich import box
 from rich.table import Table
 
 from lightning_prune.comparing.slug import slug
+from lightning_prune.errors import ArgumentError
 from lightning_prune.files import replacing
 
 if TYPE_CHECKING:
     from lightning_prune.comparing.row import Row
     from lightning_prune.comparing.run import MethodComparison
 
+_FILES = ("results.csv", "results.json", "schedule.yaml", "pareto.png", "tokens.png", "report.html")
 Normalisation = tuple[Sequence[float], Sequence[float]]
 
 
@@ -46,6 +48,20 @@ def document_of(found: "MethodComparison", command: str) -> dict[str, Any]:
         "energy": decided.energy,
         "started": decided.started,
     }
+
+
+def check_room(folder: Path) -> None:
+    """Sees to it that nothing is in the way of what `write_methods` writes, before hours of work rather than after.
+
+    Raises:
+        ArgumentError: If a folder stands where a file is to be, or the other way about.
+    """
+    for path in (folder / name for name in _FILES):
+        if path.is_dir():
+            raise ArgumentError(f"`output` must have room for the file {path.name}, got a folder of that name: {path}")
+    for path in (folder / "schedules", folder / "state"):
+        if path.exists() and not path.is_dir():
+            raise ArgumentError(f"`output` must have room for the folder {path.name}, got a file of that name: {path}")
 
 
 def write_methods(
@@ -80,14 +96,14 @@ def write_methods(
         save_pareto(document, stage / "pareto.png")
         drawable = {name: trace for name, trace in found.traces.items() if trace.grid is not None}
         if found.pictures is not None and drawable and found.pictures.shape[1] in (1, 3):
-            mean, std = normalisation or (None, None)
+            fits = normalisation is not None and {*map(len, normalisation)} <= {1, found.pictures.shape[1]}
+            mean, std = normalisation if normalisation is not None and fits else (None, None)
             save_tokens(found.pictures, drawable, stage / "tokens.png", mean, std)
         write_page(document, stage)
         for path in sorted((stage / "schedules").glob("*.yaml")):
             (folder / "schedules").mkdir(exist_ok=True)
             path.replace(folder / "schedules" / path.name)
-        names = ("results.csv", "results.json", "schedule.yaml", "pareto.png", "tokens.png", "report.html")
-        return [(stage / name).replace(folder / name) for name in names if (stage / name).exists()]
+        return [(stage / name).replace(folder / name) for name in _FILES if (stage / name).exists()]
 
 
 def write_table(path: Path, rows: "Sequence[Row]") -> Path:

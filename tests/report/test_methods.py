@@ -17,7 +17,7 @@ from lightning_prune.comparing.row import Row
 from lightning_prune.comparing.run import MethodComparison
 from lightning_prune.patching import TokenTrace
 from lightning_prune.profiling import Timing
-from lightning_prune.report.methods import document_of, methods_table, remarks, write_methods
+from lightning_prune.report.methods import check_room, document_of, methods_table, remarks, write_methods
 
 WHERE: dict[str, Any] = {"images": 2000, "device": "Abacus", "batch_size": 16, "precision": "float32"}
 DENSE = Row(variant="dense", removed=0, tokens=197, top1=0.9725, latency_ms=106.99, latency_spread=2.2, **WHERE)
@@ -126,3 +126,20 @@ def test_no_picture_where_patches_form_no_grid(tmp_path: Path) -> None:
     traces = {name: trace._replace(grid=None) for name, trace in found.traces.items()}
     written = write_methods(tmp_path, found._replace(traces=traces), "")
     assert "tokens.png" not in [path.name for path in written]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_normalisation_of_other_channels_does_not_keep_the_files_from_being_written(tmp_path: Path) -> None:
+    written = write_methods(tmp_path, comparison(), "", ([0.5, 0.5, 0.5], [0.2, 0.2, 0.2]))
+    assert "tokens.png" in [path.name for path in written]
+
+
+@pytest.mark.parametrize(("name", "kind"), [("report.html", "file"), ("schedules", "folder"), ("state", "folder")])
+def test_what_is_in_the_way_of_the_files_is_told_before_the_work(name: str, kind: str, tmp_path: Path) -> None:
+    check_room(tmp_path)
+    if kind == "file":
+        (tmp_path / name).mkdir()
+    else:
+        (tmp_path / name).write_text("mine")
+    with pytest.raises(lp.ArgumentError, match=f"`output` must have room for the {kind} {name}, got a "):
+        check_room(tmp_path)
