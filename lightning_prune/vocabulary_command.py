@@ -74,9 +74,9 @@ def learn_words(
     if reader.learner is None:
         raise DataError("The prediction loader yielded no batch to learn words from.")
     with Console(stderr=True).status(f"Learning the last of {words} words"):
-        vocabulary = reader.learner.finish(*_normalisation(model, pruner.target))
+        vocabulary = reader.learner.finish(*_normalisation(model, pruner.target, reader.last.shape[1]))
     path = vocabulary.save(output)
-    _report(Console(), vocabulary, reader, path)
+    _report(Console(markup=False), vocabulary, reader, path)
     return vocabulary
 
 
@@ -116,11 +116,15 @@ def _patch_size(module: L.LightningModule, images: Tensor, target: str | None) -
     return patch_side(images.shape[2], images.shape[3], patches)
 
 
-def _normalisation(module: L.LightningModule, target: str | None) -> tuple[Any, Any]:
-    """Mean and std of each channel, of the module's data config or its transformer's; None where neither says."""
+def _normalisation(module: L.LightningModule, target: str | None, channels: int) -> tuple[Any, Any]:
+    """Mean and std of each channel, of the module's data config or its transformer's; None where neither says.
+
+    Nor do they say it of a model for other channels than those of the weights that timm's config is about.
+    """
     transformer: Any = find_vision_transformer(module, target).root
     config = getattr(module, "data_config", None) or getattr(transformer, "pretrained_cfg", None) or {}
-    return config.get("mean"), config.get("std")
+    mean, std = config.get("mean"), config.get("std")
+    return (mean, std) if mean is not None and std is not None and len(mean) == len(std) == channels else (None, None)
 
 
 def _report(console: Console, vocabulary: Vocabulary, reader: _Reader, path: Path) -> None:

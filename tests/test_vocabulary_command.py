@@ -5,6 +5,7 @@ from typing import Any
 
 import lightning as L
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -41,8 +42,6 @@ class Theirs(L.LightningModule):
 
     def __init__(self) -> None:
         super().__init__()
-        import timm
-
         self.vit = timm.create_model(
             "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2
         )
@@ -157,3 +156,16 @@ def test_a_method_that_needs_words_says_how_to_get_them(capsys: pytest.CaptureFi
     told = capsys.readouterr().err
     assert "vwt-inter needs a vocabulary: learn one by `lightning-prune vocabulary`" in told
     assert "--prune.method.vocabulary words.safetensors" in told
+
+
+def test_a_model_for_other_channels_than_its_config_says_gives_words_of_unknown_normalisation(tmp_path: Path) -> None:
+    module = Theirs()
+    module.vit = timm.create_model(
+        "vit_tiny_patch16_224", in_chans=1, img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2
+    )
+    data = DataLoader(TensorDataset(images()[:, :1], torch.zeros(12)), batch_size=5)
+    learned = PruneTrainer(**OPTIONS).vocabulary(module, data, output=str(tmp_path / "words.safetensors"), words=4)
+    assert (learned.channels, learned.mean, learned.std) == (1, None, None)
+    known = Vocabulary(learned.centroids, 8, mean=(0.5,), std=(0.2,))  # which the model's config cannot contradict
+    with lp.patch(module, lp.reduction.VWTInter(known)), torch.no_grad():
+        assert module.vit(images()[:, :1]).shape == (12, 1000)

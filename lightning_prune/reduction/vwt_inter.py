@@ -204,9 +204,9 @@ class VWTInter(Reduction):
             return _another("patches of", f"{words.patch_size} x {words.patch_size}", " x ".join(map(str, sides)))
         for name in ("mean", "std"):
             own, theirs = getattr(words, name), config.get(name)
-            if own is None or theirs is None:
+            if own is None or theirs is None or len(theirs) != words.channels:  # said of weights for other channels
                 continue
-            if len(own) != len(theirs) or max(abs(a - b) for a, b in zip(own, theirs, strict=True)) > 1e-3:
+            if max(abs(a - b) for a, b in zip(own, theirs, strict=True)) > 1e-3:
                 return _another(f"images normalised by {name}", f"{own}", f"{tuple(theirs)}")
         return None
 
