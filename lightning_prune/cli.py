@@ -77,7 +77,7 @@ def gathered(words: list[str]) -> list[str]:
     position = 0
     while position < len(words):
         word, position = words[position], position + 1
-        values = list(takewhile(lambda each: not each.startswith("--"), words[position:])) if word in _SEVERAL else []
+        values = list(takewhile(_is_value, words[position:])) if word in _SEVERAL else []
         if values and not values[0].startswith("["):
             position += len(values)
             word = f"{word}={json.dumps(values)}"
@@ -85,6 +85,11 @@ def gathered(words: list[str]) -> list[str]:
             word = "--fresh=true"
         found.append(word)
     return found
+
+
+def _is_value(word: str) -> bool:
+    """Not an option; negative numbers are none."""
+    return not word.startswith("-") or word[1:2].isdigit() or word[1:2] == "."
 
 
 def run(args: list[str] | None = None) -> int:

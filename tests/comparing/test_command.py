@@ -113,3 +113,10 @@ def test_an_output_that_cannot_be_written_to(tmp_path: Path, capsys: pytest.Capt
     (tmp_path / "file").write_text("old")
     assert main(["compare", *TINY, "--methods", "pomt", f"--output={tmp_path / 'file'}"]) == 2
     assert "error: `output` must be a folder that can be written to, got" in capsys.readouterr().err
+
+
+def test_options_of_one_letter_and_negative_numbers_after_a_list() -> None:
+    assert gathered(["compare", "--methods", "pomt", "-c", "my.yaml"]) == [
+        *("compare", '--methods=["pomt"]', "-c", "my.yaml")
+    ]
+    assert gathered(["--speedups", "-1", "2"]) == ['--speedups=["-1", "2"]']
