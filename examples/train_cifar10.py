@@ -6,9 +6,10 @@
 into it. Written are the weights and, beside them, a JSON with the figures and with how they came about. With
 `--checkpoints FOLDER` an interrupted run goes on where it was.
 
-What makes it affordable: a small convolutional network learns first and teaches the ViT what it says of each image, as
-in DeiT (arXiv 2012.12877), softly; attention is started as in arXiv 2305.09828; and most images are seen small, with
-25 or 49 tokens, by position embeddings resampled from those of all 196. No token is ever dropped or merged.
+What makes it affordable: a small convolutional network learns first and teaches the ViT, what it says of each image as in
+DeiT (arXiv 2012.12877), softly, and what it sees at each place (locality guidance, arXiv 2207.10026); attention is
+started as in arXiv 2305.09828; and most images are seen small, with 25 or 49 tokens, by position embeddings resampled
+from those of all 196. No token is ever dropped or merged.
 """
 
 import argparse
@@ -36,6 +37,7 @@ from lightning_prune.zoo import CIFAR_MODEL
 
 WEIGHTS = Path(__file__).parent / "weights" / f"{CIFAR_MODEL}.safetensors"
 BATCH, PAD, CLASSES = 64, 4, 10
+SEEN, GUIDED = (128, 256), (4, 8)  # channels of the teacher's last two stages; the blocks that learn to see the same
 
 
 class Stage(NamedTuple):
@@ -45,7 +47,7 @@ class Stage(NamedTuple):
     epochs: float
 
 
-STAGES = (Stage(20, 6), Stage(28, 9), Stage(56, 0.75))
+STAGES = (Stage(20, 5), Stage(28, 6), Stage(56, 0.6))
 TEACHER_EPOCHS = 6
 STEADY = 0.6  # share of the steps before the rate begins to fall; a run can be made longer while it has not
 
@@ -104,15 +106,24 @@ class Teacher(L.LightningModule):
     def __init__(self, epochs: int) -> None:
         super().__init__()
         self.epochs, self.normalise = epochs, Normalise()
-        self.body = nn.Sequential(
-            convolution(3, 32), convolution(32, 64, 2), Residual(convolution(64, 64)), convolution(64, 128, 2),
-            Residual(convolution(128, 128)), convolution(128, 256, 2), Residual(convolution(256, 256)),
-            nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(256, CLASSES),
-        ).to(memory_format=torch.channels_last)  # fmt: skip
+        self.body = nn.ModuleList([
+            nn.Sequential(convolution(3, 32), convolution(32, 64, 2), Residual(convolution(64, 64))),
+            nn.Sequential(convolution(64, SEEN[0], 2), Residual(convolution(SEEN[0], SEEN[0]))),
+            nn.Sequential(convolution(SEEN[0], SEEN[1], 2), Residual(convolution(SEEN[1], SEEN[1]))),
+        ]).to(memory_format=torch.channels_last)  # fmt: skip
+        self.head = nn.Sequential(nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(SEEN[1], CLASSES))
         self.right: list[Tensor] = []
 
+    def seen(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The maps of its last two stages, (B, SEEN, rows, columns)."""
+        middle = self.body[1](self.body[0](self.normalise(images)))
+        return middle, self.body[2](middle)
+
+    def said(self, last: Tensor) -> Tensor:
+        return 0.25 * self.head(last)
+
     def forward(self, images: Tensor) -> Tensor:
-        return 0.25 * self.body(self.normalise(images))
+        return self.said(self.seen(images)[1])
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         images, labels = batch
@@ -162,6 +173,11 @@ class Cifar10Training(ImageClassifier):
             self.model.pos_embed[:, 1:] = 0.5 * build_sincos2d_pos_embed([14, 14], self.model.embed_dim)
             for block in self.model.blocks:
                 start_attention(block.attn)
+        width = self.model.embed_dim
+        self.guides = nn.ModuleList(nn.Sequential(nn.LayerNorm(width), nn.Linear(width, size)) for size in SEEN)
+        self.tokens: dict[int, Tensor] = {}
+        for index in GUIDED:
+            self.model.blocks[index].register_forward_hook(lambda _, __, x, index=index: self.tokens.update({index: x}))
         self.seen: list[Tensor] = []
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
@@ -171,10 +187,20 @@ class Cifar10Training(ImageClassifier):
         images, labels = augmented(batch[0]), batch[1]
         side = next(side for side, end in zip(self.sides, self.ends, strict=True) if self.global_step < end)
         with torch.no_grad():
-            told = (4 * self.teacher(images)).softmax(1)
+            maps = self.teacher.seen(images)
+            told = (4 * self.teacher.said(maps[1])).softmax(1)
         logits = self(resized(self.normalise(images), side))
         self.seen.append((logits.detach().argmax(1) == labels).float().mean())
-        return 0.5 * F.cross_entropy(logits, told) + 0.5 * F.cross_entropy(logits, labels)
+        guidance = sum(self.guided(*each) for each in zip(GUIDED, self.guides, maps, strict=True))
+        return 0.5 * F.cross_entropy(logits, told) + 0.5 * F.cross_entropy(logits, labels) + guidance
+
+    def guided(self, block: int, guide: nn.Module, seen: Tensor) -> Tensor:
+        """How far the tokens of a block are from saying what the teacher sees where they stand."""
+        tokens = guide(self.tokens.pop(block)[:, self.model.num_prefix_tokens :])
+        side = math.isqrt(tokens.shape[1])
+        seen = F.interpolate(seen, size=(side, side), mode="bilinear", align_corners=False, antialias=True)
+        seen = F.batch_norm(seen, None, None, training=True)  # every channel counts as much
+        return F.mse_loss(tokens, seen.flatten(2).transpose(1, 2))
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self.global_step % 100 == 0:
@@ -192,8 +218,9 @@ class Cifar10Training(ImageClassifier):
         print(f"{time.strftime('%H:%M:%S')}  step {self.global_step}  val/top1 {top1:.4f}", flush=True)
 
     def configure_optimizers(self) -> Any:
-        matrices = [p for p in self.model.parameters() if p.ndim > 1 and p.shape[0] > 1]
-        others = [p for p in self.model.parameters() if not (p.ndim > 1 and p.shape[0] > 1)]
+        learning = [p for p in self.parameters() if p.requires_grad]
+        matrices = [p for p in learning if p.ndim > 1 and p.shape[0] > 1]
+        others = [p for p in learning if not (p.ndim > 1 and p.shape[0] > 1)]
         groups = [{"params": matrices, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
         optimizer = torch.optim.AdamW(groups, lr=self.rate, fused=True)
         warm, steady, total = 200, round(STEADY * self.ends[-1]), self.ends[-1]
@@ -222,7 +249,7 @@ def main() -> None:
     parser.add_argument("--checkpoints", type=Path, help="folder; a run goes on from the last checkpoint there")
     parser.add_argument("--stages", nargs="+", default=[f"{s.side}:{s.epochs}" for s in STAGES], help="SIDE:EPOCHS")
     parser.add_argument("--teacher-epochs", type=int, default=TEACHER_EPOCHS)
-    parser.add_argument("--rate", type=float, default=1.5e-3, help="the highest learning rate")
+    parser.add_argument("--rate", type=float, default=1e-3, help="the highest learning rate")
     args = parser.parse_args()
     stages = tuple(Stage(int(s), float(e)) for s, e in (each.split(":") for each in args.stages))
 
