@@ -7,6 +7,7 @@ import shlex
 import sys
 import warnings
 from itertools import takewhile
+from math import isfinite
 from typing import Any
 
 import lightning as L
@@ -46,6 +47,17 @@ class PruneCLI(LightningCLI):
         """The methods of the trainer that are commands, with the arguments that code fills in."""
         return dict.fromkeys(("validate", "test", "profile", "compare", "vocabulary"), _PASSED_BY_CODE)
 
+    def instantiate_classes(self) -> None:
+        """Creates the objects; where a class refuses its arguments, in its own words."""
+        try:
+            super().instantiate_classes()
+        except ValueError as error:  # of jsonargparse, which lists what each type that is allowed there says
+            said = str(error).partition("\nErrors:\n  - ")[2].partition("\nGiven value type:")[0].split("\n  - ")
+            own = [line for line in said if line and not line.startswith("Expected a ")]
+            if isinstance(error, PruneError) or not own:
+                raise
+            raise ArgumentError("; ".join(own)) from error
+
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Creates the trainer; what Lightning says of its options in errors of Python's is the user's to mend."""
         try:
@@ -68,6 +80,9 @@ def gathered(words: list[str]) -> list[str]:
     Args:
         words: Of the command line.
 
+    Raises:
+        ArgumentError: If a speed-up is no number.
+
     Example:
         >>> from lightning_prune.cli import gathered
         >>> gathered(["compare", "--speedups", "1.5", "2", "--fresh=true"])
@@ -77,14 +92,29 @@ def gathered(words: list[str]) -> list[str]:
     position = 0
     while position < len(words):
         word, position = words[position], position + 1
-        values = list(takewhile(_is_value, words[position:])) if word in _SEVERAL else []
-        if values and not values[0].startswith("["):
-            position += len(values)
-            word = f"{word}={json.dumps(values)}"
+        name, given, value = word.partition("=")
+        more = list(takewhile(_is_value, words[position:])) if name in _SEVERAL else []
+        values = [value, *more] if given and name in _SEVERAL else more
+        if values and not values[0].startswith("[") and values != ["null"]:
+            if name == "--speedups":
+                _check_numbers(values)
+            position += len(more)
+            word = f"{name}={json.dumps(values)}"
         elif word == "--fresh" and (position == len(words) or words[position].startswith("--")):
             word = "--fresh=true"
         found.append(word)
     return found
+
+
+def _check_numbers(values: list[str]) -> None:
+    """Before the parser, whose words for it name Python's types and not what is wanted."""
+    for value in values:
+        try:
+            known = isfinite(float(value))
+        except ValueError:
+            known = False
+        if not known:
+            raise ArgumentError(f"`speedups` must be finite numbers > 1, as in --speedups 1.25 2; got {value!r}.")
 
 
 def _is_value(word: str) -> bool:

@@ -78,7 +78,11 @@ def _read(name: object, own: Reduction) -> Entry:
         if plain in known:  # it exists, but needs what a name cannot say, as a vocabulary
             raise
         near = get_close_matches(plain.lower(), [*known, DENSE_NAME, INT8_NAME], n=1)
-        hint = f" Did you mean {near[0] + name[len(plain) :]!r}?" if near else ""
+        with_int8 = name != plain
+        meant = [
+            close + _AND_INT8 * with_int8 if close in known else INT8_NAME if with_int8 else close for close in near
+        ]
+        hint = f" Did you mean {meant[0]!r}?" if meant else ""
         listed = ", ".join([DENSE_NAME, *known, INT8_NAME])
         raise ArgumentError(
             f"`methods` must be of {listed}, or two of them as pomt+int8; got {name!r}.{hint}"

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import lightning_prune as lp
 from lightning_prune.__main__ import main
@@ -90,7 +91,11 @@ def test_words_are_gathered(words: list[str], expected: list[str]) -> None:
     [
         ("--methods pmot", "Did you mean 'pomt'?"),
         ("--methods pomt --speedups 0.9", "`speedups` must be finite numbers > 1 (1 is the dense model), got 0.9."),
-        ("--methods pomt --speedups fast", "fast"),
+        (
+            "--methods pomt --speedups 1.5x",
+            "`speedups` must be finite numbers > 1, as in --speedups 1.25 2; got '1.5x'.",
+        ),
+        ("--methods pomt --speedups=nan", "`speedups` must be finite numbers > 1, as in --speedups 1.25 2; got 'nan'."),
         ("--methods", "methods"),
         ("--methods pomt pomt", "`methods` must differ from one another, got 'pomt' twice."),
         ("--speedups 1.5", "`speedups` plays no part without `methods`; got speedups=[1.5]."),
@@ -115,8 +120,28 @@ def test_an_output_that_cannot_be_written_to(tmp_path: Path, capsys: pytest.Capt
     assert "error: `output` must be a folder that can be written to, got" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--prune.method.threshold 2.1", "error: `threshold` must be a cosine distance in [0, 2], got 2.1."),
+        ("--prune.method.vocabulary nowhere.safetensors", "error: Cannot read nowhere.safetensors: it does not exist"),
+    ],
+)
+def test_what_a_method_says_of_its_settings_is_told_in_one_line(
+    words: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = lp.Vocabulary(torch.ones(3, 16), patch_size=4).save(tmp_path / "words.safetensors")
+    method = ["--prune.method=lightning_prune.reduction.VWTInter", f"--prune.method.vocabulary={path}"]
+    assert main(["compare", *TINY, *method, *words.split(), "--methods", "vwt-inter", f"--output={tmp_path}"]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith(message)
+    assert told.count("\n") == 1
+
+
 def test_options_of_one_letter_and_negative_numbers_after_a_list() -> None:
     assert gathered(["compare", "--methods", "pomt", "-c", "my.yaml"]) == [
         *("compare", '--methods=["pomt"]', "-c", "my.yaml")
     ]
+    assert gathered(["--methods=pomt", "tome"]) == ['--methods=["pomt", "tome"]']
+    assert gathered(["--methods=null"]) == ["--methods=null"]
     assert gathered(["--speedups", "-1", "2"]) == ['--speedups=["-1", "2"]']

@@ -47,6 +47,8 @@ def test_the_name_of_the_pruners_own_method_means_its_settings() -> None:
         (["pmot"], r"`methods` must be of dense, pomt, .*, int8, .* got 'pmot'\. Did you mean 'pomt'\?"),
         (["int9"], r"got 'int9'\. Did you mean 'int8'\?"),
         (["ramdom+int8"], r"got 'ramdom\+int8'\. Did you mean 'random\+int8'\?"),
+        (["dnse"], r"got 'dnse'\. Did you mean 'dense'\?"),
+        (["dense+int8"], r"got 'dense\+int8'\. Did you mean 'int8'\?"),
         (["zzzzzz"], r"got 'zzzzzz'\.$"),
         ([3], r"`methods` must hold names, got 3\."),
     ],
