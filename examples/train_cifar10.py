@@ -6,8 +6,8 @@
 into it. Written are the weights and, beside them, a JSON with the figures and with how they came about. With
 `--checkpoints FOLDER` an interrupted run goes on where it was.
 
-What makes it affordable: a small convolutional network learns first and teaches the ViT, what it says of each image as in
-DeiT (arXiv 2012.12877), softly, and what it sees at each place (locality guidance, arXiv 2207.10026); attention is
+What makes it affordable: a small convolutional network learns first and teaches the ViT, what it says of each image as
+in DeiT (arXiv 2012.12877), softly, and what it sees at each place (locality guidance, arXiv 2207.10026); attention is
 started as in arXiv 2305.09828; and most images are seen small, with 25 or 49 tokens, by position embeddings resampled
 from those of all 196. No token is ever dropped or merged.
 """

@@ -58,10 +58,12 @@ def test_trains_saves_and_goes_on(script: Any, folder: Path, monkeypatch: pytest
     # As the script prepares them, up to its bicubic resize of floats where a user's is one of bytes.
     assert found["val/loss"] == pytest.approx(about["held_out_loss"], abs=0.02)
 
-    before = weights.read_bytes()
+    before, step, steps = weights.read_bytes(), script.Cifar10Training.training_step, []
+    monkeypatch.setattr(script.Cifar10Training, "training_step", lambda *args: steps.append(1) or step(*args))
     run(script, monkeypatch, *options, "--stages", "20:1", "56:2")
     assert weights.read_bytes() != before, "the run went on for the epoch that was added"
-    assert torch.load(kept / "last.ckpt", weights_only=True)["global_step"] == 3
+    assert torch.load(kept / "last.ckpt", weights_only=True)["global_step"] == 6
+    assert len(steps) == 2
 
 
 def test_augmented_images_are_windows_of_mirrored_ones(script: Any) -> None:
