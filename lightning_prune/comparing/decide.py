@@ -19,7 +19,7 @@ from lightning_prune.profiling.latency import check_dense, count_tokens, ready_t
 from lightning_prune.profiling.spreading import reducing_block, spread_schedule
 from lightning_prune.profiling.variant import race_of
 from lightning_prune.progress import ticking
-from lightning_prune.quantization import int8_unavailable
+from lightning_prune.quantization import int8_backend, int8_unavailable
 from lightning_prune.schedule import Schedule
 
 _ROUNDS = 51  # of the run of all variants
@@ -124,6 +124,7 @@ class _Reach:
             why = int8_unavailable(images.device, root, images)
             if why is not None:
                 return why
+            self.remark = "; ".join(filter(None, (self.remark, f"8 bits by {int8_backend(images.device)}")))
         if reduction is None:
             return None
         try:

@@ -4,7 +4,6 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.errors import PruneError
-from lightning_prune.quantization.backend import quantizer
 from lightning_prune.quantization.weights import Int8Weights
 
 _ROWS = 32  # CUDA's int8 matrix product wants more than 16
@@ -37,7 +36,6 @@ def int8_unavailable(
     if device.type in ("mps", "meta"):
         return f"no int8 matrix product on {device.type}"
     try:
-        quantizer()
         for weight in [_random(64, 64)] if model is None else _kinds(model):
             reason = _failing(weight, device)
             if reason is not None:

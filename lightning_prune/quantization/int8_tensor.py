@@ -1,4 +1,4 @@
-"""The quantized weight itself. The one file that imports torchao, which is an extra: import it through `backend`."""
+"""The quantized weight where torchao computes. The one file that imports that extra: import it through `backend`."""
 
 from typing import Any
 

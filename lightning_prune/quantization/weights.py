@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lightning_prune.errors import ArgumentError, UnsupportedModelError
-from lightning_prune.quantization.backend import quantizer
+from lightning_prune.quantization.backend import int8_backend, quantizer
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_MULTIPLE = 8  # of int8 matrix products on CUDA; torchao computes other sizes on the CPU, with a copy there and back
+_MULTIPLE = 8  # of int8 matrix products on CUDA; on all devices, for a comparison of the same layers
 _TAKEN = "expected float weights to put int8 ones in their place, got quantized ones; take those off first"
 
 
@@ -28,21 +28,27 @@ class _Layer:
 
 
 class Int8Weights:
-    """The linear layers of a model in 8 bits: dynamic activations, weights by output channel (torchao's int8).
+    """The linear layers of a model in 8 bits: dynamic activations, weights by output channel.
+
+    On a CPU the kernel is torch's own (oneDNN's), in eager mode and compiled. On other devices, and where torch has
+    none, it is torchao's (extra `int8`), which is far slower than float on a CPU without VNNI. Both quantize each token
+    by itself, so an image does not depend on its batch-mates. Where a CPU's 16-bit sums would saturate, weights have 7
+    bits; with torchao, activations too.
 
     Weights are quantized once, beside the live ones. `put_on` and `take_off` then only exchange Parameter objects, so
     a timing can go from one to the other between two runs. Taken off, the model is what it was to the bit: the same
     Parameter objects, `state_dict` keys and `requires_grad`. It does not matter whether the model is patched, for a
     patch touches no Parameter; either may come first.
 
-    Quantized is every `nn.Linear` that torchao's own `quantize_` takes, the head included, whose input and output sizes
+    Quantized is every `nn.Linear` that torchao's `quantize_` takes, the head included, whose input and output sizes
     are multiples of 8. In float stay: other sizes; convolutions; and `nn.MultiheadAttention` (torchvision), whose
     projections are read by one native call, so that there two thirds of the matrix products are in 8 bits. Weights are
     float32, bfloat16 or float16. What a layer returns has the dtype of its input, under autocast too, which does not
     reach inside it.
 
-    While it is on, the model is for inference: int8 weights have no gradient, and a checkpoint saved then holds them.
-    On a CPU torchao's int8 is made for `torch.compile`; in eager mode it may well be slower than float.
+    While it is on, the model is for inference: int8 weights have no gradient, nothing flows back through these layers
+    on a CPU, and a checkpoint saved then holds them. It can be copied, pickled, exported and cast. Moved to another
+    device it asks to be taken off and put on again where its weights were made for the CPU.
 
     Args:
         module: Any module, as a transformer or the LightningModule around it. Weights that are replaced, changed or
@@ -51,9 +57,10 @@ class Int8Weights:
     Attributes:
         quantized: Dotted paths of the layers in 8 bits.
         kept: Dotted path of each layer that stays in float -> why.
+        active: Whether it is on.
 
     Raises:
-        ArgumentError: torchao is not installed, or the weights are quantized already.
+        ArgumentError: The device needs torchao, which is not installed, or the weights are quantized already.
         UnsupportedModelError: There is no layer to quantize; says why each stays.
 
     Example:
@@ -73,7 +80,6 @@ class Int8Weights:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self._quantize = quantizer()
         found: dict[str, nn.Linear] = {}
         self.kept: dict[str, str] = {}
         for path, part in _matrices(module):
@@ -136,6 +142,11 @@ class Int8Weights:
     ) -> None:
         self.take_off()
 
+    @property
+    def backend(self) -> str:
+        """Whose kernels compute in 8 bits: `oneDNN` (torch's own), `torchao`, or both."""
+        return " and ".join(sorted({int8_backend(layer.source.device) for layer in self._layers}))
+
     def __repr__(self) -> str:
         return f"Int8Weights({len(self._layers)} layers, {len(self.kept)} in float, {'on' if self.active else 'off'})"
 
@@ -143,13 +154,13 @@ class Int8Weights:
         source = module._parameters["weight"]
         assert source is not None
         if id(source) not in made:
-            made[id(source)] = self._quantize(source)
+            made[id(source)] = quantizer(source.device)(source)
         return _Layer(module, source, _stamp(source), made[id(source)])
 
 
 def is_quantized(weight: object) -> bool:
-    """Whether a weight is quantized already, by whatever means of torchao."""
-    return any(base.__name__ == "TorchAOBaseTensor" for base in type(weight).__mro__)
+    """Whether a weight is quantized already, by this package or by whatever means of torchao."""
+    return any(base.__name__ in ("CPUInt8Weight", "TorchAOBaseTensor") for base in type(weight).__mro__)
 
 
 def why_float(module: nn.Module) -> str | None:

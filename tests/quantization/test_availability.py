@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.errors import ArgumentError
-from lightning_prune.quantization import Int8Weights, availability, backend, int8_unavailable
+from lightning_prune.quantization import Int8Weights, availability, backend, int8_backend, int8_unavailable, onednn
 
 
 def model() -> nn.Module:
@@ -98,6 +98,9 @@ def without_torchao(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
 )
 def test_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, error: Exception, reason: str) -> None:
     without_torchao(monkeypatch, error)
+    assert int8_unavailable("cpu", model()) is None or onednn.weight_limit() is None
+    monkeypatch.setattr(onednn, "weight_limit", lambda: None)
+    assert int8_backend("cpu") == "torchao"
     with pytest.raises(ArgumentError, match=rf"^int8: {reason}; pip install 'lightning-prune\[int8\]'$"):
         Int8Weights(model())
     found = int8_unavailable("cpu", model())

@@ -17,9 +17,17 @@ from torchao.utils import should_reduce_range
 
 import lightning_prune as lp
 from lightning_prune.errors import ArgumentError, UnsupportedModelError
-from lightning_prune.quantization import Int8Weights
+from lightning_prune.quantization import Int8Weights, onednn
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 3, "num_heads": 2, "num_classes": 16}
+
+
+@pytest.fixture(params=["oneDNN", "torchao"])
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """torch's own kernel, and torchao's as on a device, or in a build of torch, without that."""
+    if request.param == "torchao":
+        monkeypatch.setattr(onednn, "weight_limit", lambda: None)
+    return str(request.param)
 
 
 def vit(**more: Any) -> nn.Module:
@@ -95,7 +103,7 @@ def rounded(row: list[float], limit: int) -> tuple[list[int], float]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("batch", [1, 5])
-def test_against_plain_loops(dtype: torch.dtype, batch: int) -> None:
+def test_against_plain_loops(dtype: torch.dtype, batch: int, kernel: str) -> None:
     torch.manual_seed(0)
     layer = nn.Linear(24, 8).to(dtype)
     x = torch.randn(batch, 3, 24).to(dtype)
@@ -104,17 +112,22 @@ def test_against_plain_loops(dtype: torch.dtype, batch: int) -> None:
     expected = []
     for row in x.double().reshape(-1, 24).tolist():
         values, scale = rounded(row, limit)
+        if kernel == "oneDNN":  # full range, and the largest magnitude is a step
+            scale = max(abs(value) for value in row) / 127
+            values = [round(value / scale) for value in row]
         for (other, other_scale), bias in zip(weight, layer.bias.double().tolist(), strict=True):
             expected.append(sum(a * b for a, b in zip(values, other, strict=True)) * scale * other_scale + bias)
-    with Int8Weights(layer):
+    with Int8Weights(layer) as int8:
         found = run(layer, x)
+    assert int8.backend == kernel
     assert found.dtype == dtype
     error = (found.double().flatten() - torch.tensor(expected, dtype=torch.float64)).abs().max()
     # In float32 only a value on the border of two steps may go the other way.
     assert error < (0.05 if dtype == torch.bfloat16 else 0.02)
 
 
-def test_it_is_what_torchaos_own_config_does() -> None:
+def test_it_is_what_torchaos_own_config_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onednn, "weight_limit", lambda: None)
     model, other = build("timm"), build("timm")
     narrow = should_reduce_range(torch.device("cpu"))
     quantize_(other, Int8DynamicActivationInt8WeightConfig(set_inductor_config=False, reduce_range=narrow))
@@ -122,6 +135,7 @@ def test_it_is_what_torchaos_own_config_does() -> None:
         assert torch.equal(run(model, images()), run(other, images()))
 
 
+@pytest.mark.usefixtures("kernel")
 def test_inductors_settings_stay() -> None:
     before = config.save_config_portable()
     Int8Weights(nn.Linear(8, 8))
@@ -130,6 +144,7 @@ def test_inductors_settings_stay() -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.usefixtures("kernel")
 def test_on_and_off_on_every_kind_of_model(name: str, dtype: torch.dtype) -> None:
     model = build(name).to(dtype)
     x = images().to(dtype)
@@ -221,12 +236,14 @@ def test_compiled(name: str) -> None:
     torch._dynamo.reset()
 
 
+@pytest.mark.usefixtures("kernel")
 def test_exported() -> None:
     model, x = build("eva"), images()
     with Int8Weights(model), torch.no_grad():
         assert alike(torch.export.export(model, (x,)).module()(x), model(x), 0.999)
 
 
+@pytest.mark.usefixtures("kernel")
 def test_autocast() -> None:
     model, x = build("timm"), images()
     dense = run(model, x)
@@ -247,6 +264,7 @@ def test_quantized_in_inference_mode_and_used_with_gradients() -> None:
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
+@pytest.mark.usefixtures("kernel")
 def test_weights_that_changed_are_quantized_anew() -> None:
     model, other = build("timm"), build("timm", seed=7)
     int8 = Int8Weights(model)
@@ -262,6 +280,7 @@ def test_weights_that_changed_are_quantized_anew() -> None:
         assert torch.equal(run(replaced, images()), expected)
 
 
+@pytest.mark.usefixtures("kernel")
 def test_moved_while_on() -> None:
     model, x = build("timm"), images()
     half, source = run(copy.deepcopy(model).bfloat16(), x.bfloat16()), model.blocks[0].mlp.fc1.weight
@@ -275,6 +294,7 @@ def test_moved_while_on() -> None:
     assert all(parameter.device.type == "meta" for parameter in model.parameters())
 
 
+@pytest.mark.usefixtures("kernel")
 def test_a_shared_weight_is_quantized_once() -> None:
     model = nn.Sequential(nn.Linear(16, 16), nn.GELU(), nn.Linear(16, 16))
     model[2].weight = model[0].weight
@@ -283,6 +303,7 @@ def test_a_shared_weight_is_quantized_once() -> None:
     assert model[2].weight is model[0].weight
 
 
+@pytest.mark.usefixtures("kernel")
 def test_copied_and_pickled_while_on() -> None:
     model = build("timm")
     with Int8Weights(model):
@@ -299,6 +320,7 @@ def test_restored_after_an_error() -> None:
     assert same(snapshot(model), before)
 
 
+@pytest.mark.usefixtures("kernel")
 def test_nothing_is_left_half_done() -> None:
     model = build("timm")
     int8, other = Int8Weights(model), Int8Weights(model.blocks[1])
