@@ -50,7 +50,7 @@ class VariantSwitch:
 
         Raises:
             ScheduleError, UnsupportedModelError: As `lightning_prune.patch`.
-            ArgumentError: If 8 bits are asked for and torchao is not installed.
+            ArgumentError: If 8 bits are asked for and nothing here can compute them.
         """
         if variant.int8:
             self._weights = self._weights or Int8Weights(self._transformer.root)
