@@ -8,7 +8,7 @@ import lightning as L
 from torch import Tensor
 
 from lightning_prune.callbacks import TokenPruning
-from lightning_prune.callbacks.images import images_from_batch
+from lightning_prune.callbacks.images import calibration_images, images_from_batch
 from lightning_prune.callbacks.random_state import preserving_random_state
 from lightning_prune.callbacks.together import decided_by_rank_zero, refuse_sharded
 from lightning_prune.comparing.decide import decide
@@ -16,6 +16,7 @@ from lightning_prune.comparing.entries import Entry
 from lightning_prune.comparing.planned import Decided, Planned
 from lightning_prune.comparing.question import ask, data_identity, weights_digest
 from lightning_prune.comparing.state import Finished, State
+from lightning_prune.errors import DataError
 from lightning_prune.patching import TokenTrace, find_vision_transformer, trace_tokens
 from lightning_prune.profiling import measurement_context
 from lightning_prune.schedule import Schedule
@@ -84,8 +85,9 @@ class Opening(L.Callback):
                 )
                 self.state.keep_decided(decided)
             finished = self._known(self.state, decided)
-            self.pictures = images[:_PICTURES].detach().cpu()
-            self.traces = self._traced(pl_module, images[:_PICTURES], decided)
+            pictures = self._pictures(trainer, pl_module, batch, images)
+            self.pictures = pictures.detach().cpu()
+            self.traces = self._traced(pl_module, pictures, decided)
         return decided, finished
 
     def _known(self, state: State, decided: Decided) -> dict[str, Finished]:
@@ -100,6 +102,21 @@ class Opening(L.Callback):
         news = state.news()
         if news:
             self.tell(f"Starting anew beside what {state.folder.parent} holds: {', '.join(news)} differ.")
+
+    def _pictures(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, images: Tensor) -> Tensor:
+        """A few images from all over the dataset; the first of the batch where they cannot be had, or are of two sizes.
+
+        Folders are read class by class, so that the first batch shows one class, and at batch size 1 one image.
+        """
+        pruner, loaders = self.pruner, trainer.val_dataloaders
+        try:
+            found = calibration_images(
+                trainer, pl_module, loaders, _PICTURES, batch, pruner.images_from_batch, pruner.seed
+            ).images
+        except DataError:
+            found = images
+        same = found.shape[1:] == images.shape[1:]
+        return (found if same else images)[:_PICTURES].to(images.device, images.dtype)
 
     def _traced(self, pl_module: L.LightningModule, images: Tensor, decided: Decided) -> dict[str, TokenTrace]:
         """One variant of each method in float: all at the largest target that they all reach, where there is one."""

@@ -33,7 +33,7 @@ class MethodComparison(NamedTuple):
     Attributes:
         rows: The variants, dense first.
         decided: Their schedules and timings, and what cannot be reached.
-        pictures: A few images of the first batch, on the CPU; empty on other ranks than 0.
+        pictures: A few images of the dataset, on the CPU; empty on other ranks than 0.
         traces: Variant -> what became of their patches; one variant a method.
     """
 

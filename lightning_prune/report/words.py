@@ -140,7 +140,16 @@ def _not_faster(rows: Sequence[Row], dense: Row | None) -> list[str]:
     slow = [row for row in timed if row["speedup"] - (number(row, "speedup_spread") or 0.0) <= 1]
     if timed and len(slow) == len(timed):
         return ["No variant is faster than dense by more than the spread of the timing: nothing is to be gained here."]
-    return [f"{row.get('variant')} does not help here: it is {row['speedup']:.2f}x as fast as dense." for row in slow]
+    return [_told_slow(row) for row in slow]
+
+
+def _told_slow(row: Row) -> str:
+    """Slower than dense, or faster by so little that another run might say otherwise."""
+    variant, speedup = row.get("variant"), row["speedup"]
+    if speedup <= 1:
+        return f"{variant} does not help here: it is {speedup:.2f}x as fast as dense."
+    spread = number(row, "speedup_spread") or 0.0
+    return f"{variant} may not help here: it is {speedup:.2f}x as fast as dense, with a spread of {spread:.2f}."
 
 
 def _place_of(method: str, groups: Mapping[float, Sequence[Row]], score: Score | None) -> list[str]:

@@ -266,6 +266,32 @@ def test_pictures_are_of_one_target_that_all_reach(module: Any, running: Any, tm
         assert set(trace.tokens.tolist()) == {197 - removed[name]}
 
 
+def test_pictures_are_from_all_over_the_dataset_at_any_batch_size(
+    module: Any, running: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(globals(), "data", lambda: lp.DigitsData(batch_size=1))
+    found = run(module, running, tmp_path, ["pomt"], [1.25])
+    assert found.pictures.shape == (4, 1, 56, 56)
+    assert len({picture.sum().item() for picture in found.pictures}) == 4
+    validated = data()
+    validated.setup("validate")
+    first = torch.cat([images for images, _ in list(validated.val_dataloader())[:4]])
+    assert not torch.equal(found.pictures, first)
+
+
+def test_where_the_dataset_cannot_be_sampled_the_first_batch_is_pictured(
+    module: Any, running: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: Any, **__: Any) -> None:
+        raise lp.DataError("The calibration images are of several sizes.")
+
+    monkeypatch.setattr(opening, "calibration_images", refused)
+    found = run(module, running, tmp_path, ["pomt"], [1.25])
+    validated = data()
+    validated.setup("validate")
+    assert torch.equal(found.pictures, next(iter(validated.val_dataloader()))[0][:4])
+
+
 @pytest.mark.parametrize(
     ("settings", "name"),
     [({"schedule": 20}, "schedule"), ({"alpha": 0.3}, "objective"), ({"protocol": "paper"}, "protocol")],

@@ -95,3 +95,14 @@ def test_attention_starts_with_the_products_of_the_paper(script: Any) -> None:
     assert product > 0.2, "a token is most like itself, as far as 32 of 128 directions can say so"
     through = (attention.proj.weight @ value.reshape(128, 128)).diagonal().mean().item()
     assert through == pytest.approx(-0.4, abs=0.02)
+
+
+def test_the_weights_beside_it_are_of_the_model_and_small_enough_to_be_kept() -> None:
+    path = Path(__file__).parents[2] / "examples" / "weights" / f"{CIFAR_MODEL}.safetensors"
+    module = ImageClassifier(CIFAR_MODEL, pretrained=False, weights=str(path))  # refuses weights of another model
+    assert path.stat().st_size <= 12 * 2**20
+    about = json.loads(path.with_suffix(".json").read_text())
+    assert about["held_out_top1"] >= 80
+    with torch.no_grad():
+        logits = module.eval()(torch.randn(2, 3, 56, 56, generator=torch.Generator().manual_seed(0)))
+    assert logits.softmax(1).max() > 0.2  # of ten classes: trained weights have an opinion even of noise

@@ -63,6 +63,11 @@ def test_nothing_gained_is_said_once() -> None:
     assert not [sentence for sentence in cautions if "does not help here" in sentence]
 
 
+def test_what_is_faster_by_less_than_the_spread_is_not_called_slow() -> None:
+    rows = [row("dense"), pruned("pomt", 1.5, 0.1), pruned("tome", 1.1, 0.2, speedup=1.08, speedup_spread=0.1)]
+    assert "tome 1.1x may not help here: it is 1.08x as fast as dense, with a spread of 0.10." in said({"rows": rows})
+
+
 def test_planned_schedules_are_told_one_by_one() -> None:
     assert summary(planned()).findings == [
         "pomt utility: 2.36x as fast as dense, 90.60% top-1, \u22122.50 points against dense.",
