@@ -1,4 +1,4 @@
-"""Trains `vit_cifar_patch4_56` on CIFAR-10 from scratch, on two CPU cores in about an hour and a half.
+"""Trains `vit_cifar_patch4_56` on CIFAR-10 from scratch, on two CPU cores in about two hours.
 
     python examples/train_cifar10.py --data DIR
 
