@@ -8,7 +8,7 @@ from lightning_prune.profiling import Timing, Variant
 from lightning_prune.profiling.curve import SAVING
 
 NEAR = 0.005  # a ratio that misses by no more has reached its target: no clock is surer
-_ATTEMPTS = 5  # verifications of one goal
+_ATTEMPTS = 6  # verifications of one goal
 
 VariantOf = Callable[[int], Variant]
 
@@ -24,7 +24,8 @@ class Goal:
         least: The smallest amount that may be tried.
         most: The largest.
         open: Whether another amount is to be tried.
-        passed: Amount that was timed -> whether it reaches the target.
+        ratios: Amount that was timed -> its latency over dense.
+        passed: The same -> whether it reaches the target.
         best: The largest speed-up that was timed.
     """
 
@@ -34,6 +35,7 @@ class Goal:
     least: int
     most: int
     open: bool = True
+    ratios: dict[int, float] = field(default_factory=dict)
     passed: dict[int, bool] = field(default_factory=dict)
     best: float = 0.0
 
@@ -56,30 +58,39 @@ class Goal:
         """Takes the timing of the present amount and moves on to another, unless this is the smallest that will do.
 
         A ratio that misses the target by no more than its noise, two standard errors, but at least 0.5% and at most 2%,
-        counts as reached.
-        One that is better by more than that, and by more than a token is worth, asks for fewer tokens.
+        counts as reached. One that is better by more than that, and by more than a token is worth, asks for fewer
+        tokens. Between an amount that misses the target and one that reaches it, others are tried until they meet, a
+        few times at most.
         """
         wanted, noise = 1 / self.speedup, min(max(2 * error_of(timing), NEAR), SAVING)
         self.best = max(self.best, 1 / timing.ratio)
-        self.passed[self.amount] = timing.ratio <= wanted + noise
-        passing = min((amount for amount, passed in self.passed.items() if passed), default=None)
-        # What a token is worth, by the line to dense; cliffs and plateaus are found by trying.
-        tokens = abs(timing.ratio - wanted) * max(self.amount, 1) / max(1 - timing.ratio, 0.02)
-        following = self.amount
-        if not self.reached:
-            top = self.most if passing is None else passing - 1
-            eager = 2 ** (len(self.passed) - 1)  # where the line misled before
-            following = min(self.amount + max(1, ceil(tokens)) * eager, top)
-            if passing is None and len(self.passed) >= _ATTEMPTS - 2:
-                following = self.most  # so that nobody is told that it cannot be reached unless it cannot
-        elif timing.ratio < wanted - noise:
-            failing = max((a for a, passed in self.passed.items() if not passed and a < self.amount), default=-1)
-            following = max(self.amount - floor(tokens), failing + 1, self.least)
+        self.ratios[self.amount], self.passed[self.amount] = timing.ratio, timing.ratio <= wanted + noise
+        content = self.reached and timing.ratio >= wanted - noise
+        following = self.amount if content else self._following(wanted)
         self.open = following not in self.passed and len(self.passed) < _ATTEMPTS
         if self.open:
             self.amount = following
         else:
             self.settle()
+
+    def _following(self, wanted: float) -> int:
+        """The amount to try after the present one, which reaches too little or more than is wanted."""
+        passing = min((a for a, passed in self.passed.items() if passed), default=self.most + 1)
+        failing = max((a for a, passed in self.passed.items() if not passed and a < passing), default=self.least - 1)
+        ratio = self.ratios[self.amount]
+        # What a token is worth, by the line to dense; cliffs and plateaus are found by trying.
+        tokens = abs(ratio - wanted) * max(self.amount, 1) / max(1 - ratio, 0.02)
+        if self.reached:
+            return max(self.amount - floor(tokens), failing + 1)
+        if passing in self.passed:
+            # Between the two by a straight line, but well inside, as a cliff would have it.
+            share = (self.ratios[failing] - wanted) / max(self.ratios[failing] - self.ratios[passing], 1e-9)
+            inside = ceil(min(max(share, 0.25), 0.75) * (passing - failing))
+            return failing + max(min(inside, passing - failing - 1), 1)
+        if len(self.passed) >= _ATTEMPTS - 2:
+            return self.most  # so that nobody is told that it cannot be reached unless it cannot
+        eager = 2 ** (len(self.passed) - 1)  # where the line misled before
+        return min(self.amount + max(1, ceil(tokens)) * eager, self.most)
 
     def settle(self) -> None:
         """Ends with the smallest amount that reaches the target, or the largest that was timed."""

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from lightning_prune.reduction.base import Reduced
-from lightning_prune.reduction.functional import take_tokens
+from lightning_prune.reduction.functional import add_rows, take_tokens
 
 
 def merge(
@@ -40,10 +40,12 @@ def merge(
     precise = torch.promote_types(tokens.dtype, torch.float32)
     sizes = tokens.new_ones((batch, count), dtype=precise) if sizes is None else sizes.to(precise)
 
-    # Those that go sort behind all others.
-    index = torch.arange(count, device=tokens.device).repeat(batch, 1)
-    kept = index.scatter(1, source, count).sort(dim=1).values[:, :left]
-    place = destination - (source.unsqueeze(1) < destination.unsqueeze(2)).sum(dim=2)
+    # Those that stay are numbered by how many go before them; those that go write to a column that is cut off.
+    index = torch.arange(count, device=tokens.device).expand(batch, -1)
+    gone = index.new_zeros((batch, count)).scatter(1, source, 1)
+    slots = index - gone.cumsum(dim=1)
+    place = slots.gather(1, destination)
+    kept = index.new_empty((batch, left + 1)).scatter(1, slots.masked_fill(gone.bool(), left), index)[:, :left]
 
     moved = sizes.gather(1, source)
     left_sizes = sizes.gather(1, kept).scatter_add(1, place, moved)
@@ -53,7 +55,7 @@ def merge(
     # with their sizes is made. No matrix product either, which autocast would round to half precision.
     shift = (take_tokens(tokens, source).to(precise) - take_tokens(tokens, destination).to(precise)) * share
     rows = (place + torch.arange(batch, device=tokens.device).unsqueeze(1) * left).flatten()
-    merged = take_tokens(tokens, kept).to(precise).flatten(0, 1).index_add(0, rows, shift.flatten(0, 1))
+    merged = add_rows(take_tokens(tokens, kept).to(precise).flatten(0, 1), rows, shift.flatten(0, 1))
 
     sources = None
     if trace:

@@ -132,6 +132,30 @@ def test_a_search_that_was_misled_is_set_right_by_the_verification() -> None:
     assert all(69 <= goal.amount <= 95 for goal in goals)
 
 
+@pytest.mark.parametrize(
+    ("price", "slope", "wave", "cliff_at", "fall", "speedup", "seed"),
+    [
+        (0.0032, 0.823, 15, 154, 0.08, 1.25, 81),
+        (0.0691, 0.833, 22, 73, 0.0, 1.5, 108),
+        (0.0136, 0.817, 23, 121, 0.08, 1.25, 142),
+    ],
+)
+def test_a_jump_past_the_target_comes_back(
+    price: float, slope: float, wave: int, cliff_at: int, fall: float, speedup: float, seed: int
+) -> None:
+    """On noisy waves on which a step too short was followed by one to the very end."""
+
+    def waves(amount: int) -> float:
+        return 1 + price - slope * (amount // wave * wave) / 190 - (fall if amount >= cliff_at else 0)
+
+    device = Device(waves, noise=0.02)
+    device.random = np.random.default_rng(seed)
+    goal = device.reach([1.1, 1.25, 1.5], seconds=5.0)[0][speedup]
+    best = waves(smallest(waves, speedup))
+    assert goal.reached
+    assert waves(goal.amount) >= 0.98 * best
+
+
 def test_the_time_limit_holds_and_leaves_no_goal_open() -> None:
     device = Device(straight)
     search(device.race(), removes, 1, MOST, [1.5], 0.5, lambda: None)
