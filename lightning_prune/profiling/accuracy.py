@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_prune.compiling import eagerly
 from lightning_prune.errors import ArgumentError, DataError, UnsupportedModelError
 from lightning_prune.patching import VisionTransformer
 
@@ -105,7 +106,7 @@ class Proxy:
 
     def _outputs(self) -> Tensor:
         collected = []
-        with torch.no_grad():
+        with torch.no_grad(), eagerly():  # what is lost is the same, and no graph is compiled for a single pass
             for images in self._images.split(self._batch_size):
                 images = images.to(self._device, self._dtype)
                 collected.append(self._transformer.outputs(images).float().cpu())

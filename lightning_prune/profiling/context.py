@@ -6,6 +6,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from lightning_prune.compiling import is_compiled
 from lightning_prune.device import device_name
 from lightning_prune.patching.overlay import own_class
 
@@ -41,8 +42,3 @@ def precision(model: nn.Module, device: torch.device) -> str:
         return {torch.bfloat16: "bf16-mixed", torch.float16: "16-mixed"}.get(dtype, f"{dtype}-mixed")
     weight = next((p for p in model.parameters() if p.is_floating_point()), None)
     return str(weight.dtype if weight is not None else torch.get_default_dtype()).removeprefix("torch.")
-
-
-def is_compiled(model: nn.Module) -> bool:
-    """Whether calling the model runs a compiled graph: `torch.compile(model)` or `model.compile()`."""
-    return hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None

@@ -1,18 +1,22 @@
-"""Which token counts to measure, and how often: a coarse grid, then the cliffs, within a time limit."""
+"""Which token counts to measure, and how often: a coarse grid, then the cliffs, until all is settled or time is up."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from math import ceil
+from statistics import median
 
 import numpy as np
 
 from lightning_prune.profiling.curve import LatencyProfile
+from lightning_prune.profiling.refining import Refining, around, unsure
 from lightning_prune.profiling.timing import Interleaved
 from lightning_prune.progress import Ticker
 
 _ROUNDS = 7  # of the coarse grid; a median of fewer is at the mercy of one load spike
-_POINTS = (5, 24)  # fewest and most counts of the coarse grid
-_MOST = 40  # counts, refinement included
-_PRECISION = 0.01  # of the dense latency: standard error at which measuring stops
+_MORE = 4  # rounds that are added at a time
+_POINTS = (5, 20)  # fewest and most counts of the coarse grid, about
+_LEAST = 3  # counts besides dense that are measured, however long that takes
+_NEEDED = 3  # rounds over the coarse grid, however long they take: fewer say nothing of the noise
 
 Build = Callable[[Interleaved[int], Sequence[int]], LatencyProfile]
 
@@ -22,7 +26,8 @@ def profile_builder(method: str, block: int, depth: int, protocol: str) -> Build
 
     def build(race: Interleaved[int], measured: Sequence[int]) -> LatencyProfile:
         tokens = sorted(measured)
-        timings = [race.result(count) for count in tokens]
+        levels = race.levels()
+        timings = [levels[count] for count in tokens]
         return LatencyProfile(
             tokens=tuple(tokens),
             milliseconds=tuple(t.milliseconds for t in timings),
@@ -45,6 +50,7 @@ def explore(
     n: int,
     max_seconds: float | None,
     tick: Ticker,
+    batch: int = 1,
 ) -> LatencyProfile:
     """Coarse grid, then cliffs, then rounds until the figures are precise or the time is up.
 
@@ -54,33 +60,90 @@ def explore(
         counts: What to measure instead of a grid, or None.
         lowest: The smallest possible count.
         n: Dense.
-        max_seconds: Time limit, or None for 20 rounds.
+        max_seconds: Time limit, or None for 20 rounds. Some rounds over `counts`, or over a few of the grid, are
+            completed all the same.
         tick: Called after every run.
+        batch: Images, which says where the tiles of the hardware may end.
     """
     start = race.clock()
     limit = start + max_seconds if max_seconds is not None else float("inf")
-    race.measure([], 2, progress=tick)
+    race.measure([], 2, start + 0.05 * max_seconds if max_seconds is not None else limit, tick)
     dense = race.result(n).milliseconds / 1e3
-    given = counts is not None
-    grid = sorted({*counts, n}) if counts is not None else _coarse(lowest, n, _affordable(dense, max_seconds))
+    if counts is not None:
+        grid = sorted({*counts, n})
+    else:
+        grid = coarse_grid(lowest, n, _affordable(dense, max_seconds), batch)
     if max_seconds is None:
         race.measure(grid, 20, progress=tick)
         return build(race, grid)
-    race.measure(grid, _ROUNDS, limit, tick)
+    whole = counts is not None or grid == coarse_grid(lowest, n, _POINTS[1], batch)
+    if counts is None:
+        planned, grid = grid, _warmed(race, grid, n, limit, tick)
+        whole = whole and grid == planned
+    race.measure(grid, _ROUNDS, limit, tick, least=_NEEDED)
     profile = build(race, grid)
-    while not given and len(grid) < _MOST and race.clock() < start + 0.8 * max_seconds:
-        inside = _inside_cliffs(profile)
-        if not inside:
-            break
-        grid = sorted({*grid, *inside})
-        race.measure(inside, _ROUNDS, limit, tick)
-        profile = build(race, grid)
+    refining = Refining(frozenset(grid), open=counts is None)
+    first_run = median(race.warm(count) for count in grid)
     while race.clock() < limit:
-        loose = [count for count in grid if profile.error(count) > _PRECISION * profile.dense_ms]
-        if not loose or not race.measure(loose, 2, limit, tick):
+        left = limit - race.clock()
+        # A new count is run once, and then in rounds beside its two neighbours.
+        affordable = int((left - dense) / (first_run + 3 * dense)) if left > 0.2 * max_seconds else 0
+        inside = refining.next(profile, affordable)
+        wanting = [count for count in unsure(profile) if count not in inside]
+        if inside:
+            # Beside its neighbours, so that what they differ by is free of all that changes from round to round.
+            beside = {count for new in inside for count in around(profile.tokens, new)}
+            grid = sorted({*grid, *inside})
+            race.measure(sorted({*inside, *beside}), _ROUNDS, limit, tick)
+        elif not wanting:
+            return replace(profile, settled=whole and not refining.cut)
+        elif not race.measure(wanting, _MORE, limit, tick):
             break
         profile = build(race, grid)
     return profile
+
+
+def _warmed(race: Interleaved[int], grid: Sequence[int], n: int, limit: float, tick: Ticker) -> list[int]:
+    """The counts of the grid, run once; only some, evenly spread, where there is no time for some rounds over all.
+
+    Of a model that is compiled for each count a first run takes seconds, and any run of a large model may.
+    """
+    dense = race.result(n).milliseconds / 1e3
+    chosen, rest = [n], set(grid) - {n}
+    while rest:
+        needed = race.warm(chosen[-1]) + _NEEDED * (len(chosen) + 1) * dense
+        if len(chosen) > _LEAST and race.clock() + needed > limit:
+            break
+        count = max(sorted(rest), key=lambda each: min(abs(each - other) for other in chosen))
+        race.warm(count)
+        tick()
+        chosen.append(count)
+        rest.remove(count)
+    return sorted(chosen)
+
+
+def coarse_grid(lowest: int, n: int, points: int, batch: int) -> list[int]:
+    """Evenly spread counts from dense down to a tenth of the tokens: below, no model is worth having.
+
+    They lie where rows of the batch end a tile if tiles are powers of two: a cliff is then just above a count of the
+    grid, where it is looked for first.
+
+    Args:
+        lowest: The smallest possible count.
+        n: Dense.
+        points: About how many.
+        batch: Images.
+
+    Example:
+        >>> from lightning_prune.profiling.explore import coarse_grid
+        >>> coarse_grid(lowest=3, n=197, points=6, batch=1)
+        [32, 64, 96, 128, 160, 192, 196, 197]
+    """
+    lowest = min(max(lowest, ceil(n / 10)), n)
+    rows = 2 ** round(np.log2(max(batch * (n - lowest) / points, 1)))
+    aligned = (rows * tile // batch for tile in range(batch * n // rows + 1))
+    first = max(n - 1, lowest)  # what a cut costs by itself, which the step from dense would hide
+    return sorted({n, first, *(count for count in aligned if lowest <= count <= n)})
 
 
 def _affordable(dense_seconds: float, max_seconds: float | None) -> int:
@@ -89,16 +152,3 @@ def _affordable(dense_seconds: float, max_seconds: float | None) -> int:
     if max_seconds is None:
         return most
     return max(fewest, min(most, int(0.5 * max_seconds / (0.67 * dense_seconds * (_ROUNDS + 1)))))
-
-
-def _coarse(lowest: int, n: int, points: int) -> list[int]:
-    """Evenly spread counts from dense down to a tenth of the tokens: below, no model is worth having."""
-    lowest = max(lowest, ceil(n / 10))
-    return sorted({*(int(count) for count in np.linspace(min(lowest, n), n, points).round()), n})
-
-
-def _inside_cliffs(profile: LatencyProfile) -> list[int]:
-    """The middle of every step that saves more than its share and still hides where; the steepest four."""
-    wide = [step for step in profile.cliffs() if step.above - step.below > 1]
-    steepest = sorted(wide, key=profile.excess, reverse=True)[:4]
-    return [(step.above + step.below) // 2 for step in steepest]

@@ -2,19 +2,21 @@
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from datetime import datetime
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from lightning_prune.compiling import is_compiled, room_for_graphs
 from lightning_prune.errors import ArgumentError
 from lightning_prune.keep_rates import KeepRates
 from lightning_prune.patching import PatchHandle, VisionTransformer, find_vision_transformer
 from lightning_prune.patching.blocks import evaluating
 from lightning_prune.patching.overlay import is_overlaid
-from lightning_prune.profiling.context import is_compiled, measurement_context
+from lightning_prune.profiling.context import measurement_context
 from lightning_prune.profiling.curve import LatencyProfile
 from lightning_prune.profiling.explore import explore, profile_builder
 from lightning_prune.profiling.spreading import reducing_block, refuse_adaptive, spread_schedule
@@ -55,7 +57,8 @@ def profile_latency(
             for methods that act before block 0.
         counts: Token counts (prefix included) that leave the last reducing block, to measure instead of the grid;
             dense is always added.
-        max_seconds: Time limit; one round over the coarse grid is completed all the same. None measures 20 rounds.
+        max_seconds: Time limit, compilation included; three rounds over `counts`, or over three counts and dense, are
+            completed all the same. None measures 20 rounds.
         protocol: `"paper"` measures as POMT does (arXiv 2407.05941, section 3.2): every token count, random tokens
             dropped before block 0; `method` then only says how far it could go, and `block` plays no part.
         target: Dotted path of the transformer in `model`, needed where there are several.
@@ -76,7 +79,7 @@ def profile_latency(
         (100, 150, 197)
     """
     transformer = find_vision_transformer(model, target)
-    _check(transformer, example_batch, max_seconds, protocol)
+    check_measurable(transformer, example_batch, max_seconds, protocol)
     deployed = resolve(method)
     refuse_adaptive(deployed)
     reduction = Random(site="input") if protocol == "paper" else deployed
@@ -99,10 +102,12 @@ def profile_latency(
                 reference=n,
             )
             build = profile_builder(reduction.name, index, depth, protocol)
-            profile = explore(race, build, counts, lowest, n, max_seconds, tick)
+            profile = explore(race, build, counts, lowest, n, max_seconds, tick, len(example_batch))
         finally:
             handle.remove()
         context = measurement_context(transformer.runner, example_batch)
+        context["method_settings"] = {key: repr(value) for key, value in reduction.settings().items()}
+        context["measured"] = datetime.now().astimezone().isoformat(timespec="seconds")
     return replace(profile, seconds=time.perf_counter() - start, context=context)
 
 
@@ -136,7 +141,7 @@ def compare_latency(
         ScheduleError: If a schedule does not fit.
     """
     transformer = find_vision_transformer(model, target)
-    _check(transformer, example_batch, max_seconds, "deployed")
+    check_measurable(transformer, example_batch, max_seconds, "deployed")
     wanted = {name: DENSE if variant is None else Variant(*variant) for name, variant in variants.items()}
     dense = next((name for name, variant in wanted.items() if variant == DENSE), None)
     if dense is None:
@@ -178,21 +183,20 @@ def count_tokens(transformer: VisionTransformer, images: Tensor) -> int:
 @contextmanager
 def ready_to_run(transformer: VisionTransformer) -> Iterator[None]:
     """Evaluation mode without autograd, and room for as many compiled variants as profiling needs."""
-    with torch.no_grad(), evaluating(transformer.root):
-        if is_compiled(transformer.runner):
-            from torch._dynamo import config
-
-            with config.patch(cache_size_limit=256, accumulated_cache_size_limit=1024):  # their names since torch 2.1
-                yield
-        else:
-            yield
+    room = room_for_graphs() if is_compiled(transformer.runner) else nullcontext()
+    with torch.no_grad(), evaluating(transformer.root), room:
+        yield
 
 
-def _check(transformer: VisionTransformer, batch: Tensor, max_seconds: float | None, protocol: str) -> None:
+def check_measurable(
+    transformer: VisionTransformer, batch: Tensor, max_seconds: float | None, protocol: str = "deployed"
+) -> None:
+    """Raises ArgumentError if a model cannot be measured as it is, or with these arguments."""
     if not isinstance(batch, Tensor) or batch.ndim != 4 or not batch.shape[0]:
         came = tuple(batch.shape) if isinstance(batch, Tensor) else type(batch).__name__
         raise ArgumentError(f"`example_batch` must be images (batch, channels, height, width), got {came}.")
-    if max_seconds is not None and not max_seconds > 0:
+    number = isinstance(max_seconds, int | float) and not isinstance(max_seconds, bool)
+    if max_seconds is not None and not (number and max_seconds > 0):
         raise ArgumentError(f"`max_seconds` must be a number > 0, got {max_seconds!r}.")
     if protocol not in ("deployed", "paper"):
         raise ArgumentError(f"`protocol` must be 'deployed' or 'paper', got {protocol!r}.")

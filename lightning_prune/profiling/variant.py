@@ -42,7 +42,7 @@ class VariantSwitch:
 
     def __init__(self, transformer: VisionTransformer) -> None:
         self._transformer = transformer
-        self._handles: dict[Reduction, PatchHandle] = {}
+        self._handles: list[tuple[Reduction, PatchHandle]] = []  # no dict: a method of a user may have no hash
         self._weights: Int8Weights | None = None
 
     def to(self, variant: Variant) -> None:
@@ -62,10 +62,11 @@ class VariantSwitch:
             return
         reduction = resolve(variant.reduction)
         schedule = None if variant.schedule is None else without_origin(variant.schedule)
-        if reduction in self._handles:
-            self._handles[reduction].update(schedule)
-        else:
-            self._handles[reduction] = PatchHandle(self._transformer, reduction, schedule)
+        for known, handle in self._handles:
+            if known == reduction:
+                handle.update(schedule)
+                return
+        self._handles.append((reduction, PatchHandle(self._transformer, reduction, schedule)))
 
     def off(self) -> None:
         """Makes the transformer dense again, to the bit."""

@@ -18,10 +18,24 @@ _BLUE, _RED, _GREY = "#1f5fa8", "#c0392b", "#7f8c8d"  # readable in print and wi
 _PLAN_STYLES = (("#d35400", "o"), ("#16803c", "s"), ("#6c3483", "^"), ("#00798c", "D"))
 
 
-def plot_profile(profile: "LatencyProfile") -> Figure:
-    """Latency against tokens with spread, cliffs, plateaus, and the straight line that hardware does not follow."""
+def plot_profile(profile: "LatencyProfile", eager: "LatencyProfile | None" = None) -> Figure:
+    """Latency against tokens with spread, cliffs, plateaus, and the straight line that hardware does not follow.
+
+    Args:
+        profile: The curve.
+        eager: The same model without `torch.compile`, drawn beside it.
+    """
     figure = Figure(figsize=(7.5, 4.2), layout="constrained")
-    _draw_latency(figure.subplots(), profile)
+    axes = figure.subplots()
+    _draw_latency(axes, profile)
+    if eager is not None:
+        tokens, latency = np.array(eager.tokens), np.array(eager.milliseconds)
+        spread = np.array(eager.spread)
+        color = _PLAN_STYLES[0][0]
+        axes.fill_between(tokens, latency - spread, latency + spread, color=color, alpha=0.18, linewidth=0)
+        axes.plot(tokens, latency, color=color, marker=".", linewidth=1.4, label="measured, eager")
+        axes.set_ylim(bottom=0, top=1.05 * max(*(latency + spread), axes.get_ylim()[1] / 1.05))
+        axes.legend(fontsize=7, loc="lower right", ncols=2)
     figure.suptitle(_title(profile), fontsize=10)
     return figure
 
@@ -69,7 +83,7 @@ def _draw_latency(axes: Axes, profile: "LatencyProfile") -> None:
     tokens, latency = np.array(profile.tokens), np.array(profile.milliseconds)
     spread = np.array(profile.spread)
     axes.fill_between(tokens, latency - spread, latency + spread, color=_BLUE, alpha=0.18, linewidth=0, label="spread")
-    axes.plot(tokens, latency, color=_BLUE, marker=".", linewidth=1.4, label="measured")
+    axes.plot(tokens, latency, color=_BLUE, marker=".", linewidth=1.4, label=_measured(profile))
     if len(tokens) > 1:
         line = latency[[0, -1]]
         axes.plot(tokens[[0, -1]], line, color=_GREY, linewidth=0.8, linestyle="--", label="if it were a straight line")
@@ -84,6 +98,10 @@ def _draw_latency(axes: Axes, profile: "LatencyProfile") -> None:
     axes.set_ylabel("latency of a batch [ms]")
     axes.grid(alpha=0.25)
     axes.legend(fontsize=7, loc="lower right", ncols=2)
+
+
+def _measured(profile: "LatencyProfile") -> str:
+    return "measured, compiled" if profile.context.get("compiled") else "measured"
 
 
 def _title(profile: "LatencyProfile") -> str:

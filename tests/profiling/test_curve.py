@@ -1,5 +1,6 @@
 import json
 
+import numpy as np
 import pytest
 
 from lightning_prune import ArgumentError, FileFormatError, LatencyProfile
@@ -76,6 +77,30 @@ def test_one_round_proves_nothing():
     assert curve.cliffs() == []
 
 
+def test_noise_is_known_only_if_most_counts_were_measured_thrice():
+    """Dense is in all rounds, and so in more than any other count."""
+    curve = LatencyProfile((32, 64, 197), (5.0, 6.0, 10.0), (0.0,) * 3, (1, 1, 3), "pomt", 3, 12)
+    assert curve.error(197) == float("inf")
+    assert curve.doubtful
+    assert LatencyProfile((32, 64, 197), (5.0, 6.0, 10.0), (0.1,) * 3, (3, 1, 3), "pomt", 3, 12).saves(32)
+
+
+@pytest.mark.parametrize("rounds", [3, 5, 9, 31])
+def test_error_is_that_of_the_median_however_few_the_rounds(rounds):
+    random, spreads = np.random.default_rng(0), []
+    for _ in range(4000):
+        left = random.standard_normal(rounds)
+        low, high = np.percentile(left - left.mean(), (25, 75))
+        spreads.append((high - low) / 2)
+    curve = profile({100: 9.9, 197: 10.0}, spread=float(np.mean(spreads)), rounds=rounds)
+    assert curve.error(197) == pytest.approx(1.2533 / rounds**0.5, rel=0.12)
+
+
+def test_where_a_slope_begins_there_is_no_cliff():
+    curve = profile({20: 20.0, 40: 30.0, 70: 45.0, 100: 60.0, 120: 60.5, 150: 61.0, 180: 61.5})
+    assert curve.cliffs() == []
+
+
 def test_flat_curve_has_no_slope():
     curve = profile({100: 10.5, 197: 10.0})
     assert curve.per_token == 0.0
@@ -109,6 +134,26 @@ def test_load_names_the_file_and_what_is_wrong(tmp_path):
     path.write_text(json.dumps({"format": "lightning_prune.schedule"}))
     with pytest.raises(FileFormatError, match=r"has format 'lightning_prune\.schedule'"):
         LatencyProfile.load(path)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"rounds": [0, 9]}, "`rounds` must be >= 1, got 0"),
+        ({"spread": [-1.0, 0.1]}, r"`spread` must be finite and >= 0, got \[-1.0, 0.1\]"),
+        ({"spread": [float("nan"), 0.1]}, "`spread` must be finite and >= 0"),
+        ({"milliseconds": [True, 2.0]}, "must be numbers, all else in a profile whole numbers"),
+        ({"method": 3}, "`method` of a profile must be a name, got 3"),
+        ({"protocol": "mine"}, "`protocol` of a profile must be 'deployed' or 'paper', got 'mine'"),
+        ({"seconds": "x"}, "`seconds` of a profile must be a number, got 'x'"),
+        ({"context": None}, "`context` of a profile must be a mapping, got None"),
+        ({"settled": 1}, "`settled` of a profile must be true or false, got 1"),
+    ],
+)
+def test_impossible_entries_are_refused(wrong, message):
+    document = profile({100: 7.0, 197: 10.0}).to_dict()
+    with pytest.raises(FileFormatError, match=message):
+        LatencyProfile.from_dict({**document, **wrong})
 
 
 @pytest.mark.parametrize(

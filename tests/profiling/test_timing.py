@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 
@@ -87,3 +88,61 @@ def test_latecomers_are_comparable():
     race.measure(["a"], rounds=9)  # 20 runs
     race.measure(["b"], rounds=3)
     assert race.result("b").milliseconds == pytest.approx(race.result("a").milliseconds)
+
+
+@pytest.mark.parametrize("noise", [0.0, 1e-4, 0.02])
+def test_levels_are_exact_also_where_there_is_no_noise(noise):
+    """Two groups that only the reference links, measured in two states of the machine."""
+    seconds = {"dense": 1.0, "a": 0.9, "b": 0.8, "c": 0.7, "d": 0.6}
+    random = np.random.default_rng(0)
+    bench = Bench(seconds, drift=lambda run: (1.0 if run < 200 else 1.1) * np.exp(noise * random.standard_normal()))
+    race = bench.race()
+    race.measure([], rounds=2)
+    race.measure(["a", "b"], rounds=66)
+    race.measure(["c", "d"], rounds=66)
+    levels = race.levels()
+    for name, exact in seconds.items():
+        assert levels[name].ratio == pytest.approx(exact, rel=1e-9 + noise / 2)
+        assert levels[name].spread / levels[name].milliseconds == pytest.approx(0.6745 * noise, abs=1e-9 + 0.2 * noise)
+
+
+def test_levels_do_not_heed_a_load_spike():
+    bench = Bench({"dense": 1.0, "a": 0.9}, drift=lambda run: 5.0 if run in (7, 12) else 1.0)
+    race = bench.race()
+    race.measure(["a"], rounds=15)
+    assert race.levels()["a"].ratio == pytest.approx(0.9, rel=1e-3)
+
+
+def test_rounds_of_the_reference_alone_say_nothing_of_its_noise():
+    """What is left of a round that was fitted to its only run is 0."""
+    bench = Bench({"dense": 1.0, "a": 0.9})
+    race = bench.race()
+    race.measure([], rounds=2)
+    assert race.levels()["dense"].rounds == 2
+    race.measure(["a"], rounds=1)
+    assert {name: timing.rounds for name, timing in race.levels().items()} == {"dense": 1, "a": 1}
+
+
+def test_some_rounds_can_be_asked_for_whatever_the_deadline():
+    bench = Bench({"dense": 1.0, "a": 1.0})
+    race = bench.race()
+    assert race.measure(["a"], rounds=5, deadline=0.0, least=3) == 3
+    assert race.measure(["a"], rounds=5, deadline=0.0, least=3) == 0
+
+
+def test_the_deadline_holds_where_there_are_figures_already():
+    bench = Bench({"dense": 1.0, "a": 1.0})
+    race = bench.race()
+    race.measure(["a"], rounds=1)
+    assert race.measure(["a"], rounds=5, deadline=0.0) == 0
+    assert len(bench.order) == 4
+
+
+def test_the_first_run_is_timed_but_counts_nowhere():
+    bench = Bench({"dense": 1.0, "a": 1.0}, drift=lambda run: 50.0 if run == 0 else 1.0)
+    race = bench.race()
+    assert race.warm("dense") == 50.0
+    assert race.warm("dense") == 50.0
+    race.measure([], rounds=3)
+    assert bench.order == ["dense"] * 4
+    assert race.result("dense").milliseconds == pytest.approx(1000)

@@ -11,8 +11,8 @@ from lightning_prune.report import plots
 from lightning_prune.report.plots import plot_plans, plot_profile, save_figure
 
 CONTEXT = {"model": "VisionTransformer", "device": "Abacus", "batch_size": 4, "precision": "float32"}
-# Milliseconds at token counts: a cliff between 100 and 120, a plateau from 180 down to 120.
-CURVE = {40: 30.0, 70: 40.0, 100: 50.0, 120: 90.0, 150: 90.5, 180: 91.0, 197: 97.0}
+# Milliseconds at token counts: a cliff between 100 and 120, a plateau from 197 down to 120.
+CURVE = {40: 30.0, 70: 40.0, 100: 50.0, 120: 90.0, 150: 90.5, 180: 91.0, 197: 91.5}
 
 
 def profile(**changes: Any) -> lp.LatencyProfile:
@@ -59,7 +59,7 @@ def test_profile_shows_curve_spread_cliff_and_plateau() -> None:
     assert dict(zip(curve.get_xdata().tolist(), curve.get_ydata().tolist(), strict=True)) == CURVE
     assert labels(axes) == ["spread", "measured", "if it were a straight line", "cliff", "plateau"]
     assert spans(axes, plots._RED) == [(100, 120)]
-    assert spans(axes, plots._GREY) == [(120, 180)]
+    assert spans(axes, plots._GREY) == [(120, 197)]
     assert axes.get_xlabel() == "tokens that leave the reducing block"
     assert axes.get_ylabel() == "latency of a batch [ms]"
     assert axes.get_ylim()[0] == 0
@@ -109,7 +109,7 @@ def test_points_that_may_not_be_chosen_are_left_out() -> None:
 
 def test_a_plan_that_stays_dense_is_marked_at_dense() -> None:
     latency, proxy, _ = plan(197, lp.Utility(0.0)).plot().axes
-    assert marks(latency, 197) == [97.0]
+    assert marks(latency, 197) == [91.5]
     assert marks(proxy, 197) == [100.0]
 
 
