@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
@@ -22,6 +23,8 @@ from lightning_prune.reduction import Reduction, resolve
 from lightning_prune.schedule import Schedule
 
 _log = logging.getLogger(__name__)
+# Model -> classes of blocks of which it was said that they are cut after the MLP: a search patches hundreds of times.
+_said_cut_after: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
 
 
 def patch(
@@ -90,7 +93,6 @@ class PatchHandle:
         self.transformer = transformer
         self.reduction = reduction
         self._halves: dict[int, Halves | None] = {}
-        self._cut_after: set[str] = set()  # classes of blocks of which this was said
         self._sites: list[tuple[nn.Module, object]] = []
         self.schedule = self._checked(schedule)
         self._open()
@@ -237,8 +239,9 @@ class PatchHandle:
         return self._halves[index]
 
     def _say_cut_after(self, index: int, name: str) -> None:
-        if name not in self._cut_after:
-            self._cut_after.add(name)
+        said = _said_cut_after.setdefault(self.transformer.root, set())
+        if name not in said:
+            said.add(name)
             _log.warning("Block %d (%s) is cut after its MLP, which still sees all its tokens.", index, name)
 
 

@@ -3,23 +3,40 @@
 import time
 from collections.abc import Sequence
 from math import hypot
+from typing import Protocol
 
 import numpy as np
 
+from lightning_prune.errors import ArgumentError
 from lightning_prune.planning.objective import Column, Objective
-from lightning_prune.planning.proxy_curve import ProxyCurve
 from lightning_prune.profiling import LatencyProfile
 from lightning_prune.profiling.curve import SAVING
 
 _FIRST = 4  # counts at which the proxy is measured before any choice
 _MOST = 8  # counts at which it is measured after that
-_WORTHWHILE = 0.002  # a better score by less is not worth another pass over the calibration images
+WORTHWHILE = 0.002  # a better score by less is not worth another pass over the calibration images
+
+
+class Curve(Protocol):
+    """Accuracy at token counts, measured where it is asked for.
+
+    Attributes:
+        name: What the figures mean.
+        values: Token count -> accuracy relative to dense, of those that were asked for.
+    """
+
+    name: str
+    values: dict[int, float]
+
+    def __call__(self, tokens: int, /) -> float:
+        """The accuracy at one count."""
+        ...
 
 
 def choose(
-    profile: LatencyProfile, curve: ProxyCurve, objective: Objective, exhaustive: bool, max_seconds: float | None
+    profile: LatencyProfile, curve: Curve, objective: Objective, exhaustive: bool, max_seconds: float | None
 ) -> tuple[int, str]:
-    """The token count to deploy and why; dense where nothing is saved.
+    """The token count to deploy and why; dense where nothing is saved, or too little is known to tell.
 
     Args:
         profile: Latency of the candidates.
@@ -27,14 +44,22 @@ def choose(
         objective: What makes one better than another.
         exhaustive: Every count of the profile is a candidate and is measured, as in the POMT paper.
         max_seconds: When no further count is measured; the first few always are.
+
+    Raises:
+        ArgumentError: If pruning saves time, but not so much as a budget asks for.
     """
     n = profile.dense_tokens
     useful = [count for count in profile.tokens if count < n and profile.saves(count)]
     if not useful:
-        return n, _why_dense(profile)
+        return n, why_dense(profile) + missed_by_dense(profile, objective)
+    unreachable = objective.unreachable(profile.tokens, np.array(profile.milliseconds))
+    if unreachable is not None:
+        raise ArgumentError(unreachable)
     # The paper's argmax is over every count; else a count that saves nothing is no candidate.
     counts = list(profile.tokens) if exhaustive else [*useful, n]
     latency = np.array([profile.at(count) for count in counts])
+    if objective.unreachable(counts, latency) is not None:
+        return n, why_dense(profile) + missed_by_dense(profile, objective)
     deadline = time.perf_counter() + (max_seconds if max_seconds is not None else float("inf"))
     for count in counts if exhaustive else _spread(useful):
         curve(count)
@@ -54,7 +79,7 @@ def choose(
     return chosen, f"Best by {objective}: {saved:.1f}% less latency, {kept:.2f}% of the dense {curve.name}."
 
 
-def _why_dense(profile: LatencyProfile) -> str:
+def why_dense(profile: LatencyProfile) -> str:
     """Why no count is worth having: the device gains nothing, or the measurement cannot tell."""
     fastest = profile.tokens[int(np.argmin(profile.milliseconds))]
     gained = 1 - profile.at(fastest) / profile.dense_ms
@@ -71,7 +96,12 @@ def _why_dense(profile: LatencyProfile) -> str:
     )
 
 
-def _promising(counts: Sequence[int], latency: Column, curve: ProxyCurve, objective: Objective) -> int | None:
+def missed_by_dense(profile: LatencyProfile, objective: Objective) -> str:
+    """What is to be added to the reason for dense where a budget asks for more; nothing where it does not."""
+    return "" if objective.met_by_dense(profile.dense_ms) else f" The {objective} is not met."
+
+
+def _promising(counts: Sequence[int], latency: Column, curve: Curve, objective: Objective) -> int | None:
     """The count to measure next: where the objective expects its best, then the gaps beside it that may hide better.
 
     Between measured counts the proxy is first taken to be straight. It is usually better than that, but hardly better
@@ -90,7 +120,7 @@ def _promising(counts: Sequence[int], latency: Column, curve: ProxyCurve, object
         hopeful = straight.copy()
         hopeful[gap] = curve.values[known[high]]
         score = objective.score(latency, hopeful)
-        if gap and score[gap].max() > score[best] + _WORTHWHILE:
+        if gap and score[gap].max() > score[best] + WORTHWHILE:
             return counts[gap[len(gap) // 2]]
     return None
 

@@ -14,6 +14,7 @@ from lightning_prune.schedule import Schedule
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from typing_extensions import Self
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class Plan:
         """Dense over pruned: of the final comparison, from rounds in which both ran, else of the profile."""
         return 1 / self.pruned.ratio if self.pruned else self.profile.dense_ms / self.profile.at(self.tokens)
 
-    def unless_slow(self) -> "Plan":
+    def unless_slow(self) -> "Self":
         """This plan, or one that removes nothing if the final comparison does not bear out the profile."""
         if self.pruned is None or self.pruned.ratio < 1 - SAVING:
             return self

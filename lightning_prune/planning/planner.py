@@ -1,7 +1,6 @@
 """From a latency profile and an accuracy proxy to a schedule."""
 
 import time
-import warnings
 
 import torch
 from torch import Tensor, nn
@@ -9,17 +8,14 @@ from torch import Tensor, nn
 from lightning_prune.errors import ArgumentError
 from lightning_prune.patching import VisionTransformer, find_vision_transformer
 from lightning_prune.planning.choice import choose
+from lightning_prune.planning.confirm import Attempt, Confirmed, confirmed
+from lightning_prune.planning.given_profile import check_profile, is_foreign, nothing_timed
 from lightning_prune.planning.objective import Objective, Utility
+from lightning_prune.planning.on_device import OnDevice
 from lightning_prune.planning.plan import Plan
 from lightning_prune.planning.proxy_curve import ProxyCurve, check_images
-from lightning_prune.profiling import (
-    LatencyProfile,
-    compare_latency,
-    measurement_context,
-    profile_latency,
-    reducing_block,
-    spread_schedule,
-)
+from lightning_prune.planning.refine import refine
+from lightning_prune.profiling import LatencyProfile, profile_latency, reducing_block
 from lightning_prune.profiling.latency import Protocol
 from lightning_prune.profiling.spreading import refuse_adaptive
 from lightning_prune.reduction import Reduction, resolve
@@ -55,7 +51,8 @@ def plan(
     Args:
         model: Any module that contains one Vision Transformer; dense and unpatched.
         images: (images, channels, height, width) calibration images; 512 unlabelled ones are enough.
-        profile: Its latency profile; measured on `example_batch` if None.
+        profile: Its latency profile; measured on `example_batch` if None. One of another device is planned for as it
+            is: nothing is timed here then.
         example_batch: Images on the device in the batch size that will be used; needed without `profile`, and for
             the final comparison. If None, as many of `images` as the profile's batch size says.
         method: The reduction to deploy.
@@ -65,7 +62,7 @@ def plan(
             random tokens dropped before block 0, at every count, accuracy on 1024 labelled images. Hours on a CPU.
         labels: (images,) int64; the proxy is then top-1 accuracy. Needed by `protocol="paper"`.
         curve: A proxy curve to go on with, when several objectives are planned for on one profile.
-        confirm: Whether to time the winner beside the dense model at the end.
+        confirm: Whether to look closer at the latency around the winner, and to time it beside the dense model.
         max_seconds: Time limit of latency profiling, and again of the proxy, which runs the dense model and four
             counts over the images all the same.
         target: Dotted path of the transformer in `model`.
@@ -107,6 +104,7 @@ def plan(
         if profile not in (None, curve.profile):
             raise ArgumentError("`curve` is a proxy curve on another profile than `profile`.")
         profile = curve.profile
+    foreign = False
     if profile is None:
         if example_batch is None:
             raise ArgumentError("`example_batch` is needed to measure a profile: images on the device; got None.")
@@ -121,23 +119,32 @@ def plan(
             progress=progress,
         )
     else:
-        _check_profile(profile, transformer, reduction, index, protocol)
+        check_profile(profile, transformer, reduction, index, protocol)
         if example_batch is None:
             example_batch = _batch_of(images, int(profile.context.get("batch_size", 1)), transformer)
-        _warn_if_foreign(profile, transformer, example_batch)
+        foreign = is_foreign(profile, transformer, example_batch)
     if curve is None:
         curve = ProxyCurve(model, images, profile, reduction, labels=labels, target=target, progress=progress)
-    tokens, reason = choose(profile, curve, objective, exhaustive=protocol == "paper", max_seconds=max_seconds)
-    removed = profile.dense_tokens - tokens
+
     n, prefix, depth = profile.dense_tokens, transformer.prefix_tokens, transformer.depth
-    schedule = spread_schedule(reduction, removed, n, prefix, depth, index)
-    dense = pruned = None
-    if removed and confirm:
-        variants = {"dense": None, "pruned": (reduction, schedule)}
-        timings = compare_latency(
-            model, example_batch, variants, max_seconds=_final_seconds(max_seconds), target=target, progress=progress
-        )
-        dense, pruned = timings["dense"], timings["pruned"]
+    device = OnDevice(model, example_batch, reduction, index, n, prefix, depth, max_seconds, target, progress)
+
+    def choose_by(wanted: Objective) -> tuple[int, str]:
+        return choose(curve.profile, curve, wanted, exhaustive=protocol == "paper", max_seconds=max_seconds)
+
+    found = Confirmed(*choose_by(objective))
+    if foreign:
+        found = found._replace(reason=nothing_timed(found.reason, profile))
+    elif confirm:
+        if protocol == "deployed" and max_seconds is not None:
+            deadline = time.perf_counter() + max_seconds / 4
+            closer = refine(profile, curve, objective, device.measure, lambda: time.perf_counter() < deadline)
+            if closer is not profile:
+                curve.profile = profile = closer
+                found = Confirmed(*choose_by(objective))
+        chosen = (found.tokens, found.reason)
+        attempt = Attempt(chosen, n, curve.profile.dense_ms, objective, choose_by, lambda: _fastest(curve))
+        found = confirmed(attempt, device.compare)
     provenance = {
         "method": reduction.name,
         "settings": reduction.settings(),
@@ -145,56 +152,34 @@ def plan(
         "protocol": protocol,
         "proxy": curve.name,
         "tokens_dense": profile.dense_tokens,
-        "tokens": tokens,
+        "tokens": found.tokens,
         **dict(profile.context),
     }
     made = Plan(
-        schedule=Schedule(schedule.removed, provenance),
+        schedule=Schedule(device.schedule(found.tokens).removed, provenance),
         method=reduction.name,
         block=index,
         objective=objective,
         profile=profile,
         proxy=curve.name,
         accuracy=dict(curve.values),
-        tokens=tokens,
-        reason=reason,
-        dense=dense,
-        pruned=pruned,
+        tokens=found.tokens,
+        reason=found.reason,
+        dense=found.dense,
+        pruned=found.pruned,
         seconds=time.perf_counter() - start,
     )
     return made.unless_slow()
+
+
+def _fastest(curve: ProxyCurve) -> tuple[int, str]:
+    """The fastest count, and what to say of it; its proxy is measured."""
+    profile = curve.profile
+    tokens = min(profile.tokens, key=profile.at)
+    return tokens, f"The fastest count: {100 * curve(tokens):.2f}% of the dense {curve.name}."
 
 
 def _batch_of(images: Tensor, size: int, transformer: VisionTransformer) -> Tensor:
     """A batch of the profiled size on the model's device, from however many images there are."""
     device = next(transformer.root.parameters()).device
     return images[torch.arange(size) % len(images)].to(device)
-
-
-def _warn_if_foreign(profile: LatencyProfile, transformer: VisionTransformer, example_batch: Tensor) -> None:
-    """Says where a profile was measured under other conditions than those of this run: its latencies may not hold."""
-    here = measurement_context(transformer.runner, example_batch)
-    for key in ("device", "batch_size", "image_shape", "precision", "compiled"):
-        there = profile.context.get(key)
-        if there is not None and there != here[key]:
-            warnings.warn(f"The profile was measured elsewhere: {key} {there} there, {here[key]} here.", stacklevel=3)
-
-
-def _final_seconds(max_seconds: float | None) -> float:
-    return 20.0 if max_seconds is None else max(1.0, max_seconds / 3)
-
-
-def _check_profile(
-    profile: LatencyProfile, transformer: VisionTransformer, reduction: Reduction, block: int, protocol: str
-) -> None:
-    if profile.depth != transformer.depth:
-        raise ArgumentError(f"`profile` is of a model with {profile.depth} blocks; this one has {transformer.depth}.")
-    if transformer.tokens is not None and profile.dense_tokens != transformer.tokens:
-        raise ArgumentError(f"`profile` is of {profile.dense_tokens} tokens; this model has {transformer.tokens}.")
-    if profile.protocol != protocol:
-        raise ArgumentError(f"`profile` was measured by protocol {profile.protocol!r}, not {protocol!r}.")
-    if protocol == "deployed" and (profile.method, profile.block) != (reduction.name, block):
-        raise ArgumentError(
-            f"`profile` is of {profile.method} at block {profile.block}; "
-            f"asked for is {reduction.name} at block {block}."
-        )

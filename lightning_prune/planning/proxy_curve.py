@@ -3,12 +3,13 @@
 from torch import Tensor, nn
 
 from lightning_prune.errors import ArgumentError
-from lightning_prune.patching import PatchHandle, VisionTransformer, find_vision_transformer
+from lightning_prune.patching import PatchHandle, find_vision_transformer
 from lightning_prune.profiling import LatencyProfile, Proxy, spread_schedule
-from lightning_prune.profiling.context import is_compiled
 from lightning_prune.profiling.latency import check_dense, ready_to_run
 from lightning_prune.progress import ticking
 from lightning_prune.reduction import Random, Reduction, resolve
+
+_BUSY = 32  # images in one pass that keep a device busy
 
 
 class ProxyCurve:
@@ -46,7 +47,7 @@ class ProxyCurve:
         self._show = progress
         device = next(self._transformer.root.parameters()).device
         with ready_to_run(self._transformer), ticking("Running the dense model", None, progress) as tick:
-            size = batch_size or _proxy_batch(profile, self._transformer)
+            size = batch_size or max(int(profile.context.get("batch_size", 1)), _BUSY)
             self._proxy = Proxy(self._transformer, images, device, size, labels, tick)
         self.name = self._proxy.name
 
@@ -69,9 +70,3 @@ def check_images(images: object) -> None:
     if not isinstance(images, Tensor) or images.ndim != 4 or not len(images):
         came = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
         raise ArgumentError(f"`images` must be a tensor (images, channels, height, width), got {came}.")
-
-
-def _proxy_batch(profile: LatencyProfile, transformer: VisionTransformer) -> int:
-    """The profiled batch size where the model is compiled for it; otherwise one that keeps the device busy."""
-    size = int(profile.context.get("batch_size", 1))
-    return size if is_compiled(transformer.runner) else max(size, 32)

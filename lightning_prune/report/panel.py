@@ -16,11 +16,12 @@ def decision_panel(decision: "Decision") -> Panel:
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold", no_wrap=True)
     table.add_column()
-    threads = f", {context['threads']} threads" if context["device_type"] == "cpu" else ""
-    compiled = ", compiled" if context["compiled"] else ""
-    table.add_row("device", f"{context['device']}{threads}")
-    table.add_row("model", f"{context['model']}, {context['parameters'] / 1e6:.1f} M parameters{compiled}")
-    table.add_row("batch", f"{context['batch_size']} images, {context['precision']}")
+    threads = f", {context.get('threads', '?')} threads" if context.get("device_type") == "cpu" else ""
+    compiled = ", compiled" if context.get("compiled") else ""
+    parameters = f", {context['parameters'] / 1e6:.1f} M parameters" if "parameters" in context else ""
+    table.add_row("device", f"{context.get('device', '?')}{threads}")
+    table.add_row("model", f"{context.get('model', '?')}{parameters}{compiled}")
+    table.add_row("batch", f"{context.get('batch_size', '?')} images, {context.get('precision', '?')}")
     removed = ", ".join(f"{remove} at block {block}" for block, remove in decision.schedule.reducing.items())
     removed += " by keep rate" if removed and decision.keep_rates is not None else ""
     table.add_row("tokens", f"{decision.dense_tokens} -> {decision.tokens}")
@@ -30,6 +31,8 @@ def decision_panel(decision: "Decision") -> Panel:
     table.add_row("because", decision.reason)
     if decision.calibration:
         table.add_row("judged by", decision.calibration)
+    if decision.reused:
+        table.add_row("profile", f"of {decision.reused}, kept; `refresh` measures it anew")
     table.add_row("took", f"{decision.seconds:.0f} s")
     return Panel(table, title="Token pruning", title_align="left", expand=False)
 

@@ -50,7 +50,9 @@ def write_comparison(
         last.schedule.save(stage / "schedule.yaml")
         if plans:
             plans[0].profile.save(stage / "profile.json")
-            save_figure(plot_plans(plans), stage / "profile.png")
+            # Of plans over blocks that of the schedule to deploy: their curves are of no token count.
+            figure = plans[-1].plot() if hasattr(plans[-1], "front") else plot_plans(plans)
+            save_figure(figure, stage / "profile.png")
         names = ("results.csv", "results.json", "schedule.yaml", "profile.json", "profile.png")
         return [(stage / name).replace(folder / name) for name in names if (stage / name).exists()]
 

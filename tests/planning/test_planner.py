@@ -26,7 +26,7 @@ def profile(latency, protocol="deployed", spread=0.001, **kwargs):
     values = {
         "tokens": tokens,
         "milliseconds": tuple(latency[count] for count in tokens),
-        "spread": (spread,) * len(tokens),
+        "spread": spread if isinstance(spread, tuple) else (spread,) * len(tokens),
         "rounds": (9,) * len(tokens),
         "method": "random" if protocol == "paper" else "pomt",
         "block": 0 if protocol == "paper" else 1,
@@ -118,6 +118,32 @@ def test_noise_is_no_reason_to_prune_and_no_flat_curve():
     made = lp.plan(vit(), IMAGES, profile=curve, block=1, confirm=False, progress=False)
     assert made.removed == 0
     assert "too noisy to choose by: 3 tokens seem 51.9% faster than dense, within a noise of" in made.reason
+
+
+def test_a_budget_that_only_noise_reaches_is_not_met_and_says_why():
+    curve = profile(STRAIGHT, spread=(8.0,) * 3 + (0.001,) * 12)  # of 3, 4 and 5 tokens
+    known = KnownCurve(curve, ACCURACIES["linear"])
+    shared = {"profile": curve, "curve": known, "block": 1, "confirm": False, "progress": False}
+    made = lp.plan(vit(), IMAGES, objective=lp.LatencyBudget(speedup=2), **shared)
+    assert made.removed == 0
+    assert "too noisy to choose by: 3 tokens seem 51.9% faster than dense" in made.reason
+    assert made.reason.endswith("The latency budget, 2x is not met.")
+    assert lp.plan(vit(), IMAGES, objective=lp.LatencyBudget(speedup=1.6), **shared).removed > 0
+
+
+def test_a_flat_curve_says_that_a_budget_is_missed():
+    made, _ = planned(dict.fromkeys(range(3, 18), 5.0), ACCURACIES["linear"], lp.LatencyBudget(speedup=1.5))
+    assert made.reason.endswith("The latency budget, 1.5x is not met.")
+    met, _ = planned(dict.fromkeys(range(3, 18), 5.0), ACCURACIES["linear"], lp.LatencyBudget(ms=5.0))
+    assert "not met" not in met.reason
+
+
+def test_a_budget_that_allows_no_loss():
+    lossless, _ = planned(STRAIGHT, lambda count: 1.0 - 1e-7 if count > 11 else 0.9, lp.AccuracyBudget(0))
+    assert lossless.tokens == 12
+    dense, _ = planned(STRAIGHT, lambda count: 0.999, lp.AccuracyBudget(0))
+    assert dense.removed == 0
+    assert "at most 0% lost): every faster count costs too much" in dense.reason
 
 
 def test_a_plateau_is_not_pruned_for_nothing():
@@ -223,7 +249,7 @@ def test_paper_protocol_takes_the_argmax_over_every_count():
 def test_a_finalist_that_is_not_faster_removes_nothing(monkeypatch):
     slow = Timing(9.9, 0.1, 0.99, 0.01, 31)
     monkeypatch.setattr(
-        "lightning_prune.planning.planner.compare_latency", lambda *_, **__: {"dense": slow, "pruned": slow}
+        "lightning_prune.planning.on_device.compare_latency", lambda *_, **__: {"dense": slow, "pruned": slow}
     )
     curve = profile(STRAIGHT)
     made = lp.plan(vit(), IMAGES, profile=curve, curve=KnownCurve(curve, lambda count: 1.0), block=1, progress=False)
@@ -237,7 +263,7 @@ def test_a_finalist_that_is_not_faster_removes_nothing(monkeypatch):
 def test_the_prediction_is_the_share_of_dense_that_the_profile_says(monkeypatch):
     """The machine runs at half its speed when the winner is timed: what is predicted is the ratio, not the clock."""
     half = {"dense": Timing(5.4, 0.1, 1.0, 0.0, 31), "pruned": Timing(2.7, 0.1, 0.5, 0.01, 31)}
-    monkeypatch.setattr("lightning_prune.planning.planner.compare_latency", lambda *_, **__: half)
+    monkeypatch.setattr("lightning_prune.planning.on_device.compare_latency", lambda *_, **__: half)
     curve = profile(STRAIGHT)
     made = lp.plan(vit(), IMAGES, profile=curve, curve=KnownCurve(curve, lambda count: 1.0), block=1, progress=False)
     assert made.predicted_ms == pytest.approx(STRAIGHT[made.tokens] / STRAIGHT[17] * 5.4)
@@ -268,7 +294,7 @@ def test_the_final_comparison_runs_at_the_profiled_batch_size(monkeypatch):
         seen.append(len(batch))
         return dict.fromkeys(variants, Timing(1.0, 0.1, 0.5, 0.01, 31))
 
-    monkeypatch.setattr("lightning_prune.planning.planner.compare_latency", compare)
+    monkeypatch.setattr("lightning_prune.planning.on_device.compare_latency", compare)
     curve = profile(STRAIGHT, context={"batch_size": 40})
     lp.plan(vit(), IMAGES, profile=curve, curve=KnownCurve(curve, lambda count: 1.0), block=1, progress=False)
     assert seen == [40]

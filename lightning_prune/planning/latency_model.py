@@ -1,0 +1,106 @@
+"""Latency of any schedule, from one curve and the price of a reduction."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lightning_prune.profiling import LatencyProfile
+from lightning_prune.schedule import Schedule
+
+Levels = NDArray[np.int64]
+
+
+class Price(NamedTuple):
+    """What a method costs besides the tokens, in milliseconds of a batch.
+
+    Attributes:
+        reducing: Of each block that reduces N tokens; of fewer in proportion.
+        after: Of each block after the first that reduces: merged tokens that attention must weigh by their sizes.
+    """
+
+    reducing: float = 0.0
+    after: float = 0.0
+
+
+FREE = Price()
+
+
+@dataclass(frozen=True)
+class LatencyModel:
+    """Blocks are alike, so what one costs at a token count is the same wherever it stands.
+
+    latency(schedule) = dense - sum over blocks of what each saves + prices. A block that reduces runs its attention on
+    the tokens that enter and its MLP on those that are left.
+
+    Attributes:
+        levels: (levels,) token counts of the curve, ascending; the last is N.
+        block_ms: (levels,) what a block costs less than at N, as a number <= 0 where it is faster.
+        dense_ms: Latency of the unpruned model.
+        depth: Blocks.
+        attention: Share of a block's time that lies before its reduction.
+        price: Of the method.
+
+    Example:
+        >>> import numpy as np
+        >>> from lightning_prune import Schedule
+        >>> from lightning_prune.planning.latency_model import LatencyModel
+        >>> model = LatencyModel(np.array([100, 200]), np.array([-1.0, 0.0]), dense_ms=10.0, depth=4, attention=0.25)
+        >>> model.predict(Schedule([0, 0, 100, 0]))
+        8.25
+    """
+
+    levels: Levels
+    block_ms: NDArray[np.float64]
+    dense_ms: float
+    depth: int
+    attention: float
+    price: Price = FREE
+
+    @classmethod
+    def from_profile(
+        cls, profile: LatencyProfile, attention: float, levels: Sequence[int] | None = None, price: Price = FREE
+    ) -> "LatencyModel":
+        """From a curve on which all tokens go before block 0, so that every block runs on the count.
+
+        Args:
+            profile: Of such a reduction, as `Random(site="input")`.
+            attention: Share of a block's time that lies before its reduction.
+            levels: Counts to keep; all if None.
+            price: Of the method that is planned for.
+        """
+        tokens = np.array(profile.tokens if levels is None else sorted({*levels, profile.dense_tokens}))
+        milliseconds = np.array([profile.at(int(count)) for count in tokens])
+        return cls(
+            tokens, (milliseconds - profile.dense_ms) / profile.depth, profile.dense_ms, profile.depth, attention, price
+        )
+
+    def at(self, tokens: float) -> float:
+        """What a block costs less than at N, at any count; straight between the levels."""
+        return float(np.interp(tokens, self.levels, self.block_ms))
+
+    def predict(self, schedule: Schedule) -> float:
+        """Milliseconds of a schedule.
+
+        Args:
+            schedule: One number a block.
+        """
+        n = entering = int(self.levels[-1])
+        total = self.dense_ms
+        for leaving in schedule.tokens(n):
+            total += self.attention * self.at(entering) + (1 - self.attention) * self.at(leaving)
+            total += self.price.reducing * (leaving < entering) * entering / n + self.price.after * (entering < n)
+            entering = leaving
+        return total
+
+    def steps(self) -> NDArray[np.float64]:
+        """(levels, levels) what a block adds to dense if so many tokens enter and so many leave; inf if more leave."""
+        entering, leaving = self.block_ms[:, None], self.block_ms[None, :]
+        added = self.attention * entering + (1 - self.attention) * leaving
+        places = np.arange(len(self.levels))
+        share = self.levels[:, None] / self.levels[-1]
+        added = added + self.price.reducing * share * (places[None, :] < places[:, None])
+        added = added + self.price.after * (places[:, None] < len(places) - 1)
+        return np.where(places[None, :] <= places[:, None], added, np.inf)

@@ -1,0 +1,143 @@
+"""Planning over several blocks and several methods."""
+
+import time
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from lightning_prune.patching import find_vision_transformer
+from lightning_prune.planning.block_search import BlockSearch
+from lightning_prune.planning.blocks_plan import BlocksPlan
+from lightning_prune.planning.confirm import Confirmed
+from lightning_prune.planning.finalists import decided
+from lightning_prune.planning.given_profile import check_profile, is_foreign
+from lightning_prune.planning.method_front import MethodFront
+from lightning_prune.planning.objective import Objective, Utility
+from lightning_prune.planning.search_arguments import check_search, usable_methods
+from lightning_prune.profiling import LatencyProfile, profile_latency
+from lightning_prune.profiling.latency import check_dense
+from lightning_prune.reduction import Random, Reduction
+from lightning_prune.schedule import Schedule
+
+AUTO = ("tome", "pomt-nearest", "topk")  # what method="auto" searches: the one that loses least, and two that cost less
+CURVE = Random(site="input")  # on whose latency curve every method is planned: all tokens go before block 0
+_HINT = (
+    'plan_blocks needs a curve of Random(site="input"), as profile_latency(model, batch, method=Random(site="input")) '
+    "measures it."
+)
+
+
+def plan_blocks(
+    model: nn.Module,
+    images: Tensor,
+    *,
+    example_batch: Tensor,
+    methods: Sequence[str | Reduction] = AUTO,
+    objective: Objective | None = None,
+    profile: LatencyProfile | None = None,
+    max_seconds: float = 30.0,
+    target: str | None = None,
+    progress: bool = True,
+) -> BlocksPlan:
+    """Chooses which blocks reduce, by how much and by which method.
+
+    How much every block minds is measured by itself, as KL divergence from the dense outputs; these costs add up, and
+    so do latencies, so that a dynamic programme finds the front of all schedules exactly. The best of every method, by
+    the objective and the measured proxy, are timed beside dense in one interleaved run, and the best of them there is
+    the plan. One that misses a latency budget is moved and timed again, a few times at most.
+
+    How many images the sensitivity is measured on depends on the pace of the machine, and is the same for all methods;
+    the plan says it. A seed alone does not fix the plan where the time limit cuts it short.
+
+    Args:
+        model: Any module that contains one Vision Transformer; dense and unpatched.
+        images: (images, channels, height, width) unlabelled calibration images, of the size of `example_batch`.
+        example_batch: (B, channels, height, width) images on the device, in the batch size that will be used.
+        methods: Names or reductions that act in blocks.
+        objective: `Utility()` if None.
+        profile: A latency curve on which all tokens go before block 0, of `Random(site="input")`; measured if None.
+            With one of another device nothing is timed here, and reducing is taken to cost nothing by itself.
+        max_seconds: Time limit of each of: the curve, the sensitivity of each method, the proxies of each method, and
+            thrice each run that times finalists. Run in any case: the dense model over all images, every method at a
+            few schedules over all images, and its sensitivity on the first 8 images.
+        target: Dotted path of the transformer in `model`.
+        progress: Shows bars on a terminal.
+
+    Returns:
+        The plan, with the front of every method.
+
+    Raises:
+        ArgumentError: If an argument is unusable, or a budget cannot be reached.
+        UnsupportedModelError: If the model cannot be pruned by any of the methods.
+
+    Example:
+        >>> import timm
+        >>> import torch
+        >>> from lightning_prune.planning import plan_blocks
+        >>> model = timm.create_model("vit_tiny_patch16_224", depth=4).eval()
+        >>> images = torch.randn(8, 3, 224, 224)
+        >>> plan = plan_blocks(model, images, example_batch=images[:1], methods=["tome"], max_seconds=2, progress=False)
+        >>> plan.schedule.depth
+        4
+    """
+    start = time.perf_counter()
+    objective = objective if objective is not None else Utility()
+    check_search(images, example_batch, objective, max_seconds)
+    transformer = find_vision_transformer(model, target)
+    check_dense(transformer)
+    reductions = usable_methods(methods, transformer)
+    foreign = False
+    if profile is None:
+        profile = profile_latency(
+            model, example_batch, method=CURVE, max_seconds=max_seconds, target=target, progress=progress
+        )
+    else:
+        check_profile(profile, transformer, CURVE, 0, "deployed", hint=_HINT)
+        foreign = is_foreign(profile, transformer, example_batch)
+    search = BlockSearch(model, transformer, images, example_batch, profile, foreign, max_seconds, target, progress)
+    fronts = search.fronts(reductions)
+    best, found = decided(search, fronts, objective)
+    return _plan(search, fronts, best, found, objective, time.perf_counter() - start)
+
+
+def _plan(
+    search: BlockSearch,
+    fronts: Sequence[MethodFront],
+    best: MethodFront,
+    found: Confirmed,
+    objective: Objective,
+    seconds: float,
+) -> BlocksPlan:
+    curve, entry = search.curve, best.entry(found.tokens)
+    n, reducing = curve.dense_tokens, entry.schedule.reducing
+    tokens = entry.schedule.tokens(n)[-1]
+    provenance = {
+        "method": best.reduction.name,
+        "settings": best.reduction.settings(),
+        "objective": str(objective),
+        "proxy": best.name,
+        "tokens_dense": n,
+        "tokens": tokens,
+        **dict(curve.context),
+    }
+    made = BlocksPlan(
+        schedule=Schedule(entry.schedule.removed, provenance),
+        method=best.reduction.name,
+        label=best.label,
+        block=min(reducing) if reducing else search.transformer.first,
+        objective=objective,
+        profile=curve,
+        proxy=best.name,
+        accuracy={n: 1.0, tokens: best(found.tokens)},
+        tokens=tokens,
+        reason=found.reason,
+        dense=found.dense,
+        pruned=found.pruned,
+        seconds=seconds,
+        front=tuple(entry for front in fronts for entry in front.everything()),
+        predicted_ratio=entry.milliseconds / curve.dense_ms,
+        reduction=best.reduction,
+        images=search.seen,
+        sensitivity_seconds=search.seconds,
+    )
+    return made.unless_slow()

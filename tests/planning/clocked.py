@@ -1,0 +1,70 @@
+"""A small model and a clock that is known: what planning over blocks is tested with."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from timm.models.vision_transformer import VisionTransformer
+
+from lightning_prune.patching.overlay import is_overlaid
+from lightning_prune.planning import plan_blocks
+from lightning_prune.profiling.timing import Interleaved
+from lightning_prune.profiling.variant import VariantSwitch
+
+IMAGES = torch.randn(24, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+DEPTH, N = 4, 17
+
+
+def vit(**kwargs):
+    torch.manual_seed(0)
+    shape = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": DEPTH, "num_heads": 2, "num_classes": 5}
+    model = VisionTransformer(**{**shape, **kwargs}).eval()
+    for parameter in model.parameters():
+        parameter.data.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A block takes a millisecond a token, 0.4 of it before the cut; a reducing block half a token's time more."""
+    current = {}
+    real, measure = VariantSwitch.to, Interleaved.measure
+
+    def to(self, variant):
+        real(self, variant)
+        current["variant"] = variant
+
+    def once(self, alternative):
+        self.prepare(alternative)
+        if isinstance(alternative, int):  # a curve: all tokens go before block 0
+            return 1e-3 * DEPTH * alternative
+        self.run()
+        variant = current["variant"]
+        total, entering = 0.0, N
+        for removed in (0,) * DEPTH if variant.schedule is None else variant.schedule.removed:
+            total += 0.4 * entering + 0.6 * (entering - removed) + (0.5 * entering / N if removed else 0.0)
+            entering -= removed
+        return 1e-3 * total
+
+    monkeypatch.setattr(VariantSwitch, "to", to)
+    monkeypatch.setattr(Interleaved, "once", once)
+    # Every round is like the other.
+    monkeypatch.setattr(
+        Interleaved,
+        "measure",
+        lambda self, names, rounds, *more, **kw: measure(self, names, min(rounds, 3), *more, **kw),
+    )
+    monkeypatch.setattr("lightning_prune.planning.block_search.attention_share", lambda *_: 0.4)
+
+
+def planned(model=None, **kwargs):
+    model = model or vit()
+    usual = {"images": IMAGES, "example_batch": IMAGES[:2], "max_seconds": 3, "progress": False}
+    made = plan_blocks(model, **{**usual, **kwargs})
+    assert not any(map(is_overlaid, model.modules()))
+    return made
+
+
+def milliseconds(schedule):
+    tokens = (N, *schedule.tokens(N))
+    return sum(0.4 * a + 0.6 * b + (0.5 * a / N if b < a else 0.0) for a, b in pairwise(tokens))

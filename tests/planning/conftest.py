@@ -1,0 +1,3 @@
+from .clocked import clock
+
+__all__ = ["clock"]

@@ -1,0 +1,59 @@
+import pytest
+
+from lightning_prune import LatencyProfile, Schedule
+from lightning_prune.planning.latency_model import FREE, LatencyModel, Price
+from lightning_prune.planning.prices import price_of, probes
+from lightning_prune.profiling import Timing
+from lightning_prune.reduction import resolve
+
+N, DEPTH = 197, 12
+
+
+def model(price=FREE):
+    tokens = tuple(range(20, N + 1))
+    profile = LatencyProfile(
+        tokens, tuple(5 + 0.1 * c for c in tokens), (0.01,) * len(tokens), (9,) * len(tokens), "random", 0, DEPTH
+    )
+    return LatencyModel.from_profile(profile, 0.4, price=price)
+
+
+def timed(schedules, known, noise=lambda index: 1.0):
+    """As measured on a machine that now runs at two thirds of its speed."""
+    found = {}
+    for index, (name, schedule) in enumerate(schedules.items()):
+        ratio = known.predict(schedule) / known.dense_ms * noise(index)
+        found[name] = Timing(1.5 * known.dense_ms * ratio, 0.1, ratio, 0.01, 9)
+    return found
+
+
+@pytest.mark.parametrize("price", [Price(0.4, 0.0), Price(0.0, 0.1), Price(0.4, 0.1), Price()])
+@pytest.mark.parametrize("method", ["pomt", "tome", "topk"])
+def test_planted_prices_are_found(price, method):
+    schedules = probes(resolve(method), N, 1, DEPTH, 0)
+    found = price_of(model(), schedules, timed(schedules, model(price)))
+    assert found == pytest.approx(price, abs=1e-9)
+
+
+@pytest.mark.parametrize("tilt", [-0.02, 0.02])
+def test_noise_makes_no_price_negative(tilt):
+    schedules = probes(resolve("tome"), N, 1, DEPTH, 0)
+    found = price_of(model(), schedules, timed(schedules, model(), lambda index: 1 + tilt * (1.5 - index)))
+    assert found.reducing >= 0
+    assert found.after >= 0
+
+
+@pytest.mark.parametrize(("tokens", "depth", "first"), [(197, 12, 0), (17, 4, 1), (5, 2, 0), (50, 3, 2), (3, 1, 0)])
+def test_probes_are_schedules_that_the_method_can_run(tokens, depth, first):
+    for method in ("pomt", "tome", "topk", "pomt-nearest"):
+        reduction = resolve(method)
+        for schedule in probes(reduction, tokens, 1, depth, first).values():
+            assert schedule.depth == depth
+            left = tokens
+            for block, removed in enumerate(schedule.removed):
+                assert not removed or block >= first
+                assert removed <= reduction.capacity(left, 1)
+                left -= removed
+
+
+def test_without_a_probe_that_reduces_there_is_no_price():
+    assert price_of(model(), {"nothing": Schedule([0] * DEPTH)}, {}) == Price()
