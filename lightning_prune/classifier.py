@@ -1,6 +1,7 @@
 """The LightningModule around an image classifier: accuracy, throughput and latency of a validation."""
 
 import difflib
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import lightning as L
@@ -9,8 +10,10 @@ from timm.data.config import resolve_model_data_config
 from torch import Tensor, nn
 
 from lightning_prune import zoo
+from lightning_prune.compiling import Compiled, Mode, eagerly, read_mode
 from lightning_prune.errors import ArgumentError, WeightsError
 from lightning_prune.evaluation import Evaluation, check_batch, split_batch
+from lightning_prune.patching import find_vision_transformer
 from lightning_prune.weights import load_weights
 
 __all__ = ["ImageClassifier", "zoo"]  # zoo is imported for what that does: the embedded model becomes known to timm
@@ -41,7 +44,9 @@ class ImageClassifier(L.LightningModule):
         weights: A weights file for the model: `.safetensors`, `.pth`, or a Lightning checkpoint; read without pickle.
         num_classes: Size of the head; by default the model's own. With another size than that of timm's weights
             the head is a new one, at random.
-        compile: Whether to run the model through `torch.compile`.
+        compile: Whether to run the model through `torch.compile`: True, or one of its modes, as `"reduce-overhead"` for
+            CUDA graphs. Each batch size is compiled for itself; batches smaller than the first of a run, as the last
+            one may be, run eagerly.
         model_kwargs: Further arguments of `timm.create_model`.
         warmup: How many batches at the start do not count for the times; at least one always counts.
 
@@ -66,7 +71,7 @@ class ImageClassifier(L.LightningModule):
         pretrained: bool = True,
         weights: str | None = None,
         num_classes: int | None = None,
-        compile: bool = False,
+        compile: bool | Mode = False,
         model_kwargs: dict[str, Any] | None = None,
         warmup: int = 2,
     ) -> None:
@@ -84,8 +89,10 @@ class ImageClassifier(L.LightningModule):
             load_weights(model, weights)
         self.model = model
         self.num_classes = num_classes or _head_size(model)
-        if compile:
-            self.model.compile()  # in place: the keys of the state_dict stay
+        mode = read_mode(compile)
+        if mode is not None:  # in place: the keys of the state_dict stay
+            Compiled(self.model, mode, list(find_vision_transformer(self.model).blocks) if mode == "blocks" else None)
+        self._compiled, self._batch_size = mode is not None, 0
         self.evaluation = Evaluation(self.num_classes, warmup)
 
     @property
@@ -121,7 +128,9 @@ class ImageClassifier(L.LightningModule):
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """Returns the logits of a batch, [batch, classes]; labels in it are ignored."""
-        logits: Tensor = self(batch[0] if isinstance(batch, list | tuple) else batch)
+        images = batch[0] if isinstance(batch, list | tuple) else batch
+        with self._eagerly_if_short(images, batch_idx):
+            logits: Tensor = self(images)
         return logits
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -135,10 +144,17 @@ class ImageClassifier(L.LightningModule):
     def _evaluate(self, batch: Any, stage: str, batch_idx: int, dataloader_idx: int) -> None:
         where = f"{stage} batch {batch_idx}"
         images, labels = split_batch(batch, where)
-        with self.evaluation.timing(images):
+        with self._eagerly_if_short(images, batch_idx), self.evaluation.timing(images):
             logits = self(images)
         check_batch(logits, labels, self.num_classes, where)
         self.evaluation.update(logits, labels, batch_idx, dataloader_idx)
+
+    def _eagerly_if_short(self, images: Any, batch_idx: int) -> AbstractContextManager[Any]:
+        """Eager for a batch smaller than the first of its loader: it comes once, and would be compiled for seconds."""
+        if not self._compiled:
+            return nullcontext()
+        self._batch_size = len(images) if batch_idx == 0 else self._batch_size
+        return eagerly() if len(images) < self._batch_size else nullcontext()
 
     def _log_evaluation(self, stage: str) -> None:
         for name, metric in self.evaluation.finish().items():

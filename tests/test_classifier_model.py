@@ -57,7 +57,7 @@ def test_checkpoint_stands_alone(tmp_path: Path) -> None:
 
 def test_compile_keeps_the_keys_and_copies(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[nn.Module] = []
-    monkeypatch.setattr(nn.Module, "compile", lambda self: compiled.append(self))
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **_: compiled.append(self))
     module = tiny(compile=True)
     assert compiled == [module.model]
     assert list(module.state_dict()) == list(tiny().state_dict())

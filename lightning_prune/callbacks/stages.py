@@ -15,6 +15,9 @@ class EvaluationCallback(L.Callback, ABC):
     ) -> None:
         """Called with each batch: it is on the device in its dtype, and its step has not run."""
 
+    def _after_batch(self) -> None:
+        """Called when the step of a batch has run."""
+
     @abstractmethod
     def _figures(self) -> dict[str, float]:
         """What to log at the end of an epoch; may be empty."""
@@ -40,6 +43,18 @@ class EvaluationCallback(L.Callback, ABC):
     ) -> None:
         """See `on_validation_batch_start`."""
         self._before_batch(trainer, pl_module, batch, batch_idx, dataloader_idx)
+
+    def on_validation_batch_end(self, *_: Any) -> None:
+        """Acts after the step."""
+        self._after_batch()
+
+    def on_test_batch_end(self, *_: Any) -> None:
+        """See `on_validation_batch_end`."""
+        self._after_batch()
+
+    def on_predict_batch_end(self, *_: Any) -> None:
+        """See `on_validation_batch_end`."""
+        self._after_batch()
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Logs the figures."""
