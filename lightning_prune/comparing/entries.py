@@ -5,9 +5,10 @@ from difflib import get_close_matches
 from typing import NamedTuple
 
 from lightning_prune.errors import ArgumentError
+from lightning_prune.planning.several import AUTO
 from lightning_prune.reduction import Reduction, names, resolve
 
-DENSE_NAME, INT8_NAME = "dense", "int8"
+DENSE_NAME, INT8_NAME, AUTO_NAME = "dense", "int8", "auto"
 _AND_INT8 = "+int8"
 
 
@@ -18,30 +19,37 @@ class Entry(NamedTuple):
         name: As the user calls it: `pomt`, `int8`, `pomt+int8`.
         reduction: The reduction; None where no token goes.
         int8: Whether the model runs in 8 bits.
+        searched: The methods of which the planner chooses; none where the name says which it is.
     """
 
     name: str
     reduction: Reduction | None
     int8: bool
+    searched: tuple[str, ...] = ()
+
+    @property
+    def searches(self) -> bool:
+        """Whether method and blocks are left to the planner."""
+        return bool(self.searched)
 
     @property
     def method(self) -> str:
         """What the column `method` says."""
-        if self.reduction is None:
+        if self.reduction is None and not self.searches:
             return INT8_NAME if self.int8 else ""
         return self.name.removesuffix(_AND_INT8)
 
     @property
     def has_targets(self) -> bool:
         """Whether its latency can be chosen, so that it gets a row for each target."""
-        return self.reduction is not None and not self.reduction.adaptive
+        return self.searches or (self.reduction is not None and not self.reduction.adaptive)
 
 
 def read_methods(methods: Sequence[str], own: Reduction) -> list[Entry]:
     """The entries that the names stand for; dense comes first and is added where it is missing.
 
     Args:
-        methods: Names of reductions, `dense`, `int8`, and names of reductions with `+int8`.
+        methods: Names of reductions, `auto`, `dense`, `int8`, and names of reductions with `+int8`.
         own: The reduction of the pruner: its name means this instance, with its settings.
 
     Raises:
@@ -70,6 +78,8 @@ def _read(name: object, own: Reduction) -> Entry:
         raise ArgumentError(f"`methods` must hold names, got {name!r}.")
     if name == INT8_NAME:
         return Entry(name, None, True)
+    if name == AUTO_NAME:
+        return Entry(name, None, False, AUTO)
     plain = name.removesuffix(_AND_INT8)
     try:
         reduction = own if plain == own.name else resolve(plain)
@@ -77,13 +87,13 @@ def _read(name: object, own: Reduction) -> Entry:
         known = names()
         if plain in known:  # it exists, but needs what a name cannot say, as a vocabulary
             raise
-        near = get_close_matches(plain.lower(), [*known, DENSE_NAME, INT8_NAME], n=1)
+        near = get_close_matches(plain.lower(), [*known, AUTO_NAME, DENSE_NAME, INT8_NAME], n=1)
         with_int8 = name != plain
         meant = [
             close + _AND_INT8 * with_int8 if close in known else INT8_NAME if with_int8 else close for close in near
         ]
         hint = f" Did you mean {meant[0]!r}?" if meant else ""
-        listed = ", ".join([DENSE_NAME, *known, INT8_NAME])
+        listed = ", ".join([DENSE_NAME, *known, AUTO_NAME, INT8_NAME])
         raise ArgumentError(
             f"`methods` must be of {listed}, or two of them as pomt+int8; got {name!r}.{hint}"
         ) from error

@@ -1,6 +1,7 @@
 """The first batch of a comparison: what is known of the question already, and deciding the rest."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +10,17 @@ from torch import Tensor
 
 from lightning_prune.callbacks import TokenPruning
 from lightning_prune.callbacks.images import calibration_images, images_from_batch
+from lightning_prune.callbacks.planned import profiled, sample
 from lightning_prune.callbacks.random_state import preserving_random_state
 from lightning_prune.callbacks.together import decided_by_rank_zero, refuse_sharded
 from lightning_prune.comparing.decide import decide
 from lightning_prune.comparing.entries import Entry
-from lightning_prune.comparing.planned import Decided, Planned
-from lightning_prune.comparing.question import ask, data_identity, weights_digest
+from lightning_prune.comparing.planned import Decided, Planned, reduction_of
+from lightning_prune.comparing.question import ask, data_identity, digest, weights_digest
 from lightning_prune.comparing.state import Finished, State
 from lightning_prune.errors import DataError
 from lightning_prune.patching import TokenTrace, find_vision_transformer, trace_tokens
+from lightning_prune.planning.block_search import BlockSearch
 from lightning_prune.profiling import measurement_context
 from lightning_prune.schedule import Schedule
 
@@ -59,16 +62,26 @@ class Opening(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any
     ) -> tuple[Decided, dict[str, Finished]]:
         pruner = self.pruner
+        pruner.compilation.begin(pruner, pl_module)
         images = images_from_batch(batch, pruner.images_from_batch)
         with preserving_random_state(), trainer.precision_plugin.forward_context():
             transformer = find_vision_transformer(pl_module, pruner.target)
+            calibration = None
+            settings: dict[str, Any] = {
+                "block": pruner.place,
+                "max_seconds": pruner.max_seconds,
+                "target": pruner.target,
+            }
+            if any(entry.searches for entry in self.entries):
+                calibration = sample(pruner, trainer, pl_module, batch).images
+                settings["calibration"] = digest(calibration)
             question = ask(
                 weights=weights_digest(pl_module),
                 data=data_identity(trainer.val_dataloaders, batch, self.limit),
                 context=measurement_context(transformer.runner, images),
                 entries=self.entries,
                 speedups=self.speedups,
-                settings={"block": pruner.block, "max_seconds": pruner.max_seconds, "target": pruner.target},
+                settings=settings,
             )
             self.state = State(self.output, question, self.fresh)
             decided = self.state.decided()
@@ -79,9 +92,10 @@ class Opening(L.Callback):
                     images,
                     self.entries,
                     self.speedups,
-                    block=pruner.block,
+                    block=pruner.place,
                     max_seconds=pruner.max_seconds,
                     progress=pruner.verbose,
+                    searching=None if calibration is None else partial(self._search, pl_module, images, calibration),
                 )
                 self.state.keep_decided(decided)
             finished = self._known(self.state, decided)
@@ -89,6 +103,25 @@ class Opening(L.Callback):
             self.pictures = pictures.detach().cpu()
             self.traces = self._traced(pl_module, pictures, decided)
         return decided, finished
+
+    def _search(self, pl_module: L.LightningModule, images: Tensor, calibration: Tensor) -> BlockSearch:
+        """What `auto` searches with; its latency curve may be one that is kept."""
+        pruner = self.pruner
+        found = profiled(pruner, pl_module, images, over_blocks=True)
+        if found.reused:
+            when = found.profile.context.get("measured", "before")
+            self.tell(f"The latency curve that `auto` plans on was measured {when}, and kept.")
+        return BlockSearch(
+            model=pl_module,
+            transformer=find_vision_transformer(pl_module, pruner.target),
+            images=calibration,
+            batch=images,
+            curve=found.profile,
+            foreign=False,
+            max_seconds=pruner.max_seconds,
+            target=pruner.target,
+            progress=pruner.verbose,
+        )
 
     def _known(self, state: State, decided: Decided) -> dict[str, Finished]:
         variants = [planned.variant for planned in decided.planned if planned.timing is not None]
@@ -121,9 +154,9 @@ class Opening(L.Callback):
     def _traced(self, pl_module: L.LightningModule, images: Tensor, decided: Decided) -> dict[str, TokenTrace]:
         """One variant of each method in float: all at the largest target that they all reach, where there is one."""
         rows: dict[str, list[Planned]] = {}
-        reductions = {entry.name: entry.reduction for entry in self.entries if not entry.int8}
+        entries = {entry.name: entry for entry in self.entries if not entry.int8 and entry.method}
         for planned in decided.planned:
-            if planned.timing is not None and reductions.get(planned.entry) is not None:
+            if planned.timing is not None and planned.entry in entries:
                 rows.setdefault(planned.entry, []).append(planned)
         shared = [s for s in self.speedups if all(s in {p.target for p in r} for r in rows.values() if r[0].schedule)]
         traces = {}
@@ -131,8 +164,8 @@ class Opening(L.Callback):
             chosen = next(
                 (p for p in candidates if shared and p.target == shared[-1]), candidates[len(candidates) // 2]
             )
-            reduction = reductions[name]
-            assert reduction is not None
+            reduction = reduction_of(chosen, entries[name])
+            assert reduction is not None  # as every entry with a method and a timing has one
             counts = None if chosen.schedule is None else Schedule(chosen.schedule.removed)  # not for this batch size
             trace = trace_tokens(pl_module, images, reduction, counts, target=self.pruner.target)
             traces[chosen.variant] = TokenTrace(trace.groups.cpu(), trace.held.cpu(), trace.tokens.cpu(), trace.grid)

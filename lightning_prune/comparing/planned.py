@@ -6,7 +6,10 @@ from typing import Any
 
 from lightning_prune.comparing.entries import Entry
 from lightning_prune.profiling import Timing, Variant
+from lightning_prune.reduction import Reduction, resolve
 from lightning_prune.schedule import Schedule
+
+_PLAIN = ("variant", "entry", "method", "int8", "chosen", "target", "note")
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,7 @@ class Planned:
         note: What is to be said of it, as why it cannot.
         joules_per_image: Energy; None where there is no counter.
         watts: Mean power.
+        chosen: Name of the reduction that `auto` chose; empty where the entry says it.
     """
 
     variant: str
@@ -38,6 +42,7 @@ class Planned:
     note: str = ""
     joules_per_image: float | None = None
     watts: float | None = None
+    chosen: str = ""
 
     @property
     def runs(self) -> tuple[str, Schedule | None]:
@@ -47,7 +52,9 @@ class Planned:
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
         return {
-            **{name: getattr(self, name) for name in ("variant", "entry", "method", "int8", "target", "note")},
+            **{
+                name: getattr(self, name) for name in ("variant", "entry", "method", "int8", "chosen", "target", "note")
+            },
             "settings": dict(self.settings),
             "schedule": None if self.schedule is None else self.schedule.to_dict(),
             "timing": None if self.timing is None else asdict(self.timing),
@@ -66,11 +73,17 @@ class Planned:
         return cls(**{**values, **read})
 
 
+def reduction_of(planned: Planned, entry: Entry) -> Reduction | None:
+    """The method of a planned variant; None where no token goes. Those that `auto` chooses from have names."""
+    return resolve(planned.chosen) if planned.chosen else entry.reduction
+
+
 def variant_of(planned: Planned, entry: Entry) -> Variant:
     """What a planned variant runs as."""
-    if entry.reduction is None or (planned.schedule is not None and not planned.schedule.total):
+    reduction = reduction_of(planned, entry)
+    if reduction is None or (planned.schedule is not None and not planned.schedule.total):
         return Variant(int8=entry.int8)
-    return Variant(entry.reduction, planned.schedule, entry.int8)
+    return Variant(reduction, planned.schedule, entry.int8)
 
 
 @dataclass(frozen=True)

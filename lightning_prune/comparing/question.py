@@ -13,13 +13,18 @@ from lightning_prune import __version__
 from lightning_prune.comparing.entries import Entry
 
 
+def digest(value: Tensor) -> str:
+    """A digest of shape, dtype and every bit of a tensor."""
+    return hashlib.sha256(_bytes_of(value)).hexdigest()[:32]
+
+
 def weights_digest(model: nn.Module) -> str:
     """A digest of every parameter and buffer that a checkpoint would hold, names, shapes and dtypes included."""
-    digest = hashlib.sha256()
+    found = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(_bytes_of(value) if isinstance(value, Tensor) else repr(value).encode())
-    return digest.hexdigest()[:32]
+        found.update(name.encode())
+        found.update(_bytes_of(value) if isinstance(value, Tensor) else repr(value).encode())
+    return found.hexdigest()[:32]
 
 
 def data_identity(loaders: Any, batch: Any, limit: int | float | None) -> dict[str, Any]:
@@ -32,14 +37,14 @@ def data_identity(loaders: Any, batch: Any, limit: int | float | None) -> dict[s
     """
     found = tree_flatten(getattr(loaders, "iterables", loaders))[0]
     datasets = [getattr(loader, "dataset", loader) for loader in found]
-    digest = hashlib.sha256()
+    first = hashlib.sha256()
     for leaf in tree_leaves(batch):
-        digest.update(_bytes_of(leaf) if isinstance(leaf, Tensor) else repr(leaf).encode())
+        first.update(_bytes_of(leaf) if isinstance(leaf, Tensor) else repr(leaf).encode())
     return {
         "datasets": [type(dataset).__name__ for dataset in datasets],
         "items": [_length(dataset) for dataset in datasets],
         "limit_val_batches": limit,
-        "first_batch": digest.hexdigest()[:32],
+        "first_batch": first.hexdigest()[:32],
     }
 
 
@@ -62,8 +67,7 @@ def ask(
         speedups: The targets.
         settings: Whatever else the answer depends on.
     """
-    # Not its settings, which may name a file (a vocabulary) that was written anew meanwhile.
-    methods = {entry.name: {} if entry.reduction is None else vars(entry.reduction) for entry in entries}
+    methods = {entry.name: _contents(entry) for entry in entries}
     question = {
         "weights": weights,
         "data": dict(data),
@@ -86,6 +90,13 @@ def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     return [key for key in {**one, **other} if one.get(key) != other.get(key)]
 
 
+def _contents(entry: Entry) -> Mapping[str, Any]:
+    """What a method is; not its settings, which may name a file (a vocabulary) that was written anew meanwhile."""
+    if entry.searches:
+        return {"searched": entry.searched}
+    return {} if entry.reduction is None else vars(entry.reduction)
+
+
 def _length(dataset: Any) -> int | None:
     """How many items a dataset has; None where it does not know, as a stream whose `__len__` raises."""
     try:
@@ -96,7 +107,7 @@ def _length(dataset: Any) -> int | None:
 
 def _told(value: Any) -> str:
     """A setting as text; of a tensor everything, where `repr` would leave out its middle."""
-    return hashlib.sha256(_bytes_of(value)).hexdigest()[:32] if isinstance(value, Tensor) else repr(value)
+    return digest(value) if isinstance(value, Tensor) else repr(value)
 
 
 def _bytes_of(value: Tensor) -> bytes:

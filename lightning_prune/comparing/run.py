@@ -63,7 +63,7 @@ def compare_methods(
         trainer: Runs all validations; `pruner` must be among its callbacks.
         model: The module; dense again afterwards.
         pruner: Gives block, time limit, target and `images_from_batch`; and its own reduction where it is named.
-        methods: Names of reductions, `dense`, `int8`, and names of reductions with `+int8`.
+        methods: Names of reductions, `auto`, `dense`, `int8`, and names of reductions with `+int8`.
         speedups: The targets; `SPEEDUPS` if None.
         output: Folder, writable.
         fresh: Forgets what is known of this question.
