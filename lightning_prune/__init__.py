@@ -18,6 +18,7 @@ _HOME = {
     "ImageClassifier": "classifier",
     "ImageFolderData": "data",
     "KeepRates": "keep_rates",
+    "LatencyBudget": "planning.objective",
     "LatencyProfile": "profiling.curve",
     "PatchHandle": "patching",
     "Plan": "planning.plan",
@@ -65,6 +66,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors, which cannot 
     from lightning_prune.patching import PatchHandle as PatchHandle
     from lightning_prune.patching import patch as patch
     from lightning_prune.planning.objective import AccuracyBudget as AccuracyBudget
+    from lightning_prune.planning.objective import LatencyBudget as LatencyBudget
     from lightning_prune.planning.objective import Utility as Utility
     from lightning_prune.planning.plan import Plan as Plan
     from lightning_prune.planning.planner import plan as plan

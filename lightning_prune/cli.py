@@ -22,12 +22,13 @@ from lightning_prune.trainer import PruneTrainer
 
 _PASSED_BY_CODE = {"model", "dataloaders", "datamodule"}
 _SEVERAL = ("--methods", "--speedups")
+_SWITCHES = ("--fresh", "--refresh")
 
 __all__ = ["DigitsData", "ImageFolderData", "PruneCLI", "run"]  # the data classes are found by their bare names
 
 
 class PruneCLI(LightningCLI):
-    """`lightning-prune validate | test | profile | compare | vocabulary`.
+    """`lightning-prune validate | test | profile | plan | compare | vocabulary`.
 
     Args:
         words: What was typed after the name of the command.
@@ -45,7 +46,7 @@ class PruneCLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """The methods of the trainer that are commands, with the arguments that code fills in."""
-        return dict.fromkeys(("validate", "test", "profile", "compare", "vocabulary"), _PASSED_BY_CODE)
+        return dict.fromkeys(("validate", "test", "profile", "plan", "compare", "vocabulary"), _PASSED_BY_CODE)
 
     def instantiate_classes(self) -> None:
         """Creates the objects; where a class refuses its arguments, in its own words."""
@@ -100,8 +101,8 @@ def gathered(words: list[str]) -> list[str]:
                 _check_numbers(values)
             position += len(more)
             word = f"{name}={json.dumps(values)}"
-        elif word == "--fresh" and (position == len(words) or words[position].startswith("--")):
-            word = "--fresh=true"
+        elif word in _SWITCHES and (position == len(words) or words[position].startswith("--")):
+            word = f"{word}=true"
         found.append(word)
     return found
 

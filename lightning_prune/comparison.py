@@ -1,5 +1,6 @@
 """Dense against pruned on the same data, device and clock: the rows of one honest table."""
 
+import re
 import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -77,7 +78,7 @@ def compare(
 
 
 def _objectives(pruner: TokenPruning, max_drop: float | None) -> dict[str, Objective]:
-    name = pruner.reduction.name
+    name = pruner.label
     given = pruner.schedule != "auto"
     if max_drop is not None and (given or isinstance(pruner.objective, AccuracyBudget)):
         why = "the schedule is given" if given else f"the objective is {pruner.objective}"
@@ -85,9 +86,14 @@ def _objectives(pruner: TokenPruning, max_drop: float | None) -> dict[str, Objec
     if isinstance(pruner.objective, AccuracyBudget):
         return {f"{name} budget": pruner.objective}
     return {
-        f"{name} utility": pruner.objective,
+        f"{name} {_kind(pruner.objective)}": pruner.objective,
         f"{name} budget": AccuracyBudget(0.005 if max_drop is None else max_drop),
     }
+
+
+def _kind(objective: Objective) -> str:
+    """What an objective is, in words: of `LatencyBudget` "latency budget"."""
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", type(objective).__name__).lower()
 
 
 def writable(output: str | Path) -> Path:

@@ -11,12 +11,12 @@ from torch import Tensor
 from lightning_prune.callbacks import TokenPruning
 from lightning_prune.callbacks.decision import Decision, given_schedule, measure_given
 from lightning_prune.callbacks.images import Calibration, images_from_batch
+from lightning_prune.callbacks.planned import check_labels, planned, profiled, sample
 from lightning_prune.callbacks.random_state import preserving_random_state
 from lightning_prune.callbacks.together import decided_by_rank_zero, refuse_sharded
-from lightning_prune.errors import ArgumentError
 from lightning_prune.patching import find_vision_transformer
 from lightning_prune.planning import Objective, ProxyCurve, plan
-from lightning_prune.profiling import Timing, compare_latency, profile_latency
+from lightning_prune.profiling import Timing, compare_latency
 from lightning_prune.schedule import Schedule
 from lightning_prune.shares import shares_of
 
@@ -63,21 +63,24 @@ class Survey(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any
     ) -> tuple[dict[str, Decision], dict[str, Timing]]:
         pruner = self.pruner
+        pruner.compilation.begin(pruner, pl_module)
         images = images_from_batch(batch, pruner.images_from_batch)
         with preserving_random_state(), trainer.precision_plugin.forward_context():
             transformer = find_vision_transformer(pl_module, pruner.target)
             if pruner.schedule == "auto":
-                calibration = pruner.sample(trainer, pl_module, batch)
+                calibration = sample(pruner, trainer, pl_module, batch)
                 decisions = self._planned(pl_module, images, calibration)
             else:
-                schedule = given_schedule(pruner.schedule, pruner.block, transformer, pruner.reduction, images)
+                schedule = given_schedule(pruner.schedule, pruner.place, transformer, pruner.reduction, images)
                 limit = pruner.max_seconds / 3
                 given = measure_given(
                     pl_module, images, pruner.reduction, schedule, limit, pruner.target, progress=pruner.verbose
                 )
                 decisions = {f"{pruner.reduction.name} given": given}
             variants: dict[str, tuple[Any, Schedule] | None] = {"dense": None}
-            variants |= {n: (pruner.reduction, d.schedule) for n, d in decisions.items() if d.schedule.total}
+            variants |= {
+                n: (d.reduction or pruner.reduction, d.schedule) for n, d in decisions.items() if d.schedule.total
+            }
             timings = compare_latency(
                 pl_module,
                 images,
@@ -94,42 +97,33 @@ class Survey(L.Callback):
 
     def _planned(self, pl_module: L.LightningModule, images: Tensor, calibration: Calibration) -> dict[str, Decision]:
         pruner = self.pruner
-        shared: dict[str, Any] = {
-            "method": pruner.reduction,
-            "block": pruner.block,
-            "protocol": pruner.protocol,
-            "target": pruner.target,
-            "progress": pruner.verbose,
-        }
-        paper = pruner.protocol == "paper"
-        if paper and calibration.labels is None:  # said before hours of profiling
-            raise ArgumentError("protocol='paper' needs labels, and the calibration batches hold none.")
-        limit = None if paper else pruner.max_seconds
-        profile = profile_latency(pl_module, images, max_seconds=limit, **shared)
-        labels = calibration.labels if paper else None
-        curve = ProxyCurve(
-            pl_module,
-            calibration.images,
-            profile,
-            pruner.reduction,
-            labels=labels,
-            target=pruner.target,
-            progress=pruner.verbose,
-        )
+        check_labels(pruner, calibration)
+        found = profiled(pruner, pl_module, images)
+        if pruner.searches:
+            return {
+                name: planned(pruner, pl_module, images, calibration, found, objective)
+                for name, objective in self.objectives.items()
+            }
+        labels = calibration.labels if pruner.protocol == "paper" else None
+        shared: dict[str, Any] = {"labels": labels, "target": pruner.target, "progress": pruner.verbose}
+        curve = ProxyCurve(pl_module, calibration.images, found.profile, pruner.reduction, **shared)
         return {
             name: Decision.from_plan(
                 plan(
                     pl_module,
                     calibration.images,
-                    profile=profile,
+                    profile=found.profile,
                     curve=curve,
-                    labels=labels,
                     objective=objective,
+                    method=pruner.reduction,
+                    block=pruner.place,
+                    protocol=pruner.protocol,
                     confirm=False,
                     max_seconds=pruner.max_seconds,
                     **shared,
                 ),
                 calibration.source,
+                found.reused,
             )
             for name, objective in self.objectives.items()
         }
@@ -142,5 +136,5 @@ def _confirmed(decision: Decision, timings: dict[str, Timing], name: str) -> Dec
     dense, pruned = timings["dense"], timings[name]
     if decision.plan is not None:
         confirmed = replace(decision.plan, dense=dense, pruned=pruned).unless_slow()
-        return Decision.from_plan(confirmed, decision.calibration)
+        return Decision.from_plan(confirmed, decision.calibration, bool(decision.reused))
     return replace(decision, dense_ms=dense.milliseconds, latency_ms=pruned.milliseconds, speedup=1 / pruned.ratio)

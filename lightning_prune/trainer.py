@@ -1,27 +1,28 @@
-"""A Lightning Trainer with three more verbs: profile, compare and vocabulary."""
+"""A Lightning Trainer with four more verbs: profile, plan, compare and vocabulary."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from lightning_prune.callbacks import TokenPruning
 from lightning_prune.callbacks.attached import attached_callbacks
-from lightning_prune.callbacks.images import images_from_batch
-from lightning_prune.callbacks.together import decided_by_rank_zero
 from lightning_prune.comparing.run import compare_methods
 from lightning_prune.comparison import compare, writable
 from lightning_prune.errors import ArgumentError
-from lightning_prune.profiling import LatencyProfile, profile_latency
+from lightning_prune.plan_command import run_plan, run_profile
+from lightning_prune.planning import Plan
+from lightning_prune.profiling import LatencyProfile
 from lightning_prune.vocabulary import Vocabulary
 from lightning_prune.vocabulary_command import learn_words
 
 
 class PruneTrainer(L.Trainer):
-    """`lightning.Trainer` with `profile`, `compare` and `vocabulary`; the command line runs its methods.
+    """`lightning.Trainer` with `profile`, `plan`, `compare` and `vocabulary`; the command line runs its methods.
 
     Settings of the pruning come from the `TokenPruning` callback among its callbacks, or are that callback's defaults.
 
@@ -43,6 +44,8 @@ class PruneTrainer(L.Trainer):
         dataloaders: Any = None,
         datamodule: L.LightningDataModule | None = None,
         output: str = "results/profile",
+        refresh: bool = False,
+        device: str | None = None,
     ) -> LatencyProfile:
         """Measure latency against tokens on the first validation batch; writes profile.json and profile.png.
 
@@ -51,30 +54,48 @@ class PruneTrainer(L.Trainer):
             dataloaders: Validation loaders, if there is no datamodule.
             datamodule: Gives the validation loader.
             output: Folder for the files.
+            refresh: Measures anew even where a profile of just this model, device and batch is kept.
+            device: A device to simulate, as simulated:multiprocessors=8,tile=64; this one if not given.
 
         Raises:
-            ArgumentError: If `output` cannot be written to, or there is no batch to profile on.
+            ArgumentError: If `output` cannot be written to, `device` is none, there is no batch to profile on, or
+                `refresh` or the paper's protocol is asked for on a simulated device.
         """
-        folder = writable(output)
-        pruner = self._pruner()
-        probe = _Profiling(pruner)
-        batches, enabled, callbacks = self.limit_val_batches, pruner.enabled, attached_callbacks(self)
-        self.limit_val_batches, pruner.enabled = 1, False
-        callbacks.append(probe)
-        try:
-            self.validate(model, dataloaders=dataloaders, datamodule=datamodule, verbose=False)
-        finally:
-            callbacks.remove(probe)
-            self.limit_val_batches, pruner.enabled = batches, enabled
-        if probe.profile is None:
-            raise ArgumentError("The validation loader yielded no batch to profile on.")
-        if self.is_global_zero:
-            paths = [probe.profile.save(folder / "profile.json"), folder / "profile.png"]
-            probe.profile.plot(paths[1])
-            console = Console(markup=False)
-            console.print(_profile_table(probe.profile))
-            console.print(f"{_shape(probe.profile)} Written: {', '.join(map(str, paths))}", soft_wrap=True)
-        return probe.profile
+        data = {"dataloaders": dataloaders, "datamodule": datamodule}
+        with self._refreshing(refresh) as pruner:
+            return run_profile(self, model, pruner, output, device, **data)
+
+    def plan(
+        self,
+        model: L.LightningModule,
+        dataloaders: Any = None,
+        datamodule: L.LightningDataModule | None = None,
+        output: str = "results/plan",
+        profile: str | None = None,
+        device: str | None = None,
+        refresh: bool = False,
+    ) -> Plan:
+        """Plan a schedule, also for a device that is elsewhere; writes schedule.yaml, plan.json and plan.png.
+
+        Accuracy is estimated here, on images of the validation data; latency is measured here too, or taken from a
+        profile that was measured where the schedule is to be used, or simulated.
+
+        Args:
+            model: The module that contains the Vision Transformer.
+            dataloaders: Validation loaders, if there is no datamodule.
+            datamodule: Gives the validation loader.
+            output: Folder for the files.
+            profile: A profile.json that `profile` wrote, here or elsewhere.
+            device: A device to simulate, as simulated:multiprocessors=8,tile=64.
+            refresh: Measures anew even where a profile of just this model, device and batch is kept.
+
+        Raises:
+            ArgumentError: As `profile`, if both `profile` and `device` are given, or if the pruner has a schedule.
+            FileFormatError: If `profile` is no profile.
+        """
+        data = {"dataloaders": dataloaders, "datamodule": datamodule}
+        with self._refreshing(refresh) as pruner:
+            return run_plan(self, model, pruner, output, profile, device, **data)
 
     def compare(
         self,
@@ -129,6 +150,9 @@ class PruneTrainer(L.Trainer):
             console.print(results_table(rows))
             for name, decision in decisions.items():
                 console.print(f"[bold]{escape(name)}[/bold]: {escape(decision.reason)}", highlight=False)
+            reused = next((decision.reused for decision in decisions.values() if decision.reused), "")
+            if reused:
+                console.print(f"The latency profile is of {reused}, and kept; --prune.refresh true measures it anew.")
             written = escape(", ".join(map(str, paths)))
             console.print(f"Profiling and planning took {seconds:.0f} s. Written: {written}", soft_wrap=True)
             self._log_comparison([row.to_dict() for row in rows])
@@ -206,6 +230,17 @@ class PruneTrainer(L.Trainer):
             attached_callbacks(self).append(pruners[0])
         return pruners[0]
 
+    @contextmanager
+    def _refreshing(self, refresh: bool) -> Iterator[TokenPruning]:
+        """The pruner, which measures anew if that is asked for."""
+        pruner = self._pruner()
+        before = pruner.refresh
+        pruner.refresh = refresh or before
+        try:
+            yield pruner
+        finally:
+            pruner.refresh = before
+
     def _log_comparison(self, rows: list[dict[str, Any]]) -> None:
         """Every run logs the same keys at step 0, so each variant gets keys of its own."""
         figures = {
@@ -228,56 +263,3 @@ def _normalisation(model: L.LightningModule) -> tuple[tuple[float, ...], tuple[f
     except (KeyError, TypeError, ValueError):
         return None
     return mean, std
-
-
-class _Profiling(L.Callback):
-    def __init__(self, pruner: TokenPruning) -> None:
-        self.pruner = pruner
-        self.profile: LatencyProfile | None = None
-
-    def on_validation_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        if self.profile is not None:
-            return
-        pruner = self.pruner
-        images = images_from_batch(batch, pruner.images_from_batch)
-
-        def measure() -> LatencyProfile:
-            with trainer.precision_plugin.forward_context():
-                return profile_latency(
-                    pl_module,
-                    images,
-                    method=pruner.reduction,
-                    block=pruner.block,
-                    protocol=pruner.protocol,
-                    max_seconds=None if pruner.protocol == "paper" else pruner.max_seconds,
-                    target=pruner.target,
-                )
-
-        self.profile = decided_by_rank_zero(trainer, measure)
-
-
-def _profile_table(profile: LatencyProfile) -> Table:
-    context = profile.context
-    title = f"{context['model']} on {context['device']}, batch {context['batch_size']}, {context['precision']}"
-    table = Table(title=title, title_justify="left", title_style="bold")
-    for heading in ("tokens", "latency ms", "speed-up", "saved a token, us"):
-        table.add_column(heading, justify="right")
-    cliffs = {cliff.below for cliff in profile.cliffs()}
-    above: tuple[int, float] | None = None
-    for tokens, latency in sorted(zip(profile.tokens, profile.milliseconds, strict=True), reverse=True):
-        saved = f"{1e3 * (above[1] - latency) / (above[0] - tokens):.0f}" if above else ""
-        spread = profile.spread[profile.tokens.index(tokens)]
-        style = "bold red" if tokens in cliffs else None
-        table.add_row(
-            str(tokens), f"{latency:.2f} ± {spread:.2f}", f"{profile.dense_ms / latency:.2f}x", saved, style=style
-        )
-        above = (tokens, latency)
-    return table
-
-
-def _shape(profile: LatencyProfile) -> str:
-    cliffs = ", ".join(f"{cliff.above} -> {cliff.below} tokens" for cliff in profile.cliffs()) or "none"
-    plateaus = ", ".join(f"{flat.above} to {flat.below} tokens" for flat in profile.plateaus()) or "none"
-    return f"Cliffs: {cliffs}. Plateaus: {plateaus}. Measured in {profile.seconds:.0f} s."

@@ -2,6 +2,7 @@
 
 import math
 import os
+import uuid
 from types import SimpleNamespace
 
 # One thread for each process that the tests run in, and start: their models are tiny, and threads that wait for one
@@ -168,3 +169,10 @@ def naive() -> SimpleNamespace:
         evit=evit,
         nearest=nearest,
     )
+
+
+@pytest.fixture(autouse=True)
+def _no_profiles_of_others(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """No test finds a profile of the user, or of another test, and none leaves one."""
+    folder = tmp_path_factory.getbasetemp() / f"profiles-{uuid.uuid4().hex}"
+    monkeypatch.setenv("LIGHTNING_PRUNE_CACHE", str(folder))

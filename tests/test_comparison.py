@@ -10,7 +10,8 @@ import torch
 
 import lightning_prune as lp
 from lightning_prune.callbacks import TokenPruning
-from lightning_prune.comparison import Row, compare, writable
+from lightning_prune.comparison import Row, _objectives, compare, writable
+from lightning_prune.planning import Objective
 from lightning_prune.profiling.timing import Interleaved
 
 COLUMNS = [
@@ -101,8 +102,18 @@ def test_rows_are_what_validation_itself_says() -> None:
     assert (rows[1].top1, rows[1].top5) == (pruned["val/top1"], pruned["val/top5"])
 
 
+class DenseOnly(Objective):
+    """Nothing is as good as dense."""
+
+    def score(self, milliseconds: Any, accuracy: Any) -> Any:
+        return (milliseconds == milliseconds[-1]).astype(float)
+
+    def __str__(self) -> str:
+        return "dense only"
+
+
 def test_a_variant_that_removes_nothing_has_the_timing_of_dense() -> None:
-    rows, decisions, *_ = compared(objective=lp.Utility(0.0))  # latency does not count: dense is best, or as good
+    rows, decisions, *_ = compared(objective=DenseOnly())
     removed = {row.variant: row.removed for row in rows}
     nothing = [row for row in rows[1:] if not row.removed]
     assert nothing, removed
@@ -130,6 +141,16 @@ def test_an_accuracy_budget_of_the_user_is_the_one_compared() -> None:
     rows, decisions, *_ = compared(objective=lp.AccuracyBudget(0.9))
     assert [row.variant for row in rows] == ["dense", "pomt budget"]
     assert decisions["pomt budget"].plan.objective == lp.AccuracyBudget(0.9)
+
+
+@pytest.mark.parametrize(
+    ("objective", "name"),
+    [(lp.LatencyBudget(speedup=1.5), "latency budget"), (DenseOnly(), "dense only"), (lp.Utility(0.3), "utility")],
+)
+def test_a_variant_is_named_after_its_objective(objective: Objective, name: str) -> None:
+    pruner = TokenPruning(objective=objective, verbose=False)
+    assert list(_objectives(pruner, None)) == [f"pomt {name}", "pomt budget"]
+    assert _objectives(pruner, None)[f"pomt {name}"] is objective
 
 
 def test_one_profile_and_one_curve_serve_all_variants() -> None:

@@ -89,6 +89,14 @@ def test_compare_writes_and_prints(tmp_path: Path, capsys: pytest.CaptureFixture
         assert words in told
 
 
+def test_compare_says_that_the_profile_is_of_an_earlier_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data, line = lp.DigitsData(batch_size=8), "The latency profile is of 20"
+    trainer(pruner()).compare(module(), datamodule=data, output=str(tmp_path))
+    assert line not in capsys.readouterr().out
+    trainer(pruner()).compare(module(), datamodule=data, output=str(tmp_path))
+    assert line in capsys.readouterr().out
+
+
 def test_a_callback_with_defaults_is_added_where_there_is_none() -> None:
     running = trainer()
     first = running._pruner()

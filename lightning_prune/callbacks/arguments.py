@@ -1,6 +1,7 @@
 """What `TokenPruning` can be given, refused at once where it can never be used."""
 
 from collections.abc import Callable, Iterable
+from os import PathLike
 from typing import Any, Literal, get_args
 
 from lightning_prune.errors import ArgumentError
@@ -18,8 +19,8 @@ def _whole(value: Any, least: int) -> bool:
 _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {  # argument -> what it must be, and whether a value is
     "objective": ("an Objective such as Utility(0.5), or None", lambda v: v is None or isinstance(v, Objective)),
     "block": (
-        "an index >= 0 or a fraction of the depth in [0, 1)",
-        lambda v: _whole(v, 0) or (isinstance(v, float) and 0 <= v < 1),
+        "an index >= 0, a fraction of the depth in [0, 1) or 'auto'",
+        lambda v: v == "auto" or _whole(v, 0) or (isinstance(v, float) and 0 <= v < 1),
     ),
     "calibration": (
         "a number of images >= 1, a tensor of images or a loader",
@@ -28,6 +29,10 @@ _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {  # argument -> what it 
     "max_seconds": ("a number > 0", lambda v: _whole(v, 1) or (isinstance(v, float) and v > 0)),
     "target": ("a dotted path or None", lambda v: v is None or isinstance(v, str)),
     "protocol": ("'deployed' or 'paper'", lambda v: isinstance(v, str) and v in get_args(Protocol)),
+    "cache_dir": ("a folder, 'auto' or None", lambda v: v is None or isinstance(v, str | PathLike)),
+    "enabled": ("True or False", lambda v: isinstance(v, bool)),
+    "refresh": ("True or False", lambda v: isinstance(v, bool)),
+    "verbose": ("True or False", lambda v: isinstance(v, bool)),
     "seed": ("a whole number >= 0", lambda v: _whole(v, 0)),
 }
 
@@ -44,6 +49,23 @@ def check_arguments(**given: Any) -> None:
             raise ArgumentError(f"`{name}` must be {expected}, got {value!r}.")
 
 
+def check_together(
+    reduction: Reduction | None, block: Any, schedule: Any, objective: Any, alpha: float, protocol: str
+) -> None:
+    """Refuses arguments of which one would play no part beside another; `reduction` is None where it is searched for.
+
+    Raises:
+        ArgumentError: Names the argument, what came and why.
+    """
+    if objective is not None and alpha != 0.5:
+        raise ArgumentError(f"`alpha` belongs to the default objective; got alpha={alpha} and {objective!r}.")
+    check_place(reduction, block)
+    if reduction is not None and reduction.adaptive:
+        check_adaptive(reduction, schedule=schedule, objective=objective, alpha=alpha, protocol=protocol)
+    elif reduction is None or block == "auto":
+        check_search("method" if reduction is None else "block", schedule=schedule, protocol=protocol)
+
+
 def check_adaptive(reduction: Reduction, **given: Any) -> None:
     """Refuses what would play no part with a reduction of which the images decide how many tokens go.
 
@@ -57,6 +79,42 @@ def check_adaptive(reduction: Reduction, **given: Any) -> None:
                 f"With {reduction.name} the images decide how many tokens go, and nothing is planned: `{name}` must be "
                 f"left out, got {value!r}."
             )
+
+
+def check_place(reduction: Reduction | None, block: int | float | str) -> None:
+    """Refuses a block that would play no part, and a search over blocks for a method that does not act in them.
+
+    Args:
+        reduction: The method; None where it is searched for.
+        block: What came for it.
+
+    Raises:
+        ArgumentError: Names the argument, what came and why.
+    """
+    if reduction is None and block not in (0.25, "auto"):
+        raise ArgumentError(f"`block` must be left out with method='auto', which searches all blocks; got {block!r}.")
+    if reduction is not None and block == "auto" and (reduction.site != "block" or reduction.adaptive):
+        raise ArgumentError(
+            f"`block` must be left out with {reduction.name}, which does not act in blocks that could be searched; got "
+            "'auto'."
+        )
+
+
+def check_search(which: str, schedule: Any, protocol: str) -> None:
+    """Refuses what would play no part where blocks, or methods and blocks, are searched.
+
+    Args:
+        which: The argument that is `"auto"`.
+        schedule: What came for it.
+        protocol: What came for it.
+
+    Raises:
+        ArgumentError: Names the argument, what came and why.
+    """
+    if not (isinstance(schedule, str) and schedule == "auto"):
+        raise ArgumentError(f"`schedule` leaves nothing to search for with {which}='auto'; got {schedule!r}.")
+    if protocol != "deployed":
+        raise ArgumentError(f"`protocol` must be 'deployed' with {which}='auto', got {protocol!r}.")
 
 
 def readable_schedule(schedule: Any) -> Literal["auto"] | int | float | list[int] | Schedule | KeepRates:

@@ -10,7 +10,7 @@ from lightning_prune.errors import ScheduleError
 from lightning_prune.keep_rates import KeepRates
 from lightning_prune.patching import VisionTransformer, check_schedule, find_vision_transformer
 from lightning_prune.patching.checks import check_depth
-from lightning_prune.planning import Plan
+from lightning_prune.planning import BlocksPlan, Plan
 from lightning_prune.profiling import compare_latency, measurement_context, reducing_block, spread_schedule
 from lightning_prune.profiling.latency import count_tokens, ready_to_run
 from lightning_prune.profiling.spreading import reduces_often
@@ -40,6 +40,8 @@ class Decision:
         calibration: Which images it was judged by, where a plan was made.
         differences: How a given schedule's origin differs from this run.
         keep_rates: The keep rates that were given; None where tokens were counted.
+        reused: When the latency profile was measured, where that was in an earlier run; empty elsewhere.
+        reduction: The method, where the planner chose it.
         adaptive: Whether the images decide how many tokens go. The schedule is empty then, and `tokens` those of the
             longest image of the batch that was measured.
     """
@@ -59,6 +61,8 @@ class Decision:
     calibration: str = ""
     differences: tuple[str, ...] = ()
     keep_rates: KeepRates | None = None
+    reused: str = ""
+    reduction: Reduction | None = None
     adaptive: bool = False
 
     @property
@@ -91,8 +95,14 @@ class Decision:
         return Schedule(self.schedule.removed, {"tokens_dense": self.dense_tokens})
 
     @classmethod
-    def from_plan(cls, plan: Plan, calibration: str) -> "Decision":
-        """What a plan says that was judged by the images of this description."""
+    def from_plan(cls, plan: Plan, calibration: str, reused: bool = False) -> "Decision":
+        """What a plan says that was judged by the images of this description.
+
+        Args:
+            plan: The plan.
+            calibration: Which images.
+            reused: Whether its latency profile is of an earlier run.
+        """
         return cls(
             schedule=plan.schedule,
             method=plan.method,
@@ -106,8 +116,17 @@ class Decision:
             context=dict(plan.profile.context),
             seconds=plan.seconds,
             plan=plan,
-            calibration=calibration,
+            calibration=calibration + (_searched(plan) if isinstance(plan, BlocksPlan) else ""),
+            reduction=plan.reduction if isinstance(plan, BlocksPlan) else None,
+            reused=str(plan.profile.context.get("measured", "before")) if reused else "",
         )
+
+
+def _searched(plan: BlocksPlan) -> str:
+    """What the search over blocks added to the calibration; nothing where it had no reason to."""
+    if not plan.images:
+        return ""
+    return f"; the sensitivity of the blocks by {plan.images} of them, in {plan.sensitivity_seconds:.0f} s"
 
 
 def given_schedule(

@@ -12,27 +12,31 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_prune.callbacks.adaptive import measure_adaptive
-from lightning_prune.callbacks.arguments import check_adaptive, check_arguments, readable_schedule
+from lightning_prune.callbacks.arguments import check_arguments, check_together, readable_schedule
 from lightning_prune.callbacks.attached import attached_callbacks
 from lightning_prune.callbacks.checkpoints import make_dense
+from lightning_prune.callbacks.compilation import Compilation
 from lightning_prune.callbacks.decision import Decision, given_schedule, measure_given
 from lightning_prune.callbacks.form import Form, form_of
-from lightning_prune.callbacks.images import Calibration, calibration_images, images_from_batch
+from lightning_prune.callbacks.images import images_from_batch
+from lightning_prune.callbacks.planned import planned, sample, warn_if_wrapped_by_compile
 from lightning_prune.callbacks.random_state import preserving_random_state
+from lightning_prune.callbacks.refreshing import Refreshing
 from lightning_prune.callbacks.stages import EvaluationCallback
 from lightning_prune.callbacks.together import decided_by_rank_zero, refuse_sharded
+from lightning_prune.callbacks.wishes import MethodWishes
+from lightning_prune.compiling import Mode, read_mode
 from lightning_prune.errors import ArgumentError, UnsupportedModelError
 from lightning_prune.keep_rates import KeepRates
 from lightning_prune.patching import PatchHandle, VisionTransformer, find_vision_transformer, patch
-from lightning_prune.planning import Objective, Utility, plan
-from lightning_prune.planning.planner import PAPER_IMAGES
+from lightning_prune.planning import Objective, Utility
 from lightning_prune.profiling import measurement_context
 from lightning_prune.profiling.latency import Protocol, check_dense
 from lightning_prune.reduction import Reduction, resolve
 from lightning_prune.schedule import Schedule
 
 
-class TokenPruning(EvaluationCallback):
+class TokenPruning(MethodWishes, Refreshing, EvaluationCallback):
     """Makes the Vision Transformer of a LightningModule faster on the trainer's device while it is evaluated.
 
     On the first batch of `trainer.validate`, `test` or `predict` it measures the model's latency against its token
@@ -50,13 +54,16 @@ class TokenPruning(EvaluationCallback):
 
     Args:
         method: Name of the reduction, or a `lightning_prune.reduction.Reduction`. With one that lets the images decide
-            how many tokens go, as `VWTInter`, nothing is planned: it is applied, and timed beside dense.
+            how many tokens go, as `VWTInter`, nothing is planned: it is applied, and timed beside dense. `"auto"`
+            searches several methods, over all blocks, and `block` is left out; see
+            `lightning_prune.planning.plan_blocks`.
         schedule: `"auto"` plans one; R removes so many tokens at `block`, and 0.7 keeps so many of its patch tokens; a
             list has one number a block; a `Schedule`, `KeepRates` or the path of saved ones is used as it is, and timed
             beside dense. With a given schedule `objective`, `alpha`, `calibration` and `protocol` play no part. Where
             images come in several sizes, a planned schedule and keep rates hold for all; counts for the first only.
         objective: What to optimise; `Utility(alpha)` if None.
-        block: The reducing block: an index, or a fraction of the depth (0.25 is the POMT paper's).
+        block: The reducing block: an index, or a fraction of the depth (0.25 is the POMT paper's); `"auto"` searches
+            over which blocks reduce, and by how much.
         alpha: Weight of latency against accuracy where `objective` is None, in [0, 1].
         calibration: How many images to sample from the dataset (at least 1024 for `protocol="paper"`), or the images
             (images, channels, height, width), or a loader. Where the dataset cannot be sampled (an IterableDataset, a
@@ -70,6 +77,12 @@ class TokenPruning(EvaluationCallback):
         target: Dotted path of the transformer in the LightningModule, where there are several.
         enabled: False leaves every run dense; can be changed between runs.
         protocol: `"paper"` profiles and estimates as POMT does; needs labels in the batches and hours on a CPU.
+        cache_dir: Where latency profiles are kept, to be reused in later runs: a folder, `"auto"` for the user's cache
+            (see `lightning_prune.profiling.ProfileStore`), or None to keep none.
+        refresh: Measures latency anew even where a profile is kept; set between runs, it makes the next decide anew.
+        compile: Runs the transformer through `torch.compile` while a run lasts, dense or pruned, and profiles and plans
+            it so: True, a mode (`"reduce-overhead"` for CUDA graphs), or `"blocks"`, block by block, in a fraction of
+            the time. A token count is compiled for seconds: raise `max_seconds`. Short last batches run eagerly.
         seed: Of the calibration sample.
         verbose: Prints a panel with what was decided, and progress on a terminal.
 
@@ -94,7 +107,7 @@ class TokenPruning(EvaluationCallback):
         method: str | Reduction = "pomt",
         schedule: Literal["auto"] | int | float | list[int] | str | Path | Schedule | KeepRates = "auto",
         objective: Objective | None = None,
-        block: int | float = 0.25,
+        block: int | float | Literal["auto"] = 0.25,
         alpha: float = 0.5,
         calibration: Any = 512,
         images_from_batch: Callable[[Any], Tensor] | None = None,
@@ -102,6 +115,9 @@ class TokenPruning(EvaluationCallback):
         target: str | None = None,
         enabled: bool = True,
         protocol: Protocol = "deployed",
+        cache_dir: Literal["auto"] | str | Path | None = "auto",
+        refresh: bool = False,
+        compile: bool | Mode = False,
         seed: int = 0,
         verbose: bool = True,
     ) -> None:
@@ -113,25 +129,29 @@ class TokenPruning(EvaluationCallback):
             max_seconds=max_seconds,
             target=target,
             protocol=protocol,
+            cache_dir=cache_dir,
+            enabled=enabled,
+            refresh=refresh,
+            verbose=verbose,
             seed=seed,
         )
-        if objective is not None and alpha != 0.5:
-            raise ArgumentError(f"`alpha` belongs to the default objective; got alpha={alpha} and {objective!r}.")
-        self.reduction = resolve(method)
+        self._reduction = None if method == "auto" else resolve(method)
         self.objective = objective if objective is not None else Utility(alpha)
         self.schedule = readable_schedule(schedule)
-        if self.reduction.adaptive:
-            check_adaptive(self.reduction, schedule=schedule, objective=objective, alpha=alpha, protocol=protocol)
         self.block = block
+        check_together(self._reduction, block, schedule, objective, alpha, protocol)
         self.calibration = calibration
         self.images_from_batch = images_from_batch
         self.max_seconds = max_seconds
         self.target = target
         self.enabled = enabled
         self.protocol = protocol
+        self.cache_dir = cache_dir
+        self.refresh = refresh
         self.seed = seed
         self.verbose = verbose
         self.decision: Decision | None = None
+        self.compilation = Compilation(read_mode(compile))
         self._made_with: tuple[Any, ...] | None = None
         self._handle: PatchHandle | None = None
         self._form: Form | None = None  # of the first batch of the running loop; None where unknown, or told before
@@ -174,11 +194,15 @@ class TokenPruning(EvaluationCallback):
             decision: Of this model, on this device, at this batch size and precision.
         """
         self.schedule, self.decision, self._made_with = decision.schedule, decision, None  # None: holds for any run
+        self._due = False
 
     def _before_batch(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int
     ) -> None:
-        if not self.enabled or trainer.sanity_checking:
+        if trainer.sanity_checking:
+            return
+        self.compilation.before_batch(self, pl_module, batch, first=batch_idx == 0)
+        if not self.enabled:
             return
         if self._running is None:
             self._open(trainer, pl_module, batch)
@@ -190,6 +214,9 @@ class TokenPruning(EvaluationCallback):
         elif dataloader_idx == 0:
             self._check_form(batch, batch_idx)
 
+    def _after_batch(self) -> None:
+        self.compilation.after_batch()
+
     def _open(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any) -> None:
         self._met_batch = True
         refuse_sharded(trainer)
@@ -197,7 +224,8 @@ class TokenPruning(EvaluationCallback):
         self._form, self._running = form_of(batch, self.images_from_batch), ref(trainer)
         if self.decision.prunes:
             schedule = self.decision.deployable(find_vision_transformer(pl_module, self.target))
-            self._handle = patch(pl_module, self.reduction, schedule, target=self.target)
+            reduction = self.decision.reduction or self.reduction
+            self._handle = patch(pl_module, reduction, schedule, target=self.target)
 
     def _decide(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any) -> Decision:
         start = perf_counter()
@@ -206,50 +234,25 @@ class TokenPruning(EvaluationCallback):
             transformer = find_vision_transformer(pl_module, self.target)
             check_dense(transformer)  # also where nothing is measured: the patch of the user would be replaced
             made_with = self._depends_on(transformer, measurement_context(transformer.runner, images))
-            if self.decision is not None and self._made_with in (None, made_with):
+            if self.decision is not None and self._made_with in (None, made_with) and not self._due:
                 return self.decision
-            _warn_if_wrapped_by_compile(pl_module)
-            if self.reduction.adaptive:
+            warn_if_wrapped_by_compile(pl_module)
+            if self._reduction is not None and self._reduction.adaptive:
                 limit = self.max_seconds / 3
-                decision = measure_adaptive(pl_module, images, self.reduction, limit, self.target, self.verbose)
+                decision = measure_adaptive(pl_module, images, self._reduction, limit, self.target, self.verbose)
             elif self.schedule == "auto":
-                calibration = self.sample(trainer, pl_module, batch)
-                decision = self._plan(pl_module, images, calibration)
+                calibration = sample(self, trainer, pl_module, batch)
+                decision = planned(self, pl_module, images, calibration)
             else:
-                schedule = given_schedule(self.schedule, self.block, transformer, self.reduction, images)
+                schedule = given_schedule(self.schedule, self.place, transformer, self.reduction, images)
                 limit = self.max_seconds / 3
                 decision = measure_given(
                     pl_module, images, self.reduction, schedule, limit, self.target, progress=self.verbose
                 )
         decision = replace(decision, seconds=perf_counter() - start)
-        self._made_with = made_with
+        self._made_with, self._due = made_with, False
         self._report(decision)
         return decision
-
-    def _plan(self, pl_module: L.LightningModule, images: Tensor, calibration: Calibration) -> Decision:
-        planned = plan(
-            pl_module,
-            calibration.images,
-            example_batch=images,
-            method=self.reduction,
-            objective=self.objective,
-            block=self.block,
-            protocol=self.protocol,
-            labels=calibration.labels if self.protocol == "paper" else None,
-            max_seconds=self.max_seconds,
-            target=self.target,
-            progress=self.verbose,
-        )
-        return Decision.from_plan(planned, calibration.source)
-
-    def sample(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any) -> Calibration:
-        """The calibration images that this callback would use in the running loop, whose first batch is `batch`."""
-        loaders = trainer.val_dataloaders if trainer.validating else None
-        if loaders is None:
-            loaders = trainer.test_dataloaders if trainer.testing else trainer.predict_dataloaders
-        least = PAPER_IMAGES if self.protocol == "paper" else 0
-        extract = self.images_from_batch
-        return calibration_images(trainer, pl_module, loaders, self.calibration, batch, extract, self.seed, least)
 
     def _depends_on(self, transformer: VisionTransformer, context: dict[str, Any]) -> tuple[Any, ...]:
         """What a decision holds for; another model, device, batch, precision or wish needs another decision.
@@ -257,7 +260,7 @@ class TokenPruning(EvaluationCallback):
         Models of one shape differ in what a cut costs, so the model counts itself, as long as it lives; not its
         weights, which training changes from one validation to the next.
         """
-        wishes = (self.reduction, self.schedule, self.objective, self.block, self.protocol, self.target)
+        wishes = (self._reduction, self.schedule, self.objective, self.block, self.protocol, self.target)
         return (ref(transformer.root), context, *wishes)
 
     def _check_form(self, batch: Any, batch_idx: int) -> None:
@@ -283,14 +286,7 @@ class TokenPruning(EvaluationCallback):
     def _close(self, trainer: L.Trainer) -> None:
         if self._running is not None and self._running() not in (None, trainer):
             return  # a run of another Trainer, which was refused in `setup`
+        self.compilation.end()
         if self._handle is not None:
             self._handle.remove()
         self._handle, self._form, self._running = None, None, None
-
-
-def _warn_if_wrapped_by_compile(pl_module: L.LightningModule) -> None:
-    if getattr(pl_module, "_compiler_ctx", None) is not None:
-        rank_zero_warn(
-            "The whole LightningModule is compiled, but latency is measured on its Vision Transformer alone, which is "
-            "not. Compile the transformer instead, as in `module.vit.compile()` or `ImageClassifier(compile=True)`."
-        )

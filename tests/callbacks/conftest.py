@@ -22,15 +22,17 @@ def clockwork(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def decisions(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What was measured in the test: one entry for every profile and every timing of a given schedule."""
-    from lightning_prune.callbacks import token_pruning
+    from lightning_prune.callbacks import planned, token_pruning
 
     made: list[str] = []
-    for name in ("plan", "measure_given"):
-        real = getattr(token_pruning, name)
+    for module, name in ((planned, "profiled"), (token_pruning, "measure_given")):
+        real = getattr(module, name)
 
-        def counted(*args: Any, _real: Any = real, _name: str = name, **kwargs: Any) -> Any:
+        def counted(
+            *args: Any, _real: Any = real, _name: str = {"profiled": "plan"}.get(name, name), **kwargs: Any
+        ) -> Any:
             made.append(_name)
             return _real(*args, **kwargs)
 
-        monkeypatch.setattr(token_pruning, name, counted)
+        monkeypatch.setattr(module, name, counted)
     return made

@@ -95,6 +95,11 @@ def test_what_would_play_no_part_is_refused(options: dict[str, Any], named: str)
         pruner(**options)
 
 
+def test_there_are_no_blocks_to_search() -> None:
+    with pytest.raises(ArgumentError, match=r"`block` must be left out with vwt-inter, .*; got 'auto'"):
+        pruner(block="auto")
+
+
 def test_a_vocabulary_for_another_model_ends_the_run_before_it_begins() -> None:
     callback = TokenPruning(VWTInter(Vocabulary(torch.randn(3, 48), 4)), max_seconds=0.3, verbose=False)
     module = Tiny()

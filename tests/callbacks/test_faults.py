@@ -316,12 +316,12 @@ def test_a_fault_inside_profiling(
 
 @pytest.mark.parametrize("name", ["calibration_images", "plan", "find_vision_transformer", "patch", "replace"])
 def test_a_fault_in_what_the_callback_calls(name: str, bystanders: Bystanders, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lightning_prune.callbacks import token_pruning
+    from lightning_prune.callbacks import planned, token_pruning
 
     def fail(*_: Any, **__: Any) -> Any:
         raise Fault(name)
 
-    monkeypatch.setattr(token_pruning, name, fail)
+    monkeypatch.setattr(token_pruning if hasattr(token_pruning, name) else planned, name, fail)
     module = Tiny()
     account = Account(module, bystanders)
     with pytest.raises(Fault, match=name):

@@ -23,6 +23,7 @@ from torch.utils.data import (
 import lightning_prune as lp
 from lightning_prune.callbacks import images as images_module
 from lightning_prune.callbacks.images import Calibration, images_from_batch, labels_from_batch
+from lightning_prune.callbacks.planned import sample
 
 from .tiny import TOKENS, Spying, Stream, Tiny, labelled, loader, pictures, pruner, trainer, validated
 
@@ -32,7 +33,7 @@ IMAGES, LABELS = pictures(4), torch.arange(4)
 @pytest.fixture
 def sampled(monkeypatch: pytest.MonkeyPatch) -> list[Calibration]:
     """Every calibration sample that the callback takes in the test."""
-    from lightning_prune.callbacks import token_pruning
+    from lightning_prune.callbacks import planned
 
     taken: list[Calibration] = []
 
@@ -40,7 +41,7 @@ def sampled(monkeypatch: pytest.MonkeyPatch) -> list[Calibration]:
         taken.append(images_module.calibration_images(*args, **kwargs))
         return taken[-1]
 
-    monkeypatch.setattr(token_pruning, "calibration_images", spying)
+    monkeypatch.setattr(planned, "calibration_images", spying)
     return taken
 
 
@@ -334,7 +335,7 @@ def test_a_calibration_loader_gives_as_many_images_as_the_protocol_needs(protoco
     callback = pruner(calibration=DataLoader(shown, batch_size=100), protocol=protocol)
     running = trainer()
     running.strategy.connect(module := Tiny())
-    assert callback.sample(running, module, None).images.shape[0] == count
+    assert sample(callback, running, module, None).images.shape[0] == count
 
 
 @pytest.mark.usefixtures("clockwork")

@@ -66,11 +66,11 @@ class DoublingData(Data):
 @pytest.mark.parametrize("data", [Data, DoublingData])
 @pytest.mark.parametrize("stage", ["validate", "test", "predict", "fit"])
 def test_all_loops(stage: str, data: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lightning_prune.callbacks import token_pruning
+    from lightning_prune.callbacks import planned
 
     sampled: list[Any] = []
-    real = token_pruning.calibration_images
-    monkeypatch.setattr(token_pruning, "calibration_images", lambda *a: sampled.append(real(*a)) or sampled[-1])
+    real = planned.calibration_images
+    monkeypatch.setattr(planned, "calibration_images", lambda *a: sampled.append(real(*a)) or sampled[-1])
     module, callback = Theirs(), brief()
     options = {"max_epochs": 1, "num_sanity_val_steps": 0} if stage == "fit" else {}
     running = pl.Trainer(callbacks=[callback], **OPTIONS, **options)

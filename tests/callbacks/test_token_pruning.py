@@ -499,9 +499,14 @@ def test_accuracy_budget() -> None:
         ({"max_seconds": "x"}, "`max_seconds` must be a number > 0, got 'x'"),
         ({"max_seconds": float("nan")}, "`max_seconds` must be a number > 0, got nan"),
         ({"objective": "speed"}, r"`objective` must be an Objective such as Utility\(0.5\), or None, got 'speed'"),
-        ({"block": -1}, r"`block` must be an index >= 0 or a fraction of the depth in \[0, 1\), got -1"),
+        ({"block": -1}, r"`block` must be an index >= 0, a fraction of the depth in \[0, 1\) or 'auto', got -1"),
         ({"block": 1.0}, "`block` must be .* got 1.0"),
         ({"block": True}, "`block` must be .* got True"),
+        ({"method": "auto", "block": 3}, "`block` must be left out with method='auto', which searches all .*; got 3"),
+        ({"method": "vwt-intra", "block": "auto"}, "`block` must be left out with vwt-intra, .*; got 'auto'"),
+        ({"refresh": 1}, "`refresh` must be True or False, got 1"),
+        ({"enabled": "no"}, "`enabled` must be True or False, got 'no'"),
+        ({"verbose": None}, "`verbose` must be True or False, got None"),
         ({"block": "3"}, "`block` must be .* got '3'"),
         ({"calibration": 0}, "`calibration` must be a number of images >= 1, a tensor of images or a loader, got 0"),
         ({"calibration": True}, "`calibration` must be .* got True"),
@@ -552,7 +557,7 @@ def test_paper_protocol_is_exhaustive_and_uses_labels() -> None:
 
 
 def test_paper_protocol_needs_labels() -> None:
-    with pytest.raises(lp.ArgumentError, match="`labels` are needed by protocol='paper'"):
+    with pytest.raises(lp.ArgumentError, match="protocol='paper' needs labels, and the calibration batches hold none"):
         validated(pruner(protocol="paper"), data=DataLoader(pictures(8), batch_size=4))
 
 

@@ -24,7 +24,7 @@ from torch.utils.data import (
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_prune import ImageClassifier
-from lightning_prune.callbacks import TokenPruning, token_pruning
+from lightning_prune.callbacks import TokenPruning, planned, token_pruning
 from lightning_prune.patching.overlay import is_overlaid
 
 
@@ -45,14 +45,15 @@ class Scored(Tiny):
 def run(callback: TokenPruning, **options: Any) -> dict[str, Any]:
     """One validation: what was decided, seen and logged; `measured` counts what this process measured."""
     measured: list[str] = []
-    real = {name: getattr(token_pruning, name) for name in ("plan", "measure_given")}
-    for name in real:
+    homes = {"plan": planned, "measure_given": token_pruning}
+    real = {name: getattr(home, name) for name, home in homes.items()}
+    for name, home in homes.items():
 
         def counted(*args: Any, _name: str = name, **kwargs: Any) -> Any:
             measured.append(_name)
             return real[_name](*args, **kwargs)
 
-        setattr(token_pruning, name, counted)
+        setattr(home, name, counted)
     module = Scored()
     trainer = L.Trainer(callbacks=[callback], **{**OPTIONS, **options})
     error = None
@@ -61,7 +62,7 @@ def run(callback: TokenPruning, **options: Any) -> dict[str, Any]:
     except Exception as caught:
         error = f"{type(caught).__name__}: {caught}"
     for name, function in real.items():
-        setattr(token_pruning, name, function)
+        setattr(homes[name], name, function)
     decision = callback.decision
     return {
         "rank": trainer.global_rank,
@@ -167,9 +168,9 @@ def main(path: Path) -> None:
     found |= {"planned": run(pruner(), **ddp), "given": run(pruner(schedule=6), **ddp)}
     found["dense"] = run(pruner(enabled=False), **ddp)
     found["refused"] = run(pruner(schedule=TOKENS), **ddp)
-    real, token_pruning.plan = token_pruning.plan, unlucky
+    real, planned.plan = planned.plan, unlucky
     found["failed"] = run(pruner(), **ddp)
-    token_pruning.plan = real
+    planned.plan = real
     found["unreadable"] = run(pruner(images_from_batch=only_unlucky_on(0)), **ddp)
     found["tolerated"] = run(pruner(schedule=6, images_from_batch=only_unlucky_on(1)), **ddp)
     for name, data in LOADERS.items():
