@@ -1,108 +1,149 @@
 """How near a patched model comes to its floor: the same dense blocks, run on a mere slice of the tokens.
 
 The floor knows for nothing which tokens to keep, so measured / floor is the price of the method and of the machinery
-around it. Dense, pruned and floor run in turn in one interleaved run; ratios are medians over rounds.
+around it. Pruned and floor run in turn, in one interleaved run; ratios are medians over rounds.
 
-    python examples/benchmarks/floor.py --batch-sizes 1 4 --output floor.csv
+    python examples/benchmarks/floor.py --output results/floor
+    python examples/benchmarks/floor.py --models deit_small_patch16_224 --batch-sizes 1 --trace --output results/floor
 """
 
 import argparse
-import csv
+import time
 from pathlib import Path
 
 import timm
 import torch
-from rich.console import Console
-from rich.table import Table
+from matplotlib.figure import Figure
+from tables import Row, context_of, print_table, write_table
 from torch import Tensor, nn
 
 import lightning_prune as lp
-from lightning_prune.profiling import Interleaved, measurement_context
+from lightning_prune.patching.blocks import PRE_NORM
+from lightning_prune.profiling import Interleaved
+
+FEWEST = 5  # rounds of the slowest case
+CASES = {  # name -> method, what each of 12 blocks removes, the ratio to stay below
+    "pomt": ("pomt", {3: 56}, 1.02),
+    "topk": ("topk", {3: 56}, 1.02),
+    "tome, four blocks": ("tome", {2: 24, 4: 24, 6: 24, 8: 24}, 1.05),
+}
 
 
-def floor_forward(model: nn.Module, images: Tensor, block: int, remove: int) -> Tensor:
-    """The model's own forward, cut by a slice between attention and MLP of one block; no code of the package."""
+def floor_forward(model: nn.Module, images: Tensor, removed: dict[int, int]) -> Tensor:
+    """The model's own forward, cut by a slice between attention and MLP of some blocks; no patch is on."""
     x = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
     for index, layer in enumerate(model.blocks):
-        if index == block:
-            x = x + layer.drop_path1(layer.ls1(layer.attn(layer.norm1(x))))
-            x = x[:, : x.shape[1] - remove].contiguous()
-            x = x + layer.drop_path2(layer.ls2(layer.mlp(layer.norm2(x))))
+        if index in removed:
+            x = PRE_NORM.attention(layer, x)
+            x = PRE_NORM.mlp(layer, x[:, : x.shape[1] - removed[index]].contiguous())
         else:
             x = layer(x)
     return model.forward_head(model.norm(x))
 
 
-def measure(args: argparse.Namespace, batch_size: int) -> dict[str, object]:
-    device = torch.device(args.device)
-    model = timm.create_model(args.model, pretrained=False).eval().to(device)
+def prepare(name: str, precision: str, batch: int, device: str) -> tuple[nn.Module, Tensor]:
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    model = timm.create_model(name, pretrained=False).eval().to(device, dtype)
     size = model.pretrained_cfg["input_size"]
-    images = torch.randn(batch_size, *size, generator=torch.Generator().manual_seed(0)).to(device)
-    schedule = lp.Schedule.single(len(model.blocks), args.block, args.remove)
-    handle = lp.patch(model, args.method, schedule)
+    return model, torch.randn(batch, *size, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+
+
+def measure(model: nn.Module, images: Tensor, case: str, args: argparse.Namespace) -> Row:
+    method, removed, limit = CASES[case]
+    schedule = lp.Schedule([removed.get(block, 0) for block in range(len(model.blocks))])
+    handle = lp.patch(model, method, schedule)
     current = ["dense"]
 
-    def prepare(variant: str) -> None:
+    def switch(variant: str) -> None:
         current[0] = variant
-        if variant == "pruned":
-            handle.update(schedule)
-        else:
-            handle.remove()
+        handle.update(schedule) if variant == "pruned" else handle.remove()
 
     def run() -> Tensor:
-        if current[0] == "floor":
-            return floor_forward(model, images, args.block, args.remove)
-        return model(images)
+        return floor_forward(model, images, removed) if current[0] == "floor" else model(images)
 
+    device = images.device
     with torch.inference_mode():
-        race = Interleaved(prepare, run, device, reference="dense")
-        race.measure(["dense", "pruned", "floor"], args.rounds)
-        over = Interleaved(prepare, run, device, reference="floor")
-        over.measure(["pruned", "floor"], args.rounds)
-        context = measurement_context(model, images)
-    dense, pruned, floor = (race.result(name) for name in ("dense", "pruned", "floor"))
-    ratio = over.result("pruned")
+        race = Interleaved(switch, run, device, reference="floor")
+        race.measure(["pruned"], min(FEWEST, args.rounds))
+        race.measure(["pruned"], args.rounds - FEWEST, time.perf_counter() + args.seconds)
+        over = Interleaved(switch, run, device, reference="dense")
+        over.measure(["pruned"], max(args.rounds // 3, 3), time.perf_counter() + args.seconds / 3)
+    ratio, pruned = race.result("pruned"), over.result("pruned")
     return {
-        "model": args.model,
-        "method": args.method,
-        "block": args.block,
-        "removed": args.remove,
-        "batch_size": batch_size,
-        "dense_ms": round(dense.milliseconds, 3),
-        "pruned_ms": round(pruned.milliseconds, 3),
-        "floor_ms": round(floor.milliseconds, 3),
-        "pruned_over_dense": round(pruned.ratio, 4),
+        "case": case,
+        "removed": sum(removed.values()),
+        "dense_ms": round(over.result("dense").milliseconds, 2),
+        "pruned_over_dense": round(pruned.ratio, 3),
         "pruned_over_floor": round(ratio.ratio, 4),
         "spread": round(ratio.ratio_spread, 4),
+        "error": round(1.2533 * ratio.ratio_spread / 0.6745 / ratio.rounds**0.5, 4),  # standard error of the median
         "rounds": ratio.rounds,
-        **{key: context[key] for key in ("device", "threads", "precision", "torch", "timm")},
+        "limit": limit,
     }
+
+
+def trace(model: nn.Module, images: Tensor, case: str) -> str:
+    """Where the time of a pruned run goes, by operator, as torch's profiler has it."""
+    method, removed, _ = CASES[case]
+    schedule = lp.Schedule([removed.get(block, 0) for block in range(len(model.blocks))])
+    with lp.patch(model, method, schedule), torch.inference_mode():
+        for _ in range(3):
+            model(images)
+        with torch.profiler.profile() as profiler:
+            for _ in range(5):
+                model(images)
+    by = "self_cuda_time_total" if images.is_cuda else "self_cpu_time_total"
+    return str(profiler.key_averages().table(sort_by=by, row_limit=18, max_name_column_width=40))
+
+
+def draw(rows: list[Row], path: Path) -> None:
+    """A dot for each case with twice its standard error, and the ratios to stay below."""
+    figure = Figure(figsize=(8, 0.28 * len(rows) + 1.4), layout="constrained")
+    axes = figure.subplots()
+    colors = dict(zip(CASES, ("#1f5fa8", "#16803c", "#d35400"), strict=True))
+    for place, row in enumerate(reversed(rows)):
+        axes.errorbar(row["pruned_over_floor"], place, xerr=2 * row["error"], fmt="o", color=colors[row["case"]], ms=4)
+        axes.plot([row["limit"]] * 2, [place - 0.4, place + 0.4], color="#c0392b", lw=1.2)
+    labels = [f"{r['model'].split('_patch')[0]}, {r['precision']}, batch {r['batch']}: {r['case']}" for r in rows]
+    axes.set_yticks(range(len(rows)), labels[::-1], fontsize=7)
+    axes.axvline(1, color="#7f8c8d", lw=0.8)
+    axes.set_xlabel(
+        "latency over that of the same blocks on a slice of the tokens (bar: two standard errors; red: goal)"
+    )
+    axes.xaxis.label.set_size(8)
+    axes.grid(axis="x", alpha=0.25)
+    figure.savefig(path, dpi=150)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="deit_small_patch16_224")
-    parser.add_argument("--method", default="pomt")
-    parser.add_argument("--block", type=int, default=3)
-    parser.add_argument("--remove", type=int, default=56)
-    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 4])
-    parser.add_argument("--rounds", type=int, default=41)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--models", nargs="+", default=["deit_small_patch16_224", "vit_base_patch16_224"])
+    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"])
+    parser.add_argument("--rounds", type=int, default=101)
+    parser.add_argument("--seconds", type=float, default=15.0, help="limit of each case")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--trace", action="store_true", help="write a profiler's table of each case, too")
+    parser.add_argument("--output", type=Path, required=True, help="folder")
     args = parser.parse_args()
-    rows = [measure(args, batch_size) for batch_size in args.batch_sizes]
-    table = Table(title=f"{args.model}, {args.method}, R {args.remove} at block {args.block}, {rows[0]['device']}")
-    for heading in ("batch", "dense ms", "pruned ms", "floor ms", "pruned / dense", "pruned / floor"):
-        table.add_column(heading, justify="right")
-    for row in rows:
-        cells = (row[key] for key in ("batch_size", "dense_ms", "pruned_ms", "floor_ms", "pruned_over_dense"))
-        table.add_row(*map(str, cells), f"{row['pruned_over_floor']} ± {row['spread']}")
-    Console().print(table)
-    if args.output:
-        with args.output.open("w", newline="") as stream:
-            writer = csv.DictWriter(stream, fieldnames=list(rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+    args.output.mkdir(parents=True, exist_ok=True)
+    context, rows = context_of(args.device), []
+    for name in args.models:
+        for precision in args.precisions:
+            for batch in args.batch_sizes:
+                model, images = prepare(name, precision, batch, args.device)
+                for case in args.cases:
+                    rows.append(
+                        {"model": name, "precision": precision, "batch": batch, **measure(model, images, case, args)}
+                    )
+                    write_table(args.output / "floor.csv", rows, context)
+                    if args.trace:
+                        told = f"trace_{name}_{precision}_{batch}_{case.split(',')[0]}.txt"
+                        (args.output / told).write_text(trace(model, images, case))
+    shown = ("model", "precision", "batch", "case", "pruned_over_floor", "error", "limit")
+    print_table(f"Over the floor, {context['device']}", rows, *shown)
+    draw(rows, args.output / "floor.png")
 
 
 if __name__ == "__main__":
