@@ -4,6 +4,7 @@ from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
@@ -37,7 +38,7 @@ def probe(images_from_batch: Any = None) -> _Probe[Any]:
 def test_a_model_that_is_spread_over_processes_is_refused() -> None:
     trainer = running(object.__new__(FSDPStrategy), rank=0)
     with pytest.raises(lp.UnsupportedModelError, match="which FSDPStrategy with 2 processes does not promise"):
-        probe().on_validation_batch_start(trainer, None, torch.zeros(2, 3, 8, 8), 0)  # type: ignore[arg-type]
+        probe().on_validation_batch_start(trainer, L.LightningModule(), torch.zeros(2, 3, 8, 8), 0)
 
 
 def test_images_that_rank_0_cannot_find_are_an_error_on_every_rank() -> None:
@@ -50,11 +51,11 @@ def test_images_that_rank_0_cannot_find_are_an_error_on_every_rank() -> None:
 
     trainer = running(Broadcasting((None, "KeyError on rank 0: 'pixels'")), rank=1)
     with pytest.raises(PruneError, match="KeyError on rank 0: 'pixels'"):
-        probe(nowhere).on_validation_batch_start(trainer, None, {}, 0)  # type: ignore[arg-type]
+        probe(nowhere).on_validation_batch_start(trainer, L.LightningModule(), {}, 0)
     assert not asked
 
 
 def test_the_other_ranks_are_told_the_result() -> None:
     other = probe()
-    other.on_validation_batch_start(running(Broadcasting((7, None)), rank=1), None, {}, 0)  # type: ignore[arg-type]
+    other.on_validation_batch_start(running(Broadcasting((7, None)), rank=1), L.LightningModule(), {}, 0)
     assert other.results == [7]

@@ -60,7 +60,7 @@ def best_timed(
     if not inside:
         front = min(timed or found, key=lambda front: attempts[front].excess())
         return front, found[front]
-    ratios = [found[front].pruned.ratio if front in timed else 1.0 for front in inside]  # type: ignore[union-attr]
+    ratios = [1.0 if (pruned := found[front].pruned) is None else pruned.ratio for front in inside]
     proxy = [front(found[front].tokens) for front in inside]
     value = objective.among(dense_ms * np.array([*ratios, 1.0]), np.array([*proxy, 1.0]))
     value[-1] = value[-1] if stays else -np.inf

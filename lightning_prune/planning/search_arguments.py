@@ -1,7 +1,6 @@
 """What `plan_blocks` can be given, refused before anything is measured."""
 
 from collections.abc import Sequence
-from numbers import Real
 
 from torch import Tensor
 
@@ -11,15 +10,18 @@ from lightning_prune.patching.checks import check_reduction
 from lightning_prune.planning.labels import labels_of
 from lightning_prune.planning.objective import Objective
 from lightning_prune.planning.proxy_curve import check_images
+from lightning_prune.profiling.latency import check_measurable
 from lightning_prune.reduction import Reduction, resolve
 
 
-def check_search(images: object, example_batch: object, objective: object, max_seconds: object) -> None:
+def check_inputs(
+    transformer: VisionTransformer, images: object, example_batch: Tensor, objective: object, max_seconds: float
+) -> None:
     """Raises ArgumentError, with what was expected and what came, where one of these cannot be used."""
     check_images(images)
-    if not isinstance(example_batch, Tensor) or example_batch.ndim != 4 or not len(example_batch):
-        came = tuple(example_batch.shape) if isinstance(example_batch, Tensor) else type(example_batch).__name__
-        raise ArgumentError(f"`example_batch` must be images (batch, channels, height, width), got {came}.")
+    if max_seconds is None:  # which profiling takes for no limit, and a search would never end
+        raise ArgumentError("`max_seconds` must be a number > 0, got None.")
+    check_measurable(transformer, example_batch, max_seconds)
     assert isinstance(images, Tensor)
     if images.shape[1:] != example_batch.shape[1:]:
         raise ArgumentError(
@@ -28,9 +30,6 @@ def check_search(images: object, example_batch: object, objective: object, max_s
         )
     if not isinstance(objective, Objective):
         raise ArgumentError(f"`objective` must be an Objective such as Utility(0.5), got {objective!r}.")
-    number = isinstance(max_seconds, Real) and not isinstance(max_seconds, bool)
-    if not number or not max_seconds > 0:  # type: ignore[operator]
-        raise ArgumentError(f"`max_seconds` must be a number > 0, got {max_seconds!r}.")
 
 
 def usable_methods(methods: Sequence[str | Reduction], transformer: VisionTransformer) -> list[Reduction]:

@@ -13,9 +13,8 @@ from lightning_prune.planning.finalists import decided
 from lightning_prune.planning.given_profile import check_profile, is_foreign
 from lightning_prune.planning.method_front import MethodFront
 from lightning_prune.planning.objective import Objective, Utility
-from lightning_prune.planning.search_arguments import check_search, usable_methods
+from lightning_prune.planning.search_arguments import check_inputs, usable_methods
 from lightning_prune.profiling import LatencyProfile, profile_latency
-from lightning_prune.profiling.latency import check_dense
 from lightning_prune.reduction import Random, Reduction
 from lightning_prune.schedule import Schedule
 
@@ -82,9 +81,8 @@ def plan_blocks(
     """
     start = time.perf_counter()
     objective = objective if objective is not None else Utility()
-    check_search(images, example_batch, objective, max_seconds)
     transformer = find_vision_transformer(model, target)
-    check_dense(transformer)
+    check_inputs(transformer, images, example_batch, objective, max_seconds)
     reductions = usable_methods(methods, transformer)
     foreign = False
     if profile is None:

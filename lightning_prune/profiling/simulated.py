@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from math import ceil, cos, exp, isfinite, pi
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import nn
@@ -160,7 +160,7 @@ class SimulatedDevice:
             ArgumentError: If the words are of another form, or name something that a device does not have.
         """
         known = {field.name: field.type for field in fields(cls)}
-        found: dict[str, float] = {}
+        found: dict[str, Any] = {}  # whole numbers and others, which the class checks
         if not text.startswith(_PREFIX):
             raise ArgumentError(f"`device` must begin with {_PREFIX!r}, got {text!r}.")
         for pair in filter(None, text.removeprefix(_PREFIX).split(",")):
@@ -175,7 +175,7 @@ class SimulatedDevice:
             except ValueError:
                 kind = "a whole number" if whole else "a number"
                 raise ArgumentError(f"`{name}` of a simulated device must be {kind}, got {value!r}.") from None
-        return cls(**found)  # type: ignore[arg-type]
+        return cls(**found)
 
     def __str__(self) -> str:
         """As `parse` reads it back exactly, without what is as usual."""

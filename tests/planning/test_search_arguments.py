@@ -87,7 +87,7 @@ class Value(Reduction):
         return tokens - prefix_tokens - 1
 
     def reduce(self, sequence, remove):
-        raise NotImplementedError
+        raise AssertionError("patching reduces nothing, and a search must refuse before it does")
 
 
 def test_a_reduction_without_a_hash_is_refused_at_once():

@@ -55,7 +55,8 @@ def test_workload_is_read_from_the_blocks_of_any_family(depth):
     model = TorchvisionTransformer(32, 8, depth, 2, 32, 128).eval()
     assert Workload.of(lp.patching.find_vision_transformer(model).blocks, 7) == plain
     assert Workload.plain(7, depth, 32, 2) == plain
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     shape = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 128, "image_size": 32, "patch_size": 8}
     model = transformers.ViTModel(transformers.ViTConfig(num_hidden_layers=depth, **shape)).eval()
     separate = plain._replace(attention=((32, 32),) * 4)  # queries, keys and values are products of their own
