@@ -1,4 +1,4 @@
-"""The planner's own choice of method and blocks, as one method among those that are compared."""
+"""The planner's own choice of methods and blocks, as one method among those that are compared."""
 
 from collections.abc import Callable, Sequence
 
@@ -11,8 +11,8 @@ from lightning_prune.errors import ArgumentError, UnsupportedModelError
 from lightning_prune.patching import VisionTransformer
 from lightning_prune.planning.block_search import BlockSearch
 from lightning_prune.planning.finalists import decided
-from lightning_prune.planning.goals import Goal
-from lightning_prune.planning.method_front import MethodFront
+from lightning_prune.planning.goals import NEAR, Goal
+from lightning_prune.planning.ladder import Rung, ladder
 from lightning_prune.planning.objective import LatencyBudget
 from lightning_prune.planning.search_arguments import usable_methods
 from lightning_prune.planning.targets import aim
@@ -21,7 +21,10 @@ from lightning_prune.reduction import Reduction
 
 
 class AutoReach(Reach):
-    """What `auto` can do: for each target the best schedule of the best method, and amounts are steps of its front.
+    """What `auto` can do: for each target the best schedule of the best method.
+
+    Amounts are steps of one ladder of all methods, so that a target that is missed, or reached with room to spare, is
+    led to what is best there, by whatever method.
 
     Args:
         transformer: The Vision Transformer, dense.
@@ -35,7 +38,8 @@ class AutoReach(Reach):
     ) -> None:
         super().__init__(transformer, entry, tokens)
         self._searching = searching
-        self._chosen: dict[float, tuple[MethodFront, int]] = {}  # target -> front, steps from dense
+        self._ladder: list[Rung] = []
+        self._first: dict[float, int] = {}  # target -> the step to try first
 
     def why_not(self, images: Tensor) -> str | None:
         """Why none of the methods that are searched can be used; None where one can."""
@@ -49,44 +53,40 @@ class AutoReach(Reach):
         """Measures prices and sensitivities, and chooses a schedule for each target."""
         search = self._searching()
         fronts = search.fronts(usable_methods(self.entry.searched, self.transformer))
+        chosen = {}
         for speedup in speedups:
             try:
-                front, found = decided(search, fronts, LatencyBudget(speedup=speedup))
-                steps = front.dense - found.tokens
+                chosen[speedup] = decided(search, fronts, LatencyBudget(speedup=speedup))
             except ArgumentError:  # none is predicted to reach it: let the fastest try
-                front = min(fronts, key=lambda each: each.entry(1).milliseconds)
-                steps = front.dense - 1
-            self._chosen[speedup] = front, steps
+                continue
+        self._ladder = ladder(fronts, chosen.values())
+        for speedup in speedups:
+            own = chosen.get(speedup)
+            steps = [step for step, rung in enumerate(self._ladder, 1) if own is not None and rung.entry is own.entry]
+            near = [step for step, rung in enumerate(self._ladder, 1) if rung.ratio <= (1 + NEAR) / speedup]
+            self._first[speedup] = next(iter(steps or near), len(self._ladder))
 
     def goals(
         self, race: Interleaved[Variant], speedups: Sequence[float], max_seconds: float, tick: Callable[[], None]
     ) -> list[Goal]:
         """Beginning with what was chosen."""
-        goals = []
-        for speedup in speedups:
-            front, steps = self._chosen[speedup]
-            most = front.dense - 1
-            least = min(1, most)
-            goals.append(Goal(_variants(front), speedup, max(steps, least), least, most))
+        most = len(self._ladder)
+        goals = [Goal(self.variant_of, speedup, self._first[speedup], min(1, most), most) for speedup in speedups]
         aim(race, goals, max_seconds, tick)
         return goals
 
     def variant_of(self, amount: int) -> Variant:
-        """Dense alone: other amounts mean something to a front only."""
-        return DENSE
+        """The step of the ladder; 0 is dense."""
+        if not amount:
+            return DENSE
+        rung = self._ladder[amount - 1]
+        return Variant(rung.front.reduction, rung.entry.schedule)
 
     def reduction_of(self, goal: Goal | None) -> Reduction | None:
-        """The method that was chosen for a target."""
-        return None if goal is None else self._chosen[goal.speedup][0].reduction
+        """The method of the step that a goal has come to; None where it removes nothing."""
+        return self._ladder[goal.amount - 1].front.reduction if goal is not None and goal.amount else None
 
     def unreached(self, goal: Goal) -> Unreached:
-        """The fastest schedule of the front missed the target."""
+        """The fastest schedule missed the target."""
         most = f"timed up to {goal.variant_of(goal.most).schedule}"
         return Unreached(self.entry.name, goal.speedup, goal.best, most)
-
-
-def _variants(front: MethodFront) -> Callable[[int], Variant]:
-    def variant_of(steps: int) -> Variant:
-        return Variant(front.reduction, front.entry(front.dense - steps).schedule) if steps else DENSE
-
-    return variant_of

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -14,8 +14,7 @@ from lightning_prune.planning.labels import labels_of
 from lightning_prune.planning.latency_model import LatencyModel
 from lightning_prune.planning.levels import search_levels
 from lightning_prune.planning.method_front import MethodFront
-from lightning_prune.planning.prices import price_of, probes
-from lightning_prune.planning.programme import pareto_front
+from lightning_prune.planning.prices import probes
 from lightning_prune.planning.sensitivity import Sensitivity
 from lightning_prune.profiling import LatencyProfile, Proxy, Timing, Workload, compare_latency
 from lightning_prune.profiling.latency import ready_to_run
@@ -76,32 +75,12 @@ class BlockSearch:
         ):
             return self.proxy.measure()
 
-    def compare(self, variants: Variants) -> Mapping[str, Timing]:
-        """Timings of variants, dense among them, in one interleaved run."""
-        limit = max(1.0, self.max_seconds / 3)
+    def compare(self, variants: Variants, max_seconds: float | None = None) -> Mapping[str, Timing]:
+        """Timings of variants, dense among them, in one interleaved run; within a third of the limit if not said."""
+        limit = max(1.0, self.max_seconds / 3) if max_seconds is None else max_seconds
         return compare_latency(
             self.model, self.batch, variants, max_seconds=limit, target=self.target, progress=self.progress
         )
-
-    def latencies(self, labels: Mapping[Reduction, str]) -> dict[Reduction, LatencyModel]:
-        """The latency model of every method, the prices from one run of a few schedules of each; none elsewhere."""
-        n, depth, prefix = self.curve.dense_tokens, self.transformer.depth, self.transformer.prefix_tokens
-        share = attention_share(Workload.of(self.transformer.blocks, len(self.batch)), n)
-        plain = LatencyModel.from_profile(self.curve, share, search_levels(self.curve))
-        if self.foreign or len(plain.levels) == 1:
-            return dict.fromkeys(labels, plain)
-        tried = {reduction: probes(reduction, n, prefix, depth, self.transformer.first) for reduction in labels}
-        variants: Variants = {"dense": None}
-        for reduction, schedules in tried.items():
-            variants |= {f"{labels[reduction]} {name}": (reduction, schedule) for name, schedule in schedules.items()}
-        timings = self.compare(variants)
-        return {
-            reduction: replace(
-                plain,
-                price=price_of(plain, schedules, {name: timings[f"{labels[reduction]} {name}"] for name in schedules}),
-            )
-            for reduction, schedules in tried.items()
-        }
 
     def fronts(self, reductions: Sequence[Reduction]) -> list[MethodFront]:
         """The front of every method: all schedules that none of its own beats; where the device gains nothing, dense.
@@ -110,20 +89,34 @@ class BlockSearch:
             ArgumentError: If two methods are the same.
         """
         labels = labels_of(reductions)
-        latencies = self.latencies(labels)
-        gains = any(len(latency.levels) > 1 for latency in latencies.values())
-        tables = self._sensitivities(labels) if gains else {}
         prefix, depth = self.transformer.prefix_tokens, self.transformer.depth
+        share = attention_share(Workload.of(self.transformer.blocks, len(self.batch)), self.curve.dense_tokens)
+        latency = LatencyModel.from_profile(self.curve, share, search_levels(self.curve))
+        levels = [int(level) for level in latency.levels]
+        gains = len(levels) > 1
+        timings = self._probed(labels) if gains and not self.foreign else {}
+        tables = self._sensitivities(labels) if gains else {}
         fronts = []
-        for reduction, latency in latencies.items():
-            levels = [int(level) for level in latency.levels]
+        for reduction, label in labels.items():
             costs = np.zeros((depth, 1, 1))
-            if reduction in tables:
+            if gains:
                 costs = tables[reduction].costs(levels, depth, partial(reduction.capacity, prefix_tokens=prefix))
-            points = pareto_front(levels, latency.steps(), costs, latency.dense_ms)
-            n, measure, name = self.curve.dense_tokens, self.accuracy, self.proxy.name
-            fronts.append(MethodFront(reduction, points, n, measure, name, labels[reduction]))
+            probed = timings.get(reduction, [])
+            fronts.append(MethodFront(reduction, label, latency, costs, self.accuracy, self.proxy.name, probed))
         return fronts
+
+    def _probed(self, labels: Mapping[Reduction, str]) -> dict[Reduction, list[tuple[Schedule, Timing]]]:
+        """A few schedules of every method, timed in one run, from which follows what it costs besides the tokens."""
+        n, depth, prefix = self.curve.dense_tokens, self.transformer.depth, self.transformer.prefix_tokens
+        tried = {reduction: probes(reduction, n, prefix, depth, self.transformer.first) for reduction in labels}
+        variants: Variants = {"dense": None}
+        for reduction, schedules in tried.items():
+            variants |= {f"{labels[reduction]} {name}": (reduction, schedule) for name, schedule in schedules.items()}
+        timings = self.compare(variants, self.max_seconds)
+        return {
+            reduction: [(schedule, timings[f"{labels[reduction]} {name}"]) for name, schedule in schedules.items()]
+            for reduction, schedules in tried.items()
+        }
 
     def _sensitivities(self, labels: Mapping[Reduction, str]) -> dict[Reduction, Sensitivity]:
         """Of every method, on the same images: as many as the time allows, the first few in any case.

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Sequence
 from math import hypot
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from lightning_prune.profiling.curve import SAVING
 
 _FIRST = 4  # counts at which the proxy is measured before any choice
 _MOST = 8  # counts at which it is measured after that
+Item = TypeVar("Item")
 WORTHWHILE = 0.002  # a better score by less is not worth another pass over the calibration images
 
 
@@ -61,7 +62,7 @@ def choose(
     if objective.unreachable(counts, latency) is not None:
         return n, why_dense(profile) + missed_by_dense(profile, objective)
     deadline = time.perf_counter() + (max_seconds if max_seconds is not None else float("inf"))
-    for count in counts if exhaustive else _spread(useful):
+    for count in counts if exhaustive else spread(useful, _FIRST):
         curve(count)
     before = len(curve.values)  # what an earlier objective asked for is no reason to ask for less
     while not exhaustive and len(curve.values) - before < _MOST and time.perf_counter() < deadline:
@@ -125,7 +126,7 @@ def _promising(counts: Sequence[int], latency: Column, curve: Curve, objective: 
     return None
 
 
-def _spread(counts: Sequence[int]) -> list[int]:
-    """A few counts spread over the curve, the most tokens among them: budgets live near dense."""
-    positions = np.linspace(0, len(counts) - 1, min(_FIRST, len(counts))).round().astype(int)
-    return [counts[position] for position in dict.fromkeys(positions.tolist())]
+def spread(candidates: Sequence[Item], most: int) -> list[Item]:
+    """A few of them spread over all, the first and the last among them: budgets live near dense."""
+    positions = np.linspace(0, len(candidates) - 1, min(most, len(candidates))).round().astype(int)
+    return [candidates[position] for position in dict.fromkeys(positions.tolist())]

@@ -17,11 +17,13 @@ class Price(NamedTuple):
     """What a method costs besides the tokens, in milliseconds of a batch.
 
     Attributes:
-        reducing: Of each block that reduces N tokens; of fewer in proportion.
+        reducing: Of each block that reduces, however many tokens enter it: small operations take as long for few.
+        tokens: Of a block that reduces N tokens, on top; of fewer in proportion.
         after: Of each block after the first that reduces: merged tokens that attention must weigh by their sizes.
     """
 
     reducing: float = 0.0
+    tokens: float = 0.0
     after: float = 0.0
 
 
@@ -91,7 +93,8 @@ class LatencyModel:
         total = self.dense_ms
         for leaving in schedule.tokens(n):
             total += self.attention * self.at(entering) + (1 - self.attention) * self.at(leaving)
-            total += self.price.reducing * (leaving < entering) * entering / n + self.price.after * (entering < n)
+            total += (self.price.reducing + self.price.tokens * entering / n) * (leaving < entering)
+            total += self.price.after * (entering < n)
             entering = leaving
         return total
 
@@ -101,6 +104,6 @@ class LatencyModel:
         added = self.attention * entering + (1 - self.attention) * leaving
         places = np.arange(len(self.levels))
         share = self.levels[:, None] / self.levels[-1]
-        added = added + self.price.reducing * share * (places[None, :] < places[:, None])
+        added = added + (self.price.reducing + self.price.tokens * share) * (places[None, :] < places[:, None])
         added = added + self.price.after * (places[:, None] < len(places) - 1)
         return np.where(places[None, :] <= places[:, None], added, np.inf)

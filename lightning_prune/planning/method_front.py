@@ -1,126 +1,177 @@
-"""The front of one method: its schedules over all blocks, predicted, with the proxy of those that are asked for."""
+"""The front of one method: its schedules over all blocks, predicted by what was timed of them so far."""
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import numpy as np
 
 from lightning_prune.errors import ArgumentError
 from lightning_prune.planning.blocks_plan import FrontEntry
-from lightning_prune.planning.choice import choose, missed_by_dense
+from lightning_prune.planning.choice import spread
+from lightning_prune.planning.front_entries import entries_of, numbered
+from lightning_prune.planning.latency_model import LatencyModel
 from lightning_prune.planning.objective import Objective
-from lightning_prune.planning.programme import FrontPoint
-from lightning_prune.profiling import LatencyProfile
+from lightning_prune.planning.prices import price_of
+from lightning_prune.planning.programme import pareto_front
+from lightning_prune.planning.step_costs import Table
+from lightning_prune.profiling import Timing
+from lightning_prune.profiling.curve import SAVING
 from lightning_prune.reduction import Reduction
 from lightning_prune.schedule import Schedule
 
-_APART = 0.005  # of dense: schedules that are closer in latency are one choice
+_MOST = 8  # schedules whose proxy is measured for one choice, after the first few
+_FIRST = 4
+
+Removed = tuple[int, ...]
 
 
 class MethodFront:
-    """Schedules of one method by predicted latency, numbered from the fastest, 1, to dense.
+    """Schedules of one method by predicted latency, and the proxy of those that were asked for.
 
-    To `choose` they look like the token counts of a latency curve, and this like the curve of a proxy. Only a few of
-    the front are numbered: of those that are about as fast the one that costs least, and the fastest of all.
+    The latency model learns: each schedule that is timed makes the prices of the method surer, and those beside it on
+    the front are predicted by how much longer, or shorter, it took than these prices say.
 
     Args:
         reduction: The method.
-        points: As `pareto_front` gives them, from dense to the fastest.
-        tokens: N.
+        label: What to call it among others.
+        latency: Of the tokens alone.
+        costs: (depth, levels, levels) cost of accuracy, as `pareto_front` takes them.
         measure: The proxy of a schedule, relative to dense.
         name: What the proxy means.
-        label: What to call the method among others.
+        probed: Any schedules with their timings, for the prices.
 
     Attributes:
-        entries: Those that are numbered, from the fastest to dense.
-        values: Number -> proxy, where it was measured.
-        name: What the proxy means.
-        label: What to call the method among others.
+        entries: A few of the front, from the fastest to dense: of those about as fast the one that costs least.
+        values: What a schedule removes -> its proxy, where it was measured.
     """
 
     def __init__(
         self,
         reduction: Reduction,
-        points: list[FrontPoint],
-        tokens: int,
+        label: str,
+        latency: LatencyModel,
+        costs: Table,
         measure: Callable[[Reduction, Schedule], float],
         name: str,
-        label: str | None = None,
+        probed: Iterable[tuple[Schedule, Timing]] = (),
     ) -> None:
-        self.reduction, self.name, self._measure, self._tokens = reduction, name, measure, tokens
-        self.label = reduction.name if label is None else label
+        self.reduction, self.label, self.name = reduction, label, name
+        self._plain, self._costs, self._measure = latency, costs, measure
+        self._probed = list(probed)
+        self._timed: dict[Removed, tuple[FrontEntry, Timing]] = {}
+        self.values: dict[Removed, float] = {}
+        self._known: dict[float, float] = {0.0: 1.0}  # cost -> proxy
         self._all: list[FrontEntry] = []
-        for point in points:
-            entering = (tokens, *point.levels[:-1])
-            removed = [before - after for before, after in zip(entering, point.levels, strict=True)]
-            self._all.append(FrontEntry(self.label, Schedule(removed), point.milliseconds, point.cost))
-        self.entries = _numbered(self._all)
-        self.values: dict[int, float] = {len(self.entries): 1.0}
+        self._fit()
 
     @property
-    def dense(self) -> int:
-        """The number of the schedule that removes nothing."""
-        return len(self.entries)
+    def dense(self) -> FrontEntry:
+        """The schedule that removes nothing."""
+        return self._all[0]
 
-    def entry(self, number: int) -> FrontEntry:
-        """The schedule of this number, with its proxy if that was measured."""
-        return replace(self.entries[number - 1], accuracy=self.values.get(number))
+    @property
+    def tokens(self) -> int:
+        """N."""
+        return int(self._plain.levels[-1])
 
-    def everything(self) -> list[FrontEntry]:
-        """The whole front from dense to the fastest, with the proxies that were measured."""
-        known = {self.entries[number - 1].schedule.removed: value for number, value in self.values.items()}
-        return [replace(entry, accuracy=known.get(entry.schedule.removed)) for entry in self._all]
+    def ratio(self, entry: FrontEntry) -> float:
+        """Predicted latency over dense."""
+        return entry.milliseconds / self._plain.dense_ms
 
-    def __call__(self, number: int) -> float:
-        """The proxy of a schedule, measured once."""
-        if number not in self.values:
-            self.values[number] = self._measure(self.reduction, self.entries[number - 1].schedule)
-        return self.values[number]
+    def observe(self, entry: FrontEntry, timing: Timing) -> None:
+        """Takes the timing of a schedule of the front."""
+        self._timed[entry.schedule.removed] = entry, timing
+        self._fit()
 
-    def choose(self, objective: Objective, max_seconds: float | None) -> tuple[int, str]:
-        """The number of the best schedule, and why; see `lightning_prune.planning.choice.choose`.
+    def accuracy(self, entry: FrontEntry) -> float:
+        """The proxy of a schedule, measured once; 1 of dense."""
+        removed = entry.schedule.removed
+        if not entry.schedule.total:
+            return 1.0
+        if removed not in self.values:
+            self.values[removed] = self._known[entry.cost] = self._measure(self.reduction, entry.schedule)
+        return self.values[removed]
+
+    def estimate(self, entry: FrontEntry) -> float:
+        """The proxy of a schedule; where it was not measured, straight between those that cost less and more."""
+        if entry.schedule.removed in self.values:
+            return self.values[entry.schedule.removed]
+        costs = sorted(self._known)
+        return float(np.interp(entry.cost, costs, [self._known[cost] for cost in costs]))
+
+    def everything(self, chosen: FrontEntry | None = None) -> list[FrontEntry]:
+        """The whole front from dense to the fastest, and one more schedule, with the proxies that were measured."""
+        found = {entry.schedule.removed: entry for entry in ([chosen] if chosen else []) + self._all}
+        ordered = sorted(found.values(), key=lambda entry: -entry.milliseconds)
+        return [
+            replace(entry, accuracy=1.0 if not entry.schedule.total else self.values.get(entry.schedule.removed))
+            for entry in ordered
+        ]
+
+    def choose(self, objective: Objective, dense_ms: float, max_seconds: float) -> tuple[FrontEntry, str]:
+        """The best schedule by what is known, with its proxy measured, and why.
+
+        Args:
+            objective: What makes one better than another.
+            dense_ms: Latency of the unpruned model, as of now.
+            max_seconds: When no further proxy is measured; the first few and one choice always are.
 
         Raises:
             ArgumentError: If no schedule is predicted to keep to a budget; says what the fastest is predicted to take.
         """
-        curve, fastest = self._curve(), self.entries[0]
-        if objective.unreachable(curve.tokens, np.array(curve.milliseconds)) is not None:
+        everything = np.array([self.ratio(entry) for entry in self.entries])
+        fastest = self.entries[0]
+        if objective.unreachable(range(len(everything)), dense_ms * everything) is not None:
             raise ArgumentError(
                 f"The {objective} cannot be reached: the fastest schedule is predicted to take "
-                f"{fastest.milliseconds:.3g} ms, {curve.dense_ms / fastest.milliseconds:.2f}x, and leaves "
-                f"{fastest.schedule.tokens(self._tokens)[-1]} tokens."
+                f"{dense_ms * everything[0]:.3g} ms, {1 / everything[0]:.2f}x, and leaves "
+                f"{fastest.schedule.tokens(self.tokens)[-1]} tokens."
             )
-        if not any(curve.saves(number) for number in curve.tokens):
-            gained = 100 * (1 - fastest.milliseconds / curve.dense_ms)
+        missed = "" if objective.met_by_dense(dense_ms) else f" The {objective} is not met."
+        useful = [entry for entry in self.entries if self.ratio(entry) < 1 - SAVING]
+        candidates = [*useful, self.dense]
+        ratios = np.array([self.ratio(entry) for entry in candidates])
+        if not useful or objective.unreachable(range(len(ratios)), dense_ms * ratios) is not None:
             return self.dense, (
-                f"No schedule is predicted to be faster than dense by more than 2%; the fastest by {gained:.1f}%, its "
-                f"own price included.{missed_by_dense(curve, objective)}"
+                f"No schedule is predicted to be faster than dense by more than 2%; the fastest by "
+                f"{100 * (1 - everything[0]):.1f}%, its own price included.{missed}"
             )
-        return choose(curve, self, objective, exhaustive=False, max_seconds=max_seconds)
+        deadline = time.perf_counter() + max_seconds
+        if len(self._known) == 1:
+            for entry in spread(useful, _FIRST):
+                self.accuracy(entry)
+        for attempt in range(_MOST):
+            chosen = candidates[objective.best(dense_ms * ratios, np.array([self.estimate(e) for e in candidates]))]
+            known = chosen is self.dense or chosen.schedule.removed in self.values
+            if known or (attempt and time.perf_counter() > deadline):
+                break
+            self.accuracy(chosen)
+        places = [i for i, e in enumerate(candidates) if e is self.dense or e.schedule.removed in self.values]
+        proxies = np.array([self.accuracy(candidates[place]) for place in places])
+        chosen = candidates[places[objective.best(dense_ms * ratios[places], proxies)]]
+        if chosen is self.dense:
+            return (
+                chosen,
+                f"Dense is best by the objective ({objective}): every faster schedule costs too much.{missed}",
+            )
+        saved, kept = 100 * (1 - self.ratio(chosen)), 100 * self.accuracy(chosen)
+        return chosen, f"Best by {objective}: {saved:.1f}% less latency, {kept:.2f}% of the dense {self.name}."
 
-    def fastest(self) -> tuple[int, str]:
-        """The number of the fastest schedule, with what to say of it; its proxy is measured."""
-        return 1, f"The fastest schedule of {self.label}: {100 * self(1):.2f}% of the dense {self.name}."
-
-    def _curve(self) -> LatencyProfile:
-        """The numbered schedules as if they were token counts, known without noise."""
-        count = len(self.entries)
-        return LatencyProfile(
-            tokens=tuple(range(1, count + 1)),
-            milliseconds=tuple(entry.milliseconds for entry in self.entries),
-            spread=(1e-9,) * count,
-            rounds=(99,) * count,
-            method=self.reduction.name,
-            block=0,
-            depth=self.entries[0].schedule.depth,
+    def fastest(self) -> tuple[FrontEntry, str]:
+        """The fastest schedule, with what to say of it; its proxy is measured."""
+        entry = self.entries[0]
+        return (
+            entry,
+            f"The fastest schedule of {self.label}: {100 * self.accuracy(entry):.2f}% of the dense {self.name}.",
         )
 
-
-def _numbered(entries: list[FrontEntry]) -> list[FrontEntry]:
-    """From the fastest to dense; of those within half a percent of dense the slowest, which costs least."""
-    dense = entries[0]
-    bins = {
-        int((dense.milliseconds - e.milliseconds) / (_APART * dense.milliseconds)): e for e in reversed(entries[1:])
-    }
-    chosen = {entry.schedule.removed: entry for entry in (entries[-1], *bins.values(), dense)}
-    return list(chosen.values())
+    def _fit(self) -> None:
+        """Prices and front from all that was timed."""
+        timed = [(entry.schedule, timing) for entry, timing in self._timed.values()]
+        latency = replace(self._plain, price=price_of(self._plain, [*self._probed, *timed]))
+        points = pareto_front([int(level) for level in latency.levels], latency.steps(), self._costs, latency.dense_ms)
+        predicted = [latency.predict(schedule) for schedule, _ in timed]
+        actual = [timing.ratio * latency.dense_ms for _, timing in timed]
+        self._all = entries_of(self.label, points, self.tokens, predicted, actual)
+        self.entries = numbered(self._all)

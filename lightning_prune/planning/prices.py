@@ -1,19 +1,20 @@
-"""What a method costs besides the tokens, from a few schedules that are timed beside dense."""
+"""What a method costs besides the tokens, from schedules that are timed beside dense."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from lightning_prune.planning.goals import error_of
 from lightning_prune.planning.latency_model import LatencyModel, Price
 from lightning_prune.profiling import Timing
 from lightning_prune.reduction import Reduction
 from lightning_prune.schedule import Schedule
 
-Time = Callable[[Mapping[str, Schedule]], Mapping[str, Timing]]
+_SUREST = 0.003  # of dense: the model is no better than that, however well a schedule was timed
 
 
 def probes(reduction: Reduction, tokens: int, prefix_tokens: int, depth: int, first: int) -> dict[str, Schedule]:
-    """Schedules that tell the two prices apart: one block early, one late, two, and four.
+    """Schedules that tell the prices apart: one block early, one late, four, and three of which two find few tokens.
 
     Args:
         reduction: The method.
@@ -22,46 +23,46 @@ def probes(reduction: Reduction, tokens: int, prefix_tokens: int, depth: int, fi
         depth: Blocks.
         first: The first block that can reduce.
     """
-    places = {
-        "early": [first],
-        "late": [max(depth - 2, first)],
-        "two": [first, (first + depth) // 2],
-        "four": np.linspace(first, depth - 1, 4).astype(int).tolist(),
+    middle = (first + depth) // 2
+    wanted: dict[str, list[tuple[int, int]]] = {  # block, tokens that it is to remove
+        "early": [(first, tokens // 2)],
+        "late": [(max(depth - 2, first), tokens // 3)],
+        "four": [(block, tokens // 12) for block in np.linspace(first, depth - 1, 4).astype(int).tolist()],
+        "few": [(first, tokens * 2 // 3), (middle, tokens // 12), (depth - 1, tokens // 12)],
     }
     found: dict[str, Schedule] = {}
-    for name, blocks in places.items():
+    for name, cuts in wanted.items():
         removed, left = [0] * depth, tokens
-        for block in dict.fromkeys(blocks):
-            removed[block] = min(tokens // (3 * len(set(blocks))), reduction.capacity(left, prefix_tokens))
+        for block, cut in dict(cuts).items():
+            removed[block] = min(max(cut, 1), reduction.capacity(left, prefix_tokens))
             left -= removed[block]
         found[name] = Schedule(removed)
     return found
 
 
-def price_of(model: LatencyModel, schedules: Mapping[str, Schedule], timings: Mapping[str, Timing]) -> Price:
-    """The prices that explain best by how much the schedules are slower than their tokens alone would be.
+def price_of(model: LatencyModel, timed: Iterable[tuple[Schedule, Timing]]) -> Price:
+    """The prices, none below 0, that explain best by how much schedules are slower than their tokens alone would be.
 
     Args:
         model: Of the tokens alone.
-        schedules: What was timed.
-        timings: Its timings; the ratio to dense counts.
+        timed: Schedules with their timings, of which the ratio to dense counts; the surer ones weigh more.
     """
+    from sklearn.linear_model import LinearRegression  # takes a second to import
+
     rows: list[Sequence[float]] = []
     lacking: list[float] = []
-    for name, schedule in schedules.items():
+    weights: list[float] = []
+    n = int(model.levels[-1])
+    for schedule, timing in timed:
         reducing = schedule.reducing
         if not reducing:
             continue
-        n = int(model.levels[-1])
         entering = (n, *schedule.tokens(n))
-        rows.append((sum(entering[block] for block in reducing) / n, model.depth - 1 - min(reducing)))
-        lacking.append(timings[name].ratio * model.dense_ms - model.predict(schedule))
+        share = sum(entering[block] for block in reducing) / n
+        rows.append((len(reducing), share, model.depth - 1 - min(reducing)))
+        lacking.append(timing.ratio * model.dense_ms - model.predict(schedule))
+        weights.append(1 / max(error_of(timing), _SUREST) ** 2)
     if not rows:
         return Price()
-    counts, missing = np.array(rows, dtype=float), np.array(lacking)
-    (reducing_ms, after_ms), *_ = np.linalg.lstsq(counts, missing, rcond=None)
-    if after_ms < 0:  # noise: nothing becomes faster by having been reduced before
-        reducing_ms, after_ms = counts[:, 0] @ missing / (counts[:, 0] @ counts[:, 0]), 0.0
-    elif reducing_ms < 0:
-        reducing_ms, after_ms = 0.0, counts[:, 1] @ missing / (counts[:, 1] @ counts[:, 1])
-    return Price(max(float(reducing_ms), 0.0), max(float(after_ms), 0.0))
+    fitted = LinearRegression(fit_intercept=False, positive=True).fit(rows, lacking, sample_weight=weights)
+    return Price(*map(float, fitted.coef_))

@@ -8,8 +8,7 @@ from torch import Tensor, nn
 from lightning_prune.patching import find_vision_transformer
 from lightning_prune.planning.block_search import BlockSearch
 from lightning_prune.planning.blocks_plan import BlocksPlan
-from lightning_prune.planning.confirm import Confirmed
-from lightning_prune.planning.finalists import decided
+from lightning_prune.planning.finalists import Finalist, decided
 from lightning_prune.planning.given_profile import check_profile, is_foreign
 from lightning_prune.planning.method_front import MethodFront
 from lightning_prune.planning.objective import Objective, Utility
@@ -18,7 +17,12 @@ from lightning_prune.profiling import LatencyProfile, profile_latency
 from lightning_prune.reduction import Random, Reduction
 from lightning_prune.schedule import Schedule
 
-AUTO = ("tome", "pomt-nearest", "topk")  # what method="auto" searches: the one that loses least, and two that cost less
+AUTO = (
+    "tome",
+    "pomt-nearest",
+    "topk",
+    "random",
+)  # what method="auto" searches: those that lose least, and that cost least
 CURVE = Random(site="input")  # on whose latency curve every method is planned: all tokens go before block 0
 _HINT = (
     'plan_blocks needs a curve of Random(site="input"), as profile_latency(model, batch, method=Random(site="input")) '
@@ -42,8 +46,8 @@ def plan_blocks(
 
     How much every block minds is measured by itself, as KL divergence from the dense outputs; these costs add up, and
     so do latencies, so that a dynamic programme finds the front of all schedules exactly. The best of every method, by
-    the objective and the measured proxy, are timed beside dense in one interleaved run, and the best of them there is
-    the plan. One that misses a latency budget is moved and timed again, a few times at most.
+    the objective and the measured proxy, are timed beside dense in one interleaved run. That teaches the latency model
+    of each, which may then propose another, a few times at most; the best that was timed is the plan.
 
     How many images the sensitivity is measured on depends on the pace of the machine, and is the same for all methods;
     the plan says it. A seed alone does not fix the plan where the time limit cuts it short.
@@ -56,9 +60,10 @@ def plan_blocks(
         objective: `Utility()` if None.
         profile: A latency curve on which all tokens go before block 0, of `Random(site="input")`; measured if None.
             With one of another device nothing is timed here, and reducing is taken to cost nothing by itself.
-        max_seconds: Time limit of each of: the curve, the sensitivity of each method, the proxies of each method, and
-            thrice each run that times finalists. Run in any case: the dense model over all images, every method at a
-            few schedules over all images, and its sensitivity on the first 8 images.
+        max_seconds: Time limit of each of: the curve, the run that prices all methods, the sensitivity of each method,
+            the proxies of each choice of a method, and thrice each run that times finalists. Run in any case: the dense
+            model over all images, every method at a few schedules over all images, and its sensitivity on the first 8
+            images.
         target: Dotted path of the transformer in `model`.
         progress: Shows bars on a terminal.
 
@@ -94,47 +99,44 @@ def plan_blocks(
         foreign = is_foreign(profile, transformer, example_batch)
     search = BlockSearch(model, transformer, images, example_batch, profile, foreign, max_seconds, target, progress)
     fronts = search.fronts(reductions)
-    best, found = decided(search, fronts, objective)
-    return _plan(search, fronts, best, found, objective, time.perf_counter() - start)
+    return _plan(search, fronts, decided(search, fronts, objective), objective, time.perf_counter() - start)
 
 
 def _plan(
-    search: BlockSearch,
-    fronts: Sequence[MethodFront],
-    best: MethodFront,
-    found: Confirmed,
-    objective: Objective,
-    seconds: float,
+    search: BlockSearch, fronts: Sequence[MethodFront], best: Finalist, objective: Objective, seconds: float
 ) -> BlocksPlan:
-    curve, entry = search.curve, best.entry(found.tokens)
-    n, reducing = curve.dense_tokens, entry.schedule.reducing
-    tokens = entry.schedule.tokens(n)[-1]
+    curve, front, removed = search.curve, best.front, best.entry.schedule.removed
+    n, reducing, tokens = (
+        curve.dense_tokens,
+        best.entry.schedule.reducing,
+        best.entry.schedule.tokens(curve.dense_tokens)[-1],
+    )
     provenance = {
-        "method": best.reduction.name,
-        "settings": best.reduction.settings(),
+        "method": front.reduction.name,
+        "settings": front.reduction.settings(),
         "objective": str(objective),
-        "proxy": best.name,
+        "proxy": front.name,
         "tokens_dense": n,
         "tokens": tokens,
         **dict(curve.context),
     }
     made = BlocksPlan(
-        schedule=Schedule(entry.schedule.removed, provenance),
-        method=best.reduction.name,
-        label=best.label,
+        schedule=Schedule(removed, provenance),
+        method=front.reduction.name,
+        label=front.label,
         block=min(reducing) if reducing else search.transformer.first,
         objective=objective,
         profile=curve,
-        proxy=best.name,
-        accuracy={n: 1.0, tokens: best(found.tokens)},
+        proxy=front.name,
+        accuracy={n: 1.0, tokens: front.accuracy(best.entry)},
         tokens=tokens,
-        reason=found.reason,
-        dense=found.dense,
-        pruned=found.pruned,
+        reason=best.reason,
+        dense=best.dense,
+        pruned=best.pruned,
         seconds=seconds,
-        front=tuple(entry for front in fronts for entry in front.everything()),
-        predicted_ratio=entry.milliseconds / curve.dense_ms,
-        reduction=best.reduction,
+        front=tuple(e for each in fronts for e in each.everything(best.entry if each is front else None)),
+        predicted_ratio=front.ratio(best.entry),
+        reduction=front.reduction,
         images=search.seen,
         sensitivity_seconds=search.seconds,
     )

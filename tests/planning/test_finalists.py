@@ -3,16 +3,15 @@
 import re
 import warnings
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
 import lightning_prune as lp
-from lightning_prune.planning.confirm import Attempt
-from lightning_prune.planning.finalists import best_timed
-from lightning_prune.planning.method_front import MethodFront
-from lightning_prune.planning.programme import FrontPoint
+from lightning_prune.planning.blocks_plan import FrontEntry
+from lightning_prune.planning.finalists import Finalist, best_timed
 from lightning_prune.profiling import Timing
-from lightning_prune.reduction import ToMe, resolve
+from lightning_prune.reduction import ToMe
 
 from .clocked import DEPTH, N, milliseconds, planned
 
@@ -77,26 +76,40 @@ def test_a_method_that_is_moved_into_the_budget_is_taken_if_it_is_better_there(m
 
 
 @pytest.mark.parametrize("over", [1.003, 1.006, 1.04])
-def test_a_near_miss_is_no_worse_than_what_is_inside(monkeypatch, over):
-    """By half a percent it counts as inside, by more it is moved; and with the better proxy it wins either way."""
-    front = {}
-    for name, accuracy in (("near", 0.99), ("inside", 0.8)):
-        points = [FrontPoint(100.0, 0.0, (17, 17)), FrontPoint(66.0, 0.1, (9, 9)), FrontPoint(50.0, 0.2, (5, 5))]
-        made = MethodFront(resolve("topk"), points, 17, lambda *_: 0.7, "proxy", name)
-        made.values[2] = accuracy
-        front[name] = made
-    budget = lp.LatencyBudget(speedup=1.5)
-    attempts = {
-        each: Attempt((2, name), each.dense, 100.0, budget, lambda _: (1, "moved"), each.fastest)
-        for name, each in front.items()
-    }
+def test_a_near_miss_counts_as_inside_by_half_a_percent(over):
+    entries = {"near": 0.99, "inside": 0.8}
     ratios = {"near": over / 1.5, "inside": 0.66}
-    for name, each in front.items():
-        attempts[each].judge(Timing(100, 1, 1, 0, 9), Timing(100 * ratios[name], 1, ratios[name], 0, 9))
-        attempts[each].close()
-    best, found = best_timed(attempts, budget, 100.0)
-    assert best.label == ("near" if over < 1.005 else "inside")
-    assert found.pruned.ratio == ratios[best.label]
+    timed = []
+    for name, accuracy in entries.items():
+        front = SimpleNamespace(label=name, accuracy=lambda _, accuracy=accuracy: accuracy)
+        entry = FrontEntry(name, lp.Schedule([3, 0]), 66.0, 0.1)
+        pruned = Timing(100 * ratios[name], 1, ratios[name], 0, 9)
+        timed.append(Finalist(front, entry, name, Timing(100, 1, 1, 0, 9), pruned))
+    best = best_timed(timed, lp.LatencyBudget(speedup=1.5), 100.0)
+    assert best.reason == ("near" if over < 1.005 else "inside")
+
+
+def test_a_method_whose_blocks_do_not_add_up_is_led_into_the_budget(monkeypatch):
+    """Each further reducing block makes all slower, which no price says: the more is timed, the better is predicted."""
+    real = lp.compare_latency
+    runs = []
+
+    def slow(model, batch, variants, **kwargs):
+        found = real(model, batch, variants, **kwargs)
+        for name, variant in variants.items():
+            if variant is not None:
+                longer = 1.12 ** (len(variant[1].reducing) - 1)
+                timing = found[name]
+                found[name] = replace(timing, milliseconds=timing.milliseconds * longer, ratio=timing.ratio * longer)
+        runs.append({name: timing.ratio for name, timing in found.items()})
+        return found
+
+    monkeypatch.setattr("lightning_prune.planning.block_search.compare_latency", slow)
+    made = planned(methods=["topk"], objective=lp.LatencyBudget(speedup=1.5))
+    assert made.pruned.ratio <= 1.005 / 1.5
+    assert "longer than" not in made.reason
+    alone = [e for e in made.front if len(e.schedule.reducing) == 1 and milliseconds(e.schedule) <= DEPTH * N / 1.5]
+    assert not alone or made.accuracy[made.tokens] >= max(e.accuracy or 0.0 for e in alone) - 0.002
 
 
 def test_where_no_method_keeps_to_the_budget_the_nearest_is_taken_and_says_so(monkeypatch):

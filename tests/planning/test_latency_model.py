@@ -36,13 +36,13 @@ SCHEDULES = [
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_prediction_adds_up_what_every_block_costs(schedule):
-    known = model(price=Price(reducing=0.5, after=0.1))
+    known = model(price=Price(reducing=0.3, tokens=0.5, after=0.1))
     block = lambda count: 0.01 * count + 1e-5 * count * count  # noqa: E731
     total, entering = 2.0, N
     for removed in schedule.removed:
         leaving = entering - removed
         total += 0.4 * block(entering) + 0.6 * block(leaving)
-        total += 0.5 * entering / N if removed else 0.0
+        total += 0.3 + 0.5 * entering / N if removed else 0.0
         total += 0.1 if entering < N else 0.0
         entering = leaving
     assert known.predict(schedule) == pytest.approx(total, rel=1e-6)
@@ -50,7 +50,7 @@ def test_prediction_adds_up_what_every_block_costs(schedule):
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_steps_add_up_to_the_prediction(schedule):
-    known = model(price=Price(reducing=0.5, after=0.1))
+    known = model(price=Price(reducing=0.3, tokens=0.5, after=0.1))
     steps, places = known.steps(), {int(count): place for place, count in enumerate(known.levels)}
     tokens = (N, *schedule.tokens(N))
     total = sum(steps[places[a], places[b]] for a, b in pairwise(tokens))
