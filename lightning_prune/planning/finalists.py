@@ -126,9 +126,12 @@ def _timed(search: BlockSearch, trying: Iterable[Finalist]) -> list[Finalist]:
 
 
 def _following(search: BlockSearch, front: MethodFront, objective: Objective, dense_ms: float) -> Finalist:
-    """What a method would do after all; its fastest schedule where it is now predicted to miss a budget."""
+    """What a method would do after all; its fastest schedule where it is now predicted to miss a budget.
+
+    Proxies are known by then: there is time for one more, and a few if they are quick.
+    """
     try:
-        return Finalist(front, *front.choose(objective, dense_ms, search.max_seconds))
+        return Finalist(front, *front.choose(objective, dense_ms, search.max_seconds / 4))
     except ArgumentError:
         return Finalist(front, *front.fastest())
 
