@@ -11,11 +11,11 @@ from torch import Tensor
 from lightning_prune.callbacks import TokenPruning
 from lightning_prune.callbacks.decision import Decision, given_schedule, measure_given
 from lightning_prune.callbacks.images import Calibration, images_from_batch
-from lightning_prune.callbacks.planned import check_labels, planned, profiled, sample
+from lightning_prune.callbacks.planned import check_labels, planned_for, profiled, sample
 from lightning_prune.callbacks.random_state import preserving_random_state
 from lightning_prune.callbacks.together import decided_by_rank_zero, refuse_sharded
 from lightning_prune.patching import find_vision_transformer
-from lightning_prune.planning import Objective, ProxyCurve, plan
+from lightning_prune.planning import Objective, ProxyCurve
 from lightning_prune.profiling import Timing, compare_latency
 from lightning_prune.schedule import Schedule
 from lightning_prune.shares import shares_of
@@ -96,37 +96,17 @@ class Survey(L.Callback):
         return decisions, timings
 
     def _planned(self, pl_module: L.LightningModule, images: Tensor, calibration: Calibration) -> dict[str, Decision]:
-        pruner = self.pruner
+        pruner, objectives = self.pruner, list(self.objectives.values())
         check_labels(pruner, calibration)
         found = profiled(pruner, pl_module, images)
-        if pruner.searches:
-            return {
-                name: planned(pruner, pl_module, images, calibration, found, objective)
-                for name, objective in self.objectives.items()
-            }
-        labels = calibration.labels if pruner.protocol == "paper" else None
-        shared: dict[str, Any] = {"labels": labels, "target": pruner.target, "progress": pruner.verbose}
-        curve = ProxyCurve(pl_module, calibration.images, found.profile, pruner.reduction, **shared)
-        return {
-            name: Decision.from_plan(
-                plan(
-                    pl_module,
-                    calibration.images,
-                    profile=found.profile,
-                    curve=curve,
-                    objective=objective,
-                    method=pruner.reduction,
-                    block=pruner.place,
-                    protocol=pruner.protocol,
-                    confirm=False,
-                    max_seconds=pruner.max_seconds,
-                    **shared,
-                ),
-                calibration.source,
-                found.reused,
-            )
-            for name, objective in self.objectives.items()
-        }
+        more: dict[str, Any] = {}
+        if not pruner.searches:
+            labels = calibration.labels if pruner.protocol == "paper" else None
+            shared: dict[str, Any] = {"labels": labels, "target": pruner.target, "progress": pruner.verbose}
+            curve = ProxyCurve(pl_module, calibration.images, found.profile, pruner.reduction, **shared)
+            more = {"curve": curve, "confirm": False}
+        decisions = planned_for(pruner, pl_module, images, calibration, objectives, found, **more)
+        return dict(zip(self.objectives, decisions, strict=True))
 
 
 def _confirmed(decision: Decision, timings: dict[str, Timing], name: str) -> Decision:

@@ -12,6 +12,7 @@ import lightning_prune as lp
 from lightning_prune.callbacks import TokenPruning
 from lightning_prune.comparison import Row, _objectives, compare, writable
 from lightning_prune.planning import Objective
+from lightning_prune.planning.block_search import BlockSearch
 from lightning_prune.profiling.timing import Interleaved
 
 COLUMNS = [
@@ -55,6 +56,18 @@ def compared(
     model = model if model is not None else module()
     rows, decisions, _ = compare(trainer, model, pruner, max_drop, datamodule=lp.DigitsData(batch_size=8))
     return rows, decisions, trainer, pruner
+
+
+def test_over_blocks_all_objectives_share_what_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Any] = []
+    real = BlockSearch.__post_init__
+    monkeypatch.setattr(BlockSearch, "__post_init__", lambda self: (made.append(self), real(self))[1])
+    rows, decisions, _, _ = compared(method="topk", block="auto")
+    assert [row.variant for row in rows] == ["dense", "topk utility", "topk budget"]
+    assert len(made) == 1
+    plans = [decision.plan for decision in decisions.values()]
+    assert [str(plan.objective)[:8] for plan in plans] == ["utility,", "accuracy"]
+    assert plans[0].images == plans[1].images > 0
 
 
 def test_columns_are_those_of_the_files() -> None:

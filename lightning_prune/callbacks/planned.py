@@ -1,5 +1,6 @@
 """Planning as a `TokenPruning` is set: on the profile that is kept, or on a new one."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
@@ -9,8 +10,9 @@ from torch import Tensor
 from lightning_prune.callbacks.decision import Decision
 from lightning_prune.callbacks.images import Calibration, calibration_images
 from lightning_prune.errors import ArgumentError
-from lightning_prune.planning import Objective, Plan, plan, plan_blocks
+from lightning_prune.planning import Objective, Plan, plan
 from lightning_prune.planning.planner import PAPER_IMAGES
+from lightning_prune.planning.several import plan_blocks_for
 from lightning_prune.profiling import ProfileStore
 from lightning_prune.profiling.reuse import Found, measured_or_stored
 from lightning_prune.reduction import Random
@@ -87,17 +89,31 @@ def planned(
     images: Tensor,
     calibration: Calibration,
     found: Found | None = None,
-    objective: Objective | None = None,
 ) -> Decision:
-    """What a pruner decides on these images, judged by those of the calibration.
+    """What a pruner decides on these images, judged by those of the calibration; see `planned_for`."""
+    (decision,) = planned_for(pruner, pl_module, images, calibration, [pruner.objective], found)
+    return decision
+
+
+def planned_for(
+    pruner: "TokenPruning",
+    pl_module: L.LightningModule,
+    images: Tensor,
+    calibration: Calibration,
+    objectives: Sequence[Objective],
+    found: Found | None = None,
+    **more: Any,
+) -> list[Decision]:
+    """What a pruner would decide by each of several objectives, measured once for all of them where that can be.
 
     Args:
         pruner: Its settings count.
         pl_module: The module, dense.
         images: (B, channels, height, width) as the transformer receives them.
         calibration: Images, and labels where the protocol needs them.
+        objectives: In any order.
         found: The latency profile; as `profiled` finds it if None.
-        objective: The pruner's if None.
+        **more: For `lightning_prune.plan`, where one block reduces.
 
     Raises:
         ArgumentError: As `check_labels`, and as `lightning_prune.plan`.
@@ -107,22 +123,15 @@ def planned(
     shared: dict[str, Any] = {
         "profile": found.profile,
         "example_batch": images,
-        "objective": pruner.objective if objective is None else objective,
         "max_seconds": pruner.max_seconds,
         "target": pruner.target,
         "progress": pruner.verbose,
     }
-    made: Plan
+    plans: Sequence[Plan]
     if pruner.searches:
-        made = plan_blocks(pl_module, calibration.images, methods=pruner.methods, **shared)
+        plans = plan_blocks_for(pl_module, calibration.images, objectives, methods=pruner.methods, **shared)
     else:
-        made = plan(
-            pl_module,
-            calibration.images,
-            method=pruner.reduction,
-            block=pruner.place,
-            protocol=pruner.protocol,
-            labels=calibration.labels if pruner.protocol == "paper" else None,
-            **shared,
-        )
-    return Decision.from_plan(made, calibration.source, found.reused)
+        shared |= {"method": pruner.reduction, "block": pruner.place, "protocol": pruner.protocol}
+        shared["labels"] = calibration.labels if pruner.protocol == "paper" else None
+        plans = [plan(pl_module, calibration.images, objective=each, **shared, **more) for each in objectives]
+    return [Decision.from_plan(made, calibration.source, found.reused) for made in plans]

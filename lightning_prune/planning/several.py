@@ -17,12 +17,8 @@ from lightning_prune.profiling import LatencyProfile, profile_latency
 from lightning_prune.reduction import Random, Reduction
 from lightning_prune.schedule import Schedule
 
-AUTO = (
-    "tome",
-    "pomt-nearest",
-    "topk",
-    "random",
-)  # what method="auto" searches: those that lose least, and that cost least
+# What method="auto" searches: the two that lose least, and the two that cost least.
+AUTO = ("tome", "pomt-nearest", "topk", "random")
 CURVE = Random(site="input")  # on whose latency curve every method is planned: all tokens go before block 0
 _HINT = (
     'plan_blocks needs a curve of Random(site="input"), as profile_latency(model, batch, method=Random(site="input")) '
@@ -84,10 +80,55 @@ def plan_blocks(
         >>> plan.schedule.depth
         4
     """
+    (made,) = plan_blocks_for(
+        model,
+        images,
+        [objective if objective is not None else Utility()],
+        example_batch=example_batch,
+        methods=methods,
+        profile=profile,
+        max_seconds=max_seconds,
+        target=target,
+        progress=progress,
+    )
+    return made
+
+
+def plan_blocks_for(
+    model: nn.Module,
+    images: Tensor,
+    objectives: Sequence[Objective],
+    *,
+    example_batch: Tensor,
+    methods: Sequence[str | Reduction] = AUTO,
+    profile: LatencyProfile | None = None,
+    max_seconds: float = 30.0,
+    target: str | None = None,
+    progress: bool = True,
+) -> list[BlocksPlan]:
+    """A plan for each of several objectives: what `plan_blocks` makes, measured once for all of them.
+
+    Args:
+        model: As of `plan_blocks`, and so are those that are not named here.
+        images: Likewise.
+        objectives: In any order.
+        example_batch: Likewise.
+        methods: Likewise.
+        profile: Likewise.
+        max_seconds: Likewise.
+        target: Likewise.
+        progress: Likewise.
+
+    Returns:
+        One plan each. The first says the time of what all share.
+
+    Raises:
+        ArgumentError, UnsupportedModelError: As `plan_blocks`.
+    """
     start = time.perf_counter()
-    objective = objective if objective is not None else Utility()
     transformer = find_vision_transformer(model, target)
-    check_inputs(transformer, images, example_batch, objective, max_seconds)
+    for objective in objectives:
+        check_inputs(transformer, images, example_batch, objective, max_seconds)
     reductions = usable_methods(methods, transformer)
     foreign = False
     if profile is None:
@@ -99,18 +140,19 @@ def plan_blocks(
         foreign = is_foreign(profile, transformer, example_batch)
     search = BlockSearch(model, transformer, images, example_batch, profile, foreign, max_seconds, target, progress)
     fronts = search.fronts(reductions)
-    return _plan(search, fronts, decided(search, fronts, objective), objective, time.perf_counter() - start)
+    plans = []
+    for objective in objectives:
+        best = decided(search, fronts, objective)
+        plans.append(_plan(search, fronts, best, objective, time.perf_counter() - start))
+        start = time.perf_counter()
+    return plans
 
 
 def _plan(
     search: BlockSearch, fronts: Sequence[MethodFront], best: Finalist, objective: Objective, seconds: float
 ) -> BlocksPlan:
-    curve, front, removed = search.curve, best.front, best.entry.schedule.removed
-    n, reducing, tokens = (
-        curve.dense_tokens,
-        best.entry.schedule.reducing,
-        best.entry.schedule.tokens(curve.dense_tokens)[-1],
-    )
+    curve, front, schedule = search.curve, best.front, best.entry.schedule
+    n, tokens, reducing = curve.dense_tokens, schedule.tokens(curve.dense_tokens)[-1], schedule.reducing
     provenance = {
         "method": front.reduction.name,
         "settings": front.reduction.settings(),
@@ -121,7 +163,7 @@ def _plan(
         **dict(curve.context),
     }
     made = BlocksPlan(
-        schedule=Schedule(removed, provenance),
+        schedule=Schedule(schedule.removed, provenance),
         method=front.reduction.name,
         label=front.label,
         block=min(reducing) if reducing else search.transformer.first,

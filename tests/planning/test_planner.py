@@ -1,89 +1,17 @@
+"""Planning in one block: what is chosen on profiles and proxies that are known, and on real ones."""
+
 import json
 
-import numpy as np
 import pytest
 import torch
 import yaml
-from timm.models.vision_transformer import VisionTransformer
 
 import lightning_prune as lp
 from lightning_prune.patching.overlay import is_overlaid
 from lightning_prune.planning import ProxyCurve
 from lightning_prune.profiling import Timing
 
-IMAGES = torch.randn(24, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-
-
-def vit(**kwargs):
-    torch.manual_seed(0)
-    shape = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 5}
-    return VisionTransformer(**{**shape, **kwargs}).eval()
-
-
-def profile(latency, protocol="deployed", spread=0.001, **kwargs):
-    """A profile of the model above from {tokens: milliseconds}, as if it had been measured."""
-    tokens = tuple(sorted(latency))
-    values = {
-        "tokens": tokens,
-        "milliseconds": tuple(latency[count] for count in tokens),
-        "spread": spread if isinstance(spread, tuple) else (spread,) * len(tokens),
-        "rounds": (9,) * len(tokens),
-        "method": "random" if protocol == "paper" else "pomt",
-        "block": 0 if protocol == "paper" else 1,
-        "depth": 4,
-        "protocol": protocol,
-        "context": {"batch_size": 2},
-    }
-    return lp.LatencyProfile(**{**values, **kwargs})
-
-
-STRAIGHT = {count: 1.0 + 0.1 * count for count in range(3, 18)}
-
-
-class KnownCurve(ProxyCurve):
-    """A proxy whose values are given; records what was asked."""
-
-    def __init__(self, curve, accuracy):
-        self.profile, self.values, self.name = curve, {curve.dense_tokens: 1.0}, "soft agreement"
-        self.accuracy, self.asked = accuracy, []
-
-    def __call__(self, tokens):
-        if tokens not in self.values:
-            self.asked.append(tokens)
-            self.values[tokens] = self.accuracy(tokens)
-        return self.values[tokens]
-
-
-def planned(latency, accuracy, objective, **kwargs):
-    curve = profile(latency)
-    known = KnownCurve(curve, accuracy)
-    model = vit()
-    made = lp.plan(
-        model, IMAGES, profile=curve, curve=known, block=1, objective=objective, confirm=False, progress=False, **kwargs
-    )
-    assert not any(map(is_overlaid, model.modules()))
-    return made, known
-
-
-def scores(latency, accuracy, objective):
-    counts = sorted(latency)
-    values = objective.score(np.array([latency[c] for c in counts]), np.array([accuracy(c) for c in counts]))
-    return dict(zip(counts, values, strict=True))
-
-
-def score(tokens, latency, accuracy, objective):
-    return scores(latency, accuracy, objective)[tokens]
-
-
-def best(latency, accuracy, objective):
-    return max(scores(latency, accuracy, objective).values())
-
-
-ACCURACIES = {
-    "concave": lambda count: 1 - (1 - count / 17) ** 2,
-    "steep": lambda count: 1 / (1 + np.exp(-(count - 9.0))) / (1 / (1 + np.exp(-8.0))),
-    "linear": lambda count: 0.5 + 0.5 * count / 17,
-}
+from .known import ACCURACIES, IMAGES, STRAIGHT, KnownCurve, best, planned, profile, score, vit
 
 
 @pytest.mark.parametrize("accuracy", ACCURACIES.values(), ids=ACCURACIES)
@@ -184,25 +112,6 @@ def test_proxy_curve_is_that_of_the_deployed_cut():
     assert not any(map(is_overlaid, model.modules()))
 
 
-def test_paper_protocol_is_the_papers_computation():
-    """Random drop before block 0, top-1 on labels, utility, argmax over every count; the chosen count is deployed."""
-    model = vit()
-    labels = model(IMAGES).argmax(-1)
-    labels[::5] = (labels[::5] + 1) % 5
-    curve = profile({count: STRAIGHT.get(count, 1.2) for count in range(2, 18)}, protocol="paper")
-    made = lp.plan(
-        model, IMAGES, profile=curve, block=1, protocol="paper", labels=labels, confirm=False, progress=False
-    )
-    right = {}
-    for count in range(2, 18):
-        with lp.patch(model, lp.reduction.Random(site="input"), [17 - count, 0, 0, 0]):
-            right[count] = float((model(IMAGES).argmax(-1) == labels).float().mean())
-    utility = {c: 0.5 * (1 - curve.at(c) / curve.dense_ms) + 0.5 * right[c] / max(right.values()) for c in right}
-    assert made.tokens == max(utility, key=lambda c: (utility[c], c))
-    assert made.method == "pomt"
-    assert made.schedule.reducing == {1: 17 - made.tokens}
-
-
 def test_plan_as_plain_values(tmp_path):
     made, _ = planned(STRAIGHT, ACCURACIES["concave"], lp.Utility(0.5))
     json.dumps(made.to_dict())
@@ -230,20 +139,6 @@ def test_a_second_objective_on_one_curve_finds_what_it_finds_alone(accuracy):
     second = lp.plan(model, images, curve=shared, objective=lp.AccuracyBudget(0.02), **options)
     assert curve.at(second.tokens) <= curve.at(alone.tokens)
     assert shared(second.tokens) >= 0.98
-
-
-def test_paper_protocol_takes_the_argmax_over_every_count():
-    """Counts slower than dense set max L as any other; they are not left out."""
-    model = vit()
-    labels = model(IMAGES).argmax(-1)
-    latency = dict.fromkeys(range(3, 9), 1.0) | dict.fromkeys(range(9, 17), 4.0) | {17: 2.0}
-    curve = profile(latency, protocol="paper")
-    made = lp.plan(
-        model, IMAGES, profile=curve, block=1, protocol="paper", labels=labels, confirm=False, progress=False
-    )
-    assert set(made.accuracy) == set(range(3, 18))
-    utility = {c: 0.5 * (1 - latency[c] / 4.0) + 0.5 * made.accuracy[c] / max(made.accuracy.values()) for c in latency}
-    assert made.tokens == max(utility, key=lambda c: (utility[c], c))
 
 
 def test_a_finalist_that_is_not_faster_removes_nothing(monkeypatch):
@@ -304,17 +199,6 @@ def test_a_curve_on_another_profile():
     curve = KnownCurve(profile(STRAIGHT), lambda count: 1.0)
     with pytest.raises(lp.ArgumentError, match="`curve` is a proxy curve on another profile"):
         lp.plan(vit(), IMAGES, profile=profile(STRAIGHT | {3: 1.25}), curve=curve, block=1, progress=False)
-
-
-def test_paper_protocol_never_chooses_more_than_the_method_can_remove():
-    model = vit()
-    measured = lp.profile_latency(model, IMAGES[:1], protocol="paper", max_seconds=0.5, progress=False)
-    assert measured.tokens[0] == 17 - lp.reduction.POMT().capacity(17, 1)
-
-
-def test_paper_protocol_asks_for_labels_before_it_measures_for_hours():
-    with pytest.raises(lp.ArgumentError, match="`labels` are needed by protocol='paper'"):
-        lp.plan(vit(), IMAGES, protocol="paper", example_batch=None, progress=False)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from lightning_prune.patching import find_vision_transformer
 from lightning_prune.patching.overlay import is_overlaid
 from lightning_prune.planning import plan_blocks
 from lightning_prune.planning.sensitivity import Sensitivity
+from lightning_prune.planning.several import plan_blocks_for
 from lightning_prune.profiling.timing import Interleaved
 from lightning_prune.reduction import Reduction, resolve
 
@@ -70,6 +71,29 @@ def test_the_same_seed_gives_the_same_plan():
     plans = [planned(objective=lp.LatencyBudget(speedup=1.5)) for _ in range(2)]
     assert plans[0].schedule.removed == plans[1].schedule.removed
     assert plans[0].method == plans[1].method
+
+
+def test_several_objectives_are_measured_for_once(monkeypatch):
+    objectives = [lp.Utility(0.3), lp.LatencyBudget(speedup=1.5), lp.AccuracyBudget(0.05)]
+    alone = [planned(methods=["topk"], objective=objective) for objective in objectives]
+    passes = []
+    real = Sensitivity.add
+    monkeypatch.setattr(
+        Sensitivity, "add", lambda self, images, *more: (passes.append(1), real(self, images, *more))[1]
+    )
+    planned(methods=["topk"])
+    once = len(passes)
+    passes.clear()
+    usual = {"example_batch": IMAGES[:2], "max_seconds": 3, "progress": False, "methods": ["topk"]}
+    together = plan_blocks_for(vit(), IMAGES, objectives, **usual)
+    assert len(passes) == once
+    for plan, other in zip(together, alone, strict=True):
+        assert plan.objective == other.objective
+        value = plan.objective.among(np.array([plan.pruned.ratio, 1.0]), np.array([plan.accuracy[plan.tokens], 1.0]))[0]
+        single = plan.objective.among(
+            np.array([other.pruned.ratio, 1.0]), np.array([other.accuracy[other.tokens], 1.0])
+        )
+        assert value >= single[0] - 0.02
 
 
 def test_all_methods_see_the_same_images_and_the_plan_says_how_many(monkeypatch):
