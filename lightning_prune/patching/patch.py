@@ -213,6 +213,7 @@ class PatchHandle:
         """Lets a block's attention be read, and weighed, while it runs."""
         family = self.transformer.family
         site.fused = family.force_fused(block)
+        site.hands_on = family.hands_on(block)
         told = family.told(block)
         if told:
             site.ear = Ear()

@@ -1,6 +1,6 @@
 """Blocks that reduce: a subclass put over a block's own class while the patch lasts."""
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ from lightning_prune.patching.origin import Origin
 from lightning_prune.patching.overlay import Overlay
 from lightning_prune.patching.per_thread import PerThread
 from lightning_prune.patching.survivors import Survivors, survivors_of
-from lightning_prune.patching.tap import recorded_attention
+from lightning_prune.patching.tap import AskingMask, recorded_attention
 from lightning_prune.patching.told import Ear
 from lightning_prune.patching.travelling import found, leave
 from lightning_prune.reduction.base import Attention, Reduction, Sequence
@@ -68,6 +68,7 @@ class BlockSite:
     traces: bool = False  # whether it must be known which token each of block 0 went into
     restores: bool = False  # whether each token stands again, after this block, where those it is made of stood
     fused: list[Setting] = field(default_factory=list)  # what was changed to have fused attention in the block
+    hands_on: bool = False  # whether what comes as `attn_mask` reaches its fused call untouched
     ear: Ear | None = None  # of attention modules that make no fused call
     expects: int | None = None  # tokens that the schedule was made to meet here, where it says so
     origin: Origin | None = None  # where the schedule was made; asked at the first batch
@@ -95,6 +96,11 @@ class BlockSite:
         if self.origin is not None and not torch.compiler.is_compiling():
             origin, self.origin = self.origin, None
             origin.warn(x)
+
+    def asks_by_mask(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether this call can be asked by `AskingMask`: there is no mask yet, and nothing is traced."""
+        given = args or kwargs.get("attn_mask") is not None
+        return self.hands_on and not given and not torch.compiler.is_compiling()
 
     def arrived(self, x: Tensor) -> Survivors | None:
         """Who is left after the blocks before this one; None where all are, or nobody needs to know.
@@ -145,7 +151,12 @@ class ReducedBlock(Overlay):
         calls: list[Attention] = []
         taps = reads or sizes is not None or (arrived is not None and family.always_taps)
         log_sizes = sizes.log() if sizes is not None else None
-        with family.tap(calls, log_sizes, arrived, prefix, site.ear) if taps else nullcontext():
+        tap: AbstractContextManager[Any] = nullcontext()
+        if taps and site.asks_by_mask(args, kwargs):
+            kwargs = {**kwargs, "attn_mask": AskingMask(calls, log_sizes)}
+        elif taps:
+            tap = family.tap(calls, log_sizes, arrived, prefix, site.ear)
+        with tap:
             if halves is None:
                 after = super().forward(x, *args, **kwargs)
             else:

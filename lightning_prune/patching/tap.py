@@ -12,6 +12,11 @@ from lightning_prune.patching.positions import take_bias
 from lightning_prune.patching.survivors import Survivors
 from lightning_prune.reduction.base import Attention
 
+_UNREADABLE = (
+    "The block made no call of torch.nn.functional.scaled_dot_product_attention, so its attention cannot be read. "
+    "Blocks with an attention of their own making are not supported."
+)
+
 
 class Bias(NamedTuple):
     """How the additive mask of attention, made for all tokens, becomes one for those that are left."""
@@ -46,21 +51,57 @@ class AttentionTap(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Passes every call on; looks at attention only."""
-        kwargs = kwargs or {}
         if func is not F.scaled_dot_product_attention:
-            return func(*args, **kwargs)
-        names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-        call = {**dict(zip(names, args, strict=False)), **kwargs}
-        query, key, value, mask = call["query"], call["key"], call["value"], call.get("attn_mask")
-        if call.get("is_causal"):
-            raise UnsupportedModelError("Token reduction needs bidirectional attention; this block's is causal.")
-        if self.bias is not None and mask is not None:
-            mask = self.bias.of(mask)
-        if self.log_sizes is not None:
-            mask = _add_to_mask(mask, self.log_sizes[:, None, None, :].to(query.dtype))
-        call["attn_mask"] = mask
-        self.calls.append(Attention(query, key, value, mask, call.get("scale")))
-        return func(**call)
+            return func(*args, **(kwargs or {}))
+        return _attend(_named(args, kwargs), self.calls, self.log_sizes, self.bias)
+
+
+class AskingMask:
+    """Does what an `AttentionTap` does as the `attn_mask` of the one fused call that it is handed on to.
+
+    Under a mode every function call of a block passes through Python, which costs a small block a twentieth of its
+    time. A mask that is no tensor is asked by its one call only. `torch.compile` and `torch.export` do not trace it;
+    there the mode costs nothing.
+
+    Args:
+        calls: Where to record.
+        log_sizes: As of `AttentionTap`.
+    """
+
+    def __init__(self, calls: list[Attention], log_sizes: Tensor | None) -> None:
+        self.calls = calls
+        self.log_sizes = log_sizes
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """The call without this mask, and with the weights of the keys."""
+        call = _named(args, kwargs)
+        asking = call.pop("attn_mask", None)
+        if func is not F.scaled_dot_product_attention or not isinstance(asking, cls):
+            raise UnsupportedModelError(_UNREADABLE)
+        return _attend(call, asking.calls, asking.log_sizes, None)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What attention asks first that is not fused, or no longer since the patch was made."""
+        raise UnsupportedModelError(_UNREADABLE)
+
+
+def _named(args: Any, kwargs: Any) -> dict[str, Any]:
+    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+    return {**dict(zip(names, args, strict=False)), **(kwargs or {})}
+
+
+def _attend(call: dict[str, Any], calls: list[Attention], log_sizes: Tensor | None, bias: Bias | None) -> Any:
+    query, key, value, mask = call["query"], call["key"], call["value"], call.get("attn_mask")
+    if call.get("is_causal"):
+        raise UnsupportedModelError("Token reduction needs bidirectional attention; this block's is causal.")
+    if bias is not None and mask is not None:
+        mask = bias.of(mask)
+    if log_sizes is not None:
+        mask = _add_to_mask(mask, log_sizes[:, None, None, :].to(query.dtype))
+    calls.append(Attention(query, key, value, mask, call.get("scale")))
+    return F.scaled_dot_product_attention(**{**call, "attn_mask": mask})
 
 
 def recorded_attention(calls: list[Attention]) -> Attention:
@@ -70,10 +111,7 @@ def recorded_attention(calls: list[Attention]) -> Attention:
         UnsupportedModelError: If the block made no fused attention call, or calls that do not go together.
     """
     if not calls:
-        raise UnsupportedModelError(
-            "The block made no call of torch.nn.functional.scaled_dot_product_attention, so its attention cannot "
-            "be read. Blocks with an attention of their own making are not supported."
-        )
+        raise UnsupportedModelError(_UNREADABLE)
     first = calls[0]
     if len(calls) == 1:
         return first

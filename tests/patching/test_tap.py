@@ -9,12 +9,14 @@ from timm.models import vision_transformer as vit
 from torch import Tensor, nn
 
 import lightning_prune as lp
-from lightning_prune.patching.tap import AttentionTap, recorded_attention
+from lightning_prune.patching.families.timm import TimmVisionTransformer
+from lightning_prune.patching.tap import AskingMask, AttentionTap, recorded_attention
 from lightning_prune.reduction import Attention
 from lightning_prune.reduction.functional import attention_probabilities
 
 pytestmark = pytest.mark.usefixtures("no_mode_left")
 B, H, N, D = 2, 2, 6, 4
+attend: Any = F.scaled_dot_product_attention  # which a type checker lets take no mask that is no tensor
 
 
 def parts() -> tuple[Tensor, Tensor, Tensor]:
@@ -92,6 +94,68 @@ def test_causal_attention_is_refused() -> None:
     message = r"Token reduction needs bidirectional attention; this block's is causal\."
     with pytest.raises(lp.UnsupportedModelError, match=message), AttentionTap([]):
         F.scaled_dot_product_attention(*parts(), is_causal=True)
+    with pytest.raises(lp.UnsupportedModelError, match=message):
+        attend(*parts(), attn_mask=AskingMask([], None), is_causal=True)
+
+
+class TestAMaskThatAsks:
+    @pytest.mark.parametrize("weighs", [True, False])
+    @pytest.mark.parametrize("by_name", [True, False])
+    def test_does_what_a_tap_does(self, weighs: bool, by_name: bool) -> None:
+        query, key, value = parts()
+        log_sizes = torch.rand(B, N, dtype=torch.float64) if weighs else None
+        calls: list[Attention] = []
+        mask = AskingMask(calls, log_sizes)
+        found = attend(query, key, value, attn_mask=mask, scale=0.3) if by_name else attend(query, key, value, mask)
+        with AttentionTap(calls, log_sizes):
+            expected = attend(query, key, value, scale=0.3 if by_name else None)
+        assert torch.equal(found, expected)
+        assert all(one is other for one, other in zip(calls[0][:3], (query, key, value), strict=True))
+        if calls[0].mask is not None and calls[1].mask is not None:
+            assert torch.equal(calls[0].mask, calls[1].mask)
+        assert (calls[0].mask is not None) is (calls[1].mask is not None) is weighs
+        assert calls[0].scale == calls[1].scale
+
+    def test_is_no_mask_for_anything_else(self, build: Any, images: Tensor) -> None:
+        message = r"made no call of torch\.nn\.functional\.scaled_dot_product_attention"
+        with pytest.raises(lp.UnsupportedModelError, match=message):
+            attend(AskingMask([], None), *parts()[1:])
+        with pytest.raises(lp.UnsupportedModelError, match=message):
+            torch.where(torch.ones(N, N, dtype=torch.bool), AskingMask([], None), 0.0)  # type: ignore[call-overload]
+        model = build()
+        lp.patch(model, "tome", [5, 0, 7, 0])
+        model.blocks[2].attn.fused_attn = False
+        with pytest.raises(lp.UnsupportedModelError, match=message):
+            model(images)
+
+    @torch.no_grad()
+    @pytest.mark.parametrize("name", ["vit", "res-post", "qk-norm", "parallel-things"])
+    def test_leaves_every_bit_as_under_a_tap(
+        self, build: Any, images: Tensor, monkeypatch: pytest.MonkeyPatch, name: str
+    ) -> None:
+        model = build(name)
+        with lp.patch(model, "tome", [5, 0, 7, 0]):
+            found = model(images)
+        monkeypatch.setattr(TimmVisionTransformer, "hands_on", lambda *_: False)
+        with lp.patch(model, "tome", [5, 0, 7, 0]):
+            assert torch.equal(model(images), found)
+
+    @torch.no_grad()
+    def test_is_not_given_to_attention_of_other_making(self, build: Any, images: Tensor) -> None:
+        """Which may do anything with a mask; put in later, it is at least found out that it took no notice."""
+
+        class Deaf(vit.Attention):
+            def forward(self, x: Tensor, attn_mask: Any = None, is_causal: bool = False) -> Tensor:
+                return super().forward(x)
+
+        model, plain = build(), build()
+        for block in model.blocks:
+            block.attn.__class__ = Deaf
+        with lp.patch(model, "tome", [5, 0, 7, 0]), lp.patch(plain, "tome", [5, 0, 7, 0]):
+            assert torch.equal(model(images), plain(images))
+            plain.blocks[3].attn.__class__ = Deaf
+            with pytest.raises(lp.UnsupportedModelError, match="made no call of torch"):
+                plain(images)
 
 
 def test_heads_of_several_calls_stand_side_by_side() -> None:
@@ -181,16 +245,27 @@ class TestTheModeNeverLeaks:
         lp.patch(model, Broken(), [0, 6, 5, 0])
         self.fails(model, images, other)
 
-    def test_blocks_that_do_not_reduce_are_not_watched(self, build: Any, images: Tensor) -> None:
-        model, depths = build(), []
+    @pytest.mark.parametrize(("fits", "inside"), [(True, [0, 0, 0, 0]), (False, [0, 1, 0, 0])])
+    def test_blocks_that_do_not_reduce_are_not_watched(
+        self, build: Any, images: Tensor, monkeypatch: pytest.MonkeyPatch, fits: bool, inside: list[int]
+    ) -> None:
+        """And those that do, under no mode where a mask can ask them."""
+        model, depths, masks = build(), [], []
+
+        def look(_: Any, args: Any, kwargs: Any) -> None:
+            depths.append(len(torch.overrides._get_current_function_mode_stack()))
+            masks.append(isinstance(kwargs.get("attn_mask"), AskingMask))
+
         for block in model.blocks:
-            block.attn.register_forward_hook(
-                lambda *_: depths.append(len(torch.overrides._get_current_function_mode_stack()))
-            )
+            block.attn.register_forward_pre_hook(look, with_kwargs=True)
+        if not fits:
+            monkeypatch.setattr(TimmVisionTransformer, "hands_on", lambda *_: False)
         with lp.patch(model, "pomt", [0, 6, 0, 0]):
             depths.clear()
+            masks.clear()
             model(images)
-        assert depths == [0, 1, 0, 0]
+        assert depths == inside
+        assert masks == [False, fits, False, False]
 
     def test_a_mode_of_the_user_stays(self, build: Any, images: Tensor) -> None:
         class Counting(torch.overrides.TorchFunctionMode):

@@ -151,6 +151,10 @@ class Family(ABC):
         """
         return AttentionTap(calls, log_sizes) if ear is None else Listening(ear, calls, log_sizes)
 
+    def hands_on(self, block: nn.Module) -> bool:
+        """Whether the block hands what it is given as `attn_mask` to its one fused call, and does no more with it."""
+        return False
+
     @property
     def always_taps(self) -> bool:
         """Whether a block after a reduction must run in `tap` even if nothing is read there and nothing weighed."""

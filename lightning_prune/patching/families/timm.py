@@ -2,7 +2,9 @@
 
 from typing import Any, ClassVar
 
+from timm.layers import AttentionRope
 from timm.models import vision_transformer as vit
+from timm.models.eva import EvaAttention
 from torch import nn
 
 from lightning_prune.errors import UnsupportedModelError
@@ -84,6 +86,16 @@ class TimmFamily(Family):
     def halves(self, block: nn.Module) -> Halves | None:
         """By the known class whose forward the block runs; a subclass with one of its own is cut after."""
         return next((recipe for kind, recipe in self.recipes.items() if runs(block, kind)), None)
+
+    def hands_on(self, block: nn.Module) -> bool:
+        """Known blocks do, with the attention that timm builds them with."""
+        attention = getattr(block, "attn", None)
+        return (
+            self.halves(block) is not None
+            and isinstance(attention, nn.Module)
+            and "forward" not in vars(attention)
+            and any(runs(attention, kind) for kind in (vit.Attention, AttentionRope, EvaAttention))
+        )
 
     def force_fused(self, block: nn.Module) -> list[Setting]:
         """`fused_attn` is an attribute of each attention module, set when the model was built."""
