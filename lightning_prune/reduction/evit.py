@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_prune.reduction.base import Attention, Reduced, Reduction, Sequence
-from lightning_prune.reduction.functional import as_precise_as_given, best_in_order, take_tokens, with_prefix
+from lightning_prune.reduction.functional import best_in_order, precise_product, take_tokens, with_prefix
 from lightning_prune.reduction.topk import topk_scores
 
 
@@ -41,8 +41,7 @@ def evit(tokens: Tensor, attention: Attention, remove: int, prefix_tokens: int, 
     # added is lost in any score but zero.
     weights = (scores + torch.finfo(scores.dtype).tiny).scatter(1, kept, 0.0)
     weights = weights / weights.sum(dim=1, keepdim=True)
-    with as_precise_as_given(tokens):
-        fused = (weights.unsqueeze(1) @ tokens[:, prefix_tokens:].to(weights.dtype)).to(tokens.dtype)
+    fused = precise_product(weights.unsqueeze(1), tokens[:, prefix_tokens:].to(weights.dtype)).to(tokens.dtype)
     nowhere = index.new_full((index.shape[0], 1), -1)
     return Reduced(torch.cat((take_tokens(tokens, index), fused), dim=1), torch.cat((index, nowhere), dim=1))
 

@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 
 from lightning_prune.reduction.base import Reduced
-from lightning_prune.reduction.functional import add_rows, take_tokens
 
 
 def merge(
@@ -35,29 +34,38 @@ def merge(
         >>> merged.tokens.flatten().tolist(), merged.positions.tolist(), merged.sizes.tolist()
         ([1.0, 2.5, 9.0], [[0, 2, 3]], [[1.0, 2.0, 1.0]])
     """
-    batch, count, _ = tokens.shape
+    batch, count, channels = tokens.shape
     left = count - source.shape[1]
     precise = torch.promote_types(tokens.dtype, torch.float32)
-    sizes = tokens.new_ones((batch, count), dtype=precise) if sizes is None else sizes.to(precise)
+    table = tokens.flatten(0, 1)
+    sizes = tokens.new_ones(batch * count, dtype=precise) if sizes is None else sizes.to(precise).flatten()
 
-    # Those that stay are numbered by how many go before them; those that go write to a column that is cut off.
-    index = torch.arange(count, device=tokens.device).expand(batch, -1)
-    gone = index.new_zeros((batch, count)).scatter(1, source, 1)
-    slots = index - gone.cumsum(dim=1)
-    place = slots.gather(1, destination)
-    kept = index.new_empty((batch, left + 1)).scatter(1, slots.masked_fill(gone.bool(), left), index)[:, :left]
+    # All images are one table: rows are counted through them, those that stay by how many stay before them, and those
+    # that go write to a place that is cut off. Few kinds of operations, too: with the caches full of weights, calling
+    # one for the first time is what takes time.
+    ones = torch.ones(batch * count, dtype=torch.int64, device=tokens.device)
+    index = ones.cumsum(0) - 1
+    first = index[::count].unsqueeze(1)
+    going, into = (source + first).flatten(), (destination + first).flatten()
+    row = ones.scatter(0, going, 0).cumsum(0) - 1
+    place = row.index_select(0, into)
+    kept = index.new_empty(batch * left + 1).scatter(0, row.scatter(0, going, batch * left), index)[:-1]
 
-    moved = sizes.gather(1, source)
-    left_sizes = sizes.gather(1, kept).scatter_add(1, place, moved)
-    share = (moved / left_sizes.gather(1, place)).unsqueeze(2)
+    moved = sizes.index_select(0, going)
+    left_sizes = sizes.index_select(0, kept).scatter_add_(0, place, moved)
+    share = (moved / left_sizes.index_select(0, place)).unsqueeze(1)
 
     # The mean as a shift of each destination: only the rows that take part are touched, and no product of all tokens
     # with their sizes is made. No matrix product either, which autocast would round to half precision.
-    shift = (take_tokens(tokens, source).to(precise) - take_tokens(tokens, destination).to(precise)) * share
-    rows = (place + torch.arange(batch, device=tokens.device).unsqueeze(1) * left).flatten()
-    merged = add_rows(take_tokens(tokens, kept).to(precise).flatten(0, 1), rows, shift.flatten(0, 1))
+    shift = (table.index_select(0, going).to(precise) - table.index_select(0, into).to(precise)) * share
+    merged = table.index_select(0, kept).to(precise).scatter_add_(0, place.unsqueeze(1).expand_as(shift), shift)
 
     sources = None
     if trace:
-        sources = index.scatter(1, kept, index[:, :left]).scatter(1, source, place)
-    return Reduced(merged.view(batch, left, -1).to(tokens.dtype), kept, left_sizes, sources)
+        sources = row.scatter(0, going, place).view(batch, count) - index[: batch * left : left].unsqueeze(1)
+    return Reduced(
+        merged.view(batch, left, channels).to(tokens.dtype),
+        kept.view(batch, left) - first,
+        left_sizes.view(batch, left),
+        sources,
+    )

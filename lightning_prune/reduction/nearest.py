@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_prune.reduction.base import Reduced
-from lightning_prune.reduction.functional import as_precise_as_given, take_tokens
+from lightning_prune.reduction.functional import precise_product, take_tokens
 from lightning_prune.reduction.merging import merge
 
 
@@ -49,6 +49,6 @@ def merge_into_nearest(
     # One mean with a dtype is one pass over the keys, and half precision would tie many similarities. The length of a
     # dropped token's own key scales its whole row of likenesses, so it has no say in which is the largest.
     metric = key.mean(dim=1, dtype=torch.promote_types(key.dtype, torch.float32))
-    with as_precise_as_given(metric):
-        likeness = take_tokens(metric, dropped) @ F.normalize(take_tokens(metric, kept), dim=-1).transpose(1, 2)
+    candidates = F.normalize(take_tokens(metric, kept), dim=-1)
+    likeness = precise_product(take_tokens(metric, dropped), candidates.transpose(1, 2))
     return merge(tokens, dropped, kept.gather(1, likeness.argmax(dim=-1)), sizes, trace)

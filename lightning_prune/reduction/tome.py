@@ -3,12 +3,11 @@
 from typing import Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_prune.errors import ArgumentError
 from lightning_prune.reduction.base import Reduced, Reduction, Sequence
-from lightning_prune.reduction.functional import as_precise_as_given
+from lightning_prune.reduction.functional import precise_product
 from lightning_prune.reduction.merging import merge
 from lightning_prune.reduction.tome_schedule import most_removed, spread_removed
 
@@ -39,11 +38,12 @@ def bipartite_matching(key: Tensor, remove: int, prefix_tokens: int) -> tuple[Te
         >>> bipartite_matching(key, remove=1, prefix_tokens=0)
         (tensor([[3]]), tensor([[0]]))
     """
-    # One mean with a dtype is one pass over the keys, and half precision would tie many similarities.
-    metric = key.mean(dim=1, dtype=torch.promote_types(key.dtype, torch.float32))
-    metric = F.normalize(metric[:, prefix_tokens:], dim=-1)
-    with as_precise_as_given(metric):
-        likeness, partner = (metric[:, 1::2] @ metric[:, ::2].transpose(1, 2)).max(dim=-1)
+    # A cosine does not tell the sum from the mean. With a dtype it is one pass over the keys, and half precision would
+    # tie many similarities.
+    metric = key.sum(dim=1, dtype=torch.promote_types(key.dtype, torch.float32))
+    metric = metric / torch.linalg.vector_norm(metric, dim=-1, keepdim=True).clamp(min=1e-12)
+    odd, even = metric[:, prefix_tokens + 1 :: 2], metric[:, prefix_tokens::2]
+    likeness, partner = precise_product(odd, even.transpose(1, 2)).max(dim=-1)
     chosen = likeness.topk(remove, dim=-1, sorted=False).indices
     return chosen * 2 + (prefix_tokens + 1), partner.gather(1, chosen) * 2 + prefix_tokens
 
