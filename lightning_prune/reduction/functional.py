@@ -40,8 +40,7 @@ def precise_product(one: Tensor, other: Tensor) -> Tensor:
     Returns:
         (B, M, N) of that dtype.
     """
-    room = one.new_empty(one.shape[0], one.shape[1], other.shape[2])
-    return room.baddbmm_(one, other, beta=0)
+    return one.new_zeros(one.shape[0], one.shape[1], other.shape[2]).baddbmm_(one, other)
 
 
 def best_in_order(scores: Tensor, keep: int) -> Tensor:

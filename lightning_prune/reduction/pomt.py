@@ -10,6 +10,21 @@ from lightning_prune.reduction.base import Attention, Reduced, Reduction, Sequen
 from lightning_prune.reduction.functional import attention_probabilities, best_in_order, take_tokens, with_prefix
 from lightning_prune.reduction.nearest import merge_into_nearest
 
+_AT_ONCE = {"cpu": 2**20}  # probabilities of an image: as many as its cache holds, so that each is made and read there
+_AT_ONCE_ELSEWHERE = 2**24  # as many as keep a device busy; the memory that they take is bounded as well
+
+
+def _chunks(query: Tensor, prefix_tokens: int) -> list[slice]:
+    """The patch queries, in equal parts where there are many: their number depends on static shapes alone."""
+    _, heads, tokens, _ = query.shape
+    patches = tokens - prefix_tokens
+    at_once = _AT_ONCE.get(query.device.type, _AT_ONCE_ELSEWHERE)
+    if heads * patches * tokens <= at_once:
+        return [slice(prefix_tokens, None)]
+    parts = -(-heads * patches * tokens // at_once)
+    step = -(-patches // parts)
+    return [slice(start, start + step) for start in range(prefix_tokens, tokens, step)]
+
 
 def pomt_scores(attention: Attention, prefix_tokens: int) -> Tensor:
     """Importance of every patch token (arXiv 2407.05941, section 3.3).
@@ -26,10 +41,12 @@ def pomt_scores(attention: Attention, prefix_tokens: int) -> Tensor:
     Returns:
         (B, N - P), float32 (float64 where the attention is).
     """
-    patch_queries = slice(prefix_tokens, None)
     precise = torch.promote_types(attention.value.dtype, torch.float32)
-    received = attention_probabilities(attention, patch_queries).amax(dim=1)[:, :, prefix_tokens:]
-    received = received.sum(dim=1, dtype=precise)
+    chunks = [
+        attention_probabilities(attention, queries).amax(dim=1)[:, :, prefix_tokens:].sum(dim=1, dtype=precise)
+        for queries in _chunks(attention.query, prefix_tokens)
+    ]
+    received = sum(chunks[1:], chunks[0])
     received = received / received.amax(dim=-1, keepdim=True)
     magnitude = attention.value.amax(dim=1).sum(dim=-1, dtype=precise).softmax(dim=-1)
     return received + magnitude[:, prefix_tokens:]

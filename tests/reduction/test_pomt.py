@@ -1,10 +1,14 @@
+from importlib import import_module
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
-from lightning_prune.reduction import POMT, Attention, Sequence, pomt, pomt_scores
+from lightning_prune.reduction import POMT, Attention, Sequence, functional, pomt, pomt_scores
+
+_module = import_module("lightning_prune.reduction.pomt")  # by its path: the package calls the function so
+_AT_ONCE = _module._AT_ONCE
 
 
 def draw(
@@ -130,3 +134,69 @@ def test_compiles_without_a_break_and_without_looking_at_the_data() -> None:
     x, attention = draw(2, 2, 12, dtype=torch.float32)
     compiled = torch.compile(pomt, fullgraph=True, backend="eager")
     assert torch.equal(compiled(x, attention, 4, 1).tokens, pomt(x, attention, 4, 1).tokens)
+
+
+def received(attention: Attention, prefix: int) -> Tensor:
+    """By the formula, all queries at once, in float64."""
+    query, key, value = (part.double() for part in attention[:3])
+    logits = query @ key.transpose(-2, -1) / query.shape[-1] ** 0.5
+    if attention.mask is not None:
+        mask = attention.mask
+        logits = logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask
+    largest = logits.softmax(dim=-1).amax(dim=1)[:, prefix:, prefix:].sum(dim=1)
+    magnitude = value.amax(dim=1).sum(dim=-1).softmax(dim=-1)
+    return largest / largest.amax(dim=1, keepdim=True) + magnitude[:, prefix:]
+
+
+class TestManyTokens:
+    """Their queries are taken in parts."""
+
+    @pytest.mark.parametrize("kind", ["none", "pairs", "heads", "keys", "bool"])
+    @pytest.mark.parametrize("step", [1, 2, 3, 5, 10])
+    @pytest.mark.parametrize("prefix", [0, 1, 5])
+    def test_in_parts_of_any_length(self, monkeypatch: pytest.MonkeyPatch, prefix: int, step: int, kind: str) -> None:
+        tokens = prefix + 11
+        monkeypatch.setitem(_AT_ONCE, "cpu", step * 2 * tokens)
+        _, attention = draw(3, 2, tokens)
+        generator = torch.Generator().manual_seed(1)
+        shape = {"pairs": (tokens, tokens), "heads": (1, 2, tokens, tokens), "keys": (3, 1, 1, tokens)}.get(kind)
+        mask = None if shape is None else torch.randn(shape, generator=generator, dtype=torch.float64)
+        if kind == "bool":
+            mask = torch.eye(tokens, dtype=torch.bool) | (torch.rand(3, 1, tokens, tokens, generator=generator) > 0.4)
+        attention = attention._replace(mask=mask)
+        lengths: list[int] = []
+
+        def watch(attention: Attention, queries: slice) -> Tensor:
+            probabilities = functional.attention_probabilities(attention, queries)
+            lengths.append(probabilities.shape[2])
+            return probabilities
+
+        monkeypatch.setattr(_module, "attention_probabilities", watch)
+        found = pomt_scores(attention, prefix)
+        torch.testing.assert_close(found, received(attention, prefix), rtol=1e-12, atol=0)
+        assert 1 < len(lengths) < 12
+        assert max(lengths) <= step
+        assert sum(lengths) == 11
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_at_their_real_size(self, dtype: torch.dtype) -> None:
+        _, attention = draw(1, 3, 702, dtype=dtype)
+        tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+        found = pomt_scores(attention, 1).double()
+        torch.testing.assert_close(found, received(attention, 1), rtol=tolerance, atol=tolerance)
+
+    def test_in_one_graph_and_few_tokens_at_once(self) -> None:
+        class Score(torch.nn.Module):
+            def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+                return pomt_scores(Attention(query, key, value), 1)
+
+        for tokens, parts in ((198, 1), (702, 2)):
+            torch._dynamo.reset()
+            _, attention = draw(1, 3, tokens, dtype=torch.float32)
+            expected = pomt_scores(attention, 1)
+            exported = torch.export.export(Score(), attention[:3])
+            softmaxes = [node for node in exported.graph.nodes if "softmax" in str(node.target)]
+            assert len(softmaxes) == parts + 1, "that of the values is one"
+            compiled = torch.compile(Score(), fullgraph=True, backend="aot_eager")
+            for run in (exported.module(), compiled):
+                torch.testing.assert_close(run(*attention[:3]), expected, rtol=1e-5, atol=1e-6)
