@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.overrides import has_torch_function
 
 from lightning_prune.errors import ArgumentError, ScheduleError, UnsupportedModelError
 from lightning_prune.keep_rates import Rate
@@ -97,10 +98,11 @@ class BlockSite:
             origin, self.origin = self.origin, None
             origin.warn(x)
 
-    def asks_by_mask(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether this call can be asked by `AskingMask`: there is no mask yet, and nothing is traced."""
-        given = args or kwargs.get("attn_mask") is not None
-        return self.hands_on and not given and not torch.compiler.is_compiling()
+    def asks_by_mask(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether this call can be asked by `AskingMask`: no mask came, and nobody else looks at function calls."""
+        if not self.hands_on or torch.compiler.is_compiling():
+            return False
+        return not args and kwargs.get("attn_mask") is None and not has_torch_function((x,))
 
     def arrived(self, x: Tensor) -> Survivors | None:
         """Who is left after the blocks before this one; None where all are, or nobody needs to know.
@@ -152,7 +154,7 @@ class ReducedBlock(Overlay):
         taps = reads or sizes is not None or (arrived is not None and family.always_taps)
         log_sizes = sizes.log() if sizes is not None else None
         tap: AbstractContextManager[Any] = nullcontext()
-        if taps and site.asks_by_mask(args, kwargs):
+        if taps and site.asks_by_mask(x, args, kwargs):
             kwargs = {**kwargs, "attn_mask": AskingMask(calls, log_sizes)}
         elif taps:
             tap = family.tap(calls, log_sizes, arrived, prefix, site.ear)
