@@ -40,16 +40,16 @@ def merge(
     table = tokens.flatten(0, 1)
     sizes = tokens.new_ones(batch * count, dtype=precise) if sizes is None else sizes.to(precise).flatten()
 
-    # All images are one table: rows are counted through them, those that stay by how many stay before them, and those
-    # that go write to a place that is cut off. Few kinds of operations, too: with the caches full of weights, calling
-    # one for the first time is what takes time.
+    # All images are one table: rows are counted through them, those that stay by how many stay up to them, and those
+    # that go write to the first place, which is cut off. Few kinds of operations, too: with the caches full of weights,
+    # calling one for the first time is what takes time.
     ones = torch.ones(batch * count, dtype=torch.int64, device=tokens.device)
     index = ones.cumsum(0) - 1
     first = index[::count].unsqueeze(1)
     going, into = (source + first).flatten(), (destination + first).flatten()
-    row = ones.scatter(0, going, 0).cumsum(0) - 1
-    place = row.index_select(0, into)
-    kept = index.new_empty(batch * left + 1).scatter(0, row.scatter(0, going, batch * left), index)[:-1]
+    row = ones.scatter(0, going, 0).cumsum(0)
+    place = row.index_select(0, into) - 1
+    kept = index.new_empty(batch * left + 1).scatter(0, row.scatter(0, going, 0), index)[1:]
 
     moved = sizes.index_select(0, going)
     left_sizes = sizes.index_select(0, kept).scatter_add_(0, place, moved)
@@ -62,7 +62,7 @@ def merge(
 
     sources = None
     if trace:
-        sources = row.scatter(0, going, place).view(batch, count) - index[: batch * left : left].unsqueeze(1)
+        sources = row.scatter(0, going, place + 1).view(batch, count) - (index[: batch * left : left] + 1).unsqueeze(1)
     return Reduced(
         merged.view(batch, left, channels).to(tokens.dtype),
         kept.view(batch, left) - first,

@@ -143,7 +143,16 @@ def test_export(build: Any, images: Tensor, name: str, method: str | Reduction, 
     torch.testing.assert_close(run(program.module(), images), before, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", ["pomt", "random"])
+@pytest.mark.filterwarnings("ignore:.*TracerWarning", "ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.trace")
+@pytest.mark.parametrize("method", ["pomt", "pomt-nearest", "tome", "topk"])
+def test_the_older_tracing_of_torch(build: Any, images: Tensor, method: str) -> None:
+    model = build()
+    with lp.patch(model, method, [0, 3, 0, 2]), torch.no_grad():
+        expected = model(images)
+        assert torch.equal(torch.jit.trace(model, images)(images), expected)
+
+
+@pytest.mark.parametrize("method", ["pomt", "pomt-nearest", "random", "tome"])
 def test_export_for_any_batch(build: Any, draw: Any, method: str) -> None:
     model = build()
     lp.patch(model, method, [0, 6, 5, 0])
