@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
@@ -46,6 +46,7 @@ class BlockSearch:
         progress: Shows bars on a terminal.
         seen: How many images the sensitivities were measured on.
         seconds: How long that took.
+        dense_ms: Latency of the unpruned model when it was timed last.
     """
 
     model: nn.Module
@@ -59,9 +60,11 @@ class BlockSearch:
     progress: bool
     seen: int = 0
     seconds: float = 0.0
+    dense_ms: float = field(init=False)
 
     def __post_init__(self) -> None:
         """Runs the dense model, with whose outputs all others are compared."""
+        self.dense_ms = self.curve.dense_ms
         size = max(len(self.batch), _IMAGES)
         with ready_to_run(self.transformer), ticking("Running the dense model", None, self.progress) as tick:
             self.proxy = Proxy(self.transformer, self.images, self.batch.device, size, None, tick)
@@ -78,9 +81,11 @@ class BlockSearch:
     def compare(self, variants: Variants, max_seconds: float | None = None) -> Mapping[str, Timing]:
         """Timings of variants, dense among them, in one interleaved run; within a third of the limit if not said."""
         limit = max(1.0, self.max_seconds / 3) if max_seconds is None else max_seconds
-        return compare_latency(
+        timings = compare_latency(
             self.model, self.batch, variants, max_seconds=limit, target=self.target, progress=self.progress
         )
+        self.dense_ms = timings["dense"].milliseconds
+        return timings
 
     def fronts(self, reductions: Sequence[Reduction]) -> list[MethodFront]:
         """The front of every method: all schedules that none of its own beats; where the device gains nothing, dense.

@@ -1,6 +1,7 @@
 """The best schedule of every method against each other, timed beside dense."""
 
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +15,8 @@ from lightning_prune.planning.given_profile import nothing_timed
 from lightning_prune.planning.method_front import MethodFront
 from lightning_prune.planning.objective import Objective
 from lightning_prune.profiling import Timing
+
+_NEARLY = 0.1  # of a budget: what is predicted to miss it by no more may keep to it all the same
 
 
 class Finalist(NamedTuple):
@@ -47,12 +50,13 @@ def decided(search: BlockSearch, fronts: Sequence[MethodFront], objective: Objec
     """The best schedule of all methods, timed beside dense where that can be.
 
     Every method proposes what is best by its predictions. What is timed teaches it: it proposes again, where that
-    promises more than the best that was timed so far, a few times at most. Of a budget of latency only what keeps to it
-    when timed is taken, and where nothing does, what comes nearest.
+    promises more than the best that was timed so far, a few times at most and within twice the time limit. Of a budget
+    of latency only what keeps to it when timed is taken; while nothing does, methods that are predicted to miss it by
+    little are tried by their fastest schedule, too, and where nothing does in the end, it is what comes nearest.
 
     Args:
         search: Times schedules.
-        fronts: Of the methods; at least one.
+        fronts: Of the methods; at least one. They keep what they learn.
         objective: What makes one schedule better than another.
 
     Raises:
@@ -61,23 +65,31 @@ def decided(search: BlockSearch, fronts: Sequence[MethodFront], objective: Objec
     if not any(search.curve.saves(count) for count in search.curve.tokens):
         why = why_dense(search.curve) + missed_by_dense(search.curve, objective)
         return Finalist(fronts[0], fronts[0].dense, nothing_timed(why, search.curve) if search.foreign else why)
-    dense_ms = search.curve.dense_ms
-    proposed = _proposed(search, fronts, objective)
-    if search.foreign:
-        best = proposed[int(np.argmax(_values(proposed, objective, dense_ms)[:-1]))]
+    proposed, missing = _proposed(search, fronts, objective, search.max_seconds)
+    if search.foreign and proposed:
+        best = proposed[int(np.argmax(_values(proposed, objective, search.dense_ms)[:-1]))]
         return best._replace(reason=nothing_timed(best.reason, search.curve))
-    timed: list[Finalist] = []
     trying = [each for each in proposed if each.removes]
-    for _ in range(1 + MOVES):
-        if not trying:
-            break
+    if not proposed and not search.foreign:
+        trying = _nearly(missing, objective, search.dense_ms)
+    if not trying:
+        return _first_of(proposed, missing)
+    timed: list[Finalist] = []
+    deadline = time.perf_counter() + 2 * search.max_seconds
+    for run in range(1 + MOVES):
         timed += _timed(search, trying)
-        dense = timed[-1].dense
-        assert dense is not None
-        dense_ms = dense.milliseconds
-        proposed = [_following(search, front, objective, dense_ms) for front in dict.fromkeys(f.front for f in timed)]
-        trying = [each for each in proposed if _promises(each, timed, objective, dense_ms)]
-    return best_timed(timed, objective, dense_ms) if timed else proposed[0]
+        left = deadline - time.perf_counter()
+        if run == MOVES or left < 0:
+            break
+        following, still_missing = _proposed(search, fronts, objective, left)
+        trying = [each for each in following if _promises(each, timed, objective, search.dense_ms)]
+        if not trying and not _inside(timed, objective):
+            trying = _nearly(fronts, objective, search.dense_ms, timed)
+        if not trying:
+            if not proposed and not _inside(timed, objective):  # nobody expected more
+                return _first_of(following, still_missing)
+            break
+    return best_timed(timed, objective, search.dense_ms)
 
 
 def best_timed(timed: Sequence[Finalist], objective: Objective, dense_ms: float) -> Finalist:
@@ -100,17 +112,38 @@ def best_timed(timed: Sequence[Finalist], objective: Objective, dense_ms: float)
     return Finalist(front, front.dense, f"Timed beside dense ({told}), by {objective} nothing is gained.")
 
 
-def _proposed(search: BlockSearch, fronts: Sequence[MethodFront], objective: Objective) -> list[Finalist]:
-    """What each method would do, by its predictions; those that cannot reach a budget are left out, if any can."""
+def _proposed(
+    search: BlockSearch, fronts: Sequence[MethodFront], objective: Objective, max_seconds: float
+) -> tuple[list[Finalist], dict[MethodFront, str]]:
+    """What each method would do, by its predictions, and why others cannot reach a budget."""
     found: list[Finalist] = []
-    reasons: list[str] = []
+    missing: dict[MethodFront, str] = {}
     for front in fronts:
         try:
-            found.append(Finalist(front, *front.choose(objective, search.curve.dense_ms, search.max_seconds)))
+            found.append(Finalist(front, *front.choose(objective, search.dense_ms, max_seconds)))
         except ArgumentError as error:
-            reasons.append(f"{front.label}: {error}")
-    if not found:
-        raise ArgumentError(" ".join(reasons))
+            missing[front] = f"{front.label}: {error}"
+    return found, missing
+
+
+def _first_of(proposed: Sequence[Finalist], missing: Mapping[MethodFront, str]) -> Finalist:
+    """Dense, as all that is proposed; an error with all reasons where nothing is."""
+    if not proposed:
+        raise ArgumentError(" ".join(missing.values()))
+    return proposed[0]
+
+
+def _nearly(
+    fronts: Iterable[MethodFront], objective: Objective, dense_ms: float, timed: Sequence[Finalist] = ()
+) -> list[Finalist]:
+    """The fastest schedules of methods, not timed yet, that are predicted to miss a budget by little, if at all."""
+    found = []
+    for front in fronts:
+        entry = front.entries[0]
+        ratios = np.array([front.ratio(entry) / (1 + _NEARLY), 1.0])
+        near = objective.unreachable((1, 2), dense_ms * ratios) is None
+        if near and entry.schedule.total and (front.label, entry.schedule.removed) not in _seen(timed):
+            found.append(Finalist(front, *front.fastest()))
     return found
 
 
@@ -125,27 +158,16 @@ def _timed(search: BlockSearch, trying: Iterable[Finalist]) -> list[Finalist]:
     return found
 
 
-def _following(search: BlockSearch, front: MethodFront, objective: Objective, dense_ms: float) -> Finalist:
-    """What a method would do after all; its fastest schedule where it is now predicted to miss a budget.
-
-    Proxies are known by then: there is time for one more, and a few if they are quick.
-    """
-    try:
-        return Finalist(front, *front.choose(objective, dense_ms, search.max_seconds / 4))
-    except ArgumentError:
-        return Finalist(front, *front.fastest())
-
-
 def _promises(new: Finalist, timed: Sequence[Finalist], objective: Objective, dense_ms: float) -> bool:
     """Whether a proposal may be better than all that was timed."""
-    seen = {(each.front.label, each.entry.schedule.removed) for each in timed}
-    if not new.removes or (new.front.label, new.entry.schedule.removed) in seen:
+    if not new.removes or (new.front.label, new.entry.schedule.removed) in _seen(timed):
         return False
-    inside = _inside(timed, objective)
-    if not inside:
-        return True
-    *known, value = _values([*inside, new], objective, dense_ms)[:-1]
-    return bool(value > max(known) + WORTHWHILE)
+    *known, value, _ = _values([*_inside(timed, objective), new], objective, dense_ms)
+    return bool(value > max(known, default=-np.inf) + WORTHWHILE)
+
+
+def _seen(timed: Iterable[Finalist]) -> set[tuple[str, tuple[int, ...]]]:
+    return {(each.front.label, each.entry.schedule.removed) for each in timed}
 
 
 def _inside(timed: Iterable[Finalist], objective: Objective) -> list[Finalist]:
@@ -164,10 +186,14 @@ def _nearest(timed: Sequence[Finalist], objective: Objective) -> Finalist:
 
 
 def _values(finalists: Sequence[Finalist], objective: Objective, dense_ms: float) -> list[float]:
-    """What each is worth, and dense, the last; dense nothing where it does not keep to the budget."""
+    """What each is worth, and dense, the last; nothing what is slower than dense, and dense where it misses a budget.
+
+    Latencies are cut at that of dense, so that the value of one does not depend on how slow another is.
+    """
     ratios = np.array([*(each.ratio() for each in finalists), 1.0])
     proxy = np.array([*(each.front.accuracy(each.entry) for each in finalists), 1.0])
-    values = objective.among(dense_ms * ratios, proxy)
+    values = objective.among(dense_ms * np.minimum(ratios, 1.0), proxy)
+    values[ratios > 1] = -np.inf
     if not objective.met_by_dense(dense_ms):
-        values[-1] = -np.inf
+        values[[*(not each.removes for each in finalists), True]] = -np.inf
     return [float(value) for value in values]

@@ -16,6 +16,8 @@ def entries_of(
 ) -> list[FrontEntry]:
     """The schedules of a front, corrected by those that were timed: each takes so much longer as those beside it did.
 
+    Between two that were timed, or one and dense, it is in proportion.
+
     Args:
         label: Of the method.
         points: As `pareto_front` gives them, dense first.
@@ -26,13 +28,15 @@ def entries_of(
     Returns:
         From dense to the fastest, none as slow or as costly as another that is better in both.
     """
-    order = np.argsort(predicted)
-    at, longer = np.array(predicted)[order], (np.array(timed) / np.maximum(np.array(predicted), 1e-9))[order]
+    dense_ms = points[0].milliseconds
+    known = sorted([*zip(predicted, timed, strict=True), (dense_ms, dense_ms)])
+    at = np.array([before for before, _ in known])
+    longer = np.array([after for _, after in known]) / np.maximum(at, 1e-9)
     found = []
     for point in points:
         entering = (tokens, *point.levels[:-1])
         schedule = Schedule([before - after for before, after in zip(entering, point.levels, strict=True)])
-        correction = float(np.interp(point.milliseconds, at, longer)) if len(at) and schedule.total else 1.0
+        correction = float(np.interp(point.milliseconds, at, longer))
         found.append(FrontEntry(label, schedule, point.milliseconds * correction, point.cost))
     return undominated(found)
 

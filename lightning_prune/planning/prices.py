@@ -1,6 +1,7 @@
 """What a method costs besides the tokens, from schedules that are timed beside dense."""
 
 from collections.abc import Iterable, Sequence
+from math import sqrt
 
 import numpy as np
 
@@ -11,6 +12,7 @@ from lightning_prune.reduction import Reduction
 from lightning_prune.schedule import Schedule
 
 _SUREST = 0.003  # of dense: the model is no better than that, however well a schedule was timed
+_ONE_ROUND = 0.03  # of dense: few rounds may agree by chance, and one has no spread at all
 
 
 def probes(reduction: Reduction, tokens: int, prefix_tokens: int, depth: int, first: int) -> dict[str, Schedule]:
@@ -61,7 +63,7 @@ def price_of(model: LatencyModel, timed: Iterable[tuple[Schedule, Timing]]) -> P
         share = sum(entering[block] for block in reducing) / n
         rows.append((len(reducing), share, model.depth - 1 - min(reducing)))
         lacking.append(timing.ratio * model.dense_ms - model.predict(schedule))
-        weights.append(1 / max(error_of(timing), _SUREST) ** 2)
+        weights.append(1 / max(error_of(timing), _SUREST, _ONE_ROUND / sqrt(timing.rounds)) ** 2)
     if not rows:
         return Price()
     fitted = LinearRegression(fit_intercept=False, positive=True).fit(rows, lacking, sample_weight=weights)

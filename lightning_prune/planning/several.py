@@ -57,9 +57,9 @@ def plan_blocks(
         profile: A latency curve on which all tokens go before block 0, of `Random(site="input")`; measured if None.
             With one of another device nothing is timed here, and reducing is taken to cost nothing by itself.
         max_seconds: Time limit of each of: the curve, the run that prices all methods, the sensitivity of each method,
-            the proxies of each choice of a method, and thrice each run that times finalists. Run in any case: the dense
-            model over all images, every method at a few schedules over all images, and its sensitivity on the first 8
-            images.
+            the proxies of the first choice of each method, and thrice each run that times finalists; no schedule is
+            proposed any more when twice as long has gone by since the first of these. Run in any case: the dense model
+            over all images, every method at five schedules over all images, and its sensitivity on the first 8 images.
         target: Dotted path of the transformer in `model`.
         progress: Shows bars on a terminal.
 
@@ -108,10 +108,12 @@ def plan_blocks_for(
 ) -> list[BlocksPlan]:
     """A plan for each of several objectives: what `plan_blocks` makes, measured once for all of them.
 
+    What is timed for one teaches the planner for those that follow.
+
     Args:
         model: As of `plan_blocks`, and so are those that are not named here.
         images: Likewise.
-        objectives: In any order.
+        objectives: What to plan for.
         example_batch: Likewise.
         methods: Likewise.
         profile: Likewise.
@@ -123,7 +125,7 @@ def plan_blocks_for(
         One plan each. The first says the time of what all share.
 
     Raises:
-        ArgumentError, UnsupportedModelError: As `plan_blocks`.
+        ArgumentError, UnsupportedModelError: As `plan_blocks`, if but one of the objectives cannot be reached.
     """
     start = time.perf_counter()
     transformer = find_vision_transformer(model, target)
