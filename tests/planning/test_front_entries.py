@@ -26,8 +26,9 @@ def test_points_become_schedules():
     assert {entry.method for entry in made} == {"topk"}
 
 
-def test_what_was_timed_corrects_its_neighbours_and_not_dense():
-    assert latencies(entries_of("topk", POINTS, 17, [60.0], [66.0])) == pytest.approx([100, 88, 66, 55])
+def test_what_was_timed_corrects_its_neighbours_and_less_those_near_dense():
+    made = entries_of("topk", POINTS, 17, [60.0], [66.0])
+    assert latencies(made) == pytest.approx([100, 80 * 1.05, 66, 55])
     # Straight between two that were timed, in whatever order they come.
     made = entries_of("topk", POINTS, 17, [80.0, 50.0], [80.0, 56.0])
     assert latencies(made) == pytest.approx([100, 80, 60 * (1 + 0.12 * 2 / 3), 56])
