@@ -69,6 +69,7 @@ def test_a_threshold_of_zero_is_the_dense_model() -> None:
 
 
 def test_padding_to_the_image_compiles_and_exports() -> None:
+    torch._dynamo.reset()  # of models of other tests it may have had enough
     model, batch = vit(), images()
     with torch.no_grad():
         with lp.patch(model, VWTInter(words(), 0.3)):
