@@ -52,7 +52,7 @@ def choose(
     n = profile.dense_tokens
     useful = [count for count in profile.tokens if count < n and profile.saves(count)]
     if not useful:
-        return n, why_dense(profile) + missed_by_dense(profile, objective)
+        return n, why_dense(profile) + missed_by_dense(profile.dense_ms, objective)
     unreachable = objective.unreachable(profile.tokens, np.array(profile.milliseconds))
     if unreachable is not None:
         raise ArgumentError(unreachable)
@@ -60,7 +60,7 @@ def choose(
     counts = list(profile.tokens) if exhaustive else [*useful, n]
     latency = np.array([profile.at(count) for count in counts])
     if objective.unreachable(counts, latency) is not None:
-        return n, why_dense(profile) + missed_by_dense(profile, objective)
+        return n, why_dense(profile) + missed_by_dense(profile.dense_ms, objective)
     deadline = time.perf_counter() + (max_seconds if max_seconds is not None else float("inf"))
     for count in counts if exhaustive else spread(useful, _FIRST):
         curve(count)
@@ -97,9 +97,9 @@ def why_dense(profile: LatencyProfile) -> str:
     )
 
 
-def missed_by_dense(profile: LatencyProfile, objective: Objective) -> str:
+def missed_by_dense(dense_ms: float, objective: Objective) -> str:
     """What is to be added to the reason for dense where a budget asks for more; nothing where it does not."""
-    return "" if objective.met_by_dense(profile.dense_ms) else f" The {objective} is not met."
+    return "" if objective.met_by_dense(dense_ms) else f" The {objective} is not met."
 
 
 def _promising(counts: Sequence[int], latency: Column, curve: Curve, objective: Objective) -> int | None:

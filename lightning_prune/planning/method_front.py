@@ -8,7 +8,7 @@ import numpy as np
 
 from lightning_prune.errors import ArgumentError
 from lightning_prune.planning.blocks_plan import FrontEntry
-from lightning_prune.planning.choice import spread
+from lightning_prune.planning.choice import missed_by_dense, spread
 from lightning_prune.planning.front_entries import entries_of, numbered
 from lightning_prune.planning.latency_model import LatencyModel
 from lightning_prune.planning.objective import Objective
@@ -128,7 +128,7 @@ class MethodFront:
                 f"{dense_ms * everything[0]:.3g} ms, {1 / everything[0]:.2f}x, and leaves "
                 f"{fastest.schedule.tokens(self.tokens)[-1]} tokens."
             )
-        missed = "" if objective.met_by_dense(dense_ms) else f" The {objective} is not met."
+        missed = missed_by_dense(dense_ms, objective)
         useful = [entry for entry in self.entries if self.ratio(entry) < 1 - SAVING]
         candidates = [*useful, self.dense]
         ratios = np.array([self.ratio(entry) for entry in candidates])

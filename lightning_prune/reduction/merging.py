@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from lightning_prune.reduction.base import Reduced
+from lightning_prune.reduction.functional import add_rows_
 
 
 def merge(
@@ -58,7 +59,7 @@ def merge(
     # The mean as a shift of each destination: only the rows that take part are touched, and no product of all tokens
     # with their sizes is made. No matrix product either, which autocast would round to half precision.
     shift = (table.index_select(0, going).to(precise) - table.index_select(0, into).to(precise)) * share
-    merged = table.index_select(0, kept).to(precise).scatter_add_(0, place.unsqueeze(1).expand_as(shift), shift)
+    merged = add_rows_(table.index_select(0, kept).to(precise), place, shift)
 
     sources = None
     if trace:

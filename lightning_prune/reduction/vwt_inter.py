@@ -10,7 +10,7 @@ from torch.nn.functional import normalize
 from lightning_prune.errors import ArgumentError
 from lightning_prune.patches import cut_like
 from lightning_prune.reduction.base import Reduced, Reduction, Sequence
-from lightning_prune.reduction.functional import add_rows
+from lightning_prune.reduction.functional import add_rows_
 from lightning_prune.vocabulary import Vocabulary
 
 PadTo = Literal["batch", "image"]
@@ -103,7 +103,7 @@ def merge_groups(tokens: Tensor, grouping: Grouping, prefix_tokens: int, length:
     flat = (slots + row).flatten()
     precise = torch.promote_types(tokens.dtype, torch.float32)
     sums = torch.zeros(batch * length, channels, dtype=precise, device=tokens.device)
-    sums = add_rows(sums, flat, tokens[:, prefix_tokens:].to(precise).flatten(0, 1))
+    add_rows_(sums, flat, tokens[:, prefix_tokens:].to(precise).flatten(0, 1))
     members = torch.zeros(batch * length, dtype=precise, device=tokens.device)
     members = members.index_add(0, flat, members.new_ones(batch * patches))
     means = (sums / members.clamp(min=1).unsqueeze(1)).to(tokens.dtype).view(batch, length, channels)

@@ -118,10 +118,11 @@ class TestAMaskThatAsks:
 
     def test_is_no_mask_for_anything_else(self, build: Any, images: Tensor) -> None:
         message = r"made no call of torch\.nn\.functional\.scaled_dot_product_attention"
+        mask: Any = AskingMask([], None)
         with pytest.raises(lp.UnsupportedModelError, match=message):
-            attend(AskingMask([], None), *parts()[1:])
+            attend(mask, *parts()[1:])
         with pytest.raises(lp.UnsupportedModelError, match=message):
-            torch.where(torch.ones(N, N, dtype=torch.bool), AskingMask([], None), 0.0)  # type: ignore[call-overload]
+            torch.where(torch.ones(N, N, dtype=torch.bool), mask, 0.0)
         model = build()
         lp.patch(model, "tome", [5, 0, 7, 0])
         model.blocks[2].attn.fused_attn = False
