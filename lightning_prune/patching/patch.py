@@ -192,6 +192,7 @@ class PatchHandle:
                     follows=index > first,
                     pixels=pixels,
                     keeps_account=account,
+                    keeps_places=transformer.carries,
                     expects=expects if index == first else None,
                     origin=origin if index == first else None,
                     adapts=reduces and reduction.adaptive,

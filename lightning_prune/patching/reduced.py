@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.overrides import has_torch_function
 
 from lightning_prune.errors import ArgumentError, ScheduleError, UnsupportedModelError
 from lightning_prune.keep_rates import Rate
@@ -16,7 +15,7 @@ from lightning_prune.patching.origin import Origin
 from lightning_prune.patching.overlay import Overlay
 from lightning_prune.patching.per_thread import PerThread
 from lightning_prune.patching.survivors import Survivors, survivors_of
-from lightning_prune.patching.tap import AskingMask, recorded_attention
+from lightning_prune.patching.tap import AskingMask, can_ask, recorded_attention
 from lightning_prune.patching.told import Ear
 from lightning_prune.patching.travelling import found, leave
 from lightning_prune.reduction.base import Attention, Reduction, Sequence
@@ -65,11 +64,12 @@ class BlockSite:
     follows: bool = False  # whether a patched block comes before this one
     pixels: PixelSite | None = None
     keeps_account: bool = False  # whether later blocks must know who is left
+    keeps_places: bool = False  # and where each of them stood
     adapts: bool = False  # whether the images decide here how many tokens go
     traces: bool = False  # whether it must be known which token each of block 0 went into
     restores: bool = False  # whether each token stands again, after this block, where those it is made of stood
     fused: list[Setting] = field(default_factory=list)  # what was changed to have fused attention in the block
-    hands_on: bool = False  # whether what comes as `attn_mask` reaches its fused call untouched
+    hands_on: type | None = None  # the attention through which an `attn_mask` reaches its fused call untouched
     ear: Ear | None = None  # of attention modules that make no fused call
     expects: int | None = None  # tokens that the schedule was made to meet here, where it says so
     origin: Origin | None = None  # where the schedule was made; asked at the first batch
@@ -98,11 +98,11 @@ class BlockSite:
             origin, self.origin = self.origin, None
             origin.warn(x)
 
-    def asks_by_mask(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether this call can be asked by `AskingMask`: no mask came, and nobody else looks at function calls."""
-        if not self.hands_on or torch.compiler.is_compiling():
+    def takes_mask(self, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether a mask can be handed to the block's attention: it is the one that was known, and no mask came."""
+        if self.hands_on is None or args or kwargs.get("attn_mask") is not None:
             return False
-        return not args and kwargs.get("attn_mask") is None and not has_torch_function((x,))
+        return type(block.attn) is self.hands_on
 
     def arrived(self, x: Tensor) -> Survivors | None:
         """Who is left after the blocks before this one; None where all are, or nobody needs to know.
@@ -113,7 +113,7 @@ class BlockSite:
         if not (self.follows and self.keeps_account):
             return None
         left = found(x)
-        if not isinstance(left, Left) or (left.survivors and left.survivors.positions.shape[1] != x.shape[1]):
+        if not isinstance(left, Left) or (left.survivors and left.survivors.left != x.shape[1]):
             raise UnsupportedModelError(
                 f"The tokens that enter block {self.index} are not those that left the block before: something between "
                 "them, such as a hook that returns other tokens, lost what belongs to them (where each stood)."
@@ -147,16 +147,16 @@ class ReducedBlock(Overlay):
             reduces = False
         if arrived is not None:
             args, kwargs = family.carry(args, kwargs, arrived, prefix)
-        sizes = arrived.sizes if arrived is not None and reduction.proportional_attention else None
+        log_sizes = arrived.log_sizes if arrived is not None else None
         reads = reduces and "attention" in reduction.reads
         halves = site.halves if reduces else None
         calls: list[Attention] = []
-        taps = reads or sizes is not None or (arrived is not None and family.always_taps)
-        log_sizes = sizes.log() if sizes is not None else None
         tap: AbstractContextManager[Any] = nullcontext()
-        if taps and site.asks_by_mask(x, args, kwargs):
+        if not reads and log_sizes is not None and site.takes_mask(self, args, kwargs):
+            kwargs, log_sizes = {**kwargs, "attn_mask": log_sizes}, None  # weighed by attention itself: no need to look
+        elif reads and site.takes_mask(self, args, kwargs) and can_ask(x):
             kwargs = {**kwargs, "attn_mask": AskingMask(calls, log_sizes)}
-        elif taps:
+        elif reads or log_sizes is not None or (arrived is not None and family.always_taps):
             tap = family.tap(calls, log_sizes, arrived, prefix, site.ear)
         with tap:
             if halves is None:
@@ -166,10 +166,12 @@ class ReducedBlock(Overlay):
         if log_sizes is not None and not calls:
             recorded_attention(calls)  # raises: nothing was weighed
         if reduces:
-            attention = recorded_attention(calls) if reads else None
             known = arrived.sizes if arrived is not None else None
+            attention = recorded_attention(calls) if reads else None
             sequence = Sequence(after, prefix, site.has_class_token, attention, known, x)
             after, arrived = _reduce(site, sequence, remove, arrived)
+            del attention, sequence
+            calls.clear()  # query, key and value of all tokens need not outlive the reduction
             if halves is not None:
                 after = halves.mlp(self, after)
         if site.restores and arrived is not None and arrived.sources is not None:
@@ -204,7 +206,9 @@ def _reduce(
             f"{site.reduction.name} says that it `merges`, and this model pools over its patch tokens, so it must say "
             "where each token went: return `Reduced.sources` where `Sequence.trace` asks for them."
         )
-    return reduced.tokens, survivors_of(arrived, reduced) if site.keeps_account else None
+    if not site.keeps_account:
+        return reduced.tokens, None
+    return reduced.tokens, survivors_of(arrived, reduced, site.keeps_places, site.reduction.proportional_attention)
 
 
 def too_many(block: int, tokens: int, remove: int, capacity: int, method: str) -> str:

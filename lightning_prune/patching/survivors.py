@@ -12,17 +12,30 @@ from lightning_prune.reduction.base import Reduced
 class Survivors(NamedTuple):
     """The tokens that are left, seen from block 0.
 
+    What nobody will ask for is not kept: at batch 1 the few operations that it takes are felt.
+
     Attributes:
-        positions: (B, K) where each stood in block 0, -1 for a token that has no place.
-        sizes: (B, K) patches that each stands for, where the method keeps account of it.
+        left: K, how many are left.
         carried: What was gathered for these tokens before, with what it was gathered from.
+        places: (B, K) where each stood in block 0, -1 for a token that has no place; None where no block receives
+            anything else for each token.
+        sizes: (B, K) patches that each stands for, where the method keeps account of it.
+        log_sizes: (B, 1, 1, K) their logarithms, where they weigh the attention of later blocks: added to its logits.
         sources: (B, N) which of the K each token of block 0 went into, where the model's pooling must know.
     """
 
-    positions: Tensor
-    sizes: Tensor | None
+    left: int
     carried: list[tuple[Tensor, Tensor]]
+    places: Tensor | None = None
+    sizes: Tensor | None = None
+    log_sizes: Tensor | None = None
     sources: Tensor | None = None
+
+    @property
+    def positions(self) -> Tensor:
+        """`places`, for families that said that their blocks ask for them (`VisionTransformer.carries`)."""
+        assert self.places is not None
+        return self.places
 
     def carry(self, source: Tensor, gather: Callable[[Tensor], Tensor]) -> Tensor:
         """`gather(source)`, once for all blocks that receive the same tensor: most models share one among them."""
@@ -35,12 +48,21 @@ class Survivors(NamedTuple):
         return gathered
 
 
-def survivors_of(arrived: Survivors | None, reduced: Reduced) -> Survivors:
-    """Who is left once a reduction has worked on those that `arrived` (None: all tokens of block 0)."""
-    positions, sources = reduced.positions, reduced.sources
+def survivors_of(arrived: Survivors | None, reduced: Reduced, places: bool, weighs: bool) -> Survivors:
+    """Who is left once a reduction has worked on those that `arrived`.
+
+    Args:
+        arrived: Who was left before; None for all tokens of block 0.
+        reduced: What the reduction made of them.
+        places: Whether it will be asked where they stood.
+        weighs: Whether their sizes weigh the attention of later blocks.
+    """
+    positions, sources, sizes = reduced.positions, reduced.sources, reduced.sizes
     if arrived is not None:
-        original = arrived.positions.gather(1, positions.clamp(min=0))
-        positions = torch.where(positions < 0, -1, original)
+        if places:
+            original = arrived.positions.gather(1, positions.clamp(min=0))
+            positions = torch.where(positions < 0, -1, original)
         if sources is not None and arrived.sources is not None:
             sources = sources.gather(1, arrived.sources)
-    return Survivors(positions, reduced.sizes, [], sources)
+    log_sizes = sizes.log()[:, None, None].to(reduced.tokens.dtype) if weighs and sizes is not None else None
+    return Survivors(positions.shape[1], [], positions if places else None, sizes, log_sizes, sources)

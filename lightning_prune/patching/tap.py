@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, has_torch_function
 
 from lightning_prune.errors import UnsupportedModelError
 from lightning_prune.patching.positions import take_bias
@@ -38,7 +38,7 @@ class AttentionTap(TorchFunctionMode):
 
     Args:
         calls: Where to record; the caller's own list, because `torch.compile` does not trace a mode's attributes.
-        log_sizes: (B, N), added to the logits of every key (proportional attention of ToMe, arXiv 2210.09461,
+        log_sizes: (B, 1, 1, N), added to the logits of every key (proportional attention of ToMe, arXiv 2210.09461,
             section 3), or None to leave attention as it is.
         bias: What to make of a mask, in models that pass a relative-position bias as one; None to leave it as it is.
     """
@@ -87,6 +87,11 @@ class AskingMask:
         raise UnsupportedModelError(_UNREADABLE)
 
 
+def can_ask(x: Tensor) -> bool:
+    """Whether an `AskingMask` works here: no graph is being made, and nobody else looks at function calls."""
+    return not torch.compiler.is_compiling() and not has_torch_function((x,))
+
+
 def _named(args: Any, kwargs: Any) -> dict[str, Any]:
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
     return {**dict(zip(names, args, strict=False)), **(kwargs or {})}
@@ -99,7 +104,7 @@ def _attend(call: dict[str, Any], calls: list[Attention], log_sizes: Tensor | No
     if bias is not None and mask is not None:
         mask = bias.of(mask)
     if log_sizes is not None:
-        mask = _add_to_mask(mask, log_sizes[:, None, None, :].to(query.dtype))
+        mask = _add_to_mask(mask, log_sizes.to(query.dtype))
     calls.append(Attention(query, key, value, mask, call.get("scale")))
     return F.scaled_dot_product_attention(**{**call, "attn_mask": mask})
 

@@ -16,7 +16,7 @@ class Question(NamedTuple):
 
     Attributes:
         calls: Where to record.
-        log_sizes: (B, N) to be added to the logits of every key, or None.
+        log_sizes: (B, 1, 1, N) to be added to the logits of every key, or None.
     """
 
     calls: list[Attention]

@@ -1,5 +1,7 @@
 """What is gathered for the tokens that are left, entry by entry."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -53,15 +55,27 @@ def test_bias(shape: tuple[int, ...]) -> None:
 
 
 def test_survivors_are_seen_from_block_0() -> None:
-    first = survivors_of(None, Reduced(torch.empty(1), torch.tensor([[0, 2, 3, 5, -1]])))
+    first = survivors_of(None, Reduced(torch.empty(1), torch.tensor([[0, 2, 3, 5, -1]])), places=True, weighs=False)
     assert first.positions.tolist() == [[0, 2, 3, 5, -1]]
-    second = survivors_of(first, Reduced(torch.empty(1), torch.tensor([[0, 1, 4, -1]]), torch.ones(1, 4)))
+    reduced = Reduced(torch.empty(1), torch.tensor([[0, 1, 4, -1]]), torch.tensor([[1.0, 2.0, 0.0, 4.0]]))
+    second = survivors_of(first, reduced, places=True, weighs=True)
     assert second.positions.tolist() == [[0, 2, -1, -1]]
-    assert second.sizes is not None
+    assert (first.left, second.left) == (5, 4)
+    assert second.sizes is reduced.sizes
+    assert second.log_sizes is not None
+    assert second.log_sizes.shape == (1, 1, 1, 4)
+    assert second.log_sizes.flatten().tolist() == pytest.approx([0.0, math.log(2), -math.inf, math.log(4)])
+
+
+def test_survivors_keep_only_what_will_be_asked_for() -> None:
+    reduced = Reduced(torch.empty(1), torch.tensor([[0, 2]]), torch.ones(1, 2))
+    first = survivors_of(None, reduced, places=False, weighs=False)
+    second = survivors_of(first, reduced, places=False, weighs=False)
+    assert first == second == Survivors(2, [], None, reduced.sizes, None, None)
 
 
 def test_what_blocks_share_is_gathered_once() -> None:
-    survivors, calls = Survivors(POSITIONS, None, []), []
+    survivors, calls = Survivors(6, [], POSITIONS), []
 
     def gather(source: Tensor) -> Tensor:
         calls.append(source)

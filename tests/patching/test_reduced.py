@@ -172,11 +172,11 @@ class TestPositions:
         """What stood where in block 0: told by tracing each token's index through what each reduction said."""
         watching = Watching(method)
         watching.proportional_attention = watching.keeps_sizes = True  # the account is kept for all blocks
-        model = build()
+        transformer = replace(lp.patching.find_vision_transformer(build()), carries=True)  # some block asks for them
         left: list[Any] = []
-        model.norm.register_forward_pre_hook(lambda _, args: left.append(found(args[0])))
-        handle = lp.patch(model, watching, [5, 0, 6, 0])
-        model(images)
+        transformer.root.norm.register_forward_pre_hook(lambda _, args: left.append(found(args[0])))
+        handle = lp.PatchHandle(transformer, watching, [5, 0, 6, 0])
+        transformer.root(images)
         positions = [list(range(26)) for _ in images]
         for _, reduced in Watching.seen:
             for b, row in enumerate(reduced.positions.tolist()):

@@ -144,16 +144,19 @@ class Family(ABC):
 
         Args:
             calls: Where to record.
-            log_sizes: (B, N) to be added to the logits of every key, or None.
+            log_sizes: (B, 1, 1, N) to be added to the logits of every key, or None.
             arrived: Who is left after earlier reductions; None where that plays no part.
             prefix_tokens: P.
             ear: The ear of the block's `told` modules; None where it has none.
         """
         return AttentionTap(calls, log_sizes) if ear is None else Listening(ear, calls, log_sizes)
 
-    def hands_on(self, block: nn.Module) -> bool:
-        """Whether the block hands what it is given as `attn_mask` to its one fused call, and does no more with it."""
-        return False
+    def hands_on(self, block: nn.Module) -> type[nn.Module] | None:
+        """The class of `block.attn`, if that hands what the block is given as `attn_mask` to its one fused call.
+
+        None where something else becomes of a mask, or nobody knows.
+        """
+        return None
 
     @property
     def always_taps(self) -> bool:

@@ -87,15 +87,13 @@ class TimmFamily(Family):
         """By the known class whose forward the block runs; a subclass with one of its own is cut after."""
         return next((recipe for kind, recipe in self.recipes.items() if runs(block, kind)), None)
 
-    def hands_on(self, block: nn.Module) -> bool:
+    def hands_on(self, block: nn.Module) -> type[nn.Module] | None:
         """Known blocks do, with the attention that timm builds them with."""
         attention = getattr(block, "attn", None)
-        return (
-            self.halves(block) is not None
-            and isinstance(attention, nn.Module)
-            and "forward" not in vars(attention)
-            and any(runs(attention, kind) for kind in (vit.Attention, AttentionRope, EvaAttention))
-        )
+        if self.halves(block) is None or not isinstance(attention, nn.Module) or "forward" in vars(attention):
+            return None
+        known = any(runs(attention, kind) for kind in (vit.Attention, AttentionRope, EvaAttention))
+        return type(attention) if known else None
 
     def force_fused(self, block: nn.Module) -> list[Setting]:
         """`fused_attn` is an attribute of each attention module, set when the model was built."""

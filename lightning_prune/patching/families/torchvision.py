@@ -29,7 +29,7 @@ class ToldMultihead(ToldAttention):
     def weighed(self, kwargs: dict[str, Any], log_sizes: Tensor) -> dict[str, Any]:
         """A padding mask of floats is added to the logits of every key."""
         module: Any = self
-        return {**kwargs, "key_padding_mask": log_sizes.to(module.in_proj_weight.dtype)}
+        return {**kwargs, "key_padding_mask": log_sizes.flatten(1).to(module.in_proj_weight.dtype)}
 
 
 class TorchvisionVisionTransformer(Family):

@@ -1,0 +1,53 @@
+"""An accelerator that this machine does not have: shapes, dtypes and devices are true, the numbers do not exist."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+DEVICE = "cuda"
+
+
+class OnOneDevice(TorchDispatchMode):
+    """Lists the operations that touch another device: each makes the host wait, and ends a CUDA graph's capture."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elsewhere: list[str] = []
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.count += 1
+        for tensor in tree_leaves((args, kwargs, result)):
+            if isinstance(tensor, Tensor) and tensor.device.type != DEVICE:
+                self.elsewhere.append(str(func))
+                break
+        return result
+
+
+def move(model: nn.Module, dtype: torch.dtype) -> None:
+    """Replaces what the model holds by tensors of the same shapes over there; to be called within `away`."""
+
+    def there(value: Tensor) -> Tensor:
+        return torch.empty(value.shape, dtype=dtype if value.is_floating_point() else value.dtype, device=DEVICE)
+
+    for module in model.modules():
+        for name, value in module._parameters.items():
+            if value is not None:
+                module._parameters[name] = nn.Parameter(there(value), requires_grad=False)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = there(buffer)
+
+
+@contextmanager
+def away() -> Iterator[None]:
+    """Raises where numbers are asked for (`item`, shapes that depend on data), and where devices are mixed."""
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        yield

@@ -1,0 +1,104 @@
+"""A patched forward never asks the device for a number and makes every tensor there, on a device that is not here."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+
+import lightning_prune as lp
+from lightning_prune.reduction import METHODS, POMT, Random, Reduced, Reduction, Sequence, ToMe, VWTInter
+
+from .conftest import build_vit
+from .fake_device import DEVICE, OnOneDevice, away, move
+from .huggingface_models import KINDS, build_hf
+from .sweep import coverage
+from .test_timm_families import MODELS as TIMM
+from .test_torchvision import build_tv
+
+WORDS = torch.rand(6, 48, generator=torch.Generator().manual_seed(0))
+ALL: dict[str, Callable[[], Reduction]] = {
+    **{name: kind for name, kind in METHODS.items() if kind is not VWTInter},
+    "pomt-nearest": lambda: POMT("nearest"),
+    "tome-unweighed": lambda: ToMe(proportional_attention=False),
+    "random-input": lambda: Random(0, "input"),
+    "vwt-inter": lambda: VWTInter(lp.Vocabulary(WORDS, 4), pad_to="image"),
+}
+
+
+def schedule_of(reduction: Reduction) -> list[int] | None:
+    if reduction.adaptive:
+        return None
+    return [6, 0, 0, 0] if reduction.site == "input" else [0, 6, 5, 0]
+
+
+def operations(model: Any, reduction: Reduction, schedule: list[int] | None, dtype: torch.dtype = torch.float32) -> int:
+    """How many operations the patch adds to a forward over there; what it adds elsewhere fails the test."""
+    size = coverage.image_size(model) if type(model).__module__.startswith("timm") else (20, 20)
+    with lp.patch(model, reduction, schedule) as handle, away():
+        move(model, dtype)
+        images = torch.empty(2, 3, *size, dtype=dtype, device=DEVICE)
+        model(images)  # what is made once (a table, the words of a vocabulary) may come from the host
+        with OnOneDevice() as patched:
+            model(images)
+        handle.remove()
+        with OnOneDevice() as dense:
+            model(images)
+    assert patched.elsewhere == dense.elsewhere  # timm makes the grid of its rotary embeddings on the host
+    return patched.count - dense.count
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("method", ALL)
+def test_every_method(method: str, dtype: torch.dtype) -> None:
+    reduction = ALL[method]()
+    assert operations(build_vit(), reduction, schedule_of(reduction), dtype) > 5
+
+
+class Peeking(Random):
+    """Does what it must not."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+
+    def reduce(self, sequence: Sequence, remove: int) -> Reduced:
+        tokens = sequence.tokens
+        if self.how == "asks":
+            tokens.sum().item()
+        elif self.how == "shapes":
+            tokens[tokens > 0]
+        elif self.how == "copies":
+            torch.arange(3).to(tokens.device)
+        elif self.how == "mixes":
+            tokens + torch.zeros(tokens.shape)
+        return super().reduce(sequence, remove)
+
+
+@pytest.mark.parametrize(
+    ("how", "error"),
+    [
+        ("asks", DataDependentOutputException),
+        ("shapes", DynamicOutputShapeException),
+        ("copies", AssertionError),
+        ("mixes", RuntimeError),
+    ],
+)
+def test_it_would_be_seen(how: str, error: type[Exception]) -> None:
+    with pytest.raises(error):
+        operations(build_vit(), Peeking(how), [0, 6, 5, 0])
+
+
+FAMILIES: dict[str, Callable[[], Any]] = {
+    **TIMM,
+    **{kind: lambda kind=kind: build_hf(kind) for kind in KINDS},
+    "torchvision": build_tv,
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family(family: str) -> None:
+    """With sizes, places and attention where the family has room for them all."""
+    method = "tome-unweighed" if family in ("cait", "convit") else "tome"
+    assert operations(FAMILIES[family](), ALL[method](), [0, 3, 3, 0]) > 50
