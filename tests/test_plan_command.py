@@ -60,7 +60,7 @@ def test_a_profile_from_elsewhere_is_planned_on(module, data, tmp_path):
 
 
 def test_auto_searches_blocks_and_methods_also_for_a_device_elsewhere(module, data, tmp_path):
-    made = trainer(method="auto", objective=lp.LatencyBudget(speedup=1.3)).plan(
+    made = trainer(method="auto", objective=lp.LatencyBudget(speedup=1.3), calibration=4).plan(
         module, datamodule=data, output=str(tmp_path), device=DEVICE
     )
     assert {entry.method for entry in made.front} == set(AUTO)

@@ -315,7 +315,7 @@ def test_fit_resumes_from_a_checkpoint_of_a_pruned_one(tmp_path: Path) -> None:
     """With the callback or without: training goes on as if it had never stopped."""
     options = {"num_sanity_val_steps": 0, "enable_checkpointing": True}
     whole = Tiny()
-    trainer(max_epochs=3, **options).fit(whole, loader(16), loader(8))
+    trainer(max_epochs=3, default_root_dir=tmp_path / "whole", **options).fit(whole, loader(16), loader(8))
     saving = ModelCheckpoint(tmp_path, save_last=True)
     trainer(brief(schedule=6), saving, max_epochs=2, **options).fit(Tiny(), loader(16), loader(8))
     for callbacks, tokens in (([brief(schedule=3)], TOKENS - 3), ([], TOKENS)):

@@ -16,7 +16,7 @@ from lightning_prune.reduction import POMT, resolve
 
 
 def run(module: Any, running: Any, output: Path, told: list[str], **more: Any) -> Any:
-    trainer, pruner = running(calibration=16, max_seconds=2, **more)
+    trainer, pruner = running(calibration=8, max_seconds=1, **more)
     data = lp.DigitsData(batch_size=8)
     return compare_methods(
         trainer, module, pruner, ["auto", "random"], [1.2, 50.0], output, False, told.append, datamodule=data

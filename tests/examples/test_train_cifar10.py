@@ -49,9 +49,9 @@ def run(script: Any, monkeypatch: pytest.MonkeyPatch, *options: str) -> None:
 def test_trains_saves_and_goes_on(script: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     weights, kept = folder / "out" / "weights.safetensors", folder / "kept"
     options = ["--data", str(folder), "--output", str(weights), "--checkpoints", str(kept), "--teacher-epochs", "1"]
-    run(script, monkeypatch, *options, "--stages", "20:1", "56:1")
+    run(script, monkeypatch, *options, "--stages", "20:1", "28:1")
     about = json.loads(weights.with_suffix(".json").read_text())
-    assert about["stages"] == [{"side": 20, "epochs": 1.0}, {"side": 56, "epochs": 1.0}]
+    assert about["stages"] == [{"side": 20, "epochs": 1.0}, {"side": 28, "epochs": 1.0}]
     data = ImageFolderData(str(folder), split="val", batch_size=5, num_workers=0)
     trainer = L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
     (found,) = trainer.validate(ImageClassifier(CIFAR_MODEL, weights=str(weights)), data, verbose=False)
@@ -60,7 +60,7 @@ def test_trains_saves_and_goes_on(script: Any, folder: Path, monkeypatch: pytest
 
     before, step, steps = weights.read_bytes(), script.Cifar10Training.training_step, []
     monkeypatch.setattr(script.Cifar10Training, "training_step", lambda *args: steps.append(1) or step(*args))
-    run(script, monkeypatch, *options, "--stages", "20:1", "56:2")
+    run(script, monkeypatch, *options, "--stages", "20:1", "28:2")
     assert weights.read_bytes() != before, "the run went on for the epoch that was added"
     assert torch.load(kept / "last.ckpt", weights_only=True)["global_step"] == 6
     assert len(steps) == 2
