@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import timm
 import torch
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from lightning_prune.errors import UnsupportedModelError
@@ -34,16 +35,19 @@ _ISOTROPIC = (
 
 
 # What initialises weights in place. Among tensors without data it changes nothing and takes half of the time.
-_FILLING = frozenset({"uniform_", "normal_", "erfinv_", "mul_", "add_", "clamp_", "zero_", "fill_"})
+_FILLING = frozenset({"uniform_", "normal_", "constant_", "kaiming_uniform_", "kaiming_normal_", "xavier_uniform_"})
+_FILLING |= {"trunc_normal_", "zeros_", "ones_", "erfinv_", "mul_", "add_", "clamp_", "zero_", "fill_"}
 
 
 class _LeftBlank(TorchFunctionMode):
     """Initialises no weights that have no data."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") in _FILLING and args and args[0].is_meta:
-            return args[0]
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        tensor = args[0] if args else kwargs.get("tensor")  # as `torch.nn.init` names it
+        if getattr(func, "__name__", "") in _FILLING and isinstance(tensor, Tensor) and tensor.is_meta:
+            return tensor
+        return func(*args, **kwargs)
 
 
 class Support(NamedTuple):

@@ -65,6 +65,22 @@ def test_the_floor_of_a_schedule_does_what_the_model_does_on_as_many_tokens(prog
     assert seen == [197] * 3 + [141] * 2 + [131] * 7
 
 
+def test_the_floor_is_compiled_as_the_patched_model_is(program: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    floor, asked = program("floor"), []
+    monkeypatch.setattr(torch, "compile", lambda forward, **options: asked.append(options) or forward)
+    model, images = floor.prepare("deit_tiny_patch16_224", "fp32", 1, "cpu")
+    before = {name: value.data_ptr() for name, value in model.state_dict().items()}
+    forwards = floor.contenders(model, "pomt", "reduce-overhead")
+    assert asked == [{"mode": "reduce-overhead", "dynamic": False}] * 3
+    assert {name: value.data_ptr() for name, value in forwards["pruned"].state_dict().items()} == before
+    with torch.inference_mode():
+        assert torch.equal(forwards["dense"](images), model(images))
+        assert torch.equal(forwards["floor"](images), floor.floor_forward(model, images, {3: 56}))
+        assert not torch.equal(forwards["pruned"](images), model(images))
+
+
 def test_scaling(program: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     words = ["--sizes", "112", "--batch-sizes", "1", "2", "--depths", "4", "--rounds", "2", "--device", "cpu"]
     run(program("scaling"), monkeypatch, *words, "--output", str(tmp_path))

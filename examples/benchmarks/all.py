@@ -20,6 +20,7 @@ FULL = {
     "scaling": [],
     "methods": [],
 }
+ON_GPUS = ["eager", "default", "reduce-overhead"]
 QUICK = {
     "floor": [
         "--models",
@@ -64,8 +65,8 @@ def main() -> None:
         more = (QUICK if args.quick else FULL)[name]
         device = ["--trainer.accelerator", "gpu" if args.device.startswith("cuda") else args.device]
         device = device if name == "methods" else ["--device", args.device]
-        if name == "floor" and not args.quick and args.device == "cpu":
-            more = [*more, "--precisions", "fp32"]  # many CPUs only emulate bf16, which would take hours
+        if name == "floor" and not args.quick:  # many CPUs only emulate bf16, which would take hours
+            more = [*more, "--precisions", "fp32"] if args.device == "cpu" else [*more, "--modes", *ON_GPUS]
         command = [sys.executable, str(HERE / f"{name}.py"), "--output", str(args.output / name), *device, *more]
         print(f"== {name}", flush=True)
         if subprocess.run(command, check=False).returncode:  # a process of its own: nothing of one is left for the next

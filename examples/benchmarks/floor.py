@@ -5,10 +5,16 @@ around it. Pruned and floor run in turn, in one interleaved run; ratios are medi
 
     python examples/benchmarks/floor.py --output results/floor
     python examples/benchmarks/floor.py --models deit_small_patch16_224 --batch-sizes 1 --trace --output results/floor
+    python examples/benchmarks/floor.py --modes eager default reduce-overhead --device cuda --output results/floor
+
+`--modes` other than eager compile the floor as well as the patched model; reduce-overhead is with CUDA graphs.
 """
 
 import argparse
+import copy
 import time
+from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import timm
@@ -27,6 +33,7 @@ CASES = {  # name -> method, what each of 12 blocks removes, the ratio to stay b
     "topk": ("topk", {3: 56}, 1.02),
     "tome, four blocks": ("tome", {2: 24, 4: 24, 6: 24, 8: 24}, 1.05),
 }
+MODES = ("eager", "default", "reduce-overhead", "max-autotune")
 
 
 def floor_forward(model: nn.Module, images: Tensor, removed: dict[int, int]) -> Tensor:
@@ -48,28 +55,42 @@ def prepare(name: str, precision: str, batch: int, device: str) -> tuple[nn.Modu
     return model, torch.randn(batch, *size, generator=torch.Generator().manual_seed(0)).to(device, dtype)
 
 
-def measure(model: nn.Module, images: Tensor, case: str, args: argparse.Namespace) -> Row:
-    method, removed, limit = CASES[case]
-    schedule = lp.Schedule([removed.get(block, 0) for block in range(len(model.blocks))])
-    handle = lp.patch(model, method, schedule)
-    current = ["dense"]
+def contenders(model: nn.Module, case: str, mode: str) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Dense, pruned and the floor, on the same weights; compiled, each has a graph of its own."""
+    method, removed, _ = CASES[case]
+    weights = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    pruned, floor = copy.deepcopy(model, dict(weights)), copy.deepcopy(model, dict(weights))
+    lp.patch(pruned, method, lp.Schedule([removed.get(block, 0) for block in range(len(model.blocks))]))
+    found = {"dense": model, "pruned": pruned, "floor": lambda images: floor_forward(floor, images, removed)}
+    if mode == "eager":
+        return found
+    torch._dynamo.reset()  # what was compiled of other cases counts against the limit of recompilations
+    return {name: torch.compile(forward, mode=mode, dynamic=False) for name, forward in found.items()}
+
+
+def measure(model: nn.Module, images: Tensor, case: str, mode: str, args: argparse.Namespace) -> Row:
+    _, removed, limit = CASES[case]
+    forwards, current = contenders(model, case, mode), ["dense"]
 
     def switch(variant: str) -> None:
         current[0] = variant
-        handle.update(schedule) if variant == "pruned" else handle.remove()
 
     def run() -> Tensor:
-        return floor_forward(model, images, removed) if current[0] == "floor" else model(images)
+        return forwards[current[0]](images)
 
     device = images.device
     with torch.inference_mode():
         race = Interleaved(switch, run, device, reference="floor")
+        for variant in [] if mode == "eager" else [*forwards] * 2:  # first it is compiled, then a CUDA graph recorded
+            switch(variant)
+            run()
         race.measure(["pruned"], min(FEWEST, args.rounds))
         race.measure(["pruned"], args.rounds - FEWEST, time.perf_counter() + args.seconds)
         over = Interleaved(switch, run, device, reference="dense")
         over.measure(["pruned"], max(args.rounds // 3, 3), time.perf_counter() + args.seconds / 3)
     ratio, pruned = race.result("pruned"), over.result("pruned")
     return {
+        "mode": mode,
         "case": case,
         "removed": sum(removed.values()),
         "dense_ms": round(over.result("dense").milliseconds, 2),
@@ -104,7 +125,9 @@ def draw(rows: list[Row], path: Path) -> None:
     for place, row in enumerate(reversed(rows)):
         axes.errorbar(row["pruned_over_floor"], place, xerr=2 * row["error"], fmt="o", color=colors[row["case"]], ms=4)
         axes.plot([row["limit"]] * 2, [place - 0.4, place + 0.4], color="#c0392b", lw=1.2)
-    labels = [f"{r['model'].split('_patch')[0]}, {r['precision']}, batch {r['batch']}: {r['case']}" for r in rows]
+    labels = [
+        f"{r['model'].split('_patch')[0]}, {r['precision']}, {r['mode']}, batch {r['batch']}: {r['case']}" for r in rows
+    ]
     axes.set_yticks(range(len(rows)), labels[::-1], fontsize=7)
     axes.axvline(1, color="#7f8c8d", lw=0.8)
     axes.set_xlabel(
@@ -121,6 +144,7 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"])
+    parser.add_argument("--modes", nargs="+", default=["eager"], choices=MODES)
     parser.add_argument("--rounds", type=int, default=101)
     parser.add_argument("--seconds", type=float, default=15.0, help="limit of each case")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -133,15 +157,14 @@ def main() -> None:
         for precision in args.precisions:
             for batch in args.batch_sizes:
                 model, images = prepare(name, precision, batch, args.device)
-                for case in args.cases:
-                    rows.append(
-                        {"model": name, "precision": precision, "batch": batch, **measure(model, images, case, args)}
-                    )
+                for mode, case in product(args.modes, args.cases):
+                    row = measure(model, images, case, mode, args)
+                    rows.append({"model": name, "precision": precision, "batch": batch, **row})
                     write_table(args.output / "floor.csv", rows, context)
-                    if args.trace:
+                    if args.trace and mode == "eager":
                         told = f"trace_{name}_{precision}_{batch}_{case.split(',')[0]}.txt"
                         (args.output / told).write_text(trace(model, images, case))
-    shown = ("model", "precision", "batch", "case", "pruned_over_floor", "error", "limit")
+    shown = ("model", "precision", "mode", "batch", "case", "pruned_over_floor", "error", "limit")
     print_table(f"Over the floor, {context['device']}", rows, *shown)
     draw(rows, args.output / "floor.png")
 

@@ -1,5 +1,6 @@
 """Blocks that reduce: a subclass put over a block's own class while the patch lasts."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -64,12 +65,12 @@ class BlockSite:
     follows: bool = False  # whether a patched block comes before this one
     pixels: PixelSite | None = None
     keeps_account: bool = False  # whether later blocks must know who is left
-    keeps_places: bool = False  # and where each of them stood
+    keeps_places: bool = True  # and where each of them stood
     adapts: bool = False  # whether the images decide here how many tokens go
     traces: bool = False  # whether it must be known which token each of block 0 went into
     restores: bool = False  # whether each token stands again, after this block, where those it is made of stood
     fused: list[Setting] = field(default_factory=list)  # what was changed to have fused attention in the block
-    hands_on: type | None = None  # the attention through which an `attn_mask` reaches its fused call untouched
+    hands_on: Callable[..., Any] | None = None  # the attention's forward, if an `attn_mask` reaches its fused call
     ear: Ear | None = None  # of attention modules that make no fused call
     expects: int | None = None  # tokens that the schedule was made to meet here, where it says so
     origin: Origin | None = None  # where the schedule was made; asked at the first batch
@@ -99,10 +100,10 @@ class BlockSite:
             origin.warn(x)
 
     def takes_mask(self, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether a mask can be handed to the block's attention: it is the one that was known, and no mask came."""
+        """Whether a mask can be handed to the block's attention: it runs what is known, and no mask came."""
         if self.hands_on is None or args or kwargs.get("attn_mask") is not None:
             return False
-        return type(block.attn) is self.hands_on
+        return type(block.attn).forward is self.hands_on and "forward" not in block.attn.__dict__
 
     def arrived(self, x: Tensor) -> Survivors | None:
         """Who is left after the blocks before this one; None where all are, or nobody needs to know.

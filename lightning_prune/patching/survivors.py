@@ -12,13 +12,13 @@ from lightning_prune.reduction.base import Reduced
 class Survivors(NamedTuple):
     """The tokens that are left, seen from block 0.
 
-    What nobody will ask for is not kept: at batch 1 the few operations that it takes are felt.
+    What no block can ask for is not kept: at batch 1 the few operations that it takes are felt.
 
     Attributes:
         left: K, how many are left.
         carried: What was gathered for these tokens before, with what it was gathered from.
-        places: (B, K) where each stood in block 0, -1 for a token that has no place; None where no block receives
-            anything else for each token.
+        places: (B, K) where each stood in block 0, -1 for a token that has no place; None where blocks receive
+            nothing beside the tokens (`VisionTransformer.carries`).
         sizes: (B, K) patches that each stands for, where the method keeps account of it.
         log_sizes: (B, 1, 1, K) their logarithms, where they weigh the attention of later blocks: added to its logits.
         sources: (B, N) which of the K each token of block 0 went into, where the model's pooling must know.

@@ -7,7 +7,13 @@ from torch import Tensor
 
 from lightning_prune.errors import ArgumentError
 from lightning_prune.reduction.base import Attention, Reduced, Reduction, Sequence
-from lightning_prune.reduction.functional import attention_probabilities, best_in_order, take_tokens, with_prefix
+from lightning_prune.reduction.functional import (
+    attention_probabilities,
+    best_in_order,
+    is_half_on_cpu,
+    take_tokens,
+    with_prefix,
+)
 from lightning_prune.reduction.nearest import merge_into_nearest
 
 _AT_ONCE = {"cpu": 2**20}  # probabilities of an image: as many as its cache holds, so that each is made and read there
@@ -42,6 +48,8 @@ def pomt_scores(attention: Attention, prefix_tokens: int) -> Tensor:
         (B, N - P), float32 (float64 where the attention is).
     """
     precise = torch.promote_types(attention.value.dtype, torch.float32)
+    if is_half_on_cpu(attention):
+        attention = attention._replace(key=attention.key.float().contiguous())  # which each chunk would do anew
     chunks = [
         attention_probabilities(attention, queries).amax(dim=1)[:, :, prefix_tokens:].sum(dim=1, dtype=precise)
         for queries in _chunks(attention.query, prefix_tokens)

@@ -14,7 +14,7 @@ DEVICE = "cuda"
 
 
 class OnOneDevice(TorchDispatchMode):
-    """Lists the operations that touch another device: each makes the host wait, and ends a CUDA graph's capture."""
+    """Lists the operations that touch another device or make the host wait, which end a CUDA graph's capture."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -24,10 +24,10 @@ class OnOneDevice(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         self.count += 1
-        for tensor in tree_leaves((args, kwargs, result)):
-            if isinstance(tensor, Tensor) and tensor.device.type != DEVICE:
-                self.elsewhere.append(str(func))
-                break
+        tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, Tensor)]
+        by_mask = "index_put" in str(func) and any(tensor.dtype == torch.bool for tensor in tree_leaves(args[1]))
+        if by_mask or any(tensor.device.type != DEVICE for tensor in tensors):  # a mask is counted by the host
+            self.elsewhere.append(str(func))
         return result
 
 

@@ -159,6 +159,25 @@ class TestAMaskThatAsks:
                 block.attn.__class__ = Deaf
             assert torch.equal(plain(images), expected)
 
+    @torch.no_grad()
+    @pytest.mark.parametrize("everywhere", [True, False])
+    def test_is_not_given_to_a_forward_put_in_later(
+        self, build: Any, images: Tensor, monkeypatch: pytest.MonkeyPatch, everywhere: bool
+    ) -> None:
+        """Into one module, or into timm's class before or after the patch."""
+        model = build()
+        own = vit.Attention.forward
+        with lp.patch(model, "tome", [5, 0, 7, 0]):
+            expected = model(images)
+            if everywhere:
+                monkeypatch.setattr(vit.Attention, "forward", lambda self, x, attn_mask=None, **_: own(self, x))
+            for block in [] if everywhere else model.blocks[1:]:
+                block.attn.forward = lambda x, attn_mask=None, attn=block.attn, **_: own(attn, x)
+            assert torch.equal(model(images), expected)
+        if everywhere:
+            with lp.patch(model, "tome", [5, 0, 7, 0]):
+                assert torch.equal(model(images), expected)
+
 
 def test_heads_of_several_calls_stand_side_by_side() -> None:
     one = Attention(*parts())

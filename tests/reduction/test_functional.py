@@ -65,6 +65,32 @@ def test_they_are_what_fused_attention_applies(kind: str, scale: float | None) -
     torch.testing.assert_close(found, fused, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["none", "bool", "additive"])
+def test_of_half_precision_a_processor_makes_no_half_precision(dtype: torch.dtype, kind: str) -> None:
+    """Nor does autocast: they are those of the same numbers in float64, up to float32."""
+    query, key, value = (part.to(dtype) for part in draw())
+    mask = some_mask(kind)
+    mask = mask.to(dtype) if mask is not None and mask.is_floating_point() else mask
+    exact = Attention(*(part.double() for part in (query, key, value)))
+    expected = attention_probabilities(exact._replace(mask=mask), slice(1, 4)).float()
+    attention = Attention(query, key, value, mask)
+    for keys in (key, key.float()):  # as a caller has them who asks for several parts
+        for enabled in (False, True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                found = attention_probabilities(attention._replace(key=keys), slice(1, 4))
+            assert found.dtype == torch.float32
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_a_query_that_a_rotary_embedding_made_wide_is_not_rounded_by_autocast() -> None:
+    query, key, value = (part.float() for part in draw())
+    expected = attention_probabilities(Attention(query, key, value))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = attention_probabilities(Attention(query, key, value.bfloat16()))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
+
+
 def test_best_in_order_is_ascending_in_position() -> None:
     scores = torch.tensor([[0.1, 0.9, 0.3, 0.8, 0.2], [5.0, 4.0, 3.0, 2.0, 1.0]])
     assert best_in_order(scores, 3).tolist() == [[1, 2, 3], [0, 1, 2]]

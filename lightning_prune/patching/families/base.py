@@ -1,6 +1,7 @@
 """What the patch needs to know of a model family."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
@@ -151,8 +152,8 @@ class Family(ABC):
         """
         return AttentionTap(calls, log_sizes) if ear is None else Listening(ear, calls, log_sizes)
 
-    def hands_on(self, block: nn.Module) -> type[nn.Module] | None:
-        """The class of `block.attn`, if that hands what the block is given as `attn_mask` to its one fused call.
+    def hands_on(self, block: nn.Module) -> Callable[..., Any] | None:
+        """The `forward` of `block.attn`, if it hands what the block is given as `attn_mask` to its one fused call.
 
         None where something else becomes of a mask, or nobody knows.
         """

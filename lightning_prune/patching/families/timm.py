@@ -1,5 +1,6 @@
 """timm's transformers whose tokens stay (B, N, C) in `blocks`: what they have in common, and the plain ones."""
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 from timm.layers import AttentionRope
@@ -12,6 +13,9 @@ from lightning_prune.patching.blocks import PARALLEL, POST_NORM, PRE_NORM, Halve
 from lightning_prune.patching.families.base import Family, Setting, VisionTransformer
 from lightning_prune.patching.overlay import Overlay
 from lightning_prune.patching.root import RootSite
+
+# As timm defines them: whoever replaces one later does so with something that nobody knows.
+_HANDING_ON = tuple(kind.forward for kind in (vit.Attention, AttentionRope, EvaAttention))
 
 
 class GridGuard(Overlay):
@@ -87,13 +91,10 @@ class TimmFamily(Family):
         """By the known class whose forward the block runs; a subclass with one of its own is cut after."""
         return next((recipe for kind, recipe in self.recipes.items() if runs(block, kind)), None)
 
-    def hands_on(self, block: nn.Module) -> type[nn.Module] | None:
+    def hands_on(self, block: nn.Module) -> Callable[..., Any] | None:
         """Known blocks do, with the attention that timm builds them with."""
-        attention = getattr(block, "attn", None)
-        if self.halves(block) is None or not isinstance(attention, nn.Module) or "forward" in vars(attention):
-            return None
-        known = any(runs(attention, kind) for kind in (vit.Attention, AttentionRope, EvaAttention))
-        return type(attention) if known else None
+        forward: Callable[..., Any] | None = getattr(type(getattr(block, "attn", None)), "forward", None)
+        return forward if forward in _HANDING_ON and self.halves(block) is not None else None
 
     def force_fused(self, block: nn.Module) -> list[Setting]:
         """`fused_attn` is an attribute of each attention module, set when the model was built."""
