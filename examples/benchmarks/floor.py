@@ -125,13 +125,15 @@ def draw(rows: list[Row], path: Path) -> None:
     for place, row in enumerate(reversed(rows)):
         axes.errorbar(row["pruned_over_floor"], place, xerr=2 * row["error"], fmt="o", color=colors[row["case"]], ms=4)
         axes.plot([row["limit"]] * 2, [place - 0.4, place + 0.4], color="#c0392b", lw=1.2)
+    modes = [r["mode"] if r["mode"] == "eager" else f"compiled ({r['mode']})" for r in rows]
     labels = [
-        f"{r['model'].split('_patch')[0]}, {r['precision']}, {r['mode']}, batch {r['batch']}: {r['case']}" for r in rows
+        f"{r['model'].split('_patch')[0]}, {r['precision']}, {mode}, batch {r['batch']}: {r['case']}"
+        for r, mode in zip(rows, modes, strict=True)
     ]
     axes.set_yticks(range(len(rows)), labels[::-1], fontsize=7)
     axes.axvline(1, color="#7f8c8d", lw=0.8)
     axes.set_xlabel(
-        "latency over that of the same blocks on a slice of the tokens (bar: two standard errors; red: goal)"
+        "latency over that of the same blocks on a slice of the tokens\n(bar: two standard errors; red: goal)"
     )
     axes.xaxis.label.set_size(8)
     axes.grid(axis="x", alpha=0.25)
