@@ -8,22 +8,22 @@ import jsonargparse
 import lightning as L
 import pytest
 import torch
-import transformers
 from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
-from torchvision.models import VisionTransformer
 
+from helpers.models import DIGITS_MODEL as NAME
+from helpers.models import digits_module, tiny_hugging_face_vit, tiny_torchvision_vit
 from lightning_prune.callbacks import TokenPruning
 from lightning_prune.classifier import ImageClassifier
 from lightning_prune.errors import ArgumentError, FileFormatError, WeightsError
 
-NAME = "vit_digits_patch4_56"
 TINY = {"depth": 1, "embed_dim": 32, "num_heads": 1}
 
 
 def tiny(**kwargs: Any) -> ImageClassifier:
-    return ImageClassifier(NAME, pretrained=False, model_kwargs=TINY, **kwargs)
+    module: ImageClassifier = digits_module(shape=TINY, **kwargs)
+    return module
 
 
 def save_checkpoint(module: ImageClassifier, path: Path) -> None:
@@ -145,9 +145,7 @@ def test_works_from_a_config_file(tmp_path: Path) -> None:
 
 def test_a_model_of_hugging_face() -> None:
     """Its output holds the logits among other things, and it counts labels, not classes."""
-    shape = {"image_size": 32, "patch_size": 8, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2}
-    config = transformers.ViTConfig(**shape, intermediate_size=64, num_labels=7)
-    module = ImageClassifier(transformers.ViTForImageClassification(config))
+    module = ImageClassifier(tiny_hugging_face_vit("ViTForImageClassification", num_labels=7))
     assert module.num_classes == 7
     images = torch.randn(8, 3, 32, 32)
     assert torch.equal(module.eval()(images), module.model(images).logits)
@@ -160,7 +158,6 @@ def test_a_model_of_hugging_face() -> None:
 
 
 def test_a_model_of_torchvision() -> None:
-    model = VisionTransformer(32, 8, num_layers=2, num_heads=2, hidden_dim=32, mlp_dim=64, num_classes=6)
-    module = ImageClassifier(model)
+    module = ImageClassifier(tiny_torchvision_vit(depth=2, num_classes=6))
     assert module.num_classes == 6
     assert module.eval()(torch.randn(2, 3, 32, 32)).shape == (2, 6)

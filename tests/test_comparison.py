@@ -9,11 +9,12 @@ import pytest
 import torch
 
 import lightning_prune as lp
+from helpers.clock import set_latency
+from helpers.models import digits_module
 from lightning_prune.callbacks import TokenPruning
 from lightning_prune.comparison import Row, _objectives, compare, writable
 from lightning_prune.planning import Objective
 from lightning_prune.planning.block_search import BlockSearch
-from lightning_prune.profiling.timing import Interleaved
 
 COLUMNS = [
     *("variant", "method", "int8", "target", "block", "removed", "tokens"),
@@ -21,7 +22,6 @@ COLUMNS = [
     *("latency_ms", "latency_spread", "speedup", "speedup_spread", "throughput", "throughput_end_to_end"),
     *("joules_per_image", "watts", "images", "device", "batch_size", "precision", "note"),
 ]
-KWARGS = {"depth": 4, "embed_dim": 32, "num_heads": 2}
 OPTIONS: dict[str, Any] = {
     "accelerator": "cpu",
     "logger": False,
@@ -33,19 +33,12 @@ OPTIONS: dict[str, Any] = {
 
 @pytest.fixture(autouse=True)
 def clockwork(monkeypatch: pytest.MonkeyPatch) -> None:
-    def once(self: Interleaved[Any], alternative: Any) -> float:
-        self.prepare(alternative)
-        self.run()
+    def seconds(alternative: Any) -> float:
         if isinstance(alternative, int):
             return alternative / 1e3
         return {"dense": 0.2, "pomt utility": 0.05}.get(alternative, 0.1)
 
-    monkeypatch.setattr(Interleaved, "once", once)
-
-
-def module() -> lp.ImageClassifier:
-    torch.manual_seed(0)
-    return lp.ImageClassifier("vit_digits_patch4_56", pretrained=False, model_kwargs=KWARGS)
+    set_latency(monkeypatch, seconds)
 
 
 def compared(
@@ -53,7 +46,7 @@ def compared(
 ) -> Any:
     pruner = TokenPruning(**{"calibration": 8, "max_seconds": 1, "verbose": False, **settings})
     trainer = L.Trainer(callbacks=[pruner], **{**OPTIONS, "limit_val_batches": limit})
-    model = model if model is not None else module()
+    model = model if model is not None else digits_module()
     rows, decisions, _ = compare(trainer, model, pruner, max_drop, datamodule=lp.DigitsData(batch_size=8))
     return rows, decisions, trainer, pruner
 
@@ -75,7 +68,7 @@ def test_columns_are_those_of_the_files() -> None:
 
 
 def test_dense_and_two_pruned_variants() -> None:
-    model = module()
+    model = digits_module()
     before = copy.deepcopy(model.state_dict())
     rows, decisions, trainer, pruner = compared(model)
     assert [row.variant for row in rows] == ["dense", "pomt utility", "pomt budget"]
@@ -105,7 +98,7 @@ def test_dense_and_two_pruned_variants() -> None:
 
 
 def test_rows_are_what_validation_itself_says() -> None:
-    model = module()
+    model = digits_module()
     rows, decisions, *_ = compared(model)
     data = lp.DigitsData(batch_size=8)
     (dense,) = L.Trainer(**OPTIONS).validate(model, data, verbose=False)
@@ -188,7 +181,7 @@ def test_an_error_leaves_trainer_pruner_and_model_as_they_were(monkeypatch: pyte
                 raise Stop
 
     torch.manual_seed(0)
-    model = Failing("vit_digits_patch4_56", pretrained=False, model_kwargs=KWARGS)
+    model = digits_module(Failing)
     pruner = TokenPruning(calibration=8, max_seconds=1, verbose=False)
     trainer = L.Trainer(callbacks=[pruner], **OPTIONS)
     callbacks = list(trainer.callbacks)
@@ -210,7 +203,7 @@ class Plain(L.LightningModule):
 
     def __init__(self) -> None:
         super().__init__()
-        self.net = module().model
+        self.net = digits_module().model
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         self.net(batch[0])
@@ -235,12 +228,7 @@ def test_writable(tmp_path: Any) -> None:
 
 
 def test_a_variant_that_is_not_faster_in_the_final_run_removes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    def once(self: Interleaved[Any], alternative: Any) -> float:
-        self.prepare(alternative)
-        self.run()
-        return alternative / 1e3 if isinstance(alternative, int) else 0.2
-
-    monkeypatch.setattr(Interleaved, "once", once)
+    set_latency(monkeypatch, lambda alternative: alternative / 1e3 if isinstance(alternative, int) else 0.2)
     rows, decisions, *_ = compared()
     assert [(row.removed, row.tokens, row.speedup) for row in rows] == [(0, 197, 1.0)] * 3
     assert "against the profile: nothing is gained" in decisions["pomt utility"].reason
@@ -250,7 +238,7 @@ def test_a_variant_that_is_not_faster_in_the_final_run_removes_nothing(monkeypat
 def test_says_how_long_deciding_took() -> None:
     pruner = TokenPruning(schedule=20, max_seconds=1, verbose=False)
     trainer = L.Trainer(callbacks=[pruner], **OPTIONS)
-    assert compare(trainer, module(), pruner, datamodule=lp.DigitsData(batch_size=8)).seconds > 0
+    assert compare(trainer, digits_module(), pruner, datamodule=lp.DigitsData(batch_size=8)).seconds > 0
 
 
 @pytest.mark.parametrize(
@@ -263,4 +251,4 @@ def test_says_how_long_deciding_took() -> None:
 def test_a_budget_that_nothing_is_planned_for(settings: dict[str, Any], why: str) -> None:
     pruner = TokenPruning(verbose=False, **settings)
     with pytest.raises(lp.ArgumentError, match=f"`max_drop` plays no part where {why}; got max_drop=0.01"):
-        compare(L.Trainer(**OPTIONS), module(), pruner, 0.01, datamodule=lp.DigitsData(batch_size=8))
+        compare(L.Trainer(**OPTIONS), digits_module(), pruner, 0.01, datamodule=lp.DigitsData(batch_size=8))

@@ -6,12 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import timm
 import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 import lightning_prune as lp
+from helpers.models import digits_module, tiny_vit
 from lightning_prune.compiling import Compiled, eagerly, is_compiled, read_mode, room_for_graphs
 from lightning_prune.profiling.compile_mode import UNREADABLE
 from lightning_prune.profiling.compile_mode import compile_mode as describe
@@ -32,10 +32,7 @@ def counter(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def tiny() -> Any:
-    torch.manual_seed(0)
-    return timm.create_model(
-        "vit_tiny_patch16_224", img_size=32, patch_size=8, depth=3, embed_dim=24, num_heads=2
-    ).eval()
+    return tiny_vit(depth=3, embed_dim=24)
 
 
 @pytest.mark.parametrize(
@@ -147,13 +144,7 @@ def test_a_compiled_classifier_runs_short_batches_eagerly_and_compiles_once(coun
     """18 images in batches of 8: the last has 2."""
     import lightning as L
 
-    torch.manual_seed(0)
-    module = lp.ImageClassifier(
-        "vit_digits_patch4_56",
-        pretrained=False,
-        compile=True,
-        model_kwargs={"depth": 2, "embed_dim": 32, "num_heads": 2},
-    )
+    module = digits_module(shape={"depth": 2}, compile=True)
     plain = copy.deepcopy(module)  # a copy is not compiled
     assert not is_compiled(plain)
     images, labels = torch.randn(18, 1, 56, 56), torch.arange(18) % 10
@@ -182,10 +173,7 @@ def test_a_run_is_profiled_planned_and_validated_compiled(counter: Any) -> None:
 
     from lightning_prune.callbacks import TokenPruning
 
-    torch.manual_seed(0)
-    module = lp.ImageClassifier(
-        "vit_digits_patch4_56", pretrained=False, model_kwargs={"depth": 2, "embed_dim": 32, "num_heads": 2}
-    )
+    module = digits_module(shape={"depth": 2})
     before = [dict(vars(each)) for each in module.model.modules()]
     images, labels = torch.randn(18, 1, 56, 56), torch.arange(18) % 10
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(images, labels), batch_size=8)
@@ -228,7 +216,7 @@ def test_a_failing_run_leaves_nothing_compiled(counter: Any) -> None:
         def validation_step(self, *_: Any) -> None:
             raise KeyboardInterrupt
 
-    module = Failing("vit_digits_patch4_56", pretrained=False, model_kwargs={"depth": 2})
+    module = digits_module(Failing, shape={"depth": 2})
     pruner = TokenPruning(schedule=60, block=1, compile="blocks", max_seconds=1, verbose=False)
     trainer = L.Trainer(
         accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False, callbacks=[pruner]
@@ -242,9 +230,7 @@ def test_profile_shows_the_eager_curve_beside_the_compiled_one(counter: Any, tmp
     from lightning_prune.callbacks import TokenPruning
     from lightning_prune.trainer import PruneTrainer
 
-    module = lp.ImageClassifier(
-        "vit_digits_patch4_56", pretrained=False, model_kwargs={"depth": 2, "embed_dim": 32, "num_heads": 2}
-    )
+    module = digits_module(shape={"depth": 2})
     trainer = PruneTrainer(
         accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False,
         callbacks=[TokenPruning(compile=True, max_seconds=2, verbose=False, block=1)],

@@ -7,15 +7,14 @@ import pytest
 import torch
 from PIL import Image
 from timm.data import dataset_factory
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from helpers.models import tiny_vit
 from lightning_prune.classifier import ImageClassifier
 from lightning_prune.data import DigitsData, ImageFolderData
 from lightning_prune.errors import ArgumentError, DataError
 
 CONFIG = {"input_size": (3, 16, 16), "mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25), "crop_pct": 1.0}
-TINY: dict[str, Any] = {"patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 1}
 
 
 class TinyModel(nn.Module):
@@ -149,7 +148,7 @@ def test_nothing_says_what_the_model_wants(folder: Path) -> None:
 
 def test_folder_for_a_model_of_ones_own(folder: Path) -> None:
     """Nobody knows its normalisation, and ImageNet's would be a guess."""
-    module = ImageClassifier(VisionTransformer(img_size=16, num_classes=2, **TINY))
+    module = ImageClassifier(tiny_vit(img_size=16, num_classes=2, depth=1, num_heads=1))
     with pytest.raises(DataError, match=r"^data_config: expected one to be given, .* normalisation of the images"):
         trainer().validate(module, ImageFolderData(str(folder), num_workers=0))
     data = ImageFolderData(str(folder), num_workers=0, data_config=CONFIG)
@@ -199,7 +198,7 @@ def test_digits_need_a_model_for_digits(model: nn.Module | str, message: str) ->
 
 
 def test_digits_for_a_model_of_ones_own() -> None:
-    module = ImageClassifier(VisionTransformer(in_chans=1, img_size=56, num_classes=10, **TINY))
+    module = ImageClassifier(tiny_vit(in_chans=1, img_size=56, num_classes=10, depth=1, num_heads=1))
     (logged,) = trainer(limit_val_batches=1).validate(module, DigitsData(), verbose=False)
     assert 0 <= logged["val/top1"] <= 1
 

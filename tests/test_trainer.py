@@ -7,29 +7,26 @@ from typing import Any
 
 import lightning as L
 import pytest
-import torch
 from lightning.pytorch.loggers import CSVLogger
 
 import lightning_prune as lp
+from helpers.clock import set_latency
+from helpers.models import digits_module
 from lightning_prune.callbacks import TokenPruning
-from lightning_prune.profiling.timing import Interleaved
+from lightning_prune.profiling import Variant
 from lightning_prune.trainer import PruneTrainer, _normalisation
-
-KWARGS = {"depth": 4, "embed_dim": 32, "num_heads": 2}
 
 
 @pytest.fixture(autouse=True)
 def clockwork(monkeypatch: pytest.MonkeyPatch) -> None:
     """A millisecond a token, and a cliff of 60 ms below 108 tokens."""
 
-    def once(self: Interleaved[Any], alternative: Any) -> float:
-        self.prepare(alternative)
-        self.run()
+    def seconds(alternative: Any) -> float:
         if isinstance(alternative, int):
             return (alternative + 60 * (alternative >= 108)) / 1e3
         return 0.2 if alternative == "dense" else 0.1
 
-    monkeypatch.setattr(Interleaved, "once", once)
+    set_latency(monkeypatch, seconds)
 
 
 def trainer(*callbacks: L.Callback, **options: Any) -> PruneTrainer:
@@ -37,17 +34,12 @@ def trainer(*callbacks: L.Callback, **options: Any) -> PruneTrainer:
     return PruneTrainer(accelerator="cpu", callbacks=list(callbacks), **{**settings, "limit_val_batches": 2, **options})
 
 
-def module() -> lp.ImageClassifier:
-    torch.manual_seed(0)
-    return lp.ImageClassifier("vit_digits_patch4_56", pretrained=False, model_kwargs=KWARGS)
-
-
 def pruner(**settings: Any) -> TokenPruning:
     return TokenPruning(**{"calibration": 8, "max_seconds": 1, "verbose": False, **settings})
 
 
 def test_profile_measures_writes_and_leaves_the_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    callback, model = pruner(block=2, method="random"), module()
+    callback, model = pruner(block=2, method="random"), digits_module()
     running = trainer(callback)
     attached = list(running.callbacks)
     profile = running.profile(model, datamodule=lp.DigitsData(batch_size=8), output=str(tmp_path / "out"))
@@ -69,12 +61,12 @@ def test_profile_measures_writes_and_leaves_the_model(tmp_path: Path, capsys: py
 
 def test_profile_without_a_batch(tmp_path: Path) -> None:
     with pytest.raises(lp.ArgumentError, match=r"^The validation loader yielded no batch to profile on"):
-        trainer(pruner()).profile(module(), dataloaders=[], output=str(tmp_path))
+        trainer(pruner()).profile(digits_module(), dataloaders=[], output=str(tmp_path))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_compare_writes_and_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = trainer(pruner()).compare(module(), datamodule=lp.DigitsData(batch_size=8), output=str(tmp_path))
+    rows = trainer(pruner()).compare(digits_module(), datamodule=lp.DigitsData(batch_size=8), output=str(tmp_path))
     names = ["profile.json", "profile.png", "results.csv", "results.json", "schedule.yaml"]
     assert sorted(path.name for path in tmp_path.iterdir()) == names
     with (tmp_path / "results.csv").open(newline="") as stream:
@@ -91,9 +83,9 @@ def test_compare_writes_and_prints(tmp_path: Path, capsys: pytest.CaptureFixture
 
 def test_compare_says_that_the_profile_is_of_an_earlier_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data, line = lp.DigitsData(batch_size=8), "The latency profile is of 20"
-    trainer(pruner()).compare(module(), datamodule=data, output=str(tmp_path))
+    trainer(pruner()).compare(digits_module(), datamodule=data, output=str(tmp_path))
     assert line not in capsys.readouterr().out
-    trainer(pruner()).compare(module(), datamodule=data, output=str(tmp_path))
+    trainer(pruner()).compare(digits_module(), datamodule=data, output=str(tmp_path))
     assert line in capsys.readouterr().out
 
 
@@ -108,7 +100,7 @@ def test_a_callback_with_defaults_is_added_where_there_is_none() -> None:
 def test_compare_logs_each_variant_under_its_own_name(tmp_path: Path) -> None:
     logger = CSVLogger(tmp_path / "logs", version=0)
     running = trainer(pruner(schedule=50), logger=logger)
-    rows = running.compare(module(), datamodule=lp.DigitsData(batch_size=8), output=str(tmp_path / "out"))
+    rows = running.compare(digits_module(), datamodule=lp.DigitsData(batch_size=8), output=str(tmp_path / "out"))
     with next((tmp_path / "logs").rglob("metrics.csv")).open(newline="") as stream:
         logged = {key: value for line in csv.DictReader(stream) for key, value in line.items() if value}
     assert float(logged["compare/pomt given/latency_ms"]) == pytest.approx(rows[1]["latency_ms"])
@@ -117,14 +109,14 @@ def test_compare_logs_each_variant_under_its_own_name(tmp_path: Path) -> None:
 
 
 def test_compare_of_methods_by_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def once(self: Interleaved[Any], alternative: Any) -> float:
+    def seconds(alternative: Variant) -> float:
         schedule = alternative.schedule
-        return 1e-3 * (sum(schedule.tokens(197)) if schedule is not None else 4 * 197)
+        return 1e-3 * (sum(schedule.tokens(197)) if isinstance(schedule, lp.Schedule) else 4 * 197)
 
-    monkeypatch.setattr(Interleaved, "once", once)
+    set_latency(monkeypatch, seconds, runs=False)
     logger = CSVLogger(tmp_path / "logs", version=0)
     rows = trainer(pruner(), logger=logger).compare(
-        module(),
+        digits_module(),
         datamodule=lp.DigitsData(batch_size=8),
         output=str(tmp_path / "out"),
         methods=["random"],
@@ -149,7 +141,7 @@ def test_compare_of_methods_by_code(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 )
 def test_arguments_that_would_play_no_part(arguments: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(lp.ArgumentError, match=message):
-        trainer(pruner()).compare(module(), datamodule=lp.DigitsData(), output=str(tmp_path), **arguments)
+        trainer(pruner()).compare(digits_module(), datamodule=lp.DigitsData(), output=str(tmp_path), **arguments)
 
 
 @pytest.mark.parametrize("settings", [{}, {"methods": ["random"], "speedups": [1.5]}])
@@ -157,7 +149,7 @@ def test_arguments_that_would_play_no_part(arguments: dict[str, Any], message: s
 def test_brackets_in_names_of_files_are_no_markup(settings: dict[str, Any], tmp_path: Path, capsys: Any) -> None:
     callback = pruner() if not settings else TokenPruning(max_seconds=1, verbose=False)
     output = tmp_path / "[" / "bold]"
-    trainer(callback).compare(module(), datamodule=lp.DigitsData(batch_size=8), output=str(output), **settings)
+    trainer(callback).compare(digits_module(), datamodule=lp.DigitsData(batch_size=8), output=str(output), **settings)
     assert f"Written: {output / 'results.csv'}" in capsys.readouterr().out
 
 

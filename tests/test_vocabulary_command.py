@@ -5,12 +5,13 @@ from typing import Any
 
 import lightning as L
 import pytest
-import timm
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_prune as lp
+from helpers.data import noise_images
+from helpers.models import tiny_vit
 from lightning_prune.__main__ import main
 from lightning_prune.callbacks import TokenPruning
 from lightning_prune.digits import MEAN, STD, ClutteredDigits
@@ -37,14 +38,15 @@ OPTIONS: dict[str, Any] = {
 }
 
 
+TIMM_NAME = "vit_tiny_patch16_224"  # whose config says how images are normalised
+
+
 class Theirs(L.LightningModule):
     """Somebody's module: it scales images in a hook, and its steps must not run."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.vit = timm.create_model(
-            "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2
-        )
+        self.vit = tiny_vit(TIMM_NAME, seed=None, depth=2, num_classes=1000).train()
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         return [batch[0] * 2, *batch[1:]]
@@ -54,7 +56,7 @@ class Theirs(L.LightningModule):
 
 
 def images(count: int = 12) -> Tensor:
-    return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    return noise_images(count)
 
 
 def loader(count: int = 12) -> DataLoader[Any]:
@@ -160,9 +162,7 @@ def test_a_method_that_needs_words_says_how_to_get_them(capsys: pytest.CaptureFi
 
 def test_a_model_for_other_channels_than_its_config_says_gives_words_of_unknown_normalisation(tmp_path: Path) -> None:
     module = Theirs()
-    module.vit = timm.create_model(
-        "vit_tiny_patch16_224", in_chans=1, img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2
-    )
+    module.vit = tiny_vit(TIMM_NAME, seed=None, in_chans=1, depth=2, num_classes=1000).train()
     data = DataLoader(TensorDataset(images()[:, :1], torch.zeros(12)), batch_size=5)
     learned = PruneTrainer(**OPTIONS).vocabulary(module, data, output=str(tmp_path / "words.safetensors"), words=4)
     assert (learned.channels, learned.mean, learned.std) == (1, None, None)

@@ -2,21 +2,19 @@ from typing import Any
 
 import pytest
 
-from lightning_prune.profiling.timing import Interleaved
+from helpers.clock import set_latency
 
 
 @pytest.fixture
 def clockwork(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every run takes exactly a millisecond a token, and a pruned variant two thirds of dense; all runs are real."""
 
-    def once(self: Interleaved[Any], alternative: Any) -> float:
-        self.prepare(alternative)
-        self.run()
+    def seconds(alternative: Any) -> float:
         if isinstance(alternative, int):
             return alternative / 1e3
         return 0.018 if alternative == "dense" else 0.012
 
-    monkeypatch.setattr(Interleaved, "once", once)
+    set_latency(monkeypatch, seconds)
 
 
 @pytest.fixture

@@ -7,11 +7,13 @@ import pytest
 import torch
 
 import lightning_prune as lp
+from helpers.data import loader
+from helpers.models import DEPTH, TOKENS
 from lightning_prune.callbacks.arguments import readable_schedule
 from lightning_prune.callbacks.decision import given_schedule
 from lightning_prune.patching import find_vision_transformer
 
-from .tiny import DEPTH, TOKENS, Snapshot, Tiny, loader, pruner, trainer, validated
+from .tiny import Snapshot, Tiny, pruner, trainer, validated
 
 pytestmark = pytest.mark.usefixtures("clockwork")
 SINGLE = lp.Schedule.single(DEPTH, 1, 5)

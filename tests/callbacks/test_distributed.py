@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from helpers import python_path
+
 PROGRAM = Path(__file__).with_name("two_ranks.py")
 EVEN = ["one odd", "a batch of one", "one image", "even", "shuffled", "dropped last", "a part", "several"]
 
@@ -17,11 +19,10 @@ EVEN = ["one odd", "a batch of one", "one image", "even", "shuffled", "dropped l
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
     """What each of two processes found; they start once for all tests, which takes most of the time."""
     target = tmp_path_factory.mktemp("ddp") / "found.json"
-    paths = os.pathsep.join(filter(None, [str(PROGRAM.parents[2]), os.environ.get("PYTHONPATH")]))
     run = subprocess.run(
         [sys.executable, str(PROGRAM), str(target)],
         cwd=target.parent,
-        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=200,

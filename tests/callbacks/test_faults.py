@@ -16,10 +16,12 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils.data import DataLoader, Dataset
 
 import lightning_prune as lp
+from helpers.data import labelled, loader, noise_images
+from helpers.models import TOKENS, tiny_vit
 from lightning_prune.callbacks.decision import Decision
 from lightning_prune.patching.overlay import is_overlaid
 
-from .tiny import TOKENS, Snapshot, Tiny, labelled, loader, pictures, pruner, tiny_vit, trainer
+from .tiny import Snapshot, Tiny, pruner, trainer
 
 pytestmark = pytest.mark.usefixtures("clockwork", "interruptible")
 STAGES = ("validate", "test", "predict", "fit")
@@ -50,14 +52,14 @@ class Bystanders:
     """Other models of the process, one dense and one patched, and what they say to an image."""
 
     def __init__(self) -> None:
-        self.dense, self.patched = tiny_vit().eval(), tiny_vit().eval()
+        self.dense, self.patched = tiny_vit(), tiny_vit()
         self.handle = lp.patch(self.patched, "pomt", [0, 0, 5, 0])
         self.before = self._say()
         assert not torch.equal(*self.before)
 
     def _say(self) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
-            return self.dense(pictures(2)), self.patched(pictures(2))
+            return self.dense(noise_images(2, seed=1)), self.patched(noise_images(2, seed=1))
 
     def problems(self) -> Iterator[str]:
         dense, patched = self._say()

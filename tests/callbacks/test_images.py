@@ -21,13 +21,15 @@ from torch.utils.data import (
 )
 
 import lightning_prune as lp
+from helpers.data import labelled, loader, noise_images
+from helpers.models import TOKENS
 from lightning_prune.callbacks import images as images_module
 from lightning_prune.callbacks.images import Calibration, images_from_batch, labels_from_batch
 from lightning_prune.callbacks.planned import sample
 
-from .tiny import TOKENS, Spying, Stream, Tiny, labelled, loader, pictures, pruner, trainer, validated
+from .tiny import Spying, Stream, Tiny, pruner, trainer, validated
 
-IMAGES, LABELS = pictures(4), torch.arange(4)
+IMAGES, LABELS = noise_images(4, seed=1), torch.arange(4)
 
 
 @pytest.fixture
@@ -111,7 +113,7 @@ class Keyed(Dataset[Any]):
         return 12
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {self.key: pictures(12)[index], "y": index}
+        return {self.key: noise_images(12, seed=1)[index], "y": index}
 
 
 @pytest.mark.parametrize("key", ["image", "images", "pixel_values", "inputs"])
@@ -142,8 +144,8 @@ def test_sample_is_seeded_and_not_the_first_images(sampled: list[Calibration]) -
     assert first.shape == (8, 3, 32, 32)
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
-    assert not torch.equal(first, pictures(24)[:8])
-    everything = {tuple(image.flatten()[:3].tolist()) for image in pictures(24)}
+    assert not torch.equal(first, noise_images(24, seed=1)[:8])
+    everything = {tuple(image.flatten()[:3].tolist()) for image in noise_images(24, seed=1)}
     drawn = {tuple(image.flatten()[:3].tolist()) for image in first}
     assert len(drawn) == 8
     assert drawn <= everything
@@ -232,7 +234,7 @@ def test_loaders_that_go_through_all_items_are_sampled(data: Any) -> None:
         loader(sampler=UnrepeatedDistributedSamplerWrapper(PART, num_replicas=2, rank=0)),
         DataLoader(labelled(), batch_sampler=BatchSampler(PART, 4, drop_last=False)),
         DataLoader(labelled(), batch_sampler=Bucketed(SequentialSampler(range(24)), 4, drop_last=False)),
-        DataLoader([pictures(4), pictures(4)], batch_size=None),
+        DataLoader([noise_images(4, seed=1), noise_images(4, seed=1)], batch_size=None),
     ],
     ids=["subset", "beginning", "wrapped", "wrapped to predict", "batches", "own batches", "no batches"],
 )
@@ -254,7 +256,7 @@ def test_a_part_to_predict_is_judged_by_what_the_loop_sees() -> None:
 @pytest.mark.usefixtures("clockwork")
 def test_a_subset_is_sampled_within(sampled: list[Calibration]) -> None:
     validated(pruner(calibration=24), data=DataLoader(Subset(labelled(), range(12, 24)), batch_size=4))
-    assert torch.equal(sampled[0].images, pictures(24)[12:])
+    assert torch.equal(sampled[0].images, noise_images(24, seed=1)[12:])
 
 
 class Hooked(Tiny):
@@ -297,12 +299,14 @@ def test_sample_comes_from_the_loader_of_this_run(sampled: list[Calibration]) ->
     """After fit the trainer still holds fit's validation loader."""
     module, running = Tiny(), trainer(pruner(), max_epochs=1)
     running.fit(module, loader(8), loader(12))
-    other = DataLoader(torch.utils.data.TensorDataset(pictures(20) + 100, torch.zeros(20).long()), batch_size=5)
+    other = DataLoader(
+        torch.utils.data.TensorDataset(noise_images(20, seed=1) + 100, torch.zeros(20).long()), batch_size=5
+    )
     running.validate(module, other, verbose=False)
     assert len(sampled) == 2
     assert sampled[1].images.min() > 50
     running.test(module, loader(24, batch_size=6), verbose=False)
-    running.predict(module, DataLoader(pictures(20) - 100, batch_size=7))
+    running.predict(module, DataLoader(noise_images(20, seed=1) - 100, batch_size=7))
     assert sampled[2].images.abs().max() < 50
     assert sampled[3].images.max() < -50
 
@@ -310,9 +314,9 @@ def test_sample_comes_from_the_loader_of_this_run(sampled: list[Calibration]) ->
 @pytest.mark.parametrize("count", [6, 20])
 @pytest.mark.usefixtures("clockwork")
 def test_calibration_images_given(count: int, sampled: list[Calibration]) -> None:
-    callback, dataset = pruner(calibration=pictures(count)), Spying()
+    callback, dataset = pruner(calibration=noise_images(count, seed=1)), Spying()
     validated(callback, data=DataLoader(dataset, batch_size=4))
-    assert torch.equal(sampled[0].images, pictures(count))
+    assert torch.equal(sampled[0].images, noise_images(count, seed=1))
     assert callback.decision.calibration == f"{count} images given"
     assert dataset.asked == list(range(24))
 
@@ -324,7 +328,7 @@ def test_calibration_images_given(count: int, sampled: list[Calibration]) -> Non
 def test_calibration_images_given_are_converted_to_the_precision_of_the_run(
     precision: Any, dtype: torch.dtype, sampled: list[Calibration]
 ) -> None:
-    module, _ = validated(pruner(calibration=pictures(6)), precision=precision)
+    module, _ = validated(pruner(calibration=noise_images(6, seed=1)), precision=precision)
     assert sampled[0].images.dtype == dtype
     assert TOKENS not in module.tokens()
 
@@ -343,7 +347,7 @@ def test_calibration_loader_given(sampled: list[Calibration]) -> None:
     callback = pruner(calibration=loader(10, batch_size=5))
     validated(callback, Hooked())
     assert callback.decision.calibration == "the loader given as `calibration`"
-    assert torch.equal(sampled[0].images, (pictures(10) + 1) * 3)
+    assert torch.equal(sampled[0].images, (noise_images(10, seed=1) + 1) * 3)
 
 
 class Batches:
@@ -361,7 +365,7 @@ def test_stream_is_judged_by_its_first_batch_and_says_so(
     callback = pruner(verbose=True)
     module, _ = validated(callback, data=data)
     assert module.seen() == 24
-    assert torch.equal(sampled[0].images, pictures(24)[:4])
+    assert torch.equal(sampled[0].images, noise_images(24, seed=1)[:4])
     assert callback.decision.calibration == FIRST_BATCH
     told = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert "judged by the first batch, since the dataset cannot be sampled" in told
@@ -378,7 +382,10 @@ def test_stream_is_read_once() -> None:
     ("calibration", "message"),
     [
         ([], "`calibration` yielded no images"),
-        ([pictures(2), pictures(2, size=24)], r"of several sizes, \[\(3, 24, 24\), \(3, 32, 32\)\]"),
+        (
+            [noise_images(2, seed=1), noise_images(2, size=24, seed=1)],
+            r"of several sizes, \[\(3, 24, 24\), \(3, 32, 32\)\]",
+        ),
     ],
 )
 def test_unusable_calibration_batches(calibration: Any, message: str) -> None:
@@ -388,4 +395,4 @@ def test_unusable_calibration_batches(calibration: Any, message: str) -> None:
 
 def test_unusable_calibration_images() -> None:
     with pytest.raises(lp.ArgumentError, match=r"tensor of shape \(3, 32, 32\)"):
-        validated(pruner(calibration=pictures(1)[0]))
+        validated(pruner(calibration=noise_images(1, seed=1)[0]))

@@ -14,9 +14,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import lightning_prune as lp
+from helpers.data import loader, noise_images
+from helpers.models import TOKENS, tiny_vit
 from lightning_prune.patching.overlay import is_overlaid
 
-from .tiny import TOKENS, Snapshot, Tiny, brief, loader, pictures, tiny_vit, trainer, validated
+from .tiny import Snapshot, Tiny, brief, trainer, validated
 
 pytestmark = pytest.mark.usefixtures("clockwork")
 COUNT = 22
@@ -35,7 +37,7 @@ class Numbered(Tiny):
 
 
 def numbered(count: int = COUNT, **options: Any) -> DataLoader[Any]:
-    return DataLoader(TensorDataset(pictures(count), torch.arange(count)), **{"batch_size": 4, **options})
+    return DataLoader(TensorDataset(noise_images(count, seed=1), torch.arange(count)), **{"batch_size": 4, **options})
 
 
 class Once:
@@ -54,7 +56,7 @@ class Shards(IterableDataset[Any]):
     def __iter__(self) -> Iterator[Any]:
         worker = torch.utils.data.get_worker_info()
         first, step = (worker.id, worker.num_workers) if worker is not None else (0, 1)
-        yield from list(TensorDataset(pictures(COUNT), torch.arange(COUNT)))[first::step]
+        yield from list(TensorDataset(noise_images(COUNT, seed=1), torch.arange(COUNT)))[first::step]
 
 
 LOADERS: dict[str, Callable[[], Any]] = {
@@ -250,7 +252,7 @@ class Holding(Tiny):
 
     def __init__(self, vit: Any = None, folder: str = "") -> None:
         super().__init__()
-        self.vit = vit if vit is not None else tiny_vit()
+        self.vit = vit if vit is not None else tiny_vit().train()
         self.save_hyperparameters()
         self.folder = folder
 
@@ -264,12 +266,12 @@ class Holding(Tiny):
 
 @pytest.mark.filterwarnings("ignore:Attribute 'vit' is an instance of `nn.Module`")
 def test_a_checkpoint_of_the_middle_of_a_validation_is_dense(tmp_path: Path) -> None:
-    module = Holding(tiny_vit(), str(tmp_path))
+    module = Holding(tiny_vit().train(), str(tmp_path))
     trainer(brief(schedule=6), max_epochs=1).fit(module, loader(8), loader(8))
     again = Holding.load_from_checkpoint(tmp_path / "middle.ckpt", weights_only=False)
     assert not any(is_overlaid(part) for part in again.modules())
     with torch.no_grad():
-        assert torch.equal(again.eval()(pictures(3)), module.eval()(pictures(3)))
+        assert torch.equal(again.eval()(noise_images(3, seed=1)), module.eval()(noise_images(3, seed=1)))
 
 
 def test_checkpoints_of_fit_reload_into_an_unpatched_model(tmp_path: Path) -> None:
@@ -280,7 +282,9 @@ def test_checkpoints_of_fit_reload_into_an_unpatched_model(tmp_path: Path) -> No
         def on_save_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
             assert not any(is_overlaid(part) for part in pl_module.modules())
             with torch.no_grad():
-                outputs[f"{trainer.current_epoch}-{trainer.global_step}"] = pl_module.vit.eval()(pictures(3))
+                outputs[f"{trainer.current_epoch}-{trainer.global_step}"] = pl_module.vit.eval()(
+                    noise_images(3, seed=1)
+                )
             pl_module.train()
 
     def saver(name: str, **options: Any) -> ModelCheckpoint:
@@ -305,7 +309,7 @@ def test_checkpoints_of_fit_reload_into_an_unpatched_model(tmp_path: Path) -> No
         assert list(saved["state_dict"]) == list(Tiny().state_dict())
         assert not any(is_overlaid(part) for part in again.modules())
         with torch.no_grad():
-            output = again.vit.eval()(pictures(3))
+            output = again.vit.eval()(noise_images(3, seed=1))
         assert torch.equal(output, outputs[f"{saved['epoch']}-{saved['global_step']}"])
         compared += 1
     assert compared == len(paths) > 10
@@ -336,7 +340,7 @@ def test_validate_loads_its_checkpoint_before_it_prunes(tmp_path: Path) -> None:
     running = trainer(brief(schedule=6))
     predicted = running.predict(module, loader(8), ckpt_path=tmp_path / "a.ckpt", weights_only=True)
     with lp.patch(trained.eval(), "pomt", [0, 6, 0, 0]), torch.no_grad():
-        assert torch.allclose(torch.cat(predicted), trained(pictures(8)), atol=1e-6)
+        assert torch.allclose(torch.cat(predicted), trained(noise_images(8, seed=1)), atol=1e-6)
     assert module.tokens("predict") == {TOKENS - 6}
 
 
@@ -405,7 +409,7 @@ def test_validation_under_a_compile_of_the_users_own(way: str, schedule: Any) ->
     torch._dynamo.reset()
     plain = Unwatched().eval()
     with torch.no_grad(), lp.patch(plain, "pomt", callback.decision.schedule):
-        expected = plain(pictures(8))
+        expected = plain(noise_images(8, seed=1))
     assert callback.decision.schedule.total > 0
     assert torch.allclose(torch.cat(pruned), expected, atol=1e-5)
     assert not torch.allclose(torch.cat(pruned), torch.cat(dense), atol=1e-4)

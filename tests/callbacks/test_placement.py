@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 import lightning_prune as lp
+from helpers.data import loader, noise_images
+from helpers.models import CLASSES, tiny_vit
 from lightning_prune.patching.overlay import is_overlaid
 
-from .tiny import CLASSES, Tiny, brief, loader, pictures, tiny_vit, trainer
+from .tiny import Tiny, brief, trainer
 
 pytestmark = pytest.mark.usefixtures("clockwork")
 
@@ -81,11 +83,11 @@ def compiled() -> nn.Module:
 def quantized() -> nn.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
-        return torch.ao.quantization.quantize_dynamic(tiny_vit().eval(), {nn.Linear}, torch.qint8)
+        return torch.ao.quantization.quantize_dynamic(tiny_vit(), {nn.Linear}, torch.qint8)
 
 
 def weights_quantized() -> nn.Module:
-    vit = tiny_vit().eval()
+    vit = tiny_vit()
     quantize_(vit, Int8WeightOnlyConfig())
     assert type(vit.blocks[1].mlp.fc1.weight).__name__ != "Parameter"
     return vit
@@ -107,7 +109,7 @@ SLOW = ("in a compiled wrapper", "auto")  # test_loops.py plans for a compiled t
 
 def say(network: nn.Module) -> Tensor:
     with torch.no_grad():
-        return network.eval()(pictures(8))
+        return network.eval()(noise_images(8, seed=1))
 
 
 @pytest.mark.parametrize(
@@ -128,7 +130,7 @@ def test_it_is_found_pruned_and_restored(place: str, schedule: Any) -> None:
     assert callback.decision.schedule.total > 0
     assert callback.decision.context["compiled"] is (place == "in a compiled wrapper")
     with lp.patch(network, "pomt", callback.decision.schedule), torch.no_grad():
-        expected = torch.cat([network(images) for images in pictures(8).split(4)])
+        expected = torch.cat([network(images) for images in noise_images(8, seed=1).split(4)])
     assert torch.equal(pruned, expected)
     assert not torch.allclose(pruned, dense, atol=1e-4)
     torch._dynamo.reset()
@@ -172,10 +174,10 @@ def test_of_two_the_target_is_pruned_and_the_other_is_not(second: Any, schedule:
         for vit, prunes in zip(vits, parts, strict=True):
             if prunes:
                 with lp.patch(vit, "pomt", callback.decision.schedule), torch.no_grad():
-                    expected += torch.cat([vit(images) for images in pictures(8).split(4)])
+                    expected += torch.cat([vit(images) for images in noise_images(8, seed=1).split(4)])
             else:
                 with torch.no_grad():
-                    expected += torch.cat([vit(images) for images in pictures(8).split(4)])
+                    expected += torch.cat([vit(images) for images in noise_images(8, seed=1).split(4)])
         assert torch.allclose(outputs[-1], expected, atol=1e-5)
         assert not any(is_overlaid(part) for part in module.modules())
     torch._dynamo.reset()

@@ -10,8 +10,10 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor
 
 import lightning_prune as lp
+from helpers.data import loader
+from helpers.models import TOKENS
 
-from .tiny import TOKENS, Snapshot, Tiny, brief, loader, trainer
+from .tiny import Snapshot, Tiny, brief, trainer
 
 pytestmark = pytest.mark.usefixtures("clockwork")
 

@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 
 import lightning_prune as lp
+from helpers.data import loader
 from lightning_prune.profiling import reuse
 
-from .tiny import Tiny, loader, pruner, trainer
+from .tiny import Tiny, pruner, trainer
 
 pytestmark = pytest.mark.usefixtures("clockwork")
 

@@ -9,9 +9,11 @@ import torch
 from torch.utils.data import DataLoader
 
 import lightning_prune as lp
+from helpers.data import loader
+from helpers.models import DEPTH, TOKENS
 from lightning_prune.callbacks.form import Form, form_of
 
-from .tiny import DEPTH, TOKENS, Snapshot, Tiny, loader, pruner, trainer, validated
+from .tiny import Snapshot, Tiny, pruner, trainer, validated
 
 pytestmark = pytest.mark.usefixtures("clockwork")
 SIZES = {32: 16, 48: 36, 24: 9}  # pixels -> patches

@@ -11,9 +11,10 @@ from lightning.pytorch.strategies import (
 )
 
 import lightning_prune as lp
+from helpers.data import noise_images
 from lightning_prune.callbacks.together import decided_by_rank_zero, refuse_sharded
 
-from .tiny import Tiny, pictures, pruner, trainer
+from .tiny import Tiny, pruner, trainer
 
 
 def test_a_single_process_gets_its_own_decision_and_its_own_error() -> None:
@@ -45,7 +46,7 @@ def running(kind: type, ranks: int) -> Any:
 def test_strategies_that_spread_the_model_are_refused_before_it_runs(kind: type) -> None:
     module = Tiny()
     with pytest.raises(lp.UnsupportedModelError, match=f"which {kind.__name__} with 2 processes does not promise"):
-        pruner().on_validation_batch_start(running(kind, 2), module, pictures(4), 0)
+        pruner().on_validation_batch_start(running(kind, 2), module, noise_images(4, seed=1), 0)
     assert module.forwards == 0
 
 

@@ -15,20 +15,11 @@ from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
 
 import lightning_prune as lp
+from helpers.data import loader, noise_images
+from helpers.models import TOKENS, tiny_vit
 from lightning_prune.callbacks import TokenPruning
 
-from .tiny import (
-    TOKENS,
-    Snapshot,
-    Stream,
-    Tiny,
-    loader,
-    pictures,
-    pruner,
-    tiny_vit,
-    trainer,
-    validated,
-)
+from .tiny import Snapshot, Stream, Tiny, pruner, trainer, validated
 
 METRICS = {f"pruning/{name}" for name in ("latency_ms", "dense_latency_ms", "speedup", "tokens", "removed")}
 
@@ -359,7 +350,10 @@ def test_quiet_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_batch_of_another_size_is_pruned_with_one_warning(recwarn: pytest.WarningsRecorder) -> None:
     module, _ = validated(
-        pruner(), data=DataLoader(pictures(17), batch_sampler=[range(4), range(4, 8), [8, 9, 10], [11], range(12, 16)])
+        pruner(),
+        data=DataLoader(
+            noise_images(17, seed=1), batch_sampler=[range(4), range(4, 8), [8, 9, 10], [11], range(12, 16)]
+        ),
     )
     told = [str(warning.message) for warning in recwarn if "batch size" in str(warning.message)]
     assert len(told) == 1
@@ -385,7 +379,7 @@ def test_a_batch_without_images_is_left_to_the_step() -> None:
         def images(self, batch: Any) -> torch.Tensor:
             return batch if isinstance(batch, torch.Tensor) else batch["images"]["left"]
 
-    batches = [pictures(4), {"images": {"left": pictures(4)}}, pictures(4)]
+    batches = [noise_images(4, seed=1), {"images": {"left": noise_images(4, seed=1)}}, noise_images(4, seed=1)]
     module, _ = validated(pruner(), Patient(), data=(batch for batch in batches))
     assert module.seen() == 12
     assert TOKENS not in module.tokens()
@@ -443,7 +437,7 @@ def test_features_are_judged_by_cosine_similarity() -> None:
 class Two(Tiny):
     def __init__(self) -> None:
         super().__init__()
-        self.teacher = tiny_vit()
+        self.teacher = tiny_vit().train()
 
 
 def test_two_transformers_need_a_target() -> None:
@@ -558,7 +552,7 @@ def test_paper_protocol_is_exhaustive_and_uses_labels() -> None:
 
 def test_paper_protocol_needs_labels() -> None:
     with pytest.raises(lp.ArgumentError, match="protocol='paper' needs labels, and the calibration batches hold none"):
-        validated(pruner(protocol="paper"), data=DataLoader(pictures(8), batch_size=4))
+        validated(pruner(protocol="paper"), data=DataLoader(noise_images(8, seed=1), batch_size=4))
 
 
 def test_a_compiled_model_is_pruned_inside_its_compiled_graph() -> None:

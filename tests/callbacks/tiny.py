@@ -5,13 +5,13 @@ from typing import Any, NamedTuple
 
 import lightning as L
 import torch
-from timm.models import VisionTransformer
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from torch.utils.data import Dataset, IterableDataset
 
+from helpers.data import labelled, loader
+from helpers.models import tiny_vit
 from lightning_prune.callbacks import TokenPruning
 
-TOKENS, DEPTH, CLASSES = 17, 4, 5
 OPTIONS: dict[str, Any] = {
     "accelerator": "cpu",
     "logger": False,
@@ -27,18 +27,12 @@ class Step(NamedTuple):
     tokens: int  # that left the last block
 
 
-def tiny_vit(**options: Any) -> VisionTransformer:
-    torch.manual_seed(0)
-    shape = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": DEPTH, "num_heads": 2, "num_classes": CLASSES}
-    return VisionTransformer(**{**shape, **options})
-
-
 class Tiny(L.LightningModule):
     """A ViT of 17 tokens and four blocks. `steps` says what each step saw; `forwards` counts all forward passes."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
-        self.vit = tiny_vit(**options)
+        self.vit = tiny_vit(**options).train()
         self.steps: list[Step] = []
         self.forwards = 0
         self._left = 0
@@ -116,18 +110,6 @@ class Snapshot:
         assert after["attributes"] == before["attributes"]
         assert after["hooks"] == before["hooks"]
         assert torch.equal(after["output"], before["output"])
-
-
-def pictures(count: int, channels: int = 3, size: int = 32) -> Tensor:
-    return torch.randn(count, channels, size, size, generator=torch.Generator().manual_seed(1))
-
-
-def labelled(count: int = 24) -> TensorDataset:
-    return TensorDataset(pictures(count), torch.arange(count) % CLASSES)
-
-
-def loader(count: int = 24, batch_size: int = 4, **options: Any) -> DataLoader[Any]:
-    return DataLoader(labelled(count), batch_size=batch_size, **options)
 
 
 class Stream(IterableDataset[Any]):

@@ -12,7 +12,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from tiny import OPTIONS, TOKENS, Tiny, loader, pictures, pruner, tiny_vit
+from tiny import OPTIONS, Tiny, pruner
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -23,6 +23,8 @@ from torch.utils.data import (
 )
 from torchmetrics.classification import MulticlassAccuracy
 
+from helpers.data import loader, noise_images
+from helpers.models import TOKENS, tiny_vit
 from lightning_prune import ImageClassifier
 from lightning_prune.callbacks import TokenPruning, planned, token_pruning
 from lightning_prune.patching.overlay import is_overlaid
@@ -82,7 +84,9 @@ class Bucketed(BatchSampler):
 
 def odd(count: int = 21, batch_size: int = 4, **options: Any) -> DataLoader[Any]:
     """Images for seven classes, as many as two processes cannot share evenly."""
-    return DataLoader(TensorDataset(pictures(count), torch.arange(count) % 7), batch_size=batch_size, **options)
+    return DataLoader(
+        TensorDataset(noise_images(count, seed=1), torch.arange(count) % 7), batch_size=batch_size, **options
+    )
 
 
 def own_shards() -> DataLoader[Any]:
@@ -136,7 +140,9 @@ def fitted(callback: TokenPruning, **options: Any) -> dict[str, Any]:
 
 def predicted(callback: TokenPruning, **options: Any) -> list[list[float]]:
     """The logits of this rank for an odd number of images."""
-    logits = L.Trainer(callbacks=[callback], **{**OPTIONS, **options}).predict(Tiny(), DataLoader(pictures(21), 4))
+    logits = L.Trainer(callbacks=[callback], **{**OPTIONS, **options}).predict(
+        Tiny(), DataLoader(noise_images(21, seed=1), 4)
+    )
     return torch.cat(logits).tolist()
 
 

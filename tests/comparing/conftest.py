@@ -5,14 +5,13 @@ from typing import Any
 
 import lightning as L
 import pytest
-import torch
 
 import lightning_prune as lp
+from helpers.clock import set_latency
+from helpers.models import DEPTH, digits_module
 from lightning_prune.callbacks import TokenPruning
 from lightning_prune.profiling import Variant
-from lightning_prune.profiling.timing import Interleaved
 
-KWARGS = {"depth": 4, "embed_dim": 32, "num_heads": 2}
 OPTIONS: dict[str, Any] = {
     "accelerator": "cpu",
     "logger": False,
@@ -26,24 +25,20 @@ OPTIONS: dict[str, Any] = {
 def clockwork(monkeypatch: pytest.MonkeyPatch) -> None:
     """A millisecond for each token that leaves a block, a fifth more in 8 bits; no forward pass is run for it."""
 
-    def once(self: Interleaved[Any], alternative: Any) -> float:
+    def seconds(alternative: Any) -> float:
         assert isinstance(alternative, Variant)
         schedule = alternative.schedule
-        counts = schedule.tokens(197) if isinstance(schedule, lp.Schedule) else (197,) * KWARGS["depth"]
+        counts = schedule.tokens(197) if isinstance(schedule, lp.Schedule) else (197,) * DEPTH
         if alternative.reduction is not None and schedule is None:
-            counts = (100,) * KWARGS["depth"]
+            counts = (100,) * DEPTH
         return 1e-3 * sum(counts) * (1.2 if alternative.int8 else 1.0)
 
-    monkeypatch.setattr(Interleaved, "once", once)
+    set_latency(monkeypatch, seconds, runs=False)
 
 
 @pytest.fixture
 def module() -> Callable[..., lp.ImageClassifier]:
-    def make(kind: type[lp.ImageClassifier] = lp.ImageClassifier) -> lp.ImageClassifier:
-        torch.manual_seed(0)
-        return kind("vit_digits_patch4_56", pretrained=False, model_kwargs=KWARGS)
-
-    return make
+    return digits_module
 
 
 @pytest.fixture

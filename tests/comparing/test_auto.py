@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import lightning_prune as lp
+from helpers.models import digits_module
 from lightning_prune.comparing.entries import Entry, read_methods
 from lightning_prune.comparing.planned import Planned, variant_of
 from lightning_prune.comparing.run import compare_methods
@@ -26,10 +27,8 @@ def run(module: Any, running: Any, output: Path, told: list[str], **more: Any) -
 @pytest.fixture
 def larger() -> lp.ImageClassifier:
     """Large enough for fewer tokens to be faster."""
-    torch.manual_seed(0)
-    return lp.ImageClassifier(
-        "vit_digits_patch4_56", pretrained=False, model_kwargs={"depth": 4, "embed_dim": 96, "num_heads": 3}
-    )
+    module: lp.ImageClassifier = digits_module(shape={"embed_dim": 96, "num_heads": 3})
+    return module
 
 
 def test_auto_is_planned_validated_and_found_again(larger: Any, running: Any, tmp_path: Path) -> None:

@@ -5,13 +5,14 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from helpers.data import noise_images
+from helpers.models import tiny_vit
 from lightning_prune.comparing.outcomes import OutcomeRecorder, Outcomes, listen
 
-IMAGES = torch.randn(10, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+IMAGES = noise_images(10)
 LABELS = torch.arange(10) % 5
 OPTIONS: dict[str, Any] = {
     "accelerator": "cpu",
@@ -22,18 +23,12 @@ OPTIONS: dict[str, Any] = {
 }
 
 
-def vit(**kwargs: Any) -> VisionTransformer:
-    torch.manual_seed(0)
-    shape = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
-    return VisionTransformer(**{**shape, **kwargs}).eval()
-
-
 class Inner(L.LightningModule):
     """Calls the transformer in its step."""
 
     def __init__(self, net: nn.Module | None = None) -> None:
         super().__init__()
-        self.net = vit() if net is None else net
+        self.net = tiny_vit() if net is None else net
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         self.net(batch[0])
@@ -43,7 +38,7 @@ class Own(Inner):
     """Has a forward of its own, with a head that the transformer knows nothing of."""
 
     def __init__(self) -> None:
-        super().__init__(vit(num_classes=0))
+        super().__init__(tiny_vit(num_classes=0))
         self.head = nn.Linear(32, 5)
 
     def forward(self, images: Tensor) -> Any:
@@ -68,7 +63,7 @@ class Twice(Own):
 
 class Features(Inner):
     def __init__(self) -> None:
-        super().__init__(vit(num_classes=0))
+        super().__init__(tiny_vit(num_classes=0))
 
 
 def loader(*parts: Tensor) -> DataLoader[Any]:
@@ -127,14 +122,14 @@ def test_each_run_is_recorded_by_itself() -> None:
 
 @pytest.mark.parametrize("how", ["in place", "wrapped"])
 def test_compiled_transformers_are_heard(how: str) -> None:
-    net = vit()
+    net = tiny_vit()
     compiled: Any = net
     if how == "in place":
         net.compile(backend="eager")
     else:
         compiled = torch.compile(net, backend="eager")
     found = recorded(Inner(compiled))
-    assert found.outcomes.predicted == vit()(IMAGES).argmax(1).tolist()
+    assert found.outcomes.predicted == tiny_vit()(IMAGES).argmax(1).tolist()
     if how == "in place":
         assert net._compiled_call_impl.__name__ != "told"
 

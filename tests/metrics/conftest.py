@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from helpers import python_path
+
 PROGRAM = Path(__file__).with_name("two_ranks.py")
 
 
@@ -14,11 +16,14 @@ PROGRAM = Path(__file__).with_name("two_ranks.py")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two processes found; they start once for all tests, which takes most of the time."""
     target = tmp_path_factory.mktemp("ddp") / "found.json"
-    root = str(PROGRAM.parents[2])
-    paths = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     command = [sys.executable, str(PROGRAM), str(target)]
     run = subprocess.run(
-        command, cwd=target.parent, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, timeout=240
+        command,
+        cwd=target.parent,
+        env={**os.environ, "PYTHONPATH": python_path()},
+        capture_output=True,
+        text=True,
+        timeout=240,
     )
     assert run.returncode == 0, run.stderr
     return [json.loads(target.with_suffix(f".{rank}").read_text()) for rank in range(2)]

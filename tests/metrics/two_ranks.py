@@ -8,11 +8,9 @@ from pathlib import Path
 import lightning as L
 import torch
 
-from lightning_prune.classifier import ImageClassifier
+from helpers.models import digits_module
 from lightning_prune.data import DigitsData
 from lightning_prune.metrics import Latency, Throughput
-
-KWARGS = {"depth": 1, "embed_dim": 32, "num_heads": 1}
 
 
 def by_hand(rank: int) -> dict[str, float]:
@@ -34,7 +32,7 @@ def by_hand(rank: int) -> dict[str, float]:
 def main(path: Path) -> None:
     torch.set_num_threads(1)
     L.seed_everything(0)
-    model = ImageClassifier("vit_digits_patch4_56", pretrained=False, model_kwargs=KWARGS)
+    model = digits_module(shape={"depth": 1, "num_heads": 1})
     options = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     trainer = L.Trainer(accelerator="cpu", devices=2, strategy="ddp", limit_val_batches=3, **options)
     (logged,) = trainer.validate(model, DigitsData(batch_size=20, placements=1), verbose=False)

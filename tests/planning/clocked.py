@@ -3,25 +3,21 @@
 from itertools import pairwise
 
 import pytest
-import torch
-from timm.models.vision_transformer import VisionTransformer
 
+from helpers.clock import set_latency
+from helpers.data import noise_images
+from helpers.models import tiny_vit
 from lightning_prune.patching.overlay import is_overlaid
 from lightning_prune.planning import plan_blocks
 from lightning_prune.profiling.timing import Interleaved
 from lightning_prune.profiling.variant import VariantSwitch
 
-IMAGES = torch.randn(24, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+IMAGES = noise_images(24)
 DEPTH, N = 4, 17
 
 
 def vit(**kwargs):
-    torch.manual_seed(0)
-    shape = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": DEPTH, "num_heads": 2, "num_classes": 5}
-    model = VisionTransformer(**{**shape, **kwargs}).eval()
-    for parameter in model.parameters():
-        parameter.data.add_(0.1 * torch.randn_like(parameter))
-    return model
+    return tiny_vit(noise=0.1, **kwargs)
 
 
 @pytest.fixture
@@ -34,11 +30,9 @@ def clock(monkeypatch):
         real(self, variant)
         current["variant"] = variant
 
-    def once(self, alternative):
-        self.prepare(alternative)
+    def seconds(alternative):
         if isinstance(alternative, int):  # a curve: all tokens go before block 0
             return 1e-3 * DEPTH * alternative
-        self.run()
         variant = current["variant"]
         total, entering = 0.0, N
         for removed in (0,) * DEPTH if variant.schedule is None else variant.schedule.removed:
@@ -47,7 +41,7 @@ def clock(monkeypatch):
         return 1e-3 * total
 
     monkeypatch.setattr(VariantSwitch, "to", to)
-    monkeypatch.setattr(Interleaved, "once", once)
+    set_latency(monkeypatch, seconds)
     # Every round is like the other.
     monkeypatch.setattr(
         Interleaved,

@@ -1,20 +1,14 @@
 """A small model, profiles and proxies that are known: what planning in one block is tested with."""
 
 import numpy as np
-import torch
-from timm.models.vision_transformer import VisionTransformer
 
 import lightning_prune as lp
+from helpers.data import noise_images
+from helpers.models import tiny_vit
 from lightning_prune.patching.overlay import is_overlaid
 from lightning_prune.planning import ProxyCurve
 
-IMAGES = torch.randn(24, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-
-
-def vit(**kwargs):
-    torch.manual_seed(0)
-    shape = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 5}
-    return VisionTransformer(**{**shape, **kwargs}).eval()
+IMAGES = noise_images(24)
 
 
 def profile(latency, protocol="deployed", spread=0.001, **kwargs):
@@ -54,7 +48,7 @@ class KnownCurve(ProxyCurve):
 def planned(latency, accuracy, objective, **kwargs):
     curve = profile(latency)
     known = KnownCurve(curve, accuracy)
-    model = vit()
+    model = tiny_vit()
     made = lp.plan(
         model, IMAGES, profile=curve, curve=known, block=1, objective=objective, confirm=False, progress=False, **kwargs
     )

@@ -3,13 +3,14 @@
 import pytest
 
 import lightning_prune as lp
+from helpers.models import tiny_vit
 
-from .known import IMAGES, STRAIGHT, profile, vit
+from .known import IMAGES, STRAIGHT, profile
 
 
 def test_paper_protocol_is_the_papers_computation():
     """Random drop before block 0, top-1 on labels, utility, argmax over every count; the chosen count is deployed."""
-    model = vit()
+    model = tiny_vit()
     labels = model(IMAGES).argmax(-1)
     labels[::5] = (labels[::5] + 1) % 5
     curve = profile({count: STRAIGHT.get(count, 1.2) for count in range(2, 18)}, protocol="paper")
@@ -28,7 +29,7 @@ def test_paper_protocol_is_the_papers_computation():
 
 def test_paper_protocol_takes_the_argmax_over_every_count():
     """Counts slower than dense set max L as any other; they are not left out."""
-    model = vit()
+    model = tiny_vit()
     labels = model(IMAGES).argmax(-1)
     latency = dict.fromkeys(range(3, 9), 1.0) | dict.fromkeys(range(9, 17), 4.0) | {17: 2.0}
     curve = profile(latency, protocol="paper")
@@ -41,11 +42,11 @@ def test_paper_protocol_takes_the_argmax_over_every_count():
 
 
 def test_paper_protocol_never_chooses_more_than_the_method_can_remove():
-    model = vit()
+    model = tiny_vit()
     measured = lp.profile_latency(model, IMAGES[:1], protocol="paper", max_seconds=0.5, progress=False)
     assert measured.tokens[0] == 17 - lp.reduction.POMT().capacity(17, 1)
 
 
 def test_paper_protocol_asks_for_labels_before_it_measures_for_hours():
     with pytest.raises(lp.ArgumentError, match="`labels` are needed by protocol='paper'"):
-        lp.plan(vit(), IMAGES, protocol="paper", example_batch=None, progress=False)
+        lp.plan(tiny_vit(), IMAGES, protocol="paper", example_batch=None, progress=False)

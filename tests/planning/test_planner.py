@@ -7,11 +7,12 @@ import torch
 import yaml
 
 import lightning_prune as lp
+from helpers.models import tiny_vit
 from lightning_prune.patching.overlay import is_overlaid
 from lightning_prune.planning import ProxyCurve
 from lightning_prune.profiling import Timing
 
-from .known import ACCURACIES, IMAGES, STRAIGHT, KnownCurve, best, planned, profile, score, vit
+from .known import ACCURACIES, IMAGES, STRAIGHT, KnownCurve, best, planned, profile, score
 
 
 @pytest.mark.parametrize("accuracy", ACCURACIES.values(), ids=ACCURACIES)
@@ -43,7 +44,7 @@ def test_a_flat_curve_removes_nothing_and_says_why():
 
 def test_noise_is_no_reason_to_prune_and_no_flat_curve():
     curve = profile(STRAIGHT, spread=5.0)
-    made = lp.plan(vit(), IMAGES, profile=curve, block=1, confirm=False, progress=False)
+    made = lp.plan(tiny_vit(), IMAGES, profile=curve, block=1, confirm=False, progress=False)
     assert made.removed == 0
     assert "too noisy to choose by: 3 tokens seem 51.9% faster than dense, within a noise of" in made.reason
 
@@ -52,11 +53,11 @@ def test_a_budget_that_only_noise_reaches_is_not_met_and_says_why():
     curve = profile(STRAIGHT, spread=(8.0,) * 3 + (0.001,) * 12)  # of 3, 4 and 5 tokens
     known = KnownCurve(curve, ACCURACIES["linear"])
     shared = {"profile": curve, "curve": known, "block": 1, "confirm": False, "progress": False}
-    made = lp.plan(vit(), IMAGES, objective=lp.LatencyBudget(speedup=2), **shared)
+    made = lp.plan(tiny_vit(), IMAGES, objective=lp.LatencyBudget(speedup=2), **shared)
     assert made.removed == 0
     assert "too noisy to choose by: 3 tokens seem 51.9% faster than dense" in made.reason
     assert made.reason.endswith("The latency budget, 2x is not met.")
-    assert lp.plan(vit(), IMAGES, objective=lp.LatencyBudget(speedup=1.6), **shared).removed > 0
+    assert lp.plan(tiny_vit(), IMAGES, objective=lp.LatencyBudget(speedup=1.6), **shared).removed > 0
 
 
 def test_a_flat_curve_says_that_a_budget_is_missed():
@@ -88,7 +89,7 @@ def test_a_budget_that_nothing_meets_keeps_dense():
 
 
 def test_real_model_end_to_end():
-    model = vit()
+    model = tiny_vit()
     made = lp.plan(model, IMAGES, example_batch=IMAGES[:2], objective=lp.Utility(1.0), max_seconds=0.5, progress=False)
     assert made.proxy == "soft agreement"
     assert made.block == 1
@@ -101,7 +102,7 @@ def test_real_model_end_to_end():
 
 
 def test_proxy_curve_is_that_of_the_deployed_cut():
-    model, curve = vit(), profile(STRAIGHT)
+    model, curve = tiny_vit(), profile(STRAIGHT)
     values = ProxyCurve(model, IMAGES, curve, progress=False)
     dense = model(IMAGES).softmax(-1)
     top = dense.argmax(-1, keepdim=True)
@@ -128,7 +129,7 @@ def test_a_second_objective_on_one_curve_finds_what_it_finds_alone(accuracy):
     """What the first one asked for must not use up what the second one may ask."""
     latency = {count: 1.0 + 0.1 * count for count in range(20, 198)}
     curve = profile(latency)
-    model = vit(img_size=112)  # 197 tokens
+    model = tiny_vit(img_size=112)  # 197 tokens
     shared = KnownCurve(curve, lambda count: accuracy(17 * count / 197))
     options = {"profile": curve, "block": 1, "confirm": False, "progress": False}
     images = torch.zeros(1, 3, 112, 112)
@@ -147,7 +148,9 @@ def test_a_finalist_that_is_not_faster_removes_nothing(monkeypatch):
         "lightning_prune.planning.on_device.compare_latency", lambda *_, **__: {"dense": slow, "pruned": slow}
     )
     curve = profile(STRAIGHT)
-    made = lp.plan(vit(), IMAGES, profile=curve, curve=KnownCurve(curve, lambda count: 1.0), block=1, progress=False)
+    made = lp.plan(
+        tiny_vit(), IMAGES, profile=curve, curve=KnownCurve(curve, lambda count: 1.0), block=1, progress=False
+    )
     assert made.removed == 0
     assert made.tokens == made.schedule.provenance["tokens"] == 17
     assert "take 99.0% of dense, against the profile: nothing is gained" in made.reason
@@ -160,12 +163,14 @@ def test_the_prediction_is_the_share_of_dense_that_the_profile_says(monkeypatch)
     half = {"dense": Timing(5.4, 0.1, 1.0, 0.0, 31), "pruned": Timing(2.7, 0.1, 0.5, 0.01, 31)}
     monkeypatch.setattr("lightning_prune.planning.on_device.compare_latency", lambda *_, **__: half)
     curve = profile(STRAIGHT)
-    made = lp.plan(vit(), IMAGES, profile=curve, curve=KnownCurve(curve, lambda count: 1.0), block=1, progress=False)
+    made = lp.plan(
+        tiny_vit(), IMAGES, profile=curve, curve=KnownCurve(curve, lambda count: 1.0), block=1, progress=False
+    )
     assert made.predicted_ms == pytest.approx(STRAIGHT[made.tokens] / STRAIGHT[17] * 5.4)
 
 
 def test_a_patched_model_is_not_planned_for():
-    model = vit()
+    model = tiny_vit()
     with lp.patch(model, "pomt", [0, 4, 0, 0]) as handle:
         with pytest.raises(lp.ArgumentError, match="The model is patched; remove the patch"):
             lp.plan(model, IMAGES, profile=profile(STRAIGHT), block=1, progress=False)
@@ -175,7 +180,7 @@ def test_a_patched_model_is_not_planned_for():
 def test_a_profile_from_elsewhere_is_used_and_said():
     foreign = profile(STRAIGHT, context={"device": "Abacus", "batch_size": 64, "precision": "float16"})
     with pytest.warns(UserWarning, match="measured elsewhere: .* there") as said:
-        lp.plan(vit(), IMAGES, profile=foreign, example_batch=IMAGES[:2], block=1, confirm=False, progress=False)
+        lp.plan(tiny_vit(), IMAGES, profile=foreign, example_batch=IMAGES[:2], block=1, confirm=False, progress=False)
     text = " ".join(str(warning.message) for warning in said)
     assert "device Abacus there" in text
     assert "batch_size 64 there, 2 here" in text
@@ -191,14 +196,14 @@ def test_the_final_comparison_runs_at_the_profiled_batch_size(monkeypatch):
 
     monkeypatch.setattr("lightning_prune.planning.on_device.compare_latency", compare)
     curve = profile(STRAIGHT, context={"batch_size": 40})
-    lp.plan(vit(), IMAGES, profile=curve, curve=KnownCurve(curve, lambda count: 1.0), block=1, progress=False)
+    lp.plan(tiny_vit(), IMAGES, profile=curve, curve=KnownCurve(curve, lambda count: 1.0), block=1, progress=False)
     assert seen == [40]
 
 
 def test_a_curve_on_another_profile():
     curve = KnownCurve(profile(STRAIGHT), lambda count: 1.0)
     with pytest.raises(lp.ArgumentError, match="`curve` is a proxy curve on another profile"):
-        lp.plan(vit(), IMAGES, profile=profile(STRAIGHT | {3: 1.25}), curve=curve, block=1, progress=False)
+        lp.plan(tiny_vit(), IMAGES, profile=profile(STRAIGHT | {3: 1.25}), curve=curve, block=1, progress=False)
 
 
 @pytest.mark.parametrize(
@@ -220,4 +225,4 @@ def test_a_curve_on_another_profile():
 )
 def test_bad_arguments_are_named(arguments, message):
     with pytest.raises(lp.ArgumentError, match=message):
-        lp.plan(vit(), **{"images": IMAGES, "block": 1, "progress": False, **arguments})
+        lp.plan(tiny_vit(), **{"images": IMAGES, "block": 1, "progress": False, **arguments})

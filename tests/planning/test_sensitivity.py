@@ -9,22 +9,19 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import Block, VisionTransformer
 
 import lightning_prune as lp
+from helpers.data import noise_images
+from helpers.models import tiny_vit
 from lightning_prune.digits import ClutteredDigits
 from lightning_prune.patching import find_vision_transformer
 from lightning_prune.patching.overlay import is_overlaid
 from lightning_prune.planning.sensitivity import Sensitivity
 from lightning_prune.reduction import resolve
 
-IMAGES = torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-SHAPE = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 5}
+IMAGES = noise_images(6)
 
 
 def vit(kind=VisionTransformer, **kwargs):
-    torch.manual_seed(0)
-    model = kind(**{**SHAPE, **kwargs}).double().eval()
-    for parameter in model.parameters():  # far enough from its start for pruning to matter
-        parameter.data.add_(0.1 * torch.randn_like(parameter))
-    return model
+    return tiny_vit(kind, noise=0.1, dtype=torch.float64, **kwargs)
 
 
 def measured(model, method, blocks=range(4), counts=(5, 9, 13, 17), size=4):

@@ -11,12 +11,12 @@ import torch
 from timm.models.vision_transformer import Block
 
 import lightning_prune as lp
+from helpers.clock import set_latency
 from lightning_prune.patching import find_vision_transformer
 from lightning_prune.patching.overlay import is_overlaid
 from lightning_prune.planning import plan_blocks
 from lightning_prune.planning.sensitivity import Sensitivity
 from lightning_prune.planning.several import plan_blocks_for
-from lightning_prune.profiling.timing import Interleaved
 from lightning_prune.reduction import Reduction, resolve
 
 from .clocked import DEPTH, IMAGES, N, milliseconds, planned, vit
@@ -176,7 +176,7 @@ def test_a_cut_after_the_mlp_is_said_once(caplog):
 
 
 def test_a_model_that_gains_nothing_stays_dense(monkeypatch):
-    monkeypatch.setattr(Interleaved, "once", lambda self, alternative: (self.prepare(alternative), 0.01)[1])
+    set_latency(monkeypatch, lambda alternative: 0.01)
     made = planned(methods=["topk"])
     assert made.removed == 0
     assert made.speedup == 1.0

@@ -2,22 +2,17 @@ import math
 
 import pytest
 import torch
-from timm.models.vision_transformer import VisionTransformer
 
 import lightning_prune as lp
+from helpers.data import noise_images
+from helpers.models import tiny_vit
 from lightning_prune.profiling import Proxy, soft_agreement
 from lightning_prune.profiling.accuracy import feature_similarity, top1
 
 CPU = torch.device("cpu")
 
 
-def vit(**kwargs):
-    torch.manual_seed(0)
-    shape = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 5}
-    return VisionTransformer(**{**shape, **kwargs}).eval()
-
-
-IMAGES = torch.randn(7, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+IMAGES = noise_images(7)
 
 
 def naive_soft_agreement(dense, pruned):
@@ -60,7 +55,7 @@ def test_top1_counts():
     ],
 )
 def test_proxy_chooses_by_what_there_is(classes, labels, name):
-    model = vit(num_classes=classes)
+    model = tiny_vit(num_classes=classes)
     known = model(IMAGES).argmax(-1) if labels else None
     proxy = Proxy(lp.patching.find_vision_transformer(model), IMAGES, CPU, 3, known)
     assert proxy.name == name
@@ -68,7 +63,7 @@ def test_proxy_chooses_by_what_there_is(classes, labels, name):
 
 
 def test_proxy_runs_the_model_as_it_is_patched():
-    model = vit()
+    model = tiny_vit()
     proxy = Proxy(lp.patching.find_vision_transformer(model), IMAGES, CPU, 3)
     dense = model(IMAGES)
     with lp.patch(model, "pomt", [0, 10, 0, 0]):
@@ -81,23 +76,23 @@ def test_labels_out_of_range(label, message):
     labels = torch.zeros(7, dtype=torch.int64)
     labels[3] = label
     with pytest.raises(lp.DataError, match=message):
-        Proxy(lp.patching.find_vision_transformer(vit()), IMAGES, CPU, 3, labels)
+        Proxy(lp.patching.find_vision_transformer(tiny_vit()), IMAGES, CPU, 3, labels)
 
 
 def test_labels_of_another_number():
     with pytest.raises(lp.ArgumentError, match="`labels` must be one for each of 7 images, got 2"):
-        Proxy(lp.patching.find_vision_transformer(vit()), IMAGES, CPU, 3, torch.zeros(2, dtype=torch.int64))
+        Proxy(lp.patching.find_vision_transformer(tiny_vit()), IMAGES, CPU, 3, torch.zeros(2, dtype=torch.int64))
 
 
 def test_labels_that_the_model_never_gets_right():
-    model = vit()
+    model = tiny_vit()
     wrong = (model(IMAGES).argmax(-1) + 1) % 5
     with pytest.raises(lp.DataError, match="none of the labelled images correctly"):
         Proxy(lp.patching.find_vision_transformer(model), IMAGES, CPU, 3, wrong)
 
 
 def test_outputs_that_are_not_finite():
-    model = vit()
+    model = tiny_vit()
     with torch.no_grad():
         model.head.bias[0] = float("nan")
     with pytest.raises(lp.DataError, match="not finite for 7 of 7 calibration images"):
@@ -106,21 +101,21 @@ def test_outputs_that_are_not_finite():
 
 def test_no_images():
     with pytest.raises(lp.ArgumentError, match="`images` must be"):
-        Proxy(lp.patching.find_vision_transformer(vit()), IMAGES[:0], CPU, 3)
+        Proxy(lp.patching.find_vision_transformer(tiny_vit()), IMAGES[:0], CPU, 3)
 
 
 @pytest.mark.parametrize("classes", [0, 5])
 def test_a_vector_for_each_token_is_no_output_to_compare(classes):
-    model = vit(num_classes=classes, global_pool="")
+    model = tiny_vit(num_classes=classes, global_pool="")
     with pytest.raises(lp.UnsupportedModelError, match=r"one vector for each image, got \('images', 17, "):
         Proxy(lp.patching.find_vision_transformer(model), IMAGES, CPU, 3)
 
 
 def test_labels_for_a_model_without_logits():
     with pytest.raises(lp.ArgumentError, match="this one returns features"):
-        Proxy(lp.patching.find_vision_transformer(vit(num_classes=0)), IMAGES, CPU, 3, torch.zeros(7).long())
+        Proxy(lp.patching.find_vision_transformer(tiny_vit(num_classes=0)), IMAGES, CPU, 3, torch.zeros(7).long())
 
 
 def test_images_come_in_the_precision_of_the_model():
-    proxy = Proxy(lp.patching.find_vision_transformer(vit().bfloat16()), IMAGES, CPU, 3)
+    proxy = Proxy(lp.patching.find_vision_transformer(tiny_vit().bfloat16()), IMAGES, CPU, 3)
     assert proxy.measure() == pytest.approx(1.0)

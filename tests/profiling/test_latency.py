@@ -1,10 +1,11 @@
 import numpy as np
 import pytest
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 import lightning_prune as lp
+from helpers.data import noise_images
+from helpers.models import tiny_vit
 from lightning_prune.patching.overlay import is_overlaid
 from lightning_prune.profiling import Interleaved, resolve_block
 from lightning_prune.profiling.explore import explore, profile_builder
@@ -13,13 +14,7 @@ from lightning_prune.profiling.latency import count_tokens
 CPU = torch.device("cpu")
 
 
-def vit(**kwargs):
-    torch.manual_seed(0)
-    shape = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 5}
-    return VisionTransformer(**{**shape, **kwargs}).eval()
-
-
-IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+IMAGES = noise_images(2)
 
 
 class Device:
@@ -87,7 +82,7 @@ def test_without_a_limit_every_count_gets_twenty_rounds():
 
 
 def test_profile_of_a_real_model_leaves_it_as_it_was():
-    model = vit(depth=3).train()
+    model = tiny_vit(depth=3).train()
     model.blocks[1].eval()
     before = model.state_dict()
     flags = [module.training for module in model.modules()]
@@ -103,14 +98,14 @@ def test_profile_of_a_real_model_leaves_it_as_it_was():
 
 def test_measures_the_cut_that_is_deployed(monkeypatch):
     """Every count asked for is what really leaves the reducing block, mean token included."""
-    model, seen = vit(), set()
+    model, seen = tiny_vit(), set()
     model.blocks[1].mlp.register_forward_pre_hook(lambda _, args: seen.add(args[0].shape[1]))
     profile = lp.profile_latency(model, IMAGES, block=1, counts=[5, 9, 12], max_seconds=0.2, progress=False)
     assert seen == {5, 9, 12, 17} == set(profile.tokens)
 
 
 def test_paper_protocol_drops_random_tokens_before_block_0_at_every_count():
-    model, seen = vit(), set()
+    model, seen = tiny_vit(), set()
     model.blocks[0].attn.register_forward_pre_hook(lambda _, args: seen.add(args[0].shape[1]))
     profile = lp.profile_latency(model, IMAGES, protocol="paper", max_seconds=1.0, progress=False)
     assert profile.tokens == tuple(range(3, 18)) == tuple(sorted(seen))  # 2 is more than pomt can deploy
@@ -118,7 +113,7 @@ def test_paper_protocol_drops_random_tokens_before_block_0_at_every_count():
 
 
 def test_model_is_restored_when_measuring_fails():
-    model = vit()
+    model = tiny_vit()
     calls = []
 
     def fail(_, args):
@@ -134,11 +129,11 @@ def test_model_is_restored_when_measuring_fails():
 
 def test_context_sees_precision_and_compilation():
     with torch.autocast("cpu", torch.bfloat16):
-        profile = lp.profile_latency(vit(), IMAGES, counts=[9], max_seconds=0.05, progress=False)
+        profile = lp.profile_latency(tiny_vit(), IMAGES, counts=[9], max_seconds=0.05, progress=False)
     assert profile.context["precision"] == "bf16-mixed"
-    half = lp.profile_latency(vit().bfloat16(), IMAGES.bfloat16(), counts=[9], max_seconds=0.05, progress=False)
+    half = lp.profile_latency(tiny_vit().bfloat16(), IMAGES.bfloat16(), counts=[9], max_seconds=0.05, progress=False)
     assert half.context["precision"] == "bfloat16"
-    compiled = torch.compile(vit(), backend="eager")
+    compiled = torch.compile(tiny_vit(), backend="eager")
     profile = lp.profile_latency(compiled, IMAGES, counts=[9], max_seconds=0.05, progress=False)
     assert profile.context["compiled"]
     assert profile.context["model"] == "VisionTransformer"
@@ -152,14 +147,14 @@ def test_a_compiled_model_is_profiled_compiled():
         graphs.append(graph)
         return graph.forward
 
-    compiled = torch.compile(vit(), backend=backend)
+    compiled = torch.compile(tiny_vit(), backend=backend)
     lp.profile_latency(nn.Sequential(compiled), IMAGES, counts=list(range(5, 17)), max_seconds=0.1, progress=False)
     assert len(graphs) >= 13  # one for each count: more than dynamo allows by itself
 
 
 def test_a_model_compiled_in_place_is_profiled_compiled():
     """Its graph is there already when the profile begins, and sees no hooks."""
-    model = vit()
+    model = tiny_vit()
     model.compile(backend="eager")
     model(IMAGES)
     profile = lp.profile_latency(model, IMAGES, counts=[9], max_seconds=0.1, progress=False)
@@ -168,7 +163,7 @@ def test_a_model_compiled_in_place_is_profiled_compiled():
 
 
 def test_compare_latency_needs_a_dense_variant_and_refers_to_it():
-    model, schedule = vit(), lp.Schedule.single(4, 1, 6)
+    model, schedule = tiny_vit(), lp.Schedule.single(4, 1, 6)
     timings = lp.compare_latency(
         model, IMAGES, {"dense": None, "pomt": ("pomt", schedule)}, rounds=3, max_seconds=5, progress=False
     )
@@ -183,7 +178,7 @@ def test_compare_latency_needs_a_dense_variant_and_refers_to_it():
 
 
 def test_counts_tokens_of_the_images_at_hand():
-    model = vit(dynamic_img_size=True, reg_tokens=2)
+    model = tiny_vit(dynamic_img_size=True, reg_tokens=2)
     transformer = lp.patching.find_vision_transformer(model)
     assert count_tokens(transformer, torch.zeros(1, 3, 48, 32)) == 6 * 4 + 3
 
@@ -214,11 +209,11 @@ def test_resolve_block_refuses(block):
 )
 def test_bad_arguments_are_named(arguments, message):
     with pytest.raises(lp.ArgumentError, match=message):
-        lp.profile_latency(vit(), **{"example_batch": IMAGES, "progress": False, **arguments})
+        lp.profile_latency(tiny_vit(), **{"example_batch": IMAGES, "progress": False, **arguments})
 
 
 def test_a_patched_model_is_not_measured():
-    model = vit()
+    model = tiny_vit()
     with lp.patch(model, "pomt", [0, 4, 0, 0]) as handle:
         with pytest.raises(lp.ArgumentError, match="The model is patched; remove the patch"):
             lp.profile_latency(model, IMAGES, progress=False)
@@ -227,14 +222,14 @@ def test_a_patched_model_is_not_measured():
 
 def test_images_that_the_transformer_cannot_take():
     with pytest.raises(lp.ArgumentError, match=r"cannot run on images \(2, 3, 24, 24\).*`images_from_batch`"):
-        lp.profile_latency(vit(), IMAGES[:, :, :24, :24], progress=False)
+        lp.profile_latency(tiny_vit(), IMAGES[:, :, :24, :24], progress=False)
 
 
 def test_every_run_under_autocast_casts_the_weights():
     """As every step of a loop does; a cache that outlives one run would make all but the first too fast."""
     casts = []
     with torch.autocast("cpu", torch.bfloat16):
-        model = vit()
+        model = tiny_vit()
         model.blocks[0].register_forward_pre_hook(lambda *_: casts.append(None))
         cleared = []
         original = torch.clear_autocast_cache
@@ -248,5 +243,5 @@ def test_every_run_under_autocast_casts_the_weights():
 
 def test_compare_latency_without_a_limit():
     variants = {"dense": None, "pomt": ("pomt", lp.Schedule.single(4, 1, 6))}
-    timings = lp.compare_latency(vit(), IMAGES, variants, rounds=2, max_seconds=None, progress=False)
+    timings = lp.compare_latency(tiny_vit(), IMAGES, variants, rounds=2, max_seconds=None, progress=False)
     assert timings["pomt"].rounds == 2

@@ -3,17 +3,11 @@ from math import ceil
 
 import pytest
 import torch
-from timm.models.vision_transformer import VisionTransformer
-from torchvision.models import VisionTransformer as TorchvisionTransformer
 
 import lightning_prune as lp
+from helpers.models import tiny_hugging_face_vit, tiny_torchvision_vit, tiny_vit
 from lightning_prune.profiling import SimulatedClock, SimulatedDevice, Workload, simulate_latency
 from lightning_prune.profiling.simulating import seconds_of
-
-
-def vit(**kwargs):
-    shape = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 5}
-    return VisionTransformer(**{**shape, **kwargs}).eval()
 
 
 def waves(rows, columns, device):
@@ -50,21 +44,18 @@ def test_a_block_that_reduces_pays_for_it():
 @pytest.mark.parametrize("depth", [2, 3])
 def test_workload_is_read_from_the_blocks_of_any_family(depth):
     plain = Workload(7, depth, 32, 2, ((32, 96), (32, 32)), ((32, 128), (128, 32)))
-    timm_blocks = lp.patching.find_vision_transformer(vit(depth=depth)).blocks
+    timm_blocks = lp.patching.find_vision_transformer(tiny_vit(depth=depth)).blocks
     assert Workload.of(timm_blocks, 7) == plain
-    model = TorchvisionTransformer(32, 8, depth, 2, 32, 128).eval()
+    model = tiny_torchvision_vit(depth, mlp=128)
     assert Workload.of(lp.patching.find_vision_transformer(model).blocks, 7) == plain
     assert Workload.plain(7, depth, 32, 2) == plain
-    import transformers
-
-    shape = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 128, "image_size": 32, "patch_size": 8}
-    model = transformers.ViTModel(transformers.ViTConfig(num_hidden_layers=depth, **shape)).eval()
+    model = tiny_hugging_face_vit(num_hidden_layers=depth, intermediate_size=128)
     separate = plain._replace(attention=((32, 32),) * 4)  # queries, keys and values are products of their own
     assert Workload.of(lp.patching.find_vision_transformer(model).blocks, 7) == separate
 
 
 def test_blocks_that_do_not_say_enough_are_refused():
-    block = vit().blocks[0]
+    block = tiny_vit().blocks[0]
     del block.attn.num_heads
     with pytest.raises(lp.ArgumentError, match="A Block does not say how many heads its attention has, by num_heads"):
         Workload.of([block], 1)
@@ -148,7 +139,7 @@ def test_parse_refuses(text, message):
 
 
 def test_profile_of_a_model_is_the_exact_time_of_its_schedules():
-    model, device = vit(depth=3), SimulatedDevice(multiprocessors=2, tile=4)
+    model, device = tiny_vit(depth=3), SimulatedDevice(multiprocessors=2, tile=4)
     images = torch.zeros(2, 3, 32, 32)
     profile = simulate_latency(model, images, device, block=1)
     work = Workload.of(model.blocks, 2)
@@ -160,7 +151,7 @@ def test_profile_of_a_model_is_the_exact_time_of_its_schedules():
 
 
 def test_a_method_that_acts_on_the_input_leaves_all_blocks_the_same_tokens():
-    model, device = vit(depth=3), SimulatedDevice(multiprocessors=2, tile=4)
+    model, device = tiny_vit(depth=3), SimulatedDevice(multiprocessors=2, tile=4)
     profile = simulate_latency(model, torch.zeros(2, 3, 32, 32), device, method=lp.reduction.Random(site="input"))
     work = Workload.of(model.blocks, 2)
     for count in profile.tokens:
@@ -183,10 +174,10 @@ def test_a_method_that_acts_on_the_input_leaves_all_blocks_the_same_tokens():
 def test_simulate_refuses(arguments, message):
     given = {"example_batch": torch.zeros(1, 3, 32, 32), "device": SimulatedDevice(), **arguments}
     with pytest.raises(lp.ArgumentError, match=message):
-        simulate_latency(vit(), **given)
+        simulate_latency(tiny_vit(), **given)
 
 
 def test_a_patched_model_is_not_simulated():
-    model = vit()
+    model = tiny_vit()
     with lp.patch(model, "pomt", [0, 4, 0, 0]), pytest.raises(lp.ArgumentError, match="The model is patched"):
         simulate_latency(model, torch.zeros(1, 3, 32, 32), SimulatedDevice())

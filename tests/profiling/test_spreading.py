@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from timm.models.vision_transformer import VisionTransformer
 
 import lightning_prune as lp
+from helpers.data import noise_images
+from helpers.models import tiny_vit
 from lightning_prune.callbacks.decision import given_schedule
 from lightning_prune.patching import find_vision_transformer
 from lightning_prune.planning import ProxyCurve
@@ -16,7 +17,7 @@ from lightning_prune.profiling.spreading import reduces_often
 from lightning_prune.reduction import POMT, Random, Reduced, Reduction, Sequence
 from lightning_prune.reduction.functional import take_tokens
 
-IMAGES = torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+IMAGES = noise_images(6)
 N, DEPTH = 17, 4
 
 
@@ -51,12 +52,6 @@ class Willful(Everywhere):
     adaptive = True
 
 
-def vit(**kwargs: Any) -> VisionTransformer:
-    torch.manual_seed(0)
-    shape = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": DEPTH, "num_heads": 2, "num_classes": 5}
-    return VisionTransformer(**{**shape, **kwargs}).eval()
-
-
 @pytest.mark.parametrize(
     ("reduction", "block", "expected"),
     [
@@ -69,13 +64,13 @@ def vit(**kwargs: Any) -> VisionTransformer:
     ],
 )
 def test_the_block_that_a_method_is_told(reduction: Reduction, block: int | float, expected: int) -> None:
-    assert reducing_block(reduction, block, find_vision_transformer(vit())) == expected
+    assert reducing_block(reduction, block, find_vision_transformer(tiny_vit())) == expected
 
 
 def test_an_impossible_block_is_refused_for_every_method() -> None:
     for reduction in (POMT(), Random(site="input"), Everywhere()):
         with pytest.raises(lp.ArgumentError, match=r"`block` must be an index from 0 to 3 or a fraction"):
-            reducing_block(reduction, 4, find_vision_transformer(vit()))
+            reducing_block(reduction, 4, find_vision_transformer(tiny_vit()))
 
 
 def test_which_methods_reduce_often() -> None:
@@ -99,7 +94,7 @@ def test_a_method_that_spreads_another_number_is_refused() -> None:
 
 
 def test_profile_counts_what_leaves_the_last_block() -> None:
-    model, left = vit(), set()
+    model, left = tiny_vit(), set()
     model.norm.register_forward_pre_hook(lambda _, args: left.add(args[0].shape[1]))
     seen: set[int] = set()
     model.blocks[1].attn.register_forward_pre_hook(lambda _, args: seen.add(args[0].shape[1]))
@@ -111,7 +106,7 @@ def test_profile_counts_what_leaves_the_last_block() -> None:
 
 
 def test_methods_of_the_input_are_profiled_there_whatever_the_block() -> None:
-    model, seen = vit(), set()
+    model, seen = tiny_vit(), set()
     model.blocks[0].attn.register_forward_pre_hook(lambda _, args: seen.add(args[0].shape[1]))
     shared: dict[str, Any] = {"method": Random(site="input"), "counts": [9], "max_seconds": 0.1, "progress": False}
     assert lp.profile_latency(model, IMAGES[:1], **shared).block == 0
@@ -119,7 +114,7 @@ def test_methods_of_the_input_are_profiled_there_whatever_the_block() -> None:
 
 
 def test_planning_and_the_proxy_use_the_same_form() -> None:
-    model = vit()
+    model = tiny_vit()
     profile = lp.LatencyProfile((9, 13, 17), (1.0, 2.0, 4.0), (0.001,) * 3, (9,) * 3, "everywhere", 0, DEPTH)
     plan = lp.plan(
         model, IMAGES, profile=profile, method=Everywhere(), objective=lp.Utility(1.0), confirm=False, progress=False
@@ -136,7 +131,7 @@ def test_planning_and_the_proxy_use_the_same_form() -> None:
 
 
 def test_a_given_number_or_keep_rate_is_spread() -> None:
-    transformer = find_vision_transformer(vit())
+    transformer = find_vision_transformer(tiny_vit())
     assert given_schedule(5, 0.25, transformer, Everywhere(), IMAGES).removed == (2, 1, 1, 1)
     assert given_schedule(5, 0.25, transformer, Random(site="input"), IMAGES).removed == (5, 0, 0, 0)
     rates = given_schedule(0.75, 0.25, transformer, Everywhere(), IMAGES)
@@ -149,7 +144,7 @@ def test_a_given_number_or_keep_rate_is_spread() -> None:
 
 
 def test_tokens_are_counted_where_images_decide_them() -> None:
-    transformer = find_vision_transformer(vit(dynamic_img_size=True))
+    transformer = find_vision_transformer(tiny_vit(dynamic_img_size=True))
     large = torch.zeros(1, 3, 64, 64)
     assert given_schedule(0.9, 0.25, transformer, Everywhere(), large).schedule(65).total == 6
 
@@ -157,6 +152,6 @@ def test_tokens_are_counted_where_images_decide_them() -> None:
 def test_methods_that_have_no_counts_are_refused() -> None:
     message = "with everywhere the image decides how many tokens go"
     with pytest.raises(lp.ArgumentError, match=message):
-        lp.profile_latency(vit(), IMAGES[:1], method=Willful(), progress=False)
+        lp.profile_latency(tiny_vit(), IMAGES[:1], method=Willful(), progress=False)
     with pytest.raises(lp.ArgumentError, match=message), warnings.catch_warnings():
-        lp.plan(vit(), IMAGES, example_batch=IMAGES[:1], method=Willful(), progress=False)
+        lp.plan(tiny_vit(), IMAGES, example_batch=IMAGES[:1], method=Willful(), progress=False)

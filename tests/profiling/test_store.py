@@ -10,9 +10,10 @@ from dataclasses import replace
 import pytest
 import timm
 import torch
-from timm.models.vision_transformer import VisionTransformer
 
 import lightning_prune as lp
+from helpers.data import noise_images
+from helpers.models import tiny_hugging_face_vit, tiny_vit
 from lightning_prune.patching import find_vision_transformer
 from lightning_prune.profiling import (
     LatencyProfile,
@@ -26,14 +27,8 @@ from lightning_prune.profiling.dependencies import structure
 from lightning_prune.profiling.reuse import measured_or_stored
 from lightning_prune.reduction import resolve
 
-IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+IMAGES = noise_images(2)
 POMT = resolve("pomt")
-
-
-def vit(**kwargs):
-    torch.manual_seed(0)
-    shape = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 5}
-    return VisionTransformer(**{**shape, **kwargs}).eval()
 
 
 def unfused(model):
@@ -43,13 +38,13 @@ def unfused(model):
 
 
 def profile(ms=1.0, **changes):
-    context = measurement_context(vit(), IMAGES) | {"measured": "once"}
+    context = measurement_context(tiny_vit(), IMAGES) | {"measured": "once"}
     curve = LatencyProfile((9, 17), (ms, 2.0), (0.01, 0.01), (9, 9), "pomt", 1, 4, context=context)
     return replace(curve, **changes)
 
 
 def dependencies(model=None, images=IMAGES, method=POMT, block=1):
-    model = vit() if model is None else model
+    model = tiny_vit() if model is None else model
     return profile_dependencies(find_vision_transformer(model), images, method, block)
 
 
@@ -58,7 +53,7 @@ def test_what_is_put_is_found_again_under_the_same_conditions(tmp_path):
     assert store.get(dependencies()) is None
     store.put(dependencies(), profile())
     assert store.get(dependencies()) == profile()
-    assert ProfileStore(tmp_path / "new" / "folder").get(dependencies(vit())) == profile()
+    assert ProfileStore(tmp_path / "new" / "folder").get(dependencies(tiny_vit())) == profile()
 
 
 @pytest.mark.parametrize(
@@ -66,13 +61,13 @@ def test_what_is_put_is_found_again_under_the_same_conditions(tmp_path):
     [
         {"images": IMAGES[:1]},
         {"images": IMAGES.bfloat16()},
-        {"model": vit(depth=5)},
-        {"model": vit(embed_dim=64)},
-        {"model": vit(qk_norm=True)},
-        {"model": vit(num_heads=4)},
-        {"model": unfused(vit())},
+        {"model": tiny_vit(depth=5)},
+        {"model": tiny_vit(embed_dim=64)},
+        {"model": tiny_vit(qk_norm=True)},
+        {"model": tiny_vit(num_heads=4)},
+        {"model": unfused(tiny_vit())},
         {"images": IMAGES.contiguous(memory_format=torch.channels_last)},
-        {"model": vit().bfloat16()},
+        {"model": tiny_vit().bfloat16()},
         {"method": resolve("topk")},
         {"method": lp.reduction.ToMe(proportional_attention=False)},
         {"block": 2},
@@ -138,13 +133,13 @@ def test_the_newer_form_of_a_switch_is_no_reason_to_fail(monkeypatch):
 
 
 def compiled(**kwargs):
-    model = vit()
+    model = tiny_vit()
     model.compile(**kwargs)
     return model
 
 
 def blocks_compiled(*indices):
-    model = vit()
+    model = tiny_vit()
     for index in indices:
         model.blocks[index].compile(backend="eager")
     return model
@@ -152,7 +147,7 @@ def blocks_compiled(*indices):
 
 def test_every_way_to_compile_is_another_profile():
     ways = [
-        vit(),
+        tiny_vit(),
         compiled(),
         compiled(mode="reduce-overhead"),
         compiled(mode="max-autotune"),
@@ -165,14 +160,14 @@ def test_every_way_to_compile_is_another_profile():
     modes = [compile_mode(model) for model in ways]
     assert len(set(modes)) == len(ways), modes
     assert modes[0] == ""
-    assert compile_mode(torch.compile(vit(), mode="reduce-overhead")) == modes[2]
+    assert compile_mode(torch.compile(tiny_vit(), mode="reduce-overhead")) == modes[2]
     assert modes[7] == "eager in blocks.0 blocks.1"
     assert dependencies(ways[3])["compile_mode"] == modes[3]
 
 
 def test_what_cannot_be_told_apart_is_neither_kept_nor_reused(tmp_path):
     store = ProfileStore(tmp_path)
-    nameless = torch.compile(vit(), backend=lambda graph, inputs: graph.forward)
+    nameless = torch.compile(tiny_vit(), backend=lambda graph, inputs: graph.forward)
     assert compile_mode(nameless) == "unreadable"
     assert store.put(dependencies(nameless), profile()) is None
     assert store.get(dependencies(nameless)) is None
@@ -207,7 +202,7 @@ def test_a_method_without_source_is_measured_every_time(tmp_path):
 
 
 def test_weights_do_not_count_but_classes_do():
-    model, trained = vit(), vit()
+    model, trained = tiny_vit(), tiny_vit()
     with torch.no_grad():
         trained.head.weight.add_(1.0)
     assert structure(model) == structure(trained)
@@ -217,18 +212,14 @@ def test_weights_do_not_count_but_classes_do():
     assert structure(model) != structure(trained)
 
 
-def test_the_configuration_of_hugging_face_counts():
+def test_the_configuration_of_hugging_face_counts() -> None:
     import transformers
 
-    def model(**kwargs):
-        shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-        return transformers.ViTModel(transformers.ViTConfig(**{**shape, "image_size": 32, **kwargs})).eval()
-
-    plain = structure(model())
-    assert structure(model()) == plain
-    assert structure(model(num_attention_heads=4)) != plain
-    assert structure(model(attn_implementation="eager")) != plain
-    found = profile_dependencies(find_vision_transformer(model()), IMAGES, POMT, 1)
+    plain = structure(tiny_hugging_face_vit())
+    assert structure(tiny_hugging_face_vit()) == plain
+    assert structure(tiny_hugging_face_vit(num_attention_heads=4)) != plain
+    assert structure(tiny_hugging_face_vit(attn_implementation="eager")) != plain
+    found = profile_dependencies(find_vision_transformer(tiny_hugging_face_vit()), IMAGES, POMT, 1)
     assert found["packages"]["transformers"] == transformers.__version__
 
 
@@ -356,7 +347,7 @@ def test_the_folder_is_that_of_the_environment_or_the_users_cache(monkeypatch, t
 
 def measure(store, model=None, **kwargs):
     return measured_or_stored(
-        model or vit(), IMAGES, store, method=POMT, block=1, max_seconds=0.2, progress=False, **kwargs
+        model or tiny_vit(), IMAGES, store, method=POMT, block=1, max_seconds=0.2, progress=False, **kwargs
     )
 
 
@@ -387,7 +378,7 @@ def test_what_a_busy_machine_said_is_not_kept(tmp_path, monkeypatch):
 
 def test_a_patched_model_is_refused_also_where_its_profile_is_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(reuse, "profile_latency", lambda *_, **__: profile())
-    model = vit()
+    model = tiny_vit()
     measure(ProfileStore(tmp_path), model)
     with lp.patch(model, "pomt", [0, 4, 0, 0]), pytest.raises(lp.ArgumentError, match="The model is patched"):
         measure(ProfileStore(tmp_path), model)

@@ -1,13 +1,14 @@
 """One model as dense, pruned, in 8 bits and both in turn; dense again to the bit at the end."""
 
 import copy
-from typing import Any
 
 import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
 import lightning_prune as lp
+from helpers.data import noise_images
+from helpers.models import tiny_vit
 from lightning_prune.patching import find_vision_transformer
 from lightning_prune.patching.overlay import is_overlaid
 from lightning_prune.profiling import DENSE, Variant, VariantSwitch
@@ -15,14 +16,13 @@ from lightning_prune.profiling.variant import race_of
 from lightning_prune.quantization import Int8Weights
 from lightning_prune.reduction import POMT, Random
 
-IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+IMAGES = noise_images(2)
 FIVE = lp.Schedule.single(3, 1, 5)
 
 
 def vit() -> VisionTransformer:
-    torch.manual_seed(0)
-    shape: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2}
-    return VisionTransformer(**shape, num_classes=8).eval()
+    model: VisionTransformer = tiny_vit(depth=3, num_classes=8)
+    return model
 
 
 def expected(variant: Variant) -> torch.Tensor:

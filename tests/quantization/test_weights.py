@@ -8,18 +8,18 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-import torchvision
-import transformers
 from torch import Tensor, nn
 from torch._inductor import config
 from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 from torchao.utils import should_reduce_range
 
 import lightning_prune as lp
+from helpers.data import noise_images
+from helpers.models import tiny_hugging_face_vit, tiny_torchvision_vit, tiny_vit
 from lightning_prune.errors import ArgumentError, UnsupportedModelError
 from lightning_prune.quantization import Int8Weights, onednn
 
-SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 3, "num_heads": 2, "num_classes": 16}
+SMALL = {"embed_dim": 64, "depth": 3, "num_classes": 16}
 
 
 @pytest.fixture(params=["oneDNN", "torchao"])
@@ -31,7 +31,8 @@ def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 
 
 def vit(**more: Any) -> nn.Module:
-    return timm.create_model("vit_tiny_patch16_224", **SMALL | more).eval()
+    model: nn.Module = tiny_vit("vit_tiny_patch16_224", seed=None, **SMALL | more)
+    return model
 
 
 def hybrid() -> nn.Module:
@@ -41,23 +42,23 @@ def hybrid() -> nn.Module:
 
 
 def torchvisions() -> nn.Module:
-    model = torchvision.models.VisionTransformer(32, 8, 3, 2, 64, 128, num_classes=16).eval()
+    model = tiny_torchvision_vit(3, 64, 128, 16)
     nn.init.normal_(model.heads.head.weight)
     return model
 
 
 def hugging_face() -> nn.Module:
-    config = transformers.ViTConfig(
-        hidden_size=64, num_hidden_layers=3, num_attention_heads=2, intermediate_size=128, image_size=32, patch_size=8
+    model: nn.Module = tiny_hugging_face_vit(
+        "ViTForImageClassification", hidden_size=64, num_hidden_layers=3, intermediate_size=128
     )
-    return transformers.ViTForImageClassification(config).eval()
+    return model
 
 
 MODELS: dict[str, Any] = {
     "timm": vit,
     "hybrid": hybrid,
-    "beit": lambda: timm.create_model("beit_base_patch16_224", **SMALL).eval(),
-    "eva": lambda: timm.create_model("eva02_tiny_patch14_224", **SMALL | {"mlp_ratio": 2}).eval(),
+    "beit": lambda: tiny_vit("beit_base_patch16_224", seed=None, **SMALL),
+    "eva": lambda: tiny_vit("eva02_tiny_patch14_224", seed=None, **SMALL, mlp_ratio=2),
     "torchvision": torchvisions,
     "huggingface": hugging_face,
 }
@@ -70,7 +71,7 @@ def build(name: str, seed: int = 0) -> nn.Module:
 
 
 def images(batch: int = 2) -> Tensor:
-    return torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    return noise_images(batch, seed=1)
 
 
 def run(model: nn.Module, x: Tensor) -> Tensor:

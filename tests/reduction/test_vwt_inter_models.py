@@ -4,21 +4,18 @@ import copy
 from typing import Any
 
 import pytest
-import timm
 import torch
 from torch import Tensor, nn
 
 import lightning_prune as lp
+from helpers.models import tiny_vit
 from lightning_prune.errors import ArgumentError, ScheduleError
 from lightning_prune.reduction.vwt_inter import VWTInter, group_by_word, merge_groups
 from lightning_prune.vocabulary import Vocabulary
 
-SHAPE = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2, "num_classes": 5}
 
-
-def vit(**options: Any) -> nn.Module:
-    torch.manual_seed(0)
-    return timm.create_model("vit_tiny_patch16_224", **{**SHAPE, **options}).eval().double()
+def vit(kind: str = "vit_tiny_patch16_224", **options: Any) -> Any:
+    return tiny_vit(kind, dtype=torch.float64, **{"depth": 3, **options})
 
 
 def images(batch: int = 4, size: int = 32) -> Tensor:
@@ -139,8 +136,7 @@ def test_a_schedule_is_refused() -> None:
     ],
 )
 def test_other_kinds_of_models_do_not_mix_images_either(name: str, options: dict[str, Any]) -> None:
-    torch.manual_seed(0)
-    model = timm.create_model(name, **{**SHAPE, **options}).eval().double()
+    model = vit(name, **options)
     batch = images()
     with torch.no_grad(), lp.patch(model, VWTInter(words(), 0.3)):
         together = model(batch)

@@ -1,11 +1,11 @@
 """vwt-intra against the formula in float64, one patch at a time, and in whole models."""
 
 import pytest
-import timm
 import torch
 from torch import Tensor
 
 import lightning_prune as lp
+from helpers.models import tiny_vit
 from lightning_prune.errors import ScheduleError, UnsupportedModelError
 from lightning_prune.reduction import Sequence
 from lightning_prune.reduction.vwt_intra import VWTIntra, patch_variances, vwt_intra
@@ -98,17 +98,11 @@ def test_tokens_that_are_no_grid_of_the_image() -> None:
         VWTIntra().reduce(Sequence(torch.zeros(1, 15, 4), 1, True, pixels=torch.zeros(1, 3, 12, 20)), 3)
 
 
-def vit(**options: object) -> torch.nn.Module:
-    torch.manual_seed(0)
-    shape = {"img_size": (24, 32), "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2, "num_classes": 5}
-    return timm.create_model("vit_tiny_patch16_224", **{**shape, **options}).eval()
-
-
 @pytest.mark.parametrize(
     "options", [{}, {"reg_tokens": 4}, {"class_token": False, "global_pool": "avg", "fc_norm": False}]
 )
 def test_a_patched_model_is_the_model_of_the_kept_tokens(options: dict[str, object]) -> None:
-    model = vit(**options)
+    model = tiny_vit("vit_tiny_patch16_224", img_size=(24, 32), depth=3, **options)
     torch._dynamo.reset()  # of models of other tests it may have had enough
     prefix = model.num_prefix_tokens
     images = torch.randn(2, 3, 24, 32, generator=torch.Generator().manual_seed(1))
@@ -133,4 +127,4 @@ def test_one_compiled_graph_takes_images_of_several_sizes() -> None:
 
 def test_blocks_after_the_first_are_refused() -> None:
     with pytest.raises(ScheduleError, match="vwt-intra removes tokens before block 0; the schedule asks block 1"):
-        lp.patch(vit(), VWTIntra(), lp.Schedule.single(3, 1, 5))
+        lp.patch(tiny_vit(depth=3), VWTIntra(), lp.Schedule.single(3, 1, 5))

@@ -1,0 +1,52 @@
+"""Latencies that are known: a clock that a forward pass drives, and runs that take what a test says."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from torch import Tensor, nn
+
+from lightning_prune.profiling import Interleaved
+
+
+class TokenClock:
+    """A clock for the `clock` argument: every block that runs takes a fixed time for each token that leaves it.
+
+    Args:
+        blocks: Of the model that is timed.
+        seconds: For each token.
+    """
+
+    def __init__(self, blocks: nn.ModuleList, seconds: float = 1e-3) -> None:
+        self.now = 0.0
+        self.seconds = seconds
+        for block in blocks:
+            block.register_forward_hook(self._spend)
+
+    def __call__(self) -> float:
+        """Seconds."""
+        return self.now
+
+    def _spend(self, block: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        self.now += self.seconds * output.shape[1]
+
+
+def set_latency(monkeypatch: pytest.MonkeyPatch, seconds: Callable[[Any], float], runs: bool = True) -> None:
+    """Makes every timed run take what `seconds` says of its alternative, where no `clock` can be handed in.
+
+    That is behind a whole run of the callback, or a command. An alternative is what the timer switches to: a number of
+    tokens in a profile, a name or a `Variant` in a comparison.
+
+    Args:
+        monkeypatch: Of the test.
+        seconds: Of one run of an alternative.
+        runs: Whether the model is switched and run all the same; otherwise a run is free.
+    """
+
+    def once(self: Interleaved[Any], alternative: Any) -> float:
+        if runs:
+            self.prepare(alternative)
+            self.run()
+        return seconds(alternative)
+
+    monkeypatch.setattr(Interleaved, "once", once)
