@@ -184,6 +184,11 @@ def load_schedule(path: str | Path) -> Schedule | KeepRates:
 
     Raises:
         FileFormatError: If the file cannot be read or is neither; names the file.
+
+    Example:
+        >>> path = Schedule([0, 8, 0]).save("schedule.yaml")
+        >>> load_schedule(path).removed
+        (0, 8, 0)
     """
     document = read_document(path, (SCHEDULE_FORMAT, _FORMAT), _VERSION)
     return _read(KeepRates, document, path) if document["format"] == _FORMAT else _read(Schedule, document, path)

@@ -1,29 +1,92 @@
-"""The Python of the README runs as it stands."""
+"""The Python of the README runs as it stands, and does what the README says."""
 
 import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import pytest
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
 
-README = Path(__file__).parent.parent / "README.md"
+import lightning_prune as lp
+from helpers import ROOT
+from lightning_prune.callbacks import TokenPruning
+from lightning_prune.patching.overlay import is_overlaid
+
+README = ROOT / "README.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
+Names = dict[str, Any]
 
 
-def test_there_are_blocks():
-    assert len(BLOCKS) >= 3
+def validates(names: Names, tokens: list[int]) -> None:
+    metrics = names["trainer"].callback_metrics
+    figures = {"latency_ms", "dense_latency_ms", "speedup", "tokens", "removed"}
+    assert {f"pruning/{figure}" for figure in figures} <= metrics.keys()
+    assert metrics["pruning/tokens"] == 197 - metrics["pruning/removed"] == tokens[-1]
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.strip().splitlines()[-1][:40])
-def test_runs(block, tmp_path, monkeypatch):
+def patches(names: Names, tokens: list[int]) -> None:
+    assert tokens == [197 - 56]
+    assert names["logits"].shape == (1, 1000)
+    assert not names["handle"].active
+    assert not any(map(is_overlaid, names["model"].modules()))
+
+
+def keeps_rates(names: Names, tokens: list[int]) -> None:
+    assert tokens == [1 + 138, 1 + 140]
+
+
+def plans(names: Names, tokens: list[int]) -> None:
+    plan = names["plan"]
+    assert plan.profile is names["profile"]
+    assert lp.load_schedule("schedule.yaml").removed == plan.schedule.removed
+    assert plan.schedule.total == plan.removed == 197 - plan.tokens
+    assert Path("plan.png").read_bytes().startswith(b"\x89PNG")
+
+
+CHECKS: dict[str, Callable[[Names, list[int]], None]] = {
+    "trainer.validate(": validates,
+    "handle.remove()": patches,
+    "KeepRates": keeps_rates,
+    "lp.plan(": plans,
+}
+
+
+@pytest.fixture
+def tokens() -> Iterator[list[int]]:
+    """How many left the last of the blocks, in each forward pass."""
+    seen: list[int] = []
+
+    def record(module: nn.Module, args: Any, output: Tensor) -> None:
+        if isinstance(module, Block):
+            seen.append(output.shape[1])
+
+    hook = nn.modules.module.register_module_forward_hook(record)
+    yield seen
+    hook.remove()
+
+
+@pytest.mark.parametrize("call", CHECKS)
+def test_runs(call: str, tokens: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In an empty folder, on a few batches: a reader's own run only takes longer."""
+    (block,) = [block for block in BLOCKS if call in block]
     monkeypatch.chdir(tmp_path)
-    init = L.Trainer.__init__
+    few = {
+        L.Trainer: {"logger": False, "limit_val_batches": 2, "enable_progress_bar": False},
+        TokenPruning: {"max_seconds": 1, "calibration": 16},
+    }
+    for kind, defaults in few.items():
 
-    def few_batches(self, *args, **kwargs):
-        quiet = {"logger": False, "limit_val_batches": 2, "enable_progress_bar": False}
-        init(self, *args, **{**quiet, **kwargs})
+        def quick(self: Any, *args: Any, _init: Any = kind.__init__, _defaults: Any = defaults, **kwargs: Any) -> None:
+            _init(self, *args, **{**_defaults, **kwargs})
 
-    monkeypatch.setattr(L.Trainer, "__init__", few_batches)
-    block = block.replace("TokenPruning(", "TokenPruning(max_seconds=1, calibration=16, ").replace(", )", ")")
-    exec(compile(block, str(README), "exec"), {"__name__": "readme"})
+        monkeypatch.setattr(kind, "__init__", quick)
+    names: Names = {"__name__": "readme"}
+    exec(compile(block, str(README), "exec"), names)
+    CHECKS[call](names, tokens[11::12])
+
+
+def test_every_block_has_a_check() -> None:
+    assert [sum(call in block for call in CHECKS) for block in BLOCKS] == [1] * len(CHECKS)

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 import lightning_prune as lp
+from helpers.clock import TokenClock
 from helpers.data import noise_images
 from helpers.models import tiny_vit
 from lightning_prune.patching.overlay import is_overlaid
@@ -102,6 +103,33 @@ def test_measures_the_cut_that_is_deployed(monkeypatch):
     model.blocks[1].mlp.register_forward_pre_hook(lambda _, args: seen.add(args[0].shape[1]))
     profile = lp.profile_latency(model, IMAGES, block=1, counts=[5, 9, 12], max_seconds=0.2, progress=False)
     assert seen == {5, 9, 12, 17} == set(profile.tokens)
+
+
+def test_latency_is_what_the_clock_says():
+    """A millisecond for each token that leaves a block: three blocks of four after the cut, or the cut's own too."""
+    model = tiny_vit()
+    clock = TokenClock(model.blocks)
+    profile = lp.profile_latency(model, IMAGES, block=1, counts=[5, 9], max_seconds=5, progress=False, clock=clock)
+    assert profile.tokens == (5, 9, 17)
+    assert profile.milliseconds == pytest.approx((17 + 3 * 5, 17 + 3 * 9, 4 * 17))
+    assert profile.seconds == pytest.approx(clock.now)
+    schedule = lp.Schedule([0, 0, 6, 0])
+    timings = lp.compare_latency(
+        model, IMAGES, {"dense": None, "pomt": ("pomt", schedule)}, progress=False, clock=clock
+    )
+    assert timings["dense"].milliseconds == pytest.approx(4 * 17)
+    assert timings["pomt"].milliseconds == pytest.approx(2 * 17 + 2 * 11)
+    assert {timing.rounds for timing in timings.values()} == {31}
+
+
+def test_the_time_limit_is_on_the_clock():
+    """Dense takes 68 ms and the variant 56: warm-up and eight rounds are inside a second, the ninth is cut short."""
+    model = tiny_vit()
+    variants = {"dense": None, "pomt": ("pomt", lp.Schedule([0, 0, 6, 0]))}
+    timings = lp.compare_latency(
+        model, IMAGES, variants, max_seconds=1.0, progress=False, clock=TokenClock(model.blocks)
+    )
+    assert timings["pomt"].rounds == 7
 
 
 def test_paper_protocol_drops_random_tokens_before_block_0_at_every_count():

@@ -1,3 +1,4 @@
+import re
 from typing import Any
 
 import pytest
@@ -88,11 +89,32 @@ def test_with_neither_only_speed_is_told() -> None:
     assert "logs no val/top1. The speed-ups below say nothing of its price." in found.cautions[0]
 
 
-@pytest.mark.parametrize("column", ["top1_change", "top1_low", "top1_high", "top1", "speedup", "speedup_spread"])
-def test_any_figure_may_be_missing(column: str) -> None:
+@pytest.mark.parametrize(
+    ("column", "figure"),
+    [
+        ("top1_change", "2x pomt kept the most: 88.80% top-1, \u22124.30"),
+        ("top1_low", "\u22125.25"),
+        ("top1_high", "\u22123.35"),
+        ("top1", "88.80%"),
+        ("speedup", "0.90x"),
+        ("speedup_spread", None),  # no sentence about this comparison needs it
+    ],
+)
+def test_any_figure_may_be_missing(column: str, figure: str | None) -> None:
+    """What rests on it is left out, and what does not, for instance the target that is out of reach, stays."""
     document = comparison()
-    assert said(document | {"rows": [each | {column: None} for each in document["rows"]]})
-    assert said(document | {"rows": [each | {column: float("nan")} for each in document["rows"]]})
+    texts = [
+        said(document | {"rows": [each | {column: missing} for each in document["rows"]]})
+        for missing in (None, float("nan"))
+    ]
+    assert texts[0] == texts[1]
+    assert not re.search(r"\b(nan|None)\b", texts[0])
+    assert "1.62x" in texts[0]
+    if figure is None:
+        assert texts[0] == said(document)
+    else:
+        assert figure in said(document)
+        assert figure not in texts[0]
 
 
 def test_what_could_not_be_reached_may_be_told_in_part() -> None:
