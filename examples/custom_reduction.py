@@ -13,18 +13,18 @@ import timm
 import torch
 
 import lightning_prune as lp
-from lightning_prune.reduction import Reduced, Reduction, Sequence
+from lightning_prune.reduction import Reduction, ReductionOutput, TokenSequence
 from lightning_prune.reduction.functional import keep_best
 
 
 class Norm(Reduction):
     name = "norm"  # that of the entry point
 
-    def reduce(self, sequence: Sequence, remove: int) -> Reduced:
+    def reduce(self, sequence: TokenSequence, remove: int) -> ReductionOutput:
         scores = sequence.tokens[:, sequence.prefix_tokens :].norm(dim=-1)
         return keep_best(sequence.tokens, scores, remove, sequence.prefix_tokens)
 
-    def capacity(self, tokens: int, prefix_tokens: int) -> int:
+    def max_removed(self, tokens: int, prefix_tokens: int) -> int:
         return max(tokens - prefix_tokens - 1, 0)
 
 

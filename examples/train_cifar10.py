@@ -32,8 +32,8 @@ from torchvision.datasets import CIFAR10, ImageFolder
 from torchvision.transforms.functional import pil_to_tensor
 
 from lightning_prune import ImageClassifier
-from lightning_prune.files import replacing, write_document
-from lightning_prune.zoo import CIFAR_MODEL
+from lightning_prune._utils.files import atomic_write, write_document
+from lightning_prune.classification.demo_models import CIFAR_MODEL
 
 WEIGHTS = Path(__file__).parent / "weights" / f"{CIFAR_MODEL}.safetensors"
 BATCH, PAD, CLASSES = 64, 4, 10
@@ -223,9 +223,9 @@ class Cifar10Training(ImageClassifier):
         others = [p for p in learning if not (p.ndim > 1 and p.shape[0] > 1)]
         groups = [{"params": matrices, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
         optimizer = torch.optim.AdamW(groups, lr=self.rate, fused=True)
-        warm, steady, total = 200, round(STEADY * self.ends[-1]), self.ends[-1]
+        warm, drop_warmup, total = 200, round(STEADY * self.ends[-1]), self.ends[-1]
         rates = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: min((step + 1) / warm, 1.0, max(0.005, (total - step) / (total - steady)))
+            optimizer, lambda step: min((step + 1) / warm, 1.0, max(0.005, (total - step) / (total - drop_warmup)))
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": rates, "interval": "step"}}
 
@@ -277,7 +277,7 @@ def main() -> None:
     (found,) = run.validate(module, validation, verbose=False)
 
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(args.output) as temporary:
+    with atomic_write(args.output) as temporary:
         save_file({key: value.contiguous() for key, value in module.model.state_dict().items()}, temporary)
     about = {
         "model": CIFAR_MODEL, "held_out_top1": round(100 * found["val/top1"], 2),

@@ -29,9 +29,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_prune import DigitsData, ImageClassifier
-from lightning_prune.digits import ClutteredDigits, FreshPlacements
-from lightning_prune.files import replacing, write_document
-from lightning_prune.zoo import DIGITS_MODEL, DIGITS_WEIGHTS
+from lightning_prune._utils.files import atomic_write, write_document
+from lightning_prune.classification.demo_models import DIGITS_MODEL, DIGITS_WEIGHTS
+from lightning_prune.classification.digits import ClutteredDigits, EpochSampler
 
 PATCH, GRID, WINDOW = 4, 14, 8  # pixels per patch; patches per side of a canvas, and of a window
 EPOCHS, WINDOW_EPOCHS, STEADY_EPOCHS = 108, 80, 40
@@ -116,7 +116,7 @@ class DigitsTraining(ImageClassifier):
     def on_validation_epoch_end(self) -> None:
         super().on_validation_epoch_end()
         # Always the newest: choosing the best epoch by the held-out part would flatter the figure.
-        with replacing(self.output) as temporary:
+        with atomic_write(self.output) as temporary:
             save_file({key: value.contiguous() for key, value in self.averaged.module.state_dict().items()}, temporary)
 
     def configure_optimizers(self) -> Any:
@@ -125,12 +125,12 @@ class DigitsTraining(ImageClassifier):
         groups = [{"params": matrices, "weight_decay": DECAY}, {"params": others, "weight_decay": 0.0}]
         optimizer = torch.optim.AdamW(groups, lr=RATE, fused=True)
         per_epoch = int(self.trainer.estimated_stepping_batches) // self.epochs
-        steady, total = per_epoch * min(STEADY_EPOCHS, self.epochs), per_epoch * self.epochs
+        drop_warmup, total = per_epoch * min(STEADY_EPOCHS, self.epochs), per_epoch * self.epochs
 
         def rate(step: int) -> float:
             if step < WARMUP:
                 return (step + 1) / WARMUP
-            done = min(1.0, max(0, step - steady) / max(1, total - steady))
+            done = min(1.0, max(0, step - drop_warmup) / max(1, total - drop_warmup))
             return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done))
 
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
@@ -165,7 +165,7 @@ def main() -> None:
     L.seed_everything(0)
     started = time.monotonic()
     digits = LocatedDigits()
-    train = DataLoader(digits, batch_size=BATCH, sampler=FreshPlacements(len(digits)), drop_last=True)
+    train = DataLoader(digits, batch_size=BATCH, sampler=EpochSampler(len(digits)), drop_last=True)
     validation = DataLoader(ClutteredDigits("held_out"), batch_size=100)
     callbacks = [ModelCheckpoint(args.checkpoints, save_last=True)] if args.checkpoints else []
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}

@@ -10,39 +10,53 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOME = {
-    "AccuracyBudget": "planning.objective",
+    "AccuracyBudget": "planning.objectives",
     "ArgumentError": "errors",
     "DataError": "errors",
-    "DigitsData": "data",
+    "DigitsData": "classification.datamodules",
     "FileFormatError": "errors",
-    "ImageClassifier": "classifier",
-    "ImageFolderData": "data",
-    "KeepRates": "keep_rates",
-    "LatencyBudget": "planning.objective",
-    "LatencyProfile": "profiling.curve",
+    "ImageClassifier": "classification.image_classifier",
+    "ImageFolderData": "classification.datamodules",
+    "KeepRates": "schedule",
+    "LatencyBudget": "planning.objectives",
+    "LatencyProfile": "profiling.latency_profile",
     "PatchHandle": "patching",
-    "Plan": "planning.plan",
+    "Plan": "planning.results",
     "PruneError": "errors",
     "Schedule": "schedule",
     "ScheduleError": "errors",
     "TokenPruning": "callbacks",
     "UnsupportedModelError": "errors",
-    "Utility": "planning.objective",
-    "Vocabulary": "vocabulary",
+    "Utility": "planning.objectives",
+    "Vocabulary": "reduction.vocabulary",
     "WeightsError": "errors",
-    "compare_latency": "profiling.latency",
-    "learn_vocabulary": "vocabulary_learning",
-    "load_schedule": "keep_rates",
+    "compare_latency": "profiling.measurement",
+    "learn_vocabulary": "reduction.vocabulary",
+    "load_schedule": "schedule",
     "patch": "patching",
-    "plan": "planning.planner",
-    "profile_latency": "profiling.latency",
+    "plan": "planning.api",
+    "profile_latency": "profiling.measurement",
 }
-_ROOMS = ("callbacks", "metrics", "patching", "planning", "profiling", "quantization", "reduction", "report")
+_ROOMS = (
+    "callbacks",
+    "classification",
+    "comparison",
+    "metrics",
+    "patching",
+    "planning",
+    "profiling",
+    "quantization",
+    "reduction",
+    "report",
+    "runtimes",
+)
 
 __all__ = ["__version__", *sorted(_HOME), *_ROOMS]
 
 if TYPE_CHECKING:  # the same names for type checkers and editors, which cannot follow __getattr__
     from lightning_prune import callbacks as callbacks
+    from lightning_prune import classification as classification
+    from lightning_prune import comparison as comparison
     from lightning_prune import metrics as metrics
     from lightning_prune import patching as patching
     from lightning_prune import planning as planning
@@ -50,10 +64,11 @@ if TYPE_CHECKING:  # the same names for type checkers and editors, which cannot 
     from lightning_prune import quantization as quantization
     from lightning_prune import reduction as reduction
     from lightning_prune import report as report
+    from lightning_prune import runtimes as runtimes
     from lightning_prune.callbacks import TokenPruning as TokenPruning
-    from lightning_prune.classifier import ImageClassifier as ImageClassifier
-    from lightning_prune.data import DigitsData as DigitsData
-    from lightning_prune.data import ImageFolderData as ImageFolderData
+    from lightning_prune.classification.datamodules import DigitsData as DigitsData
+    from lightning_prune.classification.datamodules import ImageFolderData as ImageFolderData
+    from lightning_prune.classification.image_classifier import ImageClassifier as ImageClassifier
     from lightning_prune.errors import ArgumentError as ArgumentError
     from lightning_prune.errors import DataError as DataError
     from lightning_prune.errors import FileFormatError as FileFormatError
@@ -61,21 +76,21 @@ if TYPE_CHECKING:  # the same names for type checkers and editors, which cannot 
     from lightning_prune.errors import ScheduleError as ScheduleError
     from lightning_prune.errors import UnsupportedModelError as UnsupportedModelError
     from lightning_prune.errors import WeightsError as WeightsError
-    from lightning_prune.keep_rates import KeepRates as KeepRates
-    from lightning_prune.keep_rates import load_schedule as load_schedule
     from lightning_prune.patching import PatchHandle as PatchHandle
     from lightning_prune.patching import patch as patch
-    from lightning_prune.planning.objective import AccuracyBudget as AccuracyBudget
-    from lightning_prune.planning.objective import LatencyBudget as LatencyBudget
-    from lightning_prune.planning.objective import Utility as Utility
-    from lightning_prune.planning.plan import Plan as Plan
-    from lightning_prune.planning.planner import plan as plan
-    from lightning_prune.profiling.curve import LatencyProfile as LatencyProfile
-    from lightning_prune.profiling.latency import compare_latency as compare_latency
-    from lightning_prune.profiling.latency import profile_latency as profile_latency
+    from lightning_prune.planning.api import plan as plan
+    from lightning_prune.planning.objectives import AccuracyBudget as AccuracyBudget
+    from lightning_prune.planning.objectives import LatencyBudget as LatencyBudget
+    from lightning_prune.planning.objectives import Utility as Utility
+    from lightning_prune.planning.results import Plan as Plan
+    from lightning_prune.profiling.latency_profile import LatencyProfile as LatencyProfile
+    from lightning_prune.profiling.measurement import compare_latency as compare_latency
+    from lightning_prune.profiling.measurement import profile_latency as profile_latency
+    from lightning_prune.reduction.vocabulary import Vocabulary as Vocabulary
+    from lightning_prune.reduction.vocabulary import learn_vocabulary as learn_vocabulary
+    from lightning_prune.schedule import KeepRates as KeepRates
     from lightning_prune.schedule import Schedule as Schedule
-    from lightning_prune.vocabulary import Vocabulary as Vocabulary
-    from lightning_prune.vocabulary_learning import learn_vocabulary as learn_vocabulary
+    from lightning_prune.schedule import load_schedule as load_schedule
 
 
 def __getattr__(name: str) -> Any:

@@ -58,10 +58,10 @@ def main(args: list[str] | None = None) -> int:
         print(f"lightning-prune {__version__}")
         return 0
     if words[0] == "models":
-        from lightning_prune.report.models import models
+        from lightning_prune.cli.models_command import models
 
         return models(words[1:])
-    from lightning_prune.cli import run
+    from lightning_prune.cli.main import run
 
     return run(args)
 

@@ -1,10 +1,9 @@
-"""The package as a whole: what it exports, what importing it costs, and who may import whom."""
+"""The package as a whole: what it exports, what importing it costs, and what it is shipped with."""
 
 import ast
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,69 +17,6 @@ else:
 
 PACKAGE = Path(lightning_prune.__file__).parent
 ROOT = Path(__file__).parent.parent
-
-# The chain of CONTRIBUTING.md, left to right: a room imports rooms of a lower rank, and its own. `errors`, `files`,
-# `patches` and `progress` are tools for all.
-CHAIN = (
-    {"errors"},
-    {"device", "files", "patches", "progress"},
-    {"schedule", "vocabulary"},
-    {"keep_rates"},
-    {"reduction"},
-    {"patching"},
-    {"profiling"},
-    {"planning"},
-    {"callbacks"},
-    {"cli"},
-    {"__main__"},
-)
-RANK = {room: rank for rank, rooms in enumerate(CHAIN) for room in rooms}
-# Every other room stands apart: it may look at all of the chain but the command line, and the mechanism (up to
-# patching) may not look at it.
-
-
-def modules() -> dict[str, Path]:
-    """Dotted name inside the package -> file; the package itself is "__init__"."""
-    found = {}
-    for path in sorted(PACKAGE.rglob("*.py")):
-        parts = path.relative_to(PACKAGE).with_suffix("").parts
-        found[".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)] = path
-    return found
-
-
-def imported_rooms(name: str, path: Path) -> Iterator[tuple[str, int]]:
-    """The rooms of the package that a module imports, at any depth of its code, with the line."""
-    package = ("lightning_prune", *name.split("."))
-    if path.name != "__init__.py":
-        package = package[:-1]
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            targets = [alias.name.split(".") for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            base = list(package[: len(package) - node.level + 1]) if node.level else []
-            base += node.module.split(".") if node.module else []
-            targets = [[*base, alias.name] for alias in node.names]
-        else:
-            continue
-        for target in targets:
-            if target[0] != "lightning_prune":
-                continue
-            if len(target) == 1:
-                yield "__init__", node.lineno
-            elif target[1] != "__version__":
-                yield lightning_prune._HOME.get(target[1], target[1]).split(".")[0], node.lineno
-
-
-def may_import(importer: str, imported: str) -> bool:
-    if imported == "__init__":  # its lazy names would hide what is really imported
-        return False
-    if importer == imported:
-        return True
-    if importer not in RANK:
-        return RANK.get(imported, 0) < RANK["cli"]
-    if imported not in RANK:
-        return RANK[importer] > RANK["patching"]
-    return RANK[imported] < RANK[importer]
 
 
 @pytest.mark.parametrize("name", lightning_prune.__all__)
@@ -137,49 +73,6 @@ print(sorted(heavy & set(sys.modules)))
     command = [sys.executable, "-c", code, str(tmp_path / "schedule.yaml")]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == "[]"
-
-
-@pytest.mark.parametrize("name", [name for name in modules() if name != "__init__"])
-def test_imports_run_one_way(name: str) -> None:
-    room = name.split(".")[0]
-    wrong = [
-        f"line {line}: {other}" for other, line in imported_rooms(name, modules()[name]) if not may_import(room, other)
-    ]
-    assert not wrong, f"{name} imports against the direction schedule, reduction <- ... <- cli: {wrong}"
-
-
-@pytest.mark.parametrize(
-    ("importer", "imported", "allowed"),
-    [
-        ("reduction", "schedule", True),
-        ("reduction", "patching", False),
-        ("schedule", "reduction", False),
-        ("callbacks", "planning", True),
-        ("planning", "callbacks", False),
-        ("patching", "report", False),
-        ("callbacks", "report", True),
-        ("report", "profiling", True),
-        ("report", "cli", False),
-        ("report", "metrics", True),
-        ("report", "__init__", False),
-        ("callbacks", "cli", False),
-        ("__main__", "cli", True),
-        ("planning", "__init__", False),
-    ],
-)
-def test_the_rule_itself(importer: str, imported: str, allowed: bool) -> None:
-    assert may_import(importer, imported) is allowed
-
-
-def test_imported_rooms_are_recognised(tmp_path: Path) -> None:
-    module = tmp_path / "tap.py"
-    module.write_text(
-        "import torch\nimport lightning_prune.cli\nfrom lightning_prune import Plan, __version__\n"
-        "from .blocks import x\nfrom ..errors import y\nfrom .. import report\n"
-        "def f():\n    from ..planning.planner import plan\n"
-    )
-    rooms = [room for room, _ in imported_rooms("patching.tap", module)]
-    assert sorted(rooms) == ["cli", "errors", "patching", "planning", "planning", "report"]
 
 
 def test_callbacks_door_leads_to_the_package() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import lightning_prune as lp
 from helpers import ROOT
 from lightning_prune.callbacks import TokenPruning
-from lightning_prune.patching.overlay import is_overlaid
+from lightning_prune.patching.class_swap import is_patched_module
 
 README = ROOT / "README.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
@@ -31,7 +31,7 @@ def patches(names: Names, tokens: list[int]) -> None:
     assert tokens == [197 - 56]
     assert names["logits"].shape == (1, 1000)
     assert not names["handle"].active
-    assert not any(map(is_overlaid, names["model"].modules()))
+    assert not any(map(is_patched_module, names["model"].modules()))
 
 
 def keeps_rates(names: Names, tokens: list[int]) -> None:
@@ -75,7 +75,7 @@ def test_runs(call: str, tokens: list[int], tmp_path: Path, monkeypatch: pytest.
     monkeypatch.chdir(tmp_path)
     few = {
         L.Trainer: {"logger": False, "limit_val_batches": 2, "enable_progress_bar": False},
-        TokenPruning: {"max_seconds": 1, "calibration": 16},
+        TokenPruning: {"time_limit": 1, "calibration": 16},
     }
     for kind, defaults in few.items():
 

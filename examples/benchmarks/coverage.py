@@ -35,10 +35,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 import lightning_prune as lp
-from lightning_prune.catalog import isotropic_names, support_of
 from lightning_prune.patching import VisionTransformer, find_vision_transformer
-from lightning_prune.reduction import Random
-from lightning_prune.reduction.base import Sequence
+from lightning_prune.patching.models.support import isotropic_names, support_of
+from lightning_prune.reduction import RandomDrop
+from lightning_prune.reduction.base import TokenSequence
 
 DEPTH = 4
 COLUMNS = ("name", "model", "block", "attention", "positions", "prefix", "pooling", "reducible", "parity", "removal")
@@ -138,7 +138,11 @@ def masked(transformer: VisionTransformer, images: Tensor, removed: list[int], s
             hooks.append(block.register_forward_hook(lambda *_, mode=mode: mode.__exit__(None, None, None)))
         if removed[index]:
             tokens = left[None, :, None].float()
-            kept = Random(seed).reduce(Sequence(tokens, transformer.prefix_tokens, False), removed[index]).positions[0]
+            kept = (
+                RandomDrop(seed)
+                .reduce(TokenSequence(tokens, transformer.prefix_tokens, False), removed[index])
+                .positions[0]
+            )
             left = left[kept]
             dropped = torch.ones(counts[0], dtype=torch.bool)
             dropped[left] = False
@@ -180,7 +184,7 @@ def check(model: nn.Module, images: Tensor) -> dict[str, Any]:
     for removed in schedules(transformer):
         with masked(transformer, images, removed, seed=3):
             expected = model(images)
-        with lp.patch(model, Random(seed=3), removed):
+        with lp.patch(model, RandomDrop(seed=3), removed):
             worst = max(worst, relative_error(model(images), expected))
         if relative_error(before, expected) < 1e-6:
             raise AssertionError("removing tokens changes nothing, so the oracle proves nothing")
@@ -190,7 +194,7 @@ def check(model: nn.Module, images: Tensor) -> dict[str, Any]:
         pruned = model(images)
         alone = torch.cat([model(image[None]) for image in images])
         hook.remove()
-        halved = all(halves is not None for halves in handle._halves.values())
+        halved = all(attn_mlp_split is not None for attn_mlp_split in handle._halves.values())
     after = model.state_dict()
     with transformer_tokens(transformer) as entered:
         removal = torch.equal(model(images), before)

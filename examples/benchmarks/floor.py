@@ -24,8 +24,8 @@ from tables import Row, context_of, print_table, write_table
 from torch import Tensor, nn
 
 import lightning_prune as lp
-from lightning_prune.patching.blocks import PRE_NORM
-from lightning_prune.profiling import Interleaved
+from lightning_prune.patching.block_split import PRE_NORM
+from lightning_prune.profiling import InterleavedTimer
 
 FEWEST = 5  # rounds of the slowest case
 CASES = {  # name -> method, what each of 12 blocks removes, the ratio to stay below
@@ -80,13 +80,13 @@ def measure(model: nn.Module, images: Tensor, case: str, mode: str, args: argpar
 
     device = images.device
     with torch.inference_mode():
-        race = Interleaved(switch, run, device, reference="floor")
+        race = InterleavedTimer(switch, run, device, reference="floor")
         for variant in [] if mode == "eager" else [*forwards] * 2:  # first it is compiled, then a CUDA graph recorded
             switch(variant)
             run()
         race.measure(["pruned"], min(FEWEST, args.rounds))
         race.measure(["pruned"], args.rounds - FEWEST, time.perf_counter() + args.seconds)
-        over = Interleaved(switch, run, device, reference="dense")
+        over = InterleavedTimer(switch, run, device, reference="dense")
         over.measure(["pruned"], max(args.rounds // 3, 3), time.perf_counter() + args.seconds / 3)
     ratio, pruned = race.result("pruned"), over.result("pruned")
     return {

@@ -10,7 +10,7 @@ model, which needs no file from elsewhere.
 import argparse
 import sys
 
-from lightning_prune.cli import run
+from lightning_prune.cli.main import run
 
 METHODS = ["dense", "auto", "tome", "pomt-nearest", "pomt", "topk", "evit", "random"]
 

@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.table import Table
 
 import lightning_prune as lp
-from lightning_prune.patching.overlay import is_overlaid
-from lightning_prune.profiling import Interleaved, measurement_context
+from lightning_prune.patching.class_swap import is_patched_module
+from lightning_prune.profiling import InterleavedTimer, measurement_context
 
 RATIOS = (("patched_over_dense", "spread"), ("again_over_dense", "again_spread"))
 MODELS = ["deit_tiny_patch16_224", "deit_small_patch16_224", "vit_small_patch16_dinov3", "beit_base_patch16_224"]
@@ -28,7 +28,7 @@ def measure(name: str, batch_size: int, rounds: int, device: torch.device) -> di
     size = model.pretrained_cfg["input_size"]
     images = torch.randn(batch_size, *size, generator=torch.Generator().manual_seed(0)).to(device)
     handle = lp.patch(model, "pomt", [0] * len(model.blocks))
-    touched = sum(is_overlaid(module) for module in model.modules())
+    touched = sum(is_patched_module(module) for module in model.modules())
 
     def prepare(variant: str) -> None:
         if variant == "patched, R = 0":
@@ -37,7 +37,7 @@ def measure(name: str, batch_size: int, rounds: int, device: torch.device) -> di
             handle.remove()
 
     with torch.inference_mode():
-        race = Interleaved(prepare, lambda: model(images), device, reference="dense")
+        race = InterleavedTimer(prepare, lambda: model(images), device, reference="dense")
         race.measure(["dense", "patched, R = 0", "dense again"], rounds)
         context = measurement_context(model, images)
     patched, again = race.result("patched, R = 0"), race.result("dense again")

@@ -21,8 +21,8 @@ from sklearn.isotonic import isotonic_regression
 from tables import Row, context_of, print_table, write_table
 
 import lightning_prune as lp
-from lightning_prune.profiling import Interleaved, SimulatedClock, SimulatedDevice, Workload
-from lightning_prune.profiling.explore import explore, profile_builder
+from lightning_prune.profiling import InterleavedTimer, SimulatedClock, SimulatedDevice, Workload
+from lightning_prune.profiling.count_search import explore, profile_builder
 
 LOSSES = ((0.3, 2), (0.6, 3), (1.0, 4))  # accuracy lost with all tokens, and the power of the share that is removed
 DEPTH, BLOCK, N = 12, 3, 197
@@ -56,7 +56,7 @@ def simulated(seed: int) -> Row:
         return device.seconds(work, [N] * (BLOCK + 1) + [count] * (late - 1), [N] * BLOCK + [count] * late)
 
     clock, running = SimulatedClock(device), [N]
-    race = Interleaved[int](
+    race = InterleavedTimer[int](
         prepare=lambda count: running.__setitem__(0, count), run=lambda: clock.spend(seconds(running[0])),
         device=torch.device("cpu"), reference=N, clock=clock,
     )  # fmt: skip
@@ -82,7 +82,7 @@ def real(name: str, size: int | None, batch: int, device: str) -> tuple[Row, lp.
     quick = time.perf_counter() - start
     counts = range(profile.tokens[0], profile.dense_tokens)
     start = time.perf_counter()
-    every = lp.profile_latency(model, images, counts=counts, max_seconds=None)
+    every = lp.profile_latency(model, images, counts=counts, time_limit=None)
     slow = time.perf_counter() - start
     # One noisy count must not pass for the best: the truth is the rising curve that fits all of them best.
     truth = dict(zip(every.tokens, isotonic_regression(every.milliseconds).tolist(), strict=True))

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 import lightning_prune as lp
-from lightning_prune.device import device_name
+from lightning_prune._utils.device import device_name
 
 Row = dict[str, Any]
 

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 import lightning_prune as lp
-from lightning_prune.profiling import Interleaved, measurement_context
+from lightning_prune.profiling import InterleavedTimer, measurement_context
 from lightning_prune.reduction import VWTInter
-from lightning_prune.reduction.vwt_inter import group_by_word
-from lightning_prune.vocabulary_learning import WordLearner
+from lightning_prune.reduction.visual_words import group_by_word
+from lightning_prune.reduction.vocabulary import WordLearner
 
 
 def batches(dataset: Dataset[Any], size: int = 16, workers: int = 0) -> Iterator[Tensor]:
@@ -79,7 +79,7 @@ def throughput(
             model(batch)
 
     with torch.inference_mode():
-        race = Interleaved(prepare, run, torch.device("cpu"), reference="dense")
+        race = InterleavedTimer(prepare, run, torch.device("cpu"), reference="dense")
         race.measure(["dense", "words"], rounds)
         handle.remove()
         context = measurement_context(model, next(batches(some, size)))

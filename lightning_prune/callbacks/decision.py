@@ -1,21 +1,39 @@
-"""What a callback decided: the schedule that a run uses, and what it is known to cost."""
+"""The decision of a run: its schedule, and what it is known to cost."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import lightning as L
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
 from torch import Tensor, nn
 
-from lightning_prune.errors import ScheduleError
-from lightning_prune.keep_rates import KeepRates
-from lightning_prune.patching import VisionTransformer, check_schedule, find_vision_transformer
-from lightning_prune.patching.checks import check_depth
-from lightning_prune.planning import BlocksPlan, Plan
-from lightning_prune.profiling import compare_latency, measurement_context, reducing_block, spread_schedule
-from lightning_prune.profiling.latency import count_tokens, ready_to_run
-from lightning_prune.profiling.spreading import reduces_often
-from lightning_prune.reduction import Reduction
-from lightning_prune.schedule import Schedule
+from lightning_prune.callbacks.batches import Calibration, calibration_images
+from lightning_prune.errors import ArgumentError, ScheduleError
+from lightning_prune.patching import PatchHandle, VisionTransformer, check_schedule, find_vision_transformer
+from lightning_prune.patching.compatibility import check_depth
+from lightning_prune.planning import BlocksPlan, Objective, Plan, plan
+from lightning_prune.planning.api import PAPER_IMAGES, plan_blocks_for
+from lightning_prune.profiling import (
+    ProfileStore,
+    compare_latency,
+    measurement_context,
+    reducing_block,
+    spread_schedule,
+)
+from lightning_prune.profiling.allocation import is_multi_block
+from lightning_prune.profiling.cache import CachedProfile, get_or_profile
+from lightning_prune.profiling.measurement import count_tokens, ready_to_run
+from lightning_prune.profiling.model_variants import Variant
+from lightning_prune.reduction import RandomDrop, Reduction
+from lightning_prune.schedule import KeepRates, Schedule
+
+if TYPE_CHECKING:
+    from lightning_prune.callbacks.token_pruning import TokenPruning
+
 
 _TRAVELS = ("device", "batch_size", "precision", "image_shape")  # what a schedule's latency depends on most
 
@@ -156,7 +174,7 @@ def given_schedule(
     if isinstance(schedule, list):
         return Schedule(schedule)
     index, depth, prefix = reducing_block(reduction, block, transformer), transformer.depth, transformer.prefix_tokens
-    if not reduces_often(reduction):
+    if not is_multi_block(reduction):
         if isinstance(schedule, int):
             return Schedule.single(depth, index, schedule)
         return KeepRates.single(depth, index, schedule)
@@ -182,7 +200,7 @@ def measure_given(
     images: Tensor,
     reduction: Reduction,
     schedule: Schedule | KeepRates,
-    max_seconds: float,
+    time_limit: float,
     target: str | None,
     progress: bool,
 ) -> Decision:
@@ -205,7 +223,7 @@ def measure_given(
     variants: dict[str, tuple[str | Reduction, Schedule] | None] = {"dense": None}
     if counts.total:
         variants["pruned"] = (reduction, counts)
-    timings = compare_latency(model, images, variants, max_seconds=max_seconds, target=target, progress=progress)
+    timings = compare_latency(model, images, variants, time_limit=time_limit, target=target, progress=progress)
     pruned = timings.get("pruned", timings["dense"])  # nothing removed: the model is the dense one
     return Decision(
         schedule=counts,
@@ -237,3 +255,213 @@ def _differences(origin: Mapping[str, Any], reduction: Reduction, context: dict[
         for key, value in here.items()
         if key in origin and origin[key] != value
     )
+
+
+def decision_panel(decision: "Decision") -> Panel:
+    """Device, model, N, chosen R and block, predicted and measured latency, why, and how long it took."""
+    context = decision.context
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column()
+    threads = f", {context.get('threads', '?')} threads" if context.get("device_type") == "cpu" else ""
+    compiled = ", compiled" if context.get("compiled") else ""
+    parameters = f", {context['parameters'] / 1e6:.1f} M parameters" if "parameters" in context else ""
+    table.add_row("device", f"{context.get('device', '?')}{threads}")
+    table.add_row("model", f"{context.get('model', '?')}{parameters}{compiled}")
+    table.add_row("batch", f"{context.get('batch_size', '?')} images, {context.get('precision', '?')}")
+    removed = ", ".join(f"{remove} at block {block}" for block, remove in decision.schedule.reducing.items())
+    removed += " by keep rate" if removed and decision.keep_rates is not None else ""
+    table.add_row("tokens", f"{decision.dense_tokens} -> {decision.tokens}")
+    how_many = f"R = {decision.schedule.total} ({decision.method}: {removed})" if removed else "R = 0"
+    table.add_row("removed", f"as each image decides ({decision.method})" if decision.adaptive else how_many)
+    table.add_row("latency", _latency(decision))
+    table.add_row("because", decision.reason)
+    if decision.calibration:
+        table.add_row("judged by", decision.calibration)
+    if decision.reused:
+        table.add_row("profile", f"of {decision.reused}, kept; `refresh` measures it anew")
+    table.add_row("took", f"{decision.seconds:.0f} s")
+    return Panel(table, title="Token pruning", title_align="left", expand=False)
+
+
+def print_decision(decision: "Decision", console: Console | None = None) -> None:
+    """Prints the panel."""
+    (console or Console()).print(decision_panel(decision))
+
+
+def _latency(decision: "Decision") -> str:
+    dense = f"dense {decision.dense_ms:.2f} ms"
+    if not decision.prunes:
+        return dense
+    predicted = f" (predicted {decision.predicted_ms:.2f} ms)" if decision.predicted_ms is not None else ""
+    return f"{dense}, pruned {decision.latency_ms:.2f} ms{predicted}: {decision.speedup:.2f}x"
+
+
+def measure_adaptive(
+    model: nn.Module, images: Tensor, reduction: Reduction, time_limit: float, target: str | None, progress: bool
+) -> Decision:
+    """Times the model with an adaptive method beside the dense one, on one batch.
+
+    Args:
+        model: Contains the Vision Transformer, which is dense.
+        images: (B, channels, height, width).
+        reduction: The method.
+        time_limit: Time limit.
+        target: Dotted path of the transformer, where there are several.
+        progress: Shows a bar on a terminal.
+
+    Raises:
+        ArgumentError: If the method was made for another model.
+        UnsupportedModelError: If the model cannot do what the method needs.
+    """
+    transformer = find_vision_transformer(model, target)
+    with ready_to_run(transformer):
+        n = count_tokens(transformer, images)
+        left = _tokens_left(transformer, images, reduction)
+        context = measurement_context(transformer.runner, images)
+    variants = {"dense": None, "pruned": Variant(reduction)}
+    timings = compare_latency(model, images, variants, time_limit=time_limit, target=target, progress=progress)
+    dense, pruned = timings["dense"], timings["pruned"]
+    return Decision(
+        schedule=Schedule([0] * transformer.depth),
+        method=reduction.name,
+        dense_tokens=n,
+        tokens=left,
+        dense_ms=dense.milliseconds,
+        latency_ms=pruned.milliseconds,
+        speedup=1 / pruned.ratio,
+        predicted_ms=None,
+        reason=f"The images decide; the longest of this batch is left with {left} of {n} tokens.",
+        context=context,
+        adaptive=True,
+    )
+
+
+def _tokens_left(transformer: VisionTransformer, images: Tensor, reduction: Reduction) -> int:
+    """Tokens that leave the first block, those of the longest image; seen in a real forward pass."""
+    handle = PatchHandle(transformer, reduction)
+    seen: list[int] = []
+    block = transformer.blocks[transformer.first]
+    hook = block.register_forward_hook(lambda _, args, output: seen.append(output.shape[1]))
+    try:
+        transformer.root.forward(images)  # past a compiled graph, which would not see the hook
+    finally:
+        hook.remove()
+        handle.remove()
+    return seen[0]
+
+
+def profiled(
+    pruner: "TokenPruning", pl_module: L.LightningModule, images: Tensor, over_blocks: bool | None = None
+) -> CachedProfile:
+    """The latency profile that a pruner plans on; to be called under the trainer's precision.
+
+    Args:
+        pruner: Its settings count.
+        pl_module: The module, dense.
+        images: (B, channels, height, width) as the transformer receives them.
+        over_blocks: Whether it is to plan over blocks; as the pruner does if None.
+    """
+    store = None
+    if pruner.cache_dir is not None:
+        store = ProfileStore(None if pruner.cache_dir == "auto" else pruner.cache_dir)
+    # Over blocks, a curve serves all methods on which all tokens go before block 0.
+    searching = pruner.searches if over_blocks is None else over_blocks
+    return get_or_profile(
+        pl_module,
+        images,
+        store,
+        method=RandomDrop(site="input") if searching else pruner.reduction,
+        block=0 if searching else pruner.place,
+        protocol=pruner.protocol,
+        time_limit=None if pruner.protocol == "paper" else pruner.time_limit,
+        refresh=pruner.refresh,
+        target=pruner.target,
+        progress=pruner.verbose,
+    )
+
+
+def sample(pruner: "TokenPruning", trainer: L.Trainer, pl_module: L.LightningModule, batch: Any) -> Calibration:
+    """The calibration images that a pruner would use in the running loop.
+
+    Args:
+        pruner: Its settings count.
+        trainer: Whose loop it is.
+        pl_module: The module.
+        batch: The first of the loop.
+    """
+    loaders = trainer.val_dataloaders if trainer.validating else None
+    if loaders is None:
+        loaders = trainer.test_dataloaders if trainer.testing else trainer.predict_dataloaders
+    least = PAPER_IMAGES if pruner.protocol == "paper" else 0
+    extract = pruner.images_from_batch
+    return calibration_images(trainer, pl_module, loaders, pruner.calibration, batch, extract, pruner.seed, least)
+
+
+def warn_if_wrapped_by_compile(pl_module: L.LightningModule) -> None:
+    """Says that what is measured is not what will run, where the LightningModule itself is compiled."""
+    if getattr(pl_module, "_compiler_ctx", None) is not None:
+        rank_zero_warn(
+            "The whole LightningModule is compiled, but latency is measured on its Vision Transformer alone, which is "
+            "not. Compile the transformer instead, as in `module.vit.compile()` or `ImageClassifier(compile=True)`."
+        )
+
+
+def check_labels(pruner: "TokenPruning", calibration: Calibration) -> None:
+    """Raises ArgumentError where the paper's protocol has no labels; said before hours of profiling."""
+    if pruner.protocol == "paper" and calibration.labels is None:
+        raise ArgumentError("protocol='paper' needs labels, and the calibration batches hold none.")
+
+
+def planned(
+    pruner: "TokenPruning",
+    pl_module: L.LightningModule,
+    images: Tensor,
+    calibration: Calibration,
+    found: CachedProfile | None = None,
+) -> Decision:
+    """What a pruner decides on these images, judged by those of the calibration; see `planned_for`."""
+    (decision,) = planned_for(pruner, pl_module, images, calibration, [pruner.objective], found)
+    return decision
+
+
+def planned_for(
+    pruner: "TokenPruning",
+    pl_module: L.LightningModule,
+    images: Tensor,
+    calibration: Calibration,
+    objectives: Sequence[Objective],
+    found: CachedProfile | None = None,
+    **more: Any,
+) -> list[Decision]:
+    """What a pruner would decide by each of several objectives, measured once for all of them where that can be.
+
+    Args:
+        pruner: Its settings count.
+        pl_module: The module, dense.
+        images: (B, channels, height, width) as the transformer receives them.
+        calibration: Images, and labels where the protocol needs them.
+        objectives: In any order.
+        found: The latency profile; as `profiled` finds it if None.
+        **more: For `lightning_prune.plan`, where one block reduces.
+
+    Raises:
+        ArgumentError: As `check_labels`, and as `lightning_prune.plan`.
+    """
+    check_labels(pruner, calibration)
+    found = profiled(pruner, pl_module, images) if found is None else found
+    shared: dict[str, Any] = {
+        "profile": found.profile,
+        "example_inputs": images,
+        "time_limit": pruner.time_limit,
+        "target": pruner.target,
+        "progress": pruner.verbose,
+    }
+    plans: Sequence[Plan]
+    if pruner.searches:
+        plans = plan_blocks_for(pl_module, calibration.images, objectives, methods=pruner.methods, **shared)
+    else:
+        shared |= {"method": pruner.reduction, "block": pruner.place, "protocol": pruner.protocol}
+        shared["labels"] = calibration.labels if pruner.protocol == "paper" else None
+        plans = [plan(pl_module, calibration.images, objective=each, **shared, **more) for each in objectives]
+    return [Decision.from_plan(made, calibration.source, found.reused) for made in plans]

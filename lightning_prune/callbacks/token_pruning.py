@@ -1,5 +1,6 @@
-"""The callback that profiles, plans and patches: one line in an existing validation loop."""
+"""Keeping a patch out of checkpoints that are written while it lasts."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,34 +10,63 @@ from weakref import ReferenceType, ref
 
 import lightning as L
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from lightning_prune.callbacks.adaptive import measure_adaptive
-from lightning_prune.callbacks.arguments import check_arguments, check_together, readable_schedule
-from lightning_prune.callbacks.attached import attached_callbacks
-from lightning_prune.callbacks.checkpoints import make_dense
-from lightning_prune.callbacks.compilation import Compilation
-from lightning_prune.callbacks.decision import Decision, given_schedule, measure_given
-from lightning_prune.callbacks.form import Form, form_of
-from lightning_prune.callbacks.images import images_from_batch
-from lightning_prune.callbacks.planned import planned, sample, warn_if_wrapped_by_compile
-from lightning_prune.callbacks.random_state import preserving_random_state
-from lightning_prune.callbacks.refreshing import Refreshing
-from lightning_prune.callbacks.stages import EvaluationCallback
-from lightning_prune.callbacks.together import decided_by_rank_zero, refuse_sharded
-from lightning_prune.callbacks.wishes import MethodWishes
-from lightning_prune.compiling import Mode, read_mode
+from lightning_prune._utils.device import preserve_random_state
+from lightning_prune.callbacks.batches import BatchShape, batch_shape, images_from_batch
+from lightning_prune.callbacks.compiled_run import Compilation
+from lightning_prune.callbacks.config import (
+    MethodChoice,
+    Refreshing,
+    check_arguments,
+    check_together,
+    readable_schedule,
+)
+from lightning_prune.callbacks.decision import (
+    Decision,
+    given_schedule,
+    measure_adaptive,
+    measure_given,
+    planned,
+    sample,
+    warn_if_wrapped_by_compile,
+)
+from lightning_prune.callbacks.distributed import decided_by_rank_zero, refuse_sharded
+from lightning_prune.callbacks.hooks import EvaluationCallback, trainer_callbacks
 from lightning_prune.errors import ArgumentError, UnsupportedModelError
-from lightning_prune.keep_rates import KeepRates
-from lightning_prune.patching import PatchHandle, VisionTransformer, find_vision_transformer, patch
+from lightning_prune.patching import PatchHandle, VisionTransformer, find_vision_transformer, patch, unpatch
+from lightning_prune.patching.class_swap import is_patched_module
 from lightning_prune.planning import Objective, Utility
 from lightning_prune.profiling import measurement_context
-from lightning_prune.profiling.latency import Protocol, check_dense
+from lightning_prune.profiling.measurement import Protocol, check_dense
 from lightning_prune.reduction import Reduction, resolve
-from lightning_prune.schedule import Schedule
+from lightning_prune.runtimes.compilation import Mode, parse_compile_mode
+from lightning_prune.schedule import KeepRates, Schedule
 
 
-class TokenPruning(MethodWishes, Refreshing, EvaluationCallback):
+def make_dense(checkpoint: dict[str, Any]) -> None:
+    """Puts unpatched copies in the place of patched modules among the hyperparameters of a checkpoint.
+
+    Weights have no patch on them, but a module that was passed to a LightningModule may be one of its hyperparameters,
+    and is pickled as it is.
+
+    Args:
+        checkpoint: As Lightning hands it to `on_save_checkpoint`; changed in place.
+    """
+    for key in ("hyper_parameters", "datamodule_hyper_parameters"):
+        for name, value in dict(checkpoint.get(key, {})).items():
+            if any(map(_patched, tree_leaves(value))):
+                checkpoint[key][name] = dense = copy.deepcopy(value)
+                for leaf in filter(_patched, tree_leaves(dense)):
+                    unpatch(leaf)
+
+
+def _patched(value: Any) -> bool:
+    return isinstance(value, nn.Module) and any(is_patched_module(module) for module in value.modules())
+
+
+class TokenPruning(MethodChoice, Refreshing, EvaluationCallback):
     """Makes the Vision Transformer of a LightningModule faster on the trainer's device while it is evaluated.
 
     On the first batch of `trainer.validate`, `test` or `predict` it measures the model's latency against its token
@@ -72,7 +102,7 @@ class TokenPruning(MethodWishes, Refreshing, EvaluationCallback):
         images_from_batch: A function from a batch to its images, where a batch is not a tensor, a sequence that
             begins with one, or a mapping with `image`, `images`, `pixel_values` or `inputs`. Return what the ViT
             receives: where the module resizes or normalises in its step, do so here too.
-        max_seconds: Time limit of latency profiling, and again of the accuracy estimate, which runs the dense model
+        time_limit: Time limit of latency profiling, and again of the accuracy estimate, which runs the dense model
             and four counts over the calibration images all the same.
         target: Dotted path of the transformer in the LightningModule, where there are several.
         enabled: False leaves every run dense; can be changed between runs.
@@ -82,7 +112,7 @@ class TokenPruning(MethodWishes, Refreshing, EvaluationCallback):
         refresh: Measures latency anew even where a profile is kept; set between runs, it makes the next decide anew.
         compile: Runs the transformer through `torch.compile` while a run lasts, dense or pruned, and profiles and plans
             it so: True, a mode (`"reduce-overhead"` for CUDA graphs), or `"blocks"`, block by block, in a fraction of
-            the time. A token count is compiled for seconds: raise `max_seconds`. Short last batches run eagerly.
+            the time. A token count is compiled for seconds: raise `time_limit`. Short last batches run eagerly.
         seed: Of the calibration sample.
         verbose: Prints a panel with what was decided, and progress on a terminal.
 
@@ -111,7 +141,7 @@ class TokenPruning(MethodWishes, Refreshing, EvaluationCallback):
         alpha: float = 0.5,
         calibration: Any = 512,
         images_from_batch: Callable[[Any], Tensor] | None = None,
-        max_seconds: float = 30.0,
+        time_limit: float = 30.0,
         target: str | None = None,
         enabled: bool = True,
         protocol: Protocol = "deployed",
@@ -126,7 +156,7 @@ class TokenPruning(MethodWishes, Refreshing, EvaluationCallback):
             objective=objective,
             block=block,
             calibration=calibration,
-            max_seconds=max_seconds,
+            time_limit=time_limit,
             target=target,
             protocol=protocol,
             cache_dir=cache_dir,
@@ -142,7 +172,7 @@ class TokenPruning(MethodWishes, Refreshing, EvaluationCallback):
         check_together(self._reduction, block, schedule, objective, alpha, protocol)
         self.calibration = calibration
         self.images_from_batch = images_from_batch
-        self.max_seconds = max_seconds
+        self.time_limit = time_limit
         self.target = target
         self.enabled = enabled
         self.protocol = protocol
@@ -151,10 +181,12 @@ class TokenPruning(MethodWishes, Refreshing, EvaluationCallback):
         self.seed = seed
         self.verbose = verbose
         self.decision: Decision | None = None
-        self.compilation = Compilation(read_mode(compile))
+        self.compilation = Compilation(parse_compile_mode(compile))
         self._made_with: tuple[Any, ...] | None = None
         self._handle: PatchHandle | None = None
-        self._form: Form | None = None  # of the first batch of the running loop; None where unknown, or told before
+        self._form: BatchShape | None = (
+            None  # of the first batch of the running loop; None where unknown, or told before
+        )
         self._running: ReferenceType[L.Trainer] | None = None  # whose run is pruned
         self._met_batch = False
 
@@ -165,7 +197,7 @@ class TokenPruning(MethodWishes, Refreshing, EvaluationCallback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuses a second pruner: which of two patches is in force would depend on their order."""
-        callbacks = attached_callbacks(trainer)
+        callbacks = trainer_callbacks(trainer)
         pruners = [callback for callback in callbacks if isinstance(callback, TokenPruning)]
         if len(pruners) > 1:
             raise ArgumentError(f"A Trainer can have one TokenPruning callback, got {len(pruners)}.")
@@ -221,7 +253,7 @@ class TokenPruning(MethodWishes, Refreshing, EvaluationCallback):
         self._met_batch = True
         refuse_sharded(trainer)
         self.decision = decided_by_rank_zero(trainer, lambda: self._decide(trainer, pl_module, batch))
-        self._form, self._running = form_of(batch, self.images_from_batch), ref(trainer)
+        self._form, self._running = batch_shape(batch, self.images_from_batch), ref(trainer)
         if self.decision.prunes:
             schedule = self.decision.deployable(find_vision_transformer(pl_module, self.target))
             reduction = self.decision.reduction or self.reduction
@@ -229,7 +261,7 @@ class TokenPruning(MethodWishes, Refreshing, EvaluationCallback):
 
     def _decide(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any) -> Decision:
         start = perf_counter()
-        with preserving_random_state(), trainer.precision_plugin.forward_context():
+        with preserve_random_state(), trainer.precision_plugin.forward_context():
             images = images_from_batch(batch, self.images_from_batch)
             transformer = find_vision_transformer(pl_module, self.target)
             check_dense(transformer)  # also where nothing is measured: the patch of the user would be replaced
@@ -238,14 +270,14 @@ class TokenPruning(MethodWishes, Refreshing, EvaluationCallback):
                 return self.decision
             warn_if_wrapped_by_compile(pl_module)
             if self._reduction is not None and self._reduction.adaptive:
-                limit = self.max_seconds / 3
+                limit = self.time_limit / 3
                 decision = measure_adaptive(pl_module, images, self._reduction, limit, self.target, self.verbose)
             elif self.schedule == "auto":
                 calibration = sample(self, trainer, pl_module, batch)
                 decision = planned(self, pl_module, images, calibration)
             else:
                 schedule = given_schedule(self.schedule, self.place, transformer, self.reduction, images)
-                limit = self.max_seconds / 3
+                limit = self.time_limit / 3
                 decision = measure_given(
                     pl_module, images, self.reduction, schedule, limit, self.target, progress=self.verbose
                 )
@@ -264,7 +296,7 @@ class TokenPruning(MethodWishes, Refreshing, EvaluationCallback):
         return (ref(transformer.root), context, *wishes)
 
     def _check_form(self, batch: Any, batch_idx: int) -> None:
-        form = form_of(batch, self.images_from_batch) if self._form else None
+        form = batch_shape(batch, self.images_from_batch) if self._form else None
         difference = self._form.difference(form) if self._form and form else None
         if difference is not None:
             rank_zero_warn(
@@ -279,7 +311,7 @@ class TokenPruning(MethodWishes, Refreshing, EvaluationCallback):
         for difference in decision.differences:
             rank_zero_warn(f"The schedule was made elsewhere: {difference}.")
         if self.verbose:
-            from lightning_prune.report.panel import print_decision
+            from lightning_prune.callbacks.decision import print_decision
 
             print_decision(decision)
 

@@ -19,7 +19,7 @@ class Throughput(Metric):
     """Images per second: the sum of the images over the sum of the seconds, never a mean of rates.
 
     Ranks work at the same time, so over several processes the images add up and the slowest rank's seconds count. It
-    measures what it is given: `lightning_prune.metrics.steady` leaves out warm-up and batches of odd size.
+    measures what it is given: `lightning_prune.metrics.drop_warmup` leaves out warm-up and batches of odd size.
 
     Args:
         **kwargs: As for any `torchmetrics.Metric`.

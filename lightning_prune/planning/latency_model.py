@@ -1,19 +1,22 @@
-"""Latency of any schedule, from one curve and the price of a reduction."""
+"""Latency of a schedule, predicted from a latency profile and the overhead of each reducing block."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from math import sqrt
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_prune.profiling import LatencyProfile
+from lightning_prune.planning.speedup_targets import ratio_stderr
+from lightning_prune.profiling import LatencyProfile, LatencyStats
+from lightning_prune.reduction import Reduction
 from lightning_prune.schedule import Schedule
 
 Levels = NDArray[np.int64]
 
 
-class Price(NamedTuple):
+class ReductionOverhead(NamedTuple):
     """What a method costs besides the tokens, in milliseconds of a batch.
 
     Attributes:
@@ -27,7 +30,7 @@ class Price(NamedTuple):
     after: float = 0.0
 
 
-FREE = Price()
+FREE = ReductionOverhead()
 
 
 @dataclass(frozen=True)
@@ -59,16 +62,20 @@ class LatencyModel:
     dense_ms: float
     depth: int
     attention: float
-    price: Price = FREE
+    price: ReductionOverhead = FREE
 
     @classmethod
     def from_profile(
-        cls, profile: LatencyProfile, attention: float, levels: Sequence[int] | None = None, price: Price = FREE
+        cls,
+        profile: LatencyProfile,
+        attention: float,
+        levels: Sequence[int] | None = None,
+        price: ReductionOverhead = FREE,
     ) -> "LatencyModel":
         """From a curve on which all tokens go before block 0, so that every block runs on the count.
 
         Args:
-            profile: Of such a reduction, as `Random(site="input")`.
+            profile: Of such a reduction, as `RandomDrop(site="input")`.
             attention: Share of a block's time that lies before its reduction.
             levels: Counts to keep; all if None.
             price: Of the method that is planned for.
@@ -107,3 +114,64 @@ class LatencyModel:
         added = added + (self.price.reducing + self.price.tokens * share) * (places[None, :] < places[:, None])
         added = added + self.price.after * (places[:, None] < len(places) - 1)
         return np.where(places[None, :] <= places[:, None], added, np.inf)
+
+
+_SUREST = 0.003  # of dense: the model is no better than that, however well a schedule was timed
+_ONE_ROUND = 0.03  # of dense: few rounds may agree by chance, and one has no spread at all
+
+
+def probe_schedules(
+    reduction: Reduction, tokens: int, prefix_tokens: int, depth: int, first: int
+) -> dict[str, Schedule]:
+    """Schedules that tell the prices apart: one block early, one late, four, and three of which two find few tokens.
+
+    Args:
+        reduction: The method.
+        tokens: N.
+        prefix_tokens: P.
+        depth: Blocks.
+        first: The first block that can reduce.
+    """
+    middle = (first + depth) // 2
+    wanted: dict[str, list[tuple[int, int]]] = {  # block, tokens that it is to remove
+        "early": [(first, tokens // 2)],
+        "late": [(max(depth - 2, first), tokens // 3)],
+        "four": [(block, tokens // 12) for block in np.linspace(first, depth - 1, 4).astype(int).tolist()],
+        "few": [(first, tokens * 2 // 3), (middle, tokens // 12), (depth - 1, tokens // 12)],
+    }
+    found: dict[str, Schedule] = {}
+    for name, cuts in wanted.items():
+        removed, left = [0] * depth, tokens
+        for block, cut in dict(cuts).items():
+            removed[block] = min(max(cut, 1), reduction.max_removed(left, prefix_tokens))
+            left -= removed[block]
+        found[name] = Schedule(removed)
+    return found
+
+
+def fit_overhead(model: LatencyModel, timed: Iterable[tuple[Schedule, LatencyStats]]) -> ReductionOverhead:
+    """The prices, none below 0, that explain best by how much schedules are slower than their tokens alone would be.
+
+    Args:
+        model: Of the tokens alone.
+        timed: Schedules with their timings, of which the ratio to dense counts; the surer ones weigh more.
+    """
+    from sklearn.linear_model import LinearRegression  # takes a second to import
+
+    rows: list[Sequence[float]] = []
+    lacking: list[float] = []
+    weights: list[float] = []
+    n = int(model.levels[-1])
+    for schedule, timing in timed:
+        reducing = schedule.reducing
+        if not reducing:
+            continue
+        entering = (n, *schedule.tokens(n))
+        share = sum(entering[block] for block in reducing) / n
+        rows.append((len(reducing), share, model.depth - 1 - min(reducing)))
+        lacking.append(timing.ratio * model.dense_ms - model.predict(schedule))
+        weights.append(1 / max(ratio_stderr(timing), _SUREST, _ONE_ROUND / sqrt(timing.rounds)) ** 2)
+    if not rows:
+        return ReductionOverhead()
+    fitted = LinearRegression(fit_intercept=False, positive=True).fit(rows, lacking, sample_weight=weights)
+    return ReductionOverhead(*map(float, fitted.coef_))

@@ -1,20 +1,143 @@
-"""How much each block minds a reduction: KL divergence from the dense outputs, block by block, count by count."""
+"""Sensitivity of each block: KL divergence from the dense outputs when only that block prunes."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from numpy.typing import NDArray
+from torch import Tensor, nn
 
-from lightning_prune.compiling import eagerly
+from lightning_prune._utils.progress import OnStep
 from lightning_prune.errors import DataError
 from lightning_prune.patching import PatchHandle, VisionTransformer
-from lightning_prune.planning.replay import recorded, replayed
-from lightning_prune.planning.step_costs import Table, step_costs
-from lightning_prune.progress import Ticker
 from lightning_prune.reduction import Reduction
+from lightning_prune.runtimes.compilation import force_eager
 from lightning_prune.schedule import Schedule
+
+Table = NDArray[np.float64]
+
+_STEEPEST = 2.0  # power of the removed tokens by which the divergence may go on beyond the measured counts
+_NOTHING = 1e-9  # nats: less is taken for this, since logarithms are interpolated
+
+
+def step_costs(counts: Sequence[int], divergence: Table, levels: Sequence[int]) -> Table:
+    """(levels, levels) nats that a block loses by going from one count (rows) to another (columns); 0 where none goes.
+
+    Only steps from N were measured. From fewer tokens there are two estimates: a step costs what its two counts differ
+    by when they are reached from N, or what the same share of N costs, and more the fewer tokens stand for the image.
+    The first is too high for methods whose reach is a share (ToMe at its capacity merges tokens that are not alike,
+    whatever their number), the second too low for those that drop ever better tokens. Their geometric mean orders
+    random schedules best of what was tried.
+
+    Args:
+        counts: Measured, ascending, N last.
+        divergence: (counts,) of each from N; 0 at N.
+        levels: Token counts, ascending, N last.
+
+    Example:
+        >>> import numpy as np
+        >>> from lightning_prune.planning.sensitivity import step_costs
+        >>> step_costs([50, 100], np.array([0.4, 0.0]), [25, 50, 100])[2].round(2).tolist()
+        [0.6, 0.4, 0.0]
+    """
+    places = np.array(levels, dtype=float)
+    n = places[-1]
+    alone = divergence_at(counts, divergence, places)
+    difference = np.maximum(alone[None, :] - alone[:, None], 0.0)
+    entering, leaving = places[:, None], np.minimum(places[None, :], places[:, None])
+    share = divergence_at(counts, divergence, n * leaving / entering) * n / entering
+    return np.sqrt(difference * share)
+
+
+def divergence_at(counts: Sequence[int], divergence: Table, wanted: Table) -> Table:
+    """The divergence at other counts than the measured ones; it never falls when more tokens go.
+
+    Between measured counts its logarithm is straight. Of fewer tokens than were ever removed it is proportional to
+    their number; of more it follows the power of that number that the last two counts do, at most the square.
+
+    Args:
+        counts: Measured, ascending, N last; at least one besides N.
+        divergence: (counts,) of each; 0 at N.
+        wanted: Any shape, counts up to N.
+    """
+    removed = counts[-1] - np.array(counts[:-1], dtype=float)[::-1]  # ascending, without dense
+    logs = np.log(np.maximum(np.maximum.accumulate(divergence[:-1][::-1]), _NOTHING))
+    gone = np.maximum(counts[-1] - wanted, 0.0)
+    small = np.exp(logs[0]) * gone / removed[0]
+    power = (logs[-1] - logs[-2]) / np.log(removed[-1] / removed[-2]) if len(logs) > 1 else 1.0
+    large = np.exp(logs[-1]) * (np.maximum(gone, removed[-1]) / removed[-1]) ** min(power, _STEEPEST)
+    inside = np.exp(np.interp(gone, removed, logs))
+    return np.where(gone < removed[0], small, np.where(gone > removed[-1], large, inside))
+
+
+Forward = Callable[..., Any]
+
+
+@contextmanager
+def recorded(blocks: Sequence[nn.Module]) -> Iterator[list[Any]]:
+    """What the `forward` of each block returns in a pass, before any hook of a user sees it.
+
+    Args:
+        blocks: Whose outputs are wanted.
+
+    Yields:
+        One output a block, each a copy: a later block may work on its input in place.
+    """
+    passed: list[Any] = [None] * len(blocks)
+
+    def recording(index: int, forward: Forward) -> Forward:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            output = forward(*args, **kwargs)
+            passed[index] = _copied(output)
+            return output
+
+        return run
+
+    with _instead(blocks, [recording(index, block.forward) for index, block in enumerate(blocks)]):
+        yield passed
+
+
+@contextmanager
+def replayed(blocks: Sequence[nn.Module], passed: Sequence[Any]) -> Iterator[None]:
+    """Passes in which blocks return what they returned before, without computing it; their hooks run as ever.
+
+    Args:
+        blocks: Those that are skipped.
+        passed: As `recorded` yields them; left as they are by whatever works on them in place.
+    """
+    with _instead(blocks, [lambda *_, _kept=kept, **__: _copied(_kept) for kept in passed[: len(blocks)]]):
+        yield
+
+
+@contextmanager
+def _instead(blocks: Sequence[nn.Module], forwards: Sequence[Forward]) -> Iterator[None]:
+    """Other functions in place of the blocks' own `forward`, which may be one that the user has put there."""
+    own = [vars(block).get("forward") for block in blocks]
+    for block, forward in zip(blocks, forwards, strict=True):
+        vars(block)["forward"] = forward
+    try:
+        yield
+    finally:
+        for block, before in zip(blocks, own, strict=True):
+            vars(block).pop("forward", None)
+            if before is not None:
+                vars(block)["forward"] = before
+
+
+def _copied(output: Any) -> Any:
+    """The same with tensors of its own, whatever containers of the usual kinds they are in."""
+    if isinstance(output, Tensor):
+        return output.clone()
+    if isinstance(output, tuple) and hasattr(output, "_fields"):
+        return type(output)(*map(_copied, output))
+    if isinstance(output, tuple | list):
+        return type(output)(map(_copied, output))
+    if isinstance(output, dict):
+        return type(output)({key: _copied(value) for key, value in output.items()})
+    return output
 
 
 class Sensitivity:
@@ -58,7 +181,7 @@ class Sensitivity:
         tokens: int,
     ) -> None:
         self._transformer, self._reduction, self._n = transformer, reduction, tokens
-        least = tokens - reduction.capacity(tokens, transformer.prefix_tokens)
+        least = tokens - reduction.max_removed(tokens, transformer.prefix_tokens)
         self.blocks = sorted(blocks)
         self.counts = sorted({count for count in counts if least <= count < tokens} | {tokens})
         self.images = 0
@@ -69,7 +192,7 @@ class Sensitivity:
         """(blocks, counts) mean KL divergence; the last column, dense, is 0."""
         return self._sum / max(self.images, 1)
 
-    def add(self, images: Tensor, tick: Ticker = lambda: None) -> None:
+    def add(self, images: Tensor, tick: OnStep = lambda: None) -> None:
         """Measures a batch.
 
         Args:
@@ -80,7 +203,7 @@ class Sensitivity:
             DataError: If the outputs are not finite.
         """
         root, family = self._transformer.root, self._transformer.family
-        with torch.no_grad(), eagerly():  # also where the model is compiled: each count runs a few times only
+        with torch.no_grad(), force_eager():  # also where the model is compiled: each count runs a few times only
             with recorded(self._transformer.blocks) as passed:
                 dense = family.output(root.forward(images)).cpu().double()
             tick()
@@ -101,18 +224,18 @@ class Sensitivity:
         self._sum += found
         self.images += len(images)
 
-    def costs(self, levels: Sequence[int], depth: int, capacity: Callable[[int], int]) -> Table:
+    def costs(self, levels: Sequence[int], depth: int, max_removed: Callable[[int], int]) -> Table:
         """(depth, levels, levels) what going from one count to another costs at each block, for the programme.
 
-        See `lightning_prune.planning.step_costs`. Costs add up over the blocks.
+        See `lightning_prune.planning.sensitivity`. Costs add up over the blocks.
 
         Args:
             levels: Token counts, ascending, N last.
             depth: Blocks; those that were not measured never reduce.
-            capacity: The most tokens that the method can remove of so many.
+            max_removed: The most tokens that the method can remove of so many.
         """
         removed = np.array(levels)[:, None] - np.array(levels)[None, :]  # entering down the rows, leaving along columns
-        room = np.array([capacity(int(count)) for count in levels])
+        room = np.array([max_removed(int(count)) for count in levels])
         stay = np.where(removed == 0, 0.0, np.inf)  # where nothing is removed nothing is lost
         found = np.repeat(stay[None], depth, axis=0)
         if len(self.counts) == 1:  # the method can remove nothing here

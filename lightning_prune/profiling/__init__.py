@@ -1,29 +1,27 @@
 """What tokens cost, and what they are worth, on this device: latency profiles and accuracy proxies."""
 
-from lightning_prune.profiling.accuracy import Proxy, soft_agreement
-from lightning_prune.profiling.context import measurement_context
-from lightning_prune.profiling.curve import LatencyProfile, Span
-from lightning_prune.profiling.dependencies import profile_dependencies
-from lightning_prune.profiling.energy import EnergyReading, Unavailable, find_counter, measure_energy
-from lightning_prune.profiling.latency import compare_latency, profile_latency
-from lightning_prune.profiling.simulated import SimulatedClock, SimulatedDevice, Workload
-from lightning_prune.profiling.simulating import simulate_latency
-from lightning_prune.profiling.spreading import reducing_block, resolve_block, spread_schedule
-from lightning_prune.profiling.store import ProfileStore
-from lightning_prune.profiling.timing import Interleaved, Timing
-from lightning_prune.profiling.variant import DENSE, Variant, VariantSwitch
+from lightning_prune.profiling.accuracy_proxy import Proxy, soft_agreement
+from lightning_prune.profiling.allocation import reducing_block, resolve_block, spread_schedule
+from lightning_prune.profiling.cache import ProfileStore
+from lightning_prune.profiling.energy_meter import EnergyReading, Unavailable, find_counter, measure_energy
+from lightning_prune.profiling.environment import measurement_context, profile_dependencies
+from lightning_prune.profiling.interleaved_timer import InterleavedTimer, LatencyStats
+from lightning_prune.profiling.latency_profile import CountStep, LatencyProfile
+from lightning_prune.profiling.measurement import compare_latency, profile_latency
+from lightning_prune.profiling.model_variants import DENSE, Variant, VariantSwitch
+from lightning_prune.profiling.simulation import SimulatedClock, SimulatedDevice, Workload, simulate_latency
 
 __all__ = [
     "DENSE",
+    "CountStep",
     "EnergyReading",
-    "Interleaved",
+    "InterleavedTimer",
     "LatencyProfile",
+    "LatencyStats",
     "ProfileStore",
     "Proxy",
     "SimulatedClock",
     "SimulatedDevice",
-    "Span",
-    "Timing",
     "Unavailable",
     "Variant",
     "VariantSwitch",

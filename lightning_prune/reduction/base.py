@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 from torch import Tensor, nn
 
 
-class Attention(NamedTuple):
+class AttentionInputs(NamedTuple):
     """What one block's attention was computed from.
 
     H heads, D channels a head. `query` and `key` are those that met in the dot product: after q/k-norm and rotation.
@@ -19,20 +19,20 @@ class Attention(NamedTuple):
     scale: float | None = None  # of the logits; None is D ** -0.5
 
 
-class Sequence(NamedTuple):
+class TokenSequence(NamedTuple):
     """The tokens that a reduction chooses from, and what it may look at to choose."""
 
     tokens: Tensor  # (B, N, C), prefix tokens first
     prefix_tokens: int  # the first P of them, never removed
     has_class_token: bool  # whether token 0 is a CLS token
-    attention: Attention | None = None  # where the reduction reads "attention"
+    attention: AttentionInputs | None = None  # where the reduction reads "attention"
     sizes: Tensor | None = None  # (B, N) how many patches each token stands for, where an earlier block merged some
     entering: Tensor | None = None  # (B, N, C) the tokens as they entered the block
     pixels: Tensor | None = None  # (B, channels, height, width) the images, where the reduction reads "pixels"
-    trace: bool = False  # whether `Reduced.sources` is wanted, for which nobody pays otherwise
+    trace: bool = False  # whether `ReductionOutput.sources` is wanted, for which nobody pays otherwise
 
 
-class Reduced(NamedTuple):
+class ReductionOutput(NamedTuple):
     """The tokens that are left."""
 
     tokens: Tensor  # (B, N - R, C), prefix tokens first, kept tokens in their order
@@ -52,11 +52,12 @@ class Reduction(ABC):
             its settings make it a method of its own, as `POMT(dropped="nearest")` does.
         site: `"block"`: acts between a block's attention and its MLP. `"input"`: acts before block 0.
         reads: What it looks at besides the tokens: `"attention"`, `"pixels"`.
-        keeps_sizes: Whether it returns sizes, and its later reductions of the same images want to be given them.
+        tracks_sizes: Whether it returns sizes, and its later reductions of the same images want to be given them.
         proportional_attention: Whether the sizes that it returns weigh the attention of later blocks: log(size) is
             added to the logits of each key.
         merges: Whether every token that goes is merged into one that stays, so that none is lost. Models that pool over
-            their patch tokens are then told where each went, so `Reduced.sources` must be there where it is traced.
+            their patch tokens are then told where each went, so `ReductionOutput.sources` must be there where it is
+            traced.
         adaptive: Whether the image decides how many tokens go. There is no schedule then and `remove` is 0; shorter
             images of a batch are padded with tokens of size 0, which proportional attention masks.
     """
@@ -64,28 +65,28 @@ class Reduction(ABC):
     name: str
     site: Literal["block", "input"] = "block"
     reads: ClassVar[frozenset[str]] = frozenset()
-    keeps_sizes: bool = False
+    tracks_sizes: bool = False
     proportional_attention: bool = False
     merges: bool = False
     adaptive: bool = False
 
     @abstractmethod
-    def reduce(self, sequence: Sequence, remove: int) -> Reduced:
+    def reduce(self, sequence: TokenSequence, remove: int) -> ReductionOutput:
         """Removes exactly `remove` >= 1 tokens of every image.
 
         Args:
             sequence: The tokens and what this reduction reads.
-            remove: R; at most `capacity`.
+            remove: R; at most `max_removed`.
 
         Returns:
             The N - R tokens that are left.
         """
 
     @abstractmethod
-    def capacity(self, tokens: int, prefix_tokens: int) -> int:
+    def max_removed(self, tokens: int, prefix_tokens: int) -> int:
         """The most tokens that can be removed when `tokens`, `prefix_tokens` of them prefix, are there."""
 
-    def unfit(self, model: nn.Module) -> str | None:
+    def unsupported_reason(self, model: nn.Module) -> str | None:
         """Why this instance cannot be used with a transformer: what it was made with (a vocabulary) is for another.
 
         Asked when a model is patched; None where nothing speaks against it, as with most methods.
@@ -111,7 +112,7 @@ class Reduction(ABC):
 
     def most(self, tokens: int, prefix_tokens: int, depth: int, block: int) -> int:
         """The most tokens that `spread` can make go."""
-        return self.capacity(tokens, prefix_tokens)
+        return self.max_removed(tokens, prefix_tokens)
 
     def settings(self) -> dict[str, Any]:
         """What distinguishes this instance from a default one, as plain values."""

@@ -1,12 +1,13 @@
-"""Pieces that several reductions share: attention probabilities, picking tokens, tracing them."""
+"""Tensor operations that reductions share: selecting, gathering, fusing and merging tokens."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_prune.reduction.base import Attention, Reduced
+from lightning_prune.reduction.base import AttentionInputs, ReductionOutput
 
 
-def attention_probabilities(attention: Attention, queries: slice = slice(None)) -> Tensor:
+def attention_probabilities(attention: AttentionInputs, queries: slice = slice(None)) -> Tensor:
     """softmax(q k^T * scale + mask) of the selected queries, which fused attention never hands out.
 
     Args:
@@ -31,7 +32,7 @@ def attention_probabilities(attention: Attention, queries: slice = slice(None)) 
     return logits.softmax(dim=-1)
 
 
-def is_half_on_cpu(attention: Attention) -> bool:
+def is_half_on_cpu(attention: AttentionInputs) -> bool:
     """Whether the product of queries and keys is better made in float32 than in the precision of the model.
 
     A processor that has no instructions for half precision takes ten times as long in it; to one that has, this product
@@ -94,7 +95,7 @@ def with_prefix(index: Tensor, prefix_tokens: int) -> Tensor:
     return torch.cat((prefix, index + prefix_tokens), dim=1)
 
 
-def sources_of(reduced: Reduced, tokens: int) -> Tensor:
+def sources_of(reduced: ReductionOutput, tokens: int) -> Tensor:
     """Which of the tokens that are left each of those before went into.
 
     Args:
@@ -108,8 +109,8 @@ def sources_of(reduced: Reduced, tokens: int) -> Tensor:
 
     Example:
         >>> import torch
-        >>> from lightning_prune.reduction import Reduced
-        >>> sources_of(Reduced(torch.zeros(1, 3, 8), torch.tensor([[0, 2, -1]])), tokens=5)
+        >>> from lightning_prune.reduction import ReductionOutput
+        >>> sources_of(ReductionOutput(torch.zeros(1, 3, 8), torch.tensor([[0, 2, -1]])), tokens=5)
         tensor([[0, 2, 1, 2, 2]])
     """
     if reduced.sources is not None:
@@ -124,7 +125,7 @@ def sources_of(reduced: Reduced, tokens: int) -> Tensor:
     return rest.repeat(1, tokens + 1).scatter(1, places, left)[:, :tokens]
 
 
-def keep_best(tokens: Tensor, scores: Tensor, remove: int, prefix_tokens: int) -> Reduced:
+def keep_best(tokens: Tensor, scores: Tensor, remove: int, prefix_tokens: int) -> ReductionOutput:
     """The prefix and the best N - P - R patch tokens, in their order.
 
     Args:
@@ -137,4 +138,114 @@ def keep_best(tokens: Tensor, scores: Tensor, remove: int, prefix_tokens: int) -
         N - R tokens.
     """
     index = with_prefix(best_in_order(scores, scores.shape[1] - remove), prefix_tokens)
-    return Reduced(take_tokens(tokens, index), index)
+    return ReductionOutput(take_tokens(tokens, index), index)
+
+
+def merge(
+    tokens: Tensor, source: Tensor, destination: Tensor, sizes: Tensor | None = None, trace: bool = False
+) -> ReductionOutput:
+    """Merges some tokens of every image into others; those that stay keep their order.
+
+    A destination becomes the mean of itself and of all that go into it, each weighted by its size, and stands where it
+    stood. A token that nothing goes into keeps its bits. Sums are taken in float32 at least. On CUDA, several tokens
+    that go into the same one are added in no fixed order, unless `torch.use_deterministic_algorithms(True)`.
+
+    Args:
+        tokens: (B, N, C).
+        source: (B, R) the tokens that go; no index twice in a row.
+        destination: (B, R) the token that each goes into; it must stay itself. Many may go into one.
+        sizes: (B, N) how many patches each token stands for; None where each is one.
+        trace: Whether `ReductionOutput.sources` is wanted.
+
+    Returns:
+        N - R tokens in the dtype of `tokens`, their positions (a destination's own) and sizes, in float32 at least.
+
+    Source: arXiv 2210.09461, section 3 (merging by a size-weighted average).
+
+    Example:
+        >>> import torch
+        >>> from lightning_prune.reduction.functional import merge
+        >>> merged = merge(torch.tensor([[[1.0], [2.0], [3.0], [9.0]]]), torch.tensor([[1]]), torch.tensor([[2]]))
+        >>> merged.tokens.flatten().tolist(), merged.positions.tolist(), merged.sizes.tolist()
+        ([1.0, 2.5, 9.0], [[0, 2, 3]], [[1.0, 2.0, 1.0]])
+    """
+    batch, count, channels = tokens.shape
+    left = count - source.shape[1]
+    precise = torch.promote_types(tokens.dtype, torch.float32)
+    table = tokens.flatten(0, 1)
+    sizes = tokens.new_ones(batch * count, dtype=precise) if sizes is None else sizes.to(precise).flatten()
+
+    # All images are one table: rows are counted through them, those that stay by how many stay up to them, and those
+    # that go write to the first place, which is cut off. Few kinds of operations, too: with the caches full of weights,
+    # calling one for the first time is what takes time.
+    ones = torch.ones(batch * count, dtype=torch.int64, device=tokens.device)
+    index = ones.cumsum(0) - 1
+    first = index[::count].unsqueeze(1)
+    going, into = (source + first).flatten(), (destination + first).flatten()
+    row = ones.scatter(0, going, 0).cumsum(0)
+    place = row.index_select(0, into) - 1
+    kept = index.new_empty(batch * left + 1).scatter(0, row.scatter(0, going, 0), index)[1:]
+
+    moved = sizes.index_select(0, going)
+    left_sizes = sizes.index_select(0, kept).scatter_add_(0, place, moved)
+    share = (moved / left_sizes.index_select(0, place)).unsqueeze(1)
+
+    # The mean as a shift of each destination: only the rows that take part are touched, and no product of all tokens
+    # with their sizes is made. No matrix product either, which autocast would round to half precision.
+    shift = (table.index_select(0, going).to(precise) - table.index_select(0, into).to(precise)) * share
+    merged = add_rows_(table.index_select(0, kept).to(precise), place, shift)
+
+    sources = None
+    if trace:
+        sources = row.scatter(0, going, place + 1).view(batch, count) - (index[: batch * left : left] + 1).unsqueeze(1)
+    return ReductionOutput(
+        merged.view(batch, left, channels).to(tokens.dtype),
+        kept.view(batch, left) - first,
+        left_sizes.view(batch, left),
+        sources,
+    )
+
+
+def merge_into_nearest(
+    tokens: Tensor,
+    key: Tensor,
+    scores: Tensor,
+    remove: int,
+    prefix_tokens: int,
+    sizes: Tensor | None = None,
+    trace: bool = False,
+) -> ReductionOutput:
+    """Keeps the best N - P - R patch tokens and merges each other one into the kept one whose key is most like its own.
+
+    Likeness is the cosine of the block's keys averaged over heads, as in ToMe (arXiv 2210.09461, section 3), asked of
+    dropped against kept tokens only; merging is that of `merging.merge`, each token as many as it stands for.
+
+    Args:
+        tokens: (B, N, C).
+        key: (B, H, N, D) of the block that the tokens went through.
+        scores: (B, N - P), the higher the better.
+        remove: R, from 1 to N - P - 1.
+        prefix_tokens: P, which stay and receive nothing.
+        sizes: (B, N) how many patches each token stands for; None where each is one.
+        trace: Whether `ReductionOutput.sources` is wanted.
+
+    Returns:
+        N - R tokens in their order, and their sizes (float32; float64 where the tokens are).
+
+    Example:
+        >>> import torch
+        >>> from lightning_prune.reduction import merge_into_nearest
+        >>> key = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.1]]).view(1, 1, 3, 2)
+        >>> tokens, scores = torch.tensor([[[4.0], [9.0], [6.0]]]), torch.tensor([[3.0, 2.0, 1.0]])
+        >>> merged = merge_into_nearest(tokens, key, scores, remove=1, prefix_tokens=0)
+        >>> merged.tokens.flatten().tolist(), merged.sizes.tolist()
+        ([5.0, 9.0], [[2.0, 1.0]])
+    """
+    order = scores.argsort(dim=-1, descending=True) + prefix_tokens
+    kept, dropped = order[:, : scores.shape[1] - remove], order[:, scores.shape[1] - remove :]
+    # One mean with a dtype is one pass over the keys, and half precision would tie many similarities. The length of a
+    # dropped token's own key scales its whole row of likenesses, so it has no say in which is the largest.
+    metric = key.mean(dim=1, dtype=torch.promote_types(key.dtype, torch.float32))
+    candidates = F.normalize(take_tokens(metric, kept), dim=-1)
+    likeness = precise_product(take_tokens(metric, dropped), candidates.transpose(1, 2))
+    return merge(tokens, dropped, kept.gather(1, likeness.argmax(dim=-1)), sizes, trace)

@@ -6,15 +6,15 @@ import torch
 from torch import Tensor
 
 from lightning_prune.errors import ArgumentError
-from lightning_prune.reduction.base import Attention, Reduced, Reduction, Sequence
+from lightning_prune.reduction.base import AttentionInputs, Reduction, ReductionOutput, TokenSequence
 from lightning_prune.reduction.functional import (
     attention_probabilities,
     best_in_order,
     is_half_on_cpu,
+    merge_into_nearest,
     take_tokens,
     with_prefix,
 )
-from lightning_prune.reduction.nearest import merge_into_nearest
 
 _AT_ONCE = {"cpu": 2**20}  # probabilities of an image: as many as its cache holds, so that each is made and read there
 _AT_ONCE_ELSEWHERE = 2**24  # as many as keep a device busy; the memory that they take is bounded as well
@@ -32,7 +32,7 @@ def _chunks(query: Tensor, prefix_tokens: int) -> list[slice]:
     return [slice(start, start + step) for start in range(prefix_tokens, tokens, step)]
 
 
-def pomt_scores(attention: Attention, prefix_tokens: int) -> Tensor:
+def pomt_scores(attention: AttentionInputs, prefix_tokens: int) -> Tensor:
     """Importance of every patch token (arXiv 2407.05941, section 3.3).
 
     With A[h, j, i] the attention of query j on key i and V[h, i, d] the values, patch token i scores a_i + s_i:
@@ -60,7 +60,7 @@ def pomt_scores(attention: Attention, prefix_tokens: int) -> Tensor:
     return received + magnitude[:, prefix_tokens:]
 
 
-def pomt(tokens: Tensor, attention: Attention, remove: int, prefix_tokens: int) -> Reduced:
+def pomt(tokens: Tensor, attention: AttentionInputs, remove: int, prefix_tokens: int) -> ReductionOutput:
     """Keeps the best N - P - R - 1 patch tokens in their order and appends the mean of the R + 1 others.
 
     Args:
@@ -74,9 +74,9 @@ def pomt(tokens: Tensor, attention: Attention, remove: int, prefix_tokens: int) 
 
     Example:
         >>> import torch
-        >>> from lightning_prune.reduction import Attention, pomt
+        >>> from lightning_prune.reduction import AttentionInputs, pomt
         >>> q, k, v = torch.randn(3, 2, 4, 17, 8).unbind(0)
-        >>> pomt(torch.randn(2, 17, 32), Attention(q, k, v), remove=5, prefix_tokens=1).tokens.shape
+        >>> pomt(torch.randn(2, 17, 32), AttentionInputs(q, k, v), remove=5, prefix_tokens=1).tokens.shape
         torch.Size([2, 12, 32])
     """
     keep = tokens.shape[1] - prefix_tokens - remove - 1
@@ -88,7 +88,7 @@ def pomt(tokens: Tensor, attention: Attention, remove: int, prefix_tokens: int) 
     dropped = tokens.sum(dim=1, keepdim=True, dtype=precise) - left.sum(dim=1, keepdim=True, dtype=precise)
     mean = (dropped / (remove + 1)).to(tokens.dtype)
     fused = index.new_full((index.shape[0], 1), -1)
-    return Reduced(torch.cat((left, mean), dim=1), torch.cat((index, fused), dim=1))
+    return ReductionOutput(torch.cat((left, mean), dim=1), torch.cat((index, fused), dim=1))
 
 
 class POMT(Reduction):
@@ -125,10 +125,10 @@ class POMT(Reduction):
         self.dropped = dropped
         if dropped == "nearest":
             self.name = "pomt-nearest"
-            self.merges = self.keeps_sizes = True
+            self.merges = self.tracks_sizes = True
             self.proportional_attention = proportional_attention
 
-    def reduce(self, sequence: Sequence, remove: int) -> Reduced:
+    def reduce(self, sequence: TokenSequence, remove: int) -> ReductionOutput:
         """See `pomt` and `merge_into_nearest`."""
         attention = sequence.attention
         assert attention is not None  # the patch provides what `reads` asks for
@@ -139,7 +139,7 @@ class POMT(Reduction):
             sequence.tokens, attention.key, scores, remove, sequence.prefix_tokens, sequence.sizes, sequence.trace
         )
 
-    def capacity(self, tokens: int, prefix_tokens: int) -> int:
+    def max_removed(self, tokens: int, prefix_tokens: int) -> int:
         """All patch tokens but one may go, which stays as it is or receives all others; with a mean token, but two."""
         return max(tokens - prefix_tokens - (2 if self.dropped == "mean" else 1), 0)
 

@@ -10,19 +10,17 @@ from typing import Any
 
 from lightning_prune.errors import ArgumentError
 from lightning_prune.reduction.base import Reduction
-from lightning_prune.reduction.evit import EViT
+from lightning_prune.reduction.cls_attention import EViT, TopK
 from lightning_prune.reduction.pomt import POMT
-from lightning_prune.reduction.random import Random
-from lightning_prune.reduction.shift import Shift
+from lightning_prune.reduction.random_drop import RandomDrop
+from lightning_prune.reduction.representation_shift import RepresentationShift
 from lightning_prune.reduction.tome import ToMe
-from lightning_prune.reduction.topk import TopK
-from lightning_prune.reduction.vwt_inter import VWTInter
-from lightning_prune.reduction.vwt_intra import VWTIntra
+from lightning_prune.reduction.visual_words import VWTInter, VWTIntra
 
 GROUP = "lightning_prune.reductions"
 
 METHODS: dict[str, type[Reduction]] = {
-    method.name: method for method in (POMT, TopK, EViT, ToMe, Shift, VWTIntra, VWTInter, Random)
+    method.name: method for method in (POMT, TopK, EViT, ToMe, RepresentationShift, VWTIntra, VWTInter, RandomDrop)
 }
 """The methods of this package."""
 
@@ -132,7 +130,7 @@ def _load(name: str, points: list[EntryPoint]) -> type[Reduction]:
         ) from error
     if not (isinstance(found, type) and issubclass(found, Reduction)) or isabstract(found):
         raise ArgumentError(
-            f"The entry point {_where(point)} must lead to a subclass of Reduction with `reduce` and `capacity`, "
+            f"The entry point {_where(point)} must lead to a subclass of Reduction with `reduce` and `max_removed`, "
             f"got {found!r}."
         )
     if getattr(found, "name", None) != name:

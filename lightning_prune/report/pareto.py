@@ -10,8 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 
-from lightning_prune.report.line_styles import line_styles
-from lightning_prune.report.plots import save_figure
+from lightning_prune.report.plots import add_speedups, line_styles, save_figure
 from lightning_prune.report.rows import (
     Row,
     Score,
@@ -25,7 +24,6 @@ from lightning_prune.report.rows import (
     score_of,
     series,
 )
-from lightning_prune.report.speedup_axis import add_speedups
 
 _BARS = {
     "top1": "bars: half the distance between the quartiles of the latency; 95% interval of the change against dense",

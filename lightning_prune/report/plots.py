@@ -1,18 +1,84 @@
-"""Plots of profiles and plans: latency, accuracy proxy and objective against tokens."""
+"""Plots of latency profiles, plans and Pareto fronts."""
 
 from collections.abc import Sequence
+from math import log
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from lightning_prune.files import replacing
+from lightning_prune._utils.files import atomic_write
 
 if TYPE_CHECKING:
-    from lightning_prune.planning import Plan
+    from lightning_prune.planning import BlocksPlan, Plan
     from lightning_prune.profiling import LatencyProfile
+
+
+# Okabe and Ito's colours, which colour-blind readers tell apart, and markers for those who print in grey.
+_STYLES = (
+    ("#0072b2", "o"),
+    ("#d55e00", "s"),
+    ("#009e73", "^"),
+    ("#cc79a7", "D"),
+    ("#e69f00", "v"),
+    ("#56b4e9", "P"),
+    ("#6c3483", "X"),
+    ("#8a7500", "<"),
+    ("#7b3f00", ">"),
+    ("#00798c", "h"),
+)
+_FLOOR = ("#6b7280", ".")  # of `random`, which is there to be beaten
+
+
+def line_styles(names: Sequence[str]) -> dict[str, tuple[str, str, bool]]:
+    """Line -> colour, marker, whether it is drawn hollow; a method's int8 variant looks like the method, hollow.
+
+    Args:
+        names: The lines as `series_name` names them, in the order of the legend.
+
+    Example:
+        >>> line_styles(["pomt", "random", "pomt+int8"])["pomt+int8"]
+        ('#0072b2', 'o', True)
+    """
+    bases = list(dict.fromkeys(name.removesuffix("+int8") for name in names))
+    others = [base for base in bases if base != "random"]
+    chosen = {base: _style(number) for number, base in enumerate(others)} | {"random": _FLOOR}
+    return {name: (*chosen[name.removesuffix("+int8")], name.endswith("int8")) for name in names}
+
+
+def _style(number: int) -> tuple[str, str]:
+    """Past the tenth the colours return with other markers."""
+    around, place = divmod(number, len(_STYLES))
+    return _STYLES[place][0], _STYLES[(place + around) % len(_STYLES)][1]
+
+
+_SPEEDUPS = (0.5, 0.67, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0, 5.0, 7.0, 10.0, 20.0, 50.0)
+
+
+def add_speedups(axes: Axes, dense_ms: float) -> None:
+    """Adds the scale; latency is linear below, so the speed-ups stand at uneven distances.
+
+    Args:
+        axes: Latency in milliseconds, its limits settled.
+        dense_ms: The latency that speed-ups are relative to.
+    """
+    low, high = sorted(axes.get_xlim())
+    ticks = [ratio for ratio in _SPEEDUPS if low <= dense_ms / ratio <= high]
+    apart = 0.05 * (high - low)
+    above = axes.secondary_xaxis("top")  # in milliseconds too: a reciprocal scale breaks where it passes zero
+    kept: list[float] = []
+    for ratio in sorted(ticks, key=lambda ratio: abs(log(ratio))):  # 1x first: no two labels closer than their width
+        if all(abs(dense_ms / other - dense_ms / ratio) > apart for other in kept):
+            kept.append(ratio)
+    above.xaxis.set_major_locator(FixedLocator([dense_ms / ratio for ratio in kept]))
+    above.xaxis.set_minor_locator(NullLocator())
+    above.xaxis.set_major_formatter(FuncFormatter(lambda place, _: f"{dense_ms / place:.3g}x"))
+    above.set_xlabel("speed-up over dense")
+    axes.set_xlim(low, high)
+
 
 _BLUE, _RED, _GREY = "#1f5fa8", "#c0392b", "#7f8c8d"  # readable in print and with red-green blindness
 _PLAN_STYLES = (("#d35400", "o"), ("#16803c", "s"), ("#6c3483", "^"), ("#00798c", "D"))
@@ -74,7 +140,7 @@ def plot_plans(plans: "Sequence[Plan]") -> Figure:
 
 def save_figure(figure: Figure, path: str | Path) -> Path:
     """Writes the figure in the format of the suffix; the file appears whole or not at all."""
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=150)
     return Path(path)
 
@@ -109,3 +175,59 @@ def _title(profile: "LatencyProfile") -> str:
     what = "random drop before block 0" if profile.protocol == "paper" else f"{profile.method} at block {profile.block}"
     where = f"{context.get('device', '?')}, batch {context.get('batch_size', '?')}, {context.get('precision', '?')}"
     return f"{context.get('model', 'model')}, {what}\n{where}"
+
+
+_BLUE, _GREY = "#1f5fa8", "#7f8c8d"
+
+
+def plot_front(plan: "BlocksPlan") -> Figure:
+    """Two panels: KL divergence against speed-up, and the proxy where it was measured; tokens that leave each block."""
+    figure = Figure(figsize=(7.5, 6.4), layout="constrained")
+    front, schedule = figure.subplots(2, 1, height_ratios=[1.5, 1])
+    _draw_front(front, plan)
+    _draw_schedule(schedule, plan)
+    context = plan.profile.context
+    where = f"{context.get('device', '?')}, batch {context.get('batch_size', '?')}, {context.get('precision', '?')}"
+    figure.suptitle(f"{context.get('model', 'model')}, {plan.objective}\n{where}", fontsize=10)
+    return figure
+
+
+def _draw_front(axes: Axes, plan: "BlocksPlan") -> None:
+    dense_ms = plan.profile.dense_ms
+    styles = line_styles(list(dict.fromkeys(entry.method for entry in plan.front)))
+    for method, (color, marker, _) in styles.items():
+        entries = [entry for entry in plan.front if entry.method == method]
+        axes.plot([dense_ms / e.milliseconds for e in entries], [e.cost for e in entries], color=color, label=method)
+        for entry in entries:
+            if entry.accuracy is not None and entry.schedule.total:
+                at = dense_ms / entry.milliseconds, entry.cost
+                axes.plot(*at, marker, color=color, markersize=5)
+                told = f"{100 * entry.accuracy:.1f}%"
+                axes.annotate(told, at, textcoords="offset points", xytext=(4, -9), fontsize=7, color=color)
+    chosen = [
+        e for e in plan.front if e.method == (plan.label or plan.method) and e.schedule.removed == plan.schedule.removed
+    ]
+    if chosen and plan.schedule.total:
+        at = dense_ms / chosen[0].milliseconds, chosen[0].cost
+        axes.plot(*at, "*", color="black", markersize=13, fillstyle="none", label="chosen")
+    axes.set_xlabel("speed-up, predicted")
+    axes.set_ylabel(f"KL divergence from dense [nats]\n(dots: measured {plan.proxy})")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.25)
+    axes.legend(fontsize=8)
+
+
+def _draw_schedule(axes: Axes, plan: "BlocksPlan") -> None:
+    n, depth = plan.profile.dense_tokens, plan.schedule.depth
+    leaving = plan.schedule.tokens(n)
+    reducing = set(plan.schedule.reducing)
+    colors = [_BLUE if block in reducing else _GREY for block in range(depth)]
+    axes.bar(range(depth), leaving, color=colors, width=0.85)
+    for block in reducing:
+        told = f"-{plan.schedule.removed[block]}"
+        axes.annotate(told, (block, leaving[block]), ha="center", va="bottom", fontsize=8, color=_BLUE)
+    axes.axhline(n, color="black", linewidth=0.8, linestyle="--")
+    axes.set_ylim(0, 1.15 * n)
+    axes.set_xticks(range(depth))
+    axes.set_xlabel(f"block ({plan.method})" if plan.schedule.total else "block (nothing is removed)")
+    axes.set_ylabel("tokens that leave it")

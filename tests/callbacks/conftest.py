@@ -20,7 +20,8 @@ def clockwork(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def decisions(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What was measured in the test: one entry for every profile and every timing of a given schedule."""
-    from lightning_prune.callbacks import planned, token_pruning
+    from lightning_prune.callbacks import decision as planned
+    from lightning_prune.callbacks import token_pruning
 
     made: list[str] = []
     for module, name in ((planned, "profiled"), (token_pruning, "measure_given")):

@@ -10,10 +10,10 @@ from torch.utils.data import DataLoader
 
 import lightning_prune as lp
 from lightning_prune.callbacks import TokenPruning
+from lightning_prune.callbacks.decision import decision_panel
 from lightning_prune.errors import ArgumentError
-from lightning_prune.reduction.vwt_inter import VWTInter
-from lightning_prune.report.panel import decision_panel
-from lightning_prune.vocabulary import Vocabulary
+from lightning_prune.reduction.visual_words import VWTInter
+from lightning_prune.reduction.vocabulary import Vocabulary
 
 from .tiny import Tiny, trainer
 
@@ -29,7 +29,7 @@ def words() -> Vocabulary:
 
 
 def pruner(**options: Any) -> TokenPruning:
-    return TokenPruning(VWTInter(words(), 0.3), max_seconds=0.3, verbose=False, **options)
+    return TokenPruning(VWTInter(words(), 0.3), time_limit=0.3, verbose=False, **options)
 
 
 def data() -> DataLoader[Any]:
@@ -101,7 +101,7 @@ def test_there_are_no_blocks_to_search() -> None:
 
 
 def test_a_vocabulary_for_another_model_ends_the_run_before_it_begins() -> None:
-    callback = TokenPruning(VWTInter(Vocabulary(torch.randn(3, 48), 4)), max_seconds=0.3, verbose=False)
+    callback = TokenPruning(VWTInter(Vocabulary(torch.randn(3, 48), 4)), time_limit=0.3, verbose=False)
     module = Tiny()
     with pytest.raises(ArgumentError, match="is for patches of 4 x 4, this model for 8 x 8"):
         trainer(callback).validate(module, data(), verbose=False)
@@ -112,8 +112,8 @@ def test_planning_and_profiling_are_refused_with_the_way_out() -> None:
     vit = Tiny().vit.eval()
     method = VWTInter(words())
     for call in (
-        lambda: lp.profile_latency(vit, images(), method=method, max_seconds=1),
-        lambda: lp.plan(vit, images(), example_batch=images(), method=method, max_seconds=1),
+        lambda: lp.profile_latency(vit, images(), method=method, time_limit=1),
+        lambda: lp.plan(vit, images(), example_inputs=images(), method=method, time_limit=1),
     ):
         with pytest.raises(ArgumentError, match="with vwt-inter the image decides how many tokens go"):
             call()

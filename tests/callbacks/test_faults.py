@@ -19,7 +19,7 @@ import lightning_prune as lp
 from helpers.data import labelled, loader, noise_images
 from helpers.models import TOKENS, tiny_vit
 from lightning_prune.callbacks.decision import Decision
-from lightning_prune.patching.overlay import is_overlaid
+from lightning_prune.patching.class_swap import is_patched_module
 
 from .tiny import Snapshot, Tiny, pruner, trainer
 
@@ -42,7 +42,7 @@ def interruptible() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def decision() -> Decision:
     """Six tokens in block 1, measured once for all runs that are not about measuring."""
-    callback = pruner(schedule=6, max_seconds=0.1)
+    callback = pruner(schedule=6, time_limit=0.1)
     trainer(callback).validate(Tiny(), loader(4), verbose=False)
     assert callback.decision is not None
     return callback.decision
@@ -76,7 +76,7 @@ class Account:
         self.module, self.bystanders, self.snapshot = module, bystanders, Snapshot(module)
 
     def problems(self) -> Iterator[str]:
-        left = [name for name, part in self.module.named_modules() if is_overlaid(part)]
+        left = [name for name, part in self.module.named_modules() if is_patched_module(part)]
         if left:
             yield f"patched: {left}"
         if _get_current_function_mode_stack():
@@ -109,7 +109,7 @@ class Tripwire:
         if self.module is None:
             return
         self.seen[name] += 1
-        if is_overlaid(self.module.vit.blocks[1]):
+        if is_patched_module(self.module.vit.blocks[1]):
             self.patched.setdefault(name, self.seen[name])
         if self.at == (name, self.seen[name]):
             raise self.error
@@ -277,7 +277,7 @@ class Fragile(Tiny):
         self.vit.get_submodule(part).register_forward_pre_hook(self._fail)
 
     def _fail(self, *_: Any) -> None:
-        self.times += is_overlaid(self.vit.blocks[1])
+        self.times += is_patched_module(self.vit.blocks[1])
         if self.times == self.time:
             self.times += 1
             raise self.error
@@ -318,7 +318,8 @@ def test_a_fault_inside_profiling(
 
 @pytest.mark.parametrize("name", ["calibration_images", "plan", "find_vision_transformer", "patch", "replace"])
 def test_a_fault_in_what_the_callback_calls(name: str, bystanders: Bystanders, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lightning_prune.callbacks import planned, token_pruning
+    from lightning_prune.callbacks import decision as planned
+    from lightning_prune.callbacks import token_pruning
 
     def fail(*_: Any, **__: Any) -> Any:
         raise Fault(name)
@@ -433,7 +434,7 @@ def test_a_callback_in_two_runs_at_once_is_refused(bystanders: Bystanders) -> No
         message = r"^This TokenPruning is at work in the run of another Trainer; give each its own\.$"
         with pytest.raises(lp.ArgumentError, match=message):
             trainer(shared).validate(inner, loader(), verbose=False)
-        assert is_overlaid(outer.vit.blocks[1])  # the refused run has not ended this one
+        assert is_patched_module(outer.vit.blocks[1])  # the refused run has not ended this one
 
     nested = During(again)
     trainer(shared, nested).validate(outer, loader(), verbose=False)

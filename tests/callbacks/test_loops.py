@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 import lightning_prune as lp
 from helpers.data import loader, noise_images
 from helpers.models import TOKENS, tiny_vit
-from lightning_prune.patching.overlay import is_overlaid
+from lightning_prune.patching.class_swap import is_patched_module
 
 from .tiny import Snapshot, Tiny, brief, trainer, validated
 
@@ -181,7 +181,7 @@ def test_fit_that_stops_early_ends_dense() -> None:
     stopping = EarlyStopping("val/mean", patience=1, mode="max", min_delta=1e9)
     trainer(brief(schedule=6), stopping, max_epochs=20).fit(module, loader(8), loader(8))
     assert module.seen("val") == 2 * 8
-    assert not any(is_overlaid(part) for part in module.modules())
+    assert not any(is_patched_module(part) for part in module.modules())
 
 
 class Loss(Tiny):
@@ -259,9 +259,9 @@ class Holding(Tiny):
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         self.vit(batch[0])
         if not self.trainer.sanity_checking and batch_idx == 1:
-            assert is_overlaid(self.vit.blocks[1])
+            assert is_patched_module(self.vit.blocks[1])
             self.trainer.save_checkpoint(Path(self.folder) / "middle.ckpt")
-            assert is_overlaid(self.vit.blocks[1])
+            assert is_patched_module(self.vit.blocks[1])
 
 
 @pytest.mark.filterwarnings("ignore:Attribute 'vit' is an instance of `nn.Module`")
@@ -269,7 +269,7 @@ def test_a_checkpoint_of_the_middle_of_a_validation_is_dense(tmp_path: Path) -> 
     module = Holding(tiny_vit().train(), str(tmp_path))
     trainer(brief(schedule=6), max_epochs=1).fit(module, loader(8), loader(8))
     again = Holding.load_from_checkpoint(tmp_path / "middle.ckpt", weights_only=False)
-    assert not any(is_overlaid(part) for part in again.modules())
+    assert not any(is_patched_module(part) for part in again.modules())
     with torch.no_grad():
         assert torch.equal(again.eval()(noise_images(3, seed=1)), module.eval()(noise_images(3, seed=1)))
 
@@ -280,7 +280,7 @@ def test_checkpoints_of_fit_reload_into_an_unpatched_model(tmp_path: Path) -> No
 
     class Saving(L.Callback):
         def on_save_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-            assert not any(is_overlaid(part) for part in pl_module.modules())
+            assert not any(is_patched_module(part) for part in pl_module.modules())
             with torch.no_grad():
                 outputs[f"{trainer.current_epoch}-{trainer.global_step}"] = pl_module.vit.eval()(
                     noise_images(3, seed=1)
@@ -307,7 +307,7 @@ def test_checkpoints_of_fit_reload_into_an_unpatched_model(tmp_path: Path) -> No
         saved = torch.load(path, weights_only=True)
         again = Tiny.load_from_checkpoint(path, weights_only=True)
         assert list(saved["state_dict"]) == list(Tiny().state_dict())
-        assert not any(is_overlaid(part) for part in again.modules())
+        assert not any(is_patched_module(part) for part in again.modules())
         with torch.no_grad():
             output = again.vit.eval()(noise_images(3, seed=1))
         assert torch.equal(output, outputs[f"{saved['epoch']}-{saved['global_step']}"])
@@ -414,4 +414,4 @@ def test_validation_under_a_compile_of_the_users_own(way: str, schedule: Any) ->
     assert torch.allclose(torch.cat(pruned), expected, atol=1e-5)
     assert not torch.allclose(torch.cat(pruned), torch.cat(dense), atol=1e-4)
     assert torch.equal(torch.cat(dense), torch.cat(again))
-    assert not any(is_overlaid(part) for part in module.modules())
+    assert not any(is_patched_module(part) for part in module.modules())

@@ -13,7 +13,7 @@ from torchao.quantization import Int8WeightOnlyConfig, quantize_
 import lightning_prune as lp
 from helpers.data import loader, noise_images
 from helpers.models import CLASSES, tiny_vit
-from lightning_prune.patching.overlay import is_overlaid
+from lightning_prune.patching.class_swap import is_patched_module
 
 from .tiny import Tiny, brief, trainer
 
@@ -124,7 +124,7 @@ def test_it_is_found_pruned_and_restored(place: str, schedule: Any) -> None:
     module, callback = Placed(network), brief(schedule=schedule)
     trainer(callback).validate(module, loader(8), verbose=False)
     pruned = torch.cat(module.logits)
-    assert not any(is_overlaid(part) for part in module.modules())
+    assert not any(is_patched_module(part) for part in module.modules())
     assert torch.equal(say(network), dense)
     assert (list(network.state_dict()), [p.requires_grad for p in network.parameters()]) == (keys, trainable)
     assert callback.decision.schedule.total > 0
@@ -179,5 +179,5 @@ def test_of_two_the_target_is_pruned_and_the_other_is_not(second: Any, schedule:
                 with torch.no_grad():
                     expected += torch.cat([vit(images) for images in noise_images(8, seed=1).split(4)])
         assert torch.allclose(outputs[-1], expected, atol=1e-5)
-        assert not any(is_overlaid(part) for part in module.modules())
+        assert not any(is_patched_module(part) for part in module.modules())
     torch._dynamo.reset()

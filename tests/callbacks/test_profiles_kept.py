@@ -7,7 +7,7 @@ import pytest
 
 import lightning_prune as lp
 from helpers.data import loader
-from lightning_prune.profiling import reuse
+from lightning_prune.profiling import cache as reuse
 
 from .tiny import Tiny, pruner, trainer
 

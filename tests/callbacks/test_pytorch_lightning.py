@@ -12,9 +12,9 @@ from torch.utils.data import RandomSampler, SubsetRandomSampler
 import lightning_prune as lp
 from helpers.data import labelled, loader, noise_images
 from helpers.models import TOKENS, tiny_vit
-from lightning_prune.callbacks.sampling import sampled_loader
-from lightning_prune.callbacks.together import refuse_sharded
-from lightning_prune.patching.overlay import is_overlaid
+from lightning_prune.callbacks.batches import sampled_loader
+from lightning_prune.callbacks.distributed import refuse_sharded
+from lightning_prune.patching.class_swap import is_patched_module
 
 from .tiny import OPTIONS, brief
 
@@ -68,7 +68,7 @@ class DoublingData(Data):
 @pytest.mark.parametrize("data", [Data, DoublingData])
 @pytest.mark.parametrize("stage", ["validate", "test", "predict", "fit"])
 def test_all_loops(stage: str, data: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lightning_prune.callbacks import planned
+    from lightning_prune.callbacks import decision as planned
 
     sampled: list[Any] = []
     real = planned.calibration_images
@@ -89,7 +89,7 @@ def test_all_loops(stage: str, data: Any, monkeypatch: pytest.MonkeyPatch) -> No
     assert {tuple(image.flatten()[:3].tolist()) for image in sample.images} <= images
     if pruned != "predict":
         assert running.callback_metrics["pruning/tokens"] == callback.decision.tokens
-    assert not any(is_overlaid(part) for part in module.modules())
+    assert not any(is_patched_module(part) for part in module.modules())
 
 
 def test_a_fault_restores_the_model() -> None:
@@ -102,7 +102,7 @@ def test_a_fault_restores_the_model() -> None:
     with pytest.raises(ZeroDivisionError):
         pl.Trainer(callbacks=[brief(schedule=6)], **OPTIONS).validate(module, loader(), verbose=False)
     assert module.tokens == {"validate": [TOKENS - 6]}
-    assert not any(is_overlaid(part) for part in module.modules())
+    assert not any(is_patched_module(part) for part in module.modules())
 
 
 def test_strategies_are_told_apart() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from helpers.data import noise_images
-from lightning_prune.callbacks.random_state import preserving_random_state
+from lightning_prune._utils.device import preserve_random_state
 
 from .tiny import Tiny, pruner, validated
 
@@ -25,7 +25,7 @@ def test_numbers_go_on_as_if_nothing_had_been(error: BaseException | None) -> No
     L.seed_everything(5)
     expected = draw()
     L.seed_everything(5)
-    with suppress(ValueError, KeyboardInterrupt), preserving_random_state():
+    with suppress(ValueError, KeyboardInterrupt), preserve_random_state():
         draw()
         if error is not None:
             raise error

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 import lightning_prune as lp
 from helpers.data import loader
 from helpers.models import DEPTH, TOKENS
-from lightning_prune.callbacks.form import Form, form_of
+from lightning_prune.callbacks.batches import BatchShape, batch_shape
 
 from .tiny import Snapshot, Tiny, pruner, trainer, validated
 
@@ -99,9 +99,9 @@ class TestSeveralSizes:
 
 
 def test_forms() -> None:
-    form = Form(4, 32, 48)
-    assert form_of(torch.zeros(4, 3, 32, 48), None) == form
-    assert form_of({"labels": 1}, None) is None
+    form = BatchShape(4, 32, 48)
+    assert batch_shape(torch.zeros(4, 3, 32, 48), None) == form
+    assert batch_shape({"labels": 1}, None) is None
     assert form.difference(form) is None
-    assert form.difference(Form(2, 8, 8)) == "has 2 images; the profile was made at a batch size of 4"
-    assert form.difference(Form(4, 48, 32)) == "has images of 48 x 32; the profile was made for 32 x 48"
+    assert form.difference(BatchShape(2, 8, 8)) == "has 2 images; the profile was made at a batch size of 4"
+    assert form.difference(BatchShape(4, 48, 32)) == "has images of 48 x 32; the profile was made for 32 x 48"

@@ -207,7 +207,7 @@ def test_model_is_restored_after_an_error_while_deciding(forward: int) -> None:
     before = Snapshot(module)
     module.forwards, module.armed = 0, True
     with pytest.raises(Stop):
-        validated(pruner(max_seconds=1e6), module)  # never cut short: the forward passes are the same everywhere
+        validated(pruner(time_limit=1e6), module)  # never cut short: the forward passes are the same everywhere
     module.armed = False
     assert module.steps == []
     before.assert_unchanged()
@@ -487,9 +487,9 @@ def test_accuracy_budget() -> None:
         ({"objective": lp.Utility(0.3), "alpha": 0.7}, "`alpha` belongs to the default objective; got alpha=0.7"),
         ({"alpha": 1.2}, r"`alpha` must be a number in \[0, 1\], got 1.2"),
         ({"alpha": -0.1}, r"`alpha` must be a number in \[0, 1\], got -0.1"),
-        ({"max_seconds": 0}, "`max_seconds` must be a number > 0, got 0"),
-        ({"max_seconds": "x"}, "`max_seconds` must be a number > 0, got 'x'"),
-        ({"max_seconds": float("nan")}, "`max_seconds` must be a number > 0, got nan"),
+        ({"time_limit": 0}, "`time_limit` must be a number > 0, got 0"),
+        ({"time_limit": "x"}, "`time_limit` must be a number > 0, got 'x'"),
+        ({"time_limit": float("nan")}, "`time_limit` must be a number > 0, got nan"),
         ({"objective": "speed"}, r"`objective` must be an Objective such as Utility\(0.5\), or None, got 'speed'"),
         ({"block": -1}, r"`block` must be an index >= 0, a fraction of the depth in \[0, 1\) or 'auto', got -1"),
         ({"block": 1.0}, "`block` must be .* got 1.0"),

@@ -140,12 +140,12 @@ class Spying(Dataset[Any]):
 
 
 def pruner(**options: Any) -> TokenPruning:
-    return TokenPruning(**{"calibration": 8, "max_seconds": 1.0, "verbose": False, **options})
+    return TokenPruning(**{"calibration": 8, "time_limit": 1.0, "verbose": False, **options})
 
 
 def brief(**options: Any) -> TokenPruning:
     """The same for tests that are not about measuring: every alternative once after its warm-up."""
-    return pruner(max_seconds=0.01, **options)
+    return pruner(time_limit=0.01, **options)
 
 
 def trainer(*callbacks: L.Callback, **options: Any) -> L.Trainer:

@@ -26,8 +26,9 @@ from torchmetrics.classification import MulticlassAccuracy
 from helpers.data import loader, noise_images
 from helpers.models import TOKENS, tiny_vit
 from lightning_prune import ImageClassifier
-from lightning_prune.callbacks import TokenPruning, planned, token_pruning
-from lightning_prune.patching.overlay import is_overlaid
+from lightning_prune.callbacks import TokenPruning, token_pruning
+from lightning_prune.callbacks import decision as planned
+from lightning_prune.patching.class_swap import is_patched_module
 
 
 class Scored(Tiny):
@@ -111,7 +112,7 @@ LOADERS: dict[str, Any] = {
 def classified(data: Any, test: bool = False, **options: Any) -> dict[str, Any]:
     """What ImageClassifier says of odd data, dense and pruned, in validate and if asked in test; and its warnings."""
     found: dict[str, Any] = {}
-    for name, callbacks in (("dense", []), ("pruned", [pruner(schedule=6, max_seconds=0.01)])):
+    for name, callbacks in (("dense", []), ("pruned", [pruner(schedule=6, time_limit=0.01)])):
         trainer = L.Trainer(callbacks=[*callbacks], **{**OPTIONS, **options})
         module = ImageClassifier(tiny_vit(num_classes=7), num_classes=7)
         with warnings.catch_warnings(record=True) as told:
@@ -134,7 +135,7 @@ def fitted(callback: TokenPruning, **options: Any) -> dict[str, Any]:
         "tokens": {stage: sorted(module.tokens(stage)) for stage in ("train", "val", "sanity")},
         "removed": list(callback.decision.schedule.removed) if callback.decision else None,
         "weights": sum(float(p.double().abs().sum()) for p in module.parameters()),
-        "patched": any(is_overlaid(part) for part in module.modules()),
+        "patched": any(is_patched_module(part) for part in module.modules()),
     }
 
 
@@ -182,7 +183,7 @@ def main(path: Path) -> None:
     for name, data in LOADERS.items():
         counted["two"][name] = classified(data, name == "one odd", **ddp)
     counted["own shards"] = classified(own_shards, use_distributed_sampler=False, **ddp)
-    counted["fitted"] = fitted(pruner(schedule=6, max_seconds=0.01), **ddp)
+    counted["fitted"] = fitted(pruner(schedule=6, time_limit=0.01), **ddp)
     counted["fitted dense"] = fitted(pruner(enabled=False), **ddp)
     counted["predicted"] = predicted(pruner(schedule=6), **ddp)
     rank = found["planned"]["rank"]

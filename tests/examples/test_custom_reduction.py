@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import lightning_prune as lp
-from lightning_prune.reduction import Sequence, resolve
+from lightning_prune.reduction import TokenSequence, resolve
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "custom_reduction.py"
@@ -25,7 +25,7 @@ def test_it_runs() -> None:
 def test_it_keeps_what_it_says() -> None:
     method = runpy.run_path(str(EXAMPLE))["Norm"]()
     x = torch.randn(3, 12, 8, generator=torch.Generator().manual_seed(0))
-    reduced = method.reduce(Sequence(x, 1, True), 4)
+    reduced = method.reduce(TokenSequence(x, 1, True), 4)
     for b in range(3):
         longest = sorted(range(1, 12), key=lambda i: x[b, i].norm().item(), reverse=True)[:7]
         assert reduced.positions[b].tolist() == [0, *sorted(longest)]

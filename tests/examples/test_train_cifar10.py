@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from lightning_prune import ImageClassifier, ImageFolderData
-from lightning_prune.zoo import CIFAR_MODEL
+from lightning_prune.classification.demo_models import CIFAR_MODEL
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "train_cifar10.py"
 

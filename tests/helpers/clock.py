@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from torch import Tensor, nn
 
-from lightning_prune.profiling import Interleaved
+from lightning_prune.profiling import InterleavedTimer
 
 
 class TokenClock:
@@ -43,10 +43,10 @@ def set_latency(monkeypatch: pytest.MonkeyPatch, seconds: Callable[[Any], float]
         runs: Whether the model is switched and run all the same; otherwise a run is free.
     """
 
-    def once(self: Interleaved[Any], alternative: Any) -> float:
+    def once(self: InterleavedTimer[Any], alternative: Any) -> float:
         if runs:
             self.prepare(alternative)
             self.run()
         return seconds(alternative)
 
-    monkeypatch.setattr(Interleaved, "once", once)
+    monkeypatch.setattr(InterleavedTimer, "once", once)

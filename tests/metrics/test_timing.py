@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from lightning_prune.metrics import StepTimer, steady
-from lightning_prune.metrics.timing import Step
+from lightning_prune.metrics import StepTimer, drop_warmup
+from lightning_prune.metrics.latency import Step
 
 
 def steps(*images: int) -> list[Step]:
@@ -22,12 +22,12 @@ def steps(*images: int) -> list[Step]:
     ],
 )
 def test_steady_leaves_out_warm_up_and_odd_sizes(images: tuple[int, ...], warmup: int, kept: list[int]) -> None:
-    assert [int(step.seconds) for step in steady(steps(*images), warmup)] == kept
+    assert [int(step.seconds) for step in drop_warmup(steps(*images), warmup)] == kept
 
 
 def test_timer_has_a_forward_and_an_end_to_end_step_per_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     now = iter([0.0, 1.0, 3.0, 4.0, 10.0, 11.0, 12.0])
-    monkeypatch.setattr("lightning_prune.metrics.timing.time.perf_counter", lambda: next(now))
+    monkeypatch.setattr("lightning_prune.metrics.latency.time.perf_counter", lambda: next(now))
     timer = StepTimer()
     for images in (8, 5):
         timer.start()  # 0, then without effect

@@ -9,7 +9,7 @@ import lightning as L
 import torch
 
 from helpers.models import digits_module
-from lightning_prune.data import DigitsData
+from lightning_prune.classification.datamodules import DigitsData
 from lightning_prune.metrics import Latency, Throughput
 
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.reduction import Reduced, Reduction, Sequence
+from lightning_prune.reduction import Reduction, ReductionOutput, TokenSequence
 
 Part = tuple[Tensor, Tensor, Tensor]  # query, key, value (heads, N, D) of one image
 Left = tuple[Tensor, list[int], list[float]]  # tokens (N, C), where each stood (-1: several), patches in each
@@ -20,12 +20,12 @@ class Pairs(Reduction):
     """Merges the first `remove` pairs of neighbouring patch tokens, weighted by their sizes, as ToMe does."""
 
     name: ClassVar[str] = "pairs"
-    keeps_sizes = True
+    tracks_sizes = True
 
     def __init__(self, proportional_attention: bool = True) -> None:
         self.proportional_attention = proportional_attention
 
-    def reduce(self, sequence: Sequence, remove: int) -> Reduced:
+    def reduce(self, sequence: TokenSequence, remove: int) -> ReductionOutput:
         x, start = sequence.tokens, sequence.prefix_tokens
         end = start + 2 * remove
         sizes = x.new_ones(x.shape[:2]) if sequence.sizes is None else sequence.sizes
@@ -33,13 +33,13 @@ class Pairs(Reduction):
         pairs = x[:, start:end].reshape(len(x), remove, 2, -1)
         merged = (pairs * weights[..., None]).sum(2) / weights.sum(2)[..., None]
         positions = torch.arange(x.shape[1], device=x.device).expand(len(x), -1)
-        return Reduced(
+        return ReductionOutput(
             torch.cat((x[:, :start], merged, x[:, end:]), 1),
             torch.cat((positions[:, :start], positions.new_full((len(x), remove), -1), positions[:, end:]), 1),
             torch.cat((sizes[:, :start], weights.sum(2), sizes[:, end:]), 1),
         )
 
-    def capacity(self, tokens: int, prefix_tokens: int) -> int:
+    def max_removed(self, tokens: int, prefix_tokens: int) -> int:
         return (tokens - prefix_tokens) // 2
 
 

@@ -30,7 +30,7 @@ class Facts(NamedTuple):
     tokens: int | None
     width: int  # of the output
     logits: bool
-    carries: bool
+    has_position_inputs: bool
 
 
 MODELS = {

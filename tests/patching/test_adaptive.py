@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import lightning_prune as lp
 from lightning_prune.errors import ArgumentError, ScheduleError, UnsupportedModelError
 from lightning_prune.patching import find_vision_transformer, trace_tokens
-from lightning_prune.reduction import Reduced, Reduction, Sequence
+from lightning_prune.reduction import Reduction, ReductionOutput, TokenSequence
 
 from .by_hand import disturb
 from .huggingface_models import build_hf, outputs_of
@@ -30,9 +30,9 @@ class Bright(Reduction):
     name: ClassVar[str] = "bright"
     reads: ClassVar[frozenset[str]] = frozenset({"pixels"})
     site = "input"
-    adaptive = keeps_sizes = proportional_attention = True
+    adaptive = tracks_sizes = proportional_attention = True
 
-    def reduce(self, sequence: Sequence, remove: int) -> Reduced:
+    def reduce(self, sequence: TokenSequence, remove: int) -> ReductionOutput:
         assert remove == 0
         assert sequence.pixels is not None
         stays = F.avg_pool2d(sequence.pixels.mean(1, keepdim=True), 4).flatten(1) > 0
@@ -41,12 +41,12 @@ class Bright(Reduction):
         order = order[:, : int(stays.sum(1).max())]
         kept = stays.gather(1, order)
         tokens = sequence.tokens.gather(1, order[..., None].expand(-1, -1, sequence.tokens.shape[-1]))
-        return Reduced(tokens, torch.where(kept, order, -1), kept.to(tokens.dtype))
+        return ReductionOutput(tokens, torch.where(kept, order, -1), kept.to(tokens.dtype))
 
-    def capacity(self, tokens: int, prefix_tokens: int) -> int:
+    def max_removed(self, tokens: int, prefix_tokens: int) -> int:
         return 0
 
-    def unfit(self, model: nn.Module) -> str | None:
+    def unsupported_reason(self, model: nn.Module) -> str | None:
         return "`method` is made for grey images." if getattr(model, "grey", False) else None
 
 

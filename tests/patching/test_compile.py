@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import lightning_prune as lp
-from lightning_prune.reduction import Random, Reduction
+from lightning_prune.reduction import RandomDrop, Reduction
 
 REMOVED = [0, 6, 5, 0]
 CASES: list[tuple[str, str | Reduction, list[int]]] = [
@@ -16,7 +16,7 @@ CASES: list[tuple[str, str | Reduction, list[int]]] = [
     ),
     ("parallel-things", "pomt", REMOVED),
     ("vit", "random", REMOVED),
-    ("registers-without-class", Random(1, "input"), [9, 0, 0, 0]),
+    ("registers-without-class", RandomDrop(1, "input"), [9, 0, 0, 0]),
 ]
 every_case = pytest.mark.parametrize(("name", "method", "removed"), CASES, ids=[f"{c[0]}-{c[1]}" for c in CASES])
 

@@ -10,9 +10,9 @@ import timm
 import torch
 
 import lightning_prune as lp
-from lightning_prune.catalog import isotropic_names
 from lightning_prune.patching import find_vision_transformer
-from lightning_prune.patching.overlay import is_overlaid
+from lightning_prune.patching.class_swap import is_patched_module
+from lightning_prune.patching.models.support import isotropic_names
 
 from .sweep import ROOT, coverage
 
@@ -82,7 +82,7 @@ def test_copies_and_pickles_are_patched_and_can_be_unpatched(row: dict[str, str]
             assert torch.equal(other(images), pruned)
             lp.patching.unpatch(other)
             assert torch.equal(other(images), dense)
-            assert not any(is_overlaid(module) for module in other.modules())
+            assert not any(is_patched_module(module) for module in other.modules())
     assert not torch.equal(pruned, dense)
 
 

@@ -11,7 +11,7 @@ from timm.models import vision_transformer as vit
 from torch import Tensor
 
 import lightning_prune as lp
-from lightning_prune.reduction import Random
+from lightning_prune.reduction import RandomDrop
 
 WHERE = {
     "one": [0, 6, 0, 0],
@@ -96,7 +96,7 @@ def test_pruning_is_masking(
                 index = torch.arange(len(there)).double()[:, None]
                 there = [there[i] for i in naive.random(index, remove, prefix, 3)[1]]
         expected = model.forward_head(model.norm(x))
-        with lp.patch(model, Random(seed=3), removed):
+        with lp.patch(model, RandomDrop(seed=3), removed):
             assert relative_error(model(images), expected) < 1e-10
 
 
@@ -110,7 +110,7 @@ def test_random_before_block_0(
         x = model.norm_pre(model._pos_embed(model.patch_embed(images)))
         x = torch.stack([naive.random(tokens, 9, prefix, 2)[0] for tokens in x])
         expected = model.forward_head(model.norm(model.blocks(x)))
-        with lp.patch(model, Random(seed=2, site="input"), [9, 0, 0, 0]):
+        with lp.patch(model, RandomDrop(seed=2, site="input"), [9, 0, 0, 0]):
             assert relative_error(model(images), expected) < 1e-10
 
 

@@ -44,7 +44,7 @@ class TestFacts:
         found = find_vision_transformer(nn.Sequential(model))
         assert (found.prefix_tokens, found.has_class_token, found.tokens) == facts[:3]
         assert found.classes == (facts.width if facts.logits else 0)
-        assert found.carries is facts.carries
+        assert found.has_position_inputs is facts.has_position_inputs
         assert (found.root, found.path, found.channels, found.depth) == (model, "0", 32, 4)
         assert list(found.blocks) == blocks_of(model)
         assert found.entry is next(m for key, m in model.named_modules() if key.split(".")[-1] == "embeddings")

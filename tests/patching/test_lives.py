@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import lightning_prune as lp
-from lightning_prune.patching.overlay import is_overlaid
+from lightning_prune.patching.class_swap import is_patched_module
 
 REMOVED = [0, 6, 0, 3]
 
@@ -156,7 +156,7 @@ def test_wherever_it_sits(build: Any, images: Tensor, wrap: Any, dtype: torch.dt
             assert handle.transformer.root is vit
             assert not torch.equal(model(images), dense)
         assert torch.equal(model(images), dense)
-    assert not any(is_overlaid(module) for module in model.modules())
+    assert not any(is_patched_module(module) for module in model.modules())
 
 
 def test_dynamic_quantization(build: Any, images: Tensor) -> None:

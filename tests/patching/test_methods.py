@@ -11,7 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import lightning_prune as lp
 from lightning_prune.errors import UnsupportedModelError
 from lightning_prune.patching import find_vision_transformer
-from lightning_prune.reduction import POMT, Reduced, Reduction, Sequence, resolve
+from lightning_prune.reduction import POMT, Reduction, ReductionOutput, TokenSequence, resolve
 
 from . import huggingface_models as hf
 from . import test_torchvision as tv
@@ -45,21 +45,21 @@ class Watching(Reduction):
     """Another reduction, and a list of all that it was given and gave."""
 
     def __init__(self, other: Reduction) -> None:
-        self.other, self.seen = other, list[tuple[Sequence, Reduced]]()
+        self.other, self.seen = other, list[tuple[TokenSequence, ReductionOutput]]()
         vars(self).update(name=other.name, reads=other.reads)
-        self.merges, self.keeps_sizes = other.merges, other.keeps_sizes
+        self.merges, self.tracks_sizes = other.merges, other.tracks_sizes
         self.proportional_attention = other.proportional_attention
 
-    def reduce(self, sequence: Sequence, remove: int) -> Reduced:
+    def reduce(self, sequence: TokenSequence, remove: int) -> ReductionOutput:
         self.seen.append((sequence, self.other.reduce(sequence, remove)))
         return self.seen[-1][1]
 
-    def capacity(self, tokens: int, prefix_tokens: int) -> int:
-        return self.other.capacity(tokens, prefix_tokens)
+    def max_removed(self, tokens: int, prefix_tokens: int) -> int:
+        return self.other.max_removed(tokens, prefix_tokens)
 
 
 def looped(
-    naive: SimpleNamespace, method: str, given: Sequence, remove: int, b: int, class_token: bool
+    naive: SimpleNamespace, method: str, given: TokenSequence, remove: int, b: int, class_token: bool
 ) -> tuple[Tensor, list[int], list[float] | None]:
     """What a method makes of one image by its plain loop."""
     x, prefix, attention = given.tokens[b], given.prefix_tokens, given.attention

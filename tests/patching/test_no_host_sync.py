@@ -12,7 +12,16 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from transformers.models.dinov3_vit import modeling_dinov3_vit
 
 import lightning_prune as lp
-from lightning_prune.reduction import METHODS, POMT, Random, Reduced, Reduction, Sequence, ToMe, VWTInter
+from lightning_prune.reduction import (
+    METHODS,
+    POMT,
+    RandomDrop,
+    Reduction,
+    ReductionOutput,
+    TokenSequence,
+    ToMe,
+    VWTInter,
+)
 
 from .conftest import build_vit
 from .fake_device import DEVICE, OnOneDevice, away, move
@@ -31,7 +40,7 @@ ALL: dict[str, Callable[[], Reduction]] = {
     **{name: kind for name, kind in METHODS.items() if kind is not VWTInter},
     "pomt-nearest": lambda: POMT("nearest"),
     "tome-unweighed": lambda: ToMe(proportional_attention=False),
-    "random-input": lambda: Random(0, "input"),
+    "random-input": lambda: RandomDrop(0, "input"),
     "vwt-inter": lambda: VWTInter(lp.Vocabulary(WORDS, 4), pad_to="image"),
 }
 
@@ -65,14 +74,14 @@ def test_every_method(method: str, dtype: torch.dtype) -> None:
     assert operations(build_vit(), reduction, schedule_of(reduction), dtype) > 5
 
 
-class Peeking(Random):
+class Peeking(RandomDrop):
     """Does what it must not."""
 
     def __init__(self, how: str) -> None:
         super().__init__()
         self.how = how
 
-    def reduce(self, sequence: Sequence, remove: int) -> Reduced:
+    def reduce(self, sequence: TokenSequence, remove: int) -> ReductionOutput:
         tokens = sequence.tokens
         if self.how == "asks":
             tokens.sum().item()
@@ -102,17 +111,17 @@ def test_it_would_be_seen(how: str, error: type[Exception], message: str) -> Non
         operations(build_vit(), Peeking(how), [0, 6, 5, 0])
 
 
-FAMILIES: dict[str, Callable[[], Any]] = {
+MODEL_ADAPTERS: dict[str, Callable[[], Any]] = {
     **TIMM,
     **{kind: lambda kind=kind: build_hf(kind) for kind in KINDS},
     "torchvision": build_tv,
 }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MODEL_ADAPTERS)
 def test_every_family(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With sizes, places and attention where the family has room for them all."""
     centres = modeling_dinov3_vit.get_patches_center_coordinates  # keeps what it made, for whoever asks next
     monkeypatch.setattr(modeling_dinov3_vit, "get_patches_center_coordinates", centres.__wrapped__)
     method = "tome-unweighed" if family in ("cait", "convit") else "tome"
-    assert operations(FAMILIES[family](), ALL[method](), [0, 3, 3, 0]) > 50
+    assert operations(MODEL_ADAPTERS[family](), ALL[method](), [0, 3, 3, 0]) > 50

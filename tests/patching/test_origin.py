@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import lightning_prune as lp
-from lightning_prune.device import device_name
+from lightning_prune._utils.device import device_name
 
 HERE = device_name(torch.device("cpu"))
 

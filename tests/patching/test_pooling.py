@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import lightning_prune as lp
 from lightning_prune.errors import ArgumentError
 from lightning_prune.patching import find_vision_transformer
-from lightning_prune.reduction import Reduced, Sequence
+from lightning_prune.reduction import ReductionOutput, TokenSequence
 
 from .by_hand import Pairs, disturb
 from .huggingface_models import build_hf, outputs_of
@@ -27,7 +27,7 @@ class Merged(Pairs):
     name: ClassVar[str] = "merged"
     merges = True
 
-    def reduce(self, sequence: Sequence, remove: int) -> Reduced:
+    def reduce(self, sequence: TokenSequence, remove: int) -> ReductionOutput:
         reduced, prefix, count = super().reduce(sequence, remove), sequence.prefix_tokens, sequence.tokens.shape[1]
         if not sequence.trace:
             return reduced
@@ -57,7 +57,7 @@ HF = ["SiglipVisionModel", "SiglipForImageClassification", "Dinov2ForImageClassi
 @torch.no_grad()
 def check(model: Any, images: Tensor, run: Callable[[Any], Tensor], method: Merged, removed: list[int]) -> None:
     transformer = find_vision_transformer(model)
-    assert transformer.pools
+    assert transformer.pools_patches
     last, left = transformer.blocks[-1], []
     with lp.patch(model, Pairs(method.proportional_attention), removed):  # does not say that nothing is lost
         hook = last.register_forward_hook(lambda module, args, x: left.append(x))
@@ -94,31 +94,32 @@ class Silent(Merged):
 
     name: ClassVar[str] = "silent"
 
-    def reduce(self, sequence: Sequence, remove: int) -> Reduced:
+    def reduce(self, sequence: TokenSequence, remove: int) -> ReductionOutput:
         return super().reduce(sequence, remove)._replace(sources=None)
 
 
 def test_a_method_that_merges_must_say_where(build: Any, images: Tensor) -> None:
     with lp.patch(build(), Silent(), [0, 5, 0, 0]) as handle:
         assert handle.transformer.root(images).shape == (2, 7)
-    message = "silent says that it `merges`, .* pools .* return `Reduced.sources` where"
+    message = "silent says that it `merges`, .* pools .* return `ReductionOutput.sources` where"
     with lp.patch(build("pool-avg"), Silent(), [0, 5, 0, 0]) as handle, pytest.raises(ArgumentError, match=message):
         handle.transformer.root(images)
 
 
 @pytest.mark.parametrize(
-    ("name", "pools"),
+    ("name", "pools_patches"),
     [("vit", False), ("no-pool", False), ("distilled", False), ("pool-avg", True), ("pool-map-class", True)],
 )
-def test_which_timm_models_pool(build: Any, name: str, pools: bool) -> None:
-    assert find_vision_transformer(build(name)).pools is pools
+def test_which_timm_models_pool(build: Any, name: str, pools_patches: bool) -> None:
+    assert find_vision_transformer(build(name)).pools_patches is pools_patches
 
 
 @pytest.mark.parametrize(
-    ("name", "pools"), [("ViTForImageClassification", False), ("Dinov2Model", False), ("CLIPVisionModel", False)]
+    ("name", "pools_patches"),
+    [("ViTForImageClassification", False), ("Dinov2Model", False), ("CLIPVisionModel", False)],
 )
-def test_which_hugging_face_models_pool(name: str, pools: bool) -> None:
-    assert find_vision_transformer(build_hf(name)).pools is pools
+def test_which_hugging_face_models_pool(name: str, pools_patches: bool) -> None:
+    assert find_vision_transformer(build_hf(name)).pools_patches is pools_patches
 
 
 def test_a_model_that_reads_its_class_token_is_left_with_few(build: Any, images: Tensor, leaving: Any) -> None:

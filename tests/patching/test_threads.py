@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import lightning_prune as lp
-from lightning_prune.patching.survivors import Survivors
-from lightning_prune.reduction import POMT, Reduced, Reduction, Sequence
+from lightning_prune.patching.token_state import TokenState
+from lightning_prune.reduction import POMT, Reduction, ReductionOutput, TokenSequence
 
 from .sweep import coverage
 
@@ -30,14 +30,16 @@ class Brightest(Reduction):
     site = "input"
     reads: ClassVar[frozenset[str]] = frozenset({"pixels"})
 
-    def reduce(self, sequence: Sequence, remove: int) -> Reduced:
+    def reduce(self, sequence: TokenSequence, remove: int) -> ReductionOutput:
         assert sequence.pixels is not None
         means = nn.functional.avg_pool2d(sequence.pixels.mean(1, keepdim=True), 16).flatten(1)
         kept = means.topk(means.shape[1] - remove).indices.sort().values + sequence.prefix_tokens
         index = torch.cat((torch.arange(sequence.prefix_tokens).expand(len(kept), -1), kept), dim=1)
-        return Reduced(sequence.tokens.gather(1, index[..., None].expand(-1, -1, sequence.tokens.shape[2])), index)
+        return ReductionOutput(
+            sequence.tokens.gather(1, index[..., None].expand(-1, -1, sequence.tokens.shape[2])), index
+        )
 
-    def capacity(self, tokens: int, prefix_tokens: int) -> int:
+    def max_removed(self, tokens: int, prefix_tokens: int) -> int:
         return tokens - prefix_tokens - 1
 
 
@@ -92,7 +94,7 @@ def test_nothing_is_left_behind(kind: str, trained: bool) -> None:
         references = [future.result() for future in [pool.submit(run, torch.randn(1, 3, 80, 80)) for _ in range(3)]]
         gc.collect()
         assert [reference() for reference in references] == [None] * 3
-        assert not [each for each in gc.get_objects() if isinstance(each, Survivors)]
+        assert not [each for each in gc.get_objects() if isinstance(each, TokenState)]
 
 
 def gradients(model: Any, batches: list[Tensor], elsewhere: bool) -> list[Tensor]:

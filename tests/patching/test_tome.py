@@ -18,7 +18,8 @@ from torch.overrides import TorchFunctionMode
 import lightning_prune as lp
 from lightning_prune.errors import ScheduleError, UnsupportedModelError
 from lightning_prune.patching import find_vision_transformer
-from lightning_prune.reduction import ToMe, tome_schedule
+from lightning_prune.reduction import ToMe
+from lightning_prune.reduction import tome as tome_schedule
 
 from ..naive_tome import Naive
 from . import huggingface_models as hf
@@ -162,7 +163,7 @@ def placed_by_hand(model: Any, image: Tensor, removed: list[int], proportional: 
             places = [places[k] for k in kept]
             with silenced(block, "norm1", "attn"):
                 x = block(rows[None], **kwargs)
-    x = naive.restored(x) if transformer.pools else x
+    x = naive.restored(x) if transformer.pools_patches else x
     hook = model.blocks[-1].register_forward_hook(lambda *_: x)
     try:
         return model(image)

@@ -18,7 +18,7 @@ from torchvision.models.vision_transformer import ConvStemConfig, EncoderBlock, 
 import lightning_prune as lp
 from lightning_prune.callbacks import TokenPruning
 from lightning_prune.patching import find_vision_transformer
-from lightning_prune.reduction import POMT, Random, Reduced, Reduction, Sequence
+from lightning_prune.reduction import POMT, RandomDrop, Reduction, ReductionOutput, TokenSequence
 
 from .by_hand import Pairs, Parts, disturb, looped, pruned_by_hand
 
@@ -149,14 +149,14 @@ class Watching(Reduction):
 
     name: ClassVar[str] = "watching"
     reads: ClassVar[frozenset[str]] = frozenset({"attention"})
-    seen: ClassVar[list[Sequence]] = []
+    seen: ClassVar[list[TokenSequence]] = []
 
-    def reduce(self, sequence: Sequence, remove: int) -> Reduced:
+    def reduce(self, sequence: TokenSequence, remove: int) -> ReductionOutput:
         self.seen.append(sequence)
-        return Random().reduce(sequence, remove)
+        return RandomDrop().reduce(sequence, remove)
 
-    def capacity(self, tokens: int, prefix_tokens: int) -> int:
-        return Random().capacity(tokens, prefix_tokens)
+    def max_removed(self, tokens: int, prefix_tokens: int) -> int:
+        return RandomDrop().max_removed(tokens, prefix_tokens)
 
 
 class TestFastPath:
@@ -327,7 +327,9 @@ class TestOthers:
         with caplog.at_level("INFO", "lightning_prune"), lp.patch(model, "random", WHERE["one"]):
             found = run(model, images)
         assert caplog.messages == ["Block 1 (Halved) is cut after its MLP, which still sees all its tokens."]
-        after = block.register_forward_hook(lambda module, args, x: Random().reduce(Sequence(x, 1, True), 6).tokens)
+        after = block.register_forward_hook(
+            lambda module, args, x: RandomDrop().reduce(TokenSequence(x, 1, True), 6).tokens
+        )
         assert torch.equal(run(model, images), found)
         after.remove()
 
@@ -389,8 +391,8 @@ def test_in_a_trainer(draw: Any) -> None:
 def test_planning(draw: Callable[..., Tensor]) -> None:
     module, images = Module().eval(), draw(16)
     before = run(module.vit, images)
-    profile = lp.profile_latency(module, images[:4], max_seconds=1, progress=False)
+    profile = lp.profile_latency(module, images[:4], time_limit=1, progress=False)
     assert profile.tokens[-1] == 26
-    plan = lp.plan(module, images, profile=profile, max_seconds=1, progress=False)
+    plan = lp.plan(module, images, profile=profile, time_limit=1, progress=False)
     assert plan.schedule.depth == 4
     assert torch.equal(run(module.vit, images), before)

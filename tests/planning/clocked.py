@@ -7,10 +7,10 @@ import pytest
 from helpers.clock import set_latency
 from helpers.data import noise_images
 from helpers.models import tiny_vit
-from lightning_prune.patching.overlay import is_overlaid
+from lightning_prune.patching.class_swap import is_patched_module
 from lightning_prune.planning import plan_blocks
-from lightning_prune.profiling.timing import Interleaved
-from lightning_prune.profiling.variant import VariantSwitch
+from lightning_prune.profiling.interleaved_timer import InterleavedTimer
+from lightning_prune.profiling.model_variants import VariantSwitch
 
 IMAGES = noise_images(24)
 DEPTH, N = 4, 17
@@ -24,7 +24,7 @@ def vit(**kwargs):
 def clock(monkeypatch):
     """A block takes a millisecond a token, 0.4 of it before the cut; a reducing block half a token's time more."""
     current = {}
-    real, measure = VariantSwitch.to, Interleaved.measure
+    real, measure = VariantSwitch.to, InterleavedTimer.measure
 
     def to(self, variant):
         real(self, variant)
@@ -44,18 +44,18 @@ def clock(monkeypatch):
     set_latency(monkeypatch, seconds)
     # Every round is like the other.
     monkeypatch.setattr(
-        Interleaved,
+        InterleavedTimer,
         "measure",
         lambda self, names, rounds, *more, **kw: measure(self, names, min(rounds, 3), *more, **kw),
     )
-    monkeypatch.setattr("lightning_prune.planning.block_search.attention_share", lambda *_: 0.4)
+    monkeypatch.setattr("lightning_prune.planning.multi_block.attention_share", lambda *_: 0.4)
 
 
 def planned(model=None, **kwargs):
     model = model or vit()
-    usual = {"images": IMAGES, "example_batch": IMAGES[:2], "max_seconds": 3, "progress": False}
+    usual = {"images": IMAGES, "example_inputs": IMAGES[:2], "time_limit": 3, "progress": False}
     made = plan_blocks(model, **{**usual, **kwargs})
-    assert not any(map(is_overlaid, model.modules()))
+    assert not any(map(is_patched_module, model.modules()))
     return made
 
 

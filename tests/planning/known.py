@@ -5,7 +5,7 @@ import numpy as np
 import lightning_prune as lp
 from helpers.data import noise_images
 from helpers.models import tiny_vit
-from lightning_prune.patching.overlay import is_overlaid
+from lightning_prune.patching.class_swap import is_patched_module
 from lightning_prune.planning import ProxyCurve
 
 IMAGES = noise_images(24)
@@ -52,7 +52,7 @@ def planned(latency, accuracy, objective, **kwargs):
     made = lp.plan(
         model, IMAGES, profile=curve, curve=known, block=1, objective=objective, confirm=False, progress=False, **kwargs
     )
-    assert not any(map(is_overlaid, model.modules()))
+    assert not any(map(is_patched_module, model.modules()))
     return made, known
 
 

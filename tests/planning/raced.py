@@ -5,8 +5,8 @@ from typing import NamedTuple
 import numpy as np
 
 from lightning_prune.planning.latency_model import FREE, LatencyModel
-from lightning_prune.planning.method_front import MethodFront
-from lightning_prune.profiling import LatencyProfile, Timing
+from lightning_prune.planning.multi_block import MethodFront
+from lightning_prune.profiling import LatencyProfile, LatencyStats
 from lightning_prune.reduction import resolve
 
 N, DEPTH = 17, 4
@@ -31,7 +31,7 @@ def costs(most=N):
 
 
 def timing(of_dense, dense_ms=DENSE_MS, rounds=31):
-    return Timing(of_dense * dense_ms, 0.01, of_dense, 0.0005 if rounds > 1 else 0.0, rounds)
+    return LatencyStats(of_dense * dense_ms, 0.01, of_dense, 0.0005 if rounds > 1 else 0.0, rounds)
 
 
 def front(name, proxy=lambda schedule: 1 - schedule.total / 60, probed=(), most=N):
@@ -65,7 +65,7 @@ class Search:
         0,
         DEPTH,
     )
-    max_seconds = 30.0
+    time_limit = 30.0
 
     def __init__(self, truth=lambda method, schedule: ratio(schedule), slower=1.0, foreign=False):
         self.truth, self.slower, self.foreign, self.runs = truth, slower, foreign, []

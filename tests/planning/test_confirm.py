@@ -1,8 +1,8 @@
 import pytest
 
 from lightning_prune import AccuracyBudget, ArgumentError, LatencyBudget
-from lightning_prune.planning.confirm import Attempt, confirmed
-from lightning_prune.profiling import Timing
+from lightning_prune.planning.single_block import BudgetSearch, confirmed
+from lightning_prune.profiling import LatencyStats
 
 
 class Device:
@@ -20,11 +20,11 @@ class Device:
     def compare(self, tokens):
         self.timed.append(tokens)
         ratio = tokens / 100 * self.slower
-        return Timing(10.0, 0.1, 1.0, 0.0, 31), Timing(10 * ratio, 0.1, ratio, 0.01, 31)
+        return LatencyStats(10.0, 0.1, 1.0, 0.0, 31), LatencyStats(10 * ratio, 0.1, ratio, 0.01, 31)
 
     def attempt(self, objective, dense_ms=10.0):
         fastest = lambda: (self.lowest, "the fastest")  # noqa: E731
-        return Attempt(self.choose(objective), 100, dense_ms, objective, self.choose, fastest)
+        return BudgetSearch(self.choose(objective), 100, dense_ms, objective, self.choose, fastest)
 
     def confirmed(self, objective, dense_ms=10.0):
         return confirmed(self.attempt(objective, dense_ms), self.compare)
@@ -91,7 +91,9 @@ class Milliseconds(Device):
     def compare(self, tokens):
         self.timed.append(tokens)
         ratio = tokens / 100
-        return Timing(10 * self.slower, 0.1, 1.0, 0.0, 31), Timing(10 * ratio * self.slower, 0.1, ratio, 0.01, 31)
+        return LatencyStats(10 * self.slower, 0.1, 1.0, 0.0, 31), LatencyStats(
+            10 * ratio * self.slower, 0.1, ratio, 0.01, 31
+        )
 
 
 def test_a_budget_of_milliseconds_gives_tokens_back_where_the_machine_is_faster_than_its_profile():
@@ -112,7 +114,7 @@ def test_what_kept_to_the_budget_stays_where_more_tokens_do_not():
 
     def compare(tokens):
         dense, pruned = honest(tokens)
-        return (dense, pruned) if tokens <= 50 else (dense, Timing(6.0, 0.1, 6 / 7, 0.01, 31))
+        return (dense, pruned) if tokens <= 50 else (dense, LatencyStats(6.0, 0.1, 6 / 7, 0.01, 31))
 
     device.compare = compare
     found = device.confirmed(LatencyBudget(ms=5))
@@ -129,7 +131,7 @@ def test_other_objectives_are_timed_once():
 def test_dense_is_not_timed():
     device = Device(1.0)
     budget = LatencyBudget(speedup=2)
-    attempt = Attempt((100, "flat"), 100, 10.0, budget, device.choose, raising)
+    attempt = BudgetSearch((100, "flat"), 100, 10.0, budget, device.choose, raising)
     assert attempt.next is None
     found = confirmed(attempt, device.compare)
     assert (found.tokens, found.reason, found.pruned, device.timed) == (100, "flat", None, [])

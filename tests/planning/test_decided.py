@@ -5,9 +5,9 @@ import pytest
 
 import lightning_prune as lp
 from lightning_prune import Schedule
-from lightning_prune.planning.confirm import MOVES
-from lightning_prune.planning.finalists import decided
-from lightning_prune.planning.latency_model import Price
+from lightning_prune.planning.candidates import decided
+from lightning_prune.planning.latency_model import ReductionOverhead
+from lightning_prune.planning.single_block import MOVES
 
 from .raced import DENSE_MS, DEPTH, Search, front, ratio, timing
 
@@ -125,7 +125,7 @@ def test_where_dense_is_best_nothing_is_timed(objective):
 
 def test_no_proposal_is_made_when_time_is_over(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("lightning_prune.planning.finalists.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("lightning_prune.planning.candidates.time.perf_counter", lambda: now[0])
 
     class Slow(Search):
         def compare(self, variants):
@@ -145,7 +145,7 @@ def test_random_errors_of_predictions_never_break_a_budget():
     missed = worse = 0
     for seed in range(25):
         rng, noise = np.random.default_rng(seed), {}
-        price = Price(reducing=rng.uniform(0, 3), after=rng.uniform(0, 0.5))
+        price = ReductionOverhead(reducing=rng.uniform(0, 3), after=rng.uniform(0, 0.5))
 
         def truth(method, schedule, rng=rng, noise=noise, price=price):
             key = method, schedule.removed

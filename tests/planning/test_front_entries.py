@@ -3,9 +3,9 @@
 import pytest
 
 from lightning_prune import Schedule
-from lightning_prune.planning.blocks_plan import FrontEntry
-from lightning_prune.planning.front_entries import entries_of, numbered, undominated
-from lightning_prune.planning.programme import FrontPoint
+from lightning_prune.planning.dynamic_program import FrontPoint
+from lightning_prune.planning.multi_block import entries_of, numbered, undominated
+from lightning_prune.planning.results import FrontEntry
 
 POINTS = [
     FrontPoint(100.0, 0.0, (17, 17)),

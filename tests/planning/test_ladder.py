@@ -3,10 +3,9 @@
 from types import SimpleNamespace
 
 from lightning_prune import Schedule
-from lightning_prune.planning.blocks_plan import FrontEntry
-from lightning_prune.planning.finalists import Finalist
-from lightning_prune.planning.ladder import ladder
-from lightning_prune.profiling import Timing
+from lightning_prune.planning.candidates import Candidate, ladder
+from lightning_prune.planning.results import FrontEntry
+from lightning_prune.profiling import LatencyStats
 
 
 def front(name, *steps):
@@ -43,7 +42,7 @@ def test_steps_of_all_methods_are_faster_and_cost_more():
 
 def test_what_was_timed_is_not_driven_out_by_what_is_predicted():
     entry = OTHER.entries[2]
-    timed = Finalist(OTHER, entry, "why", Timing(100, 0, 1, 0, 9), Timing(72, 0, 0.72, 0, 9))
+    timed = Candidate(OTHER, entry, "why", LatencyStats(100, 0, 1, 0, 9), LatencyStats(72, 0, 0.72, 0, 9))
     made = ladder([ONE, OTHER], [timed])
     assert told(made) == [
         ("one", 0.9, 0.99),
@@ -56,6 +55,6 @@ def test_what_was_timed_is_not_driven_out_by_what_is_predicted():
 
 
 def test_dense_is_no_step():
-    dense = Finalist(ONE, ONE.entries[-1], "why")
+    dense = Candidate(ONE, ONE.entries[-1], "why")
     assert told(ladder([ONE], [dense])) == [("one", 0.9, 0.99), ("one", 0.7, 0.9), ("one", 0.5, 0.7)]
     assert ladder([front("none")], []) == []

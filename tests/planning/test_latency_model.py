@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from lightning_prune import LatencyProfile, Schedule
-from lightning_prune.planning.latency_model import LatencyModel, Price
+from lightning_prune.planning.latency_model import LatencyModel, ReductionOverhead
 from lightning_prune.profiling import SimulatedDevice, Workload
-from lightning_prune.profiling.simulated import attention_share
+from lightning_prune.profiling.simulation import attention_share
 
 N, DEPTH = 197, 12
 
@@ -36,7 +36,7 @@ SCHEDULES = [
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_prediction_adds_up_what_every_block_costs(schedule):
-    known = model(price=Price(reducing=0.3, tokens=0.5, after=0.1))
+    known = model(price=ReductionOverhead(reducing=0.3, tokens=0.5, after=0.1))
     block = lambda count: 0.01 * count + 1e-5 * count * count  # noqa: E731
     total, entering = 2.0, N
     for removed in schedule.removed:
@@ -50,7 +50,7 @@ def test_prediction_adds_up_what_every_block_costs(schedule):
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_steps_add_up_to_the_prediction(schedule):
-    known = model(price=Price(reducing=0.3, tokens=0.5, after=0.1))
+    known = model(price=ReductionOverhead(reducing=0.3, tokens=0.5, after=0.1))
     steps, places = known.steps(), {int(count): place for place, count in enumerate(known.levels)}
     tokens = (N, *schedule.tokens(N))
     total = sum(steps[places[a], places[b]] for a, b in pairwise(tokens))

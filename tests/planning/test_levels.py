@@ -5,9 +5,8 @@ from itertools import pairwise
 import pytest
 
 from lightning_prune import ArgumentError, LatencyProfile
-from lightning_prune.planning.labels import labels_of
-from lightning_prune.planning.levels import search_levels
-from lightning_prune.reduction import POMT, Random, Reduction, ToMe, TopK
+from lightning_prune.planning.multi_block import method_labels, search_levels
+from lightning_prune.reduction import POMT, RandomDrop, Reduction, ToMe, TopK
 
 
 def curve(latency, spread=0.001):
@@ -34,7 +33,7 @@ def test_where_nothing_is_gained_dense_alone_is_left():
 
 
 def test_names_are_labels_where_they_differ():
-    assert list(labels_of([ToMe(), POMT(), POMT("nearest")]).values()) == ["tome", "pomt", "pomt-nearest"]
+    assert list(method_labels([ToMe(), POMT(), POMT("nearest")]).values()) == ["tome", "pomt", "pomt-nearest"]
 
 
 class Silent(Reduction):
@@ -45,7 +44,7 @@ class Silent(Reduction):
     def __init__(self, secret):
         self.secret = secret
 
-    def capacity(self, tokens, prefix_tokens):
+    def max_removed(self, tokens, prefix_tokens):
         return 1
 
     def reduce(self, sequence, remove):
@@ -56,7 +55,7 @@ class Silent(Reduction):
 
 
 def test_what_settings_do_not_tell_apart_is_numbered():
-    assert list(labels_of([Silent(1), TopK(), Silent(2), Silent(3)]).values()) == [
+    assert list(method_labels([Silent(1), TopK(), Silent(2), Silent(3)]).values()) == [
         "silent",
         "topk",
         "silent #2",
@@ -66,4 +65,4 @@ def test_what_settings_do_not_tell_apart_is_numbered():
 
 def test_the_same_method_twice_is_refused():
     with pytest.raises(ArgumentError, match=r"`methods` must differ from one another, got Random\(seed=3, .*\) twice"):
-        labels_of([Random(seed=3), TopK(), Random(seed=3)])
+        method_labels([RandomDrop(seed=3), TopK(), RandomDrop(seed=3)])

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import lightning_prune as lp
-from lightning_prune.planning.latency_model import Price
+from lightning_prune.planning.latency_model import ReductionOverhead
 
 from .raced import DEPTH, N, front, latency, timing
 
@@ -42,7 +42,7 @@ def test_the_choice_is_the_best_of_all(speedup):
     assert reason.startswith(f"Best by latency budget, {speedup:g}x: ")
 
 
-@pytest.mark.parametrize("price", [Price(reducing=2.0), Price(tokens=3.0, after=0.5)])
+@pytest.mark.parametrize("price", [ReductionOverhead(reducing=2.0), ReductionOverhead(tokens=3.0, after=0.5)])
 def test_timings_teach_the_prices(price):
     truth = latency(price)
     unaware, _ = front("topk")
@@ -86,7 +86,7 @@ def test_where_every_schedule_costs_too_much_dense_is_chosen():
 
 
 def test_where_reducing_costs_more_than_it_saves_nothing_is_faster():
-    truth = latency(Price(reducing=100.0))
+    truth = latency(ReductionOverhead(reducing=100.0))
     unaware, asked = front("topk")
     told = [(e.schedule, timing(truth.predict(e.schedule) / truth.dense_ms)) for e in unaware.entries[:-1]]
     made, asked = front("topk", probed=told)

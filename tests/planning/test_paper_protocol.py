@@ -19,7 +19,7 @@ def test_paper_protocol_is_the_papers_computation():
     )
     right = {}
     for count in range(2, 18):
-        with lp.patch(model, lp.reduction.Random(site="input"), [17 - count, 0, 0, 0]):
+        with lp.patch(model, lp.reduction.RandomDrop(site="input"), [17 - count, 0, 0, 0]):
             right[count] = float((model(IMAGES).argmax(-1) == labels).float().mean())
     utility = {c: 0.5 * (1 - curve.at(c) / curve.dense_ms) + 0.5 * right[c] / max(right.values()) for c in right}
     assert made.tokens == max(utility, key=lambda c: (utility[c], c))
@@ -43,10 +43,10 @@ def test_paper_protocol_takes_the_argmax_over_every_count():
 
 def test_paper_protocol_never_chooses_more_than_the_method_can_remove():
     model = tiny_vit()
-    measured = lp.profile_latency(model, IMAGES[:1], protocol="paper", max_seconds=0.5, progress=False)
-    assert measured.tokens[0] == 17 - lp.reduction.POMT().capacity(17, 1)
+    measured = lp.profile_latency(model, IMAGES[:1], protocol="paper", time_limit=0.5, progress=False)
+    assert measured.tokens[0] == 17 - lp.reduction.POMT().max_removed(17, 1)
 
 
 def test_paper_protocol_asks_for_labels_before_it_measures_for_hours():
     with pytest.raises(lp.ArgumentError, match="`labels` are needed by protocol='paper'"):
-        lp.plan(tiny_vit(), IMAGES, protocol="paper", example_batch=None, progress=False)
+        lp.plan(tiny_vit(), IMAGES, protocol="paper", example_inputs=None, progress=False)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from lightning_prune import AccuracyBudget, LatencyBudget, LatencyProfile, Utility
-from lightning_prune.planning.refine import hopeful, refine
+from lightning_prune.planning.single_block import promising_gaps, refine
 
 N = 197
 
@@ -74,7 +74,7 @@ def test_nothing_is_measured_where_nothing_can_be_better():
 
 
 def test_nothing_is_measured_on_a_flat_curve():
-    assert hopeful(profile(lambda count: 10.0, range(24, N, 8)), {N: 1.0}, Utility()) == []
+    assert promising_gaps(profile(lambda count: 10.0, range(24, N, 8)), {N: 1.0}, Utility()) == []
 
 
 def test_time_is_respected():

@@ -5,11 +5,11 @@ import torch
 
 import lightning_prune as lp
 from lightning_prune.patching import find_vision_transformer
-from lightning_prune.patching.overlay import is_overlaid
+from lightning_prune.patching.class_swap import is_patched_module
 from lightning_prune.planning import plan_blocks
-from lightning_prune.planning.several import CURVE
-from lightning_prune.profiling.variant import Variant, VariantSwitch
-from lightning_prune.reduction import Random, Reduction
+from lightning_prune.planning.api import CURVE
+from lightning_prune.profiling.model_variants import Variant, VariantSwitch
+from lightning_prune.reduction import RandomDrop, Reduction
 
 from .clocked import DEPTH, IMAGES, planned, vit
 
@@ -18,8 +18,8 @@ pytestmark = pytest.mark.usefixtures("clock")
 
 def test_a_given_profile_is_planned_on_and_not_measured_again(monkeypatch):
     model = vit()
-    profile = lp.profile_latency(model, IMAGES[:2], method=CURVE, max_seconds=1, progress=False)
-    monkeypatch.setattr("lightning_prune.planning.several.profile_latency", None)
+    profile = lp.profile_latency(model, IMAGES[:2], method=CURVE, time_limit=1, progress=False)
+    monkeypatch.setattr("lightning_prune.planning.api.profile_latency", None)
     made = planned(model, methods=["topk"], profile=profile, objective=lp.LatencyBudget(speedup=1.5))
     assert made.profile is profile
     assert made.removed > 0
@@ -30,9 +30,9 @@ def test_a_given_profile_is_planned_on_and_not_measured_again(monkeypatch):
     [
         (lambda: (vit(embed_dim=64), CURVE), r"is of a model with \d+ parameters; this one has \d+"),
         (lambda: (vit(), "pomt"), r"is of pomt at block 1; .* plan_blocks needs a curve of Random\(site=\"input\"\)"),
-        (lambda: (vit(), Random()), r"is of random at block 1; asked for is random at block 0"),
+        (lambda: (vit(), RandomDrop()), r"is of random at block 1; asked for is random at block 0"),
         (
-            lambda: (vit(), Random(seed=3, site="input")),
+            lambda: (vit(), RandomDrop(seed=3, site="input")),
             r"is of random with seed=3, site='input'; asked for is Random\(seed=0, site='input'\)",
         ),
     ],
@@ -40,14 +40,14 @@ def test_a_given_profile_is_planned_on_and_not_measured_again(monkeypatch):
 )
 def test_a_profile_of_something_else_is_refused(made, message):
     model, method = made()
-    profile = lp.profile_latency(model, IMAGES[:2], method=method, max_seconds=0.2, progress=False)
+    profile = lp.profile_latency(model, IMAGES[:2], method=method, time_limit=0.2, progress=False)
     with pytest.raises(lp.ArgumentError, match=message):
         planned(methods=["topk"], profile=profile)
 
 
 def test_a_profile_of_random_tokens_inside_block_0_is_refused():
     model = vit()
-    profile = lp.profile_latency(model, IMAGES[:2], method="random", block=0, max_seconds=0.2, progress=False)
+    profile = lp.profile_latency(model, IMAGES[:2], method="random", block=0, time_limit=0.2, progress=False)
     with pytest.raises(
         lp.ArgumentError, match=r"is of random with seed=0, site='block'; asked for is Random\(seed=0, site='input'\)"
     ):
@@ -58,21 +58,21 @@ def test_a_profile_of_random_tokens_inside_block_0_is_refused():
     ("arguments", "message"),
     [
         ({"objective": "fast"}, r"`objective` must be an Objective such as Utility\(0.5\), got 'fast'"),
-        ({"max_seconds": -1}, "`max_seconds` must be a number > 0, got -1"),
-        ({"max_seconds": None}, "`max_seconds` must be a number > 0, got None"),
-        ({"max_seconds": True}, "`max_seconds` must be a number > 0, got True"),
+        ({"time_limit": -1}, "`time_limit` must be a number > 0, got -1"),
+        ({"time_limit": None}, "`time_limit` must be a number > 0, got None"),
+        ({"time_limit": True}, "`time_limit` must be a number > 0, got True"),
         ({"methods": "tome"}, "`methods` must be a list of names or reductions, got 'tome'"),
         ({"methods": ["topk", "tome", "topk"]}, r"`methods` must differ from one another, got TopK\(\) twice"),
-        ({"example_batch": IMAGES[0]}, r"`example_batch` must be images \(batch, .*\), got \(3, 32, 32\)"),
+        ({"example_inputs": IMAGES[0]}, r"`example_inputs` must be images \(batch, .*\), got \(3, 32, 32\)"),
         (
-            {"example_batch": torch.randn(2, 3, 64, 64)},
-            r"`images` must be of the size of `example_batch`, \(3, 64, 64\), got \(3, 32, 32\)",
+            {"example_inputs": torch.randn(2, 3, 64, 64)},
+            r"`images` must be of the size of `example_inputs`, \(3, 64, 64\), got \(3, 32, 32\)",
         ),
         ({"profile": "profile.json"}, "`profile` must be a LatencyProfile, got 'profile.json'"),
     ],
 )
 def test_arguments_are_checked_before_anything_is_timed(monkeypatch, arguments, message):
-    monkeypatch.setattr("lightning_prune.planning.several.profile_latency", None)
+    monkeypatch.setattr("lightning_prune.planning.api.profile_latency", None)
     with pytest.raises(lp.ArgumentError, match=message):
         planned(**arguments)
 
@@ -83,7 +83,7 @@ class Value(Reduction):
     name = "value"
     __hash__ = None
 
-    def capacity(self, tokens, prefix_tokens):
+    def max_removed(self, tokens, prefix_tokens):
         return tokens - prefix_tokens - 1
 
     def reduce(self, sequence, remove):
@@ -103,9 +103,9 @@ def test_a_reduction_without_a_hash_is_timed_like_any_other():
     switch = VariantSwitch(find_vision_transformer(model))
     for removed in (3, 5):
         switch.to(Variant(Value(), lp.Schedule.single(DEPTH, 1, removed)))
-        assert [is_overlaid(block) for block in model.blocks] == [False, True, False, False]
+        assert [is_patched_module(block) for block in model.blocks] == [False, True, False, False]
     switch.off()
-    assert not any(map(is_overlaid, model.modules()))
+    assert not any(map(is_patched_module, model.modules()))
 
 
 @pytest.mark.parametrize(
@@ -124,4 +124,4 @@ def test_methods_that_cannot_be_planned(methods, message):
 def test_a_patched_model_is_not_planned_for():
     model = vit()
     with lp.patch(model, "pomt", [0, 4, 0, 0]), pytest.raises(lp.ArgumentError, match="The model is patched"):
-        plan_blocks(model, IMAGES, example_batch=IMAGES[:2], progress=False)
+        plan_blocks(model, IMAGES, example_inputs=IMAGES[:2], progress=False)

@@ -11,9 +11,9 @@ from timm.models.vision_transformer import Block, VisionTransformer
 import lightning_prune as lp
 from helpers.data import noise_images
 from helpers.models import tiny_vit
-from lightning_prune.digits import ClutteredDigits
+from lightning_prune.classification.digits import ClutteredDigits
 from lightning_prune.patching import find_vision_transformer
-from lightning_prune.patching.overlay import is_overlaid
+from lightning_prune.patching.class_swap import is_patched_module
 from lightning_prune.planning.sensitivity import Sensitivity
 from lightning_prune.reduction import resolve
 
@@ -119,7 +119,7 @@ def test_earlier_blocks_run_once_and_everything_is_restored():
     assert ran[:4] == [0, 1, 2, 3]
     assert set(ran[4:]) == {3}  # also when the patch is tried out
     assert [set(vars(block)) for block in model.blocks] == [set(old) for old in before]
-    assert not any(map(is_overlaid, model.modules()))
+    assert not any(map(is_patched_module, model.modules()))
 
 
 def test_a_forward_that_a_user_has_put_on_a_block_stays():
@@ -141,7 +141,7 @@ def test_everything_is_restored_after_an_error():
     model.blocks[3].register_forward_pre_hook(fail)
     with pytest.raises(RuntimeError, match="out of memory"):
         measured(model, "topk", blocks=[2])
-    assert not any(map(is_overlaid, model.modules()))
+    assert not any(map(is_patched_module, model.modules()))
     assert "forward" not in vars(model.blocks[0])
     assert len(model.blocks[0]._forward_hooks) == 0
 
@@ -220,7 +220,7 @@ def test_deep_schedules_of_tome_cost_what_is_predicted_in_order_of_size():
     table = Sensitivity(transformer, tome, range(4), [99, 115, 140, 170], n)
     table.add(images)
     levels = [45, 60, 70, 90, 110, 130, 150, n]
-    costs = table.costs(levels, 12, lambda tokens: tome.capacity(tokens, 1))
+    costs = table.costs(levels, 12, lambda tokens: tome.max_removed(tokens, 1))
     with torch.no_grad():
         dense = model(images).double().log_softmax(-1)
         for path in ([130, 90, 60, 45], [110, 70, 45, 45], [150, 110, 70, 60]):

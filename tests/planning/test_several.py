@@ -13,10 +13,10 @@ from timm.models.vision_transformer import Block
 import lightning_prune as lp
 from helpers.clock import set_latency
 from lightning_prune.patching import find_vision_transformer
-from lightning_prune.patching.overlay import is_overlaid
+from lightning_prune.patching.class_swap import is_patched_module
 from lightning_prune.planning import plan_blocks
+from lightning_prune.planning.api import plan_blocks_for
 from lightning_prune.planning.sensitivity import Sensitivity
-from lightning_prune.planning.several import plan_blocks_for
 from lightning_prune.reduction import Reduction, resolve
 
 from .clocked import DEPTH, IMAGES, N, milliseconds, planned, vit
@@ -84,7 +84,7 @@ def test_several_objectives_are_measured_for_once(monkeypatch):
     planned(methods=["topk"])
     once = len(passes)
     passes.clear()
-    usual = {"example_batch": IMAGES[:2], "max_seconds": 3, "progress": False, "methods": ["topk"]}
+    usual = {"example_inputs": IMAGES[:2], "time_limit": 3, "progress": False, "methods": ["topk"]}
     together = plan_blocks_for(vit(), IMAGES, objectives, **usual)
     assert len(passes) == once
     for plan, other in zip(together, alone, strict=True):
@@ -107,12 +107,12 @@ def test_all_methods_see_the_same_images_and_the_plan_says_how_many(monkeypatch)
 
     seconds = [0.0]
     monkeypatch.setattr(Sensitivity, "add", add)
-    monkeypatch.setattr("lightning_prune.planning.block_search.time", SimpleNamespace(perf_counter=lambda: seconds[0]))
+    monkeypatch.setattr("lightning_prune.planning.multi_block.time", SimpleNamespace(perf_counter=lambda: seconds[0]))
     many = IMAGES.repeat(4, 1, 1, 1)
     curve = planned(methods=["topk"]).profile
     for methods, limit, images in ((["tome", "topk"], 1.0, 16), (["topk", "tome"], 1.0, 16), (["tome"], 1e-6, 8)):
         seen.clear()
-        made = planned(images=many, methods=methods, max_seconds=limit, profile=curve)
+        made = planned(images=many, methods=methods, time_limit=limit, profile=curve)
         assert dict(seen) == dict.fromkeys(methods, images)
         assert made.images == images
     assert made.sensitivity_seconds == pytest.approx(0.8)
@@ -138,7 +138,7 @@ def state(model):
         [set(vars(module)) for module in modules],
         [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in modules],
         [parameter.requires_grad for parameter in model.parameters()],
-        any(map(is_overlaid, modules)),
+        any(map(is_patched_module, modules)),
         torch.is_grad_enabled(),
         torch.get_rng_state().tolist(),
     )
@@ -158,7 +158,7 @@ def test_everything_is_as_before_also_where_a_search_fails(fails_at):
     hook = model.blocks[3].register_forward_hook(interrupt)
     before = state(model)
     with pytest.raises(KeyboardInterrupt) if fails_at is not None else nullcontext():
-        plan_blocks(model, IMAGES, example_batch=IMAGES[:2], methods=["topk"], max_seconds=0.2, progress=False)
+        plan_blocks(model, IMAGES, example_inputs=IMAGES[:2], methods=["topk"], time_limit=0.2, progress=False)
     assert state(model) == before
     assert fails_at is None or len(passes) == fails_at + 1
     hook.remove()
@@ -197,12 +197,12 @@ def test_a_method_of_a_third_party_is_planned_like_any_other():
     class Last(Reduction):
         name = "last"
 
-        def capacity(self, tokens, prefix_tokens):
+        def max_removed(self, tokens, prefix_tokens):
             return tokens - prefix_tokens - 1
 
         def reduce(self, sequence, remove):
             left = sequence.tokens.shape[1] - remove
             positions = torch.arange(left).expand(len(sequence.tokens), left)
-            return lp.reduction.base.Reduced(sequence.tokens[:, :left], positions)
+            return lp.reduction.base.ReductionOutput(sequence.tokens[:, :left], positions)
 
     assert planned(methods=[Last()], objective=lp.LatencyBudget(speedup=1.5)).method == "last"

@@ -10,9 +10,17 @@ import pytest
 import torch
 
 from lightning_prune.errors import DataError
-from lightning_prune.profiling.counter_search import NO_COUNTER, NOT_READABLE, Unavailable, device_counter, find_counter
-from lightning_prune.profiling.counters import NoCounterError, NvmlCounter, RaplCounter
-from lightning_prune.profiling.zeus import ZeusCounter
+from lightning_prune.profiling.energy_meter import (
+    NO_COUNTER,
+    NOT_READABLE,
+    NoCounterError,
+    NvmlCounter,
+    RaplCounter,
+    Unavailable,
+    ZeusCounter,
+    device_counter,
+    find_counter,
+)
 
 RANGE = 1_000_000  # microjoules at which the counter of a zone starts again from 0
 UUID = "6c1f4b9e-0000-1111-2222-333344445555"

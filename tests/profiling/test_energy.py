@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from lightning_prune.errors import ArgumentError, DataError
-from lightning_prune.profiling import energy
-from lightning_prune.profiling.energy import NO_COUNTER, EnergyReading, measure_energy
+from lightning_prune.profiling import energy_meter as energy
+from lightning_prune.profiling.energy_meter import NO_COUNTER, EnergyReading, measure_energy
 
 IDLE, BUSY = 10.0, 50.0
 

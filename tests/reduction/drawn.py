@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_prune.reduction import Attention, Reduced, Reduction, Sequence
+from lightning_prune.reduction import AttentionInputs, Reduction, ReductionOutput, TokenSequence
 
 PRECISIONS = [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)]
 
@@ -19,17 +19,17 @@ def draw(
     dtype: torch.dtype = torch.float64,
     seed: int = 0,
     **more: Any,
-) -> Sequence:
+) -> TokenSequence:
     """A sequence; the same numbers, rounded, in every precision. With a prefix there is a class token unless said."""
     generator = torch.Generator().manual_seed(seed)
     tokens, channels = prefix + patches, 4
     parts = torch.randn(3, batch, heads, tokens, channels, generator=generator, dtype=torch.float64).to(dtype)
     x, entering = torch.randn(2, batch, tokens, heads * channels, generator=generator, dtype=torch.float64).to(dtype)
     has = prefix > 0 if class_token is None else class_token
-    return Sequence(x, prefix, has, Attention(*parts), entering=entering, **more)
+    return TokenSequence(x, prefix, has, AttentionInputs(*parts), entering=entering, **more)
 
 
-def image(sequence: Sequence, index: int) -> Sequence:
+def image(sequence: TokenSequence, index: int) -> TokenSequence:
     """One image of the batch, alone."""
 
     def alone(tensor: Tensor | None) -> Tensor | None:
@@ -40,7 +40,7 @@ def image(sequence: Sequence, index: int) -> Sequence:
     assert entering is not None
     return sequence._replace(
         tokens=sequence.tokens[index : index + 1],
-        attention=Attention(*(part[index : index + 1] for part in attention[:3])),
+        attention=AttentionInputs(*(part[index : index + 1] for part in attention[:3])),
         sizes=alone(sequence.sizes),
         entering=alone(entering),
     )
@@ -65,9 +65,11 @@ def check_one_graph(method: Reduction, remove: int = 4) -> None:
     sequence = draw(2, dtype=torch.float32)
 
     class Module(torch.nn.Module):
-        def forward(self, tokens: Tensor, query: Tensor, key: Tensor, value: Tensor, entering: Tensor) -> Reduced:
-            attention = Attention(query, key, value)
-            return method.reduce(Sequence(tokens, 1, True, attention, entering=entering, trace=True), remove)
+        def forward(
+            self, tokens: Tensor, query: Tensor, key: Tensor, value: Tensor, entering: Tensor
+        ) -> ReductionOutput:
+            attention = AttentionInputs(query, key, value)
+            return method.reduce(TokenSequence(tokens, 1, True, attention, entering=entering, trace=True), remove)
 
     assert sequence.attention is not None
     assert sequence.entering is not None

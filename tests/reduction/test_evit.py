@@ -3,7 +3,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lightning_prune.reduction import Attention, EViT, evit, topk_scores
+from lightning_prune.reduction import AttentionInputs, EViT, evit, topk_scores
 
 from .drawn import PRECISIONS, check_alone_and_together, draw
 
@@ -14,11 +14,11 @@ def test_every_number_of_removed_tokens(naive: SimpleNamespace, prefix: int, cla
     sequence = draw(batch, 7, prefix, class_token)
     attention = sequence.attention
     assert attention is not None
-    capacity = EViT().capacity(prefix + 7, prefix)
-    assert capacity == 5
+    max_removed = EViT().max_removed(prefix + 7, prefix)
+    assert max_removed == 5
     for b in range(batch):
         scores = naive.topk_scores(attention.query[b], attention.key[b], prefix, class_token)
-        for remove in range(1, capacity + 1):
+        for remove in range(1, max_removed + 1):
             reduced = EViT().reduce(sequence, remove)
             assert reduced.tokens.shape == (batch, prefix + 7 - remove, 8)
             expected, positions = naive.evit(sequence.tokens[b], scores, remove, prefix)
@@ -63,7 +63,7 @@ def test_scores_that_are_all_zero_weigh_alike(dtype: torch.dtype) -> None:
 
 
 def test_autocast_rounds_no_token() -> None:
-    tokens, attention = draw(dtype=torch.float32).tokens, Attention(*torch.zeros(3, 3, 2, 12, 4))
+    tokens, attention = draw(dtype=torch.float32).tokens, AttentionInputs(*torch.zeros(3, 3, 2, 12, 4))
     expected = evit(tokens, attention, 4, 1, True).tokens
     with torch.autocast("cpu", torch.bfloat16):
         found = evit(tokens, attention, 4, 1, True).tokens
@@ -82,12 +82,14 @@ def test_an_image_has_the_same_outcome_in_any_batch() -> None:
     check_alone_and_together(EViT())
 
 
-@pytest.mark.parametrize(("tokens", "prefix", "capacity"), [(197, 1, 194), (3, 1, 0), (2, 1, 0), (1, 1, 0), (4, 0, 2)])
-def test_capacity(tokens: int, prefix: int, capacity: int) -> None:
-    assert EViT().capacity(tokens, prefix) == capacity
+@pytest.mark.parametrize(
+    ("tokens", "prefix", "max_removed"), [(197, 1, 194), (3, 1, 0), (2, 1, 0), (1, 1, 0), (4, 0, 2)]
+)
+def test_capacity(tokens: int, prefix: int, max_removed: int) -> None:
+    assert EViT().max_removed(tokens, prefix) == max_removed
 
 
 def test_what_it_is() -> None:
     assert (EViT().name, EViT().site, EViT().reads) == ("evit", "block", {"attention"})
-    facts = [EViT().merges, EViT().keeps_sizes, EViT().proportional_attention, EViT().adaptive]
+    facts = [EViT().merges, EViT().tracks_sizes, EViT().proportional_attention, EViT().adaptive]
     assert not any(facts)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_prune.reduction import Attention, Reduced, Reduction, Sequence, resolve
+from lightning_prune.reduction import AttentionInputs, Reduction, ReductionOutput, TokenSequence, resolve
 from lightning_prune.reduction.functional import (
     attention_probabilities,
     best_in_order,
@@ -40,7 +40,7 @@ def some_mask(kind: str) -> Tensor | None:
 def test_probabilities_with_masks_and_scales(naive: SimpleNamespace, kind: str, scale: float | None) -> None:
     query, key, value = draw()
     mask = some_mask(kind)
-    found = attention_probabilities(Attention(query, key, value, mask, scale))
+    found = attention_probabilities(AttentionInputs(query, key, value, mask, scale))
     for b in range(B):
         whole = None if mask is None else mask.expand(B, H, N, N)[b]
         expected = torch.tensor(naive.probabilities(query[b], key[b], scale, whole), dtype=torch.float64)
@@ -50,7 +50,7 @@ def test_probabilities_with_masks_and_scales(naive: SimpleNamespace, kind: str, 
 @pytest.mark.parametrize("kind", ["none", "bool", "bool-all-images", "additive", "additive-keys"])
 @pytest.mark.parametrize("queries", [slice(0, 1), slice(2, None), slice(1, 4)])
 def test_some_queries_cost_their_rows_only(kind: str, queries: slice) -> None:
-    attention = Attention(*draw(), mask=some_mask(kind))
+    attention = AttentionInputs(*draw(), mask=some_mask(kind))
     rows = attention_probabilities(attention, queries)
     torch.testing.assert_close(rows, attention_probabilities(attention)[:, :, queries], rtol=1e-12, atol=1e-15)
 
@@ -61,7 +61,7 @@ def test_they_are_what_fused_attention_applies(kind: str, scale: float | None) -
     query, key, value = draw()
     mask = some_mask(kind)
     fused = torch.nn.functional.scaled_dot_product_attention(query, key, value, mask, scale=scale)
-    found = attention_probabilities(Attention(query, key, value, mask, scale)) @ value
+    found = attention_probabilities(AttentionInputs(query, key, value, mask, scale)) @ value
     torch.testing.assert_close(found, fused, rtol=1e-10, atol=1e-12)
 
 
@@ -72,9 +72,9 @@ def test_of_half_precision_a_processor_makes_no_half_precision(dtype: torch.dtyp
     query, key, value = (part.to(dtype) for part in draw())
     mask = some_mask(kind)
     mask = mask.to(dtype) if mask is not None and mask.is_floating_point() else mask
-    exact = Attention(*(part.double() for part in (query, key, value)))
+    exact = AttentionInputs(*(part.double() for part in (query, key, value)))
     expected = attention_probabilities(exact._replace(mask=mask), slice(1, 4)).float()
-    attention = Attention(query, key, value, mask)
+    attention = AttentionInputs(query, key, value, mask)
     for keys in (key, key.float()):  # as a caller has them who asks for several parts
         for enabled in (False, True):
             with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
@@ -85,9 +85,9 @@ def test_of_half_precision_a_processor_makes_no_half_precision(dtype: torch.dtyp
 
 def test_a_query_that_a_rotary_embedding_made_wide_is_not_rounded_by_autocast() -> None:
     query, key, value = (part.float() for part in draw())
-    expected = attention_probabilities(Attention(query, key, value))
+    expected = attention_probabilities(AttentionInputs(query, key, value))
     with torch.autocast("cpu", torch.bfloat16):
-        found = attention_probabilities(Attention(query, key, value.bfloat16()))
+        found = attention_probabilities(AttentionInputs(query, key, value.bfloat16()))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
 
 
@@ -137,7 +137,7 @@ class TestSources:
         ids=["all", "dropped", "fused-last", "fused-anywhere", "several", "mixed", "one"],
     )
     def test_those_that_are_not_said_follow_from_positions(self, positions: list[list[int]]) -> None:
-        reduced = Reduced(torch.zeros(len(positions), len(positions[0]), 2), torch.tensor(positions))
+        reduced = ReductionOutput(torch.zeros(len(positions), len(positions[0]), 2), torch.tensor(positions))
         found = sources_of(reduced, 6)
         assert found.tolist() == [self.loop(row, 6) for row in positions]
         assert found.dtype == torch.int64
@@ -147,20 +147,20 @@ class TestSources:
     def test_nothing_went_into_padding(self) -> None:
         positions = torch.tensor([[0, 3, -1], [0, -1, -1]])
         sizes = torch.tensor([[1.0, 1.0, 0.0], [1.0, 4.0, 0.0]])
-        found = sources_of(Reduced(torch.zeros(2, 3, 2), positions, sizes), 5)
+        found = sources_of(ReductionOutput(torch.zeros(2, 3, 2), positions, sizes), 5)
         assert found.tolist() == [[0, -1, -1, 1, -1], [0, 1, 1, 1, 1]]
 
     def test_those_that_are_said_are_those(self) -> None:
         said = torch.tensor([[1, 0, 1]])
-        reduced = Reduced(torch.zeros(1, 2, 2), torch.tensor([[1, -1]]), None, said)
+        reduced = ReductionOutput(torch.zeros(1, 2, 2), torch.tensor([[1, -1]]), None, said)
         assert sources_of(reduced, 3) is said
 
     @pytest.mark.parametrize("name", ["pomt", "pomt-nearest", "topk", "evit", "shift", "random", "tome"])
     def test_of_every_method(self, name: str) -> None:
         """Each token that is left came from somewhere, and merging and fusing methods lose none."""
         method: Reduction = resolve(name)
-        x, attention = torch.randn(2, 3, 12, 8), Attention(*torch.randn(3, 3, 2, 12, 4))
-        reduced = method.reduce(Sequence(x[0], 1, True, attention, entering=x[1], trace=True), 4)
+        x, attention = torch.randn(2, 3, 12, 8), AttentionInputs(*torch.randn(3, 3, 2, 12, 4))
+        reduced = method.reduce(TokenSequence(x[0], 1, True, attention, entering=x[1], trace=True), 4)
         sources = sources_of(reduced, 12)
         for row, positions in zip(sources.tolist(), reduced.positions.tolist(), strict=True):
             assert set(row) - {-1} == set(range(8))

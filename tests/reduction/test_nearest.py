@@ -24,12 +24,12 @@ def test_every_number_of_removed_tokens(naive: SimpleNamespace, prefix: int, bat
         sequence = sequence._replace(sizes=sizes)
     attention = sequence.attention
     assert attention is not None
-    capacity = METHOD.capacity(prefix + 7, prefix)
-    assert capacity == 6
+    max_removed = METHOD.max_removed(prefix + 7, prefix)
+    assert max_removed == 6
     for b in range(batch):
         scores = naive.pomt_scores(attention.query[b], attention.key[b], attention.value[b], prefix)
         known = None if sequence.sizes is None else sequence.sizes[b].tolist()
-        for remove in range(1, capacity + 1):
+        for remove in range(1, max_removed + 1):
             reduced = METHOD.reduce(sequence, remove)
             assert reduced.sizes is not None
             assert reduced.sources is not None
@@ -121,13 +121,13 @@ def test_compiles_and_exports_whole() -> None:
     check_one_graph(METHOD)
 
 
-@pytest.mark.parametrize(("tokens", "prefix", "capacity"), [(197, 1, 195), (2, 1, 0), (1, 1, 0), (4, 0, 3)])
-def test_capacity(tokens: int, prefix: int, capacity: int) -> None:
-    assert METHOD.capacity(tokens, prefix) == capacity
+@pytest.mark.parametrize(("tokens", "prefix", "max_removed"), [(197, 1, 195), (2, 1, 0), (1, 1, 0), (4, 0, 3)])
+def test_capacity(tokens: int, prefix: int, max_removed: int) -> None:
+    assert METHOD.max_removed(tokens, prefix) == max_removed
 
 
 def test_what_an_instance_is() -> None:
-    assert (METHOD.name, METHOD.merges, METHOD.keeps_sizes, METHOD.proportional_attention) == (
+    assert (METHOD.name, METHOD.merges, METHOD.tracks_sizes, METHOD.proportional_attention) == (
         "pomt-nearest",
         True,
         True,
@@ -135,7 +135,7 @@ def test_what_an_instance_is() -> None:
     )
     assert POMT("nearest", proportional_attention=False).proportional_attention is False
     mean = POMT("mean")
-    assert (mean.name, mean.merges, mean.keeps_sizes, mean.proportional_attention) == ("pomt", False, False, False)
+    assert (mean.name, mean.merges, mean.tracks_sizes, mean.proportional_attention) == ("pomt", False, False, False)
     assert POMT.name == "pomt"
     assert mean == POMT()
     assert mean != METHOD

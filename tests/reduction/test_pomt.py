@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_prune.reduction import POMT, Attention, Sequence, functional, pomt, pomt_scores
+from lightning_prune.reduction import POMT, AttentionInputs, TokenSequence, functional, pomt, pomt_scores
 
 _module = import_module("lightning_prune.reduction.pomt")  # by its path: the package calls the function so
 _AT_ONCE = _module._AT_ONCE
@@ -13,7 +13,7 @@ _AT_ONCE = _module._AT_ONCE
 
 def draw(
     batch: int, heads: int, tokens: int, channels: int = 4, dtype: torch.dtype = torch.float64, seed: int = 0
-) -> tuple[Tensor, Attention]:
+) -> tuple[Tensor, AttentionInputs]:
     """Tokens and the query, key and value that they came from."""
     generator = torch.Generator().manual_seed(seed)
     query, key, value = (
@@ -21,10 +21,10 @@ def draw(
         for _ in range(3)
     )
     x = torch.randn(batch, tokens, heads * channels, generator=generator, dtype=torch.float64).to(dtype)
-    return x, Attention(query, key, value)
+    return x, AttentionInputs(query, key, value)
 
 
-def image(attention: Attention, index: int) -> tuple[Tensor, Tensor, Tensor]:
+def image(attention: AttentionInputs, index: int) -> tuple[Tensor, Tensor, Tensor]:
     return attention.query[index], attention.key[index], attention.value[index]
 
 
@@ -48,9 +48,9 @@ def test_scores_are_those_of_the_formula(naive: SimpleNamespace, prefix: int, he
 def test_every_number_of_removed_tokens_up_to_the_capacity(naive: SimpleNamespace, prefix: int, batch: int) -> None:
     tokens = prefix + 9
     x, attention = draw(batch, 2, tokens, seed=prefix)
-    capacity = POMT().capacity(tokens, prefix)
-    assert capacity == 7
-    for remove in range(1, capacity + 1):
+    max_removed = POMT().max_removed(tokens, prefix)
+    assert max_removed == 7
+    for remove in range(1, max_removed + 1):
         reduced = pomt(x, attention, remove, prefix)
         assert reduced.tokens.shape == (batch, tokens - remove, x.shape[-1])
         for b in range(batch):
@@ -94,7 +94,7 @@ def test_an_image_has_the_same_outcome_alone_and_in_any_batch() -> None:
     attention = attention._replace(query=attention.query * torch.tensor([1.0, 9, 3, 0.1, 5]).view(5, 1, 1, 1))
     together = pomt(x, attention, 8, 1)
     for b in range(5):
-        alone = pomt(x[b : b + 1], Attention(*(part[b : b + 1] for part in attention[:3])), 8, 1)
+        alone = pomt(x[b : b + 1], AttentionInputs(*(part[b : b + 1] for part in attention[:3])), 8, 1)
         assert torch.equal(alone.positions[0], together.positions[b])
         torch.testing.assert_close(alone.tokens[0], together.tokens[b], rtol=1e-5, atol=1e-6)
 
@@ -118,16 +118,18 @@ def test_the_prefix_takes_its_share_of_the_value_softmax() -> None:
 
 def test_the_method_is_the_function() -> None:
     x, attention = draw(2, 2, 12)
-    reduced = POMT().reduce(Sequence(x, 1, True, attention), 4)
+    reduced = POMT().reduce(TokenSequence(x, 1, True, attention), 4)
     expected = pomt(x, attention, 4, 1)
     assert torch.equal(reduced.tokens, expected.tokens)
     assert torch.equal(reduced.positions, expected.positions)
     assert reduced.sizes is None
 
 
-@pytest.mark.parametrize(("tokens", "prefix", "capacity"), [(197, 1, 194), (3, 1, 0), (2, 1, 0), (1, 1, 0), (4, 0, 2)])
-def test_capacity(tokens: int, prefix: int, capacity: int) -> None:
-    assert POMT().capacity(tokens, prefix) == capacity
+@pytest.mark.parametrize(
+    ("tokens", "prefix", "max_removed"), [(197, 1, 194), (3, 1, 0), (2, 1, 0), (1, 1, 0), (4, 0, 2)]
+)
+def test_capacity(tokens: int, prefix: int, max_removed: int) -> None:
+    assert POMT().max_removed(tokens, prefix) == max_removed
 
 
 def test_compiles_without_a_break_and_without_looking_at_the_data() -> None:
@@ -136,7 +138,7 @@ def test_compiles_without_a_break_and_without_looking_at_the_data() -> None:
     assert torch.equal(compiled(x, attention, 4, 1).tokens, pomt(x, attention, 4, 1).tokens)
 
 
-def received(attention: Attention, prefix: int) -> Tensor:
+def received(attention: AttentionInputs, prefix: int) -> Tensor:
     """By the formula, all queries at once, in float64."""
     query, key, value = (part.double() for part in attention[:3])
     logits = query @ key.transpose(-2, -1) / query.shape[-1] ** 0.5
@@ -166,7 +168,7 @@ class TestManyTokens:
         attention = attention._replace(mask=mask)
         lengths: list[int] = []
 
-        def watch(attention: Attention, queries: slice) -> Tensor:
+        def watch(attention: AttentionInputs, queries: slice) -> Tensor:
             probabilities = functional.attention_probabilities(attention, queries)
             lengths.append(probabilities.shape[2])
             return probabilities
@@ -188,7 +190,7 @@ class TestManyTokens:
     def test_in_one_graph_and_few_tokens_at_once(self) -> None:
         class Score(torch.nn.Module):
             def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-                return pomt_scores(Attention(query, key, value), 1)
+                return pomt_scores(AttentionInputs(query, key, value), 1)
 
         for tokens, parts in ((198, 1), (702, 2)):
             torch._dynamo.reset()

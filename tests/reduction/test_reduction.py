@@ -5,17 +5,17 @@ from typing import Any
 import pytest
 
 from lightning_prune.errors import ArgumentError
-from lightning_prune.reduction import METHODS, POMT, Random, Reduction, resolve
+from lightning_prune.reduction import METHODS, POMT, RandomDrop, Reduction, resolve
 
 
 def test_names_resolve_to_default_instances() -> None:
     assert resolve("pomt") == POMT()
-    assert resolve("random") == Random()
+    assert resolve("random") == RandomDrop()
     assert all(METHODS[name].name == name for name in METHODS)
 
 
 def test_an_instance_stands_for_itself() -> None:
-    method = Random(seed=4)
+    method = RandomDrop(seed=4)
     assert resolve(method) is method
 
 
@@ -35,29 +35,29 @@ def test_what_is_near_nothing_gets_no_suggestion(asked: Any) -> None:
 
 def test_equality_and_hash_go_by_class_and_settings() -> None:
     assert POMT() == POMT()
-    assert Random(1) == Random(1)
-    assert Random(1) != Random(2)
-    assert Random(1) != Random(1, site="input")
-    assert POMT() != Random()
+    assert RandomDrop(1) == RandomDrop(1)
+    assert RandomDrop(1) != RandomDrop(2)
+    assert RandomDrop(1) != RandomDrop(1, site="input")
+    assert POMT() != RandomDrop()
     assert POMT() != "pomt"
-    assert len({POMT(), POMT(), Random(1), Random(1), Random(2)}) == 3
+    assert len({POMT(), POMT(), RandomDrop(1), RandomDrop(1), RandomDrop(2)}) == 3
 
 
 @pytest.mark.parametrize(
     ("method", "text"),
     [
         (POMT(), "POMT()"),
-        (Random(), "Random(seed=0, site='block')"),
-        (Random(3, "input"), "Random(seed=3, site='input')"),
+        (RandomDrop(), "Random(seed=0, site='block')"),
+        (RandomDrop(3, "input"), "Random(seed=3, site='input')"),
         (POMT("nearest", False), "POMT(dropped='nearest', proportional_attention=False)"),
     ],
 )
 def test_repr_is_what_one_would_type(method: Reduction, text: str) -> None:
     assert repr(method) == text
-    assert eval(text, {"POMT": POMT, "Random": Random}) == method
+    assert eval(text, {"POMT": POMT, "Random": RandomDrop}) == method
 
 
-@pytest.mark.parametrize("method", [POMT(), Random(3, "input"), POMT("nearest", False)], ids=repr)
+@pytest.mark.parametrize("method", [POMT(), RandomDrop(3, "input"), POMT("nearest", False)], ids=repr)
 def test_copies_and_pickles(method: Reduction) -> None:
     assert copy.deepcopy(method) == method
     assert pickle.loads(pickle.dumps(method)) == method
@@ -65,5 +65,5 @@ def test_copies_and_pickles(method: Reduction) -> None:
 
 def test_sites_and_what_is_read() -> None:
     assert (POMT().site, POMT().reads, POMT().proportional_attention) == ("block", {"attention"}, False)
-    assert (Random().site, Random().reads) == ("block", frozenset())
-    assert Random(site="input").site == "input"
+    assert (RandomDrop().site, RandomDrop().reads) == ("block", frozenset())
+    assert RandomDrop(site="input").site == "input"

@@ -13,7 +13,7 @@ import torch
 
 import lightning_prune as lp
 from lightning_prune.errors import ArgumentError
-from lightning_prune.reduction import METHODS, POMT, Random, Sequence, names, resolve
+from lightning_prune.reduction import METHODS, POMT, RandomDrop, TokenSequence, names, resolve
 
 OWN = [*METHODS, "pomt-nearest"]
 GOOD = """
@@ -56,7 +56,7 @@ def test_one_is_found_by_its_name_and_patches(install: Install) -> None:
     install("good_pkg", GOOD, middle="good_pkg:Middle")
     method = resolve("middle")
     assert type(method).__module__ == "good_pkg"
-    reduced = method.reduce(Sequence(torch.randn(2, 10, 4), 0, False), 4)
+    reduced = method.reduce(TokenSequence(torch.randn(2, 10, 4), 0, False), 4)
     assert reduced.positions.tolist() == [[2, 3, 4, 5, 6, 7]] * 2
     assert names() == [*OWN, "middle"]
     assert resolve("middle", factor=2.0) == type(method)(2.0)
@@ -133,7 +133,7 @@ def test_one_that_fails_to_load_is_named_and_breaks_no_other(
         ),
         (GOOD + "Bad = Middle()", "bad_pkg:Bad", r"must lead to a subclass of Reduction .*, got Middle\(factor=1.0\)"),
         (GOOD + "def Bad(): return Middle()", "bad_pkg:Bad", "must lead to a subclass of Reduction .*, got <function"),
-        (GOOD + "class Bad(Reduction):\n name='bad'", "bad_pkg:Bad", "with `reduce` and `capacity`, got <class"),
+        (GOOD + "class Bad(Reduction):\n name='bad'", "bad_pkg:Bad", "with `reduce` and `max_removed`, got <class"),
         (GOOD, "bad_pkg:Middle", r"is called 'bad', so `Middle\.name` must be 'bad', got 'middle'"),
         (GOOD + "class Bad(Middle):\n name = None", "bad_pkg:Bad", r"`Bad\.name` must be 'bad', got None"),
         (GOOD, "bad_pkg", r"must lead to a subclass of Reduction .*, got <module 'bad_pkg'"),
@@ -175,7 +175,7 @@ def test_names_without_others() -> None:
 
 
 def test_settings() -> None:
-    assert resolve("random", seed=4, site="input") == Random(4, "input")
+    assert resolve("random", seed=4, site="input") == RandomDrop(4, "input")
     assert resolve("pomt", dropped="nearest") == POMT("nearest")
     assert resolve("pomt-nearest") == POMT("nearest")
     assert resolve("pomt-nearest").name == "pomt-nearest"
@@ -188,7 +188,7 @@ def test_settings() -> None:
         ("random", {"sed": 1}, r"'random' cannot be made with the settings \{'sed': 1\}: .*unexpected.*'sed'"),
         ("pomt-nearest", {"dropped": "mean"}, r"'pomt-nearest' cannot be made with the settings .*'dropped'"),
         ("random", {"seed": -1}, r"`seed` must be a whole number >= 0, got -1"),
-        (Random(), {"seed": 1}, r"Settings belong to a method given by name; got \{'seed': 1\} and Random\("),
+        (RandomDrop(), {"seed": 1}, r"Settings belong to a method given by name; got \{'seed': 1\} and Random\("),
     ],
 )
 def test_settings_that_do_not_fit(method: Any, settings: dict[str, Any], message: str) -> None:

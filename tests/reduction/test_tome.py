@@ -7,16 +7,16 @@ import torch
 from torch import Tensor
 
 from lightning_prune.errors import ArgumentError
-from lightning_prune.reduction import Attention, Sequence, ToMe, bipartite_matching, resolve
-from lightning_prune.reduction.merging import merge
+from lightning_prune.reduction import AttentionInputs, TokenSequence, ToMe, bipartite_matching, resolve
+from lightning_prune.reduction.functional import merge
 
 from ..naive_tome import matching, merged
 
 
-def draw(batch: int, tokens: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple[Tensor, Attention]:
+def draw(batch: int, tokens: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple[Tensor, AttentionInputs]:
     generator = torch.Generator().manual_seed(seed)
     q, k, v = torch.randn(3, batch, 3, tokens, 4, generator=generator, dtype=torch.float64).to(dtype)
-    return torch.randn(batch, tokens, 6, generator=generator, dtype=torch.float64).to(dtype), Attention(q, k, v)
+    return torch.randn(batch, tokens, 6, generator=generator, dtype=torch.float64).to(dtype), AttentionInputs(q, k, v)
 
 
 def draw_sizes(batch: int, tokens: int) -> Tensor:
@@ -33,11 +33,11 @@ def pairs_of(source: Tensor, destination: Tensor) -> set[tuple[int, int]]:
 def test_every_number_of_removed_tokens_up_to_the_capacity(batch: int, prefix: int, patches: int) -> None:
     tokens = prefix + patches
     x, attention = draw(batch, tokens, seed=prefix)
-    capacity = ToMe().capacity(tokens, prefix)
-    assert capacity == patches // 2
-    for remove in range(1, capacity + 1):
+    max_removed = ToMe().max_removed(tokens, prefix)
+    assert max_removed == patches // 2
+    for remove in range(1, max_removed + 1):
         for sizes in (None, draw_sizes(batch, tokens)):
-            found = ToMe().reduce(Sequence(x, prefix, prefix > 0, attention, sizes, trace=True), remove)
+            found = ToMe().reduce(TokenSequence(x, prefix, prefix > 0, attention, sizes, trace=True), remove)
             assert found.tokens.shape == (batch, tokens - remove, 6)
             assert found.sizes is not None
             assert found.sources is not None
@@ -58,7 +58,7 @@ def test_lower_precisions(prefix: int, dtype: torch.dtype, tolerance: float) -> 
     """The matching is that of the keys as they come: half precision in, no half precision in between."""
     x, attention = draw(3, prefix + 21, dtype)
     sizes = draw_sizes(3, prefix + 21)
-    found = ToMe().reduce(Sequence(x, prefix, prefix > 0, attention, sizes), 8)
+    found = ToMe().reduce(TokenSequence(x, prefix, prefix > 0, attention, sizes), 8)
     assert found.tokens.dtype == dtype
     assert found.sizes is not None
     assert found.sizes.dtype == torch.float32
@@ -72,7 +72,7 @@ def test_lower_precisions(prefix: int, dtype: torch.dtype, tolerance: float) -> 
 def test_what_nothing_goes_into_keeps_its_bits() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         x, attention = draw(2, 41, dtype)
-        found = ToMe().reduce(Sequence(x, 1, True, attention, draw_sizes(2, 41), trace=True), 12)
+        found = ToMe().reduce(TokenSequence(x, 1, True, attention, draw_sizes(2, 41), trace=True), 12)
         assert found.sources is not None
         for b in range(2):
             alone = [i for i, count in enumerate(found.sources[b].bincount().tolist()) if count == 1]
@@ -86,7 +86,7 @@ def test_patches_are_never_lost() -> None:
     expected, sizes, tokens = x.sum(dim=1), None, x
     for step in range(10):
         _, attention = draw(2, tokens.shape[1], seed=step)
-        reduced = ToMe().reduce(Sequence(tokens, 1, True, attention, sizes), 17)
+        reduced = ToMe().reduce(TokenSequence(tokens, 1, True, attention, sizes), 17)
         tokens, sizes = reduced.tokens, reduced.sizes
         assert sizes is not None
         assert sizes.sum(dim=1).tolist() == [200, 200]
@@ -114,7 +114,7 @@ def test_autocast_rounds_no_token() -> None:
     source, destination = bipartite_matching(attention.key, 15, 1)
     with torch.autocast("cpu", torch.bfloat16):
         found = merge(x, source, destination)
-        assert ToMe().reduce(Sequence(x, 1, True, attention), 15).tokens.dtype == torch.float32
+        assert ToMe().reduce(TokenSequence(x, 1, True, attention), 15).tokens.dtype == torch.float32
     assert torch.equal(found.tokens, merge(x, source, destination).tokens)
 
 
@@ -134,7 +134,7 @@ def test_keys_that_are_zero_match_nothing_and_break_nothing() -> None:
     x, attention = draw(1, 21)
     key = attention.key.clone()
     key[:, :, 4] = 0.0
-    found = ToMe().reduce(Sequence(x, 1, True, attention._replace(key=key)), 9)
+    found = ToMe().reduce(TokenSequence(x, 1, True, attention._replace(key=key)), 9)
     assert found.tokens.isfinite().all()
     assert 4 in found.positions[0].tolist()
 
@@ -142,10 +142,12 @@ def test_keys_that_are_zero_match_nothing_and_break_nothing() -> None:
 def test_an_image_has_the_same_outcome_alone_and_in_any_batch() -> None:
     x, attention = draw(5, 60, torch.float32)
     sizes = draw_sizes(5, 60)
-    together = ToMe().reduce(Sequence(x, 1, True, attention, sizes), 20)
+    together = ToMe().reduce(TokenSequence(x, 1, True, attention, sizes), 20)
     for b in range(5):
         part = slice(b, b + 1)
-        alone = ToMe().reduce(Sequence(x[part], 1, True, Attention(*(a[part] for a in attention[:3])), sizes[part]), 20)
+        alone = ToMe().reduce(
+            TokenSequence(x[part], 1, True, AttentionInputs(*(a[part] for a in attention[:3])), sizes[part]), 20
+        )
         assert torch.equal(alone.positions[0], together.positions[b])
         torch.testing.assert_close(alone.tokens[0], together.tokens[b], rtol=1e-5, atol=1e-6)
 
@@ -170,7 +172,7 @@ def test_compiles_without_a_break(backend: str) -> None:
     sizes = draw_sizes(2, 30)
 
     def reduce(x: Tensor, key: Tensor, sizes: Tensor) -> Any:
-        return ToMe().reduce(Sequence(x, 1, True, Attention(key, key, key), sizes, trace=True), 9)
+        return ToMe().reduce(TokenSequence(x, 1, True, AttentionInputs(key, key, key), sizes, trace=True), 9)
 
     found = torch.compile(reduce, fullgraph=True, backend=backend)(x, attention.key, sizes)
     for each, expected in zip(found, reduce(x, attention.key, sizes), strict=True):
@@ -184,16 +186,16 @@ def test_gradients_are_those_of_the_mean() -> None:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "prefix", "capacity"), [(197, 1, 98), (198, 1, 98), (3, 1, 1), (2, 1, 0), (1, 5, 0)]
+    ("tokens", "prefix", "max_removed"), [(197, 1, 98), (198, 1, 98), (3, 1, 1), (2, 1, 0), (1, 5, 0)]
 )
-def test_capacity(tokens: int, prefix: int, capacity: int) -> None:
-    assert ToMe().capacity(tokens, prefix) == capacity
+def test_capacity(tokens: int, prefix: int, max_removed: int) -> None:
+    assert ToMe().max_removed(tokens, prefix) == max_removed
 
 
 def test_it_is_what_it_says() -> None:
     method = ToMe()
     assert resolve("tome") == method
-    assert (method.site, method.reads, method.keeps_sizes, method.merges) == ("block", {"attention"}, True, True)
+    assert (method.site, method.reads, method.tracks_sizes, method.merges) == ("block", {"attention"}, True, True)
     assert (method.proportional_attention, method.schedule, method.adaptive) == (True, "constant", False)
     other = ToMe(False, "decreasing")
     assert repr(other) == "ToMe(proportional_attention=False, schedule='decreasing')"

@@ -21,12 +21,12 @@ def test_every_number_of_removed_tokens(
     attention = sequence.attention
     assert attention is not None
     scores = topk_scores(attention, prefix, class_token)
-    capacity = TopK().capacity(prefix + 7, prefix)
-    assert capacity == 6
+    max_removed = TopK().max_removed(prefix + 7, prefix)
+    assert max_removed == 6
     for b in range(batch):
         expected = naive.topk_scores(attention.query[b], attention.key[b], prefix, class_token)
         torch.testing.assert_close(scores[b], torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=0)
-        for remove in range(1, capacity + 1):
+        for remove in range(1, max_removed + 1):
             reduced = TopK().reduce(sequence, remove)
             left, positions = naive.keep_best(sequence.tokens[b], expected, remove, prefix)
             assert reduced.positions[b].tolist() == positions
@@ -78,12 +78,12 @@ def test_an_image_has_the_same_outcome_in_any_batch() -> None:
     check_alone_and_together(TopK())
 
 
-@pytest.mark.parametrize(("tokens", "prefix", "capacity"), [(197, 1, 195), (2, 1, 0), (1, 1, 0), (4, 0, 3)])
-def test_capacity(tokens: int, prefix: int, capacity: int) -> None:
-    assert TopK().capacity(tokens, prefix) == capacity
+@pytest.mark.parametrize(("tokens", "prefix", "max_removed"), [(197, 1, 195), (2, 1, 0), (1, 1, 0), (4, 0, 3)])
+def test_capacity(tokens: int, prefix: int, max_removed: int) -> None:
+    assert TopK().max_removed(tokens, prefix) == max_removed
 
 
 def test_what_it_is() -> None:
     assert (TopK().name, TopK().site, TopK().reads) == ("topk", "block", {"attention"})
-    facts = [TopK().merges, TopK().keeps_sizes, TopK().proportional_attention, TopK().adaptive]
+    facts = [TopK().merges, TopK().tracks_sizes, TopK().proportional_attention, TopK().adaptive]
     assert not any(facts)

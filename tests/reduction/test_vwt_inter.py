@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from lightning_prune.errors import ArgumentError, UnsupportedModelError
-from lightning_prune.reduction import Sequence, vwt_inter
-from lightning_prune.reduction.vwt_inter import VWTInter, nearest_words
-from lightning_prune.vocabulary import Vocabulary
+from lightning_prune.reduction import TokenSequence
+from lightning_prune.reduction import visual_words as vwt_inter
+from lightning_prune.reduction.visual_words import VWTInter, nearest_words
+from lightning_prune.reduction.vocabulary import Vocabulary
 
 SIDE, ROWS, COLUMNS = 4, 3, 5
 PATCHES, VALUES = ROWS * COLUMNS, 3 * SIDE * SIDE
@@ -64,7 +65,7 @@ def draw(batch: int, prefix: int, dtype: torch.dtype = torch.float64) -> tuple[T
 def test_the_formula(prefix: int, batch: int, pad_to: Any, threshold: float) -> None:
     tokens, pixels, vocabulary = draw(batch, prefix)
     method = VWTInter(vocabulary, threshold, pad_to)
-    reduced = method.reduce(Sequence(tokens, prefix, prefix > 0, pixels=pixels, trace=True), 0)
+    reduced = method.reduce(TokenSequence(tokens, prefix, prefix > 0, pixels=pixels, trace=True), 0)
     groups = [naive_groups(pixels[b], vocabulary.centroids, threshold) for b in range(batch)]
     length = PATCHES if pad_to == "image" else max(map(len, groups))
     assert reduced.tokens.shape == (batch, prefix + length, 6)
@@ -91,7 +92,7 @@ def test_the_formula(prefix: int, batch: int, pad_to: Any, threshold: float) -> 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
 def test_lower_precisions(dtype: torch.dtype, tolerance: float) -> None:
     tokens, pixels, vocabulary = draw(3, 1, dtype)
-    reduced = VWTInter(vocabulary, 0.3).reduce(Sequence(tokens, 1, True, pixels=pixels), 0)
+    reduced = VWTInter(vocabulary, 0.3).reduce(TokenSequence(tokens, 1, True, pixels=pixels), 0)
     assert reduced.sources is None
     assert reduced.tokens.dtype == dtype
     for b in range(3):
@@ -106,7 +107,7 @@ def test_lower_precisions(dtype: torch.dtype, tolerance: float) -> None:
 
 def test_autocast_does_not_blur_distances() -> None:
     tokens, pixels, vocabulary = draw(3, 1, torch.float32)
-    sequence = Sequence(tokens, 1, True, pixels=pixels)
+    sequence = TokenSequence(tokens, 1, True, pixels=pixels)
     exact = VWTInter(vocabulary, 0.3).reduce(sequence, 0)
     with torch.autocast("cpu", torch.bfloat16):
         blurred = VWTInter(vocabulary, 0.3).reduce(sequence, 0)
@@ -116,10 +117,10 @@ def test_autocast_does_not_blur_distances() -> None:
 def test_an_image_has_the_same_outcome_alone_and_in_any_batch() -> None:
     tokens, pixels, vocabulary = draw(6, 1)
     method = VWTInter(vocabulary, 0.3)
-    together = method.reduce(Sequence(tokens, 1, True, pixels=pixels), 0)
+    together = method.reduce(TokenSequence(tokens, 1, True, pixels=pixels), 0)
     counts = set()
     for b in range(6):
-        alone = method.reduce(Sequence(tokens[b : b + 1], 1, True, pixels=pixels[b : b + 1]), 0)
+        alone = method.reduce(TokenSequence(tokens[b : b + 1], 1, True, pixels=pixels[b : b + 1]), 0)
         count = alone.tokens.shape[1]
         counts.add(count)
         assert torch.equal(alone.tokens[0], together.tokens[b, :count])
@@ -140,17 +141,19 @@ def test_words_are_compared_in_parts_as_in_one(monkeypatch: pytest.MonkeyPatch) 
 def test_a_patch_without_length_is_no_word() -> None:
     _, _, vocabulary = draw(1, 0)
     zeros = torch.zeros(1, 3, ROWS * SIDE, COLUMNS * SIDE)
-    sequence = Sequence(torch.randn(1, PATCHES, 4), 0, False, pixels=zeros)
+    sequence = TokenSequence(torch.randn(1, PATCHES, 4), 0, False, pixels=zeros)
     assert VWTInter(vocabulary, 0.99).reduce(sequence, 0).tokens.shape == (1, PATCHES, 4)
 
 
 def test_one_word_everywhere_leaves_one_token() -> None:
     _, _, vocabulary = draw(1, 0)
     patch = vocabulary.centroids[3].view(3, SIDE, SIDE)
-    sequence = Sequence(torch.randn(1, 1 + PATCHES, 4), 1, True, pixels=patch.repeat(1, ROWS, COLUMNS).unsqueeze(0))
+    sequence = TokenSequence(
+        torch.randn(1, 1 + PATCHES, 4), 1, True, pixels=patch.repeat(1, ROWS, COLUMNS).unsqueeze(0)
+    )
     method = VWTInter(vocabulary, 0.01)
     assert method.reduce(sequence, 0).tokens.shape == (1, 2, 4)
-    assert method.capacity(1 + PATCHES, 1) == PATCHES - 1
+    assert method.max_removed(1 + PATCHES, 1) == PATCHES - 1
 
 
 @pytest.mark.parametrize(
@@ -182,13 +185,13 @@ def test_arguments_that_cannot_be_used(options: dict[str, Any], message: str) ->
 def test_a_vocabulary_of_other_patches(vocabulary: Vocabulary, message: str) -> None:
     tokens, pixels, _ = draw(1, 1)
     with pytest.raises(ArgumentError, match=message):
-        VWTInter(vocabulary).reduce(Sequence(tokens, 1, True, pixels=pixels), 0)
+        VWTInter(vocabulary).reduce(TokenSequence(tokens, 1, True, pixels=pixels), 0)
 
 
 def test_tokens_that_are_no_grid_of_the_image() -> None:
     tokens, pixels, vocabulary = draw(1, 1)
     with pytest.raises(UnsupportedModelError, match="14 patch tokens are no grid"):
-        VWTInter(vocabulary).reduce(Sequence(tokens[:, 1:], 1, True, pixels=pixels), 0)
+        VWTInter(vocabulary).reduce(TokenSequence(tokens[:, 1:], 1, True, pixels=pixels), 0)
 
 
 def test_equality_copies_and_words_for_it(tmp_path: Path) -> None:

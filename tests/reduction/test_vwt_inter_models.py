@@ -10,8 +10,8 @@ from torch import Tensor, nn
 import lightning_prune as lp
 from helpers.models import tiny_vit
 from lightning_prune.errors import ArgumentError, ScheduleError
-from lightning_prune.reduction.vwt_inter import VWTInter, group_by_word, merge_groups
-from lightning_prune.vocabulary import Vocabulary
+from lightning_prune.reduction.visual_words import VWTInter, group_by_word, merge_groups
+from lightning_prune.reduction.vocabulary import Vocabulary
 
 
 def vit(kind: str = "vit_tiny_patch16_224", **options: Any) -> Any:

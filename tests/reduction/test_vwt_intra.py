@@ -7,8 +7,8 @@ from torch import Tensor
 import lightning_prune as lp
 from helpers.models import tiny_vit
 from lightning_prune.errors import ScheduleError, UnsupportedModelError
-from lightning_prune.reduction import Sequence
-from lightning_prune.reduction.vwt_intra import VWTIntra, patch_variances, vwt_intra
+from lightning_prune.reduction import TokenSequence
+from lightning_prune.reduction.visual_words import VWTIntra, patch_variances, vwt_intra
 
 
 def naive_variances(image: Tensor, side: int) -> list[float]:
@@ -51,7 +51,7 @@ def test_every_number_of_removed_tokens(prefix: int, batch: int) -> None:
     tokens, pixels = draw(batch, prefix, seed=prefix)
     for b in range(batch):
         torch.testing.assert_close(patch_variances(pixels, 15)[b].tolist(), naive_variances(pixels[b], 4))
-    assert VWTIntra().capacity(prefix + 15, prefix) == 14
+    assert VWTIntra().max_removed(prefix + 15, prefix) == 14
     for remove in range(1, 15):
         reduced = vwt_intra(tokens, pixels, remove, prefix)
         assert reduced.sizes is None
@@ -95,7 +95,7 @@ def test_an_image_has_the_same_outcome_alone_and_in_any_batch() -> None:
 
 def test_tokens_that_are_no_grid_of_the_image() -> None:
     with pytest.raises(UnsupportedModelError, match="14 patch tokens are no grid"):
-        VWTIntra().reduce(Sequence(torch.zeros(1, 15, 4), 1, True, pixels=torch.zeros(1, 3, 12, 20)), 3)
+        VWTIntra().reduce(TokenSequence(torch.zeros(1, 15, 4), 1, True, pixels=torch.zeros(1, 3, 12, 20)), 3)
 
 
 @pytest.mark.parametrize(

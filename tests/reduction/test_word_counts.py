@@ -5,7 +5,7 @@ import torch
 
 import lightning_prune as lp
 from lightning_prune.errors import ArgumentError, DataError
-from lightning_prune.reduction import Sequence, VWTInter, tokens_per_image
+from lightning_prune.reduction import TokenSequence, VWTInter, tokens_per_image
 
 
 def test_counts_are_those_of_the_method() -> None:
@@ -15,7 +15,7 @@ def test_counts_are_those_of_the_method() -> None:
     words = lp.learn_vocabulary([images], patch_size=4, words=15, progress=False)
     lengths = []
     for image in images:
-        sequence = Sequence(torch.zeros(1, 24, 2), 0, False, pixels=image.unsqueeze(0))
+        sequence = TokenSequence(torch.zeros(1, 24, 2), 0, False, pixels=image.unsqueeze(0))
         lengths.append(VWTInter(words, 0.2).reduce(sequence, 0).tokens.shape[1])
     assert len(set(lengths)) > 3
     found = tokens_per_image(images.split(6), words, 0.2)

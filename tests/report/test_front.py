@@ -2,7 +2,7 @@ import pytest
 
 from lightning_prune import LatencyProfile, Schedule, Utility
 from lightning_prune.planning import BlocksPlan, FrontEntry
-from lightning_prune.report.front import plot_front
+from lightning_prune.report.plots import plot_front
 
 
 def plan(removed=(0, 50, 0, 40)):

@@ -3,7 +3,7 @@ from itertools import product
 import numpy as np
 import pytest
 
-from lightning_prune.report.painting import TINTS, Floats, borders, paint, shared, strokes, to_pixels
+from lightning_prune.report.token_maps import TINTS, Floats, borders, paint, shared, strokes, to_pixels
 
 GROUPS = np.array([-1, 0, 1, 1, 2, 1])  # two rows of three: dropped, alone, together; together, alone, together
 

@@ -6,8 +6,8 @@ from matplotlib.axes import Axes
 from matplotlib.container import ErrorbarContainer
 
 from lightning_prune.errors import DataError
-from lightning_prune.report.line_styles import line_styles
 from lightning_prune.report.pareto import plot_pareto, save_pareto
+from lightning_prune.report.plots import line_styles
 
 from .made_up import LOST, comparison, planned, row, without_accuracy
 

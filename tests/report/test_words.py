@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 
-from lightning_prune.report.words import summary
+from lightning_prune.report.html_page import summary
 
 from .made_up import comparison, planned, pruned, row, without_accuracy
 

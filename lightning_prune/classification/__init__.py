@@ -1,0 +1,1 @@
+"""The LightningModule around an image classifier, its data and its checkpoints."""

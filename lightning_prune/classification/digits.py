@@ -1,0 +1,228 @@
+"""The embedded digits: images drawn from scikit-learn's data."""
+
+from collections.abc import Iterator
+from functools import cache
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import Dataset, Sampler
+
+from lightning_prune.errors import ArgumentError
+
+CANVAS = 56  # side in pixels
+
+Floats = NDArray[np.float32]
+Box = tuple[float, float, float]  # top, left and side of a digit on the canvas, in pixels
+
+_SIZES = (20.0, 28.0)  # side of the enlarged scan on the canvas, in pixels
+_FRAGMENTS = (4, 8)  # how many pieces of other scans lie around
+
+
+def draw(scans: Floats, index: int, rng: np.random.Generator, clutter: float) -> tuple[Floats, Box]:
+    """Draws one scan on a cluttered canvas.
+
+    Args:
+        scans: Scans to take the digit and the fragments from, [scans, 8, 8] in [0, 1].
+        index: The scan to show.
+        rng: Decides everything random.
+        clutter: Contrast of everything but the digit, from 0 to 1.
+
+    Returns:
+        The canvas, [56, 56] in [0, 1], and where the digit is.
+
+    Example:
+        >>> import numpy as np
+        >>> from lightning_prune.classification.digits import draw
+        >>> canvas, (top, left, side) = draw(np.ones((2, 8, 8), np.float32), 0, np.random.default_rng(0), 1.0)
+        >>> canvas.shape
+        (56, 56)
+    """
+    side = float(rng.uniform(*_SIZES))
+    top, left = (float(edge) for edge in rng.uniform(0.0, CANVAS - side, size=2))
+    strokes = _paste(scans[index], top, left, side / 8, slant=rng.uniform(-0.15, 0.15)) * rng.uniform(0.8, 1.0)
+    box = (top, left, side)
+    canvas = np.maximum(strokes, clutter * _clutter(scans, index, box, rng))
+    return np.clip(canvas, 0, 1).astype(np.float32), box
+
+
+def _clutter(scans: Floats, index: int, box: Box, rng: np.random.Generator) -> Floats:
+    """Draws everything but the digit: a faint gradient, noise, and fragments of other scans beside the digit's box."""
+    ramp = np.linspace(-0.5, 0.5, CANVAS, dtype=np.float32)
+    slopes = rng.uniform(-0.15, 0.15, size=2)
+    canvas = 0.1 + slopes[0] * ramp[:, None] + slopes[1] * ramp + rng.normal(0.0, 0.04, (CANVAS, CANVAS))
+    canvas = canvas.astype(np.float32)
+    for _ in range(rng.integers(_FRAGMENTS[0], _FRAGMENTS[1] + 1)):
+        other = (index + rng.integers(1, len(scans))) % len(scans)
+        height, width = rng.integers(3, 6, size=2)
+        row, column = rng.integers(0, 9 - height), rng.integers(0, 9 - width)
+        piece = scans[other, row : row + height, column : column + width]
+        pixel = rng.uniform(*_SIZES) / 8
+        contrast = rng.uniform(0.5, 1.0)
+        for top, left in rng.uniform(-pixel, CANVAS - 2 * pixel, size=(8, 2)):
+            if _apart((top, left, height * pixel, width * pixel), box):
+                canvas = np.maximum(canvas, contrast * _paste(piece, top, left, pixel))
+                break
+    return canvas
+
+
+def _apart(piece: tuple[float, float, float, float], box: Box) -> bool:
+    """Whether a fragment (top, left, height, width) lies outside the digit's box (top, left, side)."""
+    top, left, height, width = piece
+    return (
+        top + height <= box[0] or top >= box[0] + box[2] or left + width <= box[1] or left >= box[1] + box[2]
+    )  # fmt: skip
+
+
+def _paste(piece: Floats, top: float, left: float, pixel: float, slant: float = 0.0) -> Floats:
+    """Enlarges a piece bilinearly onto an empty canvas.
+
+    Bilinear interpolation is separable, so two small matrices of tent functions do it at any subpixel position.
+
+    Args:
+        piece: What to draw, [height, width] in [0, 1].
+        top: Upper edge on the canvas, in pixels.
+        left: Left edge on the canvas, in pixels.
+        pixel: Side of one pixel of the piece on the canvas, in pixels.
+        slant: Shift to the left per pixel downwards, about the middle of the piece.
+
+    Returns:
+        The canvas, [56, 56].
+    """
+    at = np.arange(CANVAS, dtype=np.float32) + 0.5
+    rows = _tents((at - top) / pixel, piece.shape[0]) @ piece
+    if not slant:
+        return (rows @ _tents((at - left) / pixel, piece.shape[1]).T).astype(np.float32)
+    shift = slant * (at - top - pixel * piece.shape[0] / 2)
+    columns = _tents((at[None, :] + shift[:, None] - left) / pixel, piece.shape[1])
+    return np.einsum("yk,yxk->yx", rows, columns).astype(np.float32)
+
+
+def _tents(position: NDArray[np.floating], count: int) -> Floats:
+    """Weights of `count` pixel centres at each position, [..., count]."""
+    centres = np.arange(count, dtype=np.float32) + 0.5
+    return np.maximum(0.0, 1.0 - np.abs(position[..., None] - centres)).astype(np.float32)
+
+
+CLASSES = 10
+CLUTTER = 0.5
+MEAN, STD = 0.19, 0.19  # of the pixels at clutter 1, which most of the training sees
+HELD_OUT_SCANS = 500
+
+# The split belongs to the weights that were trained on it: another one would leak held-out scans into training,
+# so it is a constant and not an argument.
+_SPLIT_SEED = 2407
+_SPLITS = ("train", "held_out")
+
+
+class ClutteredDigits(Dataset[tuple[torch.Tensor, int]]):
+    """Handwritten digits at random places and sizes on a cluttered 56 x 56 canvas.
+
+    An image depends on nothing but `(seed, split, index)`: not on workers, order or earlier calls. Index i shows scan
+    `i % scans` in its placement `i // scans`. Indices from `len(self)` on are valid too and show further placements,
+    so a sampler can make every epoch fresh without any state in the dataset.
+
+    Args:
+        split: "train" (1,297 scans) or "held_out" (500). No scan is in both, and clutter comes from the own split.
+        placements: Renderings of each scan; the length is scans times placements.
+        seed: Of places, sizes and clutter. It does not change the split.
+        clutter: Contrast of everything but the digit: at 1 fragments are as bright as it, at 0 it is alone on black.
+
+    Raises:
+        ArgumentError: An argument is out of its range.
+
+    Example:
+        >>> from lightning_prune.classification.digits import ClutteredDigits
+        >>> image, label = ClutteredDigits("held_out", placements=4)[0]
+        >>> image.shape, type(label)
+        (torch.Size([1, 56, 56]), <class 'int'>)
+    """
+
+    def __init__(
+        self, split: Literal["train", "held_out"], placements: int = 1, seed: int = 0, clutter: float = CLUTTER
+    ) -> None:
+        if split not in _SPLITS:
+            raise ArgumentError(f"split: expected one of {', '.join(_SPLITS)}, got {split!r}")
+        if placements < 1:
+            raise ArgumentError(f"placements: expected at least 1, got {placements}")
+        if seed < 0:
+            raise ArgumentError(f"seed: expected 0 or more, got {seed}")
+        if not 0 <= clutter <= 1:
+            raise ArgumentError(f"clutter: expected a number from 0 to 1, got {clutter}")
+        self.split = split
+        self.placements = placements
+        self.seed = seed
+        self.clutter = clutter
+        self.scans, self.labels = load_scans(split)
+
+    def __len__(self) -> int:
+        return len(self.scans) * self.placements
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        canvas, _ = self.render(index)
+        return torch.from_numpy((canvas - MEAN) / STD).unsqueeze(0), int(self.labels[index % len(self.scans)])
+
+    def render(self, index: int) -> tuple[Floats, Box]:
+        """Draws image `index`, not normalised, and says where its digit is.
+
+        Args:
+            index: 0 or more; see the class for what it shows.
+
+        Returns:
+            The canvas, [56, 56] in [0, 1], and the box of the digit: top, left and side, in pixels.
+        """
+        if index < 0:
+            raise IndexError(f"index: expected 0 or more, got {index}")
+        placement, scan = divmod(index, len(self.scans))
+        rng = np.random.default_rng([self.seed, _SPLITS.index(self.split), scan, placement])
+        return draw(self.scans, scan, rng, self.clutter)
+
+
+@cache
+def load_scans(split: str) -> tuple[Floats, NDArray[np.int64]]:
+    """Reads one side of the split.
+
+    Args:
+        split: "train" or "held_out".
+
+    Returns:
+        The scans, [scans, 8, 8] in [0, 1], and their labels, [scans].
+    """
+    from sklearn.datasets import load_digits  # takes a second to import: only where digits are really read
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    scans = (digits.images / 16.0).astype(np.float32)
+    labels = digits.target.astype(np.int64)
+    sides = train_test_split(np.arange(len(scans)), test_size=HELD_OUT_SCANS, stratify=labels, random_state=_SPLIT_SEED)
+    chosen = np.sort(sides[_SPLITS.index(split)])
+    return scans[chosen], labels[chosen]
+
+
+class EpochSampler(Sampler[int]):
+    """Shuffles the scans of `ClutteredDigits` and moves on to placements never shown before every epoch.
+
+    Lightning calls `set_epoch`, so a resumed training goes on where it was.
+
+    Args:
+        scans: Number of scans.
+        seed: Of the order.
+    """
+
+    def __init__(self, scans: int, seed: int = 0) -> None:
+        self.scans = scans
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the epoch, from 0."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.scans
+
+    def __iter__(self) -> Iterator[int]:
+        shuffle = torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)
+        order = torch.randperm(self.scans, generator=shuffle) + self.epoch * self.scans
+        return iter(order.tolist())

@@ -1,0 +1,254 @@
+"""Evaluating an image classifier: accuracy, latency, throughput and energy of each step."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torchmetrics import MeanMetric, Metric
+from torchmetrics.classification import MulticlassAccuracy
+
+from lightning_prune._utils.sampler_shares import SamplerShare, shares_of
+from lightning_prune.errors import DataError
+from lightning_prune.metrics import Energy, Latency, StepTimer, Throughput, drop_warmup
+from lightning_prune.metrics.energy import QUANTITIES
+from lightning_prune.profiling.energy_meter import SHORTEST, EnergyCounter, Unavailable, device_counter
+
+_WRAP = 30.0  # seconds; RAPL starts again from 0 after minutes, so it is read more often than that
+
+
+class Metered(NamedTuple):
+    """Energy, images and seconds of a window, as `lightning_prune.metrics.Energy` takes them."""
+
+    joules: float
+    images: int
+    seconds: float
+
+
+class EnergyMeter:
+    """Counts from the first batch after warm-up to the end of the run, loading included.
+
+    A run that is shorter than a second after its warm-up tells nothing: counters move every tenth of a second.
+
+    Args:
+        counter: Counts the energy; None for a process that shares its counter with another one, which counts.
+        warmup: How many batches at the start do not count.
+        agree: Whether all processes of the run say so; they must log alike.
+        clock: Seconds; replaced in tests.
+    """
+
+    def __init__(
+        self,
+        counter: EnergyCounter | None,
+        warmup: int,
+        agree: Callable[[bool], bool] = bool,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._counter = counter
+        self._warmup = warmup
+        self._agree = agree
+        self._clock = clock
+        self._batches = self._images = 0
+        self._start = self._read_at = self._joules = 0.0
+
+    def begin(self, images: int) -> None:
+        """A batch begins, on an idle device."""
+        now = self._clock()
+        if self._batches == self._warmup:
+            self._start, self._joules = now, self._read()
+        elif self._batches > self._warmup and now - self._read_at > _WRAP:
+            self._read()
+        self._images += images if self._batches >= self._warmup else 0
+        self._batches += 1
+
+    def finish(self) -> Metered | None:
+        """Ends the run; None where any process has nothing to tell."""
+        joules = self._read() - self._joules
+        seconds = self._clock() - self._start if self._images else 0.0
+        counted = self._counter is None or joules > 0
+        return Metered(joules, self._images, seconds) if self._agree(seconds >= SHORTEST and counted) else None
+
+    def _read(self) -> float:
+        self._read_at = self._clock()
+        return 0.0 if self._counter is None else self._counter.joules()
+
+
+def meter_of(trainer: L.Trainer, warmup: int) -> EnergyMeter | None:
+    """The meter of a run by `trainer`; None where the device of any of its processes has no counter."""
+    device = trainer.strategy.root_device
+    found = device_counter(device)
+    counter = None if isinstance(found, Unavailable) else found
+    if not trainer.strategy.reduce_boolean_decision(counter is not None, all=True):
+        return None
+    # The processes of one machine share its processor: the first counts for all.
+    shares = device.type == "cpu" and trainer.local_rank > 0
+    return EnergyMeter(None if shares else counter, warmup, trainer.strategy.reduce_boolean_decision)
+
+
+class Evaluation(nn.Module):
+    """Accuracy, loss, throughput, latency and energy of one run over the data, whole also across processes.
+
+    Args:
+        num_classes: Size of the head.
+        warmup: How many batches at the start do not count for the times; at least one always counts.
+
+    Example:
+        >>> import torch
+        >>> from lightning_prune.classification.evaluation import Evaluation
+        >>> evaluation = Evaluation(num_classes=3, warmup=0)
+        >>> with evaluation.timing(torch.zeros(2, 1, 8, 8)):
+        ...     logits = torch.eye(3)[:2]
+        >>> evaluation.update(logits, torch.tensor([0, 2]))
+        >>> evaluation.finish()["top1"].compute()
+        tensor(0.5000)
+    """
+
+    def __init__(self, num_classes: int, warmup: int) -> None:
+        super().__init__()
+        self.warmup = warmup
+        metrics: dict[str, Metric] = {"loss": MeanMetric(), "top1": _accuracy(num_classes, 1)}
+        if num_classes > 5:
+            metrics["top5"] = _accuracy(num_classes, 5)
+        metrics |= {"throughput": Throughput(), "throughput_end_to_end": Throughput()}
+        metrics |= {"latency_p50": Latency(0.5), "latency_p95": Latency(0.95)}
+        metrics |= {quantity: Energy(quantity) for quantity in QUANTITIES}
+        self.metrics = nn.ModuleDict(metrics)
+        self.timer = StepTimer()
+        self.meter: EnergyMeter | None = None
+        self.shares: list[SamplerShare | None] = []
+
+    def reset(self, trainer: L.Trainer | None = None) -> None:
+        """Forgets everything measured.
+
+        Args:
+            trainer: Whose loaders come next, to leave out the images that they repeat under several processes.
+        """
+        self.shares = shares_of(trainer) if trainer is not None else []
+        self.timer = StepTimer()
+        self.meter = meter_of(trainer, self.warmup) if trainer is not None else None
+        for metric in self._by_name().values():
+            metric.reset()
+
+    @contextmanager
+    def timing(self, images: Tensor) -> Iterator[None]:
+        """Times what is done to a batch of images inside the block, its device waited for on either side."""
+        if self.meter is not None:
+            self.meter.begin(len(images))
+        with self.timer.timing(len(images), images.device):
+            yield
+
+    def update(self, logits: Tensor, labels: Tensor, batch_idx: int = 0, dataloader_idx: int = 0) -> None:
+        """Adds one batch that `check_batch` has let through, without the images in it that are repeated.
+
+        Args:
+            logits: [batch, classes].
+            labels: [batch].
+            batch_idx: Which batch of its loader it is.
+            dataloader_idx: Which loader.
+        """
+        share = self.shares[dataloader_idx] if dataloader_idx < len(self.shares) else None
+        if share is not None:
+            count = share.counted(batch_idx, len(labels))
+            if not count:
+                return
+            logits, labels = logits[:count], labels[:count]
+        metrics = self._by_name()
+        logits = logits.float()
+        metrics["loss"].update(nn.functional.cross_entropy(logits, labels), len(labels))
+        for name in ("top1", "top5"):
+            if name in metrics:
+                metrics[name].update(logits, labels)
+
+    def finish(self) -> dict[str, Metric]:
+        """Passes times and energy on to their metrics, once, and returns all metrics by name.
+
+        Those of energy are left out where the device has no counter, or the run was shorter than a second.
+        """
+        metrics = self._by_name()
+        metered = self.meter.finish() if self.meter is not None else None
+        self.meter = None
+        for quantity in QUANTITIES:
+            if metered is None:
+                del metrics[quantity]
+            else:
+                metrics[quantity].update(*metered)
+        for step in drop_warmup(self.timer.forward, self.warmup):
+            metrics["throughput"].update(step.images, step.seconds)
+            metrics["latency_p50"].update(step.seconds)
+            metrics["latency_p95"].update(step.seconds)
+        for step in drop_warmup(self.timer.end_to_end, self.warmup):
+            metrics["throughput_end_to_end"].update(step.images, step.seconds)
+        self.timer = StepTimer()
+        return metrics
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy of the module, made during a run or after an aborted one, has no part in it; counters hold handles.
+        return {**self.__dict__, "meter": None}
+
+    def _by_name(self) -> dict[str, Metric]:
+        return {name: metric for name, metric in self.metrics.items() if isinstance(metric, Metric)}
+
+
+def _accuracy(num_classes: int, top_k: int) -> Metric:
+    # Validation of the arguments would wait for the device once more, and check_batch has done it.
+    return MulticlassAccuracy(num_classes=num_classes, top_k=top_k, average="micro", validate_args=False)
+
+
+def split_batch(batch: Any, where: str) -> tuple[Tensor, Tensor]:
+    """Takes a batch apart.
+
+    Args:
+        batch: What the dataloader gave.
+        where: Which batch it is, for the message.
+
+    Returns:
+        Images, [batch, channels, height, width], and labels, [batch].
+
+    Raises:
+        DataError: It is not a pair of tensors.
+    """
+    if isinstance(batch, list | tuple) and len(batch) == 2 and all(isinstance(part, Tensor) for part in batch):
+        return batch[0], batch[1]
+    came = [type(part).__name__ for part in batch] if isinstance(batch, list | tuple) else type(batch).__name__
+    raise DataError(f"{where}: expected a pair of tensors (images, labels), got {came}.")
+
+
+def check_batch(logits: Any, labels: Tensor, num_classes: int, where: str, finite: bool = True) -> None:
+    """Finds what would become a wrong figure or, on a GPU, a crash that names neither place nor cause.
+
+    It waits for the device, once, so call it outside of what is timed.
+
+    Args:
+        logits: What the model gave; should be [batch, classes].
+        labels: [batch].
+        num_classes: Size of the head.
+        where: Which batch it is, for the message.
+        finite: Whether to look for NaN and infinity.
+
+    Raises:
+        DataError: The output is no such tensor or not finite, or a label is no class of the head.
+    """
+    if not isinstance(logits, Tensor) or logits.shape != (len(labels), num_classes):
+        came = f"shape {list(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
+        raise DataError(
+            f"{where}: expected the model to give logits of shape [{len(labels)}, {num_classes}], got {came}."
+        )
+    if labels.ndim != 1 or labels.is_floating_point() or labels.is_complex():
+        raise DataError(
+            f"{where}: expected labels as a row of integers, got {labels.dtype} of shape {list(labels.shape)}."
+        )
+    outside = (labels < 0) | (labels >= num_classes)
+    broken = ~torch.isfinite(logits).all(dim=1)
+    wrong_labels, broken_images = torch.stack([outside.sum(), broken.sum()]).tolist()  # the one wait
+    if wrong_labels:
+        raise DataError(
+            f"{where}: label {int(labels[outside][0])} is out of range, the model's head has {num_classes} classes "
+            f"(0 to {num_classes - 1})."
+        )
+    if finite and broken_images:
+        raise DataError(
+            f"{where}: expected finite logits, got NaN or infinity for {broken_images} of {len(labels)} images."
+        )

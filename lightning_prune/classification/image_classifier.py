@@ -1,0 +1,221 @@
+"""The LightningModule around an image classifier: accuracy, throughput and latency of a validation."""
+
+import difflib
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import lightning as L
+import timm
+from timm.data.config import resolve_model_data_config
+from torch import Tensor, nn
+
+from lightning_prune.classification import demo_models as zoo
+from lightning_prune.classification.checkpoints import load_weights
+from lightning_prune.classification.evaluation import Evaluation, check_batch, split_batch
+from lightning_prune.errors import ArgumentError, WeightsError
+from lightning_prune.patching import find_vision_transformer
+from lightning_prune.runtimes.compilation import Compiled, Mode, force_eager, parse_compile_mode
+
+__all__ = ["ImageClassifier", "zoo"]  # zoo is imported for what that does: the embedded model becomes known to timm
+
+
+class ImageClassifier(L.LightningModule):
+    """Validates, tests and predicts with an image classifier, and measures how fast it is.
+
+    Batches are `(images, labels)`, images [batch, channels, height, width] and labels [batch]. It logs under `val/`
+    and `test/`, pooled over all dataloaders of the run:
+
+    - `loss` (cross-entropy), `top1`, and `top5` where there are more than 5 classes;
+    - `throughput`: images per second in the forward pass, without loading and transfer;
+    - `throughput_end_to_end`: images per second from the end of one batch to the end of the next;
+    - `latency_p50`, `latency_p95`: milliseconds per batch in the forward pass;
+    - `joules_per_image`, `watts`: of the whole loop, the idle device's share included, where the device has an energy
+      counter (`lightning_prune.profiling.find_counter`) and the run lasts a second or longer after its warm-up.
+
+    Times are taken with the device synchronised. Warm-up batches and batches of odd size do not count for them. Images
+    that a DistributedSampler repeats, to give all processes as many, count for the times only. The callback
+    `TokenPruning` works with any LightningModule; this one is for those who have none. To train, subclass it and add
+    `configure_optimizers`.
+
+    Args:
+        model: Name of a timm model, or any module that maps images to logits [batch, classes], or to an output with
+            `logits`, as Hugging Face's classifiers do.
+        pretrained: Whether timm loads its weights for that name. Ignored where `weights` are given.
+        weights: A weights file for the model: `.safetensors`, `.pth`, or a Lightning checkpoint; read without pickle.
+        num_classes: Size of the head; by default the model's own. With another size than that of timm's weights
+            the head is a new one, at random.
+        compile: Whether to run the model through `torch.compile`: True, or one of its modes, as `"reduce-overhead"` for
+            CUDA graphs. Each batch size is compiled for itself; batches smaller than the first of a run, as the last
+            one may be, run eagerly.
+        model_kwargs: Further arguments of `timm.create_model`.
+        warmup: How many batches at the start do not count for the times; at least one always counts.
+
+    Raises:
+        ArgumentError: An argument cannot be used; an unknown name comes with similar ones.
+        FileFormatError: The weights file cannot be read.
+        WeightsError: The weights do not fit the model, or timm cannot get them.
+
+    Example:
+        >>> import lightning as L
+        >>> from lightning_prune import DigitsData, ImageClassifier
+        >>> trainer = L.Trainer(logger=False, enable_progress_bar=False, limit_val_batches=2)
+        >>> module = ImageClassifier("vit_digits_patch4_56")
+        >>> (found,) = trainer.validate(module, DigitsData(), verbose=False)
+        >>> found["val/top1"] > 0.8
+        True
+    """
+
+    def __init__(
+        self,
+        model: str | nn.Module = "deit_small_patch16_224",
+        pretrained: bool = True,
+        weights: str | None = None,
+        num_classes: int | None = None,
+        compile: bool | Mode = False,
+        model_kwargs: dict[str, Any] | None = None,
+        warmup: int = 2,
+    ) -> None:
+        super().__init__()
+        if num_classes is not None and num_classes < 1:
+            raise ArgumentError(f"num_classes: expected at least 1, got {num_classes}")
+        if warmup < 0:
+            raise ArgumentError(f"warmup: expected 0 or more, got {warmup}")
+        self.save_hyperparameters(ignore=["model"] if isinstance(model, nn.Module) else None)
+        if isinstance(model, str):
+            model = _create(model, pretrained and weights is None, num_classes, model_kwargs or {})
+        elif model_kwargs:
+            raise ArgumentError("model_kwargs: expected none beside a module, they are for timm.create_model")
+        if weights is not None:
+            load_weights(model, weights)
+        self.model = model
+        self.num_classes = num_classes or _head_size(model)
+        mode = parse_compile_mode(compile)
+        if mode is not None:  # in place: the keys of the state_dict stay
+            Compiled(self.model, mode, list(find_vision_transformer(self.model).blocks) if mode == "blocks" else None)
+        self._compiled, self._batch_size = mode is not None, 0
+        self.evaluation = Evaluation(self.num_classes, warmup)
+
+    @property
+    def data_config(self) -> dict[str, Any] | None:
+        """What the model wants to see: timm's data config with input_size, mean, std, interpolation, crop_pct.
+
+        None where the model has no `pretrained_cfg` to read it off, as a module of your own.
+        """
+        return resolve_model_data_config(self.model) if getattr(self.model, "pretrained_cfg", None) else None
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Classifies images.
+
+        Args:
+            images: [batch, channels, height, width], normalised as the model wants it.
+
+        Returns:
+            Logits, [batch, classes].
+        """
+        output = self.model(images)
+        logits: Tensor = getattr(output, "logits", output)  # Hugging Face's models return them among other things
+        return logits
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Returns the cross-entropy of a batch and logs it as `train/loss`."""
+        where = f"training batch {batch_idx}"
+        images, labels = split_batch(batch, where)
+        logits = self(images)
+        check_batch(logits, labels, self.num_classes, where, finite=False)
+        loss = nn.functional.cross_entropy(logits, labels)
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(images))
+        return loss
+
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+        """Returns the logits of a batch, [batch, classes]; labels in it are ignored."""
+        images = batch[0] if isinstance(batch, list | tuple) else batch
+        with self._eagerly_if_short(images, batch_idx):
+            logits: Tensor = self(images)
+        return logits
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Measures a batch."""
+        self._evaluate(batch, "validation", batch_idx, dataloader_idx)
+
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Measures a batch."""
+        self._evaluate(batch, "test", batch_idx, dataloader_idx)
+
+    def _evaluate(self, batch: Any, stage: str, batch_idx: int, dataloader_idx: int) -> None:
+        where = f"{stage} batch {batch_idx}"
+        images, labels = split_batch(batch, where)
+        with self._eagerly_if_short(images, batch_idx), self.evaluation.timing(images):
+            logits = self(images)
+        check_batch(logits, labels, self.num_classes, where)
+        self.evaluation.update(logits, labels, batch_idx, dataloader_idx)
+
+    def _eagerly_if_short(self, images: Any, batch_idx: int) -> AbstractContextManager[Any]:
+        """Eager for a batch smaller than the first of its loader: it comes once, and would be compiled for seconds."""
+        if not self._compiled:
+            return nullcontext()
+        self._batch_size = len(images) if batch_idx == 0 else self._batch_size
+        return force_eager() if len(images) < self._batch_size else nullcontext()
+
+    def _log_evaluation(self, stage: str) -> None:
+        for name, metric in self.evaluation.finish().items():
+            self.log(f"{stage}/{name}", metric, prog_bar=name == "top1")
+
+    def on_validation_epoch_start(self) -> None:
+        """Forgets the validation before, so that nothing of a sanity check or an aborted run is counted."""
+        self.evaluation.reset(self.trainer)
+
+    def on_validation_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Starts the end-to-end clock, after the callbacks: what they do before the first batch is not counted."""
+        self.evaluation.timer.start()
+
+    def on_validation_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Stops the end-to-end clock of this batch."""
+        self.evaluation.timer.stop()
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs everything under `val/`."""
+        self._log_evaluation("val")
+
+    on_test_epoch_start = on_validation_epoch_start
+    on_test_batch_start = on_validation_batch_start
+    on_test_batch_end = on_validation_batch_end
+
+    def on_test_epoch_end(self) -> None:
+        """Logs everything under `test/`."""
+        self._log_evaluation("test")
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Makes the checkpoint stand alone: loading it needs neither timm's weights nor the weights file again."""
+        if "hyper_parameters" in checkpoint:
+            checkpoint["hyper_parameters"] |= {"pretrained": False, "weights": None}
+
+
+def _create(name: str, pretrained: bool, num_classes: int | None, kwargs: dict[str, Any]) -> nn.Module:
+    """Creates a timm model, with errors that say what to do."""
+    if ":" not in name and not timm.is_model(name):  # with a colon it is a hub's or a folder's, which timm resolves
+        close = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=3)
+        hint = f" Similar: {', '.join(close)}." if close else ""
+        raise ArgumentError(f"model: expected the name of a timm model, got {name!r}.{hint}")
+    if num_classes is not None:
+        kwargs = {**kwargs, "num_classes": num_classes}
+    try:
+        return timm.create_model(name, pretrained=pretrained, **kwargs)
+    except TypeError as error:
+        raise ArgumentError(f"model_kwargs: {name} does not take {sorted(kwargs)}: {error}") from error
+    except (OSError, RuntimeError) as error:  # offline, no such tag, no weights published for this name
+        if not pretrained:
+            raise
+        reason = str(error).strip().splitlines()[0]
+        raise WeightsError(
+            f"model: no pretrained weights for {name!r}: {reason} Give a local file as weights=, or pretrained=False."
+        ) from error
+
+
+def _head_size(model: nn.Module) -> int:
+    """Reads the number of classes off a model."""
+    size = getattr(model, "num_classes", getattr(model, "num_labels", None))  # the latter in Hugging Face's models
+    if not isinstance(size, int) or size < 1:
+        raise ArgumentError(
+            f"num_classes: expected it to be given, for {type(model).__name__} does not say it (num_classes: {size!r})"
+        )
+    return size

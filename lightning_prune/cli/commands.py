@@ -1,0 +1,293 @@
+"""The commands `profile`, `plan` and `vocabulary`."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from lightning_prune._utils.files import write_document
+from lightning_prune.callbacks import TokenPruning
+from lightning_prune.callbacks.batches import images_from_batch
+from lightning_prune.callbacks.decision import Decision, planned, print_decision, profiled, sample
+from lightning_prune.callbacks.first_batch import on_first_batch
+from lightning_prune.callbacks.hooks import trainer_callbacks
+from lightning_prune.comparison.objective_comparison import ensure_output_dir
+from lightning_prune.errors import ArgumentError, DataError
+from lightning_prune.patching import find_vision_transformer
+from lightning_prune.planning import Plan
+from lightning_prune.profiling import LatencyProfile, SimulatedDevice, profile_latency, simulate_latency
+from lightning_prune.profiling.cache import CachedProfile
+from lightning_prune.profiling.measurement import count_tokens, ready_to_run
+from lightning_prune.reduction import RandomDrop, tokens_per_image
+from lightning_prune.reduction.patchify import patch_side
+from lightning_prune.reduction.vocabulary import Vocabulary, WordLearner
+from lightning_prune.report.tables import beside_eager, profile_table, shape_of
+from lightning_prune.runtimes.compilation import is_compiled, uncompiled
+
+
+def run_profile(
+    trainer: L.Trainer, model: L.LightningModule, pruner: TokenPruning, output: str, device: str | None, **data: Any
+) -> LatencyProfile:
+    """Measures latency against tokens, or simulates it; prints a table, writes profile.json and profile.png.
+
+    Of a model that is compiled in place the curve without that is measured, too, and drawn and written beside it.
+
+    Args:
+        trainer: Its accelerator and precision count.
+        model: Contains the Vision Transformer.
+        pruner: Method, block, time limit, and where profiles are kept.
+        output: Folder for the files.
+        device: `simulated:...`, as `SimulatedDevice.parse` takes it; None for the trainer's.
+        data: `datamodule` or `dataloaders`.
+
+    Raises:
+        ArgumentError: If `output` cannot be written to, `device` is none, a setting plays no part on it, or there is no
+            batch to profile on.
+    """
+    simulated = None if device is None else SimulatedDevice.parse(device)
+    if pruner.protocol != "deployed" and device is not None:
+        raise ArgumentError(f"What is deployed is simulated; got protocol={pruner.protocol!r} with device={device!r}.")
+    _refuse_refresh(pruner, device=device)
+    folder = ensure_output_dir(output)
+
+    def work(pl_module: L.LightningModule, _: Any, images: Tensor) -> tuple[CachedProfile, LatencyProfile | None]:
+        found = _found(pruner, pl_module, images, simulated)
+        compiled = simulated is None and is_compiled(pl_module)
+        return found, _eager(pruner, pl_module, images, found.profile) if compiled else None
+
+    found, eager = on_first_batch(trainer, model, pruner, work, **data)
+    profile = found.profile
+    if trainer.is_global_zero:
+        paths = [profile.save(folder / "profile.json"), folder / "profile.png"]
+        profile.plot(paths[1], eager)
+        if eager is not None:
+            paths.append(eager.save(folder / "profile_eager.json"))
+        console = Console(markup=False)
+        console.print(profile_table(profile))
+        if found.reused:
+            console.print(f"Measured {profile.context.get('measured', 'before')}, and kept; --refresh measures anew.")
+        if eager is not None:
+            console.print(beside_eager(profile, eager))
+        console.print(f"{shape_of(profile)} Written: {', '.join(map(str, paths))}", soft_wrap=True)
+    return profile
+
+
+def run_plan(
+    trainer: L.Trainer,
+    model: L.LightningModule,
+    pruner: TokenPruning,
+    output: str,
+    profile: str | None,
+    device: str | None,
+    **data: Any,
+) -> Plan:
+    """Plans a schedule without validating it; writes schedule.yaml, plan.json, plan.png and profile.json.
+
+    Args:
+        trainer: Its accelerator and precision count.
+        model: Contains the Vision Transformer.
+        pruner: Method, objective, calibration.
+        output: Folder for the files.
+        profile: The file of a profile, which may be of another device; None measures one here.
+        device: `simulated:...`; None for the trainer's.
+        data: `datamodule` or `dataloaders`.
+
+    Raises:
+        ArgumentError: As `run_profile`, and if both `profile` and `device` are given, or a setting plays no part.
+        FileFormatError: If `profile` is no profile.
+    """
+    if profile is not None and device is not None:
+        raise ArgumentError(f"`profile` and `device` are two sources of latencies; got {profile} and {device}.")
+    if pruner.protocol != "deployed":
+        raise ArgumentError(f"`plan` plans what is deployed; got protocol={pruner.protocol!r}.")
+    if not (isinstance(pruner.schedule, str) and pruner.schedule == "auto"):
+        raise ArgumentError(f"`plan` makes a schedule, and takes none; got schedule={pruner.schedule!r}.")
+    _refuse_refresh(pruner, profile=profile, device=device)
+    given = None if profile is None else LatencyProfile.load(profile)
+    simulated = None if device is None else SimulatedDevice.parse(device)
+    folder = ensure_output_dir(output)
+
+    def work(pl_module: L.LightningModule, batch: Any, images: Tensor) -> Decision:
+        found = _found(pruner, pl_module, images, simulated) if given is None else CachedProfile(given, reused=False)
+        return planned(pruner, pl_module, images, sample(pruner, trainer, pl_module, batch), found)
+
+    decision = on_first_batch(trainer, model, pruner, work, **data)
+    made = decision.plan
+    assert made is not None
+    if trainer.is_global_zero:
+        paths = [
+            made.schedule.save(folder / "schedule.yaml"),
+            write_document(folder / "plan.json", made.to_dict()),
+            made.profile.save(folder / "profile.json"),
+            folder / "plan.png",
+        ]
+        made.plot(paths[-1])
+        print_decision(decision)
+        Console(markup=False).print(f"Written: {', '.join(map(str, paths))}", soft_wrap=True)
+    return made
+
+
+def _eager(
+    pruner: TokenPruning, pl_module: L.LightningModule, images: Tensor, compiled: LatencyProfile
+) -> LatencyProfile | None:
+    """The curve of a compiled model without its graphs, at the same counts; None where a wrapper compiles it."""
+    with uncompiled(pl_module):
+        if is_compiled(pl_module):
+            return None
+        return profile_latency(
+            pl_module,
+            images,
+            method=RandomDrop(site="input") if pruner.searches else pruner.reduction,
+            block=0 if pruner.searches else pruner.place,
+            counts=compiled.tokens[:-1],
+            time_limit=pruner.time_limit,
+            protocol=pruner.protocol,
+            target=pruner.target,
+            progress=pruner.verbose,
+        )
+
+
+def _refuse_refresh(pruner: TokenPruning, **sources: str | None) -> None:
+    """Raises ArgumentError where a profile is to be measured anew, and none is measured."""
+    for name, value in sources.items():
+        if pruner.refresh and value is not None:
+            raise ArgumentError(f"`refresh` plays no part where `{name}` gives the latencies; got {name}={value!r}.")
+
+
+def _found(
+    pruner: TokenPruning, pl_module: L.LightningModule, images: Tensor, simulated: SimulatedDevice | None
+) -> CachedProfile:
+    if simulated is None:
+        return profiled(pruner, pl_module, images)
+    method, block = (RandomDrop(site="input"), 0) if pruner.searches else (pruner.reduction, pruner.place)
+    profile = simulate_latency(
+        pl_module,
+        images,
+        simulated,
+        method=method,
+        block=block,
+        time_limit=pruner.time_limit,
+        target=pruner.target,
+    )
+    return CachedProfile(profile, reused=False)
+
+
+_SHOWN = 64  # of the images that were learned from, how many have their tokens counted for the report
+_THRESHOLDS = (0.1, 0.2)
+
+
+def learn_words(
+    trainer: L.Trainer,
+    model: L.LightningModule,
+    pruner: TokenPruning,
+    output: str,
+    words: int,
+    limit: int | None,
+    seed: int,
+    **data: Any,
+) -> Vocabulary:
+    """Streams the prediction loader past k-means, saves the vocabulary and says how long images would be.
+
+    The module's own steps do not run, but its hooks do, so that the images are those that its transformer sees.
+
+    Args:
+        trainer: Whose prediction loop runs, in one process.
+        model: Contains the Vision Transformer; it has its patch size, and perhaps a `data_config` with mean and std.
+        pruner: Says which transformer, and where the images of a batch are; prunes nothing meanwhile.
+        output: The file, `.safetensors`.
+        words: How many.
+        limit: How many images to learn from; None for all.
+        seed: Of k-means.
+        data: `datamodule` or `dataloaders`, as `Trainer.predict` takes them.
+
+    Raises:
+        ArgumentError: If an argument is unusable, or there are more words than patches.
+        DataError: If there are no images.
+    """
+    if Path(output).suffix != ".safetensors":
+        raise ArgumentError(f"`output` must be a file that ends in .safetensors, got {output!r}.")
+    if limit is not None and limit < 1:
+        raise ArgumentError(f"`limit` must be a number of images >= 1, got {limit}.")
+    if trainer.world_size > 1:
+        raise ArgumentError(f"Words are learned in one process; got {trainer.world_size}. Give --trainer.devices 1.")
+    ensure_output_dir(Path(output).absolute().parent)
+    reader = _Reader(pruner, words, limit, seed)
+    callbacks, enabled = trainer_callbacks(trainer), pruner.enabled
+    callbacks.append(reader)
+    pruner.enabled = False
+    vars(model)["predict_step"] = _no_step
+    try:
+        trainer.predict(model, return_predictions=False, **data)
+    finally:
+        del vars(model)["predict_step"]
+        pruner.enabled = enabled
+        callbacks.remove(reader)
+    if reader.learner is None:
+        raise DataError("The prediction loader yielded no batch to learn words from.")
+    with Console(stderr=True).status(f"Learning the last of {words} words"):
+        vocabulary = reader.learner.finish(*_normalisation(model, pruner.target, reader.last.shape[1]))
+    path = vocabulary.save(output)
+    _report(Console(markup=False), vocabulary, reader, path)
+    return vocabulary
+
+
+class _Reader(L.Callback):
+    """Learns from every batch of a prediction run, and ends the run when it has enough."""
+
+    def __init__(self, pruner: TokenPruning, words: int, limit: int | None, seed: int) -> None:
+        self.pruner, self.words, self.limit, self.seed = pruner, words, limit, seed
+        self.learner: WordLearner | None = None
+        self.last = torch.empty(0)
+
+    def on_predict_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        images = images_from_batch(batch, self.pruner.images_from_batch)
+        if self.learner is None:
+            with trainer.precision_plugin.forward_context():
+                self.learner = WordLearner(_patch_size(pl_module, images, self.pruner.target), self.words, self.seed)
+        left = len(images) if self.limit is None else self.limit - self.learner.images
+        images = images[:left].detach().cpu().float()
+        self.learner.add(images)
+        same = self.last.shape[1:] == images.shape[1:]
+        self.last = torch.cat((self.last, images))[-_SHOWN:] if same else images[-_SHOWN:]
+        if self.learner.images == self.limit:
+            raise StopIteration  # which is how Lightning's loop is told that there is no more
+
+
+def _no_step(*args: Any, **kwargs: Any) -> tuple[()]:
+    return ()
+
+
+def _patch_size(module: L.LightningModule, images: Tensor, target: str | None) -> int:
+    """The side of the transformer's patches, by how many tokens it makes of an image."""
+    transformer = find_vision_transformer(module, target)
+    with ready_to_run(transformer):
+        patches = count_tokens(transformer, images[:1]) - transformer.prefix_tokens
+    return patch_side(images.shape[2], images.shape[3], patches)
+
+
+def _normalisation(module: L.LightningModule, target: str | None, channels: int) -> tuple[Any, Any]:
+    """Mean and std of each channel, of the module's data config or its transformer's; None where neither says.
+
+    Nor do they say it of a model for other channels than those of the weights that timm's config is about.
+    """
+    transformer: Any = find_vision_transformer(module, target).root
+    config = getattr(module, "data_config", None) or getattr(transformer, "pretrained_cfg", None) or {}
+    mean, std = config.get("mean"), config.get("std")
+    return (mean, std) if mean is not None and std is not None and len(mean) == len(std) == channels else (None, None)
+
+
+def _report(console: Console, vocabulary: Vocabulary, reader: _Reader, path: Path) -> None:
+    say: Callable[[str], None] = lambda text: console.print(text, soft_wrap=True, highlight=False)  # noqa: E731
+    images = reader.learner.images if reader.learner else 0
+    side = vocabulary.patch_size
+    say(f"{len(vocabulary)} words for patches of {vocabulary.channels} x {side} x {side}, learned from {images} images")
+    for threshold in _THRESHOLDS:
+        say(f"threshold {threshold}: {tokens_per_image([reader.last], vocabulary, threshold)}")
+    say("The words were learned from these images among others; images that they were not learned from may keep more.")
+    say(f"Written: {path}")

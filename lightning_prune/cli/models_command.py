@@ -1,0 +1,90 @@
+"""`lightning-prune models`: which of timm's transformers can be pruned, as a table."""
+
+import argparse
+from collections.abc import Sequence
+from fnmatch import fnmatch
+
+import timm
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from lightning_prune.patching.models.support import Group, SupportStatus, grouped, isotropic_names, support_of
+
+_HEAD = ("model", "names", "can be pruned", "why not, or not everywhere")
+
+
+def models(args: Sequence[str]) -> int:
+    """Runs the command.
+
+    Args:
+        args: Patterns of names, and options; see `lightning-prune models --help`.
+
+    Returns:
+        Exit status: 0, or 2 where no name fits.
+    """
+    parser = argparse.ArgumentParser(
+        prog="lightning-prune models",
+        description="Says which of timm's transformers can be pruned, and why others cannot. Asks the models "
+        "themselves: each is built, without weights and with one block.",
+    )
+    parser.add_argument(
+        "patterns", nargs="*", metavar="PATTERN", help="list the names that fit, such as 'vit_*dinov3*'"
+    )
+    parser.add_argument("--markdown", action="store_true", help="the table of classes as Markdown")
+    options = parser.parse_args(list(args))
+    names = isotropic_names()
+    if options.patterns:
+        names = [name for name in names if any(fnmatch(name, pattern) for pattern in options.patterns)]
+    if not names:
+        print(f"No isotropic transformer of timm {timm.__version__} is named {' or '.join(options.patterns)}.")
+        return 2
+    console = Console()
+    hide = not console.is_terminal
+    statuses = [support_of(name) for name in track(names, "Asking the models", disable=hide, transient=True)]
+    if options.markdown:
+        print(markdown(grouped(statuses)))
+    elif options.patterns:
+        console.print(names_table(statuses))
+    else:
+        console.print(classes_table(grouped(statuses)))
+        console.print(summary(statuses))
+    return 0
+
+
+def summary(statuses: Sequence[SupportStatus]) -> str:
+    """The counts, in a sentence."""
+    fully = sum(each.reducible == "yes" for each in statuses)
+    never = sum(each.reducible == "no" for each in statuses)
+    partly = len(statuses) - fully - never
+    return (
+        f"timm {timm.__version__} has {len(statuses)} names of isotropic transformers: {fully} can be pruned, {partly} "
+        f"in part, {never} not. `lightning-prune models 'vit_*'` lists names."
+    )
+
+
+def classes_table(groups: Sequence[Group]) -> Table:
+    """A row for each class of models."""
+    table = Table(box=None, pad_edge=False)
+    for head in _HEAD:
+        table.add_column(head, justify="right" if head == "names" else "left")
+    for group in groups:
+        table.add_row(group.model, str(group.names), group.reducible, group.reason)
+    return table
+
+
+def names_table(statuses: Sequence[SupportStatus]) -> Table:
+    """A row for each name."""
+    table = Table(box=None, pad_edge=False)
+    for head in ("name", "model", *_HEAD[2:]):
+        table.add_column(head, overflow="fold")  # a name that is cut short cannot be copied
+    for each in statuses:
+        table.add_row(*each)
+    return table
+
+
+def markdown(groups: Sequence[Group]) -> str:
+    """The table of classes for a README."""
+    rows = [_HEAD, ("---", "---:", "---", "---")]
+    rows += [(f"`{group.model}`", str(group.names), group.reducible, group.reason) for group in groups]
+    return "\n".join(f"| {' | '.join(row)} |".replace("|  |", "| |") for row in rows)

@@ -1,0 +1,1 @@
+"""Dense against pruned, on the same data, device and clock."""

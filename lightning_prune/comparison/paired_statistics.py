@@ -1,0 +1,247 @@
+"""Paired statistics, and the row of a variant."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from math import sqrt
+from statistics import NormalDist
+from typing import Any, NamedTuple
+
+from lightning_prune.comparison.predictions import Outcomes
+from lightning_prune.errors import ArgumentError
+from lightning_prune.profiling import LatencyStats
+
+
+class Difference(NamedTuple):
+    """A difference between two shares of the same images, with its confidence interval.
+
+    Attributes:
+        change: Second share minus the first, in [-1, 1].
+        low: Lower end of the interval.
+        high: Upper end.
+    """
+
+    change: float
+    low: float
+    high: float
+
+
+def paired_difference(first: Sequence[bool], second: Sequence[bool], confidence: float = 0.95) -> Difference:
+    """The change in accuracy from one variant to another, judged by the same images in the same order.
+
+    Args:
+        first: For each image whether the first variant (dense) is right.
+        second: For each image whether the second is right.
+        confidence: Of the interval.
+
+    Returns:
+        The change with its interval; see `paired_interval`.
+
+    Raises:
+        ArgumentError: If there are no images, or not as many of both.
+
+    Example:
+        >>> from lightning_prune.comparison.paired_statistics import paired_difference
+        >>> paired_difference([True, True, False, True], [True, False, False, True]).change
+        -0.25
+    """
+    if not len(first) or len(first) != len(second):
+        raise ArgumentError(f"`first` and `second` must be of the same images, got {len(first)} and {len(second)}.")
+    pairs = list(zip(map(bool, first), map(bool, second), strict=True))
+    return paired_interval(pairs.count((False, True)), pairs.count((True, False)), len(pairs), confidence)
+
+
+def paired_interval(gained: int, lost: int, images: int, confidence: float = 0.95) -> Difference:
+    """Tango's score interval for the difference of two paired proportions.
+
+    It holds the differences that a score test, with the nuisance parameter at its likeliest value under each, does not
+    refute. Unlike the interval by the normal distribution it keeps its coverage at small counts: where no image is
+    judged differently it has still a width, about z^2 / n to either side. (T. Tango, Equivalence test and confidence
+    interval for the difference in proportions for the paired-sample design, Statistics in Medicine 17, 1998.)
+
+    Args:
+        gained: Images that only the second variant is right about.
+        lost: Images that only the first is right about.
+        images: All images.
+        confidence: Of the interval, in (0, 1).
+
+    Returns:
+        (gained - lost) / images and the ends of its interval.
+
+    Raises:
+        ArgumentError: If the counts are negative or more than there are images, or `confidence` is not in (0, 1).
+
+    Example:
+        >>> from lightning_prune.comparison.paired_statistics import paired_interval
+        >>> [round(value, 4) for value in paired_interval(gained=4, lost=12, images=1000)]
+        [-0.008, -0.0173, -0.0002]
+    """
+    if min(gained, lost) < 0 or images < 1 or gained + lost > images:
+        raise ArgumentError(
+            f"`gained` and `lost` must be counts of `images` >= 1, got {gained} and {lost} of {images} images."
+        )
+    if not 0 < confidence < 1:
+        raise ArgumentError(f"`confidence` must be in (0, 1), got {confidence!r}.")
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    change = (gained - lost) / images
+
+    def refuted(delta: float) -> bool:
+        return abs(_score(gained, lost, images, delta)) > z
+
+    return Difference(change, _edge(refuted, change, -1.0), _edge(refuted, change, 1.0))
+
+
+def agreement(first: Sequence[int], second: Sequence[int]) -> float:
+    """Share of images with the same predicted class.
+
+    Args:
+        first: Class of each image by the first variant.
+        second: Class of each image by the second.
+
+    Raises:
+        ArgumentError: If there are no images, or not as many of both.
+
+    Example:
+        >>> from lightning_prune.comparison.paired_statistics import agreement
+        >>> agreement([3, 1, 4, 1], [3, 1, 4, 5])
+        0.75
+    """
+    if not len(first) or len(first) != len(second):
+        raise ArgumentError(f"`first` and `second` must be of the same images, got {len(first)} and {len(second)}.")
+    return sum(int(a) == int(b) for a, b in zip(first, second, strict=True)) / len(first)
+
+
+def _score(gained: int, lost: int, n: int, delta: float) -> float:
+    """The score statistic of the hypothesis that the true difference is `delta`; standard normal if it is.
+
+    With p the probability of a lost image and p + delta that of a gained one, the likeliest p under the hypothesis is
+    the larger root of 2n p^2 - (gained + lost - (2n - gained + lost) delta) p - lost delta (1 - delta).
+    """
+    half = (gained + lost - (2 * n - gained + lost) * delta) / 2
+    root = sqrt(max(half * half + 2 * n * lost * delta * (1 - delta), 0.0))
+    p = (half + root) / (2 * n)
+    variance = n * (2 * p + delta * (1 - delta))
+    distance = gained - lost - n * delta
+    if variance > 0:
+        return distance / sqrt(variance)
+    return 0.0 if abs(distance) < 1e-9 else float("inf")
+
+
+def _edge(refuted: Callable[[float], bool], inside: float, outside: float) -> float:
+    """Where `refuted` begins on the way from `inside`, by halving; `outside` where it does not."""
+    if not refuted(outside):
+        return outside
+    for _ in range(60):
+        middle = (inside + outside) / 2
+        inside, outside = (inside, middle) if refuted(middle) else (middle, outside)
+    return inside
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One variant of the table; what is not known is None.
+
+    Attributes:
+        variant: Its name; `dense` is the unpruned model.
+        method: The reduction; empty for dense, `int8` where nothing is pruned.
+        int8: Whether its linear layers ran in 8 bits.
+        target: The speed-up that its schedule was planned for.
+        block: The reducing blocks; empty for dense.
+        removed: R, tokens removed in all.
+        tokens: Tokens that leave the last reducing block.
+        top1: Share of images whose best class is right; None where the module does not log it.
+        top1_change: Difference to dense in the share of right images, by the same images.
+        top1_low: Lower end of its 95% interval (`lightning_prune.comparison.paired_statistics.paired_interval`).
+        top1_high: Upper end.
+        top5: Share of images with the right class among the best five.
+        agreement: Share of images with the same best class as dense.
+        latency_ms: Median time of the transformer on one batch, from one interleaved run of all variants.
+        latency_spread: Half the distance between the quartiles of those times.
+        speedup: Dense latency over this one, the median over rounds in which both ran.
+        speedup_spread: Half the distance between its quartiles.
+        throughput: Images a second in forward during validation.
+        throughput_end_to_end: Images a second of the whole loop, loading included; dense, which comes first, pays for
+            cold file caches.
+        joules_per_image: Energy of an image; None where the device has no counter.
+        watts: Mean power meanwhile.
+        images: Images validated.
+        device: What it ran on.
+        batch_size: Images in a batch.
+        precision: Of the computation.
+        note: What is to be said of the row, as why it has no figures.
+    """
+
+    variant: str
+    method: str = ""
+    int8: bool = False
+    target: float | None = None
+    block: str = ""
+    removed: int | None = None
+    tokens: int | None = None
+    top1: float | None = None
+    top1_change: float | None = None
+    top1_low: float | None = None
+    top1_high: float | None = None
+    top5: float | None = None
+    agreement: float | None = None
+    latency_ms: float | None = None
+    latency_spread: float | None = None
+    speedup: float | None = None
+    speedup_spread: float | None = None
+    throughput: float | None = None
+    throughput_end_to_end: float | None = None
+    joules_per_image: float | None = None
+    watts: float | None = None
+    images: int = 0
+    device: str = ""
+    batch_size: int = 0
+    precision: str = ""
+    note: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The row as plain values, in the order of the columns."""
+        return asdict(self)
+
+
+def timed(timing: LatencyStats | None) -> dict[str, float]:
+    """The columns that a timing fills."""
+    if timing is None:
+        return {}
+    return {
+        "latency_ms": timing.milliseconds,
+        "latency_spread": timing.spread,
+        "speedup": 1 / timing.ratio,
+        "speedup_spread": timing.ratio_spread / timing.ratio**2,
+    }
+
+
+def flat(metrics: Any) -> dict[str, float]:
+    """What `trainer.validate` returned, as plain numbers; of several dataloaders the first counts."""
+    return {name: float(value) for name, value in dict(metrics[0]).items()} if metrics else {}
+
+
+def logged(metrics: Mapping[str, float]) -> dict[str, float | None]:
+    """The columns that a validation fills, from what the module logs."""
+    names = ("top1", "top5", "throughput", "throughput_end_to_end")
+    return {name: metrics.get(f"val/{name}") for name in names}
+
+
+def compared(dense: Outcomes | None, variant: Outcomes | None) -> dict[str, float]:
+    """The columns that pairs fill: what dense and a variant say of the same images; none where they are not the same.
+
+    Args:
+        dense: What dense said of each image, or None where that is not known.
+        variant: What the variant said.
+    """
+    if dense is None or variant is None or dense.labels != variant.labels:
+        return {}
+    columns = {"agreement": agreement(dense.predicted, variant.predicted)}
+    if dense.labelled:
+        change, low, high = paired_difference(dense.right, variant.right)
+        columns |= {"top1_change": change, "top1_low": low, "top1_high": high}
+    return columns
+
+
+def environment_columns(context: Mapping[str, Any], images: int) -> dict[str, Any]:
+    """The columns that are the same in all rows."""
+    keys = ("device", "batch_size", "precision")
+    return {key: context[key] for key in keys} | {"images": images}

@@ -1,0 +1,173 @@
+"""The two halves of each kind of block: attention with its residual, and MLP with its residual."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lightning_prune.patching.class_swap import original_class
+
+
+class AttnMlpSplit(NamedTuple):
+    """How to run a block in two parts: `mlp(block, attention(block, x, *args, **kwargs))` is `block(x, ...)`."""
+
+    attention: Callable[..., Tensor]
+    mlp: Callable[[Any, Tensor], Tensor]
+
+
+def _pre_norm_attention(block: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return x + block.drop_path1(block.ls1(block.attn(block.norm1(x), *args, **kwargs)))
+
+
+def _pre_norm_mlp(block: Any, x: Tensor) -> Tensor:
+    return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+
+
+def _post_norm_attention(block: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return x + block.drop_path1(block.norm1(block.attn(x, *args, **kwargs)))
+
+
+def _post_norm_mlp(block: Any, x: Tensor) -> Tensor:
+    return x + block.drop_path2(block.norm2(block.mlp(x)))
+
+
+def _parallel_attention(block: Any, x: Tensor) -> Tensor:
+    return x + torch.stack([attn(x) for attn in block.attns]).sum(dim=0)
+
+
+def _parallel_mlp(block: Any, x: Tensor) -> Tensor:
+    return x + torch.stack([ffn(x) for ffn in block.ffns]).sum(dim=0)
+
+
+def _gamma_attention(block: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return x + block.drop_path1(_times(block.gamma_1, block.attn(block.norm1(x), *args, **kwargs)))
+
+
+def _gamma_mlp(block: Any, x: Tensor) -> Tensor:
+    return x + block.drop_path2(_times(block.gamma_2, block.mlp(block.norm2(x))))
+
+
+def _one_drop_attention(block: Any, x: Tensor) -> Tensor:
+    return x + block.drop_path(_times(getattr(block, "gamma_1", None), block.attn(block.norm1(x))))
+
+
+def _one_drop_mlp(block: Any, x: Tensor) -> Tensor:
+    return x + block.drop_path(_times(getattr(block, "gamma_2", None), block.mlp(block.norm2(x))))
+
+
+def _times(gamma: Tensor | None, x: Tensor) -> Tensor:
+    return x if gamma is None else gamma * x
+
+
+def _multihead_attention(block: Any, x: Tensor) -> Tensor:
+    y = block.ln_1(x)
+    return block.dropout(block.self_attention(y, y, y, need_weights=False)[0]) + x
+
+
+def _multihead_mlp(block: Any, x: Tensor) -> Tensor:
+    return x + block.mlp(block.ln_2(x))
+
+
+def _dropout_attention(block: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return block.dropout(_first(block.attention(block.layernorm_before(x), *args, **kwargs))) + x
+
+
+def _dropout_mlp(block: Any, x: Tensor) -> Tensor:
+    return block.dropout(block.mlp(block.layernorm_after(x))) + x
+
+
+def _output_attention(block: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return _first(block.attention(block.layernorm_before(x), *args, **kwargs)) + x
+
+
+def _output_mlp(block: Any, x: Tensor) -> Tensor:
+    return block.output(block.intermediate(block.layernorm_after(x)), x)
+
+
+def _layer_scale_attention(block: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return block.drop_path(block.layer_scale1(_first(block.attention(block.norm1(x), *args, **kwargs)))) + x
+
+
+def _layer_scale_mlp(block: Any, x: Tensor) -> Tensor:
+    return block.drop_path(block.layer_scale2(block.mlp(block.norm2(x)))) + x
+
+
+def _tower_attention(block: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return x + _first(block.self_attn(block.layer_norm1(x), *args, **kwargs))
+
+
+def _tower_mlp(block: Any, x: Tensor) -> Tensor:
+    return x + block.mlp(block.layer_norm2(x))
+
+
+def _first(result: Any) -> Tensor:
+    """Attention alone: most modules of transformers return the weights, or None, beside it."""
+    attention: Tensor = result[0] if isinstance(result, tuple) else result
+    return attention
+
+
+PRE_NORM = AttnMlpSplit(_pre_norm_attention, _pre_norm_mlp)
+POST_NORM = AttnMlpSplit(_post_norm_attention, _post_norm_mlp)
+PARALLEL = AttnMlpSplit(_parallel_attention, _parallel_mlp)
+GAMMA = AttnMlpSplit(_gamma_attention, _gamma_mlp)  # layer scale as a parameter of the block, or None
+ONE_DROP = AttnMlpSplit(_one_drop_attention, _one_drop_mlp)  # one drop path for both halves
+MULTIHEAD = AttnMlpSplit(_multihead_attention, _multihead_mlp)  # torchvision, over nn.MultiheadAttention
+DROPOUT = AttnMlpSplit(_dropout_attention, _dropout_mlp)  # transformers: ViT, DeiT
+OUTPUT = AttnMlpSplit(_output_attention, _output_mlp)  # the same in its first versions 5: `output` adds the residual
+LAYER_SCALE = AttnMlpSplit(_layer_scale_attention, _layer_scale_mlp)  # transformers: DINOv2, DINOv3
+TOWER = AttnMlpSplit(_tower_attention, _tower_mlp)  # transformers: CLIP, SigLIP
+
+
+def runs(block: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a block runs the forward of this class: a subclass with one of its own may do more, now or later."""
+    return original_class(block).forward is kind.forward
+
+
+def verify_split(
+    block: nn.Module, attn_mlp_split: AttnMlpSplit, tokens: int, channels: int, kwargs: Mapping[str, Any] | None = None
+) -> bool:
+    """Whether the two halves reproduce the block's own forward to the bit, on random tokens.
+
+    A second look: recipes are chosen by the code that a block runs, this tells whether its parts are the usual ones.
+    Runs in evaluation mode and without autograd; the training flags are put back and no generator is touched. A block
+    without data of its own to compare (on the meta device, or sharded) is taken at its word.
+
+    Args:
+        block: The block, unpatched.
+        attn_mlp_split: The recipe to check.
+        tokens: Tokens to try it on.
+        channels: C.
+        kwargs: What else the block must be given.
+    """
+    like = next((p for p in block.parameters() if p.is_floating_point()), torch.empty(0))
+    if like.is_meta or type(like) not in (Tensor, nn.Parameter):
+        return True
+    noise = torch.randn(1, tokens, channels, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
+    x = noise.to(device=like.device, dtype=like.dtype)
+    more = {name: _beside(value, x) for name, value in (kwargs or {}).items()}
+    with torch.no_grad(), eval_mode(block):
+        try:
+            expected = block.forward(x, **more)  # without its hooks
+            return torch.equal(attn_mlp_split.mlp(block, attn_mlp_split.attention(block, x, **more)), expected)
+        except (AttributeError, TypeError):
+            return False  # a block of the same class family, but built of other parts
+
+
+def _beside(value: Any, x: Tensor) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_beside(each, x) for each in value)
+    return value.to(device=x.device, dtype=x.dtype) if isinstance(value, Tensor) else value
+
+
+@contextmanager
+def eval_mode(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while; every submodule then gets back the training flag that it had."""
+    flags = [(m, m.training) for m in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for m, flag in flags:
+            m.training = flag

@@ -1,0 +1,191 @@
+"""What the patch needs to know of a model family."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+from torch import Tensor, nn
+
+from lightning_prune.errors import ArgumentError, UnsupportedModelError
+from lightning_prune.patching.attention_capture import CapturedAttention, CaptureSlot, Capturing, SDPARecorder
+from lightning_prune.patching.block_split import AttnMlpSplit
+from lightning_prune.patching.class_swap import PatchedModule
+from lightning_prune.patching.token_state import TokenState
+from lightning_prune.reduction.base import AttentionInputs
+
+
+@dataclass(frozen=True)
+class VisionTransformer:
+    """A Vision Transformer found in a model, whatever library it comes from.
+
+    Attributes:
+        root: The transformer; calling it with images runs it.
+        path: Its dotted path in the model that was searched; empty for the model itself.
+        family: Who answers for it.
+        blocks: Its blocks in order.
+        prefix_tokens: P, class, distillation and register tokens, which stand before the patch tokens.
+        has_class_token: Whether token 0 is a CLS token.
+        tokens: N, tokens that enter the first block that can reduce, prefix included; None where that depends on the
+            image size.
+        channels: C.
+        entry: The module that receives the images.
+        classes: Size of the output if it is logits; 0 if the model returns features.
+        has_position_inputs: Whether blocks receive something for each token besides the tokens (a rotary embedding, a
+            bias), which must be adapted to those that are left.
+        pools_patches: Whether what the model returns is made of all its patch tokens, by a mean or by attention, and
+            not of the CLS token alone. Of merged tokens each then counts as often as it holds patches.
+        first: Index of the first block that can reduce.
+        first_prunable_reason: Why the blocks before it cannot.
+        compiled: The `torch.compile` wrapper around `root`, where the model has one.
+    """
+
+    root: nn.Module
+    path: str
+    family: "ModelAdapter"
+    blocks: tuple[nn.Module, ...]
+    prefix_tokens: int
+    has_class_token: bool
+    tokens: int | None
+    channels: int
+    entry: nn.Module
+    classes: int
+    has_position_inputs: bool = False
+    pools_patches: bool = False
+    first: int = 0
+    first_prunable_reason: str = ""
+    compiled: nn.Module | None = None
+
+    @property
+    def runner(self) -> nn.Module:
+        """What the user's model calls: the compiled wrapper where there is one."""
+        return self.root if self.compiled is None else self.compiled
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks."""
+        return len(self.blocks)
+
+    def outputs(self, images: Tensor) -> Tensor:
+        """Runs the transformer: (B, classes) logits or (B, C) features of (B, channels, height, width) images."""
+        return self.family.output(self.runner(images))
+
+
+class SplitCheckInput(NamedTuple):
+    """What to try a block on: tokens, and what else it must be given."""
+
+    tokens: int
+    kwargs: dict[str, Any]
+
+
+class Setting(NamedTuple):
+    """An attribute of a module as it was before a patch changed it."""
+
+    module: nn.Module
+    name: str
+    value: Any
+
+    def restore(self) -> None:
+        """Puts it back."""
+        vars(self.module)[self.name] = self.value
+
+
+class ModelAdapter(ABC):
+    """A kind of Vision Transformer: how to recognise one, and how its blocks come apart.
+
+    Attributes:
+        name: What messages call it.
+        guard: Laid over the root of a patched model: refuses calls that need every token.
+        supports_key_bias: Whether log-sizes can be added to the logits of its attention (proportional attention of
+            ToMe).
+    """
+
+    name: ClassVar[str]
+    guard: ClassVar[type[PatchedModule] | None] = None
+    supports_key_bias: ClassVar[bool] = True
+
+    @abstractmethod
+    def matches(self, module: nn.Module) -> bool:
+        """Whether `module` is the root of a transformer of this family."""
+
+    @abstractmethod
+    def describe(self, root: nn.Module, path: str) -> VisionTransformer:
+        """The facts of one. Raises UnsupportedModelError, with the reason, where it cannot be pruned."""
+
+    @abstractmethod
+    def attn_mlp_split(self, block: nn.Module) -> AttnMlpSplit | None:
+        """The recipe for this kind of block; None to cut after the whole block."""
+
+    def trial(self, transformer: VisionTransformer) -> SplitCheckInput:
+        """On what to check a recipe: few tokens, unless blocks only work on all of them."""
+        return SplitCheckInput(transformer.prefix_tokens + 4, {})
+
+    def attention_unsupported_reason(self, transformer: VisionTransformer) -> str | None:
+        """Why the attention cannot be read as the model is set up now, with the way out; None where it can."""
+        return None
+
+    def force_fused(self, block: nn.Module) -> list[Setting]:
+        """Turns fused attention on in the block's attention modules where it is off; returns what it changed."""
+        return []
+
+    def told(self, block: nn.Module) -> dict[nn.Module, type[CapturedAttention]]:
+        """Attention modules of the block that make no fused call, and what to lay over them so that they tell."""
+        return {}
+
+    def tap(
+        self,
+        calls: list[AttentionInputs],
+        log_sizes: Tensor | None,
+        arrived: TokenState | None,
+        prefix_tokens: int,
+        ear: CaptureSlot | None,
+    ) -> AbstractContextManager[Any]:
+        """What records a block's attention, and may change its logits, while the block runs.
+
+        Args:
+            calls: Where to record.
+            log_sizes: (B, 1, 1, N) to be added to the logits of every key, or None.
+            arrived: Who is left after earlier reductions; None where that plays no part.
+            prefix_tokens: P.
+            ear: The ear of the block's `told` modules; None where it has none.
+        """
+        return SDPARecorder(calls, log_sizes) if ear is None else Capturing(ear, calls, log_sizes)
+
+    def mask_passthrough(self, block: nn.Module) -> Callable[..., Any] | None:
+        """The `forward` of `block.attn`, if it hands what the block is given as `attn_mask` to its one fused call.
+
+        None where something else becomes of a mask, or nobody knows.
+        """
+        return None
+
+    @property
+    def requires_recorder(self) -> bool:
+        """Whether a block after a reduction must run in `tap` even if nothing is read there and nothing weighed."""
+        return False
+
+    def check_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Refuses what a reducing block cannot honour.
+
+        Raises:
+            ArgumentError: If an attention mask came, which is made for all tokens.
+            UnsupportedModelError: If attention is to be causal.
+        """
+        if kwargs.get("attn_mask") is not None:
+            raise ArgumentError("`attn_mask` is made for all tokens; a model whose blocks remove tokens cannot use it.")
+        if kwargs.get("is_causal"):
+            raise UnsupportedModelError("Token reduction needs bidirectional attention; this block's is causal.")
+
+    def carry(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], arrived: TokenState, prefix_tokens: int
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Adapts what a block receives besides tokens (a rotary embedding) to the tokens that are left.
+
+        Called in blocks after a reduction. Families whose blocks receive nothing else keep this.
+        """
+        return args, kwargs
+
+    def output(self, result: Any) -> Tensor:
+        """Logits or features (B, D) out of what the root returns."""
+        assert isinstance(result, Tensor)
+        return result

@@ -1,0 +1,101 @@
+"""Finding the Vision Transformer in a model. A new family is a new file and an entry in `MODEL_ADAPTERS`."""
+
+from dataclasses import replace
+
+from torch import nn
+
+from lightning_prune.errors import ArgumentError, UnsupportedModelError
+from lightning_prune.patching.class_swap import original_class
+from lightning_prune.patching.models.base import ModelAdapter, VisionTransformer
+from lightning_prune.patching.models.huggingface import (
+    HuggingFaceCLIP,
+    HuggingFaceDinov2,
+    HuggingFaceDinov3,
+    HuggingFaceSigLIP,
+    HuggingFaceViT,
+)
+from lightning_prune.patching.models.timm_rel_pos import TimmBiased
+from lightning_prune.patching.models.timm_rope import TimmEva, TimmNaFlex
+from lightning_prune.patching.models.timm_unfused import TimmCait, TimmConVit
+from lightning_prune.patching.models.timm_vit import TimmVisionTransformer
+from lightning_prune.patching.models.torchvision_vit import TorchvisionVisionTransformer
+from lightning_prune.patching.models.unsupported import unsupported_reason
+
+MODEL_ADAPTERS: tuple[ModelAdapter, ...] = (
+    TimmVisionTransformer(),
+    TimmEva(),
+    TimmNaFlex(),
+    TimmBiased(),
+    TimmCait(),
+    TimmConVit(),
+    TorchvisionVisionTransformer(),
+    HuggingFaceViT(),
+    HuggingFaceDinov2(),
+    HuggingFaceDinov3(),
+    HuggingFaceCLIP(),
+    HuggingFaceSigLIP(),
+)
+
+
+def find_vision_transformer(model: nn.Module, target: str | None = None) -> VisionTransformer:
+    """The one Vision Transformer in `model`, which may be the model itself or sit anywhere inside it.
+
+    Args:
+        model: Any module.
+        target: Dotted path of the transformer in `model`; needed where there are several.
+
+    Raises:
+        UnsupportedModelError: If there is none (says what was looked for and what is there) or there are several and
+            `target` is None (lists them).
+        ArgumentError: If `target` is not the path of a module.
+    """
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError(f"`model` must be a torch.nn.Module, got {type(model).__name__}.")
+    if target is not None:
+        modules = dict(model.named_modules())
+        if target not in modules:
+            raise ArgumentError(
+                f"`target` must be the dotted path of a module in {type(model).__name__}, got {target!r}."
+            )
+        model, prefix = modules[target], target
+    else:
+        prefix = ""
+    found: list[tuple[str, nn.Module, ModelAdapter]] = []
+    for path, module in model.named_modules(prefix=prefix):
+        family = next((family for family in MODEL_ADAPTERS if family.matches(module)), None)
+        inside = any(path.startswith(f"{outer}." if outer else "") for outer, _, _ in found)
+        if family is not None and not inside:
+            found.append((path, module, family))
+    if not found:
+        for path, module in model.named_modules(prefix=prefix):
+            reason = unsupported_reason(type(module))
+            if reason is not None:
+                at = f" at {path!r}" if path else ""
+                raise UnsupportedModelError(f"{type(module).__name__}{at} cannot be pruned: {reason}.")
+        looked = ", ".join(family.name for family in MODEL_ADAPTERS)
+        raise UnsupportedModelError(f"Found no Vision Transformer. Looked for {looked}; {_contents(model)}.")
+    if len(found) > 1:
+        candidates = ", ".join(f"{path!r} ({original_class(module).__name__})" for path, module, _ in found)
+        raise UnsupportedModelError(f"Found {len(found)} Vision Transformers; pass `target`, one of {candidates}.")
+    path, root, family = found[0]
+    compiled = next((m for m in model.modules() if m is not root and getattr(m, "_orig_mod", None) is root), None)
+    return replace(describe(family, root, path), compiled=compiled)
+
+
+def describe(family: ModelAdapter, root: nn.Module, path: str) -> VisionTransformer:
+    """What `family` says of a root; of blocks that `torch.compile` has wrapped, the blocks themselves.
+
+    Raises:
+        UnsupportedModelError: If it cannot be pruned.
+    """
+    description = family.describe(root, path)
+    blocks = tuple(getattr(block, "_orig_mod", block) for block in description.blocks)
+    if len(set(blocks)) < len(blocks):
+        raise UnsupportedModelError("The model uses one block at several depths; each must be a module of its own.")
+    return replace(description, blocks=blocks)
+
+
+def _contents(model: nn.Module) -> str:
+    """The outermost classes, which tell a user what was really passed in."""
+    children = sorted({type(child).__name__ for child in model.children()})
+    return f"{type(model).__name__} holds {', '.join(children[:8]) or 'no modules'}"

@@ -1,0 +1,56 @@
+"""timm's transformers with relative-position biases: BEiT, BEiT v2, and VisionTransformerRelPos."""
+
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Any, ClassVar
+
+from timm.models import beit
+from timm.models import vision_transformer_relpos as relpos
+from torch import Tensor, nn
+
+from lightning_prune.patching.attention_capture import Bias, CaptureSlot, SDPARecorder
+from lightning_prune.patching.block_split import GAMMA, POST_NORM, PRE_NORM, AttnMlpSplit
+from lightning_prune.patching.models.base import SplitCheckInput, VisionTransformer
+from lightning_prune.patching.models.timm_vit import TimmFamily
+from lightning_prune.patching.token_state import TokenState
+from lightning_prune.reduction.base import AttentionInputs
+
+
+class TimmBiased(TimmFamily):
+    """A bias for every pair of tokens, made in each block or shared by all, reaches fused attention as its mask.
+
+    It is gathered there, where own and shared are already one, and nowhere else.
+    """
+
+    name: ClassVar[str] = "timm Beit and VisionTransformerRelPos"
+    roots = (beit.Beit, relpos.VisionTransformerRelPos)
+    recipes: ClassVar[dict[type[nn.Module], AttnMlpSplit]] = {
+        beit.Block: GAMMA,
+        relpos.RelPosBlock: PRE_NORM,
+        relpos.ResPostRelPosBlock: POST_NORM,
+    }
+
+    def describe(self, root: nn.Module, path: str) -> VisionTransformer:
+        """See `ModelAdapter.describe`."""
+        return replace(super().describe(root, path), has_position_inputs=True)
+
+    def trial(self, transformer: VisionTransformer) -> SplitCheckInput:
+        """The bias of a block fits all tokens only."""
+        assert transformer.tokens is not None
+        return SplitCheckInput(transformer.tokens, {})
+
+    @property
+    def requires_recorder(self) -> bool:
+        """Every block has a bias."""
+        return True
+
+    def tap(
+        self,
+        calls: list[AttentionInputs],
+        log_sizes: Tensor | None,
+        arrived: TokenState | None,
+        prefix_tokens: int,
+        ear: CaptureSlot | None,
+    ) -> AbstractContextManager[Any]:
+        """Gathers the bias to the tokens that are left."""
+        return SDPARecorder(calls, log_sizes, Bias(arrived, prefix_tokens) if arrived is not None else None)

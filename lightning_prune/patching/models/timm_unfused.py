@@ -1,0 +1,95 @@
+"""timm's transformers that compute their attention themselves: CaiT (talking heads) and ConViT."""
+
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from timm.models import cait, convit
+from torch import Tensor, nn
+
+from lightning_prune.patching.attention_capture import CapturedAttention
+from lightning_prune.patching.block_split import ONE_DROP, AttnMlpSplit
+from lightning_prune.patching.models.base import VisionTransformer
+from lightning_prune.patching.models.timm_vit import TimmFamily
+from lightning_prune.reduction.base import AttentionInputs
+
+
+def split_heads(module: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value (B, H, N, D) by the module's own projection."""
+    batch, tokens, channels = x.shape
+    parts = module.qkv(x).reshape(batch, tokens, 3, module.num_heads, channels // module.num_heads)
+    query, key, value = parts.permute(2, 0, 3, 1, 4).unbind(0)
+    return query, key, value
+
+
+class ToldTalkingHeads(CapturedAttention):
+    """CaiT: the logits of the heads are mixed before softmax (talking heads, arXiv 2003.02436)."""
+
+    def read(self, x: Tensor) -> AttentionInputs:
+        """As a dot product over the channels of all heads: mixing logits by weights is mixing queries by them.
+
+        The bias of the mixing is the same for all keys of a row, which softmax does not see. The second mixing comes
+        after softmax and yields no probabilities; what is read is what tokens receive before it.
+        """
+        module: Any = self
+        query, key, value = split_heads(module, x)
+        batch, heads, tokens, width = query.shape
+        mixed = torch.einsum("hg,bgnd->bhngd", module.proj_l.weight, query * module.scale)
+        shared = key.permute(0, 2, 1, 3).reshape(batch, 1, tokens, heads * width).expand(-1, heads, -1, -1)
+        return AttentionInputs(mixed.flatten(3), shared, value, None, 1.0)
+
+
+class ToldSelfAttention(CapturedAttention):
+    """ConViT's plain blocks."""
+
+    def read(self, x: Tensor) -> AttentionInputs:
+        """Its projections."""
+        module: Any = self
+        return AttentionInputs(*split_heads(module, x), None, module.scale)
+
+
+class TimmUnfused(TimmFamily):
+    """Attention is read from what goes into it: one projection more than the block itself, in reducing blocks only."""
+
+    supports_key_bias: ClassVar[bool] = False
+    listeners: ClassVar[dict[type[nn.Module], type[CapturedAttention]]] = {
+        cait.TalkingHeadAttn: ToldTalkingHeads,
+        convit.MHSA: ToldSelfAttention,
+    }
+
+    def told(self, block: nn.Module) -> dict[nn.Module, type[CapturedAttention]]:
+        """The block's attention, where it is of a kind that is known."""
+        return {m: self.listeners[type(m)] for m in block.modules() if type(m) in self.listeners}
+
+
+class TimmCait(TimmUnfused):
+    """CaiT: the CLS token joins in blocks of its own after those that can reduce."""
+
+    name: ClassVar[str] = "timm Cait"
+    roots = (cait.Cait,)
+    recipes: ClassVar[dict[type[nn.Module], AttnMlpSplit]] = {cait.LayerScaleBlock: ONE_DROP}
+
+    def describe(self, root: nn.Module, path: str) -> VisionTransformer:
+        """See `ModelAdapter.describe`."""
+        model: Any = root
+        tokens = int(model.patch_embed.num_patches)
+        return replace(
+            super().describe(root, path), prefix_tokens=0, has_class_token=False, tokens=tokens, pools_patches=True
+        )
+
+
+class TimmConVit(TimmUnfused):
+    """ConViT: its first blocks attend by place on the whole grid; the CLS token joins after them."""
+
+    name: ClassVar[str] = "timm ConVit"
+    roots = (convit.ConVit,)
+    recipes: ClassVar[dict[type[nn.Module], AttnMlpSplit]] = {convit.Block: ONE_DROP}
+
+    def describe(self, root: nn.Module, path: str) -> VisionTransformer:
+        """See `ModelAdapter.describe`."""
+        model: Any = root
+        return replace(
+            super().describe(root, path),
+            first=int(model.local_up_to_layer),
+            first_prunable_reason="attention in those before goes by places on the whole grid",
+        )

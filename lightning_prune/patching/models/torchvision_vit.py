@@ -1,0 +1,96 @@
+"""torchvision's VisionTransformer: vit_b_16, vit_b_32, vit_l_16, vit_l_32, vit_h_14. Tested with torchvision 0.29."""
+
+from typing import Any, ClassVar
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models import vision_transformer as vit
+
+from lightning_prune.patching.attention_capture import CapturedAttention
+from lightning_prune.patching.block_split import MULTIHEAD, AttnMlpSplit, runs
+from lightning_prune.patching.models.base import ModelAdapter, VisionTransformer
+from lightning_prune.reduction.base import AttentionInputs
+
+
+class CapturedMultihead(CapturedAttention):
+    """`nn.MultiheadAttention`, which in evaluation makes one native call of projections and attention together.
+
+    A torch function mode would switch that fast path off, and change bits, so nothing is put around the module: query,
+    key and value are projected a second time, in the reducing block alone.
+    """
+
+    def read(self, x: Tensor) -> AttentionInputs:
+        """By the packed projection."""
+        module: Any = self
+        parts = F.linear(x, module.in_proj_weight, module.in_proj_bias)
+        query, key, value = parts.unflatten(2, (3, module.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        return AttentionInputs(query, key, value)
+
+    def weighed(self, kwargs: dict[str, Any], log_sizes: Tensor) -> dict[str, Any]:
+        """A padding mask of floats is added to the logits of every key."""
+        module: Any = self
+        return {**kwargs, "key_padding_mask": log_sizes.flatten(1).to(module.in_proj_weight.dtype)}
+
+
+class TorchvisionVisionTransformer(ModelAdapter):
+    """Images of one size, a CLS token, no register tokens."""
+
+    name: ClassVar[str] = "torchvision VisionTransformer"
+
+    def matches(self, module: nn.Module) -> bool:
+        """Subclasses count: users write their own."""
+        return isinstance(module, vit.VisionTransformer)
+
+    def describe(self, root: nn.Module, path: str) -> VisionTransformer:
+        """See `ModelAdapter.describe`."""
+        model: Any = root
+        return VisionTransformer(
+            root=root,
+            path=path,
+            family=self,
+            blocks=tuple(model.encoder.layers.children()),
+            prefix_tokens=1,
+            has_class_token=True,
+            tokens=model.seq_length,
+            channels=model.hidden_dim,
+            entry=model.conv_proj,
+            classes=_classes(model),
+        )
+
+    def attn_mlp_split(self, block: nn.Module) -> AttnMlpSplit | None:
+        """A subclass with a forward of its own is cut after."""
+        return MULTIHEAD if runs(block, vit.EncoderBlock) else None
+
+    def attention_unsupported_reason(self, transformer: VisionTransformer) -> str | None:
+        """Only a self-attention as torchvision builds it is what `CapturedMultihead` reads."""
+        for index, block in enumerate(transformer.blocks):
+            attention = getattr(block, "self_attention", None)
+            if not _is_plain(attention):
+                return (
+                    f"The attention of block {index} is {type(attention).__name__}, not a batch-first "
+                    f"nn.MultiheadAttention without extra keys as torchvision builds it, so it cannot be read."
+                )
+        return None
+
+    def told(self, block: nn.Module) -> dict[nn.Module, type[CapturedAttention]]:
+        """The block's one attention."""
+        module: Any = block
+        return {module.self_attention: CapturedMultihead}
+
+
+def _is_plain(attention: Any) -> bool:
+    return (
+        isinstance(attention, nn.MultiheadAttention)
+        and attention.batch_first
+        and attention.in_proj_weight is not None
+        and attention.bias_k is None
+        and not attention.add_zero_attn
+    )
+
+
+def _classes(model: Any) -> int:
+    """Of the last layer of the head, which users replace, and sometimes by nothing."""
+    last = list(model.heads.modules())[-1]
+    if isinstance(last, nn.Linear):
+        return last.out_features
+    return 0 if isinstance(last, nn.Identity) else int(model.num_classes)

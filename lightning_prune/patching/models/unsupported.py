@@ -1,0 +1,68 @@
+"""Transformers that are known and cannot be pruned, and why: said instead of "found none"."""
+
+from torch import nn
+
+_GRID_AFTER = "it folds its tokens back into their grid after the blocks"
+_GRID_INSIDE = "its blocks work on the grid of tokens (convolutions or windows)"
+_STAGES = "it is hierarchical: its stages pool or merge the grid of tokens"
+_TWO_KINDS = "its blocks pass on more than one sequence of tokens"
+
+_TIMM: dict[str, str] = {  # module of timm.models -> reason
+    "qwen3_vit": _GRID_AFTER,
+    "deepseek_vit": _GRID_AFTER,
+    "gemma4_vit": _GRID_AFTER,
+    "vision_transformer_sam": _GRID_INSIDE,
+    "volo": _GRID_INSIDE,
+    "xcit": _GRID_INSIDE,
+    "tnt": _TWO_KINDS,
+    "crossvit": _TWO_KINDS,
+    **dict.fromkeys(
+        (
+            "coat",
+            "davit",
+            "efficientformer",
+            "efficientformer_v2",
+            "efficientvit_mit",
+            "efficientvit_msra",
+            "gcvit",
+            "hiera",
+            "levit",
+            "maxxvit",
+            "mvitv2",
+            "nest",
+            "nextvit",
+            "pit",
+            "pvt_v2",
+            "swin_transformer",
+            "swin_transformer_v2",
+            "swin_transformer_v2_cr",
+            "tiny_vit",
+            "twins",
+            "visformer",
+        ),
+        _STAGES,
+    ),
+}
+_TORCHVISION: dict[str, str] = {"swin_transformer": _STAGES, "maxvit": _STAGES}
+_HUGGING_FACE: dict[str, str] = {"swin": _STAGES, "swinv2": _STAGES, "sam": _GRID_INSIDE, "pvt": _STAGES}
+_HUGGING_FACE_CLASSES: dict[str, str] = {  # of architectures that can be pruned otherwise
+    **dict.fromkeys(("Dinov2Backbone", "Dinov2WithRegistersBackbone", "DINOv3ViTBackbone"), _GRID_AFTER),
+    **dict.fromkeys(("ViTForMaskedImageModeling", "DeiTForMaskedImageModeling"), _GRID_AFTER),
+}
+
+
+def unsupported_reason(kind: type[nn.Module]) -> str | None:
+    """Why models of this class cannot be pruned; None where nothing is known of it."""
+    for each in kind.__mro__:
+        parts = each.__module__.split(".")
+        if parts[:2] == ["timm", "models"] and len(parts) > 2:
+            reason = _TIMM.get(parts[2])
+        elif parts[:2] == ["torchvision", "models"] and len(parts) > 2:
+            reason = _TORCHVISION.get(parts[2])
+        elif parts[:2] == ["transformers", "models"] and len(parts) > 2:
+            reason = _HUGGING_FACE.get(parts[2]) or _HUGGING_FACE_CLASSES.get(each.__name__)
+        else:
+            reason = None
+        if reason is not None:
+            return reason
+    return None

@@ -1,0 +1,260 @@
+"""The patched block: a block that reduces its tokens between attention and MLP."""
+
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_prune._utils.device import device_name
+from lightning_prune.errors import ArgumentError, ScheduleError, UnsupportedModelError
+from lightning_prune.patching.attention_capture import CaptureSlot, RecordingMask, mask_supported, stack_heads
+from lightning_prune.patching.block_split import AttnMlpSplit
+from lightning_prune.patching.class_swap import PatchedModule
+from lightning_prune.patching.models.base import ModelAdapter, Setting
+from lightning_prune.patching.token_state import PerThread, TokenState, found, leave, next_token_state
+from lightning_prune.reduction.base import AttentionInputs, Reduction, TokenSequence
+from lightning_prune.reduction.functional import take_tokens
+from lightning_prune.schedule import KeepRates, Rate, Schedule
+
+
+@dataclass(frozen=True)
+class MeasurementSource:
+    """What a schedule's latency depends on most.
+
+    Attributes:
+        device: What the maker calls the device it was measured on; None where the schedule does not say.
+        batch_size: Images in a batch; None where the schedule does not say.
+    """
+
+    device: str | None
+    batch_size: int | None
+
+    @classmethod
+    def of(cls, provenance: Mapping[str, Any]) -> "MeasurementSource | None":
+        """From what travels with a schedule; None where it says nothing of this."""
+        device, batch_size = provenance.get("device"), provenance.get("batch_size")
+        return cls(device, batch_size) if device is not None or batch_size is not None else None
+
+    def differences(self, device: str, batch_size: int) -> tuple[str, ...]:
+        """What is other here than there, each in words."""
+        pairs = (("device", self.device, device), ("batch_size", self.batch_size, batch_size))
+        return tuple(f"{name} {there} there, {here} here" for name, there, here in pairs if there not in (None, here))
+
+    def warn(self, x: Tensor) -> None:
+        """Warns, once for each patch, if tokens (B, N, C) of another device or batch size than its own arrive."""
+        differences = self.differences(device_name(x.device), x.shape[0])
+        if differences:
+            warnings.warn(
+                f"The schedule was made elsewhere: {'; '.join(differences)}. It is used as it is, but its latency was "
+                "measured there.",
+                stacklevel=2,
+            )
+
+
+def without_origin(schedule: Schedule | KeepRates) -> Schedule | KeepRates:
+    """The schedule for measuring: that is what elsewhere asks for, and no place for a warning."""
+    kept = {key: value for key, value in schedule.provenance.items() if key not in ("device", "batch_size")}
+    return KeepRates(schedule.rates, kept) if isinstance(schedule, KeepRates) else Schedule(schedule.removed, kept)
+
+
+@dataclass(eq=False)
+class InputCapture:
+    """Hands the images of the forward pass that is under way to a reduction that reads them."""
+
+    pixels: PerThread[Tensor] = field(default_factory=PerThread)
+
+    def take(self, tokens: Tensor) -> Tensor:
+        """The images that these tokens (B, N, C) were made of.
+
+        From now on they travel with the tokens, so that no batch outlives its forward pass and the backward after it,
+        in which a checkpointed block asks for them again.
+
+        Raises:
+            UnsupportedModelError: If they were not seen.
+        """
+        pixels = found(tokens)
+        if pixels is None:  # not a block that backward runs again
+            pixels = self.pixels.get()
+            self.pixels.set(None)
+        if not isinstance(pixels, Tensor):
+            raise UnsupportedModelError(
+                "The images that these tokens were made of were not seen. Run the whole model, and compile it as a "
+                "whole or not at all."
+            )
+        leave(tokens, pixels)
+        return pixels
+
+
+@dataclass(eq=False)
+class BlockPatch:
+    """What one patched block does. It keeps nothing of a forward pass: that travels with the tokens."""
+
+    index: int
+    reduction: Reduction
+    remove: int | Rate
+    prefix_tokens: int
+    has_class_token: bool
+    family: ModelAdapter
+    attn_mlp_split: AttnMlpSplit | None = None
+    follows: bool = False  # whether a patched block comes before this one
+    pixels: InputCapture | None = None
+    keeps_account: bool = False  # whether later blocks must know who is left
+    keeps_places: bool = True  # and where each of them stood
+    adapts: bool = False  # whether the images decide here how many tokens go
+    traces: bool = False  # whether it must be known which token each of block 0 went into
+    restores: bool = False  # whether each token stands again, after this block, where those it is made of stood
+    fused: list[Setting] = field(default_factory=list)  # what was changed to have fused attention in the block
+    mask_passthrough: Callable[..., Any] | None = (
+        None  # the attention's forward, if an `attn_mask` reaches its fused call
+    )
+    ear: CaptureSlot | None = None  # of attention modules that make no fused call
+    expects: int | None = None  # tokens that the schedule was made to meet here, where it says so
+    origin: MeasurementSource | None = None  # where the schedule was made; asked at the first batch
+
+    def removes(self, tokens: int) -> int:
+        """How many tokens go, of `tokens` that enter the block."""
+        if isinstance(self.remove, int):
+            return self.remove
+        return self.remove.removes(tokens, self.prefix_tokens)
+
+    def check(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Refuses what a reducing block cannot honour; warns where the schedule was made elsewhere.
+
+        Raises:
+            ScheduleError: If the schedule was made for another number of tokens.
+            ArgumentError: If an attention mask for all tokens came.
+            UnsupportedModelError: If attention is to be causal.
+        """
+        self.family.check_call(args, kwargs)
+        if self.expects is not None and self.expects != x.shape[1]:
+            raise ScheduleError(
+                f"The schedule was made for {self.expects} tokens entering block {self.index}; {x.shape[1]} enter it. "
+                "Give keep rates (KeepRates) where images come in several sizes."
+            )
+        if self.origin is not None and not torch.compiler.is_compiling():
+            origin, self.origin = self.origin, None
+            origin.warn(x)
+
+    def takes_mask(self, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether a mask can be handed to the block's attention: it runs what is known, and no mask came."""
+        if self.mask_passthrough is None or args or kwargs.get("attn_mask") is not None:
+            return False
+        return type(block.attn).forward is self.mask_passthrough and "forward" not in block.attn.__dict__
+
+    def arrived(self, x: Tensor) -> TokenState | None:
+        """Who is left after the blocks before this one; None where all are, or nobody needs to know.
+
+        Raises:
+            UnsupportedModelError: If that cannot be said of the tokens that arrive.
+        """
+        if not (self.follows and self.keeps_account):
+            return None
+        left = found(x)
+        if not isinstance(left, Left) or (left.token_state and left.token_state.left != x.shape[1]):
+            raise UnsupportedModelError(
+                f"The tokens that enter block {self.index} are not those that left the block before: something between "
+                "them, such as a hook that returns other tokens, lost what belongs to them (where each stood)."
+            )
+        return left.token_state
+
+
+class Left(NamedTuple):
+    """What a block that keeps account leaves with its tokens."""
+
+    token_state: TokenState | None
+
+
+class PatchedBlock(PatchedModule):
+    """Mixin over a block's class. Its `forward` reduces; everything else is the block's own."""
+
+    _prune_site: BlockPatch
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The block's own computation with the reduction at its place."""
+        site = self._prune_site
+        reduction, family, prefix = site.reduction, site.family, site.prefix_tokens
+        arrived = site.arrived(x)
+        remove = site.removes(x.shape[1])
+        reduces = remove > 0 or site.adapts
+        if reduces:
+            site.check(x, args, kwargs)
+        if reduces and reduction.site == "input":
+            pixels = site.pixels.take(x) if site.pixels is not None else None
+            x, arrived = _reduce(site, TokenSequence(x, prefix, site.has_class_token, pixels=pixels), remove, arrived)
+            reduces = False
+        if arrived is not None:
+            args, kwargs = family.carry(args, kwargs, arrived, prefix)
+        log_sizes = arrived.log_sizes if arrived is not None else None
+        reads = reduces and "attention" in reduction.reads
+        attn_mlp_split = site.attn_mlp_split if reduces else None
+        calls: list[AttentionInputs] = []
+        tap: AbstractContextManager[Any] = nullcontext()
+        if not reads and log_sizes is not None and site.takes_mask(self, args, kwargs):
+            kwargs, log_sizes = {**kwargs, "attn_mask": log_sizes}, None  # weighed by attention itself: no need to look
+        elif reads and site.takes_mask(self, args, kwargs) and mask_supported(x):
+            kwargs = {**kwargs, "attn_mask": RecordingMask(calls, log_sizes)}
+        elif reads or log_sizes is not None or (arrived is not None and family.requires_recorder):
+            tap = family.tap(calls, log_sizes, arrived, prefix, site.ear)
+        with tap:
+            if attn_mlp_split is None:
+                after = super().forward(x, *args, **kwargs)
+            else:
+                after = attn_mlp_split.attention(self, x, *args, **kwargs)
+        if log_sizes is not None and not calls:
+            stack_heads(calls)  # raises: nothing was weighed
+        if reduces:
+            known = arrived.sizes if arrived is not None else None
+            attention = stack_heads(calls) if reads else None
+            sequence = TokenSequence(after, prefix, site.has_class_token, attention, known, x)
+            after, arrived = _reduce(site, sequence, remove, arrived)
+            del attention, sequence
+            calls.clear()  # query, key and value of all tokens need not outlive the reduction
+            if attn_mlp_split is not None:
+                after = attn_mlp_split.mlp(self, after)
+        if site.restores and arrived is not None and arrived.sources is not None:
+            return take_tokens(after, arrived.sources)
+        if site.keeps_account:
+            leave(after, Left(arrived))
+        return after
+
+
+class CaptureInput(PatchedModule):
+    """Mixin over the class of the module that receives the images: remembers them for this forward pass."""
+
+    _prune_site: InputCapture
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The module's own computation."""
+        self._prune_site.pixels.set(x)
+        return super().forward(x, *args, **kwargs)
+
+
+def _reduce(
+    site: BlockPatch, sequence: TokenSequence, remove: int, arrived: TokenState | None
+) -> tuple[Tensor, TokenState | None]:
+    count = sequence.tokens.shape[1]
+    max_removed = site.reduction.max_removed(count, site.prefix_tokens)
+    if remove > max_removed:
+        raise ScheduleError(too_many(site.index, count, remove, max_removed, site.reduction.name))
+    reduced = site.reduction.reduce(sequence._replace(trace=True) if site.traces else sequence, remove)
+    if site.traces and reduced.sources is None:
+        # Positions tell of one fused token at most; where others went cannot be guessed, nor checked without a sync.
+        raise ArgumentError(
+            f"{site.reduction.name} says that it `merges`, and this model pools over its patch tokens, so it must say "
+            "where each token went: return `ReductionOutput.sources` where `TokenSequence.trace` asks for them."
+        )
+    if not site.keeps_account:
+        return reduced.tokens, None
+    return reduced.tokens, next_token_state(arrived, reduced, site.keeps_places, site.reduction.proportional_attention)
+
+
+def too_many(block: int, tokens: int, remove: int, max_removed: int, method: str) -> str:
+    """The message of a `ScheduleError`, at patch time or, where the token count depends on the image, in forward."""
+    return (
+        f"Block {block} is asked to remove {remove} tokens, but of the {tokens} that enter it {method} can remove at "
+        f"most {max_removed}."
+    )

@@ -1,0 +1,189 @@
+"""Accuracy proxies: how far the outputs of a pruned model are from those of the dense one."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_prune._utils.progress import progress_bar
+from lightning_prune.errors import ArgumentError, DataError, UnsupportedModelError
+from lightning_prune.patching import PatchHandle, VisionTransformer, find_vision_transformer
+from lightning_prune.profiling.allocation import spread_schedule
+from lightning_prune.profiling.latency_profile import LatencyProfile
+from lightning_prune.profiling.measurement import check_dense, ready_to_run
+from lightning_prune.reduction import RandomDrop, Reduction, resolve
+from lightning_prune.runtimes.compilation import force_eager
+
+
+def soft_agreement(dense: Tensor, pruned: Tensor) -> float:
+    """Mean probability that the pruned model gives to the dense model's top-1 class, relative to dense.
+
+    Of the proxies tried it follows true accuracy best and needs no labels. 1 for the dense model itself.
+
+    Args:
+        dense: (images, classes) logits of the dense model.
+        pruned: (images, classes) logits of the pruned model for the same images.
+    """
+    top = dense.argmax(dim=-1, keepdim=True)
+    given = pruned.float().softmax(dim=-1).gather(1, top).mean()
+    own = dense.float().softmax(dim=-1).gather(1, top).mean()
+    return float(given / own)
+
+
+def feature_similarity(dense: Tensor, pruned: Tensor) -> float:
+    """Mean cosine similarity of the features of the same images, for models that return no logits."""
+    return float(F.cosine_similarity(dense.float().flatten(1), pruned.float().flatten(1), dim=1).mean())
+
+
+def top1(labels: Tensor, logits: Tensor) -> float:
+    """Share of images whose highest logit is that of their label: the POMT paper's A(n)."""
+    return float((logits.argmax(dim=-1) == labels).float().mean())
+
+
+class Proxy:
+    """An estimate of accuracy that runs the model as it is patched at the time.
+
+    Create it while the model is dense: the outputs of that moment are what later ones are compared with.
+
+    Args:
+        transformer: The Vision Transformer.
+        images: (images, channels, height, width); moved to the device batch by batch.
+        device: Where the transformer is.
+        batch_size: Images in one forward pass.
+        labels: (images,) int64. With labels the proxy is top-1 accuracy relative to dense; without, soft agreement
+            where the model returns logits and cosine similarity where it returns features.
+        progress: Called after every batch.
+
+    Attributes:
+        name: What the figures mean.
+
+    Raises:
+        ArgumentError: If there are no images, or labels of another number.
+        DataError: If a label is out of range, or the outputs are not finite.
+        UnsupportedModelError: If the model returns a vector for each token.
+    """
+
+    def __init__(
+        self,
+        transformer: VisionTransformer,
+        images: Tensor,
+        device: torch.device,
+        batch_size: int,
+        labels: Tensor | None = None,
+        progress: Callable[[], None] = lambda: None,
+    ) -> None:
+        if images.ndim != 4 or not len(images):
+            raise ArgumentError(f"`images` must be (images, channels, height, width), got {tuple(images.shape)}.")
+        self._transformer, self._images, self._device = transformer, images, device
+        self._batch_size, self._progress = batch_size, progress
+        self._labels = None if labels is None else labels.cpu()
+        weight = next((p for p in transformer.root.parameters() if p.is_floating_point()), images)
+        self._dtype = images.dtype if torch.is_autocast_enabled(device.type) else weight.dtype
+        self._dense = self._outputs()
+        self.name = self._choose(labels)
+
+    def _choose(self, labels: Tensor | None) -> str:
+        if labels is None:
+            return "soft agreement" if self._transformer.classes else "cosine similarity of features"
+        classes = self._transformer.classes
+        if not classes:
+            raise ArgumentError("`labels` need a model that returns logits; this one returns features.")
+        if len(labels) != len(self._images):
+            raise ArgumentError(f"`labels` must be one for each of {len(self._images)} images, got {len(labels)}.")
+        low, high = int(labels.min()), int(labels.max())
+        if low < 0 or high >= classes:
+            wrong = low if low < 0 else high
+            raise DataError(f"Label {wrong} is out of range: the model's head has {classes} classes.")
+        if top1(labels, self._dense) == 0:
+            raise DataError(
+                "The dense model classifies none of the labelled images correctly; check labels and weights."
+            )
+        return "top-1 accuracy relative to dense"
+
+    def measure(self) -> float:
+        """The value of the model as it is patched now; 1 for dense."""
+        outputs = self._outputs()
+        if self._labels is not None:
+            return top1(self._labels, outputs) / top1(self._labels, self._dense)
+        compare = soft_agreement if self._transformer.classes else feature_similarity
+        return compare(self._dense, outputs)
+
+    def _outputs(self) -> Tensor:
+        collected = []
+        with torch.no_grad(), force_eager():  # what is lost is the same, and no graph is compiled for a single pass
+            for images in self._images.split(self._batch_size):
+                images = images.to(self._device, self._dtype)
+                collected.append(self._transformer.outputs(images).float().cpu())
+                self._progress()
+        outputs = torch.cat(collected)
+        if outputs.ndim != 2:
+            shape = ("images", *outputs.shape[1:])
+            raise UnsupportedModelError(f"The transformer must return one vector for each image, got {shape}.")
+        if not outputs.isfinite().all():
+            bad = int((~outputs.flatten(1).isfinite().all(dim=1)).sum())
+            raise DataError(f"The model's outputs are not finite for {bad} of {len(outputs)} calibration images.")
+        return outputs
+
+
+_BUSY = 32  # images in one pass that keep a device busy
+
+
+class ProxyCurve:
+    """The accuracy proxy at token counts, each measured once and only when it is asked for.
+
+    Args:
+        model: Any module that contains one Vision Transformer; dense and unpatched.
+        images: (images, channels, height, width) calibration images.
+        profile: The latency curve whose counts may be asked for.
+        method: The reduction.
+        labels: (images,) int64 or None; see `lightning_prune.profiling.Proxy`.
+        batch_size: Images in one forward pass. If None, the profile's, or 32 if that is less and nothing is compiled.
+        target: Dotted path of the transformer in `model`.
+        progress: Shows a bar on a terminal.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        images: Tensor,
+        profile: LatencyProfile,
+        method: str | Reduction = "pomt",
+        *,
+        labels: Tensor | None = None,
+        batch_size: int | None = None,
+        target: str | None = None,
+        progress: bool = True,
+    ) -> None:
+        check_images(images)
+        self.profile = profile
+        self.values: dict[int, float] = {profile.dense_tokens: 1.0}
+        self._transformer = find_vision_transformer(model, target)
+        check_dense(self._transformer)
+        self._reduction = RandomDrop(site="input") if profile.protocol == "paper" else resolve(method)
+        self._show = progress
+        device = next(self._transformer.root.parameters()).device
+        with ready_to_run(self._transformer), progress_bar("Running the dense model", None, progress) as tick:
+            size = batch_size or max(int(profile.context.get("batch_size", 1)), _BUSY)
+            self._proxy = Proxy(self._transformer, images, device, size, labels, tick)
+        self.name = self._proxy.name
+
+    def __call__(self, tokens: int) -> float:
+        """The proxy at one token count, relative to dense."""
+        if tokens not in self.values:
+            n, prefix = self.profile.dense_tokens, self._transformer.prefix_tokens
+            schedule = spread_schedule(self._reduction, n - tokens, n, prefix, self.profile.depth, self.profile.block)
+            with (
+                ready_to_run(self._transformer),
+                progress_bar(f"Accuracy at {tokens} tokens", None, self._show),
+                PatchHandle(self._transformer, self._reduction, schedule),
+            ):
+                self.values[tokens] = self._proxy.measure()
+        return self.values[tokens]
+
+
+def check_images(images: object) -> None:
+    """Raises ArgumentError if these are no images."""
+    if not isinstance(images, Tensor) or images.ndim != 4 or not len(images):
+        came = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
+        raise ArgumentError(f"`images` must be a tensor (images, channels, height, width), got {came}.")

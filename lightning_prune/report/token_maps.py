@@ -1,0 +1,301 @@
+"""Pictures of where the tokens of an image went."""
+
+from collections.abc import Mapping, Sequence
+from math import ceil
+from pathlib import Path
+from textwrap import fill
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.patches import Patch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lightning_prune.errors import ArgumentError
+from lightning_prune.report.plots import save_figure
+
+if TYPE_CHECKING:
+    from lightning_prune.patching.token_map import TokenTrace
+
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+TINTS = ((0.96, 0.55, 0.05), (0.45, 0.25, 0.75), (0.0, 0.55, 0.55))  # of tokens that hold what is left over
+_PAPER = 0.93  # what dropped patches fade to
+_FADED = 0.80
+_TINTED = 0.55
+_LENT = 0.6  # how much of a lent hue goes into a group of a grey picture
+_GOLDEN = 0.618034  # steps of this part of the circle of hues keep neighbours apart, however many follow
+
+
+def shared(groups: Ints) -> Ints:
+    """The tokens that hold two or more patches of this image, those that hold most first.
+
+    Args:
+        groups: (patches,) the token that each patch went into, -1 where it was dropped.
+    """
+    tokens, counts = np.unique(groups[groups >= 0], return_counts=True)
+    order = np.argsort(-counts, kind="stable")
+    return tokens[order][counts[order] > 1].astype(np.int64)
+
+
+def paint(picture: Floats, groups: Ints, grid: tuple[int, int], tinted: bool) -> Floats:
+    """Paints what became of the patches over the picture.
+
+    Dropped patches fade to grey paper. Patches that are one token get one translucent tint where `tinted`, and else
+    the mean colour of their pixels; grey pictures, whose mean colours look alike, are lent a hue for each token.
+    Patches that are kept as they are keep their pixels.
+
+    Args:
+        picture: (height, width, 3), 0 to 1.
+        groups: (rows * columns,) the token that each patch went into, -1 where it was dropped.
+        grid: Rows and columns of patches.
+        tinted: Whether the tokens of this picture hold what is left over, so that their pixels have little in common.
+
+    Returns:
+        (height, width, 3), 0 to 1.
+
+    Example:
+        >>> picture = np.zeros((2, 4, 3))
+        >>> picture[:, 3] = 1
+        >>> painted = paint(picture, np.array([-1, 0, 1, 1]), (1, 4), tinted=False)
+        >>> painted[0, :, 0].round(2).tolist()  # faded, kept, and two of one token, in one colour
+        [0.74, 0.0, 0.45, 0.45]
+    """
+    where = to_pixels(groups, grid, picture.shape[:2])
+    painted = picture.copy()
+    luma = picture @ np.array([0.299, 0.587, 0.114])
+    dropped = where < 0
+    painted[dropped] = (_FADED * _PAPER + (1 - _FADED) * luma[dropped])[:, None]
+    grey = bool(np.ptp(picture, axis=2).max() < 0.02)
+    for number, token in enumerate(shared(groups).tolist()):
+        inside = where == token
+        if tinted:
+            tint = np.array(TINTS[number % len(TINTS)])
+            painted[inside] = _TINTED * tint + (1 - _TINTED) * picture[inside]
+            continue
+        mean = picture[inside].mean(axis=0)
+        painted[inside] = (1 - _LENT) * mean + _LENT * _hue(number) if grey else mean
+    return painted
+
+
+def to_pixels(groups: Ints, grid: tuple[int, int], size: tuple[int, int]) -> Ints:
+    """(height, width): the token of each pixel's patch, for patches that need not divide the picture evenly."""
+    rows, columns = (np.arange(pixels) * cells // pixels for pixels, cells in zip(size, grid, strict=True))
+    pixels: Ints = groups.reshape(grid)[rows[:, None], columns[None, :]]
+    return pixels
+
+
+def borders(groups: Ints, grid: tuple[int, int], size: tuple[int, int]) -> Floats:
+    """The edges of patches where a token of several patches, or what was dropped, ends.
+
+    Args:
+        groups: (rows * columns,) the token that each patch went into, -1 where it was dropped.
+        grid: Rows and columns of patches.
+        size: Height and width of the picture in pixels.
+
+    Returns:
+        (edges, 2, 2): both ends of each as x and y, in pixels of an image that is shown with its corner at 0, 0.
+    """
+    tokens = groups.reshape(grid)
+    bounded = np.isin(tokens, shared(groups)) | (tokens < 0)
+    down, across = size[0] / grid[0], size[1] / grid[1]
+    beside = (tokens[:, 1:] != tokens[:, :-1]) & (bounded[:, 1:] | bounded[:, :-1])
+    below = (tokens[1:] != tokens[:-1]) & (bounded[1:] | bounded[:-1])
+    row, column = np.nonzero(beside)
+    x, y = (column + 1) * across, row * down
+    upright = np.stack([np.stack([x, y], -1), np.stack([x, y + down], -1)], 1)
+    row, column = np.nonzero(below)
+    x, y = column * across, (row + 1) * down
+    level = np.stack([np.stack([x, y], -1), np.stack([x + across, y], -1)], 1)
+    edges: Floats = np.concatenate([upright, level]).astype(np.float64)
+    return edges
+
+
+def strokes(groups: Ints, grid: tuple[int, int], size: tuple[int, int]) -> Floats:
+    """(dropped, 2, 2): a line across each dropped patch, which tells it from pixels that are pale; as `borders`."""
+    down, across = size[0] / grid[0], size[1] / grid[1]
+    row, column = np.nonzero(groups.reshape(grid) < 0)
+    start, end = np.stack([column, row + 1], -1), np.stack([column + 1, row], -1)
+    return np.stack([start, end], 1) * np.array([across, down])
+
+
+def _hue(number: int) -> Floats:
+    """A soft colour, far on the circle of hues from those just before."""
+    turn = 6 * ((0.55 + number * _GOLDEN) % 1.0)
+    bright: Floats = np.clip(np.abs((turn + np.array([0.0, 4.0, 2.0])) % 6 - 3) - 1, 0, 1)
+    return 0.42 + 0.48 * bright
+
+
+_INCHES = 1.75  # a side of a picture
+_ENTRY = 2.8  # width of an entry of the legend in inches
+_LEFT_OVER = len(TINTS)  # so many shared tokens or fewer are left-overs put together; more are alike patches merged
+
+
+def plot_tokens(
+    images: Tensor,
+    traces: "Mapping[str, TokenTrace]",
+    mean: float | Sequence[float] | None = None,
+    std: float | Sequence[float] | None = None,
+) -> Figure:
+    r"""A row for each image: the picture, and for each method what became of its patches.
+
+    Dropped patches fade to grey and are crossed out. The token that pruning methods make of what is left over gets
+    one translucent tint; patches that were merged, because they are alike, the mean colour of their pixels, with a
+    border around each token. Grey pictures, whose mean colours look alike, are lent a hue for each merged token.
+    Patches that are kept as they are keep their pixels.
+
+    Args:
+        images: (B, 1 or 3, height, width) as the model receives them; all are shown, so give a few.
+        traces: Title of a column, such as `pomt 1.5x` -> what `trace_tokens` says of these images.
+        mean: What was subtracted from the pixels to normalise them, a number or one for each channel. None: every
+            image is shown with its own darkest pixel black and its brightest white.
+        std: What they were divided by; given if and only if `mean` is.
+
+    Raises:
+        ArgumentError: If the images are not such a batch, `mean` and `std` do not fit them, there is no trace, or a
+            trace is of other images or of patches that form no grid.
+
+    Example:
+        >>> import timm
+        >>> import lightning_prune as lp
+        >>> from lightning_prune.patching import trace_tokens
+        >>> model = timm.create_model("vit_tiny_patch16_224", depth=4).eval()
+        >>> images = torch.rand(2, 3, 224, 224)
+        >>> trace = trace_tokens(model, images, "pomt", lp.Schedule.single(4, 1, 56))
+        >>> figure = plot_tokens(images, {"pomt": trace}, mean=0, std=1)
+        >>> [axes.get_title() for axes in figure.axes[:2]]
+        ['picture\n196 patches', 'pomt\n141 tokens left']
+    """
+    pictures = _pictures(images, mean, std)
+    if not traces:
+        raise ArgumentError("`traces` must hold the trace of one method or more, got none.")
+    grids = {name: _grid(name, trace, len(images)) for name, trace in traces.items()}
+    columns = 1 + len(traces)
+    tall = pictures.shape[1] / pictures.shape[2]
+    width = _INCHES * columns
+    close = ConstrainedLayoutEngine(w_pad=0.03, h_pad=0.03, wspace=0.0, hspace=0.0)
+    figure = Figure(layout=close)
+    panels = figure.subplots(len(pictures), columns, squeeze=False)
+    rows, across = next(iter(grids.values()))
+    panels[0, 0].set_title(f"picture\n{rows * across} patches", fontsize=10)
+    for panel, picture in zip(panels[:, 0], pictures, strict=True):
+        _show(panel, picture)
+    kinds: set[str] = set()
+    for column, (name, trace) in enumerate(traces.items(), start=1):
+        kinds |= _draw_method(list(panels[:, column]), pictures, name, trace, grids[name])
+    legend = _legend(kinds)
+    beside = max(1, min(len(legend), int(width / _ENTRY)))
+    figure.legend(handles=legend, loc="outside lower center", ncols=beside, fontsize=9, frameon=False)
+    titles = max(panel.get_title().count("\n") + 1 for panel in panels[0])
+    labels = len(pictures) * any(panel.get_xlabel() for panel in panels[0])
+    lines = titles + labels + ceil(len(legend) / beside)
+    figure.set_size_inches(width, _INCHES * tall * len(pictures) + 0.175 * lines + 0.12)
+    return figure
+
+
+def save_tokens(
+    images: Tensor,
+    traces: "Mapping[str, TokenTrace]",
+    path: str | Path,
+    mean: float | Sequence[float] | None = None,
+    std: float | Sequence[float] | None = None,
+) -> Path:
+    """Writes `plot_tokens` in the format of the suffix; the file appears whole or not at all.
+
+    Args:
+        images: See `plot_tokens`.
+        traces: See `plot_tokens`.
+        path: Where, such as `tokens.png`.
+        mean: See `plot_tokens`.
+        std: See `plot_tokens`.
+
+    Returns:
+        The path.
+
+    Raises:
+        ArgumentError: See `plot_tokens`.
+    """
+    return save_figure(plot_tokens(images, traces, mean, std), path)
+
+
+def _draw_method(
+    panels: Sequence[Axes], pictures: Floats, name: str, trace: "TokenTrace", grid: tuple[int, int]
+) -> set[str]:
+    """Draws a column; returns the kinds of patches that occur in it."""
+    all_groups: Ints = trace.groups.cpu().numpy()
+    left = trace.tokens.cpu().tolist()
+    same = len(set(left)) == 1
+    counts = f"{left[0]} tokens left" if same else f"{min(left)} to {max(left)} tokens left"
+    panels[0].set_title(f"{fill(name, 20)}\n{counts}", fontsize=10)
+    tinted = max(len(shared(groups)) for groups in all_groups) <= _LEFT_OVER
+    for panel, picture, groups, tokens in zip(panels, pictures, all_groups, left, strict=True):
+        _show(panel, paint(picture, groups, grid, tinted))
+        crossed = strokes(groups, grid, picture.shape[:2])
+        panel.add_collection(LineCollection(list(crossed), colors="#808080", linewidths=0.6, alpha=0.6))
+        edges = borders(groups, grid, picture.shape[:2])
+        panel.add_collection(LineCollection(list(edges), colors="black", linewidths=1.2, alpha=0.45))
+        panel.add_collection(LineCollection(list(edges), colors="white", linewidths=0.55, alpha=0.95))
+        if not same:
+            panel.set_xlabel(f"{tokens}", fontsize=8, labelpad=2)
+    several = any(len(shared(groups)) for groups in all_groups)
+    kinds = {"dropped"} if (all_groups < 0).any() else set()
+    return kinds | ({"tinted" if tinted else "merged"} if several else set())
+
+
+def _show(panel: Axes, picture: Floats) -> None:
+    height, width = picture.shape[:2]
+    panel.imshow(picture, extent=(0, width, height, 0), interpolation="nearest", vmin=0, vmax=1)
+    panel.set_xticks([])
+    panel.set_yticks([])
+    for spine in panel.spines.values():
+        spine.set_linewidth(0.5)
+
+
+def _legend(kinds: set[str]) -> list[Patch]:
+    entries = {
+        "kept": Patch(facecolor="white", edgecolor="#555555", label="unchanged: kept as it is"),
+        "tinted": Patch(facecolor=(*TINTS[0], 0.7), edgecolor="#555555", label="tinted: fused into one token"),
+        "merged": Patch(
+            facecolor="#9db4c8", edgecolor="#555555", label="one colour in a border: merged into one token"
+        ),
+        "dropped": Patch(facecolor="#dcdcdc", edgecolor="#555555", hatch="///", label="crossed out: dropped"),
+    }
+    return [patch for kind, patch in entries.items() if kind == "kept" or kind in kinds]
+
+
+def _pictures(images: Tensor, mean: float | Sequence[float] | None, std: float | Sequence[float] | None) -> Floats:
+    """(B, height, width, 3), 0 to 1."""
+    if images.ndim != 4 or images.shape[1] not in (1, 3) or not len(images):
+        raise ArgumentError(f"`images` must be (B, 1 or 3, height, width), got {tuple(images.shape)}.")
+    pixels = images.detach().cpu().double()
+    if mean is not None and std is not None:
+        pixels = pixels * _channels("std", std, pixels) + _channels("mean", mean, pixels)
+    elif mean is not None or std is not None:
+        raise ArgumentError(f"`mean` and `std` must be given together, got mean={mean!r} and std={std!r}.")
+    else:
+        low, high = pixels.amin(dim=(1, 2, 3), keepdim=True), pixels.amax(dim=(1, 2, 3), keepdim=True)
+        pixels = (pixels - low) / (high - low).clamp(min=1e-12)
+    pictures: Floats = pixels.clamp(0, 1).expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
+    return pictures
+
+
+def _channels(name: str, values: float | Sequence[float], images: Tensor) -> Tensor:
+    numbers = torch.as_tensor(values, dtype=torch.float64).flatten()
+    if len(numbers) not in (1, images.shape[1]):
+        raise ArgumentError(f"`{name}` must be one number or {images.shape[1]}, one a channel, got {values!r}.")
+    return numbers.view(1, -1, 1, 1)
+
+
+def _grid(name: str, trace: "TokenTrace", images: int) -> tuple[int, int]:
+    if len(trace.groups) != images:
+        raise ArgumentError(f"`traces` must be of the {images} images, got that of {len(trace.groups)} for {name!r}.")
+    if trace.grid is None:
+        raise ArgumentError(f"`traces` must be of patches that form a grid, got {name!r}, whose patches do not.")
+    return trace.grid

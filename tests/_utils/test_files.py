@@ -1,0 +1,159 @@
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from lightning_prune._utils.files import atomic_write, read_document, write_document
+from lightning_prune.errors import ArgumentError, FileFormatError
+
+KIND = "lightning_prune.note"
+NOTE = {
+    "format": KIND,
+    "version": 3,
+    "text": "Größe 5 µs",
+    "numbers": [1, 2.5e-05, -0.0],
+    "deep": {"on": True, "x": None},
+}
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+@pytest.mark.parametrize("name", ["note.yaml", "note.yml", "note", "note.json"])
+def test_round_trip(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    assert write_document(path, NOTE) == path
+    assert read_document(path, KIND, 3) == NOTE
+    assert read_document(str(path), KIND, 3) == NOTE
+
+
+def test_entries_stay_in_their_order(tmp_path: Path) -> None:
+    for name in ("note.yaml", "note.json"):
+        assert list(read_document(write_document(tmp_path / name, NOTE), KIND, 3)) == list(NOTE)
+
+
+def test_folders_are_made(tmp_path: Path) -> None:
+    path = write_document(tmp_path / "a" / "b" / "note.yaml", NOTE)
+    assert [entry.name for entry in path.parent.iterdir()] == ["note.yaml"]
+
+
+def test_the_block_writes_beside_and_the_file_appears_at_its_end(tmp_path: Path) -> None:
+    target = tmp_path / "plot.png"
+    target.write_text("old")
+    with atomic_write(target) as temporary:
+        assert temporary.parent == tmp_path
+        assert temporary.suffix == ".png"
+        temporary.write_text("new")
+        assert target.read_text() == "old"
+    assert target.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
+def test_a_failed_block_leaves_the_old_file_and_no_other(tmp_path: Path, error: type[BaseException]) -> None:
+    target = tmp_path / "note.yaml"
+    target.write_text("old")
+    with pytest.raises(error), atomic_write(target) as temporary:  # noqa: PT012
+        temporary.write_text("half")
+        raise error
+    assert target.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_failed_first_write_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), atomic_write(tmp_path / "note.yaml"):
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["note.yaml", "note.json"])
+def test_what_a_file_cannot_hold_leaves_the_old_file(tmp_path: Path, name: str) -> None:
+    path = write_document(tmp_path / name, NOTE)
+    before = path.read_bytes()
+    for entry, culprit in [(1j, "complex for `thing`"), ({"on": True, "at": [0, 1j]}, "complex for `thing.at.1`")]:
+        with pytest.raises(ArgumentError, match=rf"{name} can hold plain values only, got {culprit}\.$"):
+            write_document(path, {**NOTE, "thing": entry})
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(("umask", "expected"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_permissions_are_those_of_an_ordinary_new_file(tmp_path: Path, umask: int, expected: int) -> None:
+    before = os.umask(umask)
+    try:
+        path = write_document(tmp_path / "note.yaml", NOTE)
+        assert os.umask(umask) == umask, "the process's umask was left as it was"
+    finally:
+        os.umask(before)
+    assert mode(path) == expected
+
+
+def test_missing(tmp_path: Path) -> None:
+    with pytest.raises(FileFormatError, match=r"Cannot read .*none\.yaml: No such file or directory\."):
+        read_document(tmp_path / "none.yaml", KIND, 3)
+
+
+def test_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(FileFormatError, match=r"Cannot read .*: Is a directory\."):
+        read_document(tmp_path, KIND, 3)
+
+
+@pytest.mark.parametrize("name", ["note.yaml", "note.json"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\x80\x04\x95\x00\xff",
+        b"\x00\x01\x02\x03",
+        bytes(range(256)),
+        b"[1, 2",
+        b'{"format": "lightning_prune.note", "version"',
+        b"format: [unclosed",
+        b"a: b: c",
+        b"[" * 20_000,
+        b"a: !!int ''",
+        b"a: !!bool maybe",
+        b"a: !!timestamp soon",
+    ],
+    ids=["latin", "control", "bytes", "list", "json", "flow", "colons", "deep", "int-tag", "bool-tag", "time-tag"],
+)
+def test_damaged(tmp_path: Path, name: str, content: bytes) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(FileFormatError, match=rf"{name} is damaged or not a {KIND} file: ") as caught:
+        read_document(path, KIND, 3)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", ["", "42", "text", "[1, 2]", "null", "{}", '{"version": 3}'])
+@pytest.mark.parametrize("name", ["note.yaml", "note.json"])
+def test_foreign_without_a_format(tmp_path: Path, name: str, content: str) -> None:
+    path = tmp_path / name
+    path.write_text(content)
+    with pytest.raises(FileFormatError, match=rf"{name} is (not a {KIND} file: it has no format entry\.|damaged)"):
+        read_document(path, KIND, 3)
+
+
+def test_of_another_kind(tmp_path: Path) -> None:
+    path = write_document(tmp_path / "note.yaml", {"format": "other.thing", "version": 3})
+    with pytest.raises(FileFormatError, match=r"note\.yaml is not a .*note file: it has format 'other\.thing'\."):
+        read_document(path, KIND, 3)
+
+
+@pytest.mark.parametrize("version", [4, 2, "3", None])
+def test_of_another_version(tmp_path: Path, version: object) -> None:
+    path = write_document(tmp_path / "note.yaml", {"format": KIND, "version": version})
+    with pytest.raises(FileFormatError, match=rf"of version {version!r}; this release reads version 3\."):
+        read_document(path, KIND, 3)
+
+
+@pytest.mark.parametrize(
+    "tag", ["!!python/object/apply:os.mkdir [{there}]", "!!python/name:os.mkdir", "!!python/object:pathlib.Path {{}}"]
+)
+def test_python_objects_are_refused_and_nothing_runs(tmp_path: Path, tag: str) -> None:
+    path, there = tmp_path / "note.yaml", tmp_path / "there"
+    path.write_text(f"format: {KIND}\nversion: 3\nthing: {tag.format(there=there)}\n")
+    with pytest.raises(FileFormatError, match="could not determine a constructor for the tag"):
+        read_document(path, KIND, 3)
+    assert not there.exists()

@@ -1,0 +1,55 @@
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+)
+
+import lightning_prune as lp
+from helpers.data import noise_images
+from lightning_prune.callbacks.distributed import decided_by_rank_zero, refuse_sharded
+
+from .tiny import Tiny, pruner, trainer
+
+
+def test_a_single_process_gets_its_own_decision_and_its_own_error() -> None:
+    value = object()
+    assert decided_by_rank_zero(trainer(), lambda: value) is value
+    assert decided_by_rank_zero(trainer(), lambda: None) is None
+
+    def fail() -> None:
+        raise KeyError("as it was")
+
+    with pytest.raises(KeyError, match="as it was"):
+        decided_by_rank_zero(trainer(), fail)
+
+
+def test_ctrl_c_is_not_held_back() -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        decided_by_rank_zero(trainer(), interrupt)
+
+
+def running(kind: type, ranks: int) -> Any:
+    """As much of a trainer as is looked at first; some strategies cannot be made without what they need."""
+    return SimpleNamespace(strategy=object.__new__(kind), world_size=ranks, sanity_checking=False)
+
+
+@pytest.mark.parametrize("kind", [FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy])
+def test_strategies_that_spread_the_model_are_refused_before_it_runs(kind: type) -> None:
+    module = Tiny()
+    with pytest.raises(lp.UnsupportedModelError, match=f"which {kind.__name__} with 2 processes does not promise"):
+        pruner().on_validation_batch_start(running(kind, 2), module, noise_images(4, seed=1), 0)
+    assert module.forwards == 0
+
+
+@pytest.mark.parametrize(("kind", "ranks"), [(DDPStrategy, 2), (SingleDeviceStrategy, 1), (FSDPStrategy, 1)])
+def test_strategies_with_whole_models_are_not(kind: type, ranks: int) -> None:
+    refuse_sharded(running(kind, ranks))

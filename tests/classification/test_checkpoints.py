@@ -1,0 +1,102 @@
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from lightning_prune.classification.checkpoints import load_weights, read_weights
+from lightning_prune.errors import FileFormatError, WeightsError
+
+
+def net(width: int = 4) -> nn.Module:
+    return nn.Sequential(nn.Linear(3, width), nn.Linear(width, 2))
+
+
+def same(one: nn.Module, other: nn.Module) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize("holder", [None, "state_dict", "model", "state_dict_ema"])
+@pytest.mark.parametrize("prefix", ["", "model.", "module.", "_orig_mod.", "model._orig_mod.", "module.model."])
+def test_reads_what_training_scripts_save(tmp_path: Path, holder: str | None, prefix: str) -> None:
+    source, target = net(), net()
+    state = {prefix + key: value for key, value in source.state_dict().items()}
+    path = tmp_path / "weights.pth"
+    torch.save({holder: state, "epoch": 3} if holder else state, path)
+    load_weights(target, path)
+    assert same(source, target)
+
+
+def test_reads_safetensors(tmp_path: Path) -> None:
+    source, target = net(), net()
+    save_file(source.state_dict(), tmp_path / "weights.safetensors")
+    load_weights(target, tmp_path / "weights.safetensors")
+    assert same(source, target)
+
+
+def test_other_parts_of_a_lightning_module_are_left_out(tmp_path: Path) -> None:
+    source, target = net(), net()
+    state = {f"model.{key}": value for key, value in source.state_dict().items()}
+    torch.save({"state_dict": {**state, "teacher.weight": torch.ones(1)}}, tmp_path / "last.ckpt")
+    load_weights(target, tmp_path / "last.ckpt")
+    assert same(source, target)
+
+
+def test_a_part_called_model_keeps_its_name(tmp_path: Path) -> None:
+    source, target = (nn.ModuleDict({"model": net()}) for _ in range(2))
+    torch.save(source.state_dict(), tmp_path / "weights.pth")
+    load_weights(target, tmp_path / "weights.pth")
+    assert same(source, target)
+
+
+def test_misfit_names_keys_and_shapes_and_changes_nothing(tmp_path: Path) -> None:
+    model, path = net(), tmp_path / "weights.pth"
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    state = net(width=5).state_dict()
+    del state["1.bias"]
+    state["extra"] = torch.ones(1)
+    torch.save(state, path)
+    with pytest.raises(WeightsError) as error:
+        load_weights(model, path)
+    assert str(error.value) == (
+        f"weights: {path} does not fit Sequential, of 4 keys 1 missing: 1.bias; 1 unexpected: extra; 3 of another "
+        "shape: 0.weight (model [4, 3], file [5, 3]), 0.bias (model [4], file [5]), "
+        "1.weight (model [2, 4], file [2, 5])."
+    )
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+def test_many_keys_are_counted(tmp_path: Path) -> None:
+    torch.save({f"layer{number}": torch.ones(1) for number in range(9)}, tmp_path / "weights.pth")
+    with pytest.raises(WeightsError, match=r"4 missing: 0.weight, 0.bias, 1.weight and 1 more; 9 unexpected: layer0,"):
+        load_weights(net(), tmp_path / "weights.pth")
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    for path in (tmp_path / "none.pth", tmp_path):
+        with pytest.raises(FileFormatError, match=rf"^weights: expected a file, got {path}, which does not exist"):
+            read_weights(path)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_truncated_file(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"weights{suffix}"
+    state = net().state_dict()
+    save_file(state, path) if suffix == ".safetensors" else torch.save(state, path)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(FileFormatError, match=rf"^weights: {path} is damaged"):
+        read_weights(path)
+
+
+def test_pickled_objects_are_not_executed(tmp_path: Path) -> None:
+    torch.save({"state_dict": net().state_dict(), "path": tmp_path}, tmp_path / "weights.pth")
+    with pytest.raises(FileFormatError, match="holds more than plain tensors"):
+        read_weights(tmp_path / "weights.pth")
+
+
+@pytest.mark.parametrize("content", [{"epoch": 3}, [1, 2], {"state_dict": {}}])
+def test_no_tensors(tmp_path: Path, content: object) -> None:
+    torch.save(content, tmp_path / "weights.pth")
+    with pytest.raises(FileFormatError, match="holds no tensors by name"):
+        read_weights(tmp_path / "weights.pth")

@@ -1,0 +1,34 @@
+import json
+
+import timm
+import torch
+from safetensors.torch import load_file
+
+from lightning_prune.classification.demo_models import DIGITS_MODEL, DIGITS_WEIGHTS
+from lightning_prune.classification.digits import ClutteredDigits
+
+
+def test_timm_loads_the_weights_in_the_package() -> None:
+    model = timm.create_model(DIGITS_MODEL, pretrained=True)
+    weights = load_file(DIGITS_WEIGHTS)
+    assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
+    assert DIGITS_WEIGHTS.stat().st_size <= 6_000_000
+
+
+def test_has_the_tokens_of_a_deit() -> None:
+    model = timm.create_model(DIGITS_MODEL)
+    assert model.pos_embed.shape == (1, 197, 96)
+    assert len(model.blocks) == 12
+    assert model.blocks[0].attn.head_dim == 32
+
+
+def test_figures_beside_the_weights_hold() -> None:
+    figures = json.loads(DIGITS_WEIGHTS.with_suffix(".json").read_text())
+    assert figures["held_out_top1"] >= 97.0
+    assert figures["held_out_images"] == 2000
+    model = timm.create_model(DIGITS_MODEL, pretrained=True).eval()
+    samples = [ClutteredDigits("held_out")[index] for index in range(200)]
+    with torch.inference_mode():
+        predicted = model(torch.stack([image for image, _ in samples])).argmax(1)
+    right = (predicted == torch.tensor([label for _, label in samples])).float().mean().item()
+    assert abs(100 * right - figures["held_out_top1"]) < 4  # 200 images: about three standard errors

@@ -1,0 +1,156 @@
+"""Energy of a whole run, in a Trainer, by a counter and a clock whose figures are known."""
+
+import copy
+import pickle
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_prune import ImageClassifier
+from lightning_prune.classification import evaluation as metering
+from lightning_prune.classification.evaluation import EnergyMeter
+from lightning_prune.profiling.energy_meter import NO_COUNTER, Unavailable
+
+WATTS = 20.0
+
+
+class Machine:
+    """Draws the same power all the time."""
+
+    name, resolution = "fake", 0.02
+
+    def __init__(self) -> None:
+        self.now, self.reads = 100.0, 0
+
+    def joules(self) -> float:
+        self.reads += 1
+        return WATTS * self.now
+
+    def clock(self) -> float:
+        return self.now
+
+
+def metered(machine: Machine, batches: list[float], warmup: int = 2, images: int = 4, **more: Any) -> Any:
+    meter = EnergyMeter(more.pop("counter", machine), warmup, clock=machine.clock, **more)
+    for seconds in batches:
+        meter.begin(images)
+        machine.now += seconds
+    return meter.finish()
+
+
+def test_from_the_first_batch_after_warmup_to_the_end() -> None:
+    found = metered(Machine(), [9.0, 9.0, 0.5, 0.75, 0.25])
+    assert found == pytest.approx((WATTS * 1.5, 12, 1.5))
+    assert metered(Machine(), [2.0], warmup=0) == pytest.approx((WATTS * 2, 4, 2.0))
+
+
+@pytest.mark.parametrize("batches", [[], [9.0], [9.0, 9.0], [9.0, 9.0, 0.5, 0.49]])
+def test_short_runs_tell_nothing(batches: list[float]) -> None:
+    assert metered(Machine(), batches) is None
+
+
+def test_all_processes_log_or_none() -> None:
+    asked: list[bool] = []
+
+    def disagree(mine: bool) -> bool:
+        asked.append(mine)
+        return False
+
+    assert metered(Machine(), [2.0], warmup=0, agree=disagree) is None
+    assert asked == [True]
+
+
+def test_a_process_that_shares_its_counter_gives_images_only() -> None:
+    assert metered(Machine(), [2.0], warmup=0, counter=None) == pytest.approx((0.0, 4, 2.0))
+
+
+def test_long_runs_read_before_the_counter_can_start_again() -> None:
+    machine = Machine()
+    metered(machine, [10.0] * 13, warmup=0)
+    assert machine.reads == 2 + 3  # at its ends, and where more than 30 s have passed: after 40, 80 and 120 of 130 s
+
+
+class Slow(nn.Module):
+    """A classifier that takes a quarter of a second of the machine's time."""
+
+    num_classes = 3
+
+    def __init__(self, machine: Machine) -> None:
+        super().__init__()
+        self.machine = [machine]
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        self.machine[0].now += 0.25
+        out: torch.Tensor = self.layer(images.flatten(1))
+        return out
+
+
+def run(monkeypatch: pytest.MonkeyPatch, counter: Any, machine: Machine, batches: int, stage: str = "validate") -> Any:
+    monkeypatch.setattr(metering, "device_counter", lambda device: counter)
+    monkeypatch.setattr(metering, "EnergyMeter", partial(EnergyMeter, clock=machine.clock))
+    module = ImageClassifier(Slow(machine), warmup=1)
+    data = DataLoader(TensorDataset(torch.zeros(2 * batches, 1, 2, 2), torch.zeros(2 * batches, dtype=torch.long)), 2)
+    quiet: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False}
+    trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, **quiet)
+    (found,) = getattr(trainer, stage)(module, data, verbose=False)
+    assert module.evaluation.meter is None
+    return found
+
+
+@pytest.mark.parametrize(("stage", "prefix"), [("validate", "val"), ("test", "test")])
+@pytest.mark.filterwarnings("ignore:.*Throughput|Latency|does not have many workers")
+def test_a_trainer_logs_it(monkeypatch: pytest.MonkeyPatch, stage: str, prefix: str) -> None:
+    machine = Machine()
+    found = run(monkeypatch, machine, machine, batches=6, stage=stage)
+    assert found[f"{prefix}/joules_per_image"] == pytest.approx(WATTS * 0.25 / 2)
+    assert found[f"{prefix}/watts"] == pytest.approx(WATTS)
+
+
+@pytest.mark.parametrize(("counted", "batches"), [(True, 3), (False, 6)])
+@pytest.mark.filterwarnings("ignore:.*Throughput|Latency|does not have many workers")
+def test_it_logs_nothing_without_a_counter_or_in_less_than_a_second(
+    monkeypatch: pytest.MonkeyPatch, counted: bool, batches: int
+) -> None:
+    machine = Machine()
+    found = run(monkeypatch, machine if counted else Unavailable(NO_COUNTER, "none"), machine, batches)
+    assert "val/top1" in found
+    assert not {"val/joules_per_image", "val/watts"} & set(found)
+
+
+@pytest.mark.parametrize(
+    ("device", "local_rank", "everywhere", "joules"),
+    [("cpu", 0, True, 40.0), ("cpu", 1, True, 0.0), ("cuda", 1, True, 40.0), ("cpu", 0, False, None)],
+)
+def test_what_each_process_counts(
+    monkeypatch: pytest.MonkeyPatch, device: str, local_rank: int, everywhere: bool, joules: float | None
+) -> None:
+    """Processes on one machine share its processor, but each has a GPU of its own."""
+    machine = Machine()
+    monkeypatch.setattr(metering, "device_counter", lambda device: machine)
+    monkeypatch.setattr(metering, "EnergyMeter", partial(EnergyMeter, clock=machine.clock))
+    strategy = SimpleNamespace(
+        root_device=torch.device(device), reduce_boolean_decision=lambda mine, all=True: mine and all and everywhere
+    )
+    trainer: Any = SimpleNamespace(strategy=strategy, local_rank=local_rank)
+    meter = metering.meter_of(trainer, warmup=0)
+    assert (meter is None) is (joules is None)
+    if meter is not None:
+        meter.begin(4)
+        machine.now += 2
+        assert meter.finish() == pytest.approx((joules, 4, 2.0))
+
+
+def test_a_copy_has_no_part_in_the_run() -> None:
+    module = ImageClassifier(Slow(Machine()))
+    module.evaluation.meter = EnergyMeter(Machine(), 0)
+    vars(module.evaluation.meter)["handle"] = lambda: None  # as of a library in C, cannot be pickled
+    for other in (copy.deepcopy(module.evaluation), pickle.loads(pickle.dumps(module.evaluation))):
+        assert other.meter is None
+    assert module.evaluation.meter is not None

@@ -1,0 +1,196 @@
+"""`plan` and `profile` of the trainer and the command line: here, from a file, and for a simulated device."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import seed_everything
+
+import lightning_prune as lp
+from helpers.clock import set_latency
+from lightning_prune import DigitsData, ImageClassifier, TokenPruning
+from lightning_prune._utils.device import device_name
+from lightning_prune.cli.main import join_list_options, run
+from lightning_prune.cli.trainer import PruneTrainer
+from lightning_prune.planning.api import AUTO
+from lightning_prune.profiling import DENSE, SimulatedDevice, Workload
+from lightning_prune.profiling.simulation import seconds_of
+
+DEVICE = "simulated:multiprocessors=9"
+QUICK = ["--prune.max_seconds", "1", "--prune.calibration", "16", "--prune.verbose", "false"]
+DATA = ["--config", "configs/digits.yaml", "--data.batch_size", "4"]
+
+
+def trainer(**kwargs):
+    seed_everything(0, verbose=False)
+    callback = TokenPruning(**{"calibration": 16, "time_limit": 1.0, "verbose": False, **kwargs})
+    return PruneTrainer(callbacks=[callback], logger=False, enable_checkpointing=False, enable_progress_bar=False)
+
+
+@pytest.fixture(scope="module")
+def module():
+    return ImageClassifier("vit_digits_patch4_56")
+
+
+@pytest.fixture(scope="module")
+def data():
+    return DigitsData(batch_size=4)
+
+
+def test_plan_for_a_simulated_device_is_made_of_its_latencies(module, data, tmp_path, capsys):
+    made = trainer().plan(module, datamodule=data, output=str(tmp_path), device=DEVICE)
+    assert made.profile.context["device"] == DEVICE
+    assert made.pruned is None
+    assert f"Nothing was timed here: the profile is of {DEVICE}" in made.reason
+    assert {path.name for path in tmp_path.iterdir()} == {"schedule.yaml", "plan.json", "profile.json", "plan.png"}
+    assert lp.Schedule.load(tmp_path / "schedule.yaml").removed == made.schedule.removed
+    assert json.loads((tmp_path / "plan.json").read_text())["removed"] == made.removed
+    assert DEVICE in capsys.readouterr().out
+    assert made.removed > 0
+    work = Workload.of(module.model.blocks, batch=4)
+    for milliseconds, schedule in ((made.latency_ms, made.schedule), (made.dense_ms, lp.Schedule([0] * 12))):
+        expected = 1e3 * seconds_of(SimulatedDevice(multiprocessors=9), work, schedule, 197)
+        assert milliseconds == pytest.approx(expected, rel=1e-9)
+
+
+def test_a_profile_from_elsewhere_is_planned_on(module, data, tmp_path):
+    trainer().profile(module, datamodule=data, output=str(tmp_path / "there"), device=DEVICE)
+    with pytest.warns(UserWarning, match="measured elsewhere: device simulated"):
+        made = trainer().plan(
+            module, datamodule=data, output=str(tmp_path / "here"), profile=str(tmp_path / "there" / "profile.json")
+        )
+    assert made.profile == lp.LatencyProfile.load(tmp_path / "there" / "profile.json")
+    assert (tmp_path / "here" / "schedule.yaml").exists()
+
+
+def test_auto_searches_blocks_and_methods_also_for_a_device_elsewhere(module, data, tmp_path):
+    made = trainer(method="auto", objective=lp.LatencyBudget(speedup=1.3), calibration=4).plan(
+        module, datamodule=data, output=str(tmp_path), device=DEVICE
+    )
+    assert {entry.method for entry in made.front} == set(AUTO)
+    assert made.profile.method == "random"
+    assert made.speedup >= 1.29
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_plan_here_is_timed_beside_dense(
+    module: ImageClassifier, data: DigitsData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What counts is this timing: 0.2 s dense and 0.08 s pruned, whatever the profile (a millisecond a token) says."""
+
+    def seconds(alternative: Any) -> float:
+        if isinstance(alternative, int):
+            return 1e-3 * alternative
+        return 0.2 if alternative in ("dense", DENSE) else 0.08
+
+    set_latency(monkeypatch, seconds)
+    made = trainer(objective=lp.Utility(0.9)).plan(module, datamodule=data, output=str(tmp_path))
+    assert made.removed > 0
+    assert made.dense.milliseconds == pytest.approx(200)
+    assert made.pruned.milliseconds == pytest.approx(80)
+    assert made.speedup == pytest.approx(2.5)
+
+
+def test_the_commands_do_the_same(tmp_path, capsys):
+    there, here = tmp_path / "there", tmp_path / "here"
+    assert run(["profile", *DATA, *QUICK, "--device", DEVICE, "--output", str(there)]) == 0
+    assert run(["plan", *DATA, *QUICK, "--profile", str(there / "profile.json"), "--output", str(here)]) == 0
+    assert (here / "schedule.yaml").exists()
+    assert "Cliffs: " in capsys.readouterr().out
+    assert run(["plan", *DATA, *QUICK, "--device", "simulated:tiles=3", "--output", str(here)]) == 2
+    assert "A simulated device has multiprocessors" in capsys.readouterr().err
+
+
+def test_refresh_measures_anew(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(lp.LatencyProfile, "is_inconclusive", False)  # however busy the machine is that tests
+    command = ["profile", *DATA, *QUICK, "--output", str(tmp_path)]
+    run(command)
+    run(command)
+    assert "and kept; --refresh measures anew" in capsys.readouterr().out
+    run([*command, "--refresh"])
+    assert "and kept" not in capsys.readouterr().out
+    assert join_list_options(["profile", "--refresh", "--output", "x"]) == [
+        "profile",
+        "--refresh=true",
+        "--output",
+        "x",
+    ]
+
+
+def refused(message):
+    return pytest.raises(lp.ArgumentError, match=message)
+
+
+def test_what_plays_no_part_is_refused(module, data, tmp_path):
+    shared = {"datamodule": data, "output": str(tmp_path / "none")}
+    with refused("What is deployed is simulated; got protocol='paper' with device='simulated:"):
+        trainer(protocol="paper").profile(module, **shared, device=DEVICE)
+    with refused("`plan` makes a schedule, and takes none; got schedule=56"):
+        trainer(schedule=56).plan(module, **shared, device=DEVICE)
+    with refused("`refresh` plays no part where `device` gives the latencies; got device='simulated:"):
+        trainer().profile(module, **shared, device=DEVICE, refresh=True)
+    with refused("`refresh` plays no part where `device` gives the latencies"):
+        trainer().plan(module, **shared, device=DEVICE, refresh=True)
+    with refused("`refresh` plays no part where `profile` gives the latencies; got profile='a.json'"):
+        trainer().plan(module, **shared, profile="a.json", refresh=True)
+    assert not (tmp_path / "none").exists()
+
+
+def test_the_time_limit_is_that_of_the_simulated_clock_too(module, data, tmp_path):
+    slow = f"{DEVICE},gigaflops=5"
+    short, long = (
+        trainer(time_limit=limit).profile(module, datamodule=data, output=str(tmp_path), device=slow)
+        for limit in (1.0, 20.0)
+    )
+    assert short.seconds < long.seconds
+    assert short.seconds < 5.0
+
+
+def test_a_profile_of_another_batch_size_is_planned_on_as_it_is(module, tmp_path):
+    """What is timed here would be of another curve."""
+    there = trainer().profile(module, datamodule=DigitsData(batch_size=1), output=str(tmp_path), device=DEVICE)
+    here = {"device": device_name(torch.device("cpu")), "device_type": "cpu", "threads": torch.get_num_threads()}
+    path = replace(there, context={**there.context, **here}).save(tmp_path / "here.json")
+    with pytest.warns(UserWarning, match="measured elsewhere: ") as told:
+        made = trainer().plan(
+            module, datamodule=DigitsData(batch_size=4), output=str(tmp_path / "plan"), profile=str(path)
+        )
+    differing = [str(each.message) for each in told if "measured elsewhere" in str(each.message)]
+    assert differing == ["The profile was measured elsewhere: batch_size 1 there, 4 here."]
+    assert made.pruned is None
+    assert made.profile.tokens == there.tokens
+    assert "Nothing was timed here" in made.reason
+
+
+def test_a_profile_that_does_not_say_where_it_is_from_is_shown_all_the_same(module, data, tmp_path, capsys):
+    there = trainer().profile(module, datamodule=data, output=str(tmp_path), device=DEVICE)
+    assert "Simulated: " in capsys.readouterr().out
+    path = replace(there, context={"device": "Abacus"}).save(tmp_path / "bare.json")
+    with pytest.warns(UserWarning, match="device Abacus there"):
+        trainer().plan(module, datamodule=data, output=str(tmp_path / "plan"), profile=str(path))
+    assert "Abacus" in capsys.readouterr().out
+
+
+def test_two_sources_are_refused(module, data, tmp_path):
+    with pytest.raises(lp.ArgumentError, match=r"`profile` and `device` are two sources of latencies; got a\.json and"):
+        trainer().plan(module, datamodule=data, output=str(tmp_path), profile="a.json", device=DEVICE)
+
+
+def test_a_profile_that_is_none_is_refused_before_anything_runs(module, data, tmp_path):
+    with pytest.raises(lp.FileFormatError, match="Cannot read"):
+        trainer().plan(module, datamodule=data, output=str(tmp_path), profile=str(tmp_path / "none.json"))
+
+
+def test_a_profile_of_another_model_is_refused(module, data, tmp_path):
+    other = lp.LatencyProfile((9, 50), (1.0, 2.0), (0.1, 0.1), (9, 9), "pomt", 3, 12)
+    path: Path = other.save(tmp_path / "profile.json")
+    with pytest.raises(lp.ArgumentError, match="`profile` is of 50 tokens; this model has 197"):
+        trainer().plan(module, datamodule=data, output=str(tmp_path), profile=str(path))
+
+
+def test_the_papers_protocol_has_no_plan_of_its_own(module, data, tmp_path):
+    with pytest.raises(lp.ArgumentError, match="`plan` plans what is deployed; got protocol='paper'"):
+        trainer(protocol="paper").plan(module, datamodule=data, output=str(tmp_path))

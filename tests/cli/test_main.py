@@ -1,0 +1,435 @@
+"""The command line: what it writes and says, and how it leaves. It runs in this process where that is no question."""
+
+import csv
+import importlib.metadata
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import lightning_prune as lp
+from lightning_prune.__main__ import main
+from lightning_prune.callbacks import TokenPruning
+from lightning_prune.comparison.objective_comparison import Row
+
+ROOT = Path(__file__).parent.parent.parent
+CONFIGS = ROOT / "configs"
+TINY = [
+    "--model.model=vit_digits_patch4_56",
+    "--model.pretrained=false",
+    '--model.model_kwargs={"depth": 4, "embed_dim": 32, "num_heads": 2}',
+    "--data=DigitsData",
+    "--data.init_args.batch_size=4",
+    "--trainer.accelerator=cpu",
+    "--trainer.enable_progress_bar=false",
+    "--trainer.limit_val_batches=2",
+    "--trainer.limit_test_batches=2",
+    "--prune.max_seconds=0.5",
+    "--prune.calibration=8",
+]
+COLUMNS = [
+    *("variant", "method", "int8", "target", "block", "removed", "tokens"),
+    *("top1", "top1_change", "top1_low", "top1_high", "top5", "agreement"),
+    *("latency_ms", "latency_spread", "speedup", "speedup_spread", "throughput", "throughput_end_to_end"),
+    *("joules_per_image", "watts", "images", "device", "batch_size", "precision", "note"),
+]
+
+
+def fails(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    """Runs a command that has to fail by status 2 and one line on standard error; returns that line."""
+    assert main([*words]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    told = [line for line in lines if line.startswith("error: ")]
+    assert len(told) == 1
+    assert lines[-1] == told[0]
+    return told[0].removeprefix("error: ")
+
+
+def separate(*words: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return subprocess.run(
+        [sys.executable, *words],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+
+
+@pytest.mark.parametrize("words", [["--help"], ["-h"], ["--version"], []])
+def test_cheap_questions_are_answered_without_torch(words: list[str]) -> None:
+    run = separate("-X", "importtime", "-m", "lightning_prune", *words)
+    imported = {line.rsplit("|", 1)[-1].strip() for line in run.stderr.splitlines() if line.startswith("import time:")}
+    assert "lightning_prune" in imported
+    assert not imported & {"torch", "lightning", "timm", "numpy", "jsonargparse", "matplotlib"}
+    assert run.returncode == (0 if words else 2)
+    if words == ["--version"]:
+        assert run.stdout == f"lightning-prune {lp.__version__}\n"
+    else:
+        options = ("--prune.schedule", "--output DIR", "--max_drop SHARE")
+        assert all(word in run.stdout for word in ("compare", "profile", "validate", "test", *options))
+        assert max(map(len, run.stdout.splitlines())) <= 120
+
+
+def test_the_installed_command_is_main() -> None:
+    declared = (ROOT / "pyproject.toml").read_text()
+    assert 'lightning-prune = "lightning_prune.__main__:main"' in declared
+    point = importlib.metadata.EntryPoint("lightning-prune", "lightning_prune.__main__:main", "console_scripts")
+    assert point.load() is main
+
+
+def test_compare_writes_what_it_promises(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", *TINY, f"--output={tmp_path}"]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        *("profile.json", "profile.png", "results.csv", "results.json", "schedule.yaml")
+    ]
+    with (tmp_path / "results.csv").open(newline="") as stream:
+        reader = csv.DictReader(stream)
+        assert reader.fieldnames == COLUMNS == list(Row.__dataclass_fields__)
+        rows = list(reader)
+    assert [row["variant"] for row in rows] == ["dense", "pomt utility", "pomt budget"]
+    assert {row["images"] for row in rows} == {"8"}
+    document = json.loads((tmp_path / "results.json").read_text())
+    assert [list(row) for row in document["rows"]] == [COLUMNS] * 3
+    schedule = lp.Schedule.load(tmp_path / "schedule.yaml")
+    assert (schedule.depth, schedule.total) == (4, int(rows[-1]["removed"]))
+    assert schedule.provenance["batch_size"] == 4
+    profile = lp.LatencyProfile.load(tmp_path / "profile.json")
+    assert profile.dense_tokens == 197
+    assert (tmp_path / "profile.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    told = capsys.readouterr().out
+    assert all(name in told for name in ("dense", "pomt utility", "pomt budget", "results.csv"))
+
+
+def test_compare_under_a_schedule_and_validate_from_its_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["compare", *TINY, "--prune.schedule=90", "--prune.block=2", f"--output={tmp_path}"]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["results.csv", "results.json", "schedule.yaml"]
+    capsys.readouterr()
+    assert main(["validate", *TINY, f"--prune.schedule={tmp_path / 'schedule.yaml'}"]) == 0
+    told = capsys.readouterr().out
+    assert "R = 90 (pomt: 90 at block 2)" in told
+    assert "197 -> 107" in told
+    assert "val/top1" in told
+    assert "pruning/speedup" in told
+
+
+@pytest.mark.parametrize("value", ["auto", "12", "0.5", "[3,0,4,0]"])
+def test_every_form_of_a_schedule_is_taken(value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["test", *TINY, f"--prune.schedule={value}"]) == 0
+    told = capsys.readouterr().out
+    assert "test/top1" in told
+    panel = {
+        "auto": "judged by",
+        "12": "R = 12 (pomt: 12 at block 1)",
+        "0.5": "R = 98 (pomt: 98 at block 1 by keep rate)",
+        "[3,0,4,0]": "3 at block 0, 4 at block 2",
+    }
+    assert panel[value] in told
+
+
+def test_profile_writes_a_curve_and_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["profile", *TINY, "--prune.method=random", f"--output={tmp_path / 'deep' / 'er'}"]) == 0
+    profile = lp.LatencyProfile.load(tmp_path / "deep" / "er" / "profile.json")
+    assert (profile.method, profile.block) == ("random", 1)
+    assert (tmp_path / "deep" / "er" / "profile.png").read_bytes().startswith(b"\x89PNG")
+    told = capsys.readouterr().out
+    assert "latency ms" in told
+    assert "Cliffs: " in told
+
+
+def test_an_objective_of_the_users_choice(tmp_path: Path) -> None:
+    words = ["--prune.objective=lightning_prune.planning.AccuracyBudget", "--prune.objective.init_args.max_drop=0.9"]
+    assert main(["compare", *TINY, *words, f"--output={tmp_path}"]) == 0
+    variants = json.loads((tmp_path / "results.json").read_text())["variants"]
+    assert [variant["objective"] for variant in variants.values()] == ["accuracy budget, at most 90% lost"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["--prune.method=pmot"],
+            "got 'pmot'. Did you mean 'pomt'?",
+        ),
+        (["--prune.alpha=2"], "`alpha` must be a number in [0, 1], got 2.0."),
+        (["--prune.alpha=high"], "Parser key \"prune.alpha\": Expected a <class 'float'>. Got value: high"),
+        (["--prune.block=4"], "`block` must be an index from 0 to 3 or a fraction in [0, 1), got 4."),
+        (["--prune.max_seconds=0"], "`time_limit` must be a number > 0, got 0.0."),
+        (["--prune.calibration=0"], "`calibration` must be a number of images >= 1, "),
+        (["--prune.schedule=197"], "Block 1 is asked to remove 197 tokens, but of the 197 that enter it"),
+        (["--prune.schedule=[1,2]"], "The schedule is for 2 blocks; this model has 4."),
+        (["--prune.schedule=nowhere.yaml"], "Cannot read nowhere.yaml: No such file or directory."),
+        (["--prune.target=vit"], "`target` must be the dotted path of a module in ImageClassifier, got 'vit'."),
+        (["--prune.keep=3"], "unrecognized arguments: --prune.keep=3"),
+        (["--model.num_classes=5"], "digits: 10 classes, but the model's head has 5."),
+        (["--config=nowhere.yaml"], "nowhere.yaml"),
+        (["--trainer.callbacks+=TokenPruning"], "A Trainer can have one TokenPruning callback, got 2."),
+        (["--trainer.limit_val_batches=1.5"], "invalid value 1.5 for limit_val_batches"),
+        (["--data=Nothing"], "Nothing"),
+        (["--ckpt_path=nowhere.ckpt"], "nowhere.ckpt"),
+        (["--trainer.accelerator=abacus"], "trainer: You selected an invalid accelerator name: `accelerator='abacus'`"),
+        (["--trainer.accelerator=tpu"], "trainer: Requirement 'torch_xla"),
+        (["--trainer.strategy=solo"], "trainer: You selected an invalid strategy name: `strategy='solo'`"),
+        (["--trainer.devices=few"], "trainer: `devices` selected with `CPUAccelerator` should be an int > 0."),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_mistakes_are_told_in_one_line(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert message in fails(capsys, "validate", *TINY, *words)
+
+
+def test_an_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "invalid choice: 'prune'" in fails(capsys, "prune")
+
+
+def test_an_unknown_model_suggests_others(capsys: pytest.CaptureFixture[str]) -> None:
+    told = fails(capsys, "validate", "--model.model=vit_digit_patch4_56", "--data=DigitsData")
+    assert "'vit_digit_patch4_56'" in told
+    assert "vit_digits_patch4_56" in told.split("Similar: ")[1]
+
+
+@pytest.mark.parametrize("content", ["removed: [1, 2", "learning_rate: 0.1\n", "", "\x00\x01"])
+def test_files_that_are_no_schedules(content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "schedule.yaml"
+    path.write_text(content)
+    told = fails(capsys, "validate", *TINY, f"--prune.schedule={path}")
+    assert str(path) in told
+    assert "lightning_prune.schedule or lightning_prune.schedule file" in told
+
+
+@pytest.mark.parametrize("command", ["compare", "profile"])
+def test_an_output_that_is_a_file(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "results"
+    path.write_text("old")
+    told = fails(capsys, command, *TINY, f"--output={path}")
+    assert told.startswith("`output` must be a folder that can be written to, got ")
+    assert path.read_text() == "old"
+
+
+@pytest.mark.parametrize("mistake", ["--prune.schedule=197", "--model.num_classes=5", "--trainer.limit_val_batches=0"])
+def test_a_comparison_that_fails_leaves_the_folder_whole(
+    mistake: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = ("results.csv", "results.json", "schedule.yaml", "profile.json", "profile.png", "mine.txt")
+    for name in names:
+        (tmp_path / name).write_text(f"old {name}")
+    fails(capsys, "compare", *TINY, mistake, f"--output={tmp_path}")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {name: f"old {name}" for name in names}
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError, ValueError, TypeError, ImportError])
+def test_an_error_of_the_program_keeps_its_traceback(error: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line would hide where it happened."""
+
+    def broken(self: TokenPruning, *args: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(TokenPruning, "_decide", broken)
+    with pytest.raises(error):
+        main(["validate", *TINY])
+
+
+def within(given: Any, printed: Any) -> bool:
+    """Whether all that was given is printed, beside what was not."""
+    if isinstance(given, dict):
+        return given.keys() <= printed.keys() and all(within(given[key], printed[key]) for key in given)
+    return bool(given == printed)
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in CONFIGS.glob("*.yaml") if path.name != "pruning.yaml"))
+def test_shipped_configs_parse(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["compare", f"--config={CONFIGS / name}", "--print_config"])
+    assert end.value.code == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    given = yaml.safe_load((CONFIGS / name).read_text())
+    assert all(within(given[key], printed[key]) for key in ("prune", "model"))
+    assert within(given["data"]["init_args"], printed["data"]["init_args"])
+
+
+@pytest.mark.parametrize(
+    "name", ["imagenet_deit_small.yaml", "imagenet_torchvision_vit.yaml", "imagenet_vit_large.yaml"]
+)
+def test_commands_in_the_configs_say_where_the_images_are(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (command,) = re.findall(r"^# +lightning-prune (.+)$", (CONFIGS / name).read_text(), re.MULTILINE)
+    assert "--data.root /path/to/imagenet" in command
+    with pytest.raises(SystemExit) as end:
+        main([*command.replace("configs/", f"{CONFIGS}/").split(), "--print_config"])
+    assert end.value.code == 0
+    assert yaml.safe_load(capsys.readouterr().out)["data"]["init_args"]["root"] == "/path/to/imagenet"
+
+
+APP = '''
+import lightning as L
+import timm
+import torch
+from lightning.pytorch.cli import LightningCLI
+from torch.utils.data import DataLoader, TensorDataset
+
+
+class Theirs(L.LightningModule):
+    """Knows nothing of pruning."""
+
+    def __init__(self, width: int = 32):
+        super().__init__()
+        self.encoder = timm.create_model(
+            "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=width, depth=4, num_heads=2, num_classes=5
+        )
+
+    def validation_step(self, batch, batch_idx):
+        seen = []
+        hook = self.encoder.norm.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+        self.encoder(batch[0])
+        hook.remove()
+        print("TOKENS", seen[0])
+
+
+class Data(L.LightningDataModule):
+    def val_dataloader(self):
+        return DataLoader(TensorDataset(torch.randn(12, 3, 32, 32), torch.zeros(12).long()), batch_size=4)
+
+
+class Own(L.Callback):
+    def __init__(self, word: str):
+        self.word = word
+
+    def on_validation_end(self, trainer, pl_module):
+        print("OWN", self.word, sorted(type(callback).__name__ for callback in trainer.callbacks))
+
+
+if __name__ == "__main__":
+    LightningCLI(Theirs, Data, save_config_callback=None)
+'''
+APP_CONFIG = """
+trainer:
+  accelerator: cpu
+  logger: false
+  enable_checkpointing: false
+  enable_progress_bar: false
+  callbacks:
+    - class_path: __main__.Own
+      init_args:
+        word: kept
+model:
+  width: 32
+"""
+
+
+def test_overlay_adds_pruning_to_the_application_of_somebody_else(tmp_path: Path) -> None:
+    (tmp_path / "app.py").write_text(APP)
+    (tmp_path / "config.yaml").write_text(APP_CONFIG)
+    overlay = yaml.safe_load((CONFIGS / "pruning.yaml").read_text())
+    (added,) = overlay["trainer"]["callbacks+"]
+    assert added["class_path"] == "lightning_prune.callbacks.TokenPruning"
+    words = ["app.py", "validate", "--config", "config.yaml", "--config", str(CONFIGS / "pruning.yaml")]
+    short = [
+        "--trainer.callbacks.max_seconds=0.5",
+        "--trainer.callbacks.calibration=8",
+        "--trainer.callbacks.schedule=5",
+    ]
+    run = separate(*words, *short, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert [line for line in run.stdout.splitlines() if line.startswith("TOKENS")] == ["TOKENS 12"] * 3
+    (own,) = (line for line in run.stdout.splitlines() if line.startswith("OWN"))
+    assert own.startswith("OWN kept")
+    assert "'Own'" in own
+    assert "'TokenPruning'" in own
+    assert "R = 5 (pomt: 5 at block 1)" in run.stdout
+
+
+def test_overlay_says_what_the_callback_does_by_default() -> None:
+    import inspect
+
+    (added,) = yaml.safe_load((CONFIGS / "pruning.yaml").read_text())["trainer"]["callbacks+"]
+    defaults = {name: p.default for name, p in inspect.signature(TokenPruning.__init__).parameters.items()}
+    assert added["init_args"].items() <= defaults.items()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Digits as files: ten classes, and as many images as two processes cannot share evenly."""
+    from PIL import Image
+
+    from lightning_prune.classification.digits import ClutteredDigits
+
+    root, digits = tmp_path_factory.mktemp("images"), ClutteredDigits("held_out")
+    wanted = {label: 3 if label else 2 for label in range(10)}
+    for index in range(len(digits)):
+        pixels, label = digits[index]
+        if wanted[label]:
+            (root / f"class{label}").mkdir(exist_ok=True)
+            gray = ((pixels[0] - pixels.min()) / (pixels.max() - pixels.min()) * 255).byte().numpy()
+            Image.fromarray(gray).save(root / f"class{label}" / f"{wanted[label]}.png")
+            wanted[label] -= 1
+    assert sum(wanted.values()) == 0
+    return root
+
+
+def images_of(folder: Path) -> list[str]:
+    of_digits = ("--data=DigitsData", "--trainer.limit_")
+    words = [word for word in TINY if not word.startswith(of_digits)]
+    words.insert(3, "--data=ImageFolderData")  # before what is set of it
+    return [*words, f"--data.init_args.root={folder}", "--data.init_args.num_workers=0", "--prune.schedule=90"]
+
+
+DDP = ["--trainer.devices=2", "--trainer.strategy=ddp"]
+
+
+TWO_COMMANDS = """
+import json, os, pathlib, sys
+from lightning_prune.__main__ import main
+statuses = [main(words) for words in json.loads(sys.argv[1])]
+pathlib.Path(f"statuses.{os.environ.get('LOCAL_RANK', '0')}").write_text(json.dumps(statuses))
+"""
+
+
+def test_validate_in_two_processes_says_what_one_says(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And what is wrong on rank 0 ends both, and is told by both."""
+
+    def figures(told: str) -> dict[str, float]:
+        rows = re.findall(r"(val/top1|val/top5|val/loss|pruning/removed|pruning/tokens)[ │]+([\d.e-]+)", told)
+        return {name: float(value) for name, value in rows}
+
+    (tmp_path / "commands.py").write_text(TWO_COMMANDS)
+    words = ["validate", *images_of(folder)]
+    commands = [[*words, *DDP], [*words, *DDP, "--prune.schedule=197"]]
+    run = separate("commands.py", json.dumps(commands), cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert main(words) == 0
+    alone, together = figures(capsys.readouterr().out), figures(run.stdout)
+    assert list(alone) == ["pruning/removed", "pruning/tokens", "val/loss", "val/top1", "val/top5"]
+    assert together == pytest.approx(alone, rel=1e-6)
+    assert together["val/top1"] == alone["val/top1"]
+    assert 0 < together["val/top5"] == alone["val/top5"] < 1
+    assert together["pruning/removed"] == 90
+    assert run.stdout.count("Token pruning") == 1  # rank 0 alone tells
+    assert [json.loads((tmp_path / f"statuses.{rank}").read_text()) for rank in range(2)] == [[0, 2], [0, 2]]
+    message = "Block 1 is asked to remove 197 tokens, but of the 197 that enter it pomt can remove at most 194."
+    assert run.stderr.count(f"error: {message}") == 1  # lines of two processes may run into each other
+    assert run.stderr.count(f"error: ScheduleError on rank 0: {message}") == 1
+
+
+def test_compare_in_two_processes_writes_what_one_writes(folder: Path, tmp_path: Path) -> None:
+    run = separate("-m", "lightning_prune", "compare", *images_of(folder), *DDP, f"--output={tmp_path / 'two'}")
+    assert run.returncode == 0, run.stderr
+    assert main(["compare", *images_of(folder), f"--output={tmp_path / 'one'}"]) == 0
+    one, two = (json.loads((tmp_path / name / "results.json").read_text())["rows"] for name in ("one", "two"))
+    timed = ("latency_ms", "latency_spread", "speedup", "speedup_spread", "throughput", "throughput_end_to_end")
+    same = [name for name in COLUMNS if name not in timed]
+    assert [[row[key] for key in same] for row in two] == [[row[key] for key in same] for row in one]
+    assert [row["variant"] for row in two] == ["dense", "pomt given"]
+    assert all(0 < row["top5"] < 1 for row in two)
+    schedules = [lp.Schedule.load(tmp_path / name / "schedule.yaml") for name in ("one", "two")]
+    assert schedules[0] == schedules[1]
+    assert run.stdout.count("Written: ") == 1

@@ -1,0 +1,164 @@
+"""The two verbs of PruneTrainer, called from Python."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+from lightning.pytorch.loggers import CSVLogger
+
+import lightning_prune as lp
+from helpers.clock import set_latency
+from helpers.models import digits_module
+from lightning_prune.callbacks import TokenPruning
+from lightning_prune.cli.trainer import PruneTrainer, _normalisation
+from lightning_prune.profiling import Variant
+
+
+@pytest.fixture(autouse=True)
+def clockwork(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A millisecond a token, and a cliff of 60 ms below 108 tokens."""
+
+    def seconds(alternative: Any) -> float:
+        if isinstance(alternative, int):
+            return (alternative + 60 * (alternative >= 108)) / 1e3
+        return 0.2 if alternative == "dense" else 0.1
+
+    set_latency(monkeypatch, seconds)
+
+
+def trainer(*callbacks: L.Callback, **options: Any) -> PruneTrainer:
+    settings: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    return PruneTrainer(accelerator="cpu", callbacks=list(callbacks), **{**settings, "limit_val_batches": 2, **options})
+
+
+def pruner(**settings: Any) -> TokenPruning:
+    return TokenPruning(**{"calibration": 8, "time_limit": 1, "verbose": False, **settings})
+
+
+def test_profile_measures_writes_and_leaves_the_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    callback, model = pruner(block=2, method="random"), digits_module()
+    running = trainer(callback)
+    attached = list(running.callbacks)
+    profile = running.profile(model, datamodule=lp.DigitsData(batch_size=8), output=str(tmp_path / "out"))
+    assert (profile.method, profile.block, profile.depth, profile.dense_tokens) == ("random", 2, 4, 197)
+    assert profile.context["batch_size"] == 8
+    assert lp.LatencyProfile.load(tmp_path / "out" / "profile.json") == profile
+    assert (tmp_path / "out" / "profile.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["profile.json", "profile.png"]
+    assert (running.callbacks, running.limit_val_batches, callback.enabled) == (attached, 2, True)
+    assert callback.decision is None
+    assert type(model.model.blocks[2]).__name__ == "Block"
+    told = capsys.readouterr().out
+    assert "batch 8, float32" in told
+    assert "257.00 ± 0.00" in told
+    assert "Cliffs: " in told
+    assert "-> " in told.split("Cliffs: ")[1]
+    assert "Written: " in told
+
+
+def test_profile_without_a_batch(tmp_path: Path) -> None:
+    with pytest.raises(lp.ArgumentError, match=r"^The validation loader yielded no batch to profile on"):
+        trainer(pruner()).profile(digits_module(), dataloaders=[], output=str(tmp_path))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_compare_writes_and_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = trainer(pruner()).compare(digits_module(), datamodule=lp.DigitsData(batch_size=8), output=str(tmp_path))
+    names = ["profile.json", "profile.png", "results.csv", "results.json", "schedule.yaml"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    with (tmp_path / "results.csv").open(newline="") as stream:
+        assert [line["variant"] for line in csv.DictReader(stream)] == ["dense", "pomt utility", "pomt budget"]
+    document = json.loads((tmp_path / "results.json").read_text())
+    assert document["rows"] == rows
+    budget = document["variants"]["pomt budget"]
+    assert lp.Schedule.load(tmp_path / "schedule.yaml").to_dict() == budget["schedule"]
+    assert budget["calibration"] == "8 images sampled from the dataset, seed 0"
+    told = capsys.readouterr().out
+    for words in ("dense", "pomt utility", "pomt budget", "2.00x", "Profiling and planning took", "results.csv"):
+        assert words in told
+
+
+def test_compare_says_that_the_profile_is_of_an_earlier_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data, line = lp.DigitsData(batch_size=8), "The latency profile is of 20"
+    trainer(pruner()).compare(digits_module(), datamodule=data, output=str(tmp_path))
+    assert line not in capsys.readouterr().out
+    trainer(pruner()).compare(digits_module(), datamodule=data, output=str(tmp_path))
+    assert line in capsys.readouterr().out
+
+
+def test_a_callback_with_defaults_is_added_where_there_is_none() -> None:
+    running = trainer()
+    first = running._pruner()
+    assert isinstance(first, TokenPruning)
+    assert running._pruner() is first
+    assert running.callbacks.count(first) == 1
+
+
+def test_compare_logs_each_variant_under_its_own_name(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path / "logs", version=0)
+    running = trainer(pruner(schedule=50), logger=logger)
+    rows = running.compare(digits_module(), datamodule=lp.DigitsData(batch_size=8), output=str(tmp_path / "out"))
+    with next((tmp_path / "logs").rglob("metrics.csv")).open(newline="") as stream:
+        logged = {key: value for line in csv.DictReader(stream) for key, value in line.items() if value}
+    assert float(logged["compare/pomt given/latency_ms"]) == pytest.approx(rows[1]["latency_ms"])
+    assert float(logged["compare/dense/top1"]) == pytest.approx(rows[0]["top1"])
+    assert float(logged["compare/pomt given/removed"]) == 50
+
+
+def test_compare_of_methods_by_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def seconds(alternative: Variant) -> float:
+        schedule = alternative.schedule
+        return 1e-3 * (sum(schedule.tokens(197)) if isinstance(schedule, lp.Schedule) else 4 * 197)
+
+    set_latency(monkeypatch, seconds, runs=False)
+    logger = CSVLogger(tmp_path / "logs", version=0)
+    rows = trainer(pruner(), logger=logger).compare(
+        digits_module(),
+        datamodule=lp.DigitsData(batch_size=8),
+        output=str(tmp_path / "out"),
+        methods=["random"],
+        speedups=[1.5],
+    )
+    assert [row["variant"] for row in rows] == ["dense", "random 1.5x"]
+    document = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert document["rows"] == rows
+    assert document["command"] == "trainer.compare(methods=['random'], speedups=[1.5])"
+    with next((tmp_path / "logs").rglob("metrics.csv")).open(newline="") as stream:
+        logged = {key: value for line in csv.DictReader(stream) for key, value in line.items() if value}
+    assert float(logged["compare/random 1.5x/speedup"]) == pytest.approx(rows[1]["speedup"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"speedups": [1.5]}, r"`speedups` plays no part without `methods`; got speedups=\[1.5\]"),
+        ({"fresh": True}, "`fresh` plays no part without `methods`; got fresh=True"),
+        ({"methods": ["pomt"], "max_drop": 0.1}, "`max_drop` plays no part where `methods` are compared"),
+    ],
+)
+def test_arguments_that_would_play_no_part(arguments: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(lp.ArgumentError, match=message):
+        trainer(pruner()).compare(digits_module(), datamodule=lp.DigitsData(), output=str(tmp_path), **arguments)
+
+
+@pytest.mark.parametrize("settings", [{}, {"methods": ["random"], "speedups": [1.5]}])
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_brackets_in_names_of_files_are_no_markup(settings: dict[str, Any], tmp_path: Path, capsys: Any) -> None:
+    callback = pruner() if not settings else TokenPruning(time_limit=1, verbose=False)
+    output = tmp_path / "[" / "bold]"
+    trainer(callback).compare(digits_module(), datamodule=lp.DigitsData(batch_size=8), output=str(output), **settings)
+    assert f"Written: {output / 'results.csv'}" in capsys.readouterr().out
+
+
+class Spoken:
+    def __init__(self, config: Any) -> None:
+        self.data_config = config
+
+
+@pytest.mark.parametrize("config", [None, "text", {}, {"mean": None, "std": None}, {"mean": 0.5, "std": 0.2}])
+def test_a_normalisation_that_is_not_said_is_none(config: Any) -> None:
+    assert _normalisation(Spoken(config)) is None
+    assert _normalisation(Spoken({"mean": [0.5], "std": (0.2,)})) == ((0.5,), (0.2,))

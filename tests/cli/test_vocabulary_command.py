@@ -1,0 +1,171 @@
+"""`lightning-prune vocabulary`: what it learns from, what it writes and how it leaves."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import lightning_prune as lp
+from helpers.data import noise_images
+from helpers.models import tiny_vit
+from lightning_prune.__main__ import main
+from lightning_prune.callbacks import TokenPruning
+from lightning_prune.classification.digits import MEAN, STD, ClutteredDigits
+from lightning_prune.cli.trainer import PruneTrainer
+from lightning_prune.errors import ArgumentError, DataError, UnsupportedModelError
+from lightning_prune.reduction.vocabulary import Vocabulary
+
+TINY = [
+    "--model.model=vit_digits_patch4_56",
+    "--model.pretrained=false",
+    '--model.model_kwargs={"depth": 4, "embed_dim": 32, "num_heads": 2}',
+    "--data=DigitsData",
+    "--data.init_args.batch_size=8",
+    "--trainer.accelerator=cpu",
+    "--trainer.enable_progress_bar=false",
+    "--trainer.limit_val_batches=2",
+]
+OPTIONS: dict[str, Any] = {
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
+
+
+TIMM_NAME = "vit_tiny_patch16_224"  # whose config says how images are normalised
+
+
+class Theirs(L.LightningModule):
+    """Somebody's module: it scales images in a hook, and its steps must not run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.vit = tiny_vit(TIMM_NAME, seed=None, depth=2, num_classes=1000).train()
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return [batch[0] * 2, *batch[1:]]
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        raise AssertionError("a step ran")
+
+
+def images(count: int = 12) -> Tensor:
+    return noise_images(count)
+
+
+def loader(count: int = 12) -> DataLoader[Any]:
+    return DataLoader(TensorDataset(images(count), torch.zeros(count)), batch_size=5)
+
+
+def test_the_command_writes_the_words_that_learning_by_hand_gives(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "deep" / "words.safetensors"
+    assert main(["vocabulary", *TINY, "--words=30", "--limit=20", f"--output={path}"]) == 0
+    told = capsys.readouterr().out
+    assert "30 words for patches of 1 x 4 x 4, learned from 20 images" in told
+    assert "threshold 0.1: " in told
+    assert "of 196 patch tokens an image are left" in told
+    assert f"Written: {path}" in told
+    written = Vocabulary.load(path)
+    digits = ClutteredDigits("held_out", placements=4)
+    seen = torch.stack([digits[index][0] for index in range(20)])
+    by_hand = lp.learn_vocabulary([seen], patch_size=4, words=30, mean=(MEAN,), std=(STD,), progress=False)
+    assert written == by_hand
+    assert (written.patches, written.seed) == (20 * 196, 0)
+
+    words = ["--prune.method=lightning_prune.reduction.VWTInter", f"--prune.method.vocabulary={path}"]
+    limits = ["--prune.method.threshold=0.2", "--prune.max_seconds=0.5"]
+    assert main(["validate", *TINY, *words, *limits]) == 0
+    told = capsys.readouterr().out
+    assert "as each image decides (vwt-inter)" in told
+    assert "val/top1" in told
+
+
+def test_it_learns_what_the_transformer_sees_and_leaves_all_as_it_was(tmp_path: Path) -> None:
+    module, pruner = Theirs(), TokenPruning(verbose=False)
+    trainer = PruneTrainer(callbacks=[pruner], **OPTIONS)
+    callbacks = list(trainer.callbacks)
+    path = tmp_path / "words.safetensors"
+    learned = trainer.vocabulary(module, loader(), output=str(path), words=9)
+    assert learned == Vocabulary.load(path)
+    cfg = module.vit.pretrained_cfg
+    assert learned == lp.learn_vocabulary(
+        [2 * images()], patch_size=8, words=9, mean=cfg["mean"], std=cfg["std"], progress=False
+    )
+    assert "predict_step" not in vars(module)
+    assert pruner.enabled
+    assert pruner.decision is None
+    assert trainer.callbacks == callbacks
+
+
+@pytest.mark.parametrize(("limit", "seen"), [(1, 1), (5, 5), (7, 7), (12, 12), (100, 12)])
+def test_the_limit_counts_images(limit: int, seen: int, tmp_path: Path) -> None:
+    trainer = PruneTrainer(**OPTIONS)
+    path = tmp_path / "words.safetensors"
+    learned = trainer.vocabulary(Theirs(), loader(), output=str(path), words=4, limit=limit)
+    assert learned.patches == 16 * seen
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"output": "words.pt"}, r"`output` must be a file that ends in \.safetensors, got 'words\.pt'"),
+        ({"limit": 0}, "`limit` must be a number of images >= 1, got 0"),
+        ({"words": 0}, "`words` must be a whole number >= 1, got 0"),
+        ({"words": 1000}, "`words` must be at most the number of patches, 192 of 12 images; got 1000"),
+        ({"seed": -3}, "`seed` must be a whole number from 0"),
+    ],
+)
+def test_arguments_that_cannot_be_used(
+    options: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    module, trainer = Theirs(), PruneTrainer(**OPTIONS)
+    with pytest.raises(ArgumentError, match=message):
+        trainer.vocabulary(module, loader(), **options)
+    assert not list(tmp_path.iterdir())
+    assert "predict_step" not in vars(module)
+
+
+def test_an_output_that_cannot_be_written_is_told_before_any_image_is_read(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("old")
+    with pytest.raises(ArgumentError, match="`output` must be a folder that can be written to"):
+        PruneTrainer(**OPTIONS).vocabulary(Theirs(), None, output=str(tmp_path / "file" / "words.safetensors"))
+
+
+def test_a_loader_without_a_batch(tmp_path: Path) -> None:
+    trainer = PruneTrainer(limit_predict_batches=0, **OPTIONS)
+    with pytest.raises(DataError, match="The prediction loader yielded no batch"):
+        trainer.vocabulary(Theirs(), loader(), output=str(tmp_path / "words.safetensors"))
+
+
+def test_a_module_without_a_transformer(tmp_path: Path) -> None:
+    module = Theirs()
+    module.vit = nn.Linear(2, 2)
+    with pytest.raises(UnsupportedModelError):
+        PruneTrainer(**OPTIONS).vocabulary(module, loader(), output=str(tmp_path / "words.safetensors"))
+
+
+def test_a_method_that_needs_words_says_how_to_get_them(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["validate", *TINY, "--prune.method=vwt-inter"]) == 2
+    told = capsys.readouterr().err
+    assert "vwt-inter needs a vocabulary: learn one by `lightning-prune vocabulary`" in told
+    assert "--prune.method.vocabulary words.safetensors" in told
+
+
+def test_a_model_for_other_channels_than_its_config_says_gives_words_of_unknown_normalisation(tmp_path: Path) -> None:
+    module = Theirs()
+    module.vit = tiny_vit(TIMM_NAME, seed=None, in_chans=1, depth=2, num_classes=1000).train()
+    data = DataLoader(TensorDataset(images()[:, :1], torch.zeros(12)), batch_size=5)
+    learned = PruneTrainer(**OPTIONS).vocabulary(module, data, output=str(tmp_path / "words.safetensors"), words=4)
+    assert (learned.channels, learned.mean, learned.std) == (1, None, None)
+    known = Vocabulary(learned.centroids, 8, mean=(0.5,), std=(0.2,))  # which the model's config cannot contradict
+    with lp.patch(module, lp.reduction.VWTInter(known)), torch.no_grad():
+        assert module.vit(images()[:, :1]).shape == (12, 1000)

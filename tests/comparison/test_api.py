@@ -1,0 +1,330 @@
+"""Methods at targets from the first word to the last row: real validations, timings replaced by fixed prices."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+
+import lightning_prune as lp
+from lightning_prune.callbacks import TokenPruning
+from lightning_prune.comparison import api as opening
+from lightning_prune.comparison.api import compare_methods
+from lightning_prune.comparison.paired_statistics import paired_interval
+from lightning_prune.profiling.energy_meter import EnergyReading
+from lightning_prune.reduction import POMT, RandomDrop
+from lightning_prune.reduction.visual_words import VWTInter
+from lightning_prune.reduction.vocabulary import learn_vocabulary
+
+pytestmark = pytest.mark.usefixtures("clockwork")
+
+
+def data() -> lp.DigitsData:
+    return lp.DigitsData(batch_size=8)
+
+
+def run(module: Any, running: Any, output: Path, methods: list[str], speedups: Any, **more: Any) -> Any:
+    fresh, told = more.pop("fresh", False), more.pop("told", [])
+    trainer, pruner = running(**more)
+    model = module if isinstance(module, L.LightningModule) else module()
+    return compare_methods(trainer, model, pruner, methods, speedups, output, fresh, told.append, datamodule=data())
+
+
+def test_rows_reach_their_targets_and_are_what_validation_says(module: Any, running: Any, tmp_path: Path) -> None:
+    model = module()
+    before = copy.deepcopy(model.state_dict())
+    found = run(model, running, tmp_path, ["pomt", "random", "int8", "pomt+int8"], [1.25, 1.5, 6.0])
+    assert [row.variant for row in found.rows] == [
+        *("dense", "pomt 1.25x", "pomt 1.5x", "random 1.25x", "random 1.5x", "int8"),
+        *("pomt+int8 1.25x", "pomt+int8 1.5x"),
+    ]
+    dense, pomt = found.rows[:2]
+    assert (dense.method, dense.block, dense.removed, dense.tokens, dense.speedup) == ("", "", 0, 197, 1.0)
+    # A token removed in block 1 of 4 saves 3 of 4 * 197: R is the smallest with 3 R >= 788 (0.995 - 1 / speedup).
+    assert [row.removed for row in found.rows] == [0, 52, 87, 52, 87, 0, 87, 116]
+    assert [row.int8 for row in found.rows] == [False] * 5 + [True] * 3
+    assert [row.target for row in found.rows] == [None, 1.25, 1.5, 1.25, 1.5, None, 1.25, 1.5]
+    assert [row.method for row in found.rows] == ["", "pomt", "pomt", "random", "random", "int8", "pomt", "pomt"]
+    for row in found.rows:
+        assert (row.images, row.batch_size, row.precision, row.latency_spread) == (16, 8, "float32", 0)
+        if row.target is not None:
+            assert row.target * 0.992 <= row.speedup < row.target * 1.03
+            assert (row.tokens, row.block) == (197 - row.removed, "1")
+        assert row.throughput > 0
+    assert [(each.method, each.target) for each in found.decided.unreached] == [
+        *(("pomt", 6.0), ("random", 6.0), ("pomt+int8", 6.0))
+    ]
+    assert found.decided.unreached[0].best == pytest.approx(788 / (788 - 3 * 194), rel=1e-3)
+    (unpruned,) = L.Trainer(**_options()).validate(model, data(), verbose=False)
+    assert (dense.top1, dense.top5) == (unpruned["val/top1"], unpruned["val/top5"])
+    with lp.patch(model, "pomt", lp.Schedule.single(4, 1, 52)):
+        (pruned,) = L.Trainer(**_options()).validate(model, data(), verbose=False)
+    assert (pomt.top1, pomt.top5) == (pruned["val/top1"], pruned["val/top5"])
+    assert pomt.top1_change == pytest.approx(pomt.top1 - dense.top1)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert type(model.model.blocks[1]).__name__ == "Block"
+
+
+def _options() -> dict[str, Any]:
+    from .conftest import OPTIONS
+
+    return OPTIONS
+
+
+def test_statistics_are_of_pairs_that_a_plain_loop_finds(module: Any, running: Any, tmp_path: Path) -> None:
+    model = module()
+    dense, row = run(model, running, tmp_path, ["random"], [2.0]).rows
+    right: dict[str, list[bool]] = {"dense": [], "random": []}
+    classes: dict[str, list[int]] = {"dense": [], "random": []}
+    datamodule = data()
+    datamodule.setup("validate")
+    schedule = lp.Schedule.single(4, 1, row.removed)
+    for number, (images, labels) in enumerate(datamodule.val_dataloader()):
+        if number == 2:
+            break
+        for name in right:
+            with torch.no_grad():
+                if name == "dense":
+                    best = model.model(images).argmax(1)
+                else:
+                    with lp.patch(model.model, "random", schedule):
+                        best = model.model(images).argmax(1)
+            classes[name] += best.tolist()
+            right[name] += (best == labels).tolist()
+    pairs = list(zip(right["dense"], right["random"], strict=True))
+    expected = paired_interval(pairs.count((False, True)), pairs.count((True, False)), 16)
+    assert (row.top1_change, row.top1_low, row.top1_high) == expected
+    same = sum(a == b for a, b in zip(classes["dense"], classes["random"], strict=True)) / 16
+    assert row.agreement == same
+    assert (dense.agreement, dense.top1_low) == (None, None)
+
+
+class Stop(Exception):
+    pass
+
+
+class Counting(lp.ImageClassifier):
+    """Counts validations of more than one batch, and fails in the middle of the n-th."""
+
+    runs, fail_in = 0, 0
+
+    def on_validation_start(self) -> None:
+        self.long = self.trainer.limit_val_batches != 1
+        self.runs += self.long
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        if self.long and self.runs == self.fail_in and batch_idx == 1:
+            raise Stop
+        super().validation_step(batch, batch_idx, dataloader_idx)
+
+
+def test_an_interruption_loses_no_finished_row(module: Any, running: Any, tmp_path: Path) -> None:
+    methods, speedups = ["pomt", "random", "int8"], [1.5]
+    whole = run(module, running, tmp_path / "whole", methods, speedups)
+    model = module(Counting)
+    model.fail_in = 3
+    told: list[str] = []
+    with pytest.raises(Stop):
+        run(model, running, tmp_path / "cut", methods, speedups, told=told)
+    assert model.runs == 3
+    assert type(model.model.blocks[1]).__name__ == "Block"
+    assert told == [f"Validating {name} ({n} of 4)" for n, name in enumerate(["dense", "pomt 1.5x", "random 1.5x"], 1)]
+
+    model.fail_in, model.runs, told[:] = 0, 0, []
+    again = run(model, running, tmp_path / "cut", methods, speedups, told=told)
+    assert model.runs == 2  # random, which was cut short, and int8
+    assert "2 of 4 variants were finished before" in told[0]
+    assert told[1:] == ["Validating random 1.5x (3 of 4)", "Validating int8 (4 of 4)"]
+    timeless = ("throughput", "throughput_end_to_end")
+    for one, other in zip(whole.rows, again.rows, strict=True):
+        same = {key: value for key, value in one.to_dict().items() if key not in timeless}
+        assert same == {key: value for key, value in other.to_dict().items() if key not in timeless}
+    assert again.decided.to_dict() == again.decided.from_dict(again.decided.to_dict()).to_dict()
+
+    model.runs, told[:] = 0, []
+    third = run(model, running, tmp_path / "cut", methods, speedups, told=told)
+    assert model.runs == 0
+    assert [row.to_dict() for row in third.rows] == [row.to_dict() for row in again.rows]
+    run(model, running, tmp_path / "cut", methods, speedups, fresh=True)
+    assert model.runs == 4
+
+
+def test_another_question_begins_anew_and_loses_nothing(
+    module: Any, running: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, told = module(Counting), []
+    run(model, running, tmp_path, ["random"], [1.5])
+    asked = []
+    real = opening.decide
+    monkeypatch.setattr(opening, "decide", lambda *a, **k: asked.append(1) or real(*a, **k))
+    run(model, running, tmp_path, ["random"], [1.5])
+    assert (asked, model.runs) == ([], 2)
+    run(model, running, tmp_path, ["random"], [2.0], told=told)
+    assert (asked, model.runs) == ([1], 4)
+    assert told[0] == f"Starting anew beside what {tmp_path / 'state'} holds: speedups differ."
+    with torch.no_grad():
+        model.model.head.bias += 1
+    told.clear()
+    run(model, running, tmp_path, ["random"], [1.5], told=told)
+    assert "holds: weights differ." in told[0]
+    run(model, running, tmp_path, ["random"], [1.5], block=2)
+    run(model, running, tmp_path, ["random"], [1.5], limit_val_batches=3)
+    assert (len(asked), model.runs) == (4, 10)
+    with torch.no_grad():
+        model.model.head.bias -= 1
+    model.runs = 0
+    run(model, running, tmp_path, ["random"], [2.0])
+    assert model.runs in (0, 2)  # the weights are the same again, unless adding and subtracting rounded
+
+
+def test_targets_of_one_schedule_are_validated_once(module: Any, running: Any, tmp_path: Path) -> None:
+    model = module(Counting)
+    found = run(model, running, tmp_path, ["random"], [1.5, 1.5004])
+    assert model.runs == 2
+    one, other = found.rows[1:]
+    assert (one.removed, one.top1, one.throughput) == (other.removed, other.top1, other.throughput)
+    assert (one.target, other.target) == (1.5, 1.5004)
+
+
+class Foreign(POMT):
+    """Cannot be used with any model."""
+
+    name = "foreign"
+
+    def reduce(self, sequence: Any, remove: int) -> Any:
+        raise lp.UnsupportedModelError("it is from elsewhere")
+
+
+def test_methods_that_cannot_be_used_are_rows_with_a_note(module: Any, running: Any, tmp_path: Path) -> None:
+    found = run(module, running, tmp_path, ["foreign", "random"], [1.5], method=Foreign())
+    foreign = found.rows[1]
+    assert (foreign.variant, foreign.method, foreign.note) == ("foreign", "foreign", "it is from elsewhere")
+    assert (foreign.latency_ms, foreign.top1, foreign.tokens, foreign.removed) == (None, None, None, None)
+    assert [row.variant for row in found.rows] == ["dense", "foreign", "random 1.5x"]
+    with pytest.raises(lp.UnsupportedModelError, match=r"None of the methods can be .*foreign: it is from elsewhere"):
+        run(module, running, tmp_path / "alone", ["foreign"], [1.5], method=Foreign())
+
+
+def test_a_method_of_which_the_images_decide_has_one_row(module: Any, running: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    vocabulary = learn_vocabulary([torch.rand(8, 1, 56, 56)], 4, words=5, progress=False)
+    reduction = VWTInter(vocabulary, threshold=0.5)
+    found = run(module, running, tmp_path, ["vwt-inter", "random"], [1.5], method=reduction)
+    row = found.rows[1]
+    assert (row.variant, row.method, row.target, row.removed, row.tokens) == (
+        "vwt-inter",
+        "vwt-inter",
+        None,
+        None,
+        None,
+    )
+    assert row.note == "the images decide how many tokens go"
+    assert row.speedup == pytest.approx(197 / 100)
+    assert (row.images, row.top1_low < row.top1_change < row.top1_high) == (16, True)
+    assert list(found.traces) == ["vwt-inter", "random 1.5x"]
+    assert found.decided.planned[1].schedule is None
+    again = run(module, running, tmp_path, ["vwt-inter", "random"], [1.5], method=VWTInter(vocabulary, threshold=0.5))
+    assert again.rows[1].throughput == row.throughput
+
+
+def test_a_device_without_int8_says_so_in_the_row(
+    module: Any, running: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lightning_prune.comparison.method_search.int8_unavailable", lambda *_: "no int8 on abacus")
+    found = run(module, running, tmp_path, ["int8", "random", "random+int8"], [1.5])
+    assert [(row.variant, row.note) for row in found.rows if row.int8] == [
+        *(("int8", "no int8 on abacus"), ("random+int8", "no int8 on abacus"))
+    ]
+
+
+def test_energy_where_there_is_a_counter(
+    module: Any, running: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Meter:
+        name = "meter"
+
+    def measure(run: Any, images: int, *_: Any) -> EnergyReading:
+        run()
+        return EnergyReading(2.0 / images, 0.0, 40.0, 10.0, 1.0, images, 1, "meter")
+
+    monkeypatch.setattr("lightning_prune.comparison.method_search.find_counter", lambda _: Meter())
+    monkeypatch.setattr("lightning_prune.comparison.method_search.measure_energy", measure)
+    found = run(module, running, tmp_path, ["random", "int8"], [1.5])
+    assert [(row.joules_per_image, row.watts) for row in found.rows] == [(0.25, 40.0)] * 3
+    assert found.decided.energy == "meter; the idle device draws 10.0 W"
+
+
+def test_pictures_are_of_one_target_that_all_reach(module: Any, running: Any, tmp_path: Path) -> None:
+    found = run(module, running, tmp_path, ["pomt", "random", "pomt+int8", "int8"], [1.25, 1.5, 3.0])
+    assert list(found.traces) == ["pomt 3x", "random 3x"]
+    assert found.pictures.shape == (4, 1, 56, 56)
+    removed = {row.variant: row.removed for row in found.rows}
+    for name, trace in found.traces.items():
+        assert trace.grid == (14, 14)
+        assert set(trace.tokens.tolist()) == {197 - removed[name]}
+
+
+def test_pictures_are_from_all_over_the_dataset_at_any_batch_size(
+    module: Any, running: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(globals(), "data", lambda: lp.DigitsData(batch_size=1))
+    found = run(module, running, tmp_path, ["pomt"], [1.25])
+    assert found.pictures.shape == (4, 1, 56, 56)
+    assert len({picture.sum().item() for picture in found.pictures}) == 4
+    validated = data()
+    validated.setup("validate")
+    first = torch.cat([images for images, _ in list(validated.val_dataloader())[:4]])
+    assert not torch.equal(found.pictures, first)
+
+
+def test_where_the_dataset_cannot_be_sampled_the_first_batch_is_pictured(
+    module: Any, running: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: Any, **__: Any) -> None:
+        raise lp.DataError("The calibration images are of several sizes.")
+
+    monkeypatch.setattr(opening, "calibration_images", refused)
+    found = run(module, running, tmp_path, ["pomt"], [1.25])
+    validated = data()
+    validated.setup("validate")
+    assert torch.equal(found.pictures, next(iter(validated.val_dataloader()))[0][:4])
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [({"schedule": 20}, "schedule"), ({"alpha": 0.3}, "objective"), ({"protocol": "paper"}, "protocol")],
+)
+def test_settings_that_would_play_no_part(
+    settings: dict[str, Any], name: str, module: Any, running: Any, tmp_path: Path
+) -> None:
+    with pytest.raises(lp.ArgumentError, match=f"`{name}` plays no part where `methods` are compared"):
+        run(module, running, tmp_path, ["pomt"], [1.5], **settings)
+
+
+def test_a_method_that_is_not_compared_plays_no_part(module: Any, running: Any, tmp_path: Path) -> None:
+    with pytest.raises(lp.ArgumentError, match=r"`method` plays no part unless `methods` name it; got Random\(seed=3"):
+        run(module, running, tmp_path, ["topk"], [1.5], method=RandomDrop(seed=3))
+
+
+@pytest.mark.parametrize("limit", [0, 0.0])
+def test_nothing_to_validate_is_an_error_and_leaves_the_trainer_alone(
+    limit: int | float, module: Any, running: Any, tmp_path: Path
+) -> None:
+    trainer, pruner = running(limit_val_batches=limit)
+    callbacks = list(trainer.callbacks)
+    with pytest.raises(lp.DataError, match=r"^The validation loader yielded no batch to compare on"):
+        compare_methods(trainer, module(), pruner, ["random"], None, tmp_path, datamodule=data())
+    assert (trainer.callbacks, trainer.limit_val_batches, pruner.enabled) == (callbacks, 0, True)
+
+
+def test_the_trainer_is_as_before_after_an_error(module: Any, running: Any, tmp_path: Path) -> None:
+    model = module(Counting)
+    model.fail_in = 2
+    trainer, pruner = running()
+    callbacks = list(trainer.callbacks)
+    with pytest.raises(Stop):
+        compare_methods(trainer, model, pruner, ["random"], [1.5], tmp_path, datamodule=data())
+    assert (trainer.callbacks, trainer.limit_val_batches, pruner.enabled) == (callbacks, 2, True)
+    assert isinstance(pruner, TokenPruning)

@@ -1,0 +1,164 @@
+"""The best class of every image, whatever the LightningModule does; None where it cannot be told."""
+
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from helpers.data import noise_images
+from helpers.models import tiny_vit
+from lightning_prune.comparison.predictions import OutcomeRecorder, Outcomes, listen
+
+IMAGES = noise_images(10)
+LABELS = torch.arange(10) % 5
+OPTIONS: dict[str, Any] = {
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
+
+
+class Inner(L.LightningModule):
+    """Calls the transformer in its step."""
+
+    def __init__(self, net: nn.Module | None = None) -> None:
+        super().__init__()
+        self.net = tiny_vit() if net is None else net
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.net(batch[0])
+
+
+class Own(Inner):
+    """Has a forward of its own, with a head that the transformer knows nothing of."""
+
+    def __init__(self) -> None:
+        super().__init__(tiny_vit(num_classes=0))
+        self.head = nn.Linear(32, 5)
+
+    def forward(self, images: Tensor) -> Any:
+        return self.head(self.net(images))
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self(batch[0])
+
+
+class Wrapped(Own):
+    def forward(self, images: Tensor) -> Any:
+        return type("Output", (), {"logits": super().forward(images)})()
+
+
+class Twice(Own):
+    """Test-time augmentation: no call of these is the answer."""
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self(batch[0])
+        self(batch[0].flip(-1))
+
+
+class Features(Inner):
+    def __init__(self) -> None:
+        super().__init__(tiny_vit(num_classes=0))
+
+
+def loader(*parts: Tensor) -> DataLoader[Any]:
+    return DataLoader(TensorDataset(*parts), batch_size=4)
+
+
+def recorded(module: L.LightningModule, loaders: Any = None, **options: Any) -> OutcomeRecorder:
+    recorder = OutcomeRecorder()
+    trainer = L.Trainer(callbacks=[recorder], **{**OPTIONS, **options})
+    trainer.validate(module, loaders or loader(IMAGES, LABELS), verbose=False)
+    return recorder
+
+
+@pytest.mark.parametrize("kind", [Inner, Own, Wrapped])
+def test_classes_are_those_of_the_module(kind: type[Inner]) -> None:
+    module = kind()
+    found = recorded(module)
+    with torch.no_grad():
+        output = module.net(IMAGES) if kind is Inner else module(IMAGES)
+    expected = getattr(output, "logits", output).argmax(1).tolist()
+    assert found.outcomes == Outcomes(expected, LABELS.tolist())
+    assert found.outcomes.labelled
+    assert found.outcomes.right == [a == b for a, b in zip(expected, LABELS.tolist(), strict=True)]
+    assert found.images == 10
+    assert not module.net._forward_hooks
+    assert not module._forward_hooks
+
+
+@pytest.mark.parametrize("kind", [Twice, Features])
+def test_what_cannot_be_told_is_not_guessed(kind: type[Inner]) -> None:
+    found = recorded(kind())
+    assert (found.outcomes, found.images) == (None, 10)
+
+
+def test_without_labels_there_are_still_classes() -> None:
+    found = recorded(Inner(), loader(IMAGES))
+    assert not found.outcomes.labelled
+    assert found.outcomes.labels == [-1] * 10
+    assert len(found.outcomes.predicted) == 10
+
+
+def test_of_several_loaders_the_first_counts() -> None:
+    found = recorded(Inner(), [loader(IMAGES[:6], LABELS[:6]), loader(IMAGES, LABELS)])
+    assert found.outcomes.labels == LABELS[:6].tolist()
+    assert found.images == 6
+
+
+def test_each_run_is_recorded_by_itself() -> None:
+    recorder, module = OutcomeRecorder(), Inner()
+    trainer = L.Trainer(callbacks=[recorder], **OPTIONS)
+    trainer.validate(module, loader(IMAGES, LABELS), verbose=False)
+    first = recorder.outcomes
+    trainer.validate(module, loader(IMAGES[:4], LABELS[:4]), verbose=False)
+    assert recorder.outcomes == Outcomes(first.predicted[:4], first.labels[:4])
+
+
+@pytest.mark.parametrize("how", ["in place", "wrapped"])
+def test_compiled_transformers_are_heard(how: str) -> None:
+    net = tiny_vit()
+    compiled: Any = net
+    if how == "in place":
+        net.compile(backend="eager")
+    else:
+        compiled = torch.compile(net, backend="eager")
+    found = recorded(Inner(compiled))
+    assert found.outcomes.predicted == tiny_vit()(IMAGES).argmax(1).tolist()
+    if how == "in place":
+        assert net._compiled_call_impl.__name__ != "told"
+
+
+def test_listening_ends_after_an_error() -> None:
+    class Failing(Inner):
+        def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+            raise ValueError("in the step")
+
+    module = Failing()
+    with pytest.raises(ValueError, match="in the step"):
+        recorded(module)
+    assert not module.net._forward_hooks
+
+
+def test_listen_passes_on_and_stops() -> None:
+    heard: list[Any] = []
+    module = nn.Identity()
+    stop = listen(module, heard.append)
+    module(3)
+    stop()
+    module(4)
+    assert heard == [3]
+
+
+def test_images_in_another_order_each_time_are_not_paired() -> None:
+    recorder = OutcomeRecorder()
+    trainer = L.Trainer(callbacks=[recorder], **OPTIONS)
+    loader = DataLoader(TensorDataset(IMAGES, LABELS), batch_size=5, shuffle=True)
+    with pytest.warns(UserWarning, match="The validation loader shuffles, so that images of two runs cannot be paired"):
+        trainer.validate(Inner(), loader, verbose=False)
+    assert (recorder.outcomes, recorder.images) == (None, 10)

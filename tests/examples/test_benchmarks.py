@@ -1,0 +1,138 @@
+"""The programs of `examples/benchmarks` run and write what they say; what they measure is not looked at."""
+
+import importlib
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from lightning_prune.cli import main as cli
+
+FOLDER = Path(__file__).parent.parent.parent / "examples" / "benchmarks"
+
+
+@pytest.fixture
+def program(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Imports one of them as it would be run: its folder first on the path."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    before = set(sys.modules)
+    yield importlib.import_module
+    for name in set(sys.modules) - before:
+        if str(FOLDER) in str(getattr(sys.modules[name], "__file__", "")):
+            del sys.modules[name]
+
+
+def run(module: ModuleType, monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
+    monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *words])
+    module.main()
+
+
+def rows_of(program: Any, path: Path) -> list[dict[str, str]]:
+    text = path.read_text()
+    for name in ("device", "threads", "torch", "timm", "lightning_prune", "date", "command"):
+        assert f"# {name}: " in text
+    rows: list[dict[str, str]] = program("tables").read_table(path)
+    return rows
+
+
+def test_floor(program: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    words = ["--models", "deit_tiny_patch16_224", "--batch-sizes", "1", "--precisions", "fp32"]
+    words += ["--cases", "pomt", "tome, four blocks", "--rounds", "2", "--trace", "--device", "cpu"]
+    run(program("floor"), monkeypatch, *words, "--output", str(tmp_path))
+    rows = rows_of(program, tmp_path / "floor.csv")
+    assert [(row["precision"], row["case"], row["removed"], row["limit"]) for row in rows] == [
+        *(("fp32", "pomt", "56", "1.02"), ("fp32", "tome, four blocks", "96", "1.05"))
+    ]
+    assert (tmp_path / "floor.png").stat().st_size > 10_000
+    assert "aten::" in (tmp_path / "trace_deit_tiny_patch16_224_fp32_1_tome.txt").read_text()
+
+
+def test_the_floor_of_a_schedule_does_what_the_model_does_on_as_many_tokens(program: Any) -> None:
+    """With nothing removed it is the model; with a method that keeps the first tokens it would be the patched one."""
+    import torch
+
+    floor = program("floor")
+    model, images = floor.prepare("deit_tiny_patch16_224", "fp32", 1, "cpu")
+    seen: list[int] = []
+    for block in model.blocks:
+        block.mlp.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+    with torch.inference_mode():
+        assert torch.equal(floor.floor_forward(model, images, {}), model(images))
+        seen.clear()
+        floor.floor_forward(model, images, {3: 56, 5: 10})
+    assert seen == [197] * 3 + [141] * 2 + [131] * 7
+
+
+def test_the_floor_is_compiled_as_the_patched_model_is(program: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    floor, asked = program("floor"), []
+    monkeypatch.setattr(torch, "compile", lambda forward, **options: asked.append(options) or forward)
+    model, images = floor.prepare("deit_tiny_patch16_224", "fp32", 1, "cpu")
+    before = {name: value.data_ptr() for name, value in model.state_dict().items()}
+    forwards = floor.contenders(model, "pomt", "reduce-overhead")
+    assert asked == [{"mode": "reduce-overhead", "dynamic": False}] * 3
+    assert {name: value.data_ptr() for name, value in forwards["pruned"].state_dict().items()} == before
+    with torch.inference_mode():
+        assert torch.equal(forwards["dense"](images), model(images))
+        assert torch.equal(forwards["floor"](images), floor.floor_forward(model, images, {3: 56}))
+        assert not torch.equal(forwards["pruned"](images), model(images))
+
+
+def test_scaling(program: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    words = ["--sizes", "112", "--batch-sizes", "1", "2", "--depths", "4", "--rounds", "2", "--device", "cpu"]
+    run(program("scaling"), monkeypatch, *words, "--output", str(tmp_path))
+    (patches,) = rows_of(program, tmp_path / "by_patches.csv")
+    assert (patches["patches"], patches["removed"]) == ("49", "15")
+    assert [row["batch"] for row in rows_of(program, tmp_path / "by_batch.csv")] == ["1", "2"]
+    (depth,) = rows_of(program, tmp_path / "by_depth.csv")
+    assert float(depth["in_proportion_to_tokens"]) == pytest.approx(1 - (3 - 1 / 3) / 4 * 59 / 197, abs=1e-4)
+    assert (tmp_path / "scaling.png").stat().st_size > 10_000
+
+
+def test_profile_cost(program: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    cost = program("profile_cost")
+    words = ["--simulated", "2", "--model", "vit_tiny_patch16_224", "--size", "64", "--device", "cpu"]
+    run(cost, monkeypatch, *words, "--output", str(tmp_path))
+    simulated = rows_of(program, tmp_path / "simulated.csv")
+    assert len(simulated) == 2
+    assert all(int(row["runs"]) < int(row["exhaustive_runs"]) / 2 for row in simulated)
+    assert all(float(row["utility_gap_percent"]) < 1 for row in simulated)
+    (real,) = rows_of(program, tmp_path / "real.csv")
+    assert int(real["exhaustive_counts"]) == 15  # 2 to 16 tokens and dense
+    assert (tmp_path / "batch_1.png").stat().st_size > 10_000
+
+
+def test_methods_asks_the_command_line(program: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    methods = program("methods")
+    asked: list[list[str]] = []
+    monkeypatch.setattr(methods, "run", lambda words: asked.append(words) or 3)
+    with pytest.raises(SystemExit, match="3"):
+        run(methods, monkeypatch, "--speedups", "1.5", "--output", str(tmp_path), "--prune.max_seconds", "5")
+    assert asked[0][:4] == ["compare", "--config", "configs/digits.yaml", "--methods"]
+    assert "auto" in asked[0]
+    assert asked[0][-6:] == ["--speedups", "1.5", "--output", str(tmp_path), "--prune.max_seconds", "5"]
+    assert "--methods" in " ".join(cli.join_list_options(asked[0]))
+
+
+def test_all_runs_every_one_and_says_which_failed(
+    program: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    everything = program("all")
+    commands: list[list[str]] = []
+
+    class Done:
+        def __init__(self, command: list[str], check: bool) -> None:
+            commands.append(command)
+            self.returncode = int("scaling" in command[1])
+
+    monkeypatch.setattr(everything.subprocess, "run", Done)
+    with pytest.raises(SystemExit, match="Failed: scaling"):
+        run(everything, monkeypatch, "--output", str(tmp_path), "--quick", "--device", "cpu")
+    assert [Path(command[1]).stem for command in commands] == ["floor", "profile_cost", "scaling", "methods"]
+    for command in commands:
+        assert Path(command[1]).is_file()
+        assert command[3] == str(tmp_path / Path(command[1]).stem)
+    assert commands[-1][4:6] == ["--trainer.accelerator", "cpu"]

@@ -1,0 +1,141 @@
+import numpy as np
+import pytest
+
+from lightning_prune import AccuracyBudget, ArgumentError, LatencyBudget, Utility
+from lightning_prune.profiling import LatencyStats
+
+LATENCY = np.array([4.0, 6.0, 9.0, 10.0])  # ascending tokens, dense last
+ACCURACY = np.array([0.5, 0.9, 0.996, 1.0])
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 0.5, 1.0])
+def test_utility_is_the_papers_formula(alpha):
+    expected = [alpha * (1 - ms / 10.0) + (1 - alpha) * a / 1.0 for ms, a in zip(LATENCY, ACCURACY, strict=True)]
+    assert Utility(alpha).score(LATENCY, ACCURACY).tolist() == pytest.approx(expected)
+
+
+def test_utility_normalises_by_the_maximum_of_each_curve():
+    """Pruned points can be slower or more accurate than dense."""
+    latency, accuracy = np.array([12.0, 10.0]), np.array([1.1, 1.0])
+    assert Utility(0.5).score(latency, accuracy).tolist() == pytest.approx([0.5, 0.5 * (1 - 10 / 12) + 0.5 / 1.1])
+
+
+@pytest.mark.parametrize(("alpha", "best"), [(0.0, 3), (0.5, 1), (1.0, 0)])
+def test_utility_trades_by_alpha(alpha, best):
+    assert Utility(alpha).best(LATENCY, ACCURACY) == best
+
+
+def test_of_equals_the_most_tokens_win():
+    assert Utility(0.0).best(LATENCY, np.ones(4)) == 3
+
+
+@pytest.mark.parametrize(("max_drop", "best"), [(0.0, 3), (0.005, 2), (0.1, 1), (0.6, 0)])
+def test_budget_takes_the_fastest_point_inside(max_drop, best):
+    assert AccuracyBudget(max_drop).best(LATENCY, ACCURACY) == best
+
+
+def test_budget_judges_by_latency_and_not_by_tokens():
+    """Past a cliff the other way round: more tokens, less time."""
+    assert AccuracyBudget(0.5).best(np.array([8.0, 6.0, 10.0]), np.array([0.9, 0.95, 1.0])) == 1
+
+
+def test_dense_is_always_inside():
+    assert AccuracyBudget(0.001).best(LATENCY, np.array([0.1, 0.2, 0.3, 0.9])) == 3
+
+
+@pytest.mark.parametrize("alpha", [-0.1, 1.1, float("nan"), "half", True])
+def test_alpha_outside_the_unit_interval(alpha):
+    with pytest.raises(ArgumentError, match=r"`alpha` must be a number in \[0, 1\], got"):
+        Utility(alpha)
+
+
+@pytest.mark.parametrize("max_drop", [-0.1, 1.0, float("nan"), "half", True])
+def test_drop_outside_the_unit_interval(max_drop):
+    with pytest.raises(ArgumentError, match=r"`max_drop` must be a number in \[0, 1\), got"):
+        AccuracyBudget(max_drop)
+
+
+def test_objectives_say_what_they_are():
+    assert str(Utility(0.3)) == "utility, alpha 0.3"
+    assert str(AccuracyBudget(0.005)) == "accuracy budget, at most 0.5% lost"
+
+
+@pytest.mark.parametrize(
+    ("budget", "best"),
+    [
+        ({"ms": 9.5}, 2),
+        ({"ms": 6.0}, 1),
+        ({"ms": 4.0}, 0),
+        ({"ms": 99}, 3),
+        ({"speedup": 1.1}, 2),
+        ({"speedup": 2}, 0),
+        ({"ms": 5.98}, 1),
+    ],
+)
+def test_latency_budget_takes_the_most_accurate_point_inside(budget, best):
+    assert LatencyBudget(**budget).best(LATENCY, ACCURACY) == best
+
+
+def test_latency_budget_that_nothing_meets_says_the_best():
+    message = "latency budget, 3 ms cannot be reached: the fastest that was measured is 4 ms, 2.50x, with 50 tokens"
+    assert message in LatencyBudget(ms=3).unreachable((50, 100, 150, 197), LATENCY)
+    assert "latency budget, 3x" in LatencyBudget(speedup=3).unreachable((50, 100, 150, 197), LATENCY)
+    assert LatencyBudget(speedup=2.5).unreachable((50, 100, 150, 197), LATENCY) is None
+    assert Utility().unreachable((50, 100, 150, 197), LATENCY) is None
+
+
+def test_latency_budget_knows_by_how_much_it_was_missed():
+    timing = LatencyStats(milliseconds=6.0, spread=0.1, ratio=0.6, ratio_spread=0.01, rounds=31)
+    assert LatencyBudget(ms=5).excess(timing) == pytest.approx(1.2)
+    assert LatencyBudget(speedup=2).excess(timing) == pytest.approx(1.2)
+    assert LatencyBudget(ms=6).excess(timing) == LatencyBudget(speedup=1.5).excess(timing) == 1.0
+    assert LatencyBudget(ms=5.99).excess(timing) == 1.0  # no clock is surer
+    assert LatencyBudget(ms=6).tighten(1.2) == LatencyBudget(ms=5)
+    assert LatencyBudget(speedup=2).tighten(1.25) == LatencyBudget(speedup=2.5)
+    assert Utility().excess(timing) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "one of `ms` and `speedup`, got ms=None, speedup=None"),
+        ({"ms": 5, "speedup": 2}, "one of `ms` and `speedup`, got ms=5, speedup=2"),
+        ({"ms": 0}, "`ms` must be a finite number > 0, got 0"),
+        ({"ms": "fast"}, "`ms` must be a finite number > 0, got 'fast'"),
+        ({"ms": float("inf")}, "`ms` must be a finite number > 0, got inf"),
+        ({"speedup": 1}, "`speedup` must be a finite number > 1, got 1"),
+        ({"speedup": float("nan")}, "`speedup` must be a finite number > 1, got nan"),
+        ({"speedup": True}, "`speedup` must be a finite number > 1, got True"),
+    ],
+)
+def test_latency_budget_refuses(arguments, message):
+    with pytest.raises(ArgumentError, match=message):
+        LatencyBudget(**arguments)
+
+
+def test_numbers_of_numpy_are_numbers():
+    assert Utility(np.float32(0.5)) == Utility(0.5)
+    assert AccuracyBudget(np.float32(0.25)) == AccuracyBudget(0.25)
+    assert LatencyBudget(ms=np.float32(5.0)) == LatencyBudget(ms=5)
+    assert LatencyBudget(speedup=np.int64(2)) == LatencyBudget(speedup=2)
+
+
+def test_predictions_and_timings_have_one_tolerance():
+    budget = LatencyBudget(speedup=2)
+    for ratio, inside in ((0.5, True), (0.502, True), (0.5024, True), (0.503, False)):
+        timing = LatencyStats(10 * ratio, 0.1, ratio, 0.01, 31)
+        assert (budget.excess(timing) == 1) == inside
+        assert np.isfinite(budget.score(np.array([10 * ratio, 10.0]), np.ones(2))[0]) == inside
+
+
+def test_whether_dense_keeps_to_a_budget():
+    assert (LatencyBudget(ms=5).dense_is_feasible(5.0), LatencyBudget(ms=5).dense_is_feasible(6.0)) == (True, False)
+    assert not LatencyBudget(speedup=1.2).dense_is_feasible(5.0)
+    assert AccuracyBudget(0).dense_is_feasible(5.0)
+    assert Utility(1.0).dense_is_feasible(5.0)
+
+
+def test_a_budget_of_milliseconds_is_scaled_to_the_time_of_the_profile():
+    assert LatencyBudget(ms=6).rescale(0.5) == LatencyBudget(ms=12)
+    assert LatencyBudget(speedup=2).rescale(0.5) == LatencyBudget(speedup=2)
+    assert Utility(0.3).rescale(0.5) == Utility(0.3)

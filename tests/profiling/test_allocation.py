@@ -1,0 +1,157 @@
+"""Methods that reduce in one block, before block 0 or in many are profiled, planned and deployed as they are used."""
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+
+import lightning_prune as lp
+from helpers.data import noise_images
+from helpers.models import tiny_vit
+from lightning_prune.callbacks.decision import given_schedule
+from lightning_prune.patching import find_vision_transformer
+from lightning_prune.planning import ProxyCurve
+from lightning_prune.profiling import reducing_block, spread_schedule
+from lightning_prune.profiling.allocation import is_multi_block
+from lightning_prune.reduction import POMT, RandomDrop, Reduction, ReductionOutput, TokenSequence
+from lightning_prune.reduction.functional import take_tokens
+
+IMAGES = noise_images(6)
+N, DEPTH = 17, 4
+
+
+class Everywhere(Reduction):
+    """Drops the last tokens, at most two a block, from block `block` on, as evenly as it goes."""
+
+    name = "everywhere"
+
+    def reduce(self, sequence: TokenSequence, remove: int) -> ReductionOutput:
+        batch, tokens, _ = sequence.tokens.shape
+        index = torch.arange(tokens - remove, device=sequence.tokens.device).expand(batch, -1)
+        return ReductionOutput(take_tokens(sequence.tokens, index), index)
+
+    def max_removed(self, tokens: int, prefix_tokens: int) -> int:
+        return 2
+
+    def spread(self, remove: int, tokens: int, prefix_tokens: int, depth: int, block: int) -> list[int]:
+        width = depth - block
+        share = [remove // width + (index < remove % width) for index in range(width)]
+        return [0] * block + share
+
+    def most(self, tokens: int, prefix_tokens: int, depth: int, block: int) -> int:
+        return 2 * (depth - block)
+
+
+class Liar(Everywhere):
+    def spread(self, remove: int, tokens: int, prefix_tokens: int, depth: int, block: int) -> list[int]:
+        return [remove + 1] + [0] * (depth - 1)
+
+
+class Willful(Everywhere):
+    adaptive = True
+
+
+@pytest.mark.parametrize(
+    ("reduction", "block", "expected"),
+    [
+        (POMT(), 0.5, 2),
+        (POMT(), 3, 3),
+        (RandomDrop(site="input"), 0.5, 0),
+        (RandomDrop(site="input"), 3, 0),
+        (Everywhere(), 0.5, 0),
+        (Everywhere(), 3, 3),
+    ],
+)
+def test_the_block_that_a_method_is_told(reduction: Reduction, block: int | float, expected: int) -> None:
+    assert reducing_block(reduction, block, find_vision_transformer(tiny_vit())) == expected
+
+
+def test_an_impossible_block_is_refused_for_every_method() -> None:
+    for reduction in (POMT(), RandomDrop(site="input"), Everywhere()):
+        with pytest.raises(lp.ArgumentError, match=r"`block` must be an index from 0 to 3 or a fraction"):
+            reducing_block(reduction, 4, find_vision_transformer(tiny_vit()))
+
+
+def test_which_methods_reduce_often() -> None:
+    assert [is_multi_block(r) for r in (POMT(), RandomDrop(site="input"), Everywhere())] == [False, False, True]
+
+
+def test_schedules_of_each_form() -> None:
+    def removed(reduction: Reduction, remove: int, block: int = 0) -> tuple[int, ...]:
+        return spread_schedule(reduction, remove, N, 1, DEPTH, block).removed
+
+    assert removed(POMT(), 5, 1) == (0, 5, 0, 0)
+    assert removed(RandomDrop(site="input"), 5, 0) == (5, 0, 0, 0)
+    assert removed(Everywhere(), 7) == (2, 2, 2, 1)
+    assert removed(Everywhere(), 3, 2) == (0, 0, 2, 1)
+    assert removed(Liar(), 0) == (0, 0, 0, 0)
+
+
+def test_a_method_that_spreads_another_number_is_refused() -> None:
+    with pytest.raises(lp.ArgumentError, match=r"`spread` of everywhere must make 3 tokens go in 4 blocks, got \[4, 0"):
+        spread_schedule(Liar(), 3, N, 1, DEPTH, 0)
+
+
+def test_profile_counts_what_leaves_the_last_block() -> None:
+    model, left = tiny_vit(), set()
+    model.norm.register_forward_pre_hook(lambda _, args: left.add(args[0].shape[1]))
+    seen: set[int] = set()
+    model.blocks[1].attn.register_forward_pre_hook(lambda _, args: seen.add(args[0].shape[1]))
+    profile = lp.profile_latency(model, IMAGES[:1], method=Everywhere(), time_limit=0.2, progress=False)
+    assert (profile.tokens[0], profile.dense_tokens) == (N - 8, N)
+    assert left == set(profile.tokens)
+    assert seen - {5} == {15, 16, 17}  # 5 are of the trial that a block is taken apart on
+    assert (profile.method, profile.block) == ("everywhere", 0)
+
+
+def test_methods_of_the_input_are_profiled_there_whatever_the_block() -> None:
+    model, seen = tiny_vit(), set()
+    model.blocks[0].attn.register_forward_pre_hook(lambda _, args: seen.add(args[0].shape[1]))
+    shared: dict[str, Any] = {"method": RandomDrop(site="input"), "counts": [9], "time_limit": 0.1, "progress": False}
+    assert lp.profile_latency(model, IMAGES[:1], **shared).block == 0
+    assert seen == {9, 17}
+
+
+def test_planning_and_the_proxy_use_the_same_form() -> None:
+    model = tiny_vit()
+    profile = lp.LatencyProfile((9, 13, 17), (1.0, 2.0, 4.0), (0.001,) * 3, (9,) * 3, "everywhere", 0, DEPTH)
+    plan = lp.plan(
+        model, IMAGES, profile=profile, method=Everywhere(), objective=lp.Utility(1.0), confirm=False, progress=False
+    )
+    assert plan.schedule.removed == (2, 2, 2, 2)
+    assert (plan.tokens, plan.block) == (9, 0)
+    curve = ProxyCurve(model, IMAGES, profile, Everywhere(), progress=False)
+    with lp.patch(model, Everywhere(), [1, 1, 1, 1]):
+        direct = model(IMAGES)
+    dense = model(IMAGES)
+    top = dense.argmax(1, keepdim=True)
+    naive = direct.softmax(1).gather(1, top).mean() / dense.softmax(1).gather(1, top).mean()
+    assert curve(13) == pytest.approx(naive.item(), rel=1e-5)
+
+
+def test_a_given_number_or_keep_rate_is_spread() -> None:
+    transformer = find_vision_transformer(tiny_vit())
+    assert given_schedule(5, 0.25, transformer, Everywhere(), IMAGES).removed == (2, 1, 1, 1)
+    assert given_schedule(5, 0.25, transformer, RandomDrop(site="input"), IMAGES).removed == (5, 0, 0, 0)
+    rates = given_schedule(0.75, 0.25, transformer, Everywhere(), IMAGES)
+    assert isinstance(rates, lp.KeepRates)
+    assert rates.schedule(N).removed == (1, 1, 1, 1)
+    with pytest.raises(
+        lp.ScheduleError, match="asked to remove 9 tokens in all, but of the 17 that enter it can remove at"
+    ):
+        given_schedule(9, 0.25, transformer, Everywhere(), IMAGES)
+
+
+def test_tokens_are_counted_where_images_decide_them() -> None:
+    transformer = find_vision_transformer(tiny_vit(dynamic_img_size=True))
+    large = torch.zeros(1, 3, 64, 64)
+    assert given_schedule(0.9, 0.25, transformer, Everywhere(), large).schedule(65).total == 6
+
+
+def test_methods_that_have_no_counts_are_refused() -> None:
+    message = "with everywhere the image decides how many tokens go"
+    with pytest.raises(lp.ArgumentError, match=message):
+        lp.profile_latency(tiny_vit(), IMAGES[:1], method=Willful(), progress=False)
+    with pytest.raises(lp.ArgumentError, match=message), warnings.catch_warnings():
+        lp.plan(tiny_vit(), IMAGES, example_inputs=IMAGES[:1], method=Willful(), progress=False)

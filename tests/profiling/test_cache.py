@@ -1,0 +1,383 @@
+import importlib.util
+import json
+import linecache
+import multiprocessing
+import sys
+import warnings
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+import timm
+import torch
+
+import lightning_prune as lp
+from helpers.data import noise_images
+from helpers.models import tiny_hugging_face_vit, tiny_vit
+from lightning_prune.patching import find_vision_transformer
+from lightning_prune.profiling import LatencyProfile, ProfileStore, measurement_context, profile_dependencies
+from lightning_prune.profiling import cache as reuse
+from lightning_prune.profiling.cache import get_or_profile
+from lightning_prune.profiling.environment import compile_mode, structure
+from lightning_prune.reduction import resolve
+
+IMAGES = noise_images(2)
+POMT = resolve("pomt")
+
+
+def unfused(model):
+    for block in model.blocks:
+        block.attn.fused_attn = False
+    return model
+
+
+def profile(ms=1.0, **changes):
+    context = measurement_context(tiny_vit(), IMAGES) | {"measured": "once"}
+    curve = LatencyProfile((9, 17), (ms, 2.0), (0.01, 0.01), (9, 9), "pomt", 1, 4, context=context)
+    return replace(curve, **changes)
+
+
+def dependencies(model=None, images=IMAGES, method=POMT, block=1):
+    model = tiny_vit() if model is None else model
+    return profile_dependencies(find_vision_transformer(model), images, method, block)
+
+
+def test_what_is_put_is_found_again_under_the_same_conditions(tmp_path):
+    store = ProfileStore(tmp_path / "new" / "folder")
+    assert store.get(dependencies()) is None
+    store.put(dependencies(), profile())
+    assert store.get(dependencies()) == profile()
+    assert ProfileStore(tmp_path / "new" / "folder").get(dependencies(tiny_vit())) == profile()
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"images": IMAGES[:1]},
+        {"images": IMAGES.bfloat16()},
+        {"model": tiny_vit(depth=5)},
+        {"model": tiny_vit(embed_dim=64)},
+        {"model": tiny_vit(qk_norm=True)},
+        {"model": tiny_vit(num_heads=4)},
+        {"model": unfused(tiny_vit())},
+        {"images": IMAGES.contiguous(memory_format=torch.channels_last)},
+        {"model": tiny_vit().bfloat16()},
+        {"method": resolve("topk")},
+        {"method": lp.reduction.ToMe(proportional_attention=False)},
+        {"block": 2},
+    ],
+)
+def test_any_other_condition_is_another_profile(tmp_path, other):
+    store = ProfileStore(tmp_path)
+    store.put(dependencies(), profile())
+    assert store.get(dependencies(**other)) is None
+
+
+@contextmanager
+def switched(place, name, value):
+    before = getattr(place, name)
+    setattr(place, name, value)
+    try:
+        yield
+    finally:
+        setattr(place, name, before)
+
+
+@contextmanager
+def called(change, value, before):
+    change(value)
+    try:
+        yield
+    finally:
+        change(before)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda: torch.autocast("cpu", torch.bfloat16),
+        lambda: called(torch.set_float32_matmul_precision, "medium", torch.get_float32_matmul_precision()),
+        lambda: called(torch.set_num_threads, torch.get_num_threads() + 1, torch.get_num_threads()),
+        lambda: called(torch.backends.cuda.enable_cudnn_sdp, False, True),
+        lambda: torch.backends.mkldnn.flags(enabled=False),
+        lambda: switched(torch.backends.cudnn, "benchmark", True),
+        lambda: switched(torch.backends.cudnn, "allow_tf32", False),
+        lambda: switched(timm, "__version__", "0.1"),
+    ],
+    ids=["autocast", "matmul", "threads", "attention", "mkldnn", "benchmark", "tf32", "timm"],
+)
+def test_any_other_state_of_torch_is_another_profile(tmp_path, other):
+    store = ProfileStore(tmp_path)
+    store.put(dependencies(), profile())
+    with other():
+        assert store.get(dependencies()) is None
+    assert store.get(dependencies()) is not None
+
+
+def test_the_newer_form_of_a_switch_is_no_reason_to_fail(monkeypatch):
+    """Torch refuses to say the older form once the newer was used."""
+
+    def mixed():
+        raise RuntimeError("you have used mix of the legacy and new APIs")
+
+    before = dependencies()["kernels"]["matmul_precision"]
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", mixed)
+    assert before is not None
+    assert dependencies()["kernels"]["matmul_precision"] is None
+
+
+def compiled(**kwargs):
+    model = tiny_vit()
+    model.compile(**kwargs)
+    return model
+
+
+def blocks_compiled(*indices):
+    model = tiny_vit()
+    for index in indices:
+        model.blocks[index].compile(backend="eager")
+    return model
+
+
+def test_every_way_to_compile_is_another_profile():
+    ways = [
+        tiny_vit(),
+        compiled(),
+        compiled(mode="reduce-overhead"),
+        compiled(mode="max-autotune"),
+        compiled(backend="eager"),
+        compiled(backend="eager", dynamic=True),
+        compiled(options={"epilogue_fusion": False}),
+        blocks_compiled(0, 1),
+        blocks_compiled(0, 1, 2, 3),
+    ]
+    modes = [compile_mode(model) for model in ways]
+    assert len(set(modes)) == len(ways), modes
+    assert modes[0] == ""
+    assert compile_mode(torch.compile(tiny_vit(), mode="reduce-overhead")) == modes[2]
+    assert modes[7] == "eager in blocks.0 blocks.1"
+    assert dependencies(ways[3])["compile_mode"] == modes[3]
+
+
+def test_what_cannot_be_told_apart_is_neither_kept_nor_reused(tmp_path):
+    store = ProfileStore(tmp_path)
+    nameless = torch.compile(tiny_vit(), backend=lambda graph, inputs: graph.forward)
+    assert compile_mode(nameless) == "unreadable"
+    assert store.put(dependencies(nameless), profile()) is None
+    assert store.get(dependencies(nameless)) is None
+    assert not list(tmp_path.iterdir())
+
+
+def mine(tmp_path, text):
+    """A method of that name, from a file of the user's."""
+    (tmp_path / "mine.py").write_text(text)
+    spec = importlib.util.spec_from_file_location("mine", tmp_path / "mine.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["mine"] = module
+    linecache.checkcache()
+    spec.loader.exec_module(module)
+    return module.Mine()
+
+
+def test_methods_that_share_a_name_do_not_share_a_profile(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "mine", None)
+    text = "from lightning_prune.reduction import {0}\n\nclass Mine({0}):\n    name = 'mine'\n"
+    keys = [dependencies(method=mine(tmp_path, text.format(base)))["method_class"] for base in ("TopK", "EViT")]
+    edited = dependencies(method=mine(tmp_path, text.format("EViT") + "    # another\n"))["method_class"]
+    assert len({*keys, edited}) == 3
+    assert all(key.startswith("mine.Mine ") for key in keys)
+    again = dependencies(method=mine(tmp_path, text.format("TopK")))["method_class"]
+    assert again == keys[0]
+
+
+def test_a_method_without_source_is_measured_every_time(tmp_path):
+    nowhere = type("Nowhere", (lp.reduction.TopK,), {"name": "nowhere", "__module__": "a_console"})()
+    assert dependencies(method=nowhere)["method_class"] == "unreadable"
+
+
+def test_weights_do_not_count_but_classes_do():
+    model, trained = tiny_vit(), tiny_vit()
+    with torch.no_grad():
+        trained.head.weight.add_(1.0)
+    assert structure(model) == structure(trained)
+    trained.train()
+    assert structure(model) == structure(trained)
+    trained.blocks[0].mlp.act = torch.nn.ReLU()
+    assert structure(model) != structure(trained)
+
+
+def test_the_configuration_of_hugging_face_counts() -> None:
+    import transformers
+
+    plain = structure(tiny_hugging_face_vit())
+    assert structure(tiny_hugging_face_vit()) == plain
+    assert structure(tiny_hugging_face_vit(num_attention_heads=4)) != plain
+    assert structure(tiny_hugging_face_vit(attn_implementation="eager")) != plain
+    found = profile_dependencies(find_vision_transformer(tiny_hugging_face_vit()), IMAGES, POMT, 1)
+    assert found["packages"]["transformers"] == transformers.__version__
+
+
+def test_a_profile_that_was_given_less_time_is_measured_again(tmp_path):
+    store = ProfileStore(tmp_path)
+    store.put(dependencies(), profile(), seconds=5.0)
+    assert store.get(dependencies(), seconds=5.0) is not None
+    assert store.get(dependencies(), seconds=2.0) is not None
+    assert store.get(dependencies(), seconds=30.0) is None
+    assert store.get(dependencies(), seconds=None) is None
+    store.put(dependencies(), profile(converged=True), seconds=5.0)
+    assert store.get(dependencies(), seconds=30.0) is not None
+
+
+def test_without_a_limit_other_counts_are_measured_than_with_one(tmp_path):
+    store = ProfileStore(tmp_path)
+    store.put(dependencies(), profile(), seconds=None)
+    assert store.get(dependencies(), seconds=None) is not None
+    assert store.get(dependencies(), seconds=1.0) is None
+
+
+@pytest.mark.parametrize(
+    ("there", "new", "stays"),
+    [
+        ((30.0, False), (1.0, False), True),
+        ((30.0, True), (60.0, False), True),
+        ((30.0, False), (None, False), True),
+        ((30.0, False), (30.0, False), False),
+        ((30.0, False), (1.0, True), False),
+        ((1.0, True), (30.0, True), False),
+        ((None, False), (1.0, False), False),
+    ],
+)
+def test_a_better_entry_stays(tmp_path, there, new, stays):
+    store = ProfileStore(tmp_path)
+    store.put(dependencies(), profile(1.0, converged=there[1]), there[0])
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        path = store.put(dependencies(), profile(1.5, converged=new[1]), new[0])
+    assert (path is None) == stays
+    assert [str(each.message).startswith("The profile in ") for each in told] == [True] * stays
+    kept = there if stays else new
+    assert store.get(dependencies(), kept[0]).milliseconds[0] == (1.0 if stays else 1.5)
+
+
+def changed(text, **entries):
+    document = json.loads(text)
+    return json.dumps({**document, "profile": {**document["profile"], **entries}})
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text[: len(text) // 2],
+        lambda text: "",
+        lambda text: json.dumps({**json.loads(text), "profile": {}}),
+        lambda text: json.dumps({**json.loads(text), "profile": 3}),
+        lambda text: json.dumps({**json.loads(text), "version": 99}),
+        lambda text: json.dumps({**json.loads(text), "dependencies": {"device": "Abacus"}}),
+        lambda text: json.dumps({"format": "lightning_prune.schedule", "version": 1}),
+        lambda text: json.dumps({**json.loads(text), "time_limit": "30"}),
+        lambda text: changed(text, rounds=[0, 9]),
+        lambda text: changed(text, context=None),
+        lambda text: changed(text, context={}),
+        lambda text: changed(text, spread=[float("nan"), 0.1]),
+        lambda text: changed(text, spread=[-1, 0.1]),
+        lambda text: changed(text, milliseconds=[True, 2]),
+        lambda text: changed(text, method=3),
+        lambda text: changed(text, method="tome"),
+        lambda text: changed(text, block=2),
+        lambda text: changed(text, depth=12),
+        lambda text: changed(text, protocol="paper"),
+        lambda text: changed(text, seconds="x"),
+    ],
+)
+def test_a_damaged_or_foreign_entry_is_passed_over_with_a_line(tmp_path, damage):
+    store = ProfileStore(tmp_path)
+    path = store.put(dependencies(), profile())
+    path.write_text(damage(path.read_text()))
+    with pytest.warns(UserWarning, match=f"is passed over, measured again and replaced: .*{path.name}"):
+        assert store.get(dependencies()) is None
+    store.put(dependencies(), profile())
+    assert store.get(dependencies()) == profile()
+
+
+def test_a_folder_that_cannot_be_written_to_is_no_reason_to_fail(tmp_path):
+    (tmp_path / "file").write_text("")
+    store = ProfileStore(tmp_path / "file")
+    with pytest.warns(UserWarning, match="could not be kept in .*file"):
+        assert store.put(dependencies(), profile()) is None
+    assert store.get(dependencies()) is None
+
+
+def _write(folder, conditions, ms):
+    for _ in range(50):
+        ProfileStore(folder).put(conditions, profile(ms))
+
+
+def test_two_processes_at_once_leave_one_whole_entry(tmp_path):
+    conditions = dependencies()
+    context = multiprocessing.get_context("fork")
+    writers = [context.Process(target=_write, args=(tmp_path, conditions, ms)) for ms in (1.0, 1.5)]
+    for writer in writers:
+        writer.start()
+    store = ProfileStore(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        while any(writer.is_alive() for writer in writers):
+            assert store.get(conditions) in (None, profile(1.0), profile(1.5))
+    assert [writer.exitcode for writer in writers] == [0, 0]
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_the_folder_is_that_of_the_environment_or_the_users_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("LIGHTNING_PRUNE_CACHE", str(tmp_path))
+    assert ProfileStore().folder == tmp_path
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("LIGHTNING_PRUNE_CACHE", "~/mine")
+    assert ProfileStore().folder == tmp_path / "mine"
+    assert ProfileStore("~/other").folder == tmp_path / "other"
+    monkeypatch.delenv("LIGHTNING_PRUNE_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert ProfileStore().folder == tmp_path / "cache" / "lightning_prune"
+
+
+def measure(store, model=None, **kwargs):
+    return get_or_profile(
+        model or tiny_vit(), IMAGES, store, method=POMT, block=1, time_limit=0.2, progress=False, **kwargs
+    )
+
+
+def test_the_second_time_nothing_is_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(LatencyProfile, "is_inconclusive", False)  # however busy the machine is that tests
+    first = measure(ProfileStore(tmp_path))
+    assert not first.reused
+    monkeypatch.setattr(reuse, "profile_latency", lambda *_, **__: pytest.fail("measured"))
+    assert measure(ProfileStore(tmp_path)) == (first.profile, True)
+
+
+def test_refresh_measures_and_replaces(tmp_path, monkeypatch):
+    monkeypatch.setattr(reuse, "profile_latency", lambda *_, **__: profile(1.0))
+    measure(ProfileStore(tmp_path))
+    monkeypatch.setattr(reuse, "profile_latency", lambda *_, **__: profile(1.5))
+    assert measure(ProfileStore(tmp_path)) == (profile(1.0), True)
+    assert measure(ProfileStore(tmp_path), refresh=True) == (profile(1.5), False)
+    assert measure(ProfileStore(tmp_path)) == (profile(1.5), True)
+
+
+def test_what_a_busy_machine_said_is_not_kept(tmp_path, monkeypatch):
+    noisy = LatencyProfile((9, 17), (1.0, 2.0), (3.0, 3.0), (5, 5), "pomt", 1, 4)
+    assert noisy.is_inconclusive
+    monkeypatch.setattr(reuse, "profile_latency", lambda *_, **__: noisy)
+    assert measure(ProfileStore(tmp_path)) == (noisy, False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_patched_model_is_refused_also_where_its_profile_is_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(reuse, "profile_latency", lambda *_, **__: profile())
+    model = tiny_vit()
+    measure(ProfileStore(tmp_path), model)
+    with lp.patch(model, "pomt", [0, 4, 0, 0]), pytest.raises(lp.ArgumentError, match="The model is patched"):
+        measure(ProfileStore(tmp_path), model)
+
+
+def test_without_a_store_every_time_is_measured(monkeypatch):
+    monkeypatch.setattr(reuse, "profile_latency", lambda *_, **__: profile())
+    assert measure(None) == (profile(), False)

@@ -1,0 +1,148 @@
+import numpy as np
+import pytest
+import torch
+
+from lightning_prune.profiling import InterleavedTimer
+
+CPU = torch.device("cpu")
+
+
+class Bench:
+    """A device of known speed under a clock of its own; the machine's drift multiplies every time."""
+
+    def __init__(self, seconds, drift=lambda run: 1.0):
+        self.seconds, self.drift = seconds, drift
+        self.now, self.current, self.runs, self.order = 0.0, None, 0, []
+
+    def prepare(self, alternative):
+        self.current = alternative
+
+    def run(self):
+        self.order.append(self.current)
+        self.now += self.seconds[self.current] * self.drift(self.runs)
+        self.runs += 1
+
+    def race(self, reference="dense"):
+        return InterleavedTimer(self.prepare, self.run, CPU, reference, clock=lambda: self.now)
+
+
+def test_reports_median_and_quartile_spread():
+    bench = Bench({"dense": 0.010, "a": 0.005})
+    race = bench.race()
+    assert race.measure(["a"], rounds=5) == 5
+    timing = race.result("a")
+    assert timing.milliseconds == pytest.approx(5.0)
+    assert timing.ratio == pytest.approx(0.5)
+    assert timing.spread == pytest.approx(0.0, abs=1e-9)
+    assert timing.rounds == 5
+
+
+def test_spread_is_half_the_distance_between_the_quartiles():
+    bench = Bench({"dense": 1.0}, drift=lambda run: (0, 1, 2, 3, 4, 5)[run] or 9)  # warm-up, then 1 to 5 seconds
+    race = bench.race()
+    race.measure([], rounds=5)
+    assert race.result("dense").milliseconds == pytest.approx(3000)
+    assert race.result("dense").spread == pytest.approx(1000)
+
+
+def test_drift_cancels_in_the_ratio():
+    """The machine becomes four times slower while it is measured; a plain median would not notice which is faster."""
+    bench = Bench({"dense": 0.010, "a": 0.008}, drift=lambda run: 1 + run / 20)
+    race = bench.race()
+    race.measure(["a"], rounds=31)
+    assert race.result("a").ratio == pytest.approx(0.8, rel=0.02)
+
+
+def test_every_alternative_warms_up_once_and_untimed():
+    bench = Bench({"dense": 1.0, "a": 1.0}, drift=lambda run: 100.0 if run < 2 else 1.0)  # the first runs are slow
+    race = bench.race()
+    race.measure(["a"], rounds=3)
+    assert race.result("dense").milliseconds == pytest.approx(1000)
+    assert race.result("a").milliseconds == pytest.approx(1000)
+    race.measure(["a"], rounds=1)
+    assert len(bench.order) == 2 + 3 * 2 + 2  # no second warm-up
+
+
+def test_rounds_are_shuffled_and_complete():
+    bench = Bench(dict.fromkeys(["dense", "a", "b", "c"], 1.0))
+    bench.race().measure(["a", "b", "c"], rounds=6)
+    rounds = [tuple(bench.order[4 + 4 * i : 8 + 4 * i]) for i in range(6)]
+    assert all(sorted(order) == ["a", "b", "c", "dense"] for order in rounds)
+    assert len(set(rounds)) > 1
+
+
+def test_deadline_drops_the_round_it_cuts_but_never_the_first():
+    bench = Bench({"dense": 1.0, "a": 1.0})
+    race = bench.race()
+    assert race.measure(["a"], rounds=50, deadline=6.5) == 2  # two to warm up, two a round, the third round is cut
+    assert race.result("a").rounds == 2
+    late = bench.race()
+    assert late.measure(["a"], rounds=50, deadline=0.0) == 1
+    assert late.result("a").rounds == 1
+
+
+def test_latecomers_are_comparable():
+    """An alternative measured only when the machine had become slower is put on the common baseline."""
+    bench = Bench({"dense": 1.0, "a": 0.5, "b": 0.5}, drift=lambda run: 1.0 if run < 20 else 3.0)
+    race = bench.race()
+    race.measure(["a"], rounds=9)  # 20 runs
+    race.measure(["b"], rounds=3)
+    assert race.result("b").milliseconds == pytest.approx(race.result("a").milliseconds)
+
+
+@pytest.mark.parametrize("noise", [0.0, 1e-4, 0.02])
+def test_levels_are_exact_also_where_there_is_no_noise(noise):
+    """Two groups that only the reference links, measured in two states of the machine."""
+    seconds = {"dense": 1.0, "a": 0.9, "b": 0.8, "c": 0.7, "d": 0.6}
+    random = np.random.default_rng(0)
+    bench = Bench(seconds, drift=lambda run: (1.0 if run < 200 else 1.1) * np.exp(noise * random.standard_normal()))
+    race = bench.race()
+    race.measure([], rounds=2)
+    race.measure(["a", "b"], rounds=66)
+    race.measure(["c", "d"], rounds=66)
+    levels = race.levels()
+    for name, exact in seconds.items():
+        assert levels[name].ratio == pytest.approx(exact, rel=1e-9 + noise / 2)
+        assert levels[name].spread / levels[name].milliseconds == pytest.approx(0.6745 * noise, abs=1e-9 + 0.2 * noise)
+
+
+def test_levels_do_not_heed_a_load_spike():
+    bench = Bench({"dense": 1.0, "a": 0.9}, drift=lambda run: 5.0 if run in (7, 12) else 1.0)
+    race = bench.race()
+    race.measure(["a"], rounds=15)
+    assert race.levels()["a"].ratio == pytest.approx(0.9, rel=1e-3)
+
+
+def test_rounds_of_the_reference_alone_say_nothing_of_its_noise():
+    """What is left of a round that was fitted to its only run is 0."""
+    bench = Bench({"dense": 1.0, "a": 0.9})
+    race = bench.race()
+    race.measure([], rounds=2)
+    assert race.levels()["dense"].rounds == 2
+    race.measure(["a"], rounds=1)
+    assert {name: timing.rounds for name, timing in race.levels().items()} == {"dense": 1, "a": 1}
+
+
+def test_some_rounds_can_be_asked_for_whatever_the_deadline():
+    bench = Bench({"dense": 1.0, "a": 1.0})
+    race = bench.race()
+    assert race.measure(["a"], rounds=5, deadline=0.0, least=3) == 3
+    assert race.measure(["a"], rounds=5, deadline=0.0, least=3) == 0
+
+
+def test_the_deadline_holds_where_there_are_figures_already():
+    bench = Bench({"dense": 1.0, "a": 1.0})
+    race = bench.race()
+    race.measure(["a"], rounds=1)
+    assert race.measure(["a"], rounds=5, deadline=0.0) == 0
+    assert len(bench.order) == 4
+
+
+def test_the_first_run_is_timed_but_counts_nowhere():
+    bench = Bench({"dense": 1.0, "a": 1.0}, drift=lambda run: 50.0 if run == 0 else 1.0)
+    race = bench.race()
+    assert race.warm("dense") == 50.0
+    assert race.warm("dense") == 50.0
+    race.measure([], rounds=3)
+    assert bench.order == ["dense"] * 4
+    assert race.result("dense").milliseconds == pytest.approx(1000)

@@ -1,0 +1,97 @@
+"""One model as dense, pruned, in 8 bits and both in turn; dense again to the bit at the end."""
+
+import copy
+
+import pytest
+import torch
+from timm.models.vision_transformer import VisionTransformer
+
+import lightning_prune as lp
+from helpers.data import noise_images
+from helpers.models import tiny_vit
+from lightning_prune.patching import find_vision_transformer
+from lightning_prune.patching.class_swap import is_patched_module
+from lightning_prune.profiling import DENSE, Variant, VariantSwitch
+from lightning_prune.profiling.model_variants import race_of
+from lightning_prune.quantization import Int8Weights
+from lightning_prune.reduction import POMT, RandomDrop
+
+IMAGES = noise_images(2)
+FIVE = lp.Schedule.single(3, 1, 5)
+
+
+def vit() -> VisionTransformer:
+    model: VisionTransformer = tiny_vit(depth=3, num_classes=8)
+    return model
+
+
+def expected(variant: Variant) -> torch.Tensor:
+    model = vit()
+    if variant.int8:
+        Int8Weights(model).put_on()
+    if variant.reduction is not None:
+        lp.patch(model, variant.reduction, variant.schedule)
+    return model(IMAGES)
+
+
+VARIANTS = [
+    DENSE,
+    Variant("pomt", FIVE),
+    Variant(int8=True),
+    Variant(POMT(), FIVE, int8=True),
+    Variant(RandomDrop(), lp.KeepRates.single(3, 1, 0.5)),
+    DENSE,
+    Variant(int8=True),
+    Variant("pomt", lp.Schedule.single(3, 1, 9)),
+    Variant("pomt", FIVE),
+    DENSE,
+]
+
+
+@torch.no_grad()
+def test_every_variant_after_every_other_is_what_it_is_alone() -> None:
+    model = vit()
+    before = copy.deepcopy(model.state_dict())
+    parameters = [id(p) for p in model.parameters()]
+    switch = VariantSwitch(find_vision_transformer(model))
+    for variant in [*VARIANTS, *reversed(VARIANTS)]:
+        switch.to(variant)
+        assert torch.equal(model(IMAGES), expected(variant)), variant
+    switch.to(VARIANTS[3])
+    switch.off()
+    assert torch.equal(model(IMAGES), vit()(IMAGES))
+    assert [id(p) for p in model.parameters()] == parameters
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert not any(map(is_patched_module, model.modules()))
+
+
+def test_a_schedule_that_does_not_fit_leaves_what_can_be_taken_off() -> None:
+    model = vit()
+    switch = VariantSwitch(find_vision_transformer(model))
+    with pytest.raises(lp.ScheduleError, match="at most 14"):
+        switch.to(Variant("pomt", lp.Schedule.single(3, 1, 17), int8=True))
+    switch.off()
+    assert torch.equal(model(IMAGES), vit()(IMAGES))
+
+
+def test_compare_latency_takes_variants_and_pairs() -> None:
+    model = vit()
+    variants = {"dense": None, "pomt": ("pomt", FIVE), "int8": Variant(int8=True), "both": Variant("pomt", FIVE, True)}
+    timings = lp.compare_latency(model, IMAGES, variants, rounds=2, time_limit=None, progress=False)
+    assert list(timings) == list(variants)
+    assert {timing.rounds for timing in timings.values()} == {2}
+    assert timings["dense"].ratio == 1
+    assert torch.equal(model(IMAGES), vit()(IMAGES))
+
+
+def interrupted(model: VisionTransformer) -> None:
+    with race_of(find_vision_transformer(model), IMAGES) as race:
+        race.prepare(VARIANTS[3])
+        raise KeyboardInterrupt
+
+
+def test_a_race_restores_the_model_after_an_error() -> None:
+    model = vit()
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(model)
+    assert torch.equal(model(IMAGES), vit()(IMAGES))

@@ -1,0 +1,217 @@
+import base64
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from lightning_prune.errors import DataError
+from lightning_prune.report.html_page import write_page
+
+from .made_up import comparison, planned, row, without_accuracy
+
+VOID = {"meta", "img", "br", "wbr"}
+PIXEL = base64.b64decode(
+    b"iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAQAAAC1HAwCAAAAC0lEQVR42mNkYAAAAAYAAjCB0C8AAAAASUVORK5CYII="
+)
+HOSTILE = "<script>alert(1)</script>\"'&"
+
+
+class Page(HTMLParser):
+    """Every element must be closed in its turn; keeps the tags, the attributes and the cells of the table."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.rows: list[list[str]] = []
+        self.headings: list[str] = []
+        self.text = ""
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+        if tag in ("h1", "h2"):
+            self.headings.append("")
+        if tag in ("br", "small"):
+            self.handle_data(" ")
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "style" in self.open:
+            return
+        self.text += data
+        if {"td", "th"} & set(self.open):
+            self.rows[-1][-1] += data
+        if {"h1", "h2"} & set(self.open):
+            self.headings[-1] += data
+
+
+def page(document: dict[str, Any], folder: Path) -> Page:
+    path = write_page(document, folder)
+    assert path == folder / "report.html"
+    return Page(path.read_text(encoding="utf-8"))
+
+
+def test_what_stands_on_it_and_in_which_order(tmp_path: Path) -> None:
+    for name in ("pareto.png", "tokens.png", "profile.png"):
+        (tmp_path / name).write_bytes(PIXEL)
+    found = page(comparison(), tmp_path)
+    assert found.headings == [
+        "Token reductions compared: VisionTransformer on AMD EPYC",
+        "What was found",
+        "What to be careful about",
+        "Results",
+        "Accuracy against latency",
+        "What each method keeps",
+        "How the schedule was chosen",
+        "How to read this",
+        "Schedules",
+        "Command",
+        "Measured on",
+    ]
+    assert "2 threads · batch 16 · float32 · 2000 images · 2026-11-21 10:31" in found.text
+    assert comparison()["command"] in found.text
+    assert "n/a (no energy counter on this device)" in found.text
+
+
+def test_nothing_is_fetched_and_nothing_runs(tmp_path: Path) -> None:
+    for name in ("pareto.png", "tokens.png"):
+        (tmp_path / name).write_bytes(PIXEL)
+    found = page(comparison(), tmp_path)
+    tags = {tag for tag, _ in found.tags}
+    assert not tags & {"script", "link", "iframe", "object"}
+    sources = [attributes["src"] or "" for _, attributes in found.tags if "src" in attributes]
+    assert len(sources) == 2
+    assert all(base64.b64decode(source.removeprefix("data:image/png;base64,")) == PIXEL for source in sources)
+    assert "url(" not in (tmp_path / "report.html").read_text()
+    assert "http" not in (tmp_path / "report.html").read_text()
+
+
+def test_accessible(tmp_path: Path) -> None:
+    (tmp_path / "pareto.png").write_bytes(PIXEL)
+    found = page(comparison(), tmp_path)
+    attributes = dict(found.tags)
+    assert attributes["html"] == {"lang": "en"}
+    assert ("meta", {"name": "viewport", "content": "width=device-width, initial-scale=1"}) in found.tags
+    assert all(len(each["alt"] or "") > 20 for tag, each in found.tags if tag == "img")
+    assert all("scope" in each for tag, each in found.tags if tag == "th")
+    scrolling = [each for _, each in found.tags if each.get("class") == "wide"]
+    assert len(scrolling) == 2
+    assert all(each["tabindex"] == "0" and each["role"] == "region" and each["aria-label"] for each in scrolling)
+
+
+def test_table_has_every_row_under_its_target(tmp_path: Path) -> None:
+    document = comparison()
+    rows = page(document, tmp_path).rows
+    assert rows[0][:4] == ["variant", "top-1 %", "change, points 95% interval", "speed-up"]
+    first = [each[0] for each in rows]
+    assert {each["variant"] for each in document["rows"]} <= set(first)
+    assert [name for name in first if name.startswith(("Target", "No target"))] == [
+        "No target",
+        "Target 1.1x",
+        "Target 1.25x",
+        "Target 1.5x",
+        "Target 2x",
+    ]
+    tome = rows[first.index("tome 1.5x")]
+    assert tome[:5] == ["tome 1.5x", "92.30", "\u22120.80 \u22121.28 to \u22120.32", "1.53x ±0.01", "69.93 ±0.78"]
+    assert tome[6] == "89 12 blocks"
+    assert rows[first.index("dense")][2:4] == ["-", "1.00x"]
+
+
+def test_the_best_of_a_target_is_marked(tmp_path: Path) -> None:
+    write_page(comparison(), tmp_path)
+    text = (tmp_path / "report.html").read_text()
+    best = [part.split("</th>")[0].split(">")[-1] for part in text.split('<tr class="best">')[1:]]
+    assert best == ["tome 1.1x", "tome 1.25x", "tome 1.5x", "pomt 2x"]
+
+
+def test_energy_has_a_column_where_it_was_measured(tmp_path: Path) -> None:
+    assert not [name for name in page(comparison(), tmp_path).rows[0] if "J/image" in name]
+    document = comparison()
+    measured = document | {"rows": [each | {"joules_per_image": 1.5, "watts": 60.0} for each in document["rows"]]}
+    rows = page(measured, tmp_path).rows
+    assert rows[0][-1] == "J/image watts"
+    assert rows[2][-1] == "1.500 60.0"
+
+
+def test_schedules_can_be_copied(tmp_path: Path) -> None:
+    write_page(comparison(), tmp_path)
+    text = (tmp_path / "report.html").read_text()
+    assert text.count("<details>") == 31
+    part = text.split("<b>pomt 1.5x</b>")[1]
+    assert part.startswith(" removes 89 at block 3</summary>")
+    shown = part.split("<pre>")[1].split("</pre>")[0]
+    assert yaml.safe_load(shown) == comparison()["variants"]["pomt 1.5x"]["schedule"]
+    assert "files in <code>schedules/</code>" not in text
+    (tmp_path / "schedules").mkdir()
+    assert "files in <code>schedules/</code>" in write_page(comparison(), tmp_path).read_text()
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        planned(),
+        without_accuracy(comparison()),
+        without_accuracy(comparison(), "agreement"),
+        {"rows": [row("dense")]},
+        {"rows": [{"variant": "dense", "method": ""}]},
+        comparison() | {"context": None, "variants": None, "unreached": None, "command": None, "started": None},
+    ],
+)
+def test_a_page_for_every_kind_of_comparison(document: dict[str, Any], tmp_path: Path) -> None:
+    found = page(document, tmp_path)
+    assert "Results" in found.headings
+    assert "None" not in found.text
+    assert "nan" not in found.text
+
+
+def test_hostile_names_are_text(tmp_path: Path) -> None:
+    bad = row(HOSTILE, method=HOSTILE, target=1.5, block=HOSTILE, note=HOSTILE, speedup=0.9)
+    document = {
+        "rows": [row("dense", device=HOSTILE), bad],
+        "context": {"model": HOSTILE, HOSTILE: HOSTILE, "precision": HOSTILE},
+        "command": HOSTILE,
+        "started": HOSTILE,
+        "energy": HOSTILE,
+        "unreached": [{"method": HOSTILE, "target": 2.0, "best": 1.1, "reason": HOSTILE}],
+        "variants": {HOSTILE: {"schedule": {HOSTILE: HOSTILE}, "method": HOSTILE, "settings": {HOSTILE: HOSTILE}}},
+    }
+    found = page(document, tmp_path)
+    assert not [tag for tag, _ in found.tags if tag == "script"]
+    assert found.text.count("<script>alert(1)</script>") >= 12
+    assert found.headings[0].endswith(HOSTILE)
+
+
+def test_a_row_that_could_not_be_run_keeps_its_place_and_its_note(tmp_path: Path) -> None:
+    refused = row("shift", method="shift", latency_ms=None, speedup=None, top1=None, note="No MLP to look at.")
+    found = page({"rows": [row("dense"), refused]}, tmp_path)
+    line = next(each for each in found.rows if each[0] == "shift")
+    assert line[1:4] == ["-", "-", "-"]  # top-1, speed-up and latency: nothing changed, so no column of changes
+    assert "shift: No MLP to look at." in found.text
+
+
+def test_no_rows_leave_an_old_page(tmp_path: Path) -> None:
+    (tmp_path / "report.html").write_text("old")
+    with pytest.raises(DataError, match="'rows'"):
+        write_page({"rows": []}, tmp_path)
+    assert (tmp_path / "report.html").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
+
+
+def test_styles_for_phones_print_and_the_dark(tmp_path: Path) -> None:
+    text = write_page(comparison(), tmp_path).read_text()
+    for query in ("(max-width: 640px)", "@media print", "(prefers-color-scheme: dark)"):
+        assert query in text
