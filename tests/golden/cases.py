@@ -204,8 +204,8 @@ def method_of(name: str) -> Any:
     settings: dict[str, Callable[[], Any]] = {
         "pomt-nearest-unweighed": lambda: lp.reduction.POMT("nearest", False),
         "tome-unweighed": lambda: lp.reduction.ToMe(False),
-        "random-seed-3": lambda: lp.reduction.Random(3),
-        "random-input": lambda: lp.reduction.Random(0, "input"),
+        "random-seed-3": lambda: lp.reduction.RandomDrop(3),
+        "random-input": lambda: lp.reduction.RandomDrop(0, "input"),
         "vwt-inter": lambda: lp.reduction.VWTInter(lp.Vocabulary(_tiles().flatten(1), PATCH), 0.1),
     }
     return settings[name]() if name in settings else name
