@@ -1,5 +1,5 @@
 # Every target makes .venv and installs what it needs; the first run downloads torch and takes minutes, later ones
-# start at once. Needs Python >= 3.10 with venv, git and make.
+# start at once. Needs Python >= 3.11 with venv, git and make.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -50,7 +50,7 @@ clean: ## Remove the environment, caches and build products (results/ stays)
 	find lightning_prune tests examples -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 $(BIN)/python:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python >= 3.10 is needed, this is " + sys.version.split()[0] + ": make PYTHON=python3.12 ...")'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python >= 3.11 is needed, this is " + sys.version.split()[0] + ": make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
 
 $(INSTALLED): pyproject.toml | $(BIN)/python

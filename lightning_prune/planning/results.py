@@ -14,8 +14,9 @@ from lightning_prune.reduction import Reduction
 from lightning_prune.schedule import Schedule
 
 if TYPE_CHECKING:
+    from typing import Self
+
     from matplotlib.figure import Figure
-    from typing_extensions import Self
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from platformdirs import user_cache_path
 from torch import Tensor, nn
 
 from lightning_prune._utils.files import read_document, write_document
@@ -36,7 +37,7 @@ class ProfileStore:
 
     Args:
         folder: Where; if None, what the environment variable LIGHTNING_PRUNE_CACHE says, else `lightning_prune` in the
-            user's cache folder. A leading `~` is the user's home.
+            user's cache folder (`~/.cache` on Linux, `~/Library/Caches` on macOS). A leading `~` is the user's home.
 
     Example:
         >>> import tempfile
@@ -171,10 +172,7 @@ def _check_origin(path: Path, profile: LatencyProfile, dependencies: Mapping[str
 
 def _default_folder() -> Path:
     named = os.environ.get(_FOLDER)
-    if named:
-        return Path(named).expanduser()
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home).expanduser() / "lightning_prune"
+    return Path(named).expanduser() if named else user_cache_path("lightning_prune", appauthor=False)
 
 
 def _plain(dependencies: Mapping[str, Any]) -> dict[str, Any]:

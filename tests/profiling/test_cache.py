@@ -337,6 +337,10 @@ def test_the_folder_is_that_of_the_environment_or_the_users_cache(monkeypatch, t
     monkeypatch.delenv("LIGHTNING_PRUNE_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     assert ProfileStore().folder == tmp_path / "cache" / "lightning_prune"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    caches = {"linux": ".cache", "darwin": "Library/Caches"}
+    if sys.platform in caches:
+        assert ProfileStore().folder == tmp_path / caches[sys.platform] / "lightning_prune"
 
 
 def measure(store, model=None, **kwargs):
