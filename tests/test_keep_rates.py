@@ -100,16 +100,16 @@ def test_files_of_another_kind(tmp_path: Path) -> None:
         KeepRates.load(schedule)
     other = tmp_path / "o.yaml"
     other.write_text("format: other\n")
-    message = "is not a lightning_prune.schedule or lightning_prune.schedule file: it has format 'other'"
+    message = "is not a lightning_prune.schedule or lightning_prune.keep_rates file: it has format 'other'"
     with pytest.raises(FileFormatError, match=message):
         load_schedule(other)
-    other.write_text("format: lightning_prune.schedule\nversion: 1\nrates: [2.0]\n")
+    other.write_text("format: lightning_prune.keep_rates\nversion: 1\nrates: [2.0]\n")
     with pytest.raises(FileFormatError, match=r"holds no usable keep rates: `rates` must hold keep rates in \(0, 1\]"):
         load_schedule(other)
     for text, message in (
         ("rates: 0.5", "`rates` must be a list"),
         ("rates: [0.5]\nprovenance: 3", "`provenance` must"),
     ):
-        other.write_text(f"format: lightning_prune.schedule\nversion: 1\n{text}\n")
+        other.write_text(f"format: lightning_prune.keep_rates\nversion: 1\n{text}\n")
         with pytest.raises(FileFormatError, match=message):
             KeepRates.load(other)

@@ -48,7 +48,7 @@ def resolve(method: str | Reduction, **settings: Any) -> Reduction:
     Example:
         >>> from lightning_prune.reduction import resolve
         >>> resolve("random", seed=3)
-        Random(seed=3, site='block')
+        RandomDrop(seed=3, site='block')
     """
     if isinstance(method, Reduction):
         if settings:

@@ -119,10 +119,10 @@ def test_files_that_are_no_schedules_are_refused_at_once(tmp_path: Path) -> None
     foreign.write_text("learning_rate: 0.1\n")
     for path, message in (
         (missing, "^Cannot read .*missing.yaml: No such file or directory"),
-        (cut, "cut.yaml is damaged or not a lightning_prune.schedule or lightning_prune.schedule file"),
+        (cut, "cut.yaml is damaged or not a lightning_prune.schedule or lightning_prune.keep_rates file"),
         (
             foreign,
-            "foreign.yaml is not a lightning_prune.schedule or lightning_prune.schedule file: it has no format entry",
+            "foreign.yaml is not a lightning_prune.schedule or lightning_prune.keep_rates file: it has no format entry",
         ),
     ):
         with pytest.raises(lp.FileFormatError, match=message):

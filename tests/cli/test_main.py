@@ -203,7 +203,7 @@ def test_files_that_are_no_schedules(content: str, tmp_path: Path, capsys: pytes
     path.write_text(content)
     told = fails(capsys, "validate", *TINY, f"--prune.schedule={path}")
     assert str(path) in told
-    assert "lightning_prune.schedule or lightning_prune.schedule file" in told
+    assert "lightning_prune.schedule or lightning_prune.keep_rates file" in told
 
 
 @pytest.mark.parametrize("command", ["compare", "profile"])

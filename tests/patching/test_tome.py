@@ -18,8 +18,7 @@ from torch.overrides import TorchFunctionMode
 import lightning_prune as lp
 from lightning_prune.errors import ScheduleError, UnsupportedModelError
 from lightning_prune.patching import find_vision_transformer
-from lightning_prune.reduction import ToMe
-from lightning_prune.reduction import tome as tome_schedule
+from lightning_prune.reduction import ToMe, tome_schedule
 
 from ..naive_tome import Naive
 from . import huggingface_models as hf

@@ -3,8 +3,7 @@ from typing import Any
 import pytest
 
 from lightning_prune.errors import ArgumentError, ScheduleError
-from lightning_prune.reduction import ToMe
-from lightning_prune.reduction import tome as tome_schedule
+from lightning_prune.reduction import ToMe, tome_schedule
 from lightning_prune.reduction.tome import most_removed, spread_removed
 
 SHAPES = [(197, 1, 12, 0), (197, 1, 12, 3), (20, 0, 4, 0), (33, 2, 5, 2), (9, 5, 3, 0), (30, 1, 4, 3), (3, 1, 2, 0)]

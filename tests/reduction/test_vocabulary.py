@@ -159,7 +159,7 @@ def rewritten(path: Path, **changes: object) -> Path:
         ({"version": 2}, "file of version '2'; this release reads version 1"),
         (
             {"format": "others.words"},
-            "is not a lightning_prune.reduction.vocabulary file: it has format 'others.words'",
+            "is not a lightning_prune.vocabulary file: it has format 'others.words'",
         ),
         ({"format": None}, "it has no format entry"),
         ({"facts": None}, "damaged .*: 'facts'"),
