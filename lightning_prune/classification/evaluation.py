@@ -15,9 +15,9 @@ from lightning_prune._utils.sampler_shares import SamplerShare, shares_of
 from lightning_prune.errors import DataError
 from lightning_prune.metrics import Energy, Latency, StepTimer, Throughput, drop_warmup
 from lightning_prune.metrics.energy import QUANTITIES
-from lightning_prune.profiling.energy_meter import SHORTEST, EnergyCounter, Unavailable, device_counter
+from lightning_prune.profiling.energy_meter import SHORTEST_WINDOW, EnergyCounter, Unavailable, device_counter
 
-_WRAP = 30.0  # seconds; RAPL starts again from 0 after minutes, so it is read more often than that
+_WINDOW = "evaluation"  # name of the counter's window
 
 
 class Metered(NamedTuple):
@@ -29,15 +29,15 @@ class Metered(NamedTuple):
 
 
 class EnergyMeter:
-    """Counts from the first batch after warm-up to the end of the run, loading included.
+    """Measures energy from the first batch after warm-up to the end of the run, loading included.
 
-    A run that is shorter than a second after its warm-up tells nothing: counters move every tenth of a second.
+    A run that is shorter than a second after its warm-up has no result, as counters move every tenth of a second.
 
     Args:
-        counter: Counts the energy; None for a process that shares its counter with another one, which counts.
-        warmup: How many batches at the start do not count.
-        agree: Whether all processes of the run say so; they must log alike.
-        clock: Seconds; replaced in tests.
+        counter: Measures the energy; None for a process that shares its counter with another process that measures.
+        warmup: Number of batches at the start that are left out.
+        agree: Whether a condition holds in all processes of the run, which must log alike.
+        clock: Returns seconds.
     """
 
     def __init__(
@@ -52,28 +52,24 @@ class EnergyMeter:
         self._agree = agree
         self._clock = clock
         self._batches = self._images = 0
-        self._start = self._read_at = self._joules = 0.0
+        self._start = 0.0
 
     def begin(self, images: int) -> None:
-        """A batch begins, on an idle device."""
-        now = self._clock()
+        """Call this before a batch, on an idle device."""
         if self._batches == self._warmup:
-            self._start, self._joules = now, self._read()
-        elif self._batches > self._warmup and now - self._read_at > _WRAP:
-            self._read()
+            self._start = self._clock()
+            if self._counter is not None:
+                self._counter.begin(_WINDOW)
         self._images += images if self._batches >= self._warmup else 0
         self._batches += 1
 
     def finish(self) -> Metered | None:
-        """Ends the run; None where any process has nothing to tell."""
-        joules = self._read() - self._joules
+        """Ends the run; None where any process has no result."""
+        started = self._batches > self._warmup
+        joules = self._counter.end(_WINDOW) if started and self._counter is not None else 0.0
         seconds = self._clock() - self._start if self._images else 0.0
         counted = self._counter is None or joules > 0
-        return Metered(joules, self._images, seconds) if self._agree(seconds >= SHORTEST and counted) else None
-
-    def _read(self) -> float:
-        self._read_at = self._clock()
-        return 0.0 if self._counter is None else self._counter.joules()
+        return Metered(joules, self._images, seconds) if self._agree(seconds >= SHORTEST_WINDOW and counted) else None
 
 
 def meter_of(trainer: L.Trainer, warmup: int) -> EnergyMeter | None:

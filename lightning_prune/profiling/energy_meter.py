@@ -1,7 +1,7 @@
-"""Energy that a device uses, by its own counters."""
+"""Energy of a device, in joules per image and watts, read from its counters through zeus."""
 
-import re
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -15,239 +15,46 @@ import torch
 from lightning_prune._utils.device import synchronize
 from lightning_prune.errors import ArgumentError, DataError
 
-POWERCAP = Path("/sys/class/powercap")
+NO_COUNTER = "n/a (no energy counter on this device)"
+NOT_READABLE = "n/a (the energy counter of this device is not readable by this user)"
+SHORTEST_WINDOW = 1.0
+"""Seconds. A counter that is updated every tenth of a second is then off by a tenth at most."""
+
+# Where zeus looks for RAPL; the second is for containers.
+_RAPL = (Path("/sys/class/powercap/intel-rapl"), Path("/zeus_sys/class/powercap/intel-rapl"))
+# Fields of zeus's measurement of a system on a chip, in mJ: the total where there is one (Jetson), else the parts
+# (Apple).
+_CHIP_TOTAL = "total_energy_mj"
+_CHIP_PARTS = ("cpu_total_mj", "gpu_mj", "dram_mj", "ane_mj")
 
 
 class EnergyCounter(Protocol):
-    """Counts the energy that a device has used.
+    """Measures the energy that a device uses between two moments.
 
     Attributes:
-        name: What counts, for the table: the library or driver, and the part of the machine.
+        name: The source for tables: the library and the part of the machine.
         resolution: Seconds between two updates of the counter, at most.
     """
 
     name: str
     resolution: float
 
-    def joules(self) -> float:
-        """Energy used since some moment in the past; never less than before."""
+    def begin(self, window: str) -> None:
+        """Starts a window; one of this name that was never ended is dropped."""
         ...
 
-
-class NoCounterError(Exception):
-    """Why a device has no such counter; never leaves this package.
-
-    Args:
-        reason: In words.
-        exists: Whether there is one that this process may not read.
-    """
-
-    def __init__(self, reason: str, exists: bool = False) -> None:
-        super().__init__(reason)
-        self.exists = exists
-
-
-class RaplCounter:
-    """The processor packages of the machine, by Linux's powercap: Intel, and AMD since Zen. Memory is not in it.
-
-    A package counts everything that runs on it, other programs included. The counter starts again from 0 after some
-    minutes to an hour of full load; read it more often than that.
-
-    Args:
-        root: Where powercap's zones are.
-
-    Raises:
-        NoCounterError: There is no package zone, or this user may not read it.
-    """
-
-    name = "RAPL (processor packages)"
-    resolution = 0.001
-
-    def __init__(self, root: Path = POWERCAP) -> None:
-        found = sorted(root.glob("intel-rapl:*")) if root.is_dir() else []
-        # Not the zones inside of packages, nor `psys`, which has the packages in it.
-        packages = [zone for zone in found if re.fullmatch(r"intel-rapl:\d+", zone.name) and _is_package(zone)]
-        if not packages:
-            raise NoCounterError(f"no RAPL package zone in {root}")
-        try:
-            self._ranges = {zone / "energy_uj": int((zone / "max_energy_range_uj").read_text()) for zone in packages}
-            self._last = {path: int(path.read_text()) for path in self._ranges}
-        except PermissionError as error:
-            raise NoCounterError(f"{error.filename} may be read by root only", exists=True) from error
-        except (OSError, ValueError) as error:
-            raise NoCounterError(f"RAPL cannot be read: {error}") from error
-        self._microjoules = 0
-
-    def joules(self) -> float:
-        """See `EnergyCounter`.
-
-        Raises:
-            DataError: The counter cannot be read any more.
-        """
-        for path, last in self._last.items():
-            try:
-                now = int(path.read_text())
-            except (OSError, ValueError) as error:
-                raise DataError(f"The energy counter {path} cannot be read any more: {error}") from error
-            self._microjoules += now - last + (self._ranges[path] if now < last else 0)
-            self._last[path] = now
-        return self._microjoules / 1e6
-
-
-class NvmlCounter:
-    """An NVIDIA GPU, board and memory included, by the counter that Volta and later have (nvidia-ml-py).
-
-    Args:
-        device: A CUDA device. It is found by its UUID, so `CUDA_VISIBLE_DEVICES` and the order of devices play no part.
-
-    Raises:
-        NoCounterError: nvidia-ml-py is not installed, or this GPU has no counter.
-    """
-
-    name = "NVML (GPU board)"
-    resolution = 0.1  # NVIDIA states none; 20 to 100 ms are observed
-
-    def __init__(self, device: torch.device) -> None:
-        try:
-            self._nvml: Any = import_module("pynvml")
-        except ImportError as error:
-            raise NoCounterError("nvidia-ml-py is not installed; pip install 'lightning-prune[energy]'") from error
-        try:
-            self._nvml.nvmlInit()
-            self._handle = self._nvml.nvmlDeviceGetHandleByUUID(gpu_uuid(device))
-            self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle)
-        except self._nvml.NVMLError as error:
-            raise NoCounterError(f"NVML: {error}") from error
-
-    def joules(self) -> float:
-        """See `EnergyCounter`.
-
-        Raises:
-            DataError: The counter cannot be read any more.
-        """
-        try:
-            return float(self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle)) / 1e3
-        except self._nvml.NVMLError as error:
-            raise DataError(f"The energy counter of the GPU cannot be read any more: {error}") from error
-
-
-def gpu_uuid(device: torch.device) -> str:
-    """The UUID by which NVML knows a CUDA device.
-
-    Raises:
-        NoCounterError: It is no NVIDIA GPU.
-    """
-    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
-    if uuid is None or torch.version.hip:
-        raise NoCounterError(f"{device} is no NVIDIA GPU")
-    return f"GPU-{str(uuid).removeprefix('GPU-')}"
-
-
-def _is_package(zone: Path) -> bool:
-    try:
-        return (zone / "name").read_text().startswith("package")
-    except OSError:
-        return False
-
-
-# Of a chip that has everything on it, in mJ: the whole where there is such a figure (Jetson), else the parts (Apple).
-_WHOLE = "total_energy_mj"
-_PARTS = ("cpu_total_mj", "gpu_mj", "dram_mj", "ane_mj")
-
-
-class ZeusCounter:
-    """What zeus counts for a device. Written for zeus 0.16.
-
-    On a Jetson zeus itself adds up the power that it reads ten times a second, in a process of its own.
-
-    Args:
-        device: A CUDA device, the CPU, or Apple's GPU.
-
-    Raises:
-        NoCounterError: zeus is not installed, or knows no counter of this device.
-    """
-
-    resolution = 0.1
-
-    def __init__(self, device: torch.device) -> None:
-        try:
-            devices = import_module("zeus.device")
-            base: type[Exception] = import_module("zeus.exception").ZeusBaseError
-        except ImportError as error:
-            raise NoCounterError("zeus is not installed") from error
-        self._base = base
-        try:
-            self.name, self._millijoules = self._find(devices, device)
-            self._millijoules()
-        except NoCounterError:
-            raise
-        except Exception as error:  # of zeus, NVML, amdsmi, sysfs: whatever it is, zeus has no counter to offer
-            raise NoCounterError(f"zeus: {error}") from error
-
-    def joules(self) -> float:
-        """See `EnergyCounter`.
-
-        Raises:
-            DataError: The counter cannot be read any more.
-        """
-        try:
-            return self._millijoules() / 1e3
-        except (self._base, OSError) as error:
-            raise DataError(f"The energy counter of zeus cannot be read any more: {error}") from error
-
-    def _find(self, devices: Any, device: torch.device) -> tuple[str, Callable[[], float]]:
-        try:
-            chip = devices.get_soc()
-        except self._base:  # the usual case: no such chip
-            chip = None
-        if chip is not None:
-            return f"zeus ({type(chip).__name__})", lambda: _chip_millijoules(chip.get_total_energy_consumption())
-        if device.type == "cuda":
-            gpus = devices.get_gpus()
-            index = _gpu_index(gpus, device)
-            return "zeus (GPU board)", lambda: float(gpus.get_total_energy_consumption(index))
-        if device.type == "cpu":
-            cpus = devices.get_cpus()
-            every = range(len(cpus))
-            return "zeus (processor packages)", lambda: sum(
-                float(cpus.get_total_energy_consumption(index).cpu_mj) for index in every
-            )
-        raise NoCounterError(f"zeus knows no counter of {device.type}")
-
-
-def _gpu_index(gpus: Any, device: torch.device) -> int:
-    """Where a device is in the list of zeus, which goes by the order of the bus and torch's by speed."""
-    if torch.version.hip:
-        return device.index or 0
-    uuid, nvml = gpu_uuid(device), import_module("pynvml")
-    for index, gpu in enumerate(gpus.gpus):
-        if nvml.nvmlDeviceGetUUID(gpu.handle) == uuid:
-            return index
-    raise NoCounterError(f"zeus does not list {uuid}")
-
-
-def _chip_millijoules(measured: Any) -> float:
-    whole = getattr(measured, _WHOLE, None)
-    if whole is not None:
-        return float(whole)
-    parts = [getattr(measured, name, None) for name in _PARTS]
-    counted = [float(part) for part in parts if part is not None]
-    if not counted:
-        raise NoCounterError(f"zeus: {type(measured).__name__} holds no energy of the whole chip")
-    return sum(counted)
-
-
-NO_COUNTER = "n/a (no energy counter on this device)"
-NOT_READABLE = "n/a (the energy counter of this device is not readable by this user)"
+    def end(self, window: str) -> float:
+        """Ends a window and returns the joules that the device used in it."""
+        ...
 
 
 @dataclass(frozen=True)
 class Unavailable:
-    """A device whose energy cannot be told.
+    """A device without a readable energy counter.
 
     Attributes:
-        text: What a table says in the figure's place; also what `str` gives.
-        reason: What was looked for, and what was found.
+        text: What tables show instead of a figure; `str` returns it, too.
+        reason: What was looked for and what was found.
     """
 
     text: str
@@ -257,18 +64,135 @@ class Unavailable:
         return self.text
 
 
-def find_counter(
-    device: torch.device | str, powercap: Path = POWERCAP, sleep: Callable[[float], None] = time.sleep
-) -> EnergyCounter | Unavailable:
-    """Finds the energy counter of a device; counters only, for sampled power would be a guess.
-
-    A CUDA device: zeus where installed, else NVML. The CPU: RAPL as Linux shows it, else zeus, whose daemon may read
-    what the user may not. Apple's GPU: zeus. A counter that stands still, as some virtual machines show, is none.
+class NoCounterError(Exception):
+    """Why a device has no counter. It never leaves this file.
 
     Args:
-        device: What computes.
-        powercap: Where Linux shows RAPL.
-        sleep: Waits for so many seconds; replaced in tests.
+        reason: In words.
+        exists: Whether there is a counter that this user may not read.
+    """
+
+    def __init__(self, reason: str, exists: bool = False) -> None:
+        super().__init__(reason)
+        self.exists = exists
+
+
+class ZeusCounter:
+    """The energy counter of a device, read by a `zeus.monitor.ZeusMonitor` (zeus >= 0.16, extra `energy`).
+
+    NVIDIA GPUs are read by NVML and AMD GPUs by amdsmi (the whole board), processors by Linux's RAPL (all packages,
+    without memory), Jetson and Apple silicon as one chip. Power that zeus would only sample and integrate itself, as
+    for GPUs older than Volta, is not taken. To follow RAPL counters that restart at 0, zeus starts a process that
+    imports the main module, so scripts need `if __name__ == "__main__":`.
+
+    Args:
+        device: A CUDA device, the CPU, or Apple's GPU.
+
+    Raises:
+        NoCounterError: If zeus is not installed or knows no counter of this device.
+    """
+
+    resolution = 0.1  # NVIDIA documents none; 20 to 100 ms are observed
+
+    def __init__(self, device: torch.device) -> None:
+        try:
+            devices: Any = import_module("zeus.device")
+            monitor: Any = import_module("zeus.monitor").ZeusMonitor
+            self._error: type[Exception] = import_module("zeus.exception").ZeusBaseError
+        except ImportError as error:
+            raise NoCounterError("zeus is not installed; pip install 'lightning-prune[energy]'") from error
+        try:
+            self.name, gpus, cpus = self._select(devices, device)
+            self._monitor = monitor(gpu_indices=gpus, cpu_indices=cpus)
+        except NoCounterError:
+            raise
+        except Exception as error:  # of zeus, NVML, amdsmi or sysfs: the reason is all that matters here
+            raise NoCounterError(f"zeus: {error}", exists="NoPermission" in type(error).__name__) from error
+
+    def begin(self, window: str) -> None:
+        """See `EnergyCounter`.
+
+        Raises:
+            DataError: If the counter cannot be read any more.
+        """
+        try:
+            self._monitor.begin_window(window, sync_execution=False, restart=True)
+        except (self._error, OSError, ValueError) as error:
+            raise DataError(f"The energy counter cannot be read any more: {error}") from error
+
+    def end(self, window: str) -> float:
+        """See `EnergyCounter`.
+
+        Raises:
+            DataError: If the counter cannot be read any more.
+        """
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "The energy consumption of one or more GPUs was measured as zero")
+                measured = self._monitor.end_window(window, sync_execution=False)
+        except (self._error, OSError, ValueError) as error:
+            raise DataError(f"The energy counter cannot be read any more: {error}") from error
+        if measured.soc_energy is not None:
+            return _chip_joules(measured.soc_energy)
+        return float(sum((measured.gpu_energy or measured.cpu_energy or {}).values()))
+
+    def _select(self, devices: Any, device: torch.device) -> tuple[str, list[int], list[int]]:
+        """The name of the counter, and the GPUs and processor packages that zeus shall read."""
+        try:
+            chip = devices.get_soc()
+        except self._error:  # the usual case: no such chip
+            chip = None
+        if chip is not None:
+            return f"zeus ({type(chip).__name__})", [], []
+        if device.type == "cuda":
+            return "zeus (GPU board)", [_gpu_index(devices.get_gpus(), device)], []
+        if device.type == "cpu":
+            packages = [index for index, cpu in enumerate(devices.get_cpus().cpus) if _is_package(cpu.cpu_index)]
+            if not packages:
+                raise NoCounterError("RAPL has no processor package")
+            return "zeus (processor packages)", [], packages
+        raise NoCounterError(f"zeus knows no counter of {device.type}")
+
+
+def _gpu_index(gpus: Any, device: torch.device) -> int:
+    """The position of a device in zeus's list, which is in bus order; torch's is in order of speed."""
+    index = device.index or 0
+    if not torch.version.hip:
+        uuid = f"GPU-{str(torch.cuda.get_device_properties(device).uuid).removeprefix('GPU-')}"
+        uuid_of = import_module("pynvml").nvmlDeviceGetUUID
+        index = next((position for position, gpu in enumerate(gpus.gpus) if uuid_of(gpu.handle) == uuid), -1)
+        if index < 0:
+            raise NoCounterError(f"zeus does not list {uuid}")
+    if not gpus.supports_get_total_energy_consumption(index):
+        raise NoCounterError("the GPU has no energy counter")
+    return index
+
+
+def _is_package(zone: int) -> bool:
+    """Whether a RAPL zone is a processor; zeus also lists `psys`, which contains the processors."""
+    names = (root / f"intel-rapl:{zone}" / "name" for root in _RAPL)
+    return not any(name.is_file() and name.read_text().startswith("psys") for name in names)
+
+
+def _chip_joules(measured: Any) -> float:
+    total = getattr(measured, _CHIP_TOTAL, None)
+    parts = [total] if total is not None else [getattr(measured, name, None) for name in _CHIP_PARTS]
+    known = [float(part) for part in parts if part is not None]
+    if not known:
+        raise DataError(f"zeus: {type(measured).__name__} holds no energy of the whole chip.")
+    return sum(known) / 1e3
+
+
+def find_counter(
+    device: torch.device | str, sleep: Callable[[float], None] = time.sleep
+) -> EnergyCounter | Unavailable:
+    """Finds the energy counter of a device.
+
+    A counter that stands still, as some virtual machines show, is none.
+
+    Args:
+        device: The device that computes.
+        sleep: Waits for the given number of seconds.
 
     Example:
         >>> from lightning_prune.profiling.energy_meter import find_counter
@@ -276,56 +200,40 @@ def find_counter(
         n/a (no energy counter on this device)
     """
     device = torch.device(device)
-    reasons, exists = [], False
-    for make in _candidates(device, powercap):
-        try:
-            counter = make()
-        except NoCounterError as error:
-            reasons.append(str(error))
-            exists = exists or error.exists
-            continue
-        before = counter.joules()
+    if device.type not in ("cuda", "cpu", "mps"):
+        return Unavailable(NO_COUNTER, f"none is known for {device.type} devices")
+    try:
+        counter = ZeusCounter(device)
+        counter.begin("search")
         sleep(2 * counter.resolution)
-        if counter.joules() > before:
+        if counter.end("search") > 0:
             return counter
-        reasons.append(f"{counter.name} stands still")
-    reason = "; ".join(reasons) or f"none is known for {device.type} devices"
-    return Unavailable(NOT_READABLE if exists else NO_COUNTER, reason)
+        return Unavailable(NO_COUNTER, f"{counter.name} stands still")
+    except NoCounterError as error:
+        return Unavailable(NOT_READABLE if error.exists else NO_COUNTER, str(error))
+    except DataError as error:
+        return Unavailable(NO_COUNTER, str(error))
 
 
 @cache
 def device_counter(device: torch.device) -> EnergyCounter | Unavailable:
-    """The counter of a device, looked for once in a process."""
+    """The counter of a device, looked for once per process."""
     return find_counter(device)
-
-
-def _candidates(device: torch.device, powercap: Path) -> list[Callable[[], EnergyCounter]]:
-    by_zeus: Callable[[], EnergyCounter] = lambda: ZeusCounter(device)  # noqa: E731
-    if device.type == "cuda":
-        return [by_zeus, lambda: NvmlCounter(device)]
-    if device.type == "cpu":
-        return [lambda: RaplCounter(powercap), by_zeus]
-    return [by_zeus] if device.type == "mps" else []
-
-
-__all__ = ["NO_COUNTER", "SHORTEST", "EnergyCounter", "EnergyReading", "Unavailable", "find_counter", "measure_energy"]
-
-SHORTEST = 1.0  # seconds; a counter that moves every tenth of a second is then off by a tenth at most
 
 
 @dataclass(frozen=True)
 class EnergyReading:
-    """What some work costs.
+    """Energy and power of repeated work.
 
     Attributes:
         joules_per_image: Over all windows.
-        spread: Half the distance between the quartiles of the windows' joules per image.
-        watts: Mean power while it worked, what the idle device draws included.
+        spread: Half the interquartile range of the windows' joules per image.
+        watts: Mean power during the work, including what the idle device draws.
         idle_watts: Mean power just before, with nothing running.
         seconds: Length of all windows together.
         images: Images in them.
-        windows: How many there were.
-        source: The counter, and so what is counted: a GPU's board, or whole processor packages.
+        windows: Number of windows.
+        source: Name of the counter, and so what is counted: a GPU's board, or whole processor packages.
     """
 
     joules_per_image: float
@@ -343,42 +251,44 @@ def measure_energy(
     images: int,
     device: torch.device | str,
     counter: EnergyCounter | None = None,
-    min_seconds: float = SHORTEST,
+    min_seconds: float = SHORTEST_WINDOW,
     windows: int = 3,
-    idle_seconds: float = SHORTEST,
+    idle_seconds: float = SHORTEST_WINDOW,
     clock: Callable[[], float] = time.perf_counter,
     sleep: Callable[[float], None] = time.sleep,
 ) -> EnergyReading:
-    """Measures what the images of a run cost, time and energy in the same windows.
+    """Measures energy per image and power in the same windows.
 
-    First the idle device, with nothing running, then one run that is not counted, then the windows: runs one after
-    another, the device waited for after each, as where latency is measured. Counters count everything that their part
-    of the machine does, so let nothing else run meanwhile.
+    First comes an idle window, then one run that is not counted, then the windows: runs one after another, with the
+    device synchronised after each. A counter counts everything that its part of the machine does, so nothing else
+    should run meanwhile.
 
     Args:
         run: Does the work once.
-        images: How many images that is.
-        device: What computes, and is waited for.
-        counter: From `find_counter`, which is asked if None.
-        min_seconds: Shortest window; at least 1, and ten updates of the counter.
-        windows: How many.
-        idle_seconds: Length of the idle window; as `min_seconds`.
-        clock: Seconds; replaced in tests.
-        sleep: Waits for so many seconds; replaced in tests.
+        images: Images in one run.
+        device: The device that computes; it is synchronised.
+        counter: The counter to read; None looks for one with `find_counter`.
+        min_seconds: Shortest window; at least 1 second and ten updates of the counter.
+        windows: Number of windows.
+        idle_seconds: Length of the idle window, bounded as `min_seconds`.
+        clock: Returns seconds.
+        sleep: Waits for the given number of seconds.
 
     Returns:
         Energy, power and their source.
 
     Raises:
-        ArgumentError: A number is out of range, or there is no counter.
-        DataError: The counter did not move during a window, or went back.
+        ArgumentError: If a number is out of range, or the device has no counter.
+        DataError: If the counter did not move during a window, or went back.
 
     Example:
         >>> from lightning_prune.profiling.energy_meter import measure_energy
         >>> class Meter:  # a device that always draws 40 watts
         ...     name, resolution, now = "meter", 0.1, 0.0
-        ...     def joules(self):
-        ...         return 40 * self.now
+        ...     def begin(self, window):
+        ...         self.start = self.now
+        ...     def end(self, window):
+        ...         return 40 * (self.now - self.start)
         ...     def wait(self, seconds):
         ...         self.now += seconds
         >>> meter = Meter()
@@ -391,31 +301,31 @@ def measure_energy(
     if counter is None:
         found = find_counter(device)
         if isinstance(found, Unavailable):
-            raise ArgumentError(f"counter: {found} ({found.reason})")
+            raise ArgumentError(f"`counter` must be given for this device, got None: {found} ({found.reason}).")
         counter = found
     for name, number in (("images", images), ("windows", windows)):
         if number < 1:
-            raise ArgumentError(f"{name}: expected at least 1, got {number}")
-    shortest = max(SHORTEST, 10 * counter.resolution)
+            raise ArgumentError(f"`{name}` must be at least 1, got {number}.")
+    shortest = max(SHORTEST_WINDOW, 10 * counter.resolution)
     for name, seconds in (("min_seconds", min_seconds), ("idle_seconds", idle_seconds)):
         if not shortest <= seconds < float("inf"):
-            raise ArgumentError(f"{name}: expected at least {shortest:g} seconds for {counter.name}, got {seconds}")
+            raise ArgumentError(f"`{name}` must be at least {shortest:g} seconds for {counter.name}, got {seconds}.")
 
     synchronize(device)
     idle_joules, idle_time, _ = _window(lambda: sleep(idle_seconds), device, counter, idle_seconds, clock)
     run()
     measured = [_window(run, device, counter, min_seconds, clock) for _ in range(windows)]
     low, high = np.percentile([joules / (runs * images) for joules, _, runs in measured], (25, 75))
-    joules = sum(each for each, _, _ in measured)
-    seconds = sum(each for _, each, _ in measured)
-    worked = images * sum(runs for _, _, runs in measured)
+    joules = sum(part for part, _, _ in measured)
+    seconds = sum(part for _, part, _ in measured)
+    total_images = images * sum(runs for _, _, runs in measured)
     return EnergyReading(
-        joules_per_image=joules / worked,
+        joules_per_image=joules / total_images,
         spread=float(high - low) / 2,
         watts=joules / seconds,
         idle_watts=idle_joules / idle_time,
         seconds=seconds,
-        images=worked,
+        images=total_images,
         windows=windows,
         source=counter.name,
     )
@@ -430,12 +340,13 @@ def _window(
 ) -> tuple[float, float, int]:
     """Joules, seconds and runs of one window, from an idle device to an idle device."""
     synchronize(device)
-    before, start, runs = counter.joules(), clock(), 0
+    counter.begin("measure")
+    start, runs = clock(), 0
     while not runs or clock() - start < min_seconds:
         run()
         synchronize(device)
         runs += 1
-    joules, seconds = counter.joules() - before, clock() - start
+    joules, seconds = counter.end("measure"), clock() - start
     if not joules > 0:
-        raise DataError(f"{counter.name}: expected it to count, got {joules:g} J in {seconds:.3g} s")
+        raise DataError(f"The energy counter {counter.name} must count, got {joules:g} J in {seconds:.3g} s.")
     return joules, seconds, runs

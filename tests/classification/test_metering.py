@@ -26,11 +26,14 @@ class Machine:
     name, resolution = "fake", 0.02
 
     def __init__(self) -> None:
-        self.now, self.reads = 100.0, 0
+        self.now = 100.0
+        self.began: dict[str, float] = {}
 
-    def joules(self) -> float:
-        self.reads += 1
-        return WATTS * self.now
+    def begin(self, window: str) -> None:
+        self.began[window] = self.now
+
+    def end(self, window: str) -> float:
+        return WATTS * (self.now - self.began.pop(window))
 
     def clock(self) -> float:
         return self.now
@@ -70,10 +73,15 @@ def test_a_process_that_shares_its_counter_gives_images_only() -> None:
     assert metered(Machine(), [2.0], warmup=0, counter=None) == pytest.approx((0.0, 4, 2.0))
 
 
-def test_long_runs_read_before_the_counter_can_start_again() -> None:
+def test_a_window_is_opened_after_warmup_and_closed_at_the_end() -> None:
     machine = Machine()
-    metered(machine, [10.0] * 13, warmup=0)
-    assert machine.reads == 2 + 3  # at its ends, and where more than 30 s have passed: after 40, 80 and 120 of 130 s
+    meter = EnergyMeter(machine, 1, clock=machine.clock)
+    meter.begin(4)
+    assert not machine.began
+    meter.begin(4)
+    assert len(machine.began) == 1
+    meter.finish()
+    assert not machine.began
 
 
 class Slow(nn.Module):
