@@ -3,12 +3,12 @@
 import copy
 import math
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from helpers import reference as naive
 from lightning_prune.reduction import Reduction, ReductionOutput, TokenSequence
 
 Part = tuple[Tensor, Tensor, Tensor]  # query, key, value (heads, N, D) of one image
@@ -58,7 +58,7 @@ def pairs(tokens: Tensor, part: Part, sizes: list[float], remove: int, prefix: i
     )
 
 
-def looped(naive: SimpleNamespace, name: str) -> Method:
+def looped(name: str) -> Method:
     """A method by its plain loop."""
 
     def pomt(tokens: Tensor, part: Part, sizes: list[float], remove: int, prefix: int) -> Left:
@@ -139,18 +139,3 @@ def pruned_by_hand(
         handle = layers[-1].register_forward_hook(lambda *_, x=x: x[None])
         outputs.append(output(model(image[None])))
     return torch.cat(outputs)
-
-
-def disturb(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Weights with which attention is far from uniform, and biases and scales are not those of a fresh model."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            if parameter.ndim == 2 and "embed" not in name and "token" not in name:
-                parameter.copy_(noise * 1.5 / parameter.shape[-1] ** 0.5)
-            elif parameter.ndim == 1 and ("weight" in name or "lambda" in name):
-                parameter.copy_(1 + 0.3 * noise)
-            else:
-                parameter.copy_(0.3 * noise)
-    return model.eval()

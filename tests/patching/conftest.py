@@ -13,6 +13,9 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from helpers.data import noise_images
+from helpers.models import disturb, tiny_vit
+
 SIZE, DEPTH = 20, 4  # 25 patch tokens
 
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
@@ -53,24 +56,13 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
 
 def build_vit(name: str = "vit", seed: int = 0, **more: Any) -> VisionTransformer:
     """A model whose attention is far from uniform and whose biases and scales are not those of a fresh model."""
-    options = {"img_size": SIZE, "patch_size": 4, "embed_dim": 32, "depth": DEPTH, "num_heads": 4, "num_classes": 7}
-    options |= CONFIGURATIONS[name] | more
-    model: VisionTransformer = options.pop("kind", VisionTransformer)(**options)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter_name, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            if parameter.ndim > 1 and "embed.proj" not in parameter_name and "token" not in parameter_name:
-                parameter.copy_(noise * 1.5 / parameter.shape[-1] ** 0.5)
-            elif parameter_name.endswith("weight") and parameter.ndim == 1:
-                parameter.copy_(1 + 0.3 * noise)
-            else:
-                parameter.copy_(0.3 * noise)
-    return model.eval()
+    options = {"img_size": SIZE, "patch_size": 4, "depth": DEPTH, "num_heads": 4, "num_classes": 7}
+    model: VisionTransformer = disturb(tiny_vit(seed=None, **options | CONFIGURATIONS[name] | more), seed)
+    return model
 
 
 def draw_images(batch: int = 2, size: int = SIZE, seed: int = 0) -> Tensor:
-    return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(seed))
+    return noise_images(batch, size=size, seed=seed)
 
 
 Part = tuple[Tensor, Tensor, Tensor]  # query, key, value (heads, N, D) of one image

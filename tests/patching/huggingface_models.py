@@ -7,9 +7,10 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from helpers.models import disturb
 from lightning_prune.reduction import Reduction
 
-from .by_hand import Pairs, Parts, disturb
+from .by_hand import Pairs, Parts
 
 WHERE = {"one": [0, 6, 0, 0], "two": [5, 0, 7, 0]}
 METHODS: dict[str, str | Reduction] = {"pomt": "pomt", "random": "random", "pairs": Pairs()}

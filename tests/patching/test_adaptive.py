@@ -13,11 +13,11 @@ from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from torch import Tensor, nn
 
 import lightning_prune as lp
+from helpers.models import disturb
 from lightning_prune.errors import ArgumentError, ScheduleError, UnsupportedModelError
 from lightning_prune.patching import find_vision_transformer, trace_tokens
 from lightning_prune.reduction import Reduction, ReductionOutput, TokenSequence
 
-from .by_hand import disturb
 from .huggingface_models import build_hf, outputs_of
 from .test_torchvision import build_tv
 

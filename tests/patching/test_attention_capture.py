@@ -1,5 +1,4 @@
 import copy
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,6 +8,7 @@ from timm.models import vision_transformer as vit
 from torch import Tensor, nn
 
 import lightning_prune as lp
+from helpers import reference as naive
 from lightning_prune.patching.attention_capture import RecordingMask, SDPARecorder, stack_heads
 from lightning_prune.patching.models.timm_vit import TimmVisionTransformer
 from lightning_prune.reduction import AttentionInputs
@@ -66,7 +66,7 @@ def test_all_forms_of_the_call_are_read() -> None:
 
 
 @pytest.mark.parametrize("kind", ["none", "additive", "bool"])
-def test_sizes_weigh_the_keys(naive: SimpleNamespace, kind: str) -> None:
+def test_sizes_weigh_the_keys(kind: str) -> None:
     """A key of size s counts as much as s copies of it: that is what log(s) on its logit means."""
     query, key, value = parts()
     sizes = torch.tensor([[1, 2, 1, 3, 1, 1], [4, 1, 1, 1, 1, 2]], dtype=torch.float64)

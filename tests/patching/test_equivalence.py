@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +10,7 @@ from timm.models import vision_transformer as vit
 from torch import Tensor
 
 import lightning_prune as lp
+from helpers import reference as naive
 from lightning_prune.reduction import RandomDrop
 
 WHERE = {
@@ -23,7 +23,7 @@ WHERE = {
 }
 
 
-def looped(naive: SimpleNamespace, method: str, prefix: int) -> Callable[..., Tensor]:
+def looped(method: str, prefix: int) -> Callable[..., Tensor]:
     """A method by its plain loop, as `prune_by_hand` calls it."""
     if method == "pomt":
         return lambda tokens, part, remove: naive.pomt(tokens, *part, remove, prefix)[0]
@@ -39,13 +39,12 @@ def test_every_configuration(
     prune_by_hand: Any,
     relative_error: Any,
     leaving: Any,
-    naive: SimpleNamespace,
     method: str,
     where: str,
 ) -> None:
     model, removed = build(configuration), WHERE[where]
     prefix = model.num_prefix_tokens
-    expected = prune_by_hand(model, images, looped(naive, method, prefix), removed)
+    expected = prune_by_hand(model, images, looped(method, prefix), removed)
     with lp.patch(model, method, removed):
         with torch.no_grad():
             found = model(images)
@@ -64,13 +63,12 @@ def test_every_place(
     images: Tensor,
     prune_by_hand: Any,
     relative_error: Any,
-    naive: SimpleNamespace,
     name: str,
     method: str,
     where: str,
 ) -> None:
     model, removed = build(name).double(), WHERE[where]
-    expected = prune_by_hand(model, images, looped(naive, method, model.num_prefix_tokens), removed)
+    expected = prune_by_hand(model, images, looped(method, model.num_prefix_tokens), removed)
     with lp.patch(model, method, removed), torch.no_grad():
         assert relative_error(model(images.double()), expected) < 1e-10
 
@@ -79,9 +77,7 @@ def test_every_place(
     "name", ["vit", "deit3", "dinov2-registers", "clip", "distilled", "qk-norm", "parallel-things"]
 )
 @pytest.mark.parametrize("removed", [[0, 6, 0, 0], [5, 0, 7, 0]], ids=["one", "two"])
-def test_pruning_is_masking(
-    build: Any, images: Tensor, relative_error: Any, naive: SimpleNamespace, name: str, removed: list[int]
-) -> None:
+def test_pruning_is_masking(build: Any, images: Tensor, relative_error: Any, name: str, removed: list[int]) -> None:
     """What token pooling reads is what the unpatched model says when later blocks may not look at pruned tokens."""
     model, images = build(name).double(), images.double()
     prefix = model.num_prefix_tokens
@@ -101,9 +97,7 @@ def test_pruning_is_masking(
 
 
 @pytest.mark.parametrize("name", ["vit", "siglip"])
-def test_random_before_block_0(
-    build: Any, images: Tensor, relative_error: Any, naive: SimpleNamespace, name: str
-) -> None:
+def test_random_before_block_0(build: Any, images: Tensor, relative_error: Any, name: str) -> None:
     model, images = build(name).double(), images.double()
     prefix = model.num_prefix_tokens
     with torch.no_grad():
@@ -146,13 +140,12 @@ def test_an_unknown_block_is_cut_after(
     prune_by_hand: Any,
     relative_error: Any,
     leaving: Any,
-    naive: SimpleNamespace,
     caplog: pytest.LogCaptureFixture,
     kind: type,
     method: str,
 ) -> None:
     model, removed = build("vit", block_fn=kind).double(), [0, 6, 0, 0]
-    expected = prune_by_hand(model, images, looped(naive, method, 1), removed)
+    expected = prune_by_hand(model, images, looped(method, 1), removed)
     with caplog.at_level(logging.INFO, "lightning_prune"), lp.patch(model, method, removed), torch.no_grad():
         assert relative_error(model(images.double()), expected) < 1e-10
         assert leaving(model, images.double()) == (26, 20, 20, 20)
@@ -174,10 +167,10 @@ def test_a_subclass_that_changes_nothing_comes_apart(
 @pytest.mark.parametrize("name", ["vit", "diff-attention", "parallel-things", "parallel-scaling"])
 @pytest.mark.parametrize("method", ["pomt", "random"])
 def test_models_without_fused_attention(
-    build: Any, images: Tensor, prune_by_hand: Any, relative_error: Any, naive: SimpleNamespace, name: str, method: str
+    build: Any, images: Tensor, prune_by_hand: Any, relative_error: Any, name: str, method: str
 ) -> None:
     model, removed = build(name).double(), [5, 0, 7, 0]
-    expected = prune_by_hand(model, images, looped(naive, method, 1), removed)
+    expected = prune_by_hand(model, images, looped(method, 1), removed)
     modules = [m for m in model.modules() if hasattr(m, "fused_attn")]
     for module in modules[::2]:
         module.fused_attn = False

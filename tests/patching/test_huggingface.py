@@ -5,7 +5,6 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,9 +15,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 import lightning_prune as lp
+from helpers import reference as naive
+from helpers.models import disturb
 from lightning_prune.patching import find_vision_transformer
 
-from .by_hand import disturb, looped, pruned_by_hand
+from .by_hand import looped, pruned_by_hand
 from .huggingface_models import (
     KINDS,
     METHODS,
@@ -190,14 +191,10 @@ class TestNumbers:
         ("name", "where"), [*((name, "two") for name in MODELS), *((name, "one") for name in KINDS)]
     )
     @every_method
-    def test_by_hand(
-        self, images: Tensor, relative_error: Any, naive: SimpleNamespace, name: str, method: str, where: str
-    ) -> None:
+    def test_by_hand(self, images: Tensor, relative_error: Any, name: str, method: str, where: str) -> None:
         model, removed = build_hf(name), WHERE[where]
         prefix = MODELS[name].prefix
-        expected = pruned_by_hand(
-            model, images, removed, looped(naive, method), prefix, blocks_of, parts_of, outputs_of
-        )
+        expected = pruned_by_hand(model, images, removed, looped(method), prefix, blocks_of, parts_of, outputs_of)
         with lp.patch(model, METHODS[method], removed):
             assert relative_error(run(model, images), expected) < 1e-5
         model = model.double()
@@ -207,9 +204,7 @@ class TestNumbers:
 
     @every_kind
     @pytest.mark.parametrize("where", WHERE)
-    def test_pruning_is_masking(
-        self, images: Tensor, relative_error: Any, naive: SimpleNamespace, name: str, where: str
-    ) -> None:
+    def test_pruning_is_masking(self, images: Tensor, relative_error: Any, name: str, where: str) -> None:
         """The unpatched model in which later blocks may not look at pruned tokens, compared token by token."""
         model, prefix = build_hf(name), MODELS[name].prefix
         there, gone = list(range(25 + prefix)), []
@@ -255,15 +250,11 @@ class TestNumbers:
 
     @pytest.mark.parametrize("name", ["Dinov2Model", "Dinov2WithRegistersModel", "DINOv3ViTModel"])
     @every_method
-    def test_images_of_other_sizes(
-        self, draw: Any, relative_error: Any, naive: SimpleNamespace, name: str, method: str
-    ) -> None:
+    def test_images_of_other_sizes(self, draw: Any, relative_error: Any, name: str, method: str) -> None:
         model = build_hf(name).double()
         for size in (20, 28, 16):
             images = draw(size=size).double()
             prefix, removed = MODELS[name].prefix, WHERE["one"]
-            expected = pruned_by_hand(
-                model, images, removed, looped(naive, method), prefix, blocks_of, parts_of, outputs_of
-            )
+            expected = pruned_by_hand(model, images, removed, looped(method), prefix, blocks_of, parts_of, outputs_of)
             with lp.patch(model, METHODS[method], removed):
                 assert relative_error(run(model, images), expected) < 1e-10

@@ -1,6 +1,5 @@
 """Every method in every family: of what a block gives it, it makes what its plain loop makes."""
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,6 +8,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import lightning_prune as lp
+from helpers import reference as naive
 from lightning_prune.errors import UnsupportedModelError
 from lightning_prune.patching import find_vision_transformer
 from lightning_prune.reduction import POMT, Reduction, ReductionOutput, TokenSequence, resolve
@@ -59,7 +59,7 @@ class Watching(Reduction):
 
 
 def looped(
-    naive: SimpleNamespace, method: str, given: TokenSequence, remove: int, b: int, class_token: bool
+    method: str, given: TokenSequence, remove: int, b: int, class_token: bool
 ) -> tuple[Tensor, list[int], list[float] | None]:
     """What a method makes of one image by its plain loop."""
     x, prefix, attention = given.tokens[b], given.prefix_tokens, given.attention
@@ -82,7 +82,7 @@ def looped(
 
 @every_method
 @pytest.mark.parametrize("name", [*VITS, *TIMM, "torchvision", *HUGGING])
-def test_what_a_block_gives_becomes_what_the_loop_says(naive: SimpleNamespace, name: str, method: str) -> None:
+def test_what_a_block_gives_becomes_what_the_loop_says(name: str, method: str) -> None:
     model, images = build(name)
     weighed = name not in ("cait", "convit")  # their attention takes nothing that is added to its logits
     watching = Watching(POMT("nearest", weighed) if method == "pomt-nearest" else resolve(method))
@@ -103,7 +103,7 @@ def test_what_a_block_gives_becomes_what_the_loop_says(naive: SimpleNamespace, n
     for (given, reduced), remove in zip(watching.seen, (5, 6), strict=True):
         assert given.prefix_tokens == transformer.prefix_tokens
         for b in range(len(images)):
-            left, positions, sizes = looped(naive, method, given, remove, b, transformer.has_class_token)
+            left, positions, sizes = looped(method, given, remove, b, transformer.has_class_token)
             assert reduced.positions[b].tolist() == positions
             torch.testing.assert_close(reduced.tokens[b], left, rtol=1e-10, atol=1e-12)
             assert sizes == (None if reduced.sizes is None else reduced.sizes[b].tolist())

@@ -11,11 +11,12 @@ from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from torch import Tensor, nn
 
 import lightning_prune as lp
+from helpers.models import disturb
 from lightning_prune.errors import ArgumentError
 from lightning_prune.patching import find_vision_transformer
 from lightning_prune.reduction import ReductionOutput, TokenSequence
 
-from .by_hand import Pairs, disturb
+from .by_hand import Pairs
 from .huggingface_models import build_hf, outputs_of
 
 SMALL: dict[str, Any] = {"img_size": 20, "patch_size": 4, "embed_dim": 32, "depth": 4, "num_heads": 4, "num_classes": 7}

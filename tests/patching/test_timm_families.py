@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +14,7 @@ from timm.models.naflexvit import NaFlexVit, NaFlexVitCfg
 from torch import Tensor, nn
 
 import lightning_prune as lp
+from helpers import reference as naive
 
 from .sweep import coverage
 
@@ -108,7 +108,7 @@ def attention_by_hand(attn: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def reference(model: Any, image: Tensor, removed: list[int], naive: SimpleNamespace) -> Tensor:
+def reference(model: Any, image: Tensor, removed: list[int]) -> Tensor:
     """The output for one image; every block is the model's own and unpatched."""
     prefix = 0 if type(model).__name__ == "Cait" else model.num_prefix_tokens
     entered: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
@@ -165,10 +165,10 @@ def reference(model: Any, image: Tensor, removed: list[int], naive: SimpleNamesp
 
 @pytest.mark.parametrize("removed", [[0, 6, 0, 0], [0, 5, 4, 0], [0, 7, 0, 5]], ids=["one", "next", "two"])
 @pytest.mark.parametrize("name", MODELS)
-def test_pomt(name: str, removed: list[int], naive: SimpleNamespace, relative_error: Any) -> None:
+def test_pomt(name: str, removed: list[int], relative_error: Any) -> None:
     model = MODELS[name]().double()
     images = torch.randn(2, 3, *coverage.image_size(model), generator=torch.Generator().manual_seed(1)).double()
-    expected = torch.cat([reference(model, image[None], removed, naive) for image in images])
+    expected = torch.cat([reference(model, image[None], removed) for image in images])
     with torch.no_grad():
         dense = model(images)
         with lp.patch(model, "pomt", removed):

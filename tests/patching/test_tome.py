@@ -16,11 +16,11 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.overrides import TorchFunctionMode
 
 import lightning_prune as lp
+from helpers.reference_tome import Naive
 from lightning_prune.errors import ScheduleError, UnsupportedModelError
 from lightning_prune.patching import find_vision_transformer
 from lightning_prune.reduction import ToMe, tome_schedule
 
-from ..naive_tome import Naive
 from . import huggingface_models as hf
 from . import test_torchvision as tv
 from .by_hand import Parts, pruned_by_hand

@@ -3,7 +3,6 @@
 import copy
 import pickle
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import lightning as L
@@ -16,11 +15,13 @@ from torchvision import models
 from torchvision.models.vision_transformer import ConvStemConfig, EncoderBlock, VisionTransformer
 
 import lightning_prune as lp
+from helpers import reference as naive
+from helpers.models import disturb
 from lightning_prune.callbacks import TokenPruning
 from lightning_prune.patching import find_vision_transformer
 from lightning_prune.reduction import POMT, RandomDrop, Reduction, ReductionOutput, TokenSequence
 
-from .by_hand import Pairs, Parts, disturb, looped, pruned_by_hand
+from .by_hand import Pairs, Parts, looped, pruned_by_hand
 
 WHERE = {"one": [0, 6, 0, 0], "two": [5, 0, 7, 0], "all": [3, 3, 3, 3]}
 METHODS: dict[str, str | Reduction] = {"pomt": "pomt", "random": "random", "pairs": Pairs()}
@@ -216,13 +217,9 @@ class TestFastPath:
 class TestNumbers:
     @pytest.mark.parametrize("where", WHERE)
     @pytest.mark.parametrize("method", METHODS)
-    def test_by_hand(
-        self, images: Tensor, relative_error: Any, leaving: Any, naive: SimpleNamespace, method: str, where: str
-    ) -> None:
+    def test_by_hand(self, images: Tensor, relative_error: Any, leaving: Any, method: str, where: str) -> None:
         model, removed = build_tv(), WHERE[where]
-        expected = pruned_by_hand(
-            model, images, removed, looped(naive, method), 1, blocks_of, parts_of, lambda output: output
-        )
+        expected = pruned_by_hand(model, images, removed, looped(method), 1, blocks_of, parts_of, lambda output: output)
         with lp.patch(model, METHODS[method], removed):
             assert relative_error(run(model, images), expected) < 1e-5
         model = model.double()
@@ -231,7 +228,7 @@ class TestNumbers:
                 assert relative_error(run(model, images.double()), expected) < 1e-10
 
     @pytest.mark.parametrize("where", WHERE)
-    def test_pruning_is_masking(self, images: Tensor, relative_error: Any, naive: SimpleNamespace, where: str) -> None:
+    def test_pruning_is_masking(self, images: Tensor, relative_error: Any, where: str) -> None:
         """The unpatched model in which later blocks may not look at pruned tokens."""
         model, removed = build_tv(), WHERE[where]
         hidden: set[int] = set()

@@ -1,8 +1,7 @@
-from types import SimpleNamespace
-
 import pytest
 import torch
 
+from helpers import reference as naive
 from lightning_prune.reduction import AttentionInputs, EViT, evit, topk_scores
 
 from .drawn import PRECISIONS, check_alone_and_together, draw
@@ -10,7 +9,7 @@ from .drawn import PRECISIONS, check_alone_and_together, draw
 
 @pytest.mark.parametrize(("prefix", "class_token"), [(0, False), (1, True), (2, True), (5, True), (4, False)])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_every_number_of_removed_tokens(naive: SimpleNamespace, prefix: int, class_token: bool, batch: int) -> None:
+def test_every_number_of_removed_tokens(prefix: int, class_token: bool, batch: int) -> None:
     sequence = draw(batch, 7, prefix, class_token)
     attention = sequence.attention
     assert attention is not None

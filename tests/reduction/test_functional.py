@@ -1,9 +1,8 @@
-from types import SimpleNamespace
-
 import pytest
 import torch
 from torch import Tensor
 
+from helpers import reference as naive
 from lightning_prune.reduction import AttentionInputs, Reduction, ReductionOutput, TokenSequence, resolve
 from lightning_prune.reduction.functional import (
     attention_probabilities,
@@ -37,7 +36,7 @@ def some_mask(kind: str) -> Tensor | None:
 
 @pytest.mark.parametrize("kind", ["none", "bool", "bool-all-images", "additive", "additive-keys"])
 @pytest.mark.parametrize("scale", [None, 0.3, 1.0])
-def test_probabilities_with_masks_and_scales(naive: SimpleNamespace, kind: str, scale: float | None) -> None:
+def test_probabilities_with_masks_and_scales(kind: str, scale: float | None) -> None:
     query, key, value = draw()
     mask = some_mask(kind)
     found = attention_probabilities(AttentionInputs(query, key, value, mask, scale))

@@ -1,11 +1,11 @@
 """POMT with `dropped="nearest"`, and what it does with the tokens that it does not keep."""
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from helpers import reference as naive
 from lightning_prune.errors import ArgumentError
 from lightning_prune.reduction import POMT, merge_into_nearest, pomt, pomt_scores
 
@@ -17,7 +17,7 @@ METHOD = POMT(dropped="nearest")
 @pytest.mark.parametrize("prefix", [0, 1, 2, 5])
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("weighed", [False, True], ids=["first", "later"])
-def test_every_number_of_removed_tokens(naive: SimpleNamespace, prefix: int, batch: int, weighed: bool) -> None:
+def test_every_number_of_removed_tokens(prefix: int, batch: int, weighed: bool) -> None:
     sequence = draw(batch, 7, prefix, trace=True)
     if weighed:
         sizes = torch.randint(1, 9, (batch, prefix + 7), generator=torch.Generator().manual_seed(3)).double()

@@ -1,10 +1,10 @@
 from importlib import import_module
-from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
+from helpers import reference as naive
 from lightning_prune.reduction import POMT, AttentionInputs, TokenSequence, functional, pomt, pomt_scores
 
 _module = import_module("lightning_prune.reduction.pomt")  # by its path: the package calls the function so
@@ -31,7 +31,7 @@ def image(attention: AttentionInputs, index: int) -> tuple[Tensor, Tensor, Tenso
 @pytest.mark.parametrize("prefix", [0, 1, 2, 5])
 @pytest.mark.parametrize("heads", [1, 3])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_scores_are_those_of_the_formula(naive: SimpleNamespace, prefix: int, heads: int, batch: int) -> None:
+def test_scores_are_those_of_the_formula(prefix: int, heads: int, batch: int) -> None:
     _, attention = draw(batch, heads, prefix + 11)
     scores = pomt_scores(attention, prefix)
     expected = torch.tensor([naive.pomt_scores(*image(attention, b), prefix) for b in range(batch)]).double()
@@ -45,7 +45,7 @@ def test_scores_are_those_of_the_formula(naive: SimpleNamespace, prefix: int, he
 
 @pytest.mark.parametrize("prefix", [0, 1, 2, 5])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_every_number_of_removed_tokens_up_to_the_capacity(naive: SimpleNamespace, prefix: int, batch: int) -> None:
+def test_every_number_of_removed_tokens_up_to_the_capacity(prefix: int, batch: int) -> None:
     tokens = prefix + 9
     x, attention = draw(batch, 2, tokens, seed=prefix)
     max_removed = POMT().max_removed(tokens, prefix)
@@ -61,7 +61,7 @@ def test_every_number_of_removed_tokens_up_to_the_capacity(naive: SimpleNamespac
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)], ids=["fp32", "bf16"])
-def test_lower_precisions(naive: SimpleNamespace, dtype: torch.dtype, tolerance: float) -> None:
+def test_lower_precisions(dtype: torch.dtype, tolerance: float) -> None:
     x, attention = draw(3, 2, 14, dtype=dtype)
     scores, reduced = pomt_scores(attention, 1), pomt(x, attention, 6, 1)
     assert scores.dtype == torch.float32

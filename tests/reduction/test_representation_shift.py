@@ -1,8 +1,7 @@
-from types import SimpleNamespace
-
 import pytest
 import torch
 
+from helpers import reference as naive
 from lightning_prune.reduction import RepresentationShift, shift, shift_scores
 
 from .drawn import check_alone_and_together, draw
@@ -10,7 +9,7 @@ from .drawn import check_alone_and_together, draw
 
 @pytest.mark.parametrize("prefix", [0, 1, 2, 5])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_every_number_of_removed_tokens(naive: SimpleNamespace, prefix: int, batch: int) -> None:
+def test_every_number_of_removed_tokens(prefix: int, batch: int) -> None:
     sequence = draw(batch, 7, prefix)
     assert sequence.entering is not None
     scores = shift_scores(sequence.tokens, sequence.entering, prefix)
@@ -27,7 +26,7 @@ def test_every_number_of_removed_tokens(naive: SimpleNamespace, prefix: int, bat
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_lower_precisions(naive: SimpleNamespace, dtype: torch.dtype) -> None:
+def test_lower_precisions(dtype: torch.dtype) -> None:
     """The difference is taken in float32, so that a low precision ranks as the formula does."""
     sequence = draw(patches=40, dtype=dtype)
     assert sequence.entering is not None

@@ -1,8 +1,7 @@
-from types import SimpleNamespace
-
 import pytest
 import torch
 
+from helpers import reference as naive
 from lightning_prune.reduction import TopK, topk, topk_scores
 
 from .drawn import PRECISIONS, check_alone_and_together, draw
@@ -14,9 +13,7 @@ HEADS = [(0, False), (1, True), (1, False), (2, True), (5, True), (4, False)]
 @pytest.mark.parametrize(("prefix", "class_token"), HEADS)
 @pytest.mark.parametrize("heads", [1, 3])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_every_number_of_removed_tokens(
-    naive: SimpleNamespace, prefix: int, class_token: bool, heads: int, batch: int
-) -> None:
+def test_every_number_of_removed_tokens(prefix: int, class_token: bool, heads: int, batch: int) -> None:
     sequence = draw(batch, 7, prefix, class_token, heads)
     attention = sequence.attention
     assert attention is not None
@@ -35,7 +32,7 @@ def test_every_number_of_removed_tokens(
 
 @pytest.mark.parametrize(("dtype", "tolerance"), PRECISIONS)
 @pytest.mark.parametrize("class_token", [True, False])
-def test_lower_precisions(naive: SimpleNamespace, dtype: torch.dtype, tolerance: float, class_token: bool) -> None:
+def test_lower_precisions(dtype: torch.dtype, tolerance: float, class_token: bool) -> None:
     sequence = draw(dtype=dtype)
     assert sequence.attention is not None
     query, key, _ = sequence.attention[:3]
