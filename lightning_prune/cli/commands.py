@@ -25,6 +25,7 @@ from lightning_prune.profiling.measurement import count_tokens, ready_to_run
 from lightning_prune.reduction import RandomDrop, tokens_per_image
 from lightning_prune.reduction.patchify import patch_side
 from lightning_prune.reduction.vocabulary import Vocabulary, WordLearner
+from lightning_prune.report.plots import plot
 from lightning_prune.report.tables import beside_eager, profile_table, shape_of
 from lightning_prune.runtimes.compilation import is_compiled, uncompiled
 
@@ -63,7 +64,7 @@ def run_profile(
     profile = found.profile
     if trainer.is_global_zero:
         paths = [profile.save(folder / "profile.json"), folder / "profile.png"]
-        profile.plot(paths[1], eager)
+        plot(profile, paths[1], eager=eager)
         if eager is not None:
             paths.append(eager.save(folder / "profile_eager.json"))
         console = Console(markup=False)
@@ -125,7 +126,7 @@ def run_plan(
             made.profile.save(folder / "profile.json"),
             folder / "plan.png",
         ]
-        made.plot(paths[-1])
+        plot(made, paths[-1])
         print_decision(decision)
         Console(markup=False).print(f"Written: {', '.join(map(str, paths))}", soft_wrap=True)
     return made

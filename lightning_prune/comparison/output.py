@@ -13,7 +13,7 @@ from rich.table import Table
 
 from lightning_prune._utils.files import atomic_write, slug
 from lightning_prune.errors import ArgumentError
-from lightning_prune.report.plots import plot_plans, save_figure
+from lightning_prune.report.plots import plot
 
 if TYPE_CHECKING:
     from lightning_prune.callbacks.decision import Decision
@@ -83,7 +83,6 @@ def write_methods(
         The files written, without the schedules of the single variants.
     """
     from lightning_prune.report.html_page import write_page
-    from lightning_prune.report.pareto import save_pareto
     from lightning_prune.report.token_maps import save_tokens
 
     document = document_of(found, command)
@@ -95,7 +94,7 @@ def write_methods(
             if planned.schedule is not None:
                 planned.schedule.save(stage / "schedules" / f"{slug(planned.variant)}.yaml")
                 planned.schedule.save(stage / "schedule.yaml")
-        save_pareto(document, stage / "pareto.png")
+        plot(document, stage / "pareto.png")
         drawable = {name: trace for name, trace in found.traces.items() if trace.grid is not None}
         if found.pictures is not None and drawable and found.pictures.shape[1] in (1, 3):
             fits = normalisation is not None and {*map(len, normalisation)} <= {1, found.pictures.shape[1]}
@@ -222,8 +221,7 @@ def write_comparison(
         if plans:
             plans[0].profile.save(stage / "profile.json")
             # Of plans over blocks that of the schedule to deploy: their curves are of no token count.
-            figure = plans[-1].plot() if hasattr(plans[-1], "front") else plot_plans(plans)
-            save_figure(figure, stage / "profile.png")
+            plot(plans[-1] if hasattr(plans[-1], "front") else plans, stage / "profile.png")
         names = ("results.csv", "results.json", "schedule.yaml", "profile.json", "profile.png")
         return [(stage / name).replace(folder / name) for name in names if (stage / name).exists()]
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,8 +14,6 @@ from lightning_prune.schedule import Schedule
 
 if TYPE_CHECKING:
     from typing import Self
-
-    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -103,15 +100,6 @@ class Plan:
         latency = np.array([self.profile.at(count) for count in counts])
         accuracy = np.array([self.accuracy[count] for count in counts])
         return dict(zip(counts, self.objective.score(latency, accuracy).tolist(), strict=True))
-
-    def plot(self, path: str | Path | None = None) -> "Figure":
-        """Draws latency, proxy and objective against tokens with the chosen point; saves it where a path is given."""
-        from lightning_prune.report.plots import plot_plans, save_figure
-
-        figure = plot_plans([self])
-        if path is not None:
-            save_figure(figure, path)
-        return figure
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain values."""
@@ -223,15 +211,6 @@ class BlocksPlan(Plan):
         for count, value in sorted(zip(counts, self.objective.score(latency, accuracy).tolist(), strict=True)):
             found[count] = value  # ascending, so the best of a count stays
         return found
-
-    def plot(self, path: str | Path | None = None) -> "Figure":
-        """Draws the fronts and the chosen schedule; saves it where a path is given."""
-        from lightning_prune.report.plots import plot_front, save_figure
-
-        figure = plot_front(self)
-        if path is not None:
-            save_figure(figure, path)
-        return figure
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain values, the front among them."""

@@ -6,13 +6,10 @@ from functools import cached_property
 from math import exp, hypot, log, sqrt
 from pathlib import Path
 from statistics import NormalDist, median
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from lightning_prune._utils.files import read_document, write_document
 from lightning_prune.errors import ArgumentError, FileFormatError
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 def check_profile_entries(profile: "LatencyProfile") -> None:
@@ -254,20 +251,6 @@ class LatencyProfile:
             rounds=repeats,
             seconds=self.seconds + other.seconds,
         )
-
-    def plot(self, path: str | Path | None = None, eager: "LatencyProfile | None" = None) -> "Figure":
-        """Draws the curve with its spread, cliffs and plateaus; saves it where a path is given.
-
-        Args:
-            path: File to write.
-            eager: That of the same model without `torch.compile`, to be drawn beside it.
-        """
-        from lightning_prune.report.plots import plot_profile, save_figure
-
-        figure = plot_profile(self, eager)
-        if path is not None:
-            save_figure(figure, path)
-        return figure
 
     def to_dict(self) -> dict[str, Any]:
         """The profile as plain values, as `save` writes them."""

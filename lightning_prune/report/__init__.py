@@ -1,1 +1,5 @@
-"""What people look at: panels, tables and plots."""
+"""What people look at: tables, plots and the HTML page."""
+
+from lightning_prune.report.plots import plot
+
+__all__ = ["plot"]

@@ -1,7 +1,6 @@
 """The picture of a comparison: what each method keeps of the accuracy at which measured latency."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from textwrap import fill
 from typing import Any
 
@@ -10,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 
-from lightning_prune.report.plots import add_speedups, line_styles, save_figure
+from lightning_prune._utils.formatting import context_line
 from lightning_prune.report.rows import (
     Row,
     Score,
@@ -24,6 +23,7 @@ from lightning_prune.report.rows import (
     score_of,
     series,
 )
+from lightning_prune.report.styles import add_speedups, line_styles
 
 _BARS = {
     "top1": "bars: half the distance between the quartiles of the latency; 95% interval of the change against dense",
@@ -81,22 +81,6 @@ def plot_pareto(document: Mapping[str, Any]) -> Figure:
         figure.legend(plain, labels, loc="outside right upper", fontsize=8, frameon=False)
     figure.suptitle(_title(document, rows), fontsize=10)
     return figure
-
-
-def save_pareto(document: Mapping[str, Any], path: str | Path) -> Path:
-    """Writes `plot_pareto` in the format of the suffix; the file appears whole or not at all.
-
-    Args:
-        document: What `compare` writes as `results.json`.
-        path: Where, such as `pareto.png`.
-
-    Returns:
-        The path.
-
-    Raises:
-        DataError: If the document has no rows.
-    """
-    return save_figure(plot_pareto(document), path)
 
 
 def _draw(axes: Axes, rows: Sequence[Row], dense: Row | None, score: Score | None) -> None:
@@ -227,6 +211,6 @@ def _share(row: Row, score: Score | None) -> float | None:
 def _title(document: Mapping[str, Any], rows: Sequence[Row]) -> str:
     context = document.get("context") or {}
     facts = {**rows[0], **{name: value for name, value in context.items() if value is not None}}
-    where = f"{facts.get('device', '?')}, batch {facts.get('batch_size', '?')}, {facts.get('precision', '?')}"
-    images = f", {rows[0]['images']} images" if rows[0].get("images") else ""
-    return f"{facts.get('model', 'model')}\n{where}{images}"
+    images = f"{rows[0]['images']} images" if rows[0].get("images") else ""
+    where = ", ".join(part for part in (context_line(facts), images) if part)
+    return f"{facts.get('model', 'model')}\n{where}"

@@ -1,90 +1,25 @@
 """Plots of latency profiles, plans and Pareto fronts."""
 
-from collections.abc import Sequence
-from math import log
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from lightning_prune._utils.files import atomic_write
-
-if TYPE_CHECKING:
-    from lightning_prune.planning import BlocksPlan, Plan
-    from lightning_prune.profiling import LatencyProfile
-
-
-# Okabe and Ito's colours, which colour-blind readers tell apart, and markers for those who print in grey.
-_STYLES = (
-    ("#0072b2", "o"),
-    ("#d55e00", "s"),
-    ("#009e73", "^"),
-    ("#cc79a7", "D"),
-    ("#e69f00", "v"),
-    ("#56b4e9", "P"),
-    ("#6c3483", "X"),
-    ("#8a7500", "<"),
-    ("#7b3f00", ">"),
-    ("#00798c", "h"),
-)
-_FLOOR = ("#6b7280", ".")  # of `random`, which is there to be beaten
-
-
-def line_styles(names: Sequence[str]) -> dict[str, tuple[str, str, bool]]:
-    """Line -> colour, marker, whether it is drawn hollow; a method's int8 variant looks like the method, hollow.
-
-    Args:
-        names: The lines as `series_name` names them, in the order of the legend.
-
-    Example:
-        >>> line_styles(["pomt", "random", "pomt+int8"])["pomt+int8"]
-        ('#0072b2', 'o', True)
-    """
-    bases = list(dict.fromkeys(name.removesuffix("+int8") for name in names))
-    others = [base for base in bases if base != "random"]
-    chosen = {base: _style(number) for number, base in enumerate(others)} | {"random": _FLOOR}
-    return {name: (*chosen[name.removesuffix("+int8")], name.endswith("int8")) for name in names}
-
-
-def _style(number: int) -> tuple[str, str]:
-    """Past the tenth the colours return with other markers."""
-    around, place = divmod(number, len(_STYLES))
-    return _STYLES[place][0], _STYLES[(place + around) % len(_STYLES)][1]
-
-
-_SPEEDUPS = (0.5, 0.67, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0, 5.0, 7.0, 10.0, 20.0, 50.0)
-
-
-def add_speedups(axes: Axes, dense_ms: float) -> None:
-    """Adds the scale; latency is linear below, so the speed-ups stand at uneven distances.
-
-    Args:
-        axes: Latency in milliseconds, its limits settled.
-        dense_ms: The latency that speed-ups are relative to.
-    """
-    low, high = sorted(axes.get_xlim())
-    ticks = [ratio for ratio in _SPEEDUPS if low <= dense_ms / ratio <= high]
-    apart = 0.05 * (high - low)
-    above = axes.secondary_xaxis("top")  # in milliseconds too: a reciprocal scale breaks where it passes zero
-    kept: list[float] = []
-    for ratio in sorted(ticks, key=lambda ratio: abs(log(ratio))):  # 1x first: no two labels closer than their width
-        if all(abs(dense_ms / other - dense_ms / ratio) > apart for other in kept):
-            kept.append(ratio)
-    above.xaxis.set_major_locator(FixedLocator([dense_ms / ratio for ratio in kept]))
-    above.xaxis.set_minor_locator(NullLocator())
-    above.xaxis.set_major_formatter(FuncFormatter(lambda place, _: f"{dense_ms / place:.3g}x"))
-    above.set_xlabel("speed-up over dense")
-    axes.set_xlim(low, high)
-
+from lightning_prune._utils.formatting import context_line, percent
+from lightning_prune.errors import ArgumentError
+from lightning_prune.planning.results import BlocksPlan, Plan
+from lightning_prune.profiling.latency_profile import LatencyProfile
+from lightning_prune.report.pareto import plot_pareto
+from lightning_prune.report.styles import line_styles, save_figure
 
 _BLUE, _RED, _GREY = "#1f5fa8", "#c0392b", "#7f8c8d"  # readable in print and with red-green blindness
 _PLAN_STYLES = (("#d35400", "o"), ("#16803c", "s"), ("#6c3483", "^"), ("#00798c", "D"))
 
 
-def plot_profile(profile: "LatencyProfile", eager: "LatencyProfile | None" = None) -> Figure:
+def plot_profile(profile: LatencyProfile, eager: LatencyProfile | None = None) -> Figure:
     """Latency against tokens with spread, cliffs, plateaus, and the straight line that hardware does not follow.
 
     Args:
@@ -106,7 +41,7 @@ def plot_profile(profile: "LatencyProfile", eager: "LatencyProfile | None" = Non
     return figure
 
 
-def plot_plans(plans: "Sequence[Plan]") -> Figure:
+def plot_plans(plans: Sequence[Plan]) -> Figure:
     """Three panels over tokens: latency, accuracy proxy, objective; the chosen point of each plan is marked.
 
     Args:
@@ -138,14 +73,7 @@ def plot_plans(plans: "Sequence[Plan]") -> Figure:
     return figure
 
 
-def save_figure(figure: Figure, path: str | Path) -> Path:
-    """Writes the figure in the format of the suffix; the file appears whole or not at all."""
-    with atomic_write(path) as temporary:
-        figure.savefig(temporary, dpi=150)
-    return Path(path)
-
-
-def _draw_latency(axes: Axes, profile: "LatencyProfile") -> None:
+def _draw_latency(axes: Axes, profile: LatencyProfile) -> None:
     tokens, latency = np.array(profile.tokens), np.array(profile.milliseconds)
     spread = np.array(profile.spread)
     axes.fill_between(tokens, latency - spread, latency + spread, color=_BLUE, alpha=0.18, linewidth=0, label="spread")
@@ -166,33 +94,28 @@ def _draw_latency(axes: Axes, profile: "LatencyProfile") -> None:
     axes.legend(fontsize=7, loc="lower right", ncols=2)
 
 
-def _measured(profile: "LatencyProfile") -> str:
+def _measured(profile: LatencyProfile) -> str:
     return "measured, compiled" if profile.context.get("compiled") else "measured"
 
 
-def _title(profile: "LatencyProfile") -> str:
+def _title(profile: LatencyProfile) -> str:
     context = profile.context
     what = "random drop before block 0" if profile.protocol == "paper" else f"{profile.method} at block {profile.block}"
-    where = f"{context.get('device', '?')}, batch {context.get('batch_size', '?')}, {context.get('precision', '?')}"
-    return f"{context.get('model', 'model')}, {what}\n{where}"
+    return f"{context.get('model', 'model')}, {what}\n{context_line(context)}"
 
 
-_BLUE, _GREY = "#1f5fa8", "#7f8c8d"
-
-
-def plot_front(plan: "BlocksPlan") -> Figure:
+def plot_front(plan: BlocksPlan) -> Figure:
     """Two panels: KL divergence against speed-up, and the proxy where it was measured; tokens that leave each block."""
     figure = Figure(figsize=(7.5, 6.4), layout="constrained")
     front, schedule = figure.subplots(2, 1, height_ratios=[1.5, 1])
     _draw_front(front, plan)
     _draw_schedule(schedule, plan)
     context = plan.profile.context
-    where = f"{context.get('device', '?')}, batch {context.get('batch_size', '?')}, {context.get('precision', '?')}"
-    figure.suptitle(f"{context.get('model', 'model')}, {plan.objective}\n{where}", fontsize=10)
+    figure.suptitle(f"{context.get('model', 'model')}, {plan.objective}\n{context_line(context)}", fontsize=10)
     return figure
 
 
-def _draw_front(axes: Axes, plan: "BlocksPlan") -> None:
+def _draw_front(axes: Axes, plan: BlocksPlan) -> None:
     dense_ms = plan.profile.dense_ms
     styles = line_styles(list(dict.fromkeys(entry.method for entry in plan.front)))
     for method, (color, marker, _) in styles.items():
@@ -202,8 +125,9 @@ def _draw_front(axes: Axes, plan: "BlocksPlan") -> None:
             if entry.accuracy is not None and entry.schedule.total:
                 at = dense_ms / entry.milliseconds, entry.cost
                 axes.plot(*at, marker, color=color, markersize=5)
-                told = f"{100 * entry.accuracy:.1f}%"
-                axes.annotate(told, at, textcoords="offset points", xytext=(4, -9), fontsize=7, color=color)
+                axes.annotate(
+                    percent(entry.accuracy, 1), at, textcoords="offset points", xytext=(4, -9), fontsize=7, color=color
+                )
     chosen = [
         e for e in plan.front if e.method == (plan.label or plan.method) and e.schedule.removed == plan.schedule.removed
     ]
@@ -217,17 +141,82 @@ def _draw_front(axes: Axes, plan: "BlocksPlan") -> None:
     axes.legend(fontsize=8)
 
 
-def _draw_schedule(axes: Axes, plan: "BlocksPlan") -> None:
+def _draw_schedule(axes: Axes, plan: BlocksPlan) -> None:
     n, depth = plan.profile.dense_tokens, plan.schedule.depth
     leaving = plan.schedule.tokens(n)
     reducing = set(plan.schedule.reducing)
     colors = [_BLUE if block in reducing else _GREY for block in range(depth)]
     axes.bar(range(depth), leaving, color=colors, width=0.85)
     for block in reducing:
-        told = f"-{plan.schedule.removed[block]}"
-        axes.annotate(told, (block, leaving[block]), ha="center", va="bottom", fontsize=8, color=_BLUE)
+        axes.annotate(
+            f"-{plan.schedule.removed[block]}",
+            (block, leaving[block]),
+            ha="center",
+            va="bottom",
+            fontsize=8,
+            color=_BLUE,
+        )
     axes.axhline(n, color="black", linewidth=0.8, linestyle="--")
     axes.set_ylim(0, 1.15 * n)
     axes.set_xticks(range(depth))
     axes.set_xlabel(f"block ({plan.method})" if plan.schedule.total else "block (nothing is removed)")
     axes.set_ylabel("tokens that leave it")
+
+
+class _HasDocument(Protocol):
+    """The result of a comparison, which writes itself as the document `results.json`."""
+
+    def to_dict(self) -> dict[str, Any]: ...
+
+
+def plot(
+    result: LatencyProfile | Plan | Sequence[Plan] | _HasDocument | Mapping[str, Any],
+    path: str | Path | None = None,
+    *,
+    eager: LatencyProfile | None = None,
+) -> Figure:
+    """Draws a latency profile, a plan, or a comparison.
+
+    Args:
+        result: A profile: latency against tokens. A plan, or several that were made on one profile: what each schedule
+            costs, and the chosen one. A comparison, or the document that it writes as `results.json`: accuracy against
+            latency.
+        path: File to write, in the format of its suffix; it appears whole or not at all. None: only the figure.
+        eager: With a profile of a compiled model: the profile of the same model without compilation, drawn in the same
+            axes.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ArgumentError: If `result` is none of these, or `eager` comes with something else than a profile.
+        DataError: If the document of a comparison has no rows.
+
+    Example:
+        >>> from lightning_prune.profiling import LatencyProfile
+        >>> profile = LatencyProfile((60, 197), (5.0, 10.0), (0.1, 0.1), (9, 9), "random", 0, 12)
+        >>> plot(profile).axes[0].get_ylabel()
+        'latency of a batch [ms]'
+    """
+    if eager is not None and not isinstance(result, LatencyProfile):
+        raise ArgumentError(f"`eager` must come with a LatencyProfile, got {type(result).__name__}.")
+    figure = _draw(result, eager)
+    if path is not None:
+        save_figure(figure, path)
+    return figure
+
+
+def _draw(result: Any, eager: LatencyProfile | None) -> Figure:
+    if isinstance(result, LatencyProfile):
+        return plot_profile(result, eager)
+    if isinstance(result, BlocksPlan):
+        return plot_front(result)
+    if isinstance(result, Plan):
+        return plot_plans([result])
+    if isinstance(result, Mapping):
+        return plot_pareto(result)
+    if isinstance(result, Sequence) and result and all(isinstance(each, Plan) for each in result):
+        return plot_plans(result)
+    if hasattr(result, "to_dict"):
+        return plot_pareto(result.to_dict())
+    raise ArgumentError(f"`result` must be a LatencyProfile, a Plan or a comparison, got {type(result).__name__}.")

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_prune.errors import ArgumentError
-from lightning_prune.report.plots import save_figure
+from lightning_prune.report.styles import save_figure
 
 if TYPE_CHECKING:
     from lightning_prune.patching.token_map import TokenTrace

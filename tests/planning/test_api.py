@@ -11,6 +11,7 @@ from helpers.models import tiny_vit
 from lightning_prune.patching.class_swap import is_patched_module
 from lightning_prune.planning import ProxyCurve
 from lightning_prune.profiling import LatencyStats
+from lightning_prune.report.plots import plot
 
 from .known import ACCURACIES, IMAGES, STRAIGHT, KnownCurve, best, planned, profile, score
 
@@ -119,7 +120,7 @@ def test_plan_as_plain_values(tmp_path):
     path = made.schedule.save(tmp_path / "schedule.yaml")
     assert yaml.safe_load(path.read_text())["provenance"]["objective"] == "utility, alpha 0.5"
     assert lp.Schedule.load(path) == made.schedule
-    figure = made.plot(tmp_path / "plan.png")
+    figure = plot(made, tmp_path / "plan.png")
     assert len(figure.axes) == 3
     assert (tmp_path / "plan.png").stat().st_size > 10_000
 

@@ -5,6 +5,7 @@ import pytest
 
 from lightning_prune import ArgumentError, FileFormatError, LatencyProfile
 from lightning_prune.profiling import CountStep
+from lightning_prune.report.plots import plot
 
 
 def profile(points, spread=0.001, rounds=9):
@@ -166,7 +167,7 @@ def test_impossible_measurements_are_refused(points, message):
 
 
 def test_plot_marks_cliffs_and_plateaus(tmp_path):
-    figure = profile(stairs(200, step=64, height=4.0)).plot(tmp_path / "profile.png")
+    figure = plot(profile(stairs(200, step=64, height=4.0)), tmp_path / "profile.png")
     labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
     assert {"cliff", "plateau", "measured"} <= set(labels)
     assert (tmp_path / "profile.png").read_bytes().startswith(b"\x89PNG")

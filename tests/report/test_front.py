@@ -2,7 +2,7 @@ import pytest
 
 from lightning_prune import LatencyProfile, Schedule, Utility
 from lightning_prune.planning import BlocksPlan, FrontEntry
-from lightning_prune.report.plots import plot_front
+from lightning_prune.report.plots import plot, plot_front
 
 
 def plan(removed=(0, 50, 0, 40)):
@@ -42,5 +42,6 @@ def test_a_plan_that_removes_nothing():
 
 
 def test_it_is_what_plot_saves(tmp_path):
-    plan().plot(tmp_path / "plan.png")
+    figure = plot(plan(), tmp_path / "plan.png")
+    assert figure.axes[0].get_xlabel() == "speed-up, predicted"
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")

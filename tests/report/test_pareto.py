@@ -6,8 +6,9 @@ from matplotlib.axes import Axes
 from matplotlib.container import ErrorbarContainer
 
 from lightning_prune.errors import DataError
-from lightning_prune.report.pareto import plot_pareto, save_pareto
-from lightning_prune.report.plots import line_styles
+from lightning_prune.report.pareto import plot_pareto
+from lightning_prune.report.plots import plot
+from lightning_prune.report.styles import line_styles
 
 from .made_up import LOST, comparison, planned, row, without_accuracy
 
@@ -109,9 +110,10 @@ def test_styles_are_told_apart_and_int8_looks_like_its_method() -> None:
 
 @pytest.mark.parametrize("document", [comparison(), planned(), without_accuracy(comparison(), "agreement")])
 def test_saved_whole(document: dict[str, Any], tmp_path: Path) -> None:
-    path = save_pareto(document, tmp_path / "pareto.png")
-    assert path.read_bytes().startswith(b"\x89PNG")
-    assert list(tmp_path.iterdir()) == [path]
+    figure = plot(document, tmp_path / "pareto.png")
+    assert figure.get_suptitle() == plot_pareto(document).get_suptitle()
+    assert (tmp_path / "pareto.png").read_bytes().startswith(b"\x89PNG")
+    assert [path.name for path in tmp_path.iterdir()] == ["pareto.png"]
 
 
 def test_what_is_far_slower_than_dense_sets_no_axis_and_is_told_below() -> None:

@@ -7,8 +7,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import lightning_prune as lp
+from lightning_prune.errors import ArgumentError
 from lightning_prune.report import plots
-from lightning_prune.report.plots import plot_plans, plot_profile, save_figure
+from lightning_prune.report.plots import plot_plans, plot_profile
+from lightning_prune.report.styles import save_figure
+
+from .made_up import comparison
 
 CONTEXT = {"model": "VisionTransformer", "device": "Abacus", "batch_size": 4, "precision": "float32"}
 # Milliseconds at token counts: a cliff between 100 and 120, a plateau from 197 down to 120.
@@ -68,7 +72,7 @@ def test_profile_shows_curve_spread_cliff_and_plateau() -> None:
 def test_profile_says_what_was_measured_and_where() -> None:
     assert plot_profile(profile()).get_suptitle() == "VisionTransformer, pomt at block 3\nAbacus, batch 4, float32"
     paper = plot_profile(profile(protocol="paper", context={}))
-    assert paper.get_suptitle() == "model, random drop before block 0\n?, batch ?, ?"
+    assert paper.get_suptitle() == "model, random drop before block 0\n"
 
 
 def test_a_single_point_can_be_drawn() -> None:
@@ -108,7 +112,7 @@ def test_points_that_may_not_be_chosen_are_left_out() -> None:
 
 
 def test_a_plan_that_stays_dense_is_marked_at_dense() -> None:
-    latency, proxy, _ = plan(197, lp.Utility(0.0)).plot().axes
+    latency, proxy, _ = lp.report.plot(plan(197, lp.Utility(0.0))).axes
     assert marks(latency, 197) == [91.5]
     assert marks(proxy, 197) == [100.0]
 
@@ -125,10 +129,43 @@ def test_saved_in_the_format_of_the_suffix(suffix: str, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_plot_methods_save(tmp_path: Path) -> None:
-    assert isinstance(profile().plot(tmp_path / "profile.png"), Figure)
-    assert isinstance(plan(40, lp.Utility()).plot(tmp_path / "plan.png"), Figure)
-    assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in ("profile.png", "plan.png"))
+class Result:
+    """What a comparison returns, for a plot: something that says its document."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return comparison()
+
+
+@pytest.mark.parametrize(
+    ("result", "panels"),
+    [
+        (profile(), ["latency of a batch [ms]"]),
+        (plan(40, lp.Utility()), ["latency of a batch [ms]", "soft agreement\n[% of dense]"]),
+        (
+            [plan(40, lp.Utility()), plan(100, lp.Utility())],
+            ["latency of a batch [ms]", "soft agreement\n[% of dense]"],
+        ),
+        (comparison(), ["top-1 [%]"]),
+        (Result(), ["top-1 [%]"]),
+    ],
+    ids=["profile", "plan", "plans", "document", "comparison"],
+)
+def test_plot_draws_by_the_type_of_its_argument(result: Any, panels: list[str], tmp_path: Path) -> None:
+    figure = lp.report.plot(result, tmp_path / "plot.png")
+    assert [axes.get_ylabel() for axes in figure.axes][: len(panels)] == panels
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("result", [None, [], [1], "plan.json", 3])
+def test_plot_refuses_what_it_cannot_draw(result: Any, tmp_path: Path) -> None:
+    with pytest.raises(ArgumentError, match=rf"`result`.*{type(result).__name__}"):
+        lp.report.plot(result, tmp_path / "plot.png")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_eager_curve_belongs_to_a_profile() -> None:
+    with pytest.raises(ArgumentError, match=r"`eager`.*Plan"):
+        lp.report.plot(plan(40, lp.Utility()), eager=profile())
 
 
 def test_a_picture_that_fails_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

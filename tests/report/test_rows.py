@@ -67,7 +67,7 @@ def test_no_figure(value: Any) -> None:
 
 
 def test_front_is_what_no_other_row_beats() -> None:
-    draw = random.RandomDrop(0)
+    draw = random.Random(0)
     rows = [{"latency_ms": draw.randint(1, 9), "top1": draw.randint(1, 9) / 10} for _ in range(40)]
 
     def beaten(row: dict[str, Any]) -> bool:

@@ -14,6 +14,7 @@ import lightning_prune as lp
 from helpers.models import digits_module, tiny_vit
 from lightning_prune.profiling.environment import UNKNOWN
 from lightning_prune.profiling.environment import compile_mode as describe
+from lightning_prune.report.plots import plot
 from lightning_prune.runtimes.compilation import (
     Compiled,
     force_eager,
@@ -250,5 +251,5 @@ def test_profile_shows_the_eager_curve_beside_the_compiled_one(counter: Any, tmp
     assert (tmp_path / "profile.png").stat().st_size > 10_000
     assert " ms compiled and " in capsys.readouterr().out
     assert not is_compiled(module)
-    labels = [text.get_text() for text in profile.plot(eager=eager).axes[0].get_legend().get_texts()]
+    labels = [text.get_text() for text in plot(profile, eager=eager).axes[0].get_legend().get_texts()]
     assert {"measured, compiled", "measured, eager"} <= set(labels)

@@ -1,0 +1,75 @@
+"""How figures are written for people: shares, differences of shares, latencies, speed-ups and what was measured on."""
+
+from collections.abc import Mapping
+from math import isfinite
+from typing import Any
+
+_UNKNOWN = "-"
+
+
+def percent(share: float | None, digits: int = 2) -> str:
+    """A share as a percentage; a dash where it is not known.
+
+    Example:
+        >>> percent(0.931), percent(0.9314, digits=1), percent(None)
+        ('93.10%', '93.1%', '-')
+    """
+    return _UNKNOWN if share is None or not isfinite(share) else f"{100 * share:.{digits}f}%"
+
+
+def points(change: float | None) -> str:
+    """A difference of two shares in percentage points, signed; a dash where it is not known.
+
+    Example:
+        >>> points(0.012), points(-0.0055), points(0.0)
+        ('+1.20', '-0.55', '+0.00')
+    """
+    if change is None or not isfinite(change):
+        return _UNKNOWN
+    return f"{100 * change:+.2f}".replace("-0.00", "+0.00")  # what rounds to zero has no direction
+
+
+def milliseconds(latency: float | None) -> str:
+    """A latency in milliseconds without its unit, about five characters wide; a dash where it is not known.
+
+    Example:
+        >>> milliseconds(7.853), milliseconds(141.34), milliseconds(1234.5), milliseconds(None)
+        ('7.85', '141.3', '1234', '-')
+    """
+    if latency is None or not isfinite(latency):
+        return _UNKNOWN
+    digits = 2 if latency < 100 else 1 if latency < 1000 else 0
+    return f"{latency:.{digits}f}"
+
+
+def speedup(ratio: float | None) -> str:
+    """A speed-up over dense; a dash where it is not known.
+
+    Example:
+        >>> speedup(1.5), speedup(None)
+        ('1.50x', '-')
+    """
+    return _UNKNOWN if ratio is None or not isfinite(ratio) else f"{ratio:.2f}x"
+
+
+def context_line(context: Mapping[str, Any]) -> str:
+    """What figures were measured on, in a line; parts that the context does not have are left out.
+
+    Args:
+        context: That of a profile or a comparison.
+
+    Example:
+        >>> context_line({"device": "AMD EPYC", "device_type": "cpu", "threads": 2, "batch_size": 16})
+        'AMD EPYC, 2 threads, batch 16'
+        >>> context_line({"device": "NVIDIA H200", "device_type": "cuda", "threads": 8, "precision": "bf16-mixed"})
+        'NVIDIA H200, bf16-mixed'
+    """
+    threads, batch = context.get("threads"), context.get("batch_size")
+    parts = [
+        context.get("device"),
+        f"{threads} threads" if threads and context.get("device_type") == "cpu" else None,
+        f"batch {batch}" if batch else None,
+        context.get("precision"),
+        "compiled" if context.get("compiled") else None,
+    ]
+    return ", ".join(str(part) for part in parts if part)
