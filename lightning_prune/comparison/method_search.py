@@ -23,8 +23,8 @@ from lightning_prune.profiling import DENSE, InterleavedTimer, LatencyStats, Var
 from lightning_prune.profiling.allocation import reducing_block, spread_schedule
 from lightning_prune.profiling.energy_meter import NO_COUNTER, Unavailable, find_counter, measure_energy
 from lightning_prune.profiling.measurement import check_dense, count_tokens, ready_to_run
-from lightning_prune.profiling.model_variants import race_of
-from lightning_prune.quantization import int8_backend, int8_unavailable
+from lightning_prune.profiling.model_variants import variant_timer
+from lightning_prune.quantization import Int8Weights, int8_backend, int8_unavailable
 from lightning_prune.reduction import Reduction
 from lightning_prune.schedule import Schedule
 
@@ -143,7 +143,8 @@ class MethodReach(Reach):
         """The variant that removes so many tokens."""
         reduction, schedule = self.entry.reduction, self.schedule_of(amount)
         adaptive = reduction is not None and reduction.adaptive
-        return Variant(reduction if adaptive or schedule is not None else None, schedule, self.entry.int8)
+        weights = Int8Weights if self.entry.int8 else None
+        return Variant(reduction if adaptive or schedule is not None else None, schedule, weights)
 
     def why_not(self, images: Tensor) -> str | None:
         """Why the method cannot be used with this model on this device; None where it can."""
@@ -350,12 +351,12 @@ def decide(
         for number, entry in enumerate(planned, 1):
             reaches[entry.name].prepare(speedups)
             told = f"Planning {entry.name} ({number} of {len(planned)})"
-            with race_of(transformer, images) as race, progress_bar(told, time_limit, progress) as tick:
+            with variant_timer(transformer, images) as race, progress_bar(told, time_limit, progress) as tick:
                 found = reaches[entry.name].goals(race, speedups, time_limit, tick)
             goals |= {(entry.name, goal.speedup): goal for goal in found}
         others = [DENSE, *(reaches[entry.name].variant_of(0) for entry in usable if not entry.has_targets)]
         limit = time_limit * len(usable)
-        with race_of(transformer, images) as race, progress_bar("Timing all variants", limit, progress) as tick:
+        with variant_timer(transformer, images) as race, progress_bar("Timing all variants", limit, progress) as tick:
             verify(race, list(goals.values()), others, _ROUNDS, limit, tick)
             timings = {variant: race.result(variant) for variant in (*others, *(g.variant for g in goals.values()))}
     rows: list[PlannedVariant] = [PlannedVariant("dense", "dense", timing=timings[DENSE])]

@@ -11,6 +11,7 @@ from lightning_prune.callbacks.hooks import EvaluationCallback
 from lightning_prune.comparison.method_specs import MethodSpec
 from lightning_prune.patching import find_vision_transformer
 from lightning_prune.profiling import LatencyStats, Variant, VariantSwitch
+from lightning_prune.quantization import Int8Weights
 from lightning_prune.reduction import Reduction, resolve
 from lightning_prune.schedule import KeepRates, Schedule
 
@@ -86,9 +87,10 @@ def reduction_of(planned: PlannedVariant, entry: MethodSpec) -> Reduction | None
 def variant_of(planned: PlannedVariant, entry: MethodSpec) -> Variant:
     """What a planned variant runs as."""
     reduction = reduction_of(planned, entry)
+    weights = Int8Weights if entry.int8 else None
     if reduction is None or (planned.schedule is not None and not planned.schedule.total):
-        return Variant(int8=entry.int8)
-    return Variant(reduction, planned.schedule, entry.int8)
+        return Variant(weights=weights)
+    return Variant(reduction, planned.schedule, weights)
 
 
 @dataclass(frozen=True)

@@ -1,17 +1,29 @@
-"""What a model can be run as: dense, pruned, in 8 bits, or both; and going from one to another between two runs."""
+"""Variants of one model (dense, pruned, with transformed weights) and switching between them between two runs."""
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_prune.patching import PatchHandle, VisionTransformer, unpatch
 from lightning_prune.patching.patched_block import without_origin
 from lightning_prune.profiling.interleaved_timer import InterleavedTimer
-from lightning_prune.quantization import Int8Weights
 from lightning_prune.reduction import Reduction, resolve
 from lightning_prune.schedule import KeepRates, Schedule
+
+
+class WeightTransform(Protocol):
+    """Other weights for a module, that can be exchanged for its own between two runs."""
+
+    def apply(self) -> None:
+        """Gives the module the other weights; does nothing where it has them."""
+        ...
+
+    def remove(self) -> None:
+        """Gives the module its own weights back, to the bit; does nothing where it has them."""
+        ...
 
 
 class Variant(NamedTuple):
@@ -19,13 +31,14 @@ class Variant(NamedTuple):
 
     Attributes:
         reduction: The method, by name or as an instance; None removes no tokens.
-        schedule: What it removes; None where there is no method, or the images decide.
-        int8: Whether the linear layers of the transformer run in 8 bits.
+        schedule: The tokens to remove; None without a method, or where the images decide.
+        weights: Makes the weights to run with, such as `lightning_prune.quantization.Int8Weights`; None keeps the
+            model's own.
     """
 
     reduction: str | Reduction | None = None
     schedule: Schedule | KeepRates | None = None
-    int8: bool = False
+    weights: Callable[[nn.Module], WeightTransform] | None = None
 
 
 DENSE = Variant()
@@ -33,29 +46,26 @@ DENSE = Variant()
 
 
 class VariantSwitch:
-    """Makes a transformer run as one variant after another; what can be kept from one to the next is kept.
+    """Makes a transformer run as one variant after another and keeps what can be reused.
 
     Args:
-        transformer: The Vision Transformer; as it is now is dense.
+        transformer: The Vision Transformer; its present state is dense.
     """
 
     def __init__(self, transformer: VisionTransformer) -> None:
         self._transformer = transformer
-        self._handles: list[tuple[Reduction, PatchHandle]] = []  # no dict: a method of a user may have no hash
-        self._weights: Int8Weights | None = None
+        self._handles: list[tuple[Reduction, PatchHandle]] = []  # not a dict: a user's method may not be hashable
+        self._transforms: dict[Callable[[nn.Module], WeightTransform], WeightTransform] = {}
 
     def to(self, variant: Variant) -> None:
         """Makes the transformer run as `variant`.
 
         Raises:
-            ScheduleError, UnsupportedModelError: As `lightning_prune.patch`.
-            ArgumentError: If 8 bits are asked for and nothing here can compute them.
+            ScheduleError: As `lightning_prune.patch`.
+            UnsupportedModelError: As `lightning_prune.patch`.
+            ArgumentError: If this device cannot run the weights.
         """
-        if variant.int8:
-            self._weights = self._weights or Int8Weights(self._transformer.root)
-            self._weights.put_on()
-        elif self._weights is not None:
-            self._weights.take_off()
+        self._exchange_weights(variant.weights)
         if variant.reduction is None:
             unpatch(self._transformer.root)
             return
@@ -72,19 +82,30 @@ class VariantSwitch:
         try:
             unpatch(self._transformer.root)
         finally:
-            if self._weights is not None:
-                self._weights.take_off()
+            self._exchange_weights(None)
+
+    def _exchange_weights(self, factory: Callable[[nn.Module], WeightTransform] | None) -> None:
+        for known, transform in self._transforms.items():
+            if known != factory:
+                transform.remove()
+        if factory is not None:
+            if factory not in self._transforms:
+                self._transforms[factory] = factory(self._transformer.root)
+            self._transforms[factory].apply()
 
 
 @contextmanager
-def race_of(transformer: VisionTransformer, example_inputs: Tensor) -> Iterator[InterleavedTimer[Variant]]:
+def variant_timer(
+    transformer: VisionTransformer, example_inputs: Tensor, clock: Callable[[], float] = time.perf_counter
+) -> Iterator[InterleavedTimer[Variant]]:
     """Interleaved timing of variants against the dense model, which is restored at the end.
 
-    To be used inside `ready_to_run`.
+    Use it inside `lightning_prune.profiling.measurement.ready_to_run`.
 
     Args:
         transformer: The Vision Transformer, dense.
-        example_inputs: (B, channels, height, width) images on its device.
+        example_inputs: (B, C, H, W) images on its device.
+        clock: Returns seconds.
     """
     switch = VariantSwitch(transformer)
     try:
@@ -93,6 +114,7 @@ def race_of(transformer: VisionTransformer, example_inputs: Tensor) -> Iterator[
             run=lambda: transformer.runner(example_inputs),
             device=example_inputs.device,
             reference=DENSE,
+            clock=clock,
         )
     finally:
         switch.off()

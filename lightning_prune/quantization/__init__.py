@@ -1,7 +1,7 @@
 """8-bit weights and activations, as something to compare pruning with, alone and together with it."""
 
 from lightning_prune.quantization.availability import int8_unavailable
-from lightning_prune.quantization.backend import int8_backend
+from lightning_prune.quantization.backend import allow_checkpoints, int8_backend
 from lightning_prune.quantization.weights import Int8Weights
 
-__all__ = ["Int8Weights", "int8_backend", "int8_unavailable"]
+__all__ = ["Int8Weights", "allow_checkpoints", "int8_backend", "int8_unavailable"]

@@ -1,16 +1,20 @@
-"""Which kernels compute in 8 bits: torch's own on CPUs; elsewhere torchao, slow to load and full of messages."""
+"""Chooses the kernels that compute in 8 bits: torch's own on CPUs, torchao's elsewhere.
+
+The files with the kernels are imported when int8 is asked for and not before: importing them registers a custom
+operator and a tensor class with torch, and torchao takes long to import and writes many messages.
+"""
 
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_prune.errors import ArgumentError
-from lightning_prune.quantization import cpu_tensor, onednn
 
 # What torchao 0.18 says while it is imported, by logger. None of it bears on int8 matrix products, which are torch's.
 _KNOWN = {
@@ -61,10 +65,10 @@ def quantizer(device: torch.device) -> Callable[[Tensor], nn.Parameter]:
     """
     limit = _limit(device)
     if limit is not None:
-        return partial(cpu_tensor.quantize, limit=limit)
+        return partial(_load("cpu_tensor").quantize, limit=limit)
     try:
         with quiet():
-            module = import_module("lightning_prune.quantization.int8_tensor")
+            module = _load("int8_tensor")
     except ImportError as error:
         missing = isinstance(error, ModuleNotFoundError) and error.name == "torchao"
         why = "torchao is not installed" if missing else f"torchao cannot be used ({error})"
@@ -74,4 +78,28 @@ def quantizer(device: torch.device) -> Callable[[Tensor], nn.Parameter]:
 
 
 def _limit(device: torch.device) -> int | None:
-    return onednn.weight_limit() if device.type == "cpu" else None
+    limit: int | None = _load("onednn").weight_limit() if device.type == "cpu" else None
+    return limit
+
+
+def _load(name: str) -> Any:
+    return import_module(f"lightning_prune.quantization.{name}")
+
+
+def allow_checkpoints() -> None:
+    """Lets `torch.load(..., weights_only=True)` read weights that `Int8Weights` made on a CPU.
+
+    In a process that has used `Int8Weights` on a CPU this is so already.
+
+    Example:
+        >>> import io
+        >>> import torch
+        >>> from lightning_prune.quantization import Int8Weights, allow_checkpoints
+        >>> model, file = torch.nn.Linear(16, 16), io.BytesIO()
+        >>> with Int8Weights(model):
+        ...     torch.save(model.state_dict(), file)
+        >>> allow_checkpoints()
+        >>> sorted(torch.load(io.BytesIO(file.getvalue()), weights_only=True))
+        ['bias', 'weight']
+    """
+    _load("cpu_tensor")

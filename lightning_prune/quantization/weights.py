@@ -35,7 +35,7 @@ class Int8Weights:
     by itself, so an image does not depend on its batch-mates. Where a CPU's 16-bit sums would saturate, weights have 7
     bits; with torchao, activations too.
 
-    Weights are quantized once, beside the live ones. `put_on` and `take_off` then only exchange Parameter objects, so
+    Weights are quantized once, beside the live ones. `apply` and `remove` then only exchange Parameter objects, so
     a timing can go from one to the other between two runs. Taken off, the model is what it was to the bit: the same
     Parameter objects, `state_dict` keys and `requires_grad`. It does not matter whether the model is patched, for a
     patch touches no Parameter; either may come first.
@@ -52,7 +52,7 @@ class Int8Weights:
 
     Args:
         module: Any module, as a transformer or the LightningModule around it. Weights that are replaced, changed or
-            moved to another device afterwards are quantized anew by the next `put_on`.
+            moved to another device afterwards are quantized anew by the next `apply`.
 
     Attributes:
         quantized: Dotted paths of the layers in 8 bits.
@@ -100,7 +100,7 @@ class Int8Weights:
         made: dict[int, nn.Parameter] = {}  # a weight that several layers share is quantized once
         self._layers = [self._layer(part, made) for part in found.values()]
 
-    def put_on(self) -> None:
+    def apply(self) -> None:
         """Gives the layers their int8 weights; does nothing where they are on.
 
         Raises:
@@ -121,7 +121,7 @@ class Int8Weights:
             layer.module._parameters["weight"] = layer.quantized
         self.active = True
 
-    def take_off(self) -> None:
+    def remove(self) -> None:
         """Gives the layers their own weights back; does nothing where these are in place.
 
         A model that was moved to another device or dtype meanwhile gets them there.
@@ -134,13 +134,13 @@ class Int8Weights:
         self.active = False
 
     def __enter__(self) -> "Int8Weights":
-        self.put_on()
+        self.apply()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.take_off()
+        self.remove()
 
     @property
     def backend(self) -> str:

@@ -31,7 +31,7 @@ def clockwork(monkeypatch: pytest.MonkeyPatch) -> None:
         counts = schedule.tokens(197) if isinstance(schedule, lp.Schedule) else (197,) * DEPTH
         if alternative.reduction is not None and schedule is None:
             counts = (100,) * DEPTH
-        return 1e-3 * sum(counts) * (1.2 if alternative.int8 else 1.0)
+        return 1e-3 * sum(counts) * (1.2 if alternative.weights else 1.0)
 
     set_latency(monkeypatch, seconds, runs=False)
 

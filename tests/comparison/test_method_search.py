@@ -69,7 +69,7 @@ def test_a_plan_read_from_a_file_runs_as_the_method_that_was_chosen() -> None:
     assert entry == MethodSpec("auto", None, False, AUTO)
     assert (entry.method, entry.has_targets, entry.searches) == ("auto", True, True)
     variant = variant_of(read, entry)
-    assert (variant.reduction, variant.schedule, variant.int8) == (resolve("pomt-nearest"), schedule, False)
+    assert (variant.reduction, variant.schedule, variant.weights) == (resolve("pomt-nearest"), schedule, None)
 
 
 def test_auto_in_8_bits_is_refused() -> None:

@@ -11,6 +11,7 @@ import torch
 import lightning_prune as lp
 from lightning_prune.planning.speedup_targets import SpeedupTarget, aim, check_speedups, search, verify
 from lightning_prune.profiling import DENSE, InterleavedTimer, Variant
+from lightning_prune.quantization import Int8Weights
 
 MOST = 190
 
@@ -20,7 +21,7 @@ def removes(amount: int) -> Variant:
 
 
 def in_8_bits(amount: int) -> Variant:
-    return Variant("pomt", lp.Schedule.single(12, 3, amount), int8=True)
+    return Variant("pomt", lp.Schedule.single(12, 3, amount), weights=Int8Weights)
 
 
 class Device:
@@ -33,7 +34,7 @@ class Device:
 
     def seconds(self, variant: Variant) -> float:
         amount = variant.schedule.total if isinstance(variant.schedule, lp.Schedule) else 0
-        return 0.01 * (self.share(amount) if amount else 1.0) * (self.int8 if variant.int8 else 1.0)
+        return 0.01 * (self.share(amount) if amount else 1.0) * (self.int8 if variant.weights else 1.0)
 
     def prepare(self, variant: Variant) -> None:
         self.variant = variant
@@ -117,7 +118,7 @@ def test_a_flat_device_reaches_nothing() -> None:
 def test_8_bits_alone_may_reach_a_target() -> None:
     goals, _ = Device(straight, int8=0.7).reach([1.25, 2.0], in_8_bits, least=0)
     assert goals[1.25].amount == 0
-    assert goals[1.25].variant.int8
+    assert goals[1.25].variant.weights
     assert is_smallest(goals[2.0].amount, lambda amount: 0.7 * straight(amount), 2.0)
 
 
@@ -161,7 +162,7 @@ def test_the_time_limit_holds_and_leaves_no_goal_open() -> None:
     assert device.now < 0.6
     device = Device(straight)
     goals = [SpeedupTarget(removes, speedup, 3, 1, MOST) for speedup in (1.5, 2.0)]
-    verify(device.race(), goals, [Variant(int8=True)], 51, 0.05, lambda: None)
+    verify(device.race(), goals, [Variant(weights=Int8Weights)], 51, 0.05, lambda: None)
     assert device.now < 0.15
     assert [(goal.open, goal.reached, goal.unreachable, goal.amount) for goal in goals] == [
         (False, False, False, 3)
@@ -173,11 +174,11 @@ def test_a_slow_variant_does_not_take_the_time_of_the_others() -> None:
     device = Device(straight, int8=40.0)
     race = device.race()
     goals = [SpeedupTarget(removes, speedup, 3, 1, MOST) for speedup in (1.25, 2.0)]
-    verify(race, goals, [Variant(int8=True)], 51, 20.0, lambda: None)
+    verify(race, goals, [Variant(weights=Int8Weights)], 51, 20.0, lambda: None)
     assert device.now < 21
     assert all(goal.reached for goal in goals)
     assert race.result(goals[0].variant).rounds >= 50
-    assert 3 <= race.result(Variant(int8=True)).rounds <= 10
+    assert 3 <= race.result(Variant(weights=Int8Weights)).rounds <= 10
 
 
 def test_equal_amounts_are_timed_once() -> None:

@@ -12,7 +12,7 @@ from helpers.models import tiny_vit
 from lightning_prune.patching import find_vision_transformer
 from lightning_prune.patching.class_swap import is_patched_module
 from lightning_prune.profiling import DENSE, Variant, VariantSwitch
-from lightning_prune.profiling.model_variants import race_of
+from lightning_prune.profiling.model_variants import variant_timer
 from lightning_prune.quantization import Int8Weights
 from lightning_prune.reduction import POMT, RandomDrop
 
@@ -27,8 +27,8 @@ def vit() -> VisionTransformer:
 
 def expected(variant: Variant) -> torch.Tensor:
     model = vit()
-    if variant.int8:
-        Int8Weights(model).put_on()
+    if variant.weights is not None:
+        variant.weights(model).apply()
     if variant.reduction is not None:
         lp.patch(model, variant.reduction, variant.schedule)
     return model(IMAGES)
@@ -37,11 +37,11 @@ def expected(variant: Variant) -> torch.Tensor:
 VARIANTS = [
     DENSE,
     Variant("pomt", FIVE),
-    Variant(int8=True),
-    Variant(POMT(), FIVE, int8=True),
+    Variant(weights=Int8Weights),
+    Variant(POMT(), FIVE, weights=Int8Weights),
     Variant(RandomDrop(), lp.KeepRates.single(3, 1, 0.5)),
     DENSE,
-    Variant(int8=True),
+    Variant(weights=Int8Weights),
     Variant("pomt", lp.Schedule.single(3, 1, 9)),
     Variant("pomt", FIVE),
     DENSE,
@@ -69,14 +69,19 @@ def test_a_schedule_that_does_not_fit_leaves_what_can_be_taken_off() -> None:
     model = vit()
     switch = VariantSwitch(find_vision_transformer(model))
     with pytest.raises(lp.ScheduleError, match="at most 14"):
-        switch.to(Variant("pomt", lp.Schedule.single(3, 1, 17), int8=True))
+        switch.to(Variant("pomt", lp.Schedule.single(3, 1, 17), weights=Int8Weights))
     switch.off()
     assert torch.equal(model(IMAGES), vit()(IMAGES))
 
 
 def test_compare_latency_takes_variants_and_pairs() -> None:
     model = vit()
-    variants = {"dense": None, "pomt": ("pomt", FIVE), "int8": Variant(int8=True), "both": Variant("pomt", FIVE, True)}
+    variants = {
+        "dense": None,
+        "pomt": ("pomt", FIVE),
+        "int8": Variant(weights=Int8Weights),
+        "both": Variant("pomt", FIVE, Int8Weights),
+    }
     timings = lp.compare_latency(model, IMAGES, variants, rounds=2, time_limit=None, progress=False)
     assert list(timings) == list(variants)
     assert {timing.rounds for timing in timings.values()} == {2}
@@ -85,7 +90,7 @@ def test_compare_latency_takes_variants_and_pairs() -> None:
 
 
 def interrupted(model: VisionTransformer) -> None:
-    with race_of(find_vision_transformer(model), IMAGES) as race:
+    with variant_timer(find_vision_transformer(model), IMAGES) as race:
         race.prepare(VARIANTS[3])
         raise KeyboardInterrupt
 

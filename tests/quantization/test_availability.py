@@ -1,6 +1,8 @@
 import builtins
 import logging
+import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -116,3 +118,42 @@ def test_only_known_noise_is_dropped(caplog: pytest.LogCaptureFixture) -> None:
     assert [record.getMessage() for record in caplog.records] == ["news"] * len(backend._KNOWN)
     logging.getLogger("torchao").warning(backend._KNOWN["torchao"])
     assert len(caplog.records) == len(backend._KNOWN) + 1
+
+
+def test_torch_learns_of_int8_when_it_is_asked_for_and_not_before() -> None:
+    """Importing what can compare with int8 registers neither the operator nor the tensor class."""
+    code = """
+import io, torch
+import lightning_prune.profiling, lightning_prune.planning, lightning_prune.classification, lightning_prune.callbacks
+import lightning_prune.comparison.api
+from lightning_prune.quantization import Int8Weights, allow_checkpoints, int8_backend
+known = lambda: [c.__name__ for c in torch.serialization.get_safe_globals() if "Int8" in getattr(c, "__name__", "")]
+assert not known()
+assert not hasattr(torch.ops.lightning_prune, "int8_product")
+model = torch.nn.Linear(16, 16)
+Int8Weights(model).apply()
+print(int8_backend("cpu"), known(), hasattr(torch.ops.lightning_prune, "int8_product"))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    expected = "oneDNN ['CPUInt8Weight'] True" if onednn.weight_limit() else "torchao [] True"
+    assert done.stdout.strip() == expected
+
+
+def test_a_checkpoint_is_read_in_another_process(tmp_path: Path) -> None:
+    model = nn.Linear(16, 16)
+    with Int8Weights(model):
+        torch.save(model.state_dict(), tmp_path / "int8.pt")
+    code = """
+import sys, torch
+from lightning_prune.quantization import allow_checkpoints
+try:
+    torch.load(sys.argv[1], weights_only=True)
+except Exception as error:
+    print(type(error).__name__)
+allow_checkpoints()
+print(type(torch.load(sys.argv[1], weights_only=True)["weight"]).__name__)
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "int8.pt")], capture_output=True, text=True)
+    if onednn.weight_limit():
+        assert done.stdout.split() == ["UnpicklingError", "CPUInt8Weight"], done.stderr

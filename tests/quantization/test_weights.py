@@ -153,12 +153,12 @@ def test_on_and_off_on_every_kind_of_model(name: str, dtype: torch.dtype) -> Non
     int8 = Int8Weights(model)
     assert same(snapshot(model), before)
     for _ in range(2):
-        int8.put_on()
-        int8.put_on()
+        int8.apply()
+        int8.apply()
         quantized = run(model, x)
         assert list(model.state_dict()) == before[0]
-        int8.take_off()
-        int8.take_off()
+        int8.remove()
+        int8.remove()
         assert not int8.active
         assert same(snapshot(model), before)
         assert torch.equal(run(model, x), dense)
@@ -210,10 +210,10 @@ def test_together_with_a_patch(name: str, method: str) -> None:
         with int8:
             assert torch.equal(run(model, x), both)
         assert torch.equal(run(model, x), pruned)
-        int8.put_on()
+        int8.apply()
         handle.remove()
         assert torch.equal(run(model, x), quantized)
-        int8.take_off()
+        int8.remove()
     assert same(snapshot(model), before)
     assert torch.equal(run(model, x), dense)
     assert not torch.equal(both, pruned)
@@ -257,10 +257,10 @@ def test_quantized_in_inference_mode_and_used_with_gradients() -> None:
     model, x = build("timm"), images().requires_grad_()
     with torch.inference_mode():
         int8 = Int8Weights(model)
-        int8.put_on()
+        int8.apply()
         model(images())
     model(x).sum()  # records a graph through int8 weights, which inference tensors would refuse
-    int8.take_off()
+    int8.remove()
     model(x).sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
 
@@ -330,7 +330,7 @@ def test_nothing_is_left_half_done() -> None:
         with pytest.raises(
             ArgumentError, match=r"^module: expected float weights .*, got quantized ones; take those off"
         ):
-            int8.put_on()
+            int8.apply()
         assert not int8.active
         assert [type(parameter) for parameter in model.parameters()] == before
         with pytest.raises(ArgumentError, match=r"^module: expected float weights .*, got quantized ones"):
