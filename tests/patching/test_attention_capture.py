@@ -145,7 +145,7 @@ class TestAMaskThatAsks:
     def test_is_not_given_to_attention_of_other_making(self, build: Any, images: Tensor) -> None:
         """Which may do anything with a mask, whenever it was put in: it is watched instead."""
 
-        class Deaf(vit.AttentionInputs):
+        class Deaf(vit.Attention):
             def forward(self, x: Tensor, attn_mask: Any = None, is_causal: bool = False) -> Tensor:
                 return super().forward(x)
 
@@ -166,11 +166,11 @@ class TestAMaskThatAsks:
     ) -> None:
         """Into one module, or into timm's class before or after the patch."""
         model = build()
-        own = vit.AttentionInputs.forward
+        own = vit.Attention.forward
         with lp.patch(model, "tome", [5, 0, 7, 0]):
             expected = model(images)
             if everywhere:
-                monkeypatch.setattr(vit.AttentionInputs, "forward", lambda self, x, attn_mask=None, **_: own(self, x))
+                monkeypatch.setattr(vit.Attention, "forward", lambda self, x, attn_mask=None, **_: own(self, x))
             for block in [] if everywhere else model.blocks[1:]:
                 block.attn.forward = lambda x, attn_mask=None, attn=block.attn, **_: own(attn, x)
             assert torch.equal(model(images), expected)

@@ -47,14 +47,14 @@ def test_equality_and_hash_go_by_class_and_settings() -> None:
     ("method", "text"),
     [
         (POMT(), "POMT()"),
-        (RandomDrop(), "Random(seed=0, site='block')"),
-        (RandomDrop(3, "input"), "Random(seed=3, site='input')"),
+        (RandomDrop(), "RandomDrop(seed=0, site='block')"),
+        (RandomDrop(3, "input"), "RandomDrop(seed=3, site='input')"),
         (POMT("nearest", False), "POMT(dropped='nearest', proportional_attention=False)"),
     ],
 )
 def test_repr_is_what_one_would_type(method: Reduction, text: str) -> None:
     assert repr(method) == text
-    assert eval(text, {"POMT": POMT, "Random": RandomDrop}) == method
+    assert eval(text, {"POMT": POMT, "RandomDrop": RandomDrop}) == method
 
 
 @pytest.mark.parametrize("method", [POMT(), RandomDrop(3, "input"), POMT("nearest", False)], ids=repr)

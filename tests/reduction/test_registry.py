@@ -29,7 +29,7 @@ class Middle(Reduction):
         count = sequence.tokens.shape[1] - sequence.prefix_tokens
         scores = -(torch.arange(count) - count / 2).abs().expand(len(sequence.tokens), -1)
         return keep_best(sequence.tokens, scores * self.factor, remove, sequence.prefix_tokens)
-    def capacity(self, tokens, prefix_tokens):
+    def max_removed(self, tokens, prefix_tokens):
         return tokens - prefix_tokens - 1
 """
 Install = Callable[..., None]
@@ -188,7 +188,7 @@ def test_settings() -> None:
         ("random", {"sed": 1}, r"'random' cannot be made with the settings \{'sed': 1\}: .*unexpected.*'sed'"),
         ("pomt-nearest", {"dropped": "mean"}, r"'pomt-nearest' cannot be made with the settings .*'dropped'"),
         ("random", {"seed": -1}, r"`seed` must be a whole number >= 0, got -1"),
-        (RandomDrop(), {"seed": 1}, r"Settings belong to a method given by name; got \{'seed': 1\} and Random\("),
+        (RandomDrop(), {"seed": 1}, r"Settings belong to a method given by name; got \{'seed': 1\} and RandomDrop\("),
     ],
 )
 def test_settings_that_do_not_fit(method: Any, settings: dict[str, Any], message: str) -> None:
