@@ -9,7 +9,7 @@ from lightning_prune.planning import Objective
 from lightning_prune.planning.api import AUTO
 from lightning_prune.profiling.measurement import Protocol
 from lightning_prune.reduction import Reduction
-from lightning_prune.schedule import KeepRates, Schedule, load_schedule
+from lightning_prune.schedule import KeepRates, Schedule, read_schedule
 
 
 class Refreshing:
@@ -137,7 +137,7 @@ def check_search(which: str, schedule: Any, protocol: str) -> None:
         raise ArgumentError(f"`protocol` must be 'deployed' with {which}='auto', got {protocol!r}.")
 
 
-def readable_schedule(schedule: Any) -> Literal["auto"] | int | float | list[int] | Schedule | KeepRates:
+def readable_schedule(schedule: Any) -> Literal["auto"] | int | float | Schedule | KeepRates:
     """Loads a schedule that is given as a path, and refuses what can never be one.
 
     Raises:
@@ -145,20 +145,9 @@ def readable_schedule(schedule: Any) -> Literal["auto"] | int | float | list[int
         ScheduleError: If it is a list that is no schedule.
         FileFormatError: If the file holds none.
     """
-    if schedule == "auto" or isinstance(schedule, Schedule | KeepRates):
-        return schedule
-    if isinstance(schedule, float) and 0 < schedule <= 1:
-        return schedule
-    if isinstance(schedule, int) and not isinstance(schedule, bool):
-        return schedule
-    if isinstance(schedule, list | tuple):
-        return list(Schedule(schedule).removed)
-    if isinstance(schedule, str) or hasattr(schedule, "__fspath__"):
-        return load_schedule(schedule)
-    raise ArgumentError(
-        f"`schedule` must be 'auto', a number of tokens, a keep rate in (0, 1], a list with one number a block, a "
-        f"Schedule, KeepRates or the path of either, got {schedule!r}."
-    )
+    if schedule == "auto":
+        return "auto"
+    return read_schedule(schedule)
 
 
 class MethodChoice:

@@ -25,7 +25,6 @@ from lightning_prune.callbacks.config import (
 )
 from lightning_prune.callbacks.decision import (
     Decision,
-    given_schedule,
     measure_adaptive,
     measure_given,
     planned,
@@ -37,6 +36,7 @@ from lightning_prune.callbacks.hooks import EvaluationCallback, trainer_callback
 from lightning_prune.errors import ArgumentError, UnsupportedModelError
 from lightning_prune.patching import PatchHandle, VisionTransformer, find_vision_transformer, patch, unpatch
 from lightning_prune.patching.class_swap import is_patched_module
+from lightning_prune.patching.schedule_forms import resolve_schedule
 from lightning_prune.planning import Objective, Utility
 from lightning_prune.profiling import measurement_context
 from lightning_prune.profiling.measurement import Protocol, check_dense
@@ -276,7 +276,7 @@ class TokenPruning(MethodChoice, Refreshing, EvaluationCallback):
                 calibration = sample(self, trainer, pl_module, batch)
                 decision = planned(self, pl_module, images, calibration)
             else:
-                schedule = given_schedule(self.schedule, self.place, transformer, self.reduction, images)
+                schedule = resolve_schedule(self.schedule, transformer, self.reduction, self.place, images)
                 limit = self.time_limit / 3
                 decision = measure_given(
                     pl_module, images, self.reduction, schedule, limit, self.target, progress=self.verbose

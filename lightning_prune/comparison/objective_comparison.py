@@ -18,7 +18,6 @@ from lightning_prune.callbacks.batches import Calibration, images_from_batch
 from lightning_prune.callbacks.decision import (
     Decision,
     check_labels,
-    given_schedule,
     measure_given,
     planned_for,
     profiled,
@@ -30,6 +29,7 @@ from lightning_prune.comparison.paired_statistics import Row, compared, environm
 from lightning_prune.comparison.predictions import OutcomeRecorder, Outcomes
 from lightning_prune.errors import ArgumentError, DataError
 from lightning_prune.patching import find_vision_transformer
+from lightning_prune.patching.schedule_forms import resolve_schedule
 from lightning_prune.planning import AccuracyBudget, Objective, ProxyCurve
 from lightning_prune.profiling import LatencyStats, compare_latency
 from lightning_prune.schedule import Schedule
@@ -85,7 +85,7 @@ class Survey(L.Callback):
                 calibration = sample(pruner, trainer, pl_module, batch)
                 decisions = self._planned(pl_module, images, calibration)
             else:
-                schedule = given_schedule(pruner.schedule, pruner.place, transformer, pruner.reduction, images)
+                schedule = resolve_schedule(pruner.schedule, transformer, pruner.reduction, pruner.place, images)
                 limit = pruner.time_limit / 3
                 given = measure_given(
                     pl_module, images, pruner.reduction, schedule, limit, pruner.target, progress=pruner.verbose
@@ -93,7 +93,9 @@ class Survey(L.Callback):
                 decisions = {f"{pruner.reduction.name} given": given}
             variants: dict[str, tuple[Any, Schedule] | None] = {"dense": None}
             variants |= {
-                n: (d.reduction or pruner.reduction, d.schedule) for n, d in decisions.items() if d.schedule.total
+                n: (d.reduction or pruner.reduction, d.schedule)
+                for n, d in decisions.items()
+                if d.schedule.total_removed
             }
             timings = compare_latency(
                 pl_module,
@@ -106,7 +108,9 @@ class Survey(L.Callback):
             )
         decisions = {name: _confirmed(decision, timings, name) for name, decision in decisions.items()}
         # A variant that removes nothing is the dense model: timing it again would only add noise.
-        timings |= {name: timings["dense"] for name, decision in decisions.items() if not decision.schedule.total}
+        timings |= {
+            name: timings["dense"] for name, decision in decisions.items() if not decision.schedule.total_removed
+        }
         return decisions, timings
 
     def _planned(self, pl_module: L.LightningModule, images: Tensor, calibration: Calibration) -> dict[str, Decision]:
@@ -239,7 +243,7 @@ def _row(variant: str, survey: Survey, metrics: dict[str, float], outcomes: dict
         variant=variant,
         method=decision.method if decision else "",
         block=" ".join(str(block) for block in decision.schedule.reducing) if decision else "",
-        removed=decision.schedule.total if decision else 0,
+        removed=decision.schedule.total_removed if decision else 0,
         tokens=decision.tokens if decision else any_decision.dense_tokens,
         **figures,
         **environment_columns(any_decision.context, survey.images),

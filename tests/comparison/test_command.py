@@ -23,7 +23,7 @@ TINY = [
     "--trainer.accelerator=cpu",
     "--trainer.enable_progress_bar=false",
     "--trainer.limit_val_batches=2",
-    "--prune.max_seconds=1",
+    "--prune.time_limit=1",
 ]
 METHODS = [
     *("--methods", "dense", "pomt", "tome", "topk", "evit", "random", "vwt-intra", "int8"),
@@ -55,7 +55,7 @@ def test_the_command_of_the_issue(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert document["energy"]
     saved = lp.Schedule.load(tmp_path / "schedules" / "tome-1.5x.yaml")
     assert len(saved.reducing) > 1
-    assert (saved.provenance["method"], saved.provenance["target_speedup"]) == ("tome", 1.5)
+    assert (str(saved.method), saved.made_on.details["target_speedup"]) == ("tome", 1.5)
     told = capsys.readouterr().out
     assert "Validating dense (1 of 26)" in told
     assert "Validating int8 (26 of 26)" in told
