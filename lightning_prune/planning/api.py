@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from lightning_prune.errors import ArgumentError, UnsupportedModelError
 from lightning_prune.patching import VisionTransformer, find_vision_transformer
 from lightning_prune.patching.compatibility import check_reduction
-from lightning_prune.patching.schedule_forms import refuse_adaptive
 from lightning_prune.planning.candidates import Candidate, decided
 from lightning_prune.planning.multi_block import BlockSearch, MethodFront, method_labels
 from lightning_prune.planning.objectives import Objective, Utility
@@ -18,9 +17,10 @@ from lightning_prune.planning.results import BlocksPlan, Plan
 from lightning_prune.planning.single_block import BudgetSearch, OnDevice, TimedChoice, choose, confirmed, refine
 from lightning_prune.profiling import LatencyProfile, profile_latency, reducing_block
 from lightning_prune.profiling.accuracy_proxy import ProxyCurve, check_images
+from lightning_prune.profiling.allocation import refuse_adaptive
 from lightning_prune.profiling.measurement import Protocol, check_measurable
-from lightning_prune.reduction import RandomDrop, Reduction, resolve, spec_of
-from lightning_prune.schedule import MeasurementSource, Schedule
+from lightning_prune.reduction import RandomDrop, Reduction, resolve
+from lightning_prune.schedule import Schedule
 
 
 def check_inputs(
@@ -210,15 +210,18 @@ def plan(
         chosen = (found.tokens, found.reason)
         attempt = BudgetSearch(chosen, n, curve.profile.dense_ms, objective, choose_by, lambda: _fastest(curve))
         found = confirmed(attempt, device.compare)
-    made_on = MeasurementSource.from_context(
-        profile.context,
-        objective=str(objective),
-        dense_tokens=profile.dense_tokens,
-        protocol=protocol,
-        proxy=curve.name,
-    )
+    provenance = {
+        "method": reduction.name,
+        "settings": reduction.settings(),
+        "objective": str(objective),
+        "protocol": protocol,
+        "proxy": curve.name,
+        "tokens_dense": profile.dense_tokens,
+        "tokens": found.tokens,
+        **dict(profile.context),
+    }
     made = Plan(
-        schedule=Schedule(device.schedule(found.tokens).removed, spec_of(reduction), made_on),
+        schedule=Schedule(device.schedule(found.tokens).removed, provenance),
         method=reduction.name,
         block=index,
         objective=objective,
@@ -385,9 +388,17 @@ def _plan(
 ) -> BlocksPlan:
     curve, front, schedule = search.curve, best.front, best.entry.schedule
     n, tokens, reducing = curve.dense_tokens, schedule.tokens(curve.dense_tokens)[-1], schedule.reducing
-    made_on = MeasurementSource.from_context(curve.context, objective=str(objective), dense_tokens=n, proxy=front.name)
+    provenance = {
+        "method": front.reduction.name,
+        "settings": front.reduction.settings(),
+        "objective": str(objective),
+        "proxy": front.name,
+        "tokens_dense": n,
+        "tokens": tokens,
+        **dict(curve.context),
+    }
     made = BlocksPlan(
-        schedule=Schedule(schedule.removed, spec_of(front.reduction), made_on),
+        schedule=Schedule(schedule.removed, provenance),
         method=front.reduction.name,
         label=front.label,
         block=min(reducing) if reducing else search.transformer.first,

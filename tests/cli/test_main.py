@@ -30,7 +30,7 @@ TINY = [
     "--trainer.enable_progress_bar=false",
     "--trainer.limit_val_batches=2",
     "--trainer.limit_test_batches=2",
-    "--prune.max_seconds=0.5",
+    "--prune.time_limit=0.5",
     "--prune.calibration=8",
 ]
 COLUMNS = [
@@ -99,8 +99,8 @@ def test_compare_writes_what_it_promises(tmp_path: Path, capsys: pytest.CaptureF
     document = json.loads((tmp_path / "results.json").read_text())
     assert [list(row) for row in document["rows"]] == [COLUMNS] * 3
     schedule = lp.Schedule.load(tmp_path / "schedule.yaml")
-    assert (schedule.depth, schedule.total_removed) == (4, int(rows[-1]["removed"]))
-    assert schedule.made_on.batch_size == 4
+    assert (schedule.depth, schedule.total) == (4, int(rows[-1]["removed"]))
+    assert schedule.provenance["batch_size"] == 4
     profile = lp.LatencyProfile.load(tmp_path / "profile.json")
     assert profile.dense_tokens == 197
     assert (tmp_path / "profile.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
@@ -160,15 +160,15 @@ def test_an_objective_of_the_users_choice(tmp_path: Path) -> None:
             ["--prune.method=pmot"],
             "got 'pmot'. Did you mean 'pomt'?",
         ),
-        (["--prune.alpha=2"], "`alpha` must be a number in [0, 1], got 2.0."),
-        (["--prune.alpha=high"], "Parser key \"prune.alpha\": Expected a <class 'float'>. Got value: high"),
+        (["--prune.objective=Utility", "--prune.objective.alpha=2"], "`alpha` must be a number in [0, 1], got 2.0."),
+        (["--prune.time_limit=long"], "Parser key \"prune.time_limit\": Expected a <class 'float'>. Got value: long"),
         (["--prune.block=4"], "`block` must be an index from 0 to 3 or a fraction in [0, 1), got 4."),
-        (["--prune.max_seconds=0"], "`time_limit` must be a number > 0, got 0.0."),
+        (["--prune.time_limit=0"], "`time_limit` must be a number of seconds > 0, got 0.0."),
         (["--prune.calibration=0"], "`calibration` must be a number of images >= 1, "),
         (["--prune.schedule=197"], "Block 1 is asked to remove 197 tokens, but of the 197 that enter it"),
         (["--prune.schedule=[1,2]"], "The schedule is for 2 blocks; this model has 4."),
         (["--prune.schedule=nowhere.yaml"], "Cannot read nowhere.yaml: No such file or directory."),
-        (["--prune.target=vit"], "`target` must be the dotted path of a module in ImageClassifier, got 'vit'."),
+        (["--prune.module_path=vit"], "`target` must be the dotted path of a module in ImageClassifier, got 'vit'."),
         (["--prune.keep=3"], "unrecognized arguments: --prune.keep=3"),
         (["--model.num_classes=5"], "digits: 10 classes, but the model's head has 5."),
         (["--config=nowhere.yaml"], "nowhere.yaml"),
@@ -332,7 +332,7 @@ def test_overlay_adds_pruning_to_the_application_of_somebody_else(tmp_path: Path
     assert added["class_path"] == "lightning_prune.callbacks.TokenPruning"
     words = ["app.py", "validate", "--config", "config.yaml", "--config", str(CONFIGS / "pruning.yaml")]
     short = [
-        "--trainer.callbacks.max_seconds=0.5",
+        "--trainer.callbacks.time_limit=0.5",
         "--trainer.callbacks.calibration=8",
         "--trainer.callbacks.schedule=5",
     ]

@@ -10,6 +10,7 @@ import torch
 
 import lightning_prune as lp
 from lightning_prune.callbacks import TokenPruning
+from lightning_prune.callbacks.first_batch import FirstBatch
 from lightning_prune.comparison import api as opening
 from lightning_prune.comparison.api import compare_methods
 from lightning_prune.comparison.paired_statistics import paired_interval
@@ -29,7 +30,9 @@ def run(module: Any, running: Any, output: Path, methods: list[str], speedups: A
     fresh, told = more.pop("fresh", False), more.pop("told", [])
     trainer, pruner = running(**more)
     model = module if isinstance(module, L.LightningModule) else module()
-    return compare_methods(trainer, model, pruner, methods, speedups, output, fresh, told.append, datamodule=data())
+    return compare_methods(
+        trainer, model, pruner.config, methods, speedups, output, fresh, told.append, datamodule=data()
+    )
 
 
 def test_rows_reach_their_targets_and_are_what_validation_says(module: Any, running: Any, tmp_path: Path) -> None:
@@ -285,7 +288,7 @@ def test_where_the_dataset_cannot_be_sampled_the_first_batch_is_pictured(
     def refused(*_: Any, **__: Any) -> None:
         raise lp.DataError("The calibration images are of several sizes.")
 
-    monkeypatch.setattr(opening, "calibration_images", refused)
+    monkeypatch.setattr(FirstBatch, "sample", refused)
     found = run(module, running, tmp_path, ["pomt"], [1.25])
     validated = data()
     validated.setup("validate")
@@ -294,7 +297,11 @@ def test_where_the_dataset_cannot_be_sampled_the_first_batch_is_pictured(
 
 @pytest.mark.parametrize(
     ("settings", "name"),
-    [({"schedule": 20}, "schedule"), ({"alpha": 0.3}, "objective"), ({"protocol": "paper"}, "protocol")],
+    [
+        ({"schedule": 20}, "schedule"),
+        ({"objective": lp.Utility(0.3)}, "objective"),
+        ({"protocol": "paper"}, "protocol"),
+    ],
 )
 def test_settings_that_would_play_no_part(
     settings: dict[str, Any], name: str, module: Any, running: Any, tmp_path: Path
@@ -304,7 +311,9 @@ def test_settings_that_would_play_no_part(
 
 
 def test_a_method_that_is_not_compared_plays_no_part(module: Any, running: Any, tmp_path: Path) -> None:
-    with pytest.raises(lp.ArgumentError, match=r"`method` plays no part unless `methods` name it; got Random\(seed=3"):
+    with pytest.raises(
+        lp.ArgumentError, match=r"`method` plays no part unless `methods` name it; got RandomDrop\(seed=3"
+    ):
         run(module, running, tmp_path, ["topk"], [1.5], method=RandomDrop(seed=3))
 
 
@@ -315,7 +324,7 @@ def test_nothing_to_validate_is_an_error_and_leaves_the_trainer_alone(
     trainer, pruner = running(limit_val_batches=limit)
     callbacks = list(trainer.callbacks)
     with pytest.raises(lp.DataError, match=r"^The validation loader yielded no batch to compare on"):
-        compare_methods(trainer, module(), pruner, ["random"], None, tmp_path, datamodule=data())
+        compare_methods(trainer, module(), pruner.config, ["random"], None, tmp_path, datamodule=data())
     assert (trainer.callbacks, trainer.limit_val_batches, pruner.enabled) == (callbacks, 0, True)
 
 
@@ -325,6 +334,6 @@ def test_the_trainer_is_as_before_after_an_error(module: Any, running: Any, tmp_
     trainer, pruner = running()
     callbacks = list(trainer.callbacks)
     with pytest.raises(Stop):
-        compare_methods(trainer, model, pruner, ["random"], [1.5], tmp_path, datamodule=data())
+        compare_methods(trainer, model, pruner.config, ["random"], [1.5], tmp_path, datamodule=data())
     assert (trainer.callbacks, trainer.limit_val_batches, pruner.enabled) == (callbacks, 2, True)
     assert isinstance(pruner, TokenPruning)

@@ -106,7 +106,7 @@ def test_measures_the_cut_that_is_deployed(monkeypatch):
 
 
 def test_latency_is_what_the_clock_says():
-    """A millisecond for each token that leaves a block: the cut is inside a block."""
+    """A millisecond for each token that leaves a block: three blocks of four after the cut, or the cut's own too."""
     model = tiny_vit()
     clock = TokenClock(model.blocks)
     profile = lp.profile_latency(model, IMAGES, block=1, counts=[5, 9], time_limit=5, progress=False, clock=clock)
@@ -123,7 +123,7 @@ def test_latency_is_what_the_clock_says():
 
 
 def test_the_time_limit_is_on_the_clock():
-    """Dense takes 68 ms and the variant 56: warm-up and seven rounds take 0.992 s, so the eighth is cut short."""
+    """Dense takes 68 ms and the variant 56: warm-up and eight rounds are inside a second, the ninth is cut short."""
     model = tiny_vit()
     variants = {"dense": None, "pomt": ("pomt", lp.Schedule([0, 0, 6, 0]))}
     timings = lp.compare_latency(
