@@ -1,6 +1,5 @@
 """Lightning callbacks: what users touch first."""
 
-from lightning_prune.callbacks.config import PruningConfig
-from lightning_prune.callbacks.token_pruning import TokenPruning, config_of
+from lightning_prune.callbacks.token_pruning import TokenPruning
 
-__all__ = ["PruningConfig", "TokenPruning", "config_of"]
+__all__ = ["TokenPruning"]

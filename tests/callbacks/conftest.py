@@ -20,11 +20,12 @@ def clockwork(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def decisions(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What was measured in the test: one entry for every profile and every timing of a given schedule."""
-    from lightning_prune.callbacks import decision
+    from lightning_prune.callbacks import decision as planned
+    from lightning_prune.callbacks import token_pruning
 
     made: list[str] = []
-    for name in ("profiled", "measure_given"):
-        real = getattr(decision, name)
+    for module, name in ((planned, "profiled"), (token_pruning, "measure_given")):
+        real = getattr(module, name)
 
         def counted(
             *args: Any, _real: Any = real, _name: str = {"profiled": "plan"}.get(name, name), **kwargs: Any
@@ -32,5 +33,5 @@ def decisions(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             made.append(_name)
             return _real(*args, **kwargs)
 
-        monkeypatch.setattr(decision, name, counted)
+        monkeypatch.setattr(module, name, counted)
     return made
