@@ -1,10 +1,15 @@
 """Makes Vision Transformers faster on the device at hand, without training.
 
-Names are resolved on first use, so `import lightning_prune` costs neither torch nor lightning: the command line
-answers `--help` at once, and a deployment that only patches a model never imports lightning.
+Names are resolved on first use, so a deployment that only patches a model never imports Lightning.
+
+Importing the package registers its two small models with timm (`vit_digits_patch4_56`, `vit_cifar_patch4_56`), and so
+imports torch and timm. Only the command `lightning-prune` postpones that until a command runs, so that it answers
+`--help` at once.
 """
 
+import sys
 from importlib import import_module
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -106,3 +111,15 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return __all__
+
+
+def _is_command() -> bool:
+    """Whether this process runs `lightning-prune` or `python -m lightning_prune`."""
+    script = (getattr(sys, "argv", None) or [""])[0]
+    if script == "-m":  # as long as `python -m` looks for the module that it runs
+        return "-m" in sys.orig_argv and sys.orig_argv[sys.orig_argv.index("-m") + 1] == __name__
+    return PurePath(script).stem == "lightning-prune"
+
+
+if not _is_command():
+    import_module(f"{__name__}.classification.demo_models")

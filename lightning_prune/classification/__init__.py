@@ -1,1 +1,34 @@
-"""The LightningModule around an image classifier, its data and its checkpoints."""
+"""An image classifier as a LightningModule, its data and its checkpoints.
+
+Names are resolved on first use: the root of the package imports `demo_models`, which must not import Lightning.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_prune.classification.checkpoints import load_weights, read_weights
+    from lightning_prune.classification.datamodules import DigitsData, ImageFolderData
+    from lightning_prune.classification.image_classifier import ImageClassifier
+
+_FILES = {
+    "DigitsData": "datamodules",
+    "ImageClassifier": "image_classifier",
+    "ImageFolderData": "datamodules",
+    "load_weights": "checkpoints",
+    "read_weights": "checkpoints",
+}
+
+__all__ = ["DigitsData", "ImageClassifier", "ImageFolderData", "load_weights", "read_weights"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _FILES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_FILES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

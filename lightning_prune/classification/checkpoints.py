@@ -1,4 +1,4 @@
-"""Reads weights files of every usual kind, without pickle, and fits them into a model or says why they do not fit."""
+"""Reads weights files of all usual kinds without pickle, and loads them into a model."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -10,40 +10,41 @@ from torch import Tensor, nn
 from lightning_prune.errors import FileFormatError, WeightsError
 
 _SHOWN = 3
-# Where training scripts keep the weights in what they save, averaged ones first: those are what was evaluated.
+# Keys under which training scripts save the weights. Averaged weights come first: their accuracy is the reported one.
 _HOLDERS = ("state_dict_ema", "model_ema", "state_dict", "model")
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:
-    """Loads a weights file into a model; where it does not fit, the model stays as it was.
+    """Loads a weights file into a model; if it does not fit, the model stays unchanged.
 
     Args:
         model: The model.
         path: A file as for `read_weights`.
 
     Raises:
-        FileFormatError: The file cannot be read.
-        WeightsError: Its keys or shapes differ from the model's.
+        FileFormatError: If the file cannot be read.
+        WeightsError: If its keys or shapes differ from those of the model.
 
     Example:
         >>> import timm
-        >>> from lightning_prune import zoo
         >>> from lightning_prune.classification.checkpoints import load_weights
-        >>> load_weights(timm.create_model(zoo.DIGITS_MODEL), zoo.DIGITS_WEIGHTS)
+        >>> from lightning_prune.classification.demo_models import DIGITS_MODEL, DIGITS_WEIGHTS
+        >>> load_weights(timm.create_model(DIGITS_MODEL), DIGITS_WEIGHTS)
     """
     expected = model.state_dict()
     found = _unprefixed(read_weights(path), expected)
     missing = [key for key in expected if key not in found]
     unexpected = [key for key in found if key not in expected]
     reshaped = [
-        f"{key} (model {list(expected[key].shape)}, file {list(found[key].shape)})"
+        f"{key} (model {tuple(expected[key].shape)}, file {tuple(found[key].shape)})"
         for key in expected
         if key in found and expected[key].shape != found[key].shape
     ]
-    problems = [("missing", missing), ("unexpected", unexpected), ("of another shape", reshaped)]
+    problems = [("missing", missing), ("unexpected", unexpected), ("with another shape", reshaped)]
     if any(keys for _, keys in problems):
-        what = "; ".join(f"{len(keys)} {kind}: {_some(keys)}" for kind, keys in problems if keys)
-        raise WeightsError(f"weights: {path} does not fit {type(model).__name__}, of {len(expected)} keys {what}.")
+        counts = "; ".join(f"{len(keys)} {kind}: {_some(keys)}" for kind, keys in problems if keys)
+        name = type(model).__name__
+        raise WeightsError(f"`weights` must have the {len(expected)} keys of {name}, got {path} with {counts}.")
     model.load_state_dict(found)
 
 
@@ -58,11 +59,11 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         The tensors by key.
 
     Raises:
-        FileFormatError: The file is missing, truncated, holds other things than tensors, or no weights at all.
+        FileFormatError: If the file is missing or truncated, holds anything but tensors, or has no weights.
     """
     source = Path(path)
     if not source.is_file():
-        raise FileFormatError(f"weights: expected a file, got {source}, which does not exist or is a folder.")
+        raise FileFormatError(f"`weights` must be an existing file, got {source}.")
     try:
         if source.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -70,10 +71,10 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             content: Any = load_file(source)
         else:
             content = torch.load(source, map_location="cpu", weights_only=True)
-    except Exception as error:  # the readers raise a dozen kinds, some of their own, for a damaged file
+    except Exception as error:  # the readers raise a dozen types for a damaged file
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise FileFormatError(
-            f"weights: {source} is damaged, or holds more than plain tensors (which is not unpickled): {reason}"
+            f"`weights` must be an intact file of plain tensors (nothing else is unpickled), got {source}: {reason}"
         ) from error
     for holder in _HOLDERS:
         if isinstance(content, Mapping) and isinstance(content.get(holder), Mapping):
@@ -81,16 +82,16 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             break
     tensors = {k: v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, Mapping) else {}
     if not tensors:
-        raise FileFormatError(f"weights: {source} holds no tensors by name.")
+        raise FileFormatError(f"`weights` must hold tensors by name, got {source}.")
     return tensors
 
 
 def _unprefixed(found: dict[str, Tensor], expected: Iterable[str]) -> dict[str, Tensor]:
-    """Takes off what wrappers put before the keys: torch.compile, DataParallel, and a LightningModule's `model.`."""
+    """Removes key prefixes of wrappers: torch.compile, DataParallel, and `model.` of a LightningModule."""
     found = {key.replace("_orig_mod.", ""): value for key, value in found.items()}
     for prefix in ("module.", "model."):
-        # A model may have a part of that very name; then the prefix is its own. Other parts of a LightningModule
-        # (losses, teachers, metrics) lie outside the prefix and are none of the model's.
+        # The prefix stays if the model has a submodule of that name. Keys without the prefix belong to other parts of a
+        # LightningModule (losses, teachers, metrics) and are left out.
         if any(key.startswith(prefix) for key in found) and not any(key.startswith(prefix) for key in expected):
             found = {key[len(prefix) :]: value for key, value in found.items() if key.startswith(prefix)}
     return found

@@ -1,8 +1,9 @@
-"""The models of this project, registered with timm: importing this module makes their names known to it.
+"""Two small Vision Transformers, registered with timm when this module is imported.
 
-`vit_digits_patch4_56` is the embedded one: `timm.create_model("vit_digits_patch4_56", pretrained=True)` reads the
-weights that lie in this package, through timm's own loading code (`examples/train_digits.py` made them).
-`vit_cifar_patch4_56` is the one of `configs/cifar10.yaml`, whose weights lie beside `examples/train_cifar10.py`.
+`import lightning_prune` imports it, so that `timm.create_model` knows both names from then on; the root's docstring
+says when. `timm.create_model("vit_digits_patch4_56", pretrained=True)` loads the weights in this package, trained by
+`examples/train_digits.py`. `vit_cifar_patch4_56` is the model of `configs/cifar10.yaml`; its weights are in
+`examples/weights`, trained by `examples/train_cifar10.py`.
 """
 
 from functools import partial
@@ -10,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from timm.models import VisionTransformer, build_model_with_cfg, generate_default_cfgs, register_model
-from timm.models.vision_transformer_hybrid import ConvStem, HybridEmbed
 from torch import nn
 
 from lightning_prune.classification.digits import CANVAS, CLASSES, MEAN, STD
@@ -19,7 +19,7 @@ DIGITS_MODEL = "vit_digits_patch4_56"
 CIFAR_MODEL = "vit_cifar_patch4_56"
 DIGITS_WEIGHTS = Path(__file__).parents[1] / "assets" / f"{DIGITS_MODEL}.safetensors"
 
-# timm looks this name up in the module that defines the model.
+# timm reads this name from the module that defines a model.
 default_cfgs = generate_default_cfgs(
     {
         f"{DIGITS_MODEL}.digits": {
@@ -65,7 +65,7 @@ def vit_digits_patch4_56(pretrained: bool = False, **kwargs: Any) -> VisionTrans
         The model, in training mode.
 
     Example:
-        >>> import timm, lightning_prune.classification.demo_models
+        >>> import lightning_prune, timm
         >>> timm.create_model("vit_digits_patch4_56", pretrained=True).num_classes
         10
     """
@@ -77,21 +77,23 @@ def vit_digits_patch4_56(pretrained: bool = False, **kwargs: Any) -> VisionTrans
 def vit_cifar_patch4_56(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
     """A ViT for 3 x 56 x 56 photographs: patches of 4 (196 tokens and CLS), depth 12, width 128, 4 heads, 10 classes.
 
-    Its blocks are DeiT's. The patches are embedded by three small convolutions instead of one (arXiv 2106.14881),
-    which learn from few images and little computing far better. 2.5 million parameters.
+    Its blocks are DeiT's. Three small convolutions embed the patches instead of one (arXiv 2106.14881), which trains
+    far better on few images. 2.5 million parameters.
 
     Args:
-        pretrained: There are no weights by that name; `ImageClassifier(weights=...)` reads a file.
+        pretrained: timm has no weights for this name; `ImageClassifier(weights=...)` reads a file.
         **kwargs: As for any timm Vision Transformer.
 
     Returns:
         The model, in training mode.
 
     Example:
-        >>> import timm, lightning_prune.classification.demo_models
+        >>> import lightning_prune, timm
         >>> timm.create_model("vit_cifar_patch4_56").patch_embed.num_patches
         196
     """
+    from timm.models.vision_transformer_hybrid import ConvStem, HybridEmbed  # needed by this model alone
+
     width = kwargs.get("embed_dim", 128)
     stem = ConvStem(
         in_chans=kwargs.get("in_chans", 3),
@@ -101,6 +103,6 @@ def vit_cifar_patch4_56(pretrained: bool = False, **kwargs: Any) -> VisionTransf
         act_layer=nn.GELU,
     )
     embed = partial(HybridEmbed, backbone=stem, proj=False)
-    # patch_size 1 is of the map that the convolutions give, in which every place is a token.
+    # patch_size counts positions of the stem's output, each of which is a token.
     shape = {"img_size": CANVAS, "patch_size": 1, "embed_dim": width, "depth": 12, "num_heads": 4}
     return build_model_with_cfg(VisionTransformer, CIFAR_MODEL, pretrained, **{"embed_layer": embed, **shape, **kwargs})

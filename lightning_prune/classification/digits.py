@@ -1,4 +1,9 @@
-"""The embedded digits: images drawn from scikit-learn's data."""
+"""The embedded data: scikit-learn's handwritten digits on a cluttered canvas.
+
+scikit-learn has 1,797 scans of handwritten digits, 8 x 8 pixels each. Each scan is enlarged, slanted a little and
+placed on a 56 x 56 canvas among fragments of other scans (as in cluttered MNIST). Most of the canvas is background,
+which a model may leave out, but not all of it looks like background.
+"""
 
 from collections.abc import Iterator
 from functools import cache
@@ -11,26 +16,35 @@ from torch.utils.data import Dataset, Sampler
 
 from lightning_prune.errors import ArgumentError
 
+CLASSES = 10
+CLUTTER = 0.5
+MEAN, STD = 0.19, 0.19  # of the pixels at clutter 1, as in most of the training
+HELD_OUT_SCANS = 500
+
+# A constant and no argument: with another split the embedded weights would have seen held-out scans in training.
+_SPLIT_SEED = 2407
+_SPLITS = ("train", "held_out")
+
 CANVAS = 56  # side in pixels
 
 Floats = NDArray[np.float32]
 Box = tuple[float, float, float]  # top, left and side of a digit on the canvas, in pixels
 
 _SIZES = (20.0, 28.0)  # side of the enlarged scan on the canvas, in pixels
-_FRAGMENTS = (4, 8)  # how many pieces of other scans lie around
+_FRAGMENTS = (4, 8)  # number of pieces of other scans
 
 
 def draw(scans: Floats, index: int, rng: np.random.Generator, clutter: float) -> tuple[Floats, Box]:
     """Draws one scan on a cluttered canvas.
 
     Args:
-        scans: Scans to take the digit and the fragments from, [scans, 8, 8] in [0, 1].
-        index: The scan to show.
-        rng: Decides everything random.
+        scans: Scans to take the digit and the fragments from, `(S, 8, 8)` in [0, 1].
+        index: Index of the scan.
+        rng: Generator of places, sizes and clutter.
         clutter: Contrast of everything but the digit, from 0 to 1.
 
     Returns:
-        The canvas, [56, 56] in [0, 1], and where the digit is.
+        The canvas, `(56, 56)` in [0, 1], and the box of the digit.
 
     Example:
         >>> import numpy as np
@@ -48,7 +62,7 @@ def draw(scans: Floats, index: int, rng: np.random.Generator, clutter: float) ->
 
 
 def _clutter(scans: Floats, index: int, box: Box, rng: np.random.Generator) -> Floats:
-    """Draws everything but the digit: a faint gradient, noise, and fragments of other scans beside the digit's box."""
+    """Draws everything but the digit: a faint gradient, noise, and fragments of other scans outside the digit's box."""
     ramp = np.linspace(-0.5, 0.5, CANVAS, dtype=np.float32)
     slopes = rng.uniform(-0.15, 0.15, size=2)
     canvas = 0.1 + slopes[0] * ramp[:, None] + slopes[1] * ramp + rng.normal(0.0, 0.04, (CANVAS, CANVAS))
@@ -81,14 +95,14 @@ def _paste(piece: Floats, top: float, left: float, pixel: float, slant: float = 
     Bilinear interpolation is separable, so two small matrices of tent functions do it at any subpixel position.
 
     Args:
-        piece: What to draw, [height, width] in [0, 1].
+        piece: What to draw, `(H, W)` in [0, 1].
         top: Upper edge on the canvas, in pixels.
         left: Left edge on the canvas, in pixels.
         pixel: Side of one pixel of the piece on the canvas, in pixels.
         slant: Shift to the left per pixel downwards, about the middle of the piece.
 
     Returns:
-        The canvas, [56, 56].
+        The canvas, `(56, 56)`.
     """
     at = np.arange(CANVAS, dtype=np.float32) + 0.5
     rows = _tents((at - top) / pixel, piece.shape[0]) @ piece
@@ -100,37 +114,27 @@ def _paste(piece: Floats, top: float, left: float, pixel: float, slant: float = 
 
 
 def _tents(position: NDArray[np.floating], count: int) -> Floats:
-    """Weights of `count` pixel centres at each position, [..., count]."""
+    """Weights of `count` pixel centres at each position, `(..., count)`."""
     centres = np.arange(count, dtype=np.float32) + 0.5
     return np.maximum(0.0, 1.0 - np.abs(position[..., None] - centres)).astype(np.float32)
-
-
-CLASSES = 10
-CLUTTER = 0.5
-MEAN, STD = 0.19, 0.19  # of the pixels at clutter 1, which most of the training sees
-HELD_OUT_SCANS = 500
-
-# The split belongs to the weights that were trained on it: another one would leak held-out scans into training,
-# so it is a constant and not an argument.
-_SPLIT_SEED = 2407
-_SPLITS = ("train", "held_out")
 
 
 class ClutteredDigits(Dataset[tuple[torch.Tensor, int]]):
     """Handwritten digits at random places and sizes on a cluttered 56 x 56 canvas.
 
-    An image depends on nothing but `(seed, split, index)`: not on workers, order or earlier calls. Index i shows scan
-    `i % scans` in its placement `i // scans`. Indices from `len(self)` on are valid too and show further placements,
-    so a sampler can make every epoch fresh without any state in the dataset.
+    An image depends on `(seed, split, index)` only, not on workers, order or earlier calls. Index i is scan `i % scans`
+    in its placement `i // scans`. Indices from `len(self)` on are valid too and give further placements, so that a
+    sampler can use new placements in every epoch.
 
     Args:
-        split: "train" (1,297 scans) or "held_out" (500). No scan is in both, and clutter comes from the own split.
+        split: "train" (1,297 scans) or "held_out" (500). No scan is in both; the clutter is of the same split.
         placements: Renderings of each scan; the length is scans times placements.
-        seed: Of places, sizes and clutter. It does not change the split.
-        clutter: Contrast of everything but the digit: at 1 fragments are as bright as it, at 0 it is alone on black.
+        seed: Seed of places, sizes and clutter. It does not change the split.
+        clutter: Contrast of everything but the digit: at 1 fragments are as bright as the digit, at 0 the digit is
+            alone on black.
 
     Raises:
-        ArgumentError: An argument is out of its range.
+        ArgumentError: If an argument is out of range.
 
     Example:
         >>> from lightning_prune.classification.digits import ClutteredDigits
@@ -143,13 +147,13 @@ class ClutteredDigits(Dataset[tuple[torch.Tensor, int]]):
         self, split: Literal["train", "held_out"], placements: int = 1, seed: int = 0, clutter: float = CLUTTER
     ) -> None:
         if split not in _SPLITS:
-            raise ArgumentError(f"split: expected one of {', '.join(_SPLITS)}, got {split!r}")
+            raise ArgumentError(f"`split` must be one of {', '.join(_SPLITS)}, got {split!r}.")
         if placements < 1:
-            raise ArgumentError(f"placements: expected at least 1, got {placements}")
+            raise ArgumentError(f"`placements` must be 1 or more, got {placements}.")
         if seed < 0:
-            raise ArgumentError(f"seed: expected 0 or more, got {seed}")
+            raise ArgumentError(f"`seed` must be 0 or more, got {seed}.")
         if not 0 <= clutter <= 1:
-            raise ArgumentError(f"clutter: expected a number from 0 to 1, got {clutter}")
+            raise ArgumentError(f"`clutter` must be in [0, 1], got {clutter}.")
         self.split = split
         self.placements = placements
         self.seed = seed
@@ -164,16 +168,16 @@ class ClutteredDigits(Dataset[tuple[torch.Tensor, int]]):
         return torch.from_numpy((canvas - MEAN) / STD).unsqueeze(0), int(self.labels[index % len(self.scans)])
 
     def render(self, index: int) -> tuple[Floats, Box]:
-        """Draws image `index`, not normalised, and says where its digit is.
+        """Draws image `index` without normalisation.
 
         Args:
-            index: 0 or more; see the class for what it shows.
+            index: 0 or more; see the class for its meaning.
 
         Returns:
-            The canvas, [56, 56] in [0, 1], and the box of the digit: top, left and side, in pixels.
+            The canvas, `(56, 56)` in [0, 1], and the box of the digit: top, left and side, in pixels.
         """
         if index < 0:
-            raise IndexError(f"index: expected 0 or more, got {index}")
+            raise IndexError(f"`index` must be 0 or more, got {index}.")
         placement, scan = divmod(index, len(self.scans))
         rng = np.random.default_rng([self.seed, _SPLITS.index(self.split), scan, placement])
         return draw(self.scans, scan, rng, self.clutter)
@@ -187,7 +191,7 @@ def load_scans(split: str) -> tuple[Floats, NDArray[np.int64]]:
         split: "train" or "held_out".
 
     Returns:
-        The scans, [scans, 8, 8] in [0, 1], and their labels, [scans].
+        The scans, `(S, 8, 8)` in [0, 1], and their labels, `(S,)`.
     """
     from sklearn.datasets import load_digits  # takes a second to import: only where digits are really read
     from sklearn.model_selection import train_test_split
@@ -201,13 +205,13 @@ def load_scans(split: str) -> tuple[Floats, NDArray[np.int64]]:
 
 
 class EpochSampler(Sampler[int]):
-    """Shuffles the scans of `ClutteredDigits` and moves on to placements never shown before every epoch.
+    """Shuffles the scans of `ClutteredDigits`, in new placements every epoch.
 
-    Lightning calls `set_epoch`, so a resumed training goes on where it was.
+    Lightning calls `set_epoch`, so a resumed training continues with the placements of its epoch.
 
     Args:
         scans: Number of scans.
-        seed: Of the order.
+        seed: Seed of the order.
     """
 
     def __init__(self, scans: int, seed: int = 0) -> None:
@@ -216,7 +220,7 @@ class EpochSampler(Sampler[int]):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Chooses the epoch, from 0."""
+        """Sets the epoch, from 0."""
         self.epoch = epoch
 
     def __len__(self) -> int:

@@ -1,4 +1,4 @@
-"""Evaluating an image classifier: accuracy, latency, throughput and energy of each step."""
+"""What `ImageClassifier` measures in a validation or test: accuracy, latency, throughput and energy."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -85,11 +85,11 @@ def meter_of(trainer: L.Trainer, warmup: int) -> EnergyMeter | None:
 
 
 class Evaluation(nn.Module):
-    """Accuracy, loss, throughput, latency and energy of one run over the data, whole also across processes.
+    """Accuracy, loss, throughput, latency and energy of one run over the data, reduced over all processes.
 
     Args:
         num_classes: Size of the head.
-        warmup: How many batches at the start do not count for the times; at least one always counts.
+        warmup: Number of batches at the start that are left out of the times; at least one is always counted.
 
     Example:
         >>> import torch
@@ -109,7 +109,7 @@ class Evaluation(nn.Module):
         if num_classes > 5:
             metrics["top5"] = _accuracy(num_classes, 5)
         metrics |= {"throughput": Throughput(), "throughput_end_to_end": Throughput()}
-        metrics |= {"latency_p50": Latency(0.5), "latency_p95": Latency(0.95)}
+        metrics |= {"latency_p50": Latency(0.5), "latency_p90": Latency(0.9)}
         metrics |= {quantity: Energy(quantity) for quantity in QUANTITIES}
         self.metrics = nn.ModuleDict(metrics)
         self.timer = StepTimer()
@@ -117,10 +117,10 @@ class Evaluation(nn.Module):
         self.shares: list[SamplerShare | None] = []
 
     def reset(self, trainer: L.Trainer | None = None) -> None:
-        """Forgets everything measured.
+        """Resets all metrics.
 
         Args:
-            trainer: Whose loaders come next, to leave out the images that they repeat under several processes.
+            trainer: The trainer of the next run; images that its samplers repeat over processes are left out.
         """
         self.shares = shares_of(trainer) if trainer is not None else []
         self.timer = StepTimer()
@@ -130,20 +130,20 @@ class Evaluation(nn.Module):
 
     @contextmanager
     def timing(self, images: Tensor) -> Iterator[None]:
-        """Times what is done to a batch of images inside the block, its device waited for on either side."""
+        """Times the block, which runs a batch of images; the device is synchronised before and after it."""
         if self.meter is not None:
             self.meter.begin(len(images))
         with self.timer.timing(len(images), images.device):
             yield
 
     def update(self, logits: Tensor, labels: Tensor, batch_idx: int = 0, dataloader_idx: int = 0) -> None:
-        """Adds one batch that `check_batch` has let through, without the images in it that are repeated.
+        """Adds one batch that `check_batch` has accepted, without the images in it that are repeated.
 
         Args:
-            logits: [batch, classes].
-            labels: [batch].
-            batch_idx: Which batch of its loader it is.
-            dataloader_idx: Which loader.
+            logits: `(B, num_classes)`.
+            labels: `(B,)`.
+            batch_idx: Index of the batch in its loader.
+            dataloader_idx: Index of the loader.
         """
         share = self.shares[dataloader_idx] if dataloader_idx < len(self.shares) else None
         if share is not None:
@@ -159,9 +159,9 @@ class Evaluation(nn.Module):
                 metrics[name].update(logits, labels)
 
     def finish(self) -> dict[str, Metric]:
-        """Passes times and energy on to their metrics, once, and returns all metrics by name.
+        """Updates the metrics of time and energy, once, and returns all metrics by name.
 
-        Those of energy are left out where the device has no counter, or the run was shorter than a second.
+        Those of energy are left out if the device has no counter or the run was shorter than a second.
         """
         metrics = self._by_name()
         metered = self.meter.finish() if self.meter is not None else None
@@ -174,14 +174,14 @@ class Evaluation(nn.Module):
         for step in drop_warmup(self.timer.forward, self.warmup):
             metrics["throughput"].update(step.images, step.seconds)
             metrics["latency_p50"].update(step.seconds)
-            metrics["latency_p95"].update(step.seconds)
+            metrics["latency_p90"].update(step.seconds)
         for step in drop_warmup(self.timer.end_to_end, self.warmup):
             metrics["throughput_end_to_end"].update(step.images, step.seconds)
         self.timer = StepTimer()
         return metrics
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy of the module, made during a run or after an aborted one, has no part in it; counters hold handles.
+        # A copy of the module takes no part in the run of the original, and handles of counters cannot be copied.
         return {**self.__dict__, "meter": None}
 
     def _by_name(self) -> dict[str, Metric]:
@@ -189,62 +189,60 @@ class Evaluation(nn.Module):
 
 
 def _accuracy(num_classes: int, top_k: int) -> Metric:
-    # Validation of the arguments would wait for the device once more, and check_batch has done it.
+    # check_batch has validated the arguments; doing it again would synchronise the device once more.
     return MulticlassAccuracy(num_classes=num_classes, top_k=top_k, average="micro", validate_args=False)
 
 
 def split_batch(batch: Any, where: str) -> tuple[Tensor, Tensor]:
-    """Takes a batch apart.
+    """Splits a batch into images and labels.
 
     Args:
-        batch: What the dataloader gave.
-        where: Which batch it is, for the message.
+        batch: A batch of the dataloader.
+        where: Name of the batch in error messages.
 
     Returns:
-        Images, [batch, channels, height, width], and labels, [batch].
+        Images `(B, C, H, W)` and labels `(B,)`.
 
     Raises:
-        DataError: It is not a pair of tensors.
+        DataError: If the batch is not a pair of tensors.
     """
     if isinstance(batch, list | tuple) and len(batch) == 2 and all(isinstance(part, Tensor) for part in batch):
         return batch[0], batch[1]
-    came = [type(part).__name__ for part in batch] if isinstance(batch, list | tuple) else type(batch).__name__
-    raise DataError(f"{where}: expected a pair of tensors (images, labels), got {came}.")
+    types = [type(part).__name__ for part in batch] if isinstance(batch, list | tuple) else type(batch).__name__
+    raise DataError(f"{where.capitalize()} must be a pair of tensors (images, labels), got {types}.")
 
 
 def check_batch(logits: Any, labels: Tensor, num_classes: int, where: str, finite: bool = True) -> None:
-    """Finds what would become a wrong figure or, on a GPU, a crash that names neither place nor cause.
+    """Checks logits and labels, which would otherwise give wrong figures or an obscure crash on a GPU.
 
-    It waits for the device, once, so call it outside of what is timed.
+    It synchronises the device once, so call it outside of timed code.
 
     Args:
-        logits: What the model gave; should be [batch, classes].
-        labels: [batch].
+        logits: Output of the model; must be `(B, num_classes)`.
+        labels: `(B,)`.
         num_classes: Size of the head.
-        where: Which batch it is, for the message.
-        finite: Whether to look for NaN and infinity.
+        where: Name of the batch in error messages.
+        finite: Whether the logits must be finite.
 
     Raises:
-        DataError: The output is no such tensor or not finite, or a label is no class of the head.
+        DataError: If the logits have another type or shape or are not finite, or a label is not a class of the head.
     """
     if not isinstance(logits, Tensor) or logits.shape != (len(labels), num_classes):
-        came = f"shape {list(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
-        raise DataError(
-            f"{where}: expected the model to give logits of shape [{len(labels)}, {num_classes}], got {came}."
-        )
+        got = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
+        raise DataError(f"Logits of {where} must have shape {(len(labels), num_classes)}, got {got}.")
     if labels.ndim != 1 or labels.is_floating_point() or labels.is_complex():
         raise DataError(
-            f"{where}: expected labels as a row of integers, got {labels.dtype} of shape {list(labels.shape)}."
+            f"Labels of {where} must be integers of shape (B,), got {labels.dtype} of shape {tuple(labels.shape)}."
         )
     outside = (labels < 0) | (labels >= num_classes)
     broken = ~torch.isfinite(logits).all(dim=1)
-    wrong_labels, broken_images = torch.stack([outside.sum(), broken.sum()]).tolist()  # the one wait
+    wrong_labels, broken_images = torch.stack([outside.sum(), broken.sum()]).tolist()  # the one synchronisation
     if wrong_labels:
         raise DataError(
-            f"{where}: label {int(labels[outside][0])} is out of range, the model's head has {num_classes} classes "
-            f"(0 to {num_classes - 1})."
+            f"Labels of {where} must be in 0 to {num_classes - 1}, the classes of the model's head, "
+            f"got {int(labels[outside][0])}."
         )
     if finite and broken_images:
         raise DataError(
-            f"{where}: expected finite logits, got NaN or infinity for {broken_images} of {len(labels)} images."
+            f"Logits of {where} must be finite, got NaN or infinity for {broken_images} of {len(labels)} images."
         )

@@ -9,51 +9,49 @@ import timm
 from timm.data.config import resolve_model_data_config
 from torch import Tensor, nn
 
-from lightning_prune.classification import demo_models as zoo
+import lightning_prune.classification.demo_models  # noqa: F401  in the command the root has not registered them
 from lightning_prune.classification.checkpoints import load_weights
 from lightning_prune.classification.evaluation import Evaluation, check_batch, split_batch
 from lightning_prune.errors import ArgumentError, WeightsError
 from lightning_prune.patching import find_vision_transformer
 from lightning_prune.runtimes.compilation import Compiled, Mode, force_eager, parse_compile_mode
 
-__all__ = ["ImageClassifier", "zoo"]  # zoo is imported for what that does: the embedded model becomes known to timm
-
 
 class ImageClassifier(L.LightningModule):
-    """Validates, tests and predicts with an image classifier, and measures how fast it is.
+    """Validates, tests and predicts with an image classifier, and measures its speed.
 
-    Batches are `(images, labels)`, images [batch, channels, height, width] and labels [batch]. It logs under `val/`
-    and `test/`, pooled over all dataloaders of the run:
+    Batches are `(images, labels)`: images `(B, C, H, W)`, labels `(B,)`. It logs under `val/` and `test/`, over all
+    dataloaders of the run together:
 
-    - `loss` (cross-entropy), `top1`, and `top5` where there are more than 5 classes;
+    - `loss` (cross-entropy), `top1`, and `top5` if there are more than 5 classes;
     - `throughput`: images per second in the forward pass, without loading and transfer;
     - `throughput_end_to_end`: images per second from the end of one batch to the end of the next;
-    - `latency_p50`, `latency_p95`: milliseconds per batch in the forward pass;
-    - `joules_per_image`, `watts`: of the whole loop, the idle device's share included, where the device has an energy
-      counter (`lightning_prune.profiling.find_counter`) and the run lasts a second or longer after its warm-up.
+    - `latency_p50`, `latency_p90`: milliseconds per batch in the forward pass;
+    - `joules_per_image`, `watts`: of the whole loop, including what the device draws when idle. Only if the device has
+      an energy counter (`lightning_prune.profiling.find_counter`) and the run lasts a second or more after warm-up.
 
-    Times are taken with the device synchronised. Warm-up batches and batches of odd size do not count for them. Images
-    that a DistributedSampler repeats, to give all processes as many, count for the times only. The callback
-    `TokenPruning` works with any LightningModule; this one is for those who have none. To train, subclass it and add
-    `configure_optimizers`.
+    The device is synchronised before and after each timed pass. Warm-up batches and batches of another size than most
+    are left out of the times. Images that a DistributedSampler repeats, so that all processes get the same number, are
+    left out of loss and accuracy. The callback `TokenPruning` works with any LightningModule; use this class if you
+    have none. To train, subclass it and add `configure_optimizers`.
 
     Args:
-        model: Name of a timm model, or any module that maps images to logits [batch, classes], or to an output with
-            `logits`, as Hugging Face's classifiers do.
-        pretrained: Whether timm loads its weights for that name. Ignored where `weights` are given.
+        model: Name of a timm model, or a module that returns logits `(B, num_classes)` or an output with `logits`, as
+            Hugging Face's classifiers do.
+        pretrained: Whether timm loads its weights for that name. Ignored if `weights` is given.
         weights: A weights file for the model: `.safetensors`, `.pth`, or a Lightning checkpoint; read without pickle.
-        num_classes: Size of the head; by default the model's own. With another size than that of timm's weights
-            the head is a new one, at random.
-        compile: Whether to run the model through `torch.compile`: True, or one of its modes, as `"reduce-overhead"` for
-            CUDA graphs. Each batch size is compiled for itself; batches smaller than the first of a run, as the last
-            one may be, run eagerly.
+        num_classes: Size of the head; by default the model's own. If it differs from that of timm's weights, the head
+            is initialised at random.
+        compile: Whether to run the model through `torch.compile`: True, or one of its modes, such as
+            `"reduce-overhead"` for CUDA graphs. Each batch size is compiled separately; batches smaller than the first
+            one of a run run eagerly.
         model_kwargs: Further arguments of `timm.create_model`.
-        warmup: How many batches at the start do not count for the times; at least one always counts.
+        warmup: Number of batches at the start that are left out of the times; at least one batch is always counted.
 
     Raises:
-        ArgumentError: An argument cannot be used; an unknown name comes with similar ones.
-        FileFormatError: The weights file cannot be read.
-        WeightsError: The weights do not fit the model, or timm cannot get them.
+        ArgumentError: If an argument cannot be used. An unknown model name is answered with similar names.
+        FileFormatError: If the weights file cannot be read.
+        WeightsError: If the weights do not fit the model, or timm cannot load them.
 
     Example:
         >>> import lightning as L
@@ -77,14 +75,14 @@ class ImageClassifier(L.LightningModule):
     ) -> None:
         super().__init__()
         if num_classes is not None and num_classes < 1:
-            raise ArgumentError(f"num_classes: expected at least 1, got {num_classes}")
+            raise ArgumentError(f"`num_classes` must be 1 or more, got {num_classes}.")
         if warmup < 0:
-            raise ArgumentError(f"warmup: expected 0 or more, got {warmup}")
+            raise ArgumentError(f"`warmup` must be 0 or more, got {warmup}.")
         self.save_hyperparameters(ignore=["model"] if isinstance(model, nn.Module) else None)
         if isinstance(model, str):
             model = _create(model, pretrained and weights is None, num_classes, model_kwargs or {})
         elif model_kwargs:
-            raise ArgumentError("model_kwargs: expected none beside a module, they are for timm.create_model")
+            raise ArgumentError(f"`model_kwargs` must be None if `model` is a module, got {model_kwargs!r}.")
         if weights is not None:
             load_weights(model, weights)
         self.model = model
@@ -97,9 +95,9 @@ class ImageClassifier(L.LightningModule):
 
     @property
     def data_config(self) -> dict[str, Any] | None:
-        """What the model wants to see: timm's data config with input_size, mean, std, interpolation, crop_pct.
+        """Timm's data config of the model: input_size, mean, std, interpolation, crop_pct.
 
-        None where the model has no `pretrained_cfg` to read it off, as a module of your own.
+        None if the model has no `pretrained_cfg`, as a module of your own.
         """
         return resolve_model_data_config(self.model) if getattr(self.model, "pretrained_cfg", None) else None
 
@@ -107,13 +105,13 @@ class ImageClassifier(L.LightningModule):
         """Classifies images.
 
         Args:
-            images: [batch, channels, height, width], normalised as the model wants it.
+            images: `(B, C, H, W)`, normalised as the model expects.
 
         Returns:
-            Logits, [batch, classes].
+            Logits, `(B, num_classes)`.
         """
         output = self.model(images)
-        logits: Tensor = getattr(output, "logits", output)  # Hugging Face's models return them among other things
+        logits: Tensor = getattr(output, "logits", output)  # Hugging Face's models return an output with several fields
         return logits
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -127,7 +125,7 @@ class ImageClassifier(L.LightningModule):
         return loss
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
-        """Returns the logits of a batch, [batch, classes]; labels in it are ignored."""
+        """Returns the logits of a batch, `(B, num_classes)`; labels in the batch are ignored."""
         images = batch[0] if isinstance(batch, list | tuple) else batch
         with self._eagerly_if_short(images, batch_idx):
             logits: Tensor = self(images)
@@ -150,7 +148,7 @@ class ImageClassifier(L.LightningModule):
         self.evaluation.update(logits, labels, batch_idx, dataloader_idx)
 
     def _eagerly_if_short(self, images: Any, batch_idx: int) -> AbstractContextManager[Any]:
-        """Eager for a batch smaller than the first of its loader: it comes once, and would be compiled for seconds."""
+        """Runs a batch eagerly if it is smaller than the first: it occurs once, and compiling for it takes seconds."""
         if not self._compiled:
             return nullcontext()
         self._batch_size = len(images) if batch_idx == 0 else self._batch_size
@@ -161,11 +159,11 @@ class ImageClassifier(L.LightningModule):
             self.log(f"{stage}/{name}", metric, prog_bar=name == "top1")
 
     def on_validation_epoch_start(self) -> None:
-        """Forgets the validation before, so that nothing of a sanity check or an aborted run is counted."""
+        """Resets all metrics, so that nothing of a sanity check or an aborted run is counted."""
         self.evaluation.reset(self.trainer)
 
     def on_validation_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Starts the end-to-end clock, after the callbacks: what they do before the first batch is not counted."""
+        """Starts the end-to-end clock, after the callbacks: their work before the first batch is not counted."""
         self.evaluation.timer.start()
 
     def on_validation_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -185,37 +183,38 @@ class ImageClassifier(L.LightningModule):
         self._log_evaluation("test")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Makes the checkpoint stand alone: loading it needs neither timm's weights nor the weights file again."""
+        """Makes the checkpoint self-contained: loading it needs neither timm's weights nor the weights file."""
         if "hyper_parameters" in checkpoint:
             checkpoint["hyper_parameters"] |= {"pretrained": False, "weights": None}
 
 
 def _create(name: str, pretrained: bool, num_classes: int | None, kwargs: dict[str, Any]) -> nn.Module:
-    """Creates a timm model, with errors that say what to do."""
-    if ":" not in name and not timm.is_model(name):  # with a colon it is a hub's or a folder's, which timm resolves
+    """Creates a timm model."""
+    if ":" not in name and not timm.is_model(name):  # timm resolves "hf-hub:..." and "local-dir:..." itself
         close = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=3)
         hint = f" Similar: {', '.join(close)}." if close else ""
-        raise ArgumentError(f"model: expected the name of a timm model, got {name!r}.{hint}")
+        raise ArgumentError(f"`model` must be the name of a timm model, got {name!r}.{hint}")
     if num_classes is not None:
         kwargs = {**kwargs, "num_classes": num_classes}
     try:
         return timm.create_model(name, pretrained=pretrained, **kwargs)
     except TypeError as error:
-        raise ArgumentError(f"model_kwargs: {name} does not take {sorted(kwargs)}: {error}") from error
+        raise ArgumentError(f"`model_kwargs` must be arguments of {name}, got {sorted(kwargs)}: {error}") from error
     except (OSError, RuntimeError) as error:  # offline, no such tag, no weights published for this name
         if not pretrained:
             raise
         reason = str(error).strip().splitlines()[0]
         raise WeightsError(
-            f"model: no pretrained weights for {name!r}: {reason} Give a local file as weights=, or pretrained=False."
+            f"`model` must be a name that timm can load weights for, got {name!r}: {reason} "
+            "Give a local file as `weights`, or `pretrained=False`."
         ) from error
 
 
 def _head_size(model: nn.Module) -> int:
-    """Reads the number of classes off a model."""
+    """The number of classes that a model has."""
     size = getattr(model, "num_classes", getattr(model, "num_labels", None))  # the latter in Hugging Face's models
     if not isinstance(size, int) or size < 1:
         raise ArgumentError(
-            f"num_classes: expected it to be given, for {type(model).__name__} does not say it (num_classes: {size!r})"
+            f"`num_classes` must be given for a {type(model).__name__}, which has no number of classes, got {size!r}."
         )
     return size

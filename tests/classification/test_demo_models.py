@@ -1,5 +1,8 @@
 import json
+import subprocess
+import sys
 
+import pytest
 import timm
 import torch
 from safetensors.torch import load_file
@@ -32,3 +35,33 @@ def test_figures_beside_the_weights_hold() -> None:
         predicted = model(torch.stack([image for image, _ in samples])).argmax(1)
     right = (predicted == torch.tensor([label for _, label in samples])).float().mean().item()
     assert abs(100 * right - figures["held_out_top1"]) < 4  # 200 images: about three standard errors
+
+
+HEAVY = {"lightning", "pytorch_lightning", "torchmetrics", "jsonargparse", "sklearn", "matplotlib", "transformers"}
+
+
+@pytest.mark.parametrize("order", ["import timm, lightning_prune", "import lightning_prune, timm"])
+def test_timm_knows_the_names_once_the_package_is_imported(order: str) -> None:
+    code = f"""
+import sys
+{order}
+names = ("vit_digits_patch4_56", "vit_cifar_patch4_56")
+print([timm.create_model(name).num_classes for name in names], sorted({HEAVY!r} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[10, 10] []"  # and timm has not warned that a name is registered twice
+
+
+def test_the_command_registers_when_a_command_runs() -> None:
+    code = """
+import sys
+sys.argv = ["bin/lightning-prune", "--version"]
+from lightning_prune.__main__ import main
+main(["--version"])
+assert "torch" not in sys.modules
+import timm
+assert not timm.is_model("vit_digits_patch4_56")
+from lightning_prune.classification.image_classifier import ImageClassifier
+assert timm.is_model("vit_digits_patch4_56")
+"""
+    subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)

@@ -21,35 +21,34 @@ def test_good_batches_pass() -> None:
 @pytest.mark.parametrize(
     ("logits", "labels", "message"),
     [
-        (torch.zeros(4, 5), LABELS, r"expected the model to give logits of shape \[4, 6\], got shape \[4, 5\]\."),
-        ({"logits": 1}, LABELS, r"expected the model to give logits of shape \[4, 6\], got dict\."),
-        (torch.zeros(4, 6), LABELS.float(), r"expected labels as a row of integers, got torch.float32 of shape \[4\]"),
+        (torch.zeros(4, 5), LABELS, r"^Logits .*\(4, 6\), got shape \(4, 5\)\."),
+        ({"logits": 1}, LABELS, r"^Logits .*\(4, 6\), got dict\."),
+        (torch.zeros(4, 6), LABELS.float(), r"^Labels .*integers.*got torch.float32 of shape \(4,\)"),
         (
             torch.zeros(4, 6),
             LABELS[:, None],
-            r"expected labels as a row of integers, got torch.int64 of shape \[4, 1\]",
+            r"^Labels .*integers.*got torch.int64 of shape \(4, 1\)",
         ),
-        (torch.zeros(4, 6), LABELS + 3, r"label 8 is out of range, the model's head has 6 classes \(0 to 5\)\."),
-        (torch.zeros(4, 6), LABELS - 1, r"label -1 is out of range"),
+        (torch.zeros(4, 6), LABELS + 3, r"^Labels .*0 to 5,.*got 8\."),
+        (torch.zeros(4, 6), LABELS - 1, r"^Labels .*0 to 5,.*got -1\."),
         (
             torch.zeros(4, 6).index_fill(0, torch.tensor([1, 3]), torch.inf),
             LABELS,
-            r"NaN or infinity for 2 of 4 images",
+            r"^Logits .*finite.*2 of 4 images",
         ),
     ],
 )
 def test_what_would_become_a_wrong_figure(logits: object, labels: Tensor, message: str) -> None:
-    with pytest.raises(
-        DataError, match=f"^test batch 7: .*{message}" if "NaN" in message else f"^test batch 7: {message}"
-    ):
+    with pytest.raises(DataError, match=message) as error:
         check_batch(logits, labels, 6, "test batch 7")
+    assert "of test batch 7" in str(error.value)
 
 
 @pytest.mark.parametrize(
     ("batch", "came"), [(LABELS, "Tensor"), ([LABELS], r"\['Tensor'\]"), ({"image": 1}, "dict"), ((LABELS, 3), "'int'")]
 )
 def test_batch_that_is_no_pair(batch: object, came: str) -> None:
-    with pytest.raises(DataError, match=rf"^test batch 7: expected a pair of tensors \(images, labels\), got .*{came}"):
+    with pytest.raises(DataError, match=rf"^Test batch 7 must be a pair.*got .*{came}"):
         split_batch(batch, "test batch 7")
 
 

@@ -87,7 +87,7 @@ def test_times_leave_out_warm_up_and_the_odd_last_batch(monkeypatch: pytest.Monk
     assert logged["val/throughput"] == pytest.approx(8 / 2.0)
     assert logged["val/throughput_end_to_end"] == pytest.approx(8 / 2.0)
     assert logged["val/latency_p50"] == pytest.approx(1000.0)
-    assert logged["val/latency_p95"] == pytest.approx(1450.0)
+    assert logged["val/latency_p90"] == pytest.approx(1400.0)
 
 
 def test_what_callbacks_do_before_the_first_batch_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,7 +128,7 @@ def test_predict_gives_logits_with_or_without_labels() -> None:
 @pytest.mark.parametrize("label", [6, -1])
 def test_label_out_of_range(label: int) -> None:
     labels = torch.tensor([0, 0, 0, 0, 0, label, 0, 0, 0, 0])
-    message = rf"^validation batch 1: label {label} is out of range, the model's head has 6 classes \(0 to 5\)\.$"
+    message = rf"validation batch 1 must be in 0 to 5.*got {label}\.$"
     with pytest.raises(DataError, match=message):
         trainer().validate(ImageClassifier(Fixed()), loader(RANKED, labels))
 
@@ -136,7 +136,7 @@ def test_label_out_of_range(label: int) -> None:
 def test_logits_that_are_not_finite() -> None:
     logits = RANKED.clone()
     logits[8, 2], logits[9, 0] = torch.nan, torch.inf
-    message = r"^test batch 2: expected finite logits, got NaN or infinity for 2 of 2 images\.$"
+    message = r"test batch 2 must be finite.*2 of 2 images"
     with pytest.raises(DataError, match=message):
         trainer().test(ImageClassifier(Fixed()), loader(logits, torch.zeros(10, dtype=torch.long)))
 
