@@ -26,7 +26,6 @@ options (all of them: lightning-prune COMMAND --help):
   --prune.method NAME      the reduction: pomt, pomt-nearest, topk, evit, tome, shift, vwt-intra, random, or a class
   --prune.schedule VALUE   auto, a number of tokens, a keep rate, a list with one number a block, or a file
   --prune.block VALUE      the reducing block: an index, or a fraction of the depth
-  --prune.alpha NUMBER     weight of latency against accuracy in [0, 1]
   --output DIR             folder for the files (compare, profile)
   --max_drop SHARE         accuracy budget: share of the accuracy proxy that may be lost (compare)
   --methods NAME ...       methods to compare, such as pomt tome int8 pomt+int8 (compare)

@@ -1,5 +1,6 @@
 """Lightning callbacks: what users touch first."""
 
-from lightning_prune.callbacks.token_pruning import TokenPruning
+from lightning_prune.callbacks.config import PruningConfig
+from lightning_prune.callbacks.token_pruning import TokenPruning, config_of
 
-__all__ = ["TokenPruning"]
+__all__ = ["PruningConfig", "TokenPruning", "config_of"]

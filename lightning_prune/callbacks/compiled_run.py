@@ -1,79 +1,63 @@
 """The Vision Transformer of a run, compiled from its first batch to its end."""
 
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lightning as L
 
 from lightning_prune.callbacks.batches import images_from_batch
+from lightning_prune.callbacks.config import PruningConfig
 from lightning_prune.patching import find_vision_transformer
-from lightning_prune.runtimes.compilation import Compiled, Mode, force_eager, raised_recompile_limit
-
-if TYPE_CHECKING:
-    from lightning_prune.callbacks.token_pruning import TokenPruning
+from lightning_prune.runtimes.compilation import Compiled, force_eager, raised_recompile_limit
 
 
-class Compilation:
-    """Compiles the transformer while a run lasts; batches smaller than its first run eagerly.
+class CompiledRun:
+    """Compiles the transformer while a run lasts; batches smaller than the first one run eagerly.
 
-    A last batch that is short would be compiled for seconds to be run once.
-
-    Args:
-        mode: How, or None to leave the transformer as it is.
+    A short last batch would take seconds to compile and would run once.
     """
 
-    def __init__(self, mode: Mode | None) -> None:
-        self.mode = mode
+    def __init__(self) -> None:
         self._run: ExitStack | None = None
         self._batch = ExitStack()
         self._size = 0
 
     def __getstate__(self) -> dict[str, object]:
-        """Without the run under way."""
+        """Without the current run."""
         return {**vars(self), "_run": None, "_batch": ExitStack()}
 
-    def begin(self, pruner: "TokenPruning", pl_module: L.LightningModule) -> None:
-        """Compiles, unless that is done or not wanted.
+    def before_batch(self, config: PruningConfig, pl_module: L.LightningModule, batch: Any, first: bool) -> None:
+        """Compiles at the first batch of a run; a batch that is smaller than the first of its loader runs eagerly.
 
         Args:
-            pruner: Says which transformer.
-            pl_module: Contains it.
-
-        Raises:
-            ArgumentError: If it is compiled already.
-        """
-        if self.mode is None or self._run is not None:
-            return
-        transformer = find_vision_transformer(pl_module, pruner.target)
-        with ExitStack() as stack:
-            stack.callback(Compiled(transformer.runner, self.mode, list(transformer.blocks)).undo)
-            stack.enter_context(raised_recompile_limit())
-            self._run = stack.pop_all()
-
-    def before_batch(self, pruner: "TokenPruning", pl_module: L.LightningModule, batch: Any, first: bool) -> None:
-        """Begins, if need be; lets a batch that is smaller than the first of its loader run eagerly.
-
-        Args:
-            pruner: Says where images are.
+            config: Says how to compile, which transformer, and where images are.
             pl_module: Contains the transformer.
             batch: As the step will receive it.
-            first: Whether it is the first.
+            first: Whether it is the first batch of its loader.
+
+        Raises:
+            ArgumentError: If the transformer is compiled already.
         """
         self.after_batch()
-        self.begin(pruner, pl_module)
-        if self._run is None:
+        if config.compile_mode is None:
             return
-        size = len(images_from_batch(batch, pruner.images_from_batch))
+        if self._run is None:
+            transformer = find_vision_transformer(pl_module, config.module_path)
+            with ExitStack() as stack:
+                stack.callback(Compiled(transformer.runner, config.compile_mode, list(transformer.blocks)).undo)
+                stack.enter_context(raised_recompile_limit())
+                self._run = stack.pop_all()
+        size = len(images_from_batch(batch, config.images_from_batch))
         self._size = size if first else self._size
         if size < self._size:
             self._batch.enter_context(force_eager())
 
     def after_batch(self) -> None:
-        """Ends what `before_batch` began."""
+        """Ends what `before_batch` began for one batch."""
         self._batch.close()
 
     def end(self) -> None:
-        """Makes the transformer what it was."""
+        """Restores the transformer."""
         self._batch.close()
         if self._run is not None:
             self._run.close()

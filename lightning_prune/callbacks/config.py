@@ -1,211 +1,200 @@
-"""What a `TokenPruning` callback was asked for."""
+"""The settings of `TokenPruning`: one frozen object that validates itself and that every helper takes."""
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from os import PathLike
+from pathlib import Path
 from typing import Any, Literal, get_args
 
+from torch import Tensor
+
+from lightning_prune._utils.validation import check, check_bool, check_choice, check_int, check_positive, is_int
 from lightning_prune.errors import ArgumentError
-from lightning_prune.planning import Objective
+from lightning_prune.planning import Objective, Utility
 from lightning_prune.planning.api import AUTO
+from lightning_prune.profiling import ProfileStore
 from lightning_prune.profiling.measurement import Protocol
-from lightning_prune.reduction import Reduction
+from lightning_prune.reduction import Reduction, resolve
+from lightning_prune.runtimes.compilation import Mode
 from lightning_prune.schedule import KeepRates, Schedule, load_schedule
 
+ScheduleLike = Literal["auto"] | int | float | list[int] | str | Path | Schedule | KeepRates
 
-class Refreshing:
-    """Whether to measure anew; set between runs, it makes the next run decide anew, once.
-
-    Runs after that keep what was decided, or a validation in every epoch would measure every time.
-    """
-
-    _refresh: bool = False
-    _due: bool = False
-
-    @property
-    def refresh(self) -> bool:
-        """Whether latency is measured anew even where a profile is kept."""
-        return self._refresh
-
-    @refresh.setter
-    def refresh(self, value: bool) -> None:
-        self._due = value and (self._due or not self._refresh)
-        self._refresh = value
-
-
-def _whole(value: Any, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-_RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {  # argument -> what it must be, and whether a value is
-    "objective": ("an Objective such as Utility(0.5), or None", lambda v: v is None or isinstance(v, Objective)),
-    "block": (
-        "an index >= 0, a fraction of the depth in [0, 1) or 'auto'",
-        lambda v: v == "auto" or _whole(v, 0) or (isinstance(v, float) and 0 <= v < 1),
-    ),
-    "calibration": (
-        "a number of images >= 1, a tensor of images or a loader",
-        lambda v: _whole(v, 1) or (isinstance(v, Iterable) and not isinstance(v, str | bytes)),
-    ),
-    "time_limit": ("a number > 0", lambda v: _whole(v, 1) or (isinstance(v, float) and v > 0)),
-    "target": ("a dotted path or None", lambda v: v is None or isinstance(v, str)),
-    "protocol": ("'deployed' or 'paper'", lambda v: isinstance(v, str) and v in get_args(Protocol)),
-    "cache_dir": ("a folder, 'auto' or None", lambda v: v is None or isinstance(v, str | PathLike)),
-    "enabled": ("True or False", lambda v: isinstance(v, bool)),
-    "refresh": ("True or False", lambda v: isinstance(v, bool)),
-    "verbose": ("True or False", lambda v: isinstance(v, bool)),
-    "seed": ("a whole number >= 0", lambda v: _whole(v, 0)),
+_BLOCK = 0.25  # of the depth: where the POMT paper's block stands
+_RUNTIMES: dict[str, Mode | None] = {
+    "torch": None,
+    "torch.compile": "default",
+    **{
+        f"torch.compile:mode={mode}": mode
+        for mode in ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs", "blocks")
+    },
 }
 
 
-def check_arguments(**given: Any) -> None:
-    """Refuses what no model and no data could make usable.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PruningConfig:
+    """What a `TokenPruning` callback was asked for; see there for the arguments.
+
+    After construction `method` is `"auto"` or a `Reduction`, and `schedule` is `"auto"`, a number, a `Schedule` or
+    `KeepRates`: names are resolved and files are read.
 
     Raises:
-        ArgumentError: Names the argument, what it must be and what came.
-    """
-    for name, value in given.items():
-        expected, fits = _RULES[name]
-        if not fits(value):
-            raise ArgumentError(f"`{name}` must be {expected}, got {value!r}.")
+        ArgumentError: If a setting is unusable, whatever the model and the data are, or has no effect with another one.
+        ScheduleError: If `schedule` is a list that is not a schedule.
+        FileFormatError: If `schedule` is a path of a file that holds none.
 
-
-def check_together(
-    reduction: Reduction | None, block: Any, schedule: Any, objective: Any, alpha: float, protocol: str
-) -> None:
-    """Refuses arguments of which one would play no part beside another; `reduction` is None where it is searched for.
-
-    Raises:
-        ArgumentError: Names the argument, what came and why.
-    """
-    if objective is not None and alpha != 0.5:
-        raise ArgumentError(f"`alpha` belongs to the default objective; got alpha={alpha} and {objective!r}.")
-    check_place(reduction, block)
-    if reduction is not None and reduction.adaptive:
-        check_adaptive(reduction, schedule=schedule, objective=objective, alpha=alpha, protocol=protocol)
-    elif reduction is None or block == "auto":
-        check_search("method" if reduction is None else "block", schedule=schedule, protocol=protocol)
-
-
-def check_adaptive(reduction: Reduction, **given: Any) -> None:
-    """Refuses what would play no part with a reduction of which the images decide how many tokens go.
-
-    Raises:
-        ArgumentError: Names the argument, what came and why.
-    """
-    defaults = {"schedule": "auto", "objective": None, "alpha": 0.5, "protocol": "deployed"}
-    for name, value in given.items():
-        if type(value) is not type(defaults[name]) or value != defaults[name]:
-            raise ArgumentError(
-                f"With {reduction.name} the images decide how many tokens go, and nothing is planned: `{name}` must be "
-                f"left out, got {value!r}."
-            )
-
-
-def check_place(reduction: Reduction | None, block: int | float | str) -> None:
-    """Refuses a block that would play no part, and a search over blocks for a method that does not act in them.
-
-    Args:
-        reduction: The method; None where it is searched for.
-        block: What came for it.
-
-    Raises:
-        ArgumentError: Names the argument, what came and why.
-    """
-    if reduction is None and block not in (0.25, "auto"):
-        raise ArgumentError(f"`block` must be left out with method='auto', which searches all blocks; got {block!r}.")
-    if reduction is not None and block == "auto" and (reduction.site != "block" or reduction.adaptive):
-        raise ArgumentError(
-            f"`block` must be left out with {reduction.name}, which does not act in blocks that could be searched; got "
-            "'auto'."
-        )
-
-
-def check_search(which: str, schedule: Any, protocol: str) -> None:
-    """Refuses what would play no part where blocks, or methods and blocks, are searched.
-
-    Args:
-        which: The argument that is `"auto"`.
-        schedule: What came for it.
-        protocol: What came for it.
-
-    Raises:
-        ArgumentError: Names the argument, what came and why.
-    """
-    if not (isinstance(schedule, str) and schedule == "auto"):
-        raise ArgumentError(f"`schedule` leaves nothing to search for with {which}='auto'; got {schedule!r}.")
-    if protocol != "deployed":
-        raise ArgumentError(f"`protocol` must be 'deployed' with {which}='auto', got {protocol!r}.")
-
-
-def readable_schedule(schedule: Any) -> Literal["auto"] | int | float | list[int] | Schedule | KeepRates:
-    """Loads a schedule that is given as a path, and refuses what can never be one.
-
-    Raises:
-        ArgumentError: If it is of no usable type.
-        ScheduleError: If it is a list that is no schedule.
-        FileFormatError: If the file holds none.
-    """
-    if schedule == "auto" or isinstance(schedule, Schedule | KeepRates):
-        return schedule
-    if isinstance(schedule, float) and 0 < schedule <= 1:
-        return schedule
-    if isinstance(schedule, int) and not isinstance(schedule, bool):
-        return schedule
-    if isinstance(schedule, list | tuple):
-        return list(Schedule(schedule).removed)
-    if isinstance(schedule, str) or hasattr(schedule, "__fspath__"):
-        return load_schedule(schedule)
-    raise ArgumentError(
-        f"`schedule` must be 'auto', a number of tokens, a keep rate in (0, 1], a list with one number a block, a "
-        f"Schedule, KeepRates or the path of either, got {schedule!r}."
-    )
-
-
-class MethodChoice:
-    """Method and block, as one of each or to be searched for.
-
-    Attributes:
-        block: An index, a fraction of the depth, or `"auto"`.
+    Example:
+        >>> from dataclasses import replace
+        >>> from lightning_prune.callbacks import PruningConfig
+        >>> config = PruningConfig(method="tome", schedule=56)
+        >>> replace(config, schedule=64).schedule, config.label
+        (64, 'tome')
     """
 
-    block: int | float | Literal["auto"]
-    _reduction: Reduction | None  # None: to be searched for
+    method: str | Reduction = "pomt"
+    schedule: ScheduleLike = "auto"
+    objective: Objective | None = None
+    block: int | float | Literal["auto"] = _BLOCK
+    calibration: Any = 512
+    images_from_batch: Callable[[Any], Tensor] | None = None
+    time_limit: float = 30.0
+    module_path: str | None = None
+    protocol: Protocol = "deployed"
+    use_cache: bool = True
+    cache_dir: str | Path | None = None
+    runtime: str = "torch"
+    seed: int = 0
+    verbose: bool = True
+
+    def __post_init__(self) -> None:
+        """Checks the settings, resolves the method and reads the schedule."""
+        check_positive("time_limit", self.time_limit, "a number of seconds")
+        check_int("seed", self.seed, 0)
+        check_bool("use_cache", self.use_cache)
+        check_bool("verbose", self.verbose)
+        check_choice("protocol", self.protocol, get_args(Protocol))
+        check_choice("runtime", self.runtime, _RUNTIMES)
+        path, folder, extract = self.module_path, self.cache_dir, self.images_from_batch
+        check("module_path", path, "a dotted path or None", path is None or isinstance(path, str))
+        check("cache_dir", folder, "a folder or None", folder is None or isinstance(folder, str | PathLike))
+        check("images_from_batch", extract, "a function or None", extract is None or callable(extract))
+        self._check_objective()
+        self._check_calibration()
+        self._check_block()
+        object.__setattr__(self, "method", "auto" if self.method == "auto" else resolve(self.method))
+        object.__setattr__(self, "schedule", _read_schedule(self.schedule))
+        self._check_together()
+
+    @property
+    def goal(self) -> Objective:
+        """The objective to plan by: the one that was stated, or the default."""
+        return Utility() if self.objective is None else self.objective
 
     @property
     def reduction(self) -> Reduction:
         """The method.
 
         Raises:
-            ArgumentError: If it is searched for.
+            ArgumentError: If several methods are searched.
         """
-        if self._reduction is None:
-            raise ArgumentError("`method` must name one method for this; got 'auto', which only planning can use.")
-        return self._reduction
+        if not isinstance(self.method, Reduction):
+            raise ArgumentError("`method` must be one method here, got 'auto', which only planning can use.")
+        return self.method
+
+    @property
+    def methods(self) -> tuple[str | Reduction, ...]:
+        """The methods that are searched."""
+        return AUTO if self.method == "auto" else (self.method,)
+
+    @property
+    def label(self) -> str:
+        """Name of the method, or `"auto"`."""
+        return self.method.name if isinstance(self.method, Reduction) else "auto"
 
     @property
     def place(self) -> int | float:
         """The reducing block, as an index or a fraction of the depth.
 
         Raises:
-            ArgumentError: If it is searched for.
+            ArgumentError: If blocks are searched.
         """
         if self.block == "auto":
             raise ArgumentError(
-                "`block` must be an index or a fraction for this; got 'auto', which only planning can use."
+                "`block` must be an index or a fraction of the depth here, got 'auto', which only planning can use."
             )
         return self.block
 
     @property
-    def label(self) -> str:
-        """What to call the method: its name, or `auto`."""
-        return "auto" if self._reduction is None else self._reduction.name
+    def plans_blocks(self) -> bool:
+        """Whether the planner searches over blocks, and perhaps over methods."""
+        return self.method == "auto" or self.block == "auto"
 
     @property
-    def methods(self) -> tuple[str | Reduction, ...]:
-        """The methods that are searched."""
-        return AUTO if self._reduction is None else (self._reduction,)
+    def is_adaptive(self) -> bool:
+        """Whether the images decide how many tokens are removed, so that there is nothing to plan."""
+        return isinstance(self.method, Reduction) and self.method.adaptive
 
     @property
-    def searches(self) -> bool:
-        """Whether it is searched over blocks, and perhaps methods."""
-        return self._reduction is None or self.block == "auto"
+    def is_planned(self) -> bool:
+        """Whether a schedule has to be planned."""
+        return self.schedule == "auto" and not self.is_adaptive
+
+    @property
+    def compile_mode(self) -> Mode | None:
+        """How the transformer is compiled; None where it is not."""
+        return _RUNTIMES[self.runtime]
+
+    def store(self) -> ProfileStore | None:
+        """Where latency profiles are kept; None where they are not."""
+        return ProfileStore(self.cache_dir) if self.use_cache else None
+
+    def _check_objective(self) -> None:
+        valid = self.objective is None or isinstance(self.objective, Objective)
+        check("objective", self.objective, "an Objective such as AccuracyBudget(0.005), or None", valid)
+
+    def _check_calibration(self) -> None:
+        value = self.calibration
+        valid = is_int(value, 1) or (isinstance(value, Iterable) and not isinstance(value, str | bytes))
+        check("calibration", value, "a number of images >= 1, a tensor of images or a loader", valid)
+
+    def _check_block(self) -> None:
+        value = self.block
+        valid = value == "auto" or is_int(value, 0) or (isinstance(value, float) and 0 <= value < 1)
+        check("block", value, "an index >= 0, a fraction of the depth in [0, 1) or 'auto'", valid)
+
+    def _check_together(self) -> None:
+        """Refuses settings that have no effect together."""
+        method, block, schedule = self.method, self.block, self.schedule
+        if not isinstance(method, Reduction):
+            valid = block in (_BLOCK, "auto")
+            check("block", block, "left out with method='auto', which searches all blocks", valid)
+        elif block == "auto":
+            valid = method.site == "block" and not method.adaptive
+            check("block", block, f"left out with {method.name}, which does not act in blocks that are searched", valid)
+        if self.is_adaptive:
+            label = f"left out with {self.label}, where the images decide how many tokens are removed"
+            check("schedule", schedule, label, schedule == "auto")
+            check("objective", self.objective, label, self.objective is None)
+            check("protocol", self.protocol, label, self.protocol == "deployed")
+        elif self.plans_blocks:
+            searched = "method" if method == "auto" else "block"
+            check("schedule", schedule, f"left out with {searched}='auto', which plans one", schedule == "auto")
+            check("protocol", self.protocol, f"'deployed' with {searched}='auto'", self.protocol == "deployed")
+
+
+def _read_schedule(schedule: Any) -> Literal["auto"] | int | float | Schedule | KeepRates:
+    """Loads a schedule that is given as a path, and refuses what no model could use."""
+    if schedule == "auto" or isinstance(schedule, Schedule | KeepRates):
+        return schedule
+    if isinstance(schedule, float) and 0 < schedule < 1:
+        return schedule
+    if isinstance(schedule, int) and not isinstance(schedule, bool):
+        return schedule
+    if isinstance(schedule, list | tuple):
+        return Schedule(schedule)
+    if isinstance(schedule, str) or hasattr(schedule, "__fspath__"):
+        return load_schedule(schedule)
+    raise ArgumentError(
+        "`schedule` must be 'auto', a number of tokens to remove, a share of patch tokens to keep in (0, 1), a list "
+        f"with one number for each block, a Schedule, KeepRates or the path of a saved one, got {schedule!r}."
+    )

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lightning as L
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -11,14 +11,15 @@ from rich.panel import Panel
 from rich.table import Table
 from torch import Tensor, nn
 
-from lightning_prune.callbacks.batches import Calibration, calibration_images
+from lightning_prune.callbacks.batches import Calibration
+from lightning_prune.callbacks.config import PruningConfig
+from lightning_prune.callbacks.first_batch import FirstBatch
 from lightning_prune.errors import ArgumentError, ScheduleError
 from lightning_prune.patching import PatchHandle, VisionTransformer, check_schedule, find_vision_transformer
 from lightning_prune.patching.compatibility import check_depth
 from lightning_prune.planning import BlocksPlan, Objective, Plan, plan
-from lightning_prune.planning.api import PAPER_IMAGES, plan_blocks_for
+from lightning_prune.planning.api import plan_blocks_for
 from lightning_prune.profiling import (
-    ProfileStore,
     compare_latency,
     measurement_context,
     reducing_block,
@@ -30,10 +31,6 @@ from lightning_prune.profiling.measurement import count_tokens, ready_to_run
 from lightning_prune.profiling.model_variants import Variant
 from lightning_prune.reduction import RandomDrop, Reduction
 from lightning_prune.schedule import KeepRates, Schedule
-
-if TYPE_CHECKING:
-    from lightning_prune.callbacks.token_pruning import TokenPruning
-
 
 _TRAVELS = ("device", "batch_size", "precision", "image_shape")  # what a schedule's latency depends on most
 
@@ -148,7 +145,7 @@ def _searched(plan: BlocksPlan) -> str:
 
 
 def given_schedule(
-    schedule: int | float | list[int] | Schedule | KeepRates,
+    schedule: Any,
     block: int | float,
     transformer: VisionTransformer,
     reduction: Reduction,
@@ -171,8 +168,6 @@ def given_schedule(
     """
     if isinstance(schedule, Schedule | KeepRates):
         return schedule
-    if isinstance(schedule, list):
-        return Schedule(schedule)
     index, depth, prefix = reducing_block(reduction, block, transformer), transformer.depth, transformer.prefix_tokens
     if not is_multi_block(reduction):
         if isinstance(schedule, int):
@@ -279,7 +274,7 @@ def decision_panel(decision: "Decision") -> Panel:
     if decision.calibration:
         table.add_row("judged by", decision.calibration)
     if decision.reused:
-        table.add_row("profile", f"of {decision.reused}, kept; `refresh` measures it anew")
+        table.add_row("profile", f"of {decision.reused}, kept; `use_cache=False` measures it again")
     table.add_row("took", f"{decision.seconds:.0f} s")
     return Panel(table, title="Token pruning", title_align="left", expand=False)
 
@@ -351,55 +346,31 @@ def _tokens_left(transformer: VisionTransformer, images: Tensor, reduction: Redu
     return seen[0]
 
 
-def profiled(
-    pruner: "TokenPruning", pl_module: L.LightningModule, images: Tensor, over_blocks: bool | None = None
-) -> CachedProfile:
-    """The latency profile that a pruner plans on; to be called under the trainer's precision.
+def profiled(config: PruningConfig, pl_module: L.LightningModule, images: Tensor) -> CachedProfile:
+    """The latency profile to plan on; to be called under the trainer's precision.
 
     Args:
-        pruner: Its settings count.
+        config: Method, block, time limit, and where profiles are kept.
         pl_module: The module, dense.
-        images: (B, channels, height, width) as the transformer receives them.
-        over_blocks: Whether it is to plan over blocks; as the pruner does if None.
+        images: (B, C, H, W) as the transformer receives them.
     """
-    store = None
-    if pruner.cache_dir is not None:
-        store = ProfileStore(None if pruner.cache_dir == "auto" else pruner.cache_dir)
-    # Over blocks, a curve serves all methods on which all tokens go before block 0.
-    searching = pruner.searches if over_blocks is None else over_blocks
+    # One curve serves all methods and blocks: all tokens are removed before block 0.
+    method, block = (RandomDrop(site="input"), 0) if config.plans_blocks else (config.reduction, config.place)
     return get_or_profile(
         pl_module,
         images,
-        store,
-        method=RandomDrop(site="input") if searching else pruner.reduction,
-        block=0 if searching else pruner.place,
-        protocol=pruner.protocol,
-        time_limit=None if pruner.protocol == "paper" else pruner.time_limit,
-        refresh=pruner.refresh,
-        target=pruner.target,
-        progress=pruner.verbose,
+        config.store(),
+        method=method,
+        block=block,
+        protocol=config.protocol,
+        time_limit=None if config.protocol == "paper" else config.time_limit,
+        target=config.module_path,
+        progress=config.verbose,
     )
 
 
-def sample(pruner: "TokenPruning", trainer: L.Trainer, pl_module: L.LightningModule, batch: Any) -> Calibration:
-    """The calibration images that a pruner would use in the running loop.
-
-    Args:
-        pruner: Its settings count.
-        trainer: Whose loop it is.
-        pl_module: The module.
-        batch: The first of the loop.
-    """
-    loaders = trainer.val_dataloaders if trainer.validating else None
-    if loaders is None:
-        loaders = trainer.test_dataloaders if trainer.testing else trainer.predict_dataloaders
-    least = PAPER_IMAGES if pruner.protocol == "paper" else 0
-    extract = pruner.images_from_batch
-    return calibration_images(trainer, pl_module, loaders, pruner.calibration, batch, extract, pruner.seed, least)
-
-
 def warn_if_wrapped_by_compile(pl_module: L.LightningModule) -> None:
-    """Says that what is measured is not what will run, where the LightningModule itself is compiled."""
+    """Warns where the LightningModule itself is compiled: what is measured is not what will run."""
     if getattr(pl_module, "_compiler_ctx", None) is not None:
         rank_zero_warn(
             "The whole LightningModule is compiled, but latency is measured on its Vision Transformer alone, which is "
@@ -407,61 +378,83 @@ def warn_if_wrapped_by_compile(pl_module: L.LightningModule) -> None:
         )
 
 
-def check_labels(pruner: "TokenPruning", calibration: Calibration) -> None:
-    """Raises ArgumentError where the paper's protocol has no labels; said before hours of profiling."""
-    if pruner.protocol == "paper" and calibration.labels is None:
+def check_labels(config: PruningConfig, calibration: Calibration) -> None:
+    """Raises ArgumentError where the paper's protocol has no labels, before hours of profiling."""
+    if config.protocol == "paper" and calibration.labels is None:
         raise ArgumentError("protocol='paper' needs labels, and the calibration batches hold none.")
 
 
 def planned(
-    pruner: "TokenPruning",
+    config: PruningConfig,
     pl_module: L.LightningModule,
     images: Tensor,
     calibration: Calibration,
-    found: CachedProfile | None = None,
+    profile: CachedProfile | None = None,
 ) -> Decision:
-    """What a pruner decides on these images, judged by those of the calibration; see `planned_for`."""
-    (decision,) = planned_for(pruner, pl_module, images, calibration, [pruner.objective], found)
+    """Plans a schedule by the objective of the config; see `planned_for`."""
+    (decision,) = planned_for(config, pl_module, images, calibration, [config.goal], profile)
     return decision
 
 
 def planned_for(
-    pruner: "TokenPruning",
+    config: PruningConfig,
     pl_module: L.LightningModule,
     images: Tensor,
     calibration: Calibration,
     objectives: Sequence[Objective],
-    found: CachedProfile | None = None,
+    profile: CachedProfile | None = None,
     **more: Any,
 ) -> list[Decision]:
-    """What a pruner would decide by each of several objectives, measured once for all of them where that can be.
+    """Plans a schedule for each of several objectives, measured once for all of them where that is possible.
 
     Args:
-        pruner: Its settings count.
+        config: What was asked for; its objective is not used.
         pl_module: The module, dense.
-        images: (B, channels, height, width) as the transformer receives them.
+        images: (B, C, H, W) as the transformer receives them.
         calibration: Images, and labels where the protocol needs them.
         objectives: In any order.
-        found: The latency profile; as `profiled` finds it if None.
+        profile: The latency profile; that of `profiled` if None.
         **more: For `lightning_prune.plan`, where one block reduces.
 
     Raises:
         ArgumentError: As `check_labels`, and as `lightning_prune.plan`.
     """
-    check_labels(pruner, calibration)
-    found = profiled(pruner, pl_module, images) if found is None else found
+    check_labels(config, calibration)
+    profile = profiled(config, pl_module, images) if profile is None else profile
     shared: dict[str, Any] = {
-        "profile": found.profile,
+        "profile": profile.profile,
         "example_inputs": images,
-        "time_limit": pruner.time_limit,
-        "target": pruner.target,
-        "progress": pruner.verbose,
+        "time_limit": config.time_limit,
+        "target": config.module_path,
+        "progress": config.verbose,
     }
     plans: Sequence[Plan]
-    if pruner.searches:
-        plans = plan_blocks_for(pl_module, calibration.images, objectives, methods=pruner.methods, **shared)
+    if config.plans_blocks:
+        plans = plan_blocks_for(pl_module, calibration.images, objectives, methods=config.methods, **shared)
     else:
-        shared |= {"method": pruner.reduction, "block": pruner.place, "protocol": pruner.protocol}
-        shared["labels"] = calibration.labels if pruner.protocol == "paper" else None
+        shared |= {"method": config.reduction, "block": config.place, "protocol": config.protocol}
+        shared["labels"] = calibration.labels if config.protocol == "paper" else None
         plans = [plan(pl_module, calibration.images, objective=each, **shared, **more) for each in objectives]
-    return [Decision.from_plan(made, calibration.source, found.reused) for made in plans]
+    return [Decision.from_plan(made, calibration.source, profile.reused) for made in plans]
+
+
+def decide(first: FirstBatch) -> Decision:
+    """Decides on the first batch: plans a schedule, or times the one that was given, beside the dense model.
+
+    Args:
+        first: The batch and what was asked for.
+
+    Raises:
+        ArgumentError: If a setting does not fit the model or the data.
+        ScheduleError: If a given schedule does not fit the model.
+        UnsupportedModelError: As `lightning_prune.patch`.
+    """
+    config, module, images = first.config, first.module, first.images
+    warn_if_wrapped_by_compile(module)
+    if config.is_planned:
+        return planned(config, module, images, first.calibration())
+    limit = config.time_limit / 3
+    if config.is_adaptive:
+        return measure_adaptive(module, images, config.reduction, limit, config.module_path, config.verbose)
+    schedule = given_schedule(config.schedule, config.place, first.transformer, config.reduction, images)
+    return measure_given(module, images, config.reduction, schedule, limit, config.module_path, config.verbose)

@@ -1,67 +1,159 @@
-"""Doing something with the first batch of a validation run, as the trainer's strategy and precision would have it."""
+"""Work on the first batch of an evaluation loop: what has to hold while a model is measured there."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cached_property
 from typing import Any, Generic, TypeVar
 
 import lightning as L
 from torch import Tensor
 
 from lightning_prune._utils.device import preserve_random_state
-from lightning_prune.callbacks import TokenPruning
-from lightning_prune.callbacks.batches import images_from_batch
+from lightning_prune.callbacks.batches import Calibration, calibration_images, images_from_batch
+from lightning_prune.callbacks.config import PruningConfig
 from lightning_prune.callbacks.distributed import decided_by_rank_zero, refuse_sharded
-from lightning_prune.callbacks.hooks import trainer_callbacks
-from lightning_prune.errors import ArgumentError
+from lightning_prune.callbacks.hooks import command_run
+from lightning_prune.errors import DataError
+from lightning_prune.patching import VisionTransformer, find_vision_transformer
+from lightning_prune.planning.api import PAPER_IMAGES
 
 T = TypeVar("T")
-Work = Callable[[L.LightningModule, Any, Tensor], T]  # of the module, a batch, and the images in it
 
 
-def on_first_batch(trainer: L.Trainer, model: L.LightningModule, pruner: TokenPruning, work: Work[T], **data: Any) -> T:
-    """What `work` returns of the first validation batch; on rank 0, for all ranks.
+class FirstBatch:
+    """The first batch of an evaluation loop, with what is measured on it; `first_batch` makes one.
+
+    Attributes:
+        trainer: Whose loop runs.
+        module: The module, dense.
+        batch: As the step will receive it.
+        config: What was asked for.
+    """
+
+    def __init__(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, config: PruningConfig) -> None:
+        self.trainer, self.module, self.batch, self.config = trainer, module, batch, config
+
+    @cached_property
+    def images(self) -> Tensor:
+        """(B, C, H, W), as the transformer receives them.
+
+        Raises:
+            ArgumentError: If there are none in the batch. Ask for them in `on_rank_zero`: an error that only one rank
+                raises leaves the others waiting.
+        """
+        return images_from_batch(self.batch, self.config.images_from_batch)
+
+    @cached_property
+    def transformer(self) -> VisionTransformer:
+        """The Vision Transformer in the module.
+
+        Raises:
+            UnsupportedModelError: If there is none, or several and the config names none.
+        """
+        return find_vision_transformer(self.module, self.config.module_path)
+
+    def calibration(self) -> Calibration:
+        """The calibration images of the running loop, as the config says.
+
+        Raises:
+            ArgumentError: If a batch holds no images.
+            DataError: If there are no batches, or images of several sizes.
+        """
+        return self.sample(self.config.calibration, PAPER_IMAGES if self.config.protocol == "paper" else 0)
+
+    def sample(self, calibration: Any, minimum: int = 0) -> Calibration:
+        """Images of the dataset of the running loop.
+
+        Args:
+            calibration: How many, or the images, or a loader of batches.
+            minimum: How many there are at least, if the dataset has as many.
+
+        Raises:
+            ArgumentError: If a batch holds no images.
+            DataError: If there are no batches, or images of several sizes.
+        """
+        trainer = self.trainer
+        loaders = trainer.val_dataloaders if trainer.validating else None
+        if loaders is None:
+            loaders = trainer.test_dataloaders if trainer.testing else trainer.predict_dataloaders
+        extract, seed = self.config.images_from_batch, self.config.seed
+        return calibration_images(trainer, self.module, loaders, calibration, self.batch, extract, seed, minimum)
+
+    def on_rank_zero(self, decide: Callable[[], T]) -> T:
+        """Returns on every rank what `decide` returns on rank 0; an error there is raised on every rank.
+
+        Args:
+            decide: Called on rank 0 only; its result must be picklable.
+
+        Raises:
+            PruneError: On the other ranks, with the message of the error that rank 0 raises as it is.
+        """
+        return decided_by_rank_zero(self.trainer, decide)
+
+
+@contextmanager
+def first_batch(
+    trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, config: PruningConfig
+) -> Iterator[FirstBatch]:
+    """Measuring in the middle of a loop: the random state is preserved and the trainer's precision is in force.
+
+    To be entered on every rank, in `on_*_batch_start`.
 
     Args:
-        trainer: Whose validation loop runs, for one batch, dense.
-        model: The module.
-        pruner: Says where the images of a batch are; prunes nothing meanwhile.
-        work: What is to be done, under the trainer's precision.
-        data: `datamodule` or `dataloaders`, as `Trainer.validate` takes them.
+        trainer: Whose loop runs.
+        pl_module: The module.
+        batch: The batch that the hook receives.
+        config: What was asked for.
 
     Raises:
-        ArgumentError: If there is no batch.
-        UnsupportedModelError: If the model is spread over processes.
+        UnsupportedModelError: If the strategy shards the model.
     """
-    probe = _Probe(pruner, work)
-    callbacks = trainer_callbacks(trainer)
-    settings = trainer.limit_val_batches, pruner.enabled
-    trainer.limit_val_batches, pruner.enabled = 1, False
-    callbacks.append(probe)
-    try:
-        trainer.validate(model, verbose=False, **data)
-    finally:
-        callbacks.remove(probe)
-        trainer.limit_val_batches, pruner.enabled = settings
-    if not probe.results:
-        raise ArgumentError("The validation loader yielded no batch to profile on.")
-    return probe.results[0]
+    refuse_sharded(trainer)
+    with preserve_random_state(), trainer.precision_plugin.forward_context():
+        yield FirstBatch(trainer, pl_module, batch, config)
 
 
-class _Probe(L.Callback, Generic[T]):
-    def __init__(self, pruner: TokenPruning, work: Work[T]) -> None:
-        self.pruner, self.work = pruner, work
+class _FirstBatchCallback(L.Callback, Generic[T]):
+    """Calls a function with the first batch of a validation run, and keeps what it returns."""
+
+    def __init__(self, config: PruningConfig, work: Callable[[FirstBatch], T]) -> None:
+        self.config, self.work = config, work
         self.results: list[T] = []
 
     def on_validation_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        if self.results:
-            return
-        refuse_sharded(trainer)
-        self.pruner.compilation.begin(self.pruner, pl_module)
+        if not self.results:
+            with first_batch(trainer, pl_module, batch, self.config) as first:
+                self.results.append(first.on_rank_zero(lambda: self.work(first)))
 
-        def do() -> T:
-            images = images_from_batch(batch, self.pruner.images_from_batch)
-            with preserve_random_state(), trainer.precision_plugin.forward_context():
-                return self.work(pl_module, batch, images)
 
-        self.results.append(decided_by_rank_zero(trainer, do))
+def on_first_batch(
+    trainer: L.Trainer,
+    model: L.LightningModule,
+    config: PruningConfig,
+    work: Callable[[FirstBatch], T],
+    *,
+    dataloaders: Any = None,
+    datamodule: L.LightningDataModule | None = None,
+) -> T:
+    """Runs one dense validation batch and returns what `work` returns of it on rank 0, on every rank.
+
+    Args:
+        trainer: Whose validation loop runs.
+        model: The module.
+        config: What was asked for. A `TokenPruning` of the trainer is idle meanwhile.
+        work: What to do; called in `first_batch`.
+        dataloaders: As `Trainer.validate` takes them.
+        datamodule: As `Trainer.validate` takes it.
+
+    Raises:
+        DataError: If there is no batch.
+        UnsupportedModelError: If the strategy shards the model.
+    """
+    probe = _FirstBatchCallback(config, work)
+    with command_run(trainer, config, probe, one_batch=True):
+        trainer.validate(model, dataloaders=dataloaders, verbose=False, datamodule=datamodule)
+    if not probe.results:
+        raise DataError("The validation loader must yield at least one batch, got none.")
+    return probe.results[0]

@@ -1,15 +1,22 @@
-"""The hooks of Lightning's loops that begin and end a pruned run."""
+"""The hooks of Lightning's evaluation loops, and runs in which commands take the place of `TokenPruning`."""
 
 from abc import ABC, abstractmethod
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
 
 import lightning as L
 
+from lightning_prune.callbacks.compiled_run import CompiledRun
+from lightning_prune.callbacks.config import PruningConfig
+
 
 def trainer_callbacks(trainer: L.Trainer) -> list[L.Callback]:
-    """The trainer's own list of callbacks: what is added to it takes part in the next run."""
-    callbacks: list[L.Callback] = vars(trainer)["callbacks"]
-    return callbacks
+    """The trainer's own list of callbacks, `trainer.callbacks`, which type checkers do not see.
+
+    A callback that is added to it takes part in the next run.
+    """
+    return cast(list[L.Callback], cast(Any, trainer).callbacks)
 
 
 class EvaluationCallback(L.Callback, ABC):
@@ -95,3 +102,62 @@ class EvaluationCallback(L.Callback, ABC):
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Closes the run, if nothing has before."""
         self._close(trainer)
+
+
+class CommandRun(EvaluationCallback):
+    """Marks the runs of a command, in which `TokenPruning` is idle; the runtime's compilation holds in them.
+
+    Args:
+        config: Says how the transformer is compiled.
+    """
+
+    def __init__(self, config: PruningConfig) -> None:
+        self.config = config
+        self._compiled = CompiledRun()
+
+    def _before_batch(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int
+    ) -> None:
+        self._compiled.before_batch(self.config, pl_module, batch, first=batch_idx == 0)
+
+    def _after_batch(self) -> None:
+        self._compiled.after_batch()
+
+    def _figures(self) -> dict[str, float]:
+        return {}
+
+    def _close(self, trainer: L.Trainer) -> None:
+        self._compiled.end()
+
+
+def is_command_run(trainer: L.Trainer) -> bool:
+    """Whether the runs of a trainer are those of a command."""
+    return any(isinstance(callback, CommandRun) for callback in trainer_callbacks(trainer))
+
+
+@contextmanager
+def command_run(
+    trainer: L.Trainer, config: PruningConfig, *callbacks: L.Callback, one_batch: bool = False
+) -> Iterator[None]:
+    """A context in which the trainer's runs are those of a command: its `TokenPruning` is idle.
+
+    The trainer's own callbacks are not changed, and `callbacks` come before them, so that they see the model restored
+    when a run ends or fails.
+
+    Args:
+        trainer: Whose runs they are.
+        config: What was asked for.
+        callbacks: What takes part in these runs.
+        one_batch: Whether a validation has one batch; it has none where the user limited it to none.
+    """
+    added = [CommandRun(config), *callbacks]
+    limit = trainer.limit_val_batches
+    trainer_callbacks(trainer)[:0] = added
+    if one_batch:
+        trainer.limit_val_batches = 1 if limit is None or limit > 0 else 0
+    try:
+        yield
+    finally:
+        trainer.limit_val_batches = limit
+        for callback in added:
+            trainer_callbacks(trainer).remove(callback)

@@ -10,11 +10,12 @@ from rich.console import Console
 from torch import Tensor
 
 from lightning_prune._utils.files import write_document
-from lightning_prune.callbacks import TokenPruning
+from lightning_prune._utils.validation import check
+from lightning_prune.callbacks import PruningConfig
 from lightning_prune.callbacks.batches import images_from_batch
-from lightning_prune.callbacks.decision import Decision, planned, print_decision, profiled, sample
-from lightning_prune.callbacks.first_batch import on_first_batch
-from lightning_prune.callbacks.hooks import trainer_callbacks
+from lightning_prune.callbacks.decision import Decision, planned, print_decision, profiled
+from lightning_prune.callbacks.first_batch import FirstBatch, on_first_batch
+from lightning_prune.callbacks.hooks import command_run
 from lightning_prune.comparison.objective_comparison import ensure_output_dir
 from lightning_prune.errors import ArgumentError, DataError
 from lightning_prune.patching import find_vision_transformer
@@ -31,37 +32,35 @@ from lightning_prune.runtimes.compilation import is_compiled, uncompiled
 
 
 def run_profile(
-    trainer: L.Trainer, model: L.LightningModule, pruner: TokenPruning, output: str, device: str | None, **data: Any
+    trainer: L.Trainer, model: L.LightningModule, config: PruningConfig, output: str, device: str | None, **data: Any
 ) -> LatencyProfile:
-    """Measures latency against tokens, or simulates it; prints a table, writes profile.json and profile.png.
+    """Measures or simulates latency against the number of tokens; prints a table, writes profile.json and profile.png.
 
-    Of a model that is compiled in place the curve without that is measured, too, and drawn and written beside it.
+    Where a model is compiled in place, its profile without compilation is measured too, and drawn and written.
 
     Args:
-        trainer: Its accelerator and precision count.
+        trainer: Its accelerator and precision are used.
         model: Contains the Vision Transformer.
-        pruner: Method, block, time limit, and where profiles are kept.
+        config: Method, block, time limit, and where profiles are kept.
         output: Folder for the files.
         device: `simulated:...`, as `SimulatedDevice.parse` takes it; None for the trainer's.
         data: `datamodule` or `dataloaders`.
 
     Raises:
-        ArgumentError: If `output` cannot be written to, `device` is none, a setting plays no part on it, or there is no
-            batch to profile on.
+        ArgumentError: If `output` cannot be written to, `device` is not a device, or a setting has no effect on it.
+        DataError: If there is no batch to profile on.
     """
     simulated = None if device is None else SimulatedDevice.parse(device)
-    if pruner.protocol != "deployed" and device is not None:
-        raise ArgumentError(f"What is deployed is simulated; got protocol={pruner.protocol!r} with device={device!r}.")
-    _refuse_refresh(pruner, device=device)
+    check("protocol", config.protocol, "'deployed' on a simulated device", simulated is None or _is_deployed(config))
     folder = ensure_output_dir(output)
 
-    def work(pl_module: L.LightningModule, _: Any, images: Tensor) -> tuple[CachedProfile, LatencyProfile | None]:
-        found = _found(pruner, pl_module, images, simulated)
-        compiled = simulated is None and is_compiled(pl_module)
-        return found, _eager(pruner, pl_module, images, found.profile) if compiled else None
+    def work(first: FirstBatch) -> tuple[CachedProfile, LatencyProfile | None]:
+        measured = _profile(first, simulated)
+        compiled = simulated is None and is_compiled(first.module)
+        return measured, _eager_profile(first, measured.profile) if compiled else None
 
-    found, eager = on_first_batch(trainer, model, pruner, work, **data)
-    profile = found.profile
+    measured, eager = on_first_batch(trainer, model, config, work, **data)
+    profile = measured.profile
     if trainer.is_global_zero:
         paths = [profile.save(folder / "profile.json"), folder / "profile.png"]
         plot(profile, paths[1], eager=eager)
@@ -69,8 +68,9 @@ def run_profile(
             paths.append(eager.save(folder / "profile_eager.json"))
         console = Console(markup=False)
         console.print(profile_table(profile))
-        if found.reused:
-            console.print(f"Measured {profile.context.get('measured', 'before')}, and kept; --refresh measures anew.")
+        if measured.reused:
+            when = profile.context.get("measured", "before")
+            console.print(f"Measured {when} and kept; --prune.use_cache false measures it again.", soft_wrap=True)
         if eager is not None:
             console.print(beside_eager(profile, eager))
         console.print(f"{shape_of(profile)} Written: {', '.join(map(str, paths))}", soft_wrap=True)
@@ -80,7 +80,7 @@ def run_profile(
 def run_plan(
     trainer: L.Trainer,
     model: L.LightningModule,
-    pruner: TokenPruning,
+    config: PruningConfig,
     output: str,
     profile: str | None,
     device: str | None,
@@ -89,34 +89,32 @@ def run_plan(
     """Plans a schedule without validating it; writes schedule.yaml, plan.json, plan.png and profile.json.
 
     Args:
-        trainer: Its accelerator and precision count.
+        trainer: Its accelerator and precision are used.
         model: Contains the Vision Transformer.
-        pruner: Method, objective, calibration.
+        config: Method, objective, calibration.
         output: Folder for the files.
         profile: The file of a profile, which may be of another device; None measures one here.
         device: `simulated:...`; None for the trainer's.
         data: `datamodule` or `dataloaders`.
 
     Raises:
-        ArgumentError: As `run_profile`, and if both `profile` and `device` are given, or a setting plays no part.
-        FileFormatError: If `profile` is no profile.
+        ArgumentError: As `run_profile`, and if both `profile` and `device` are given, or a setting has no effect.
+        DataError: If there is no batch to plan on.
+        FileFormatError: If `profile` does not hold a profile.
     """
-    if profile is not None and device is not None:
-        raise ArgumentError(f"`profile` and `device` are two sources of latencies; got {profile} and {device}.")
-    if pruner.protocol != "deployed":
-        raise ArgumentError(f"`plan` plans what is deployed; got protocol={pruner.protocol!r}.")
-    if not (isinstance(pruner.schedule, str) and pruner.schedule == "auto"):
-        raise ArgumentError(f"`plan` makes a schedule, and takes none; got schedule={pruner.schedule!r}.")
-    _refuse_refresh(pruner, profile=profile, device=device)
-    given = None if profile is None else LatencyProfile.load(profile)
+    if profile is not None:
+        check("device", device, "left out with `profile`, which says the latencies", device is None)
+    check("protocol", config.protocol, "'deployed' for `plan`", _is_deployed(config))
+    check("schedule", config.schedule, "left out for `plan`, which plans one", config.schedule == "auto")
+    given = None if profile is None else CachedProfile(LatencyProfile.load(profile), reused=False)
     simulated = None if device is None else SimulatedDevice.parse(device)
     folder = ensure_output_dir(output)
 
-    def work(pl_module: L.LightningModule, batch: Any, images: Tensor) -> Decision:
-        found = _found(pruner, pl_module, images, simulated) if given is None else CachedProfile(given, reused=False)
-        return planned(pruner, pl_module, images, sample(pruner, trainer, pl_module, batch), found)
+    def work(first: FirstBatch) -> Decision:
+        latency = _profile(first, simulated) if given is None else given
+        return planned(config, first.module, first.images, first.calibration(), latency)
 
-    decision = on_first_batch(trainer, model, pruner, work, **data)
+    decision = on_first_batch(trainer, model, config, work, **data)
     made = decision.plan
     assert made is not None
     if trainer.is_global_zero:
@@ -132,47 +130,42 @@ def run_plan(
     return made
 
 
-def _eager(
-    pruner: TokenPruning, pl_module: L.LightningModule, images: Tensor, compiled: LatencyProfile
-) -> LatencyProfile | None:
-    """The curve of a compiled model without its graphs, at the same counts; None where a wrapper compiles it."""
-    with uncompiled(pl_module):
-        if is_compiled(pl_module):
+def _is_deployed(config: PruningConfig) -> bool:
+    return config.protocol == "deployed"
+
+
+def _eager_profile(first: FirstBatch, compiled: LatencyProfile) -> LatencyProfile | None:
+    """The profile of a compiled model without its graphs, at the same counts; None where a wrapper compiles it."""
+    config = first.config
+    with uncompiled(first.module):
+        if is_compiled(first.module):
             return None
         return profile_latency(
-            pl_module,
-            images,
-            method=RandomDrop(site="input") if pruner.searches else pruner.reduction,
-            block=0 if pruner.searches else pruner.place,
+            first.module,
+            first.images,
+            method=RandomDrop(site="input") if config.plans_blocks else config.reduction,
+            block=0 if config.plans_blocks else config.place,
             counts=compiled.tokens[:-1],
-            time_limit=pruner.time_limit,
-            protocol=pruner.protocol,
-            target=pruner.target,
-            progress=pruner.verbose,
+            time_limit=config.time_limit,
+            protocol=config.protocol,
+            target=config.module_path,
+            progress=config.verbose,
         )
 
 
-def _refuse_refresh(pruner: TokenPruning, **sources: str | None) -> None:
-    """Raises ArgumentError where a profile is to be measured anew, and none is measured."""
-    for name, value in sources.items():
-        if pruner.refresh and value is not None:
-            raise ArgumentError(f"`refresh` plays no part where `{name}` gives the latencies; got {name}={value!r}.")
-
-
-def _found(
-    pruner: TokenPruning, pl_module: L.LightningModule, images: Tensor, simulated: SimulatedDevice | None
-) -> CachedProfile:
+def _profile(first: FirstBatch, simulated: SimulatedDevice | None) -> CachedProfile:
+    config = first.config
     if simulated is None:
-        return profiled(pruner, pl_module, images)
-    method, block = (RandomDrop(site="input"), 0) if pruner.searches else (pruner.reduction, pruner.place)
+        return profiled(config, first.module, first.images)
+    method, block = (RandomDrop(site="input"), 0) if config.plans_blocks else (config.reduction, config.place)
     profile = simulate_latency(
-        pl_module,
-        images,
+        first.module,
+        first.images,
         simulated,
         method=method,
         block=block,
-        time_limit=pruner.time_limit,
-        target=pruner.target,
+        time_limit=config.time_limit,
+        target=config.module_path,
     )
     return CachedProfile(profile, reused=False)
 
@@ -184,7 +177,7 @@ _THRESHOLDS = (0.1, 0.2)
 def learn_words(
     trainer: L.Trainer,
     model: L.LightningModule,
-    pruner: TokenPruning,
+    config: PruningConfig,
     output: str,
     words: int,
     limit: int | None,
@@ -198,7 +191,7 @@ def learn_words(
     Args:
         trainer: Whose prediction loop runs, in one process.
         model: Contains the Vision Transformer; it has its patch size, and perhaps a `data_config` with mean and std.
-        pruner: Says which transformer, and where the images of a batch are; prunes nothing meanwhile.
+        config: Says which transformer, and where the images of a batch are.
         output: The file, `.safetensors`.
         words: How many.
         limit: How many images to learn from; None for all.
@@ -216,21 +209,17 @@ def learn_words(
     if trainer.world_size > 1:
         raise ArgumentError(f"Words are learned in one process; got {trainer.world_size}. Give --trainer.devices 1.")
     ensure_output_dir(Path(output).absolute().parent)
-    reader = _Reader(pruner, words, limit, seed)
-    callbacks, enabled = trainer_callbacks(trainer), pruner.enabled
-    callbacks.append(reader)
-    pruner.enabled = False
+    reader = _Reader(config, words, limit, seed)
     vars(model)["predict_step"] = _no_step
     try:
-        trainer.predict(model, return_predictions=False, **data)
+        with command_run(trainer, config, reader):
+            trainer.predict(model, return_predictions=False, **data)
     finally:
         del vars(model)["predict_step"]
-        pruner.enabled = enabled
-        callbacks.remove(reader)
     if reader.learner is None:
         raise DataError("The prediction loader yielded no batch to learn words from.")
     with Console(stderr=True).status(f"Learning the last of {words} words"):
-        vocabulary = reader.learner.finish(*_normalisation(model, pruner.target, reader.last.shape[1]))
+        vocabulary = reader.learner.finish(*_normalisation(model, config.module_path, reader.last.shape[1]))
     path = vocabulary.save(output)
     _report(Console(markup=False), vocabulary, reader, path)
     return vocabulary
@@ -239,18 +228,19 @@ def learn_words(
 class _Reader(L.Callback):
     """Learns from every batch of a prediction run, and ends the run when it has enough."""
 
-    def __init__(self, pruner: TokenPruning, words: int, limit: int | None, seed: int) -> None:
-        self.pruner, self.words, self.limit, self.seed = pruner, words, limit, seed
+    def __init__(self, config: PruningConfig, words: int, limit: int | None, seed: int) -> None:
+        self.config, self.words, self.limit, self.seed = config, words, limit, seed
         self.learner: WordLearner | None = None
         self.last = torch.empty(0)
 
     def on_predict_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        images = images_from_batch(batch, self.pruner.images_from_batch)
+        images = images_from_batch(batch, self.config.images_from_batch)
         if self.learner is None:
             with trainer.precision_plugin.forward_context():
-                self.learner = WordLearner(_patch_size(pl_module, images, self.pruner.target), self.words, self.seed)
+                side = _patch_size(pl_module, images, self.config.module_path)
+                self.learner = WordLearner(side, self.words, self.seed)
         left = len(images) if self.limit is None else self.limit - self.learner.images
         images = images[:left].detach().cpu().float()
         self.learner.add(images)

@@ -22,7 +22,7 @@ from lightning_prune.errors import ArgumentError, PruneError
 
 _PASSED_BY_CODE = {"model", "dataloaders", "datamodule"}
 _SEVERAL = ("--methods", "--speedups")
-_SWITCHES = ("--fresh", "--refresh")
+_SWITCHES = ("--fresh",)
 
 __all__ = ["DigitsData", "ImageFolderData", "PruneCLI", "run"]  # the data classes are found by their bare names
 

@@ -1,7 +1,5 @@
 """A Lightning Trainer with four more verbs: profile, plan, compare and vocabulary."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +7,7 @@ import lightning as L
 from rich.console import Console
 from rich.markup import escape
 
-from lightning_prune.callbacks import TokenPruning
-from lightning_prune.callbacks.hooks import trainer_callbacks
+from lightning_prune.callbacks import PruningConfig, config_of
 from lightning_prune.cli.commands import learn_words, run_plan, run_profile
 from lightning_prune.comparison.api import compare_methods
 from lightning_prune.comparison.objective_comparison import compare, ensure_output_dir
@@ -37,13 +34,17 @@ class PruneTrainer(L.Trainer):
 
     command: str = ""
 
+    @property
+    def config(self) -> PruningConfig:
+        """The settings of the `TokenPruning` among the callbacks, or the default ones."""
+        return config_of(self)
+
     def profile(
         self,
         model: L.LightningModule,
         dataloaders: Any = None,
         datamodule: L.LightningDataModule | None = None,
         output: str = "results/profile",
-        refresh: bool = False,
         device: str | None = None,
     ) -> LatencyProfile:
         """Measure latency against tokens on the first validation batch; writes profile.json and profile.png.
@@ -53,16 +54,15 @@ class PruneTrainer(L.Trainer):
             dataloaders: Validation loaders, if there is no datamodule.
             datamodule: Gives the validation loader.
             output: Folder for the files.
-            refresh: Measures anew even where a profile of just this model, device and batch is kept.
             device: A device to simulate, as simulated:multiprocessors=8,tile=64; this one if not given.
 
         Raises:
-            ArgumentError: If `output` cannot be written to, `device` is none, there is no batch to profile on, or
-                `refresh` or the paper's protocol is asked for on a simulated device.
+            ArgumentError: If `output` cannot be written to, `device` is not a device, or the paper's protocol is asked
+                for on a simulated one.
+            DataError: If there is no batch to profile on.
         """
         data = {"dataloaders": dataloaders, "datamodule": datamodule}
-        with self._refreshing(refresh) as pruner:
-            return run_profile(self, model, pruner, output, device, **data)
+        return run_profile(self, model, self.config, output, device, **data)
 
     def plan(
         self,
@@ -72,7 +72,6 @@ class PruneTrainer(L.Trainer):
         output: str = "results/plan",
         profile: str | None = None,
         device: str | None = None,
-        refresh: bool = False,
     ) -> Plan:
         """Plan a schedule, also for a device that is elsewhere; writes schedule.yaml, plan.json and plan.png.
 
@@ -86,15 +85,13 @@ class PruneTrainer(L.Trainer):
             output: Folder for the files.
             profile: A profile.json that `profile` wrote, here or elsewhere.
             device: A device to simulate, as simulated:multiprocessors=8,tile=64.
-            refresh: Measures anew even where a profile of just this model, device and batch is kept.
 
         Raises:
             ArgumentError: As `profile`, if both `profile` and `device` are given, or if the pruner has a schedule.
             FileFormatError: If `profile` is no profile.
         """
         data = {"dataloaders": dataloaders, "datamodule": datamodule}
-        with self._refreshing(refresh) as pruner:
-            return run_plan(self, model, pruner, output, profile, device, **data)
+        return run_plan(self, model, self.config, output, profile, device, **data)
 
     def compare(
         self,
@@ -131,8 +128,7 @@ class PruneTrainer(L.Trainer):
             DataError: If there is nothing to validate on.
             UnsupportedModelError: If none of the methods can be used with the model.
         """
-        from lightning_prune.comparison.output import write_comparison
-        from lightning_prune.report.tables import comparison_table
+        from lightning_prune.comparison.output import results_table, write_comparison
 
         if methods is not None:
             return self._compare_methods(
@@ -143,16 +139,18 @@ class PruneTrainer(L.Trainer):
             raise ArgumentError(f"`{idle.split('=')[0]}` plays no part without `methods`; got {idle}.")
         folder = ensure_output_dir(output)
         data = {"dataloaders": dataloaders, "datamodule": datamodule}
-        rows, decisions, seconds = compare(self, model, self._pruner(), max_drop, **data)
+        rows, decisions, seconds = compare(self, model, self.config, max_drop, **data)
         if self.is_global_zero:
             paths = write_comparison(folder, rows, decisions, seconds)
             console = Console()
-            console.print(comparison_table(rows))
+            console.print(results_table(rows))
             for name, decision in decisions.items():
                 console.print(f"[bold]{escape(name)}[/bold]: {escape(decision.reason)}", highlight=False)
             reused = next((decision.reused for decision in decisions.values() if decision.reused), "")
             if reused:
-                console.print(f"The latency profile is of {reused}, and kept; --prune.refresh true measures it anew.")
+                console.print(
+                    f"The latency profile is of {reused}, and kept; --prune.use_cache false measures it again."
+                )
             written = escape(", ".join(map(str, paths)))
             console.print(f"Profiling and planning took {seconds:.0f} s. Written: {written}", soft_wrap=True)
             self._log_comparison([row.to_dict() for row in rows])
@@ -184,7 +182,7 @@ class PruneTrainer(L.Trainer):
             DataError: If there are no images.
         """
         data = {"dataloaders": dataloaders, "datamodule": datamodule}
-        return learn_words(self, model, self._pruner(), output, words, limit, seed, **data)
+        return learn_words(self, model, self.config, output, words, limit, seed, **data)
 
     def _compare_methods(
         self,
@@ -197,8 +195,7 @@ class PruneTrainer(L.Trainer):
         speedups: list[float] | None,
         fresh: bool,
     ) -> list[dict[str, Any]]:
-        from lightning_prune.comparison.output import check_room, document_of, write_methods
-        from lightning_prune.report.tables import comparison_table, remarks
+        from lightning_prune.comparison.output import check_room, document_of, methods_table, remarks, write_methods
 
         if max_drop is not None:
             raise ArgumentError(f"`max_drop` plays no part where `methods` are compared; got max_drop={max_drop}.")
@@ -213,12 +210,12 @@ class PruneTrainer(L.Trainer):
                 console.print(text, soft_wrap=True, highlight=False)
 
         data = {"dataloaders": dataloaders, "datamodule": datamodule}
-        found = compare_methods(self, model, self._pruner(), methods, speedups, folder, fresh, tell, **data)
+        found = compare_methods(self, model, self.config, methods, speedups, folder, fresh, tell, **data)
         table = [row.to_dict() for row in found.rows]
         if self.is_global_zero:
             command = self.command or f"trainer.compare(methods={methods}, speedups={speedups})"
             paths = write_methods(folder, found, command, _normalisation(model))
-            console.print(comparison_table(found.rows))
+            console.print(methods_table(found.rows))
             for remark in remarks(document_of(found, command)):
                 console.print(remark, soft_wrap=True, highlight=False)
             console.print(
@@ -226,24 +223,6 @@ class PruneTrainer(L.Trainer):
             )
             self._log_comparison(table)
         return table
-
-    def _pruner(self) -> TokenPruning:
-        pruners = [callback for callback in trainer_callbacks(self) if isinstance(callback, TokenPruning)]
-        if not pruners:
-            pruners = [TokenPruning()]
-            trainer_callbacks(self).append(pruners[0])
-        return pruners[0]
-
-    @contextmanager
-    def _refreshing(self, refresh: bool) -> Iterator[TokenPruning]:
-        """The pruner, which measures anew if that is asked for."""
-        pruner = self._pruner()
-        before = pruner.refresh
-        pruner.refresh = refresh or before
-        try:
-            yield pruner
-        finally:
-            pruner.refresh = before
 
     def _log_comparison(self, rows: list[dict[str, Any]]) -> None:
         """Every run logs the same keys at step 0, so each variant gets keys of its own."""

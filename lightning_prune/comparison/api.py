@@ -1,7 +1,7 @@
 """Dense against methods at target speed-ups: all variants on the same data, device and clock."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,25 +9,16 @@ from typing import Any, NamedTuple
 import lightning as L
 from torch import Tensor
 
-from lightning_prune._utils.device import preserve_random_state
-from lightning_prune.callbacks import TokenPruning
-from lightning_prune.callbacks.batches import calibration_images, images_from_batch
-from lightning_prune.callbacks.decision import profiled, sample
-from lightning_prune.callbacks.distributed import decided_by_rank_zero, refuse_sharded
-from lightning_prune.callbacks.hooks import trainer_callbacks
+from lightning_prune.callbacks import PruningConfig
+from lightning_prune.callbacks.decision import profiled
+from lightning_prune.callbacks.first_batch import FirstBatch, first_batch
+from lightning_prune.callbacks.hooks import command_run
 from lightning_prune.comparison.method_search import decide
-from lightning_prune.comparison.paired_statistics import compared, environment_columns, flat, logged, timed
+from lightning_prune.comparison.method_specs import MethodSpec, read_methods
+from lightning_prune.comparison.paired_statistics import Row, compared, environment_columns, flat, logged, timed
 from lightning_prune.comparison.predictions import OutcomeRecorder
 from lightning_prune.comparison.resume import State, VariantResult, ask, data_identity, digest, weights_digest
-from lightning_prune.comparison.variants import (
-    ComparisonPlan,
-    Deployment,
-    PlannedVariant,
-    VariantRequest,
-    read_methods,
-    reduction_of,
-    variant_of,
-)
+from lightning_prune.comparison.variants import ComparisonPlan, Deployment, PlannedVariant, reduction_of, variant_of
 from lightning_prune.errors import ArgumentError, DataError
 from lightning_prune.patching import TokenTrace, find_vision_transformer, trace_tokens
 from lightning_prune.planning import Utility
@@ -35,7 +26,6 @@ from lightning_prune.planning.multi_block import BlockSearch
 from lightning_prune.planning.speedup_targets import check_speedups
 from lightning_prune.profiling import measurement_context
 from lightning_prune.reduction import POMT
-from lightning_prune.report.rows import Row
 from lightning_prune.schedule import Schedule
 
 _PICTURES = 4  # images whose tokens are traced
@@ -46,8 +36,8 @@ class Opening(L.Callback):
 
     def __init__(
         self,
-        pruner: TokenPruning,
-        entries: Sequence[VariantRequest],
+        config: PruningConfig,
+        entries: Sequence[MethodSpec],
         speedups: Sequence[float],
         output: Path,
         fresh: bool,
@@ -55,7 +45,7 @@ class Opening(L.Callback):
         limit: int | float | None,
     ) -> None:
         self.limit = limit  # of the runs to come: this one has one batch
-        self.pruner, self.entries, self.speedups = pruner, entries, speedups
+        self.config, self.entries, self.speedups = config, entries, speedups
         self.output, self.fresh, self.tell = output, fresh, tell
         self.state: State | None = None  # on rank 0
         self.decided: ComparisonPlan | None = None
@@ -68,73 +58,66 @@ class Opening(L.Callback):
     ) -> None:
         """Decides, once."""
         if self.decided is None and not dataloader_idx:
-            refuse_sharded(trainer)
-            found = decided_by_rank_zero(trainer, lambda: self._decide(trainer, pl_module, batch))
-            self.decided, self.finished = found
+            with first_batch(trainer, pl_module, batch, self.config) as first:
+                self.decided, self.finished = first.on_rank_zero(lambda: self._decide(first))
 
-    def _decide(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any
-    ) -> tuple[ComparisonPlan, dict[str, VariantResult]]:
-        pruner = self.pruner
-        pruner.compilation.begin(pruner, pl_module)
-        images = images_from_batch(batch, pruner.images_from_batch)
-        with preserve_random_state(), trainer.precision_plugin.forward_context():
-            transformer = find_vision_transformer(pl_module, pruner.target)
-            calibration = None
-            settings: dict[str, Any] = {
-                "block": pruner.place,
-                "time_limit": pruner.time_limit,
-                "target": pruner.target,
-            }
-            if any(entry.searches for entry in self.entries):
-                calibration = sample(pruner, trainer, pl_module, batch).images
-                settings["calibration"] = digest(calibration)
-            question = ask(
-                weights=weights_digest(pl_module),
-                data=data_identity(trainer.val_dataloaders, batch, self.limit),
-                context=measurement_context(transformer.runner, images),
-                entries=self.entries,
-                speedups=self.speedups,
-                settings=settings,
+    def _decide(self, first: FirstBatch) -> tuple[ComparisonPlan, dict[str, VariantResult]]:
+        config, images, pl_module = self.config, first.images, first.module
+        calibration = None
+        settings: dict[str, Any] = {
+            "block": config.place,
+            "time_limit": config.time_limit,
+            "target": config.module_path,
+        }
+        if any(entry.searches for entry in self.entries):
+            calibration = first.calibration().images
+            settings["calibration"] = digest(calibration)
+        question = ask(
+            weights=weights_digest(pl_module),
+            data=data_identity(first.trainer.val_dataloaders, first.batch, self.limit),
+            context=measurement_context(first.transformer.runner, images),
+            entries=self.entries,
+            speedups=self.speedups,
+            settings=settings,
+        )
+        self.state = State(self.output, question, self.fresh)
+        decided = self.state.decided()
+        if decided is None:
+            self._tell_news(self.state)
+            decided = decide(
+                first.transformer,
+                images,
+                self.entries,
+                self.speedups,
+                block=config.place,
+                time_limit=config.time_limit,
+                progress=config.verbose,
+                searching=None if calibration is None else partial(self._search, pl_module, images, calibration),
             )
-            self.state = State(self.output, question, self.fresh)
-            decided = self.state.decided()
-            if decided is None:
-                self._tell_news(self.state)
-                decided = decide(
-                    transformer,
-                    images,
-                    self.entries,
-                    self.speedups,
-                    block=pruner.place,
-                    time_limit=pruner.time_limit,
-                    progress=pruner.verbose,
-                    searching=None if calibration is None else partial(self._search, pl_module, images, calibration),
-                )
-                self.state.keep_decided(decided)
-            finished = self._known(self.state, decided)
-            pictures = self._pictures(trainer, pl_module, batch, images)
-            self.pictures = pictures.detach().cpu()
-            self.traces = self._traced(pl_module, pictures, decided)
+            self.state.keep_decided(decided)
+        finished = self._known(self.state, decided)
+        pictures = self._pictures(first)
+        self.pictures = pictures.detach().cpu()
+        self.traces = self._traced(pl_module, pictures, decided)
         return decided, finished
 
     def _search(self, pl_module: L.LightningModule, images: Tensor, calibration: Tensor) -> BlockSearch:
         """What `auto` searches with; its latency curve may be one that is kept."""
-        pruner = self.pruner
-        found = profiled(pruner, pl_module, images, over_blocks=True)
+        config = self.config
+        found = profiled(replace(config, method="auto"), pl_module, images)
         if found.reused:
             when = found.profile.context.get("measured", "before")
             self.tell(f"The latency curve that `auto` plans on was measured {when}, and kept.")
         return BlockSearch(
             model=pl_module,
-            transformer=find_vision_transformer(pl_module, pruner.target),
+            transformer=find_vision_transformer(pl_module, config.module_path),
             images=calibration,
             batch=images,
             curve=found.profile,
             foreign=False,
-            time_limit=pruner.time_limit,
-            target=pruner.target,
-            progress=pruner.verbose,
+            time_limit=config.time_limit,
+            target=config.module_path,
+            progress=config.verbose,
         )
 
     def _known(self, state: State, decided: ComparisonPlan) -> dict[str, VariantResult]:
@@ -150,16 +133,14 @@ class Opening(L.Callback):
         if news:
             self.tell(f"Starting anew beside what {state.folder.parent} holds: {', '.join(news)} differ.")
 
-    def _pictures(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, images: Tensor) -> Tensor:
+    def _pictures(self, first: FirstBatch) -> Tensor:
         """A few images from all over the dataset; the first of the batch where they cannot be had, or are of two sizes.
 
         Folders are read class by class, so that the first batch shows one class, and at batch size 1 one image.
         """
-        pruner, loaders = self.pruner, trainer.val_dataloaders
+        images = first.images
         try:
-            found = calibration_images(
-                trainer, pl_module, loaders, _PICTURES, batch, pruner.images_from_batch, pruner.seed
-            ).images
+            found = first.sample(_PICTURES).images
         except DataError:
             found = images
         same = found.shape[1:] == images.shape[1:]
@@ -170,20 +151,18 @@ class Opening(L.Callback):
         rows: dict[str, list[PlannedVariant]] = {}
         entries = {entry.name: entry for entry in self.entries if not entry.int8 and entry.method}
         for planned in decided.planned:
-            if planned.timing is not None and planned.request in entries:
-                rows.setdefault(planned.request, []).append(planned)
-        shared = [
-            s for s in self.speedups if all(s in {p.target_speedup for p in r} for r in rows.values() if r[0].schedule)
-        ]
+            if planned.timing is not None and planned.entry in entries:
+                rows.setdefault(planned.entry, []).append(planned)
+        shared = [s for s in self.speedups if all(s in {p.target for p in r} for r in rows.values() if r[0].schedule)]
         traces = {}
         for name, candidates in rows.items():
             chosen = next(
-                (p for p in candidates if shared and p.target_speedup == shared[-1]), candidates[len(candidates) // 2]
+                (p for p in candidates if shared and p.target == shared[-1]), candidates[len(candidates) // 2]
             )
             reduction = reduction_of(chosen, entries[name])
             assert reduction is not None  # as every entry with a method and a timing has one
             counts = None if chosen.schedule is None else Schedule(chosen.schedule.removed)  # not for this batch size
-            trace = trace_tokens(pl_module, images, reduction, counts, target=self.pruner.target)
+            trace = trace_tokens(pl_module, images, reduction, counts, target=self.config.module_path)
             traces[chosen.variant] = TokenTrace(trace.groups.cpu(), trace.held.cpu(), trace.tokens.cpu(), trace.grid)
         return traces
 
@@ -211,7 +190,7 @@ class MethodComparison(NamedTuple):
 def compare_methods(
     trainer: L.Trainer,
     model: L.LightningModule,
-    pruner: TokenPruning,
+    config: PruningConfig,
     methods: Sequence[str],
     speedups: Sequence[float] | None,
     output: Path,
@@ -225,9 +204,9 @@ def compare_methods(
     again goes on from there.
 
     Args:
-        trainer: Runs all validations; `pruner` must be among its callbacks.
+        trainer: Runs all validations; a `TokenPruning` among its callbacks is idle meanwhile.
         model: The module; dense again afterwards.
-        pruner: Gives block, time limit, target and `images_from_batch`; and its own reduction where it is named.
+        config: Gives block, time limit, target and `images_from_batch`; and its own reduction where it is named.
         methods: Names of reductions, `auto`, `dense`, `int8`, and names of reductions with `+int8`.
         speedups: The targets; `SPEEDUPS` if None.
         output: Folder, writable.
@@ -236,16 +215,16 @@ def compare_methods(
         **data: `dataloaders` or `datamodule`, for `trainer.validate`.
 
     Raises:
-        ArgumentError: If a name or target is wrong, or the pruner has a schedule, an objective or a method of
+        ArgumentError: If a name or target is wrong, or the config has a schedule, an objective or a method of
             its own, which would play no part.
         UnsupportedModelError: If no method can be used with this model.
         DataError: If there is nothing to validate on.
     """
-    entries = read_methods(methods, pruner.reduction)
+    entries = read_methods(methods, config.reduction)
     targets = check_speedups(list(SPEEDUPS if speedups is None else speedups))
-    _refuse_idle_settings(pruner, entries)
-    opening = Opening(pruner, entries, targets, output, fresh, tell, trainer.limit_val_batches)
-    with _dense_but_for(trainer, pruner, opening), _one_batch(trainer):
+    _refuse_idle_settings(config, entries)
+    opening = Opening(config, entries, targets, output, fresh, tell, trainer.limit_val_batches)
+    with command_run(trainer, config, opening, one_batch=True):
         trainer.validate(model, verbose=False, **data)
     if opening.decided is None:
         raise DataError("The validation loader yielded no batch to compare on.")
@@ -260,9 +239,11 @@ def compare_methods(
             finished[variant] = finished[twin]
         else:
             tell(f"Validating {variant} ({number} of {len(runs)})")
-            deployment = Deployment(variant_of(planned, by_name[planned.request]), decided.dense_tokens, pruner.target)
-            recorder = OutcomeRecorder(pruner.target, pruner.images_from_batch)
-            with _dense_but_for(trainer, pruner, deployment, recorder):
+            deployment = Deployment(
+                variant_of(planned, by_name[planned.entry]), decided.dense_tokens, config.module_path
+            )
+            recorder = OutcomeRecorder(config.module_path, config.images_from_batch)
+            with command_run(trainer, config, deployment, recorder):
                 metrics = trainer.validate(model, verbose=False, **data)
             finished[variant] = VariantResult(flat(metrics), recorder.images, recorder.outcomes)
         if opening.state is not None:  # on rank 0
@@ -271,44 +252,19 @@ def compare_methods(
     return MethodComparison(rows, decided, opening.pictures, opening.traces)
 
 
-@contextmanager
-def _dense_but_for(trainer: L.Trainer, pruner: TokenPruning, *added: L.Callback) -> Iterator[None]:
-    """The pruner idle and other callbacks in its place, before all others, which see the model restored in the end."""
-    callbacks, enabled = trainer_callbacks(trainer), pruner.enabled
-    callbacks[:0] = added
-    pruner.enabled = False
-    try:
-        yield
-    finally:
-        pruner.enabled = enabled
-        for callback in added:
-            callbacks.remove(callback)
-
-
-@contextmanager
-def _one_batch(trainer: L.Trainer) -> Iterator[None]:
-    """Runs of one batch; of none, where the user wants none."""
-    limit = trainer.limit_val_batches
-    trainer.limit_val_batches = 1 if limit is None or limit > 0 else 0
-    try:
-        yield
-    finally:
-        trainer.limit_val_batches = limit
-
-
-def _refuse_idle_settings(pruner: TokenPruning, entries: Sequence[VariantRequest]) -> None:
-    own = pruner.reduction
+def _refuse_idle_settings(config: PruningConfig, entries: Sequence[MethodSpec]) -> None:
+    own = config.reduction
     if own != POMT() and all(entry.reduction is not own for entry in entries):
         raise ArgumentError(f"`method` plays no part unless `methods` name it; got {own!r}, which they do not.")
     idle = {
-        "schedule": pruner.schedule != "auto",
-        "objective": pruner.objective != Utility(),
-        "protocol": pruner.protocol != "deployed",
+        "schedule": config.schedule != "auto",
+        "objective": config.goal != Utility(),
+        "protocol": config.protocol != "deployed",
     }
     for name, given in idle.items():
         if given:
             raise ArgumentError(
-                f"`{name}` plays no part where `methods` are compared at `speedups`; got {getattr(pruner, name)!r}."
+                f"`{name}` plays no part where `methods` are compared at `speedups`; got {getattr(config, name)!r}."
             )
 
 
@@ -330,7 +286,7 @@ def _row(planned: PlannedVariant, decided: ComparisonPlan, finished: dict[str, V
         variant=planned.variant,
         method=planned.method,
         int8=planned.int8,
-        target_speedup=planned.target_speedup,
+        target=planned.target,
         **cut,
         **figures,
         joules_per_image=planned.joules_per_image,

@@ -11,28 +11,24 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from lightning_prune._utils.device import preserve_random_state
 from lightning_prune._utils.sampler_shares import shares_of
-from lightning_prune.callbacks import TokenPruning
+from lightning_prune.callbacks import PruningConfig
 from lightning_prune.callbacks.batches import Calibration, images_from_batch
 from lightning_prune.callbacks.decision import (
     Decision,
     check_labels,
-    given_schedule,
-    measure_given,
+    decide,
     planned_for,
     profiled,
-    sample,
 )
-from lightning_prune.callbacks.distributed import decided_by_rank_zero, refuse_sharded
-from lightning_prune.callbacks.hooks import trainer_callbacks
-from lightning_prune.comparison.paired_statistics import compared, environment_columns, flat, logged, timed
+from lightning_prune.callbacks.first_batch import FirstBatch, first_batch
+from lightning_prune.callbacks.hooks import EvaluationCallback, command_run
+from lightning_prune.comparison.paired_statistics import Row, compared, environment_columns, flat, logged, timed
 from lightning_prune.comparison.predictions import OutcomeRecorder, Outcomes
 from lightning_prune.errors import ArgumentError, DataError
-from lightning_prune.patching import find_vision_transformer
+from lightning_prune.patching import PatchHandle, find_vision_transformer, patch
 from lightning_prune.planning import AccuracyBudget, Objective, ProxyCurve
 from lightning_prune.profiling import LatencyStats, compare_latency
-from lightning_prune.report.rows import Row
 from lightning_prune.schedule import Schedule
 
 
@@ -42,12 +38,12 @@ class Survey(L.Callback):
     One latency profile and one accuracy curve serve all objectives, and all variants are timed in one interleaved run.
 
     Args:
-        pruner: Whose settings the variants share.
+        config: The settings that the variants share.
         objectives: Name of a variant -> what it optimises.
     """
 
-    def __init__(self, pruner: TokenPruning, objectives: dict[str, Objective]) -> None:
-        self.pruner, self.objectives = pruner, objectives
+    def __init__(self, config: PruningConfig, objectives: dict[str, Objective]) -> None:
+        self.config, self.objectives = config, objectives
         self.decisions: dict[str, Decision] = {}
         self.timings: dict[str, LatencyStats] = {}
         self.images = 0
@@ -59,14 +55,13 @@ class Survey(L.Callback):
         """Decides, once."""
         if dataloader_idx:  # the table is of the first loader
             return
-        count = len(images_from_batch(batch, self.pruner.images_from_batch))
+        count = len(images_from_batch(batch, self.config.images_from_batch))
         share = shares_of(trainer)[0]
         self.images += count if share is None else share.counted(batch_idx, count)
         if not self.timings:
-            refuse_sharded(trainer)
             start = perf_counter()
-            decided = decided_by_rank_zero(trainer, lambda: self._decide(trainer, pl_module, batch))
-            self.decisions, self.timings = decided
+            with first_batch(trainer, pl_module, batch, self.config) as first:
+                self.decisions, self.timings = first.on_rank_zero(lambda: self._decide(first))
             self.seconds = perf_counter() - start
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -74,53 +69,39 @@ class Survey(L.Callback):
         count = torch.tensor(self.images, device=pl_module.device)
         self.images = int(trainer.strategy.reduce(count, reduce_op="sum"))
 
-    def _decide(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any
-    ) -> tuple[dict[str, Decision], dict[str, LatencyStats]]:
-        pruner = self.pruner
-        pruner.compilation.begin(pruner, pl_module)
-        images = images_from_batch(batch, pruner.images_from_batch)
-        with preserve_random_state(), trainer.precision_plugin.forward_context():
-            transformer = find_vision_transformer(pl_module, pruner.target)
-            if pruner.schedule == "auto":
-                calibration = sample(pruner, trainer, pl_module, batch)
-                decisions = self._planned(pl_module, images, calibration)
-            else:
-                schedule = given_schedule(pruner.schedule, pruner.place, transformer, pruner.reduction, images)
-                limit = pruner.time_limit / 3
-                given = measure_given(
-                    pl_module, images, pruner.reduction, schedule, limit, pruner.target, progress=pruner.verbose
-                )
-                decisions = {f"{pruner.reduction.name} given": given}
-            variants: dict[str, tuple[Any, Schedule] | None] = {"dense": None}
-            variants |= {
-                n: (d.reduction or pruner.reduction, d.schedule) for n, d in decisions.items() if d.schedule.total
-            }
-            timings = compare_latency(
-                pl_module,
-                images,
-                variants,
-                rounds=51,
-                time_limit=pruner.time_limit,
-                target=pruner.target,
-                progress=pruner.verbose,
-            )
+    def _decide(self, first: FirstBatch) -> tuple[dict[str, Decision], dict[str, LatencyStats]]:
+        config = self.config
+        if config.is_planned:
+            decisions = self._planned(first.module, first.images, first.calibration())
+        else:
+            decisions = {f"{config.label} given": decide(first)}
+        variants: dict[str, tuple[Any, Schedule] | None] = {"dense": None}
+        variants |= {n: (d.reduction or config.reduction, d.schedule) for n, d in decisions.items() if d.schedule.total}
+        timings = compare_latency(
+            first.module,
+            first.images,
+            variants,
+            rounds=51,
+            time_limit=config.time_limit,
+            target=config.module_path,
+            progress=config.verbose,
+        )
         decisions = {name: _confirmed(decision, timings, name) for name, decision in decisions.items()}
         # A variant that removes nothing is the dense model: timing it again would only add noise.
         timings |= {name: timings["dense"] for name, decision in decisions.items() if not decision.schedule.total}
         return decisions, timings
 
     def _planned(self, pl_module: L.LightningModule, images: Tensor, calibration: Calibration) -> dict[str, Decision]:
-        pruner, objectives = self.pruner, list(self.objectives.values())
-        check_labels(pruner, calibration)
-        found = profiled(pruner, pl_module, images)
+        config, objectives = self.config, list(self.objectives.values())
+        check_labels(config, calibration)
+        found = profiled(config, pl_module, images)
         more: dict[str, Any] = {}
-        if not pruner.searches:
-            labels = calibration.labels if pruner.protocol == "paper" else None
-            shared: dict[str, Any] = {"labels": labels, "target": pruner.target, "progress": pruner.verbose}
-            curve = ProxyCurve(pl_module, calibration.images, found.profile, pruner.reduction, **shared)
+        if not config.plans_blocks:
+            labels = calibration.labels if config.protocol == "paper" else None
+            shared: dict[str, Any] = {"labels": labels, "target": config.module_path, "progress": config.verbose}
+            curve = ProxyCurve(pl_module, calibration.images, found.profile, config.reduction, **shared)
             more = {"curve": curve, "confirm": False}
-        decisions = planned_for(pruner, pl_module, images, calibration, objectives, found, **more)
+        decisions = planned_for(config, pl_module, images, calibration, objectives, found, **more)
         return dict(zip(self.objectives, decisions, strict=True))
 
 
@@ -152,15 +133,39 @@ class Comparison(NamedTuple):
     seconds: float
 
 
+class _Decided(EvaluationCallback):
+    """Prunes a run by a decision."""
+
+    def __init__(self, config: PruningConfig, decision: Decision) -> None:
+        self.config, self.decision = config, decision
+        self._handle: PatchHandle | None = None
+
+    def _before_batch(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int
+    ) -> None:
+        if self._handle is None and self.decision.prunes:
+            path = self.config.module_path
+            schedule = self.decision.deployable(find_vision_transformer(pl_module, path))
+            self._handle = patch(pl_module, self.decision.reduction or self.config.reduction, schedule, target=path)
+
+    def _figures(self) -> dict[str, float]:
+        return self.decision.metrics()
+
+    def _close(self, trainer: L.Trainer) -> None:
+        if self._handle is not None:
+            self._handle.remove()
+        self._handle = None
+
+
 def compare(
-    trainer: L.Trainer, model: L.LightningModule, pruner: TokenPruning, max_drop: float | None = None, **data: Any
+    trainer: L.Trainer, model: L.LightningModule, config: PruningConfig, max_drop: float | None = None, **data: Any
 ) -> Comparison:
     """Validates the module dense and pruned, everything else alike.
 
     Args:
-        trainer: Runs all validations; `pruner` must be among its callbacks.
+        trainer: Runs all validations; a `TokenPruning` among its callbacks is idle meanwhile.
         model: The module; dense again afterwards.
-        pruner: Method, block and objective. Its objective is one variant; an accuracy budget is the other, unless
+        config: Method, block and objective. Its objective is one variant; an accuracy budget is the other, unless
             the objective is one. If its schedule is given, that is the only pruned variant.
         max_drop: The budget: share of the dense proxy that may be lost; 0.005 if None.
         **data: `dataloaders` or `datamodule`, for `trainer.validate`.
@@ -169,43 +174,31 @@ def compare(
         DataError: If there is nothing to validate on.
         ArgumentError: If `max_drop` is given although nothing is planned for it.
     """
-    survey = Survey(pruner, _objectives(pruner, max_drop))
-    recorder = OutcomeRecorder(pruner.target, pruner.images_from_batch)
-    settings = pruner.enabled, pruner.verbose, pruner.schedule
-    callbacks = trainer_callbacks(trainer)
-    callbacks += [survey, recorder]
-    try:
-        pruner.enabled = False
+    survey = Survey(config, _objectives(config, max_drop))
+    recorder = OutcomeRecorder(config.module_path, config.images_from_batch)
+    with command_run(trainer, config, survey, recorder):
         found = {"dense": trainer.validate(model, verbose=False, **data)}
         outcomes = {"dense": recorder.outcomes}
-        callbacks.remove(survey)
-        if not survey.decisions:
-            raise DataError("The validation loader yielded no batch to compare on.")
-        pruner.enabled, pruner.verbose = True, False
-        for variant, decision in survey.decisions.items():
-            pruner.use(decision)
+    if not survey.decisions:
+        raise DataError("The validation loader yielded no batch to compare on.")
+    for variant, decision in survey.decisions.items():
+        with command_run(trainer, config, _Decided(config, decision), recorder):
             found[variant] = trainer.validate(model, verbose=False, **data)
             outcomes[variant] = recorder.outcomes
-    finally:
-        for callback in (survey, recorder):
-            if callback in callbacks:
-                callbacks.remove(callback)
-        pruner.enabled, pruner.verbose, pruner.schedule = settings
-        pruner.decision = None
     rows = [_row(variant, survey, flat(metrics), outcomes) for variant, metrics in found.items()]
     return Comparison(rows, survey.decisions, survey.seconds)
 
 
-def _objectives(pruner: TokenPruning, max_drop: float | None) -> dict[str, Objective]:
-    name = pruner.label
-    given = pruner.schedule != "auto"
-    if max_drop is not None and (given or isinstance(pruner.objective, AccuracyBudget)):
-        why = "the schedule is given" if given else f"the objective is {pruner.objective}"
+def _objectives(config: PruningConfig, max_drop: float | None) -> dict[str, Objective]:
+    name = config.label
+    given = config.schedule != "auto"
+    if max_drop is not None and (given or isinstance(config.goal, AccuracyBudget)):
+        why = "the schedule is given" if given else f"the objective is {config.goal}"
         raise ArgumentError(f"`max_drop` plays no part where {why}; got max_drop={max_drop}.")
-    if isinstance(pruner.objective, AccuracyBudget):
-        return {f"{name} budget": pruner.objective}
+    if isinstance(config.goal, AccuracyBudget):
+        return {f"{name} budget": config.goal}
     return {
-        f"{name} {_kind(pruner.objective)}": pruner.objective,
+        f"{name} {_kind(config.goal)}": config.goal,
         f"{name} budget": AccuracyBudget(0.005 if max_drop is None else max_drop),
     }
 

@@ -20,12 +20,11 @@ def clockwork(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def decisions(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What was measured in the test: one entry for every profile and every timing of a given schedule."""
-    from lightning_prune.callbacks import decision as planned
-    from lightning_prune.callbacks import token_pruning
+    from lightning_prune.callbacks import decision
 
     made: list[str] = []
-    for module, name in ((planned, "profiled"), (token_pruning, "measure_given")):
-        real = getattr(module, name)
+    for name in ("profiled", "measure_given"):
+        real = getattr(decision, name)
 
         def counted(
             *args: Any, _real: Any = real, _name: str = {"profiled": "plan"}.get(name, name), **kwargs: Any
@@ -33,5 +32,5 @@ def decisions(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             made.append(_name)
             return _real(*args, **kwargs)
 
-        monkeypatch.setattr(module, name, counted)
+        monkeypatch.setattr(decision, name, counted)
     return made

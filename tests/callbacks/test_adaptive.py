@@ -83,20 +83,19 @@ def test_a_decision_is_kept_and_can_be_handed_on() -> None:
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"schedule": 3}, "`schedule` must be left out, got 3"),
-        ({"schedule": [1, 0, 0, 0]}, r"`schedule` must be left out, got \[1, 0, 0, 0\]"),
-        ({"objective": lp.AccuracyBudget(0.1)}, "`objective` must be left out"),
-        ({"alpha": 0.3}, "`alpha` must be left out, got 0.3"),
-        ({"protocol": "paper"}, "`protocol` must be left out, got 'paper'"),
+        ({"schedule": 3}, "`schedule` must be left out with vwt-inter, .* got 3"),
+        ({"schedule": [1, 0, 0, 0]}, "`schedule` must be left out with vwt-inter, .* got Schedule"),
+        ({"objective": lp.AccuracyBudget(0.1)}, "`objective` must be left out with vwt-inter, .* got AccuracyBudget"),
+        ({"protocol": "paper"}, "`protocol` must be left out with vwt-inter, .* got 'paper'"),
     ],
 )
 def test_what_would_play_no_part_is_refused(options: dict[str, Any], named: str) -> None:
-    with pytest.raises(ArgumentError, match=f"With vwt-inter the images decide .*{named}"):
+    with pytest.raises(ArgumentError, match=named):
         pruner(**options)
 
 
 def test_there_are_no_blocks_to_search() -> None:
-    with pytest.raises(ArgumentError, match=r"`block` must be left out with vwt-inter, .*; got 'auto'"):
+    with pytest.raises(ArgumentError, match=r"`block` must be left out with vwt-inter, .* got 'auto'"):
         pruner(block="auto")
 
 

@@ -25,7 +25,7 @@ from helpers.data import labelled, loader, noise_images
 from helpers.models import TOKENS
 from lightning_prune.callbacks import batches as images_module
 from lightning_prune.callbacks.batches import Calibration, images_from_batch, labels_from_batch
-from lightning_prune.callbacks.decision import sample
+from lightning_prune.callbacks.first_batch import FirstBatch
 
 from .tiny import Spying, Stream, Tiny, pruner, trainer, validated
 
@@ -35,7 +35,7 @@ IMAGES, LABELS = noise_images(4, seed=1), torch.arange(4)
 @pytest.fixture
 def sampled(monkeypatch: pytest.MonkeyPatch) -> list[Calibration]:
     """Every calibration sample that the callback takes in the test."""
-    from lightning_prune.callbacks import decision as planned
+    from lightning_prune.callbacks import first_batch
 
     taken: list[Calibration] = []
 
@@ -43,7 +43,7 @@ def sampled(monkeypatch: pytest.MonkeyPatch) -> list[Calibration]:
         taken.append(images_module.calibration_images(*args, **kwargs))
         return taken[-1]
 
-    monkeypatch.setattr(planned, "calibration_images", spying)
+    monkeypatch.setattr(first_batch, "calibration_images", spying)
     return taken
 
 
@@ -339,7 +339,7 @@ def test_a_calibration_loader_gives_as_many_images_as_the_protocol_needs(protoco
     callback = pruner(calibration=DataLoader(shown, batch_size=100), protocol=protocol)
     running = trainer()
     running.strategy.connect(module := Tiny())
-    assert sample(callback, running, module, None).images.shape[0] == count
+    assert FirstBatch(running, module, None, callback.config).calibration().images.shape[0] == count
 
 
 @pytest.mark.usefixtures("clockwork")

@@ -9,7 +9,6 @@ import torch
 import lightning_prune as lp
 from helpers.data import loader
 from helpers.models import DEPTH, TOKENS
-from lightning_prune.callbacks.config import readable_schedule
 from lightning_prune.callbacks.decision import given_schedule
 from lightning_prune.patching import find_vision_transformer
 
@@ -45,7 +44,8 @@ def test_given_schedules_are_deployed_and_timed(
     assert decision.speedup == pytest.approx(1.5 if expected.total else 1.0)
     assert running.callback_metrics["pruning/removed"] == expected.total
     found = find_vision_transformer(module)
-    assert given_schedule(callback.schedule, block, found, callback.reduction, torch.zeros(1, 3, 32, 32)) == expected
+    config = callback.config
+    assert given_schedule(config.schedule, block, found, config.reduction, torch.zeros(1, 3, 32, 32)) == expected
 
 
 @pytest.mark.parametrize("name", ["schedule.yaml", "schedule.json"])
@@ -134,4 +134,4 @@ def test_lists_that_are_no_schedules_are_refused_at_once() -> None:
         pruner(schedule=[1, -2, 0, 0])
     with pytest.raises(lp.ScheduleError, match="got an empty list"):
         pruner(schedule=[])
-    assert readable_schedule("auto") == "auto"
+    assert pruner(schedule="auto").config.schedule == "auto"

@@ -10,7 +10,8 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
 
 import lightning_prune as lp
-from lightning_prune.callbacks.first_batch import _Probe
+from lightning_prune.callbacks import PruningConfig
+from lightning_prune.callbacks.first_batch import _FirstBatchCallback
 from lightning_prune.errors import PruneError
 
 
@@ -31,8 +32,9 @@ def running(strategy: Any, rank: int) -> Any:
     )
 
 
-def probe(images_from_batch: Any = None) -> _Probe[Any]:
-    return _Probe(lp.TokenPruning(images_from_batch=images_from_batch), lambda module, batch, images: len(images))
+def probe(images_from_batch: Any = None) -> _FirstBatchCallback[int]:
+    config = PruningConfig(images_from_batch=images_from_batch)
+    return _FirstBatchCallback(config, lambda first: len(first.images))
 
 
 def test_a_model_that_is_spread_over_processes_is_refused() -> None:

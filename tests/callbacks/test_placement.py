@@ -166,7 +166,7 @@ def test_of_two_the_target_is_pruned_and_the_other_is_not(second: Any, schedule:
     targets = (("network.student", (1, 0)), ("network.other.teacher", (0, 1)))
     for target, parts in targets[second is compiled :]:  # the schedule there is for the depth of the compiled one
         module.logits.clear()
-        callback = brief(schedule=schedule, target=target)
+        callback = brief(schedule=schedule, module_path=target)
         trainer(callback).validate(module, loader(8), verbose=False)
         outputs.append(torch.cat(module.logits))
         vits = (module.network.student, module.network.other["teacher"])

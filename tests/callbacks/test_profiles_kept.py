@@ -1,5 +1,6 @@
 """The profile of one run in the next: found, said, refreshed, and not kept where that is asked for."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,38 +42,36 @@ def test_a_later_run_finds_the_profile_and_says_so(measured: list[str], capsys: 
     assert second.decision.reused == first.decision.plan.profile.context["measured"]
     assert second.decision.plan.profile == first.decision.plan.profile
     said = " ".join(capsys.readouterr().out.replace("\u2502", " ").split())
-    assert f"of {second.decision.reused}, kept; `refresh` measures it anew" in said
+    assert f"of {second.decision.reused}, kept; `use_cache=False` measures it again" in said
 
 
-def test_refresh_measures_anew(measured: list[str]) -> None:
+def test_without_the_cache_nothing_is_read_or_kept(measured: list[str]) -> None:
     run()
-    assert run(refresh=True).decision.reused == ""
+    assert run(use_cache=False).decision.reused == ""
     assert measured == ["profile"] * 2
+    run(use_cache=False, block=2)
+    run(block=2)
+    assert measured == ["profile"] * 4
 
 
-def test_refresh_between_runs_decides_anew_once(measured: list[str]) -> None:
+def test_another_config_between_runs_decides_again_once(measured: list[str]) -> None:
     callback, module = pruner(), Tiny()
     validate = lambda: trainer(callback).validate(module, loader(8), verbose=False)  # noqa: E731
     validate()
     first = callback.decision
-    callback.refresh = True
+    callback.config = replace(callback.config, use_cache=False)
     validate()
     second = callback.decision
     assert second is not first
     validate()
-    assert callback.decision is second  # it stands, also for the epochs of a fit
-    callback.refresh = True  # as it was
-    validate()
+    assert callback.decision is second  # it is kept, also for the epochs of a fit
     assert measured == ["profile"] * 2
 
 
-def test_none_keeps_nothing_and_a_folder_keeps_it_there(measured: list[str], tmp_path: Path) -> None:
-    for _ in range(2):
-        run(cache_dir=None)
-    assert measured == ["profile"] * 2
+def test_a_folder_keeps_profiles(measured: list[str], tmp_path: Path) -> None:
     for _ in range(2):
         run(cache_dir=tmp_path / "mine")
-    assert measured == ["profile"] * 3
+    assert measured == ["profile"]
     assert len(list((tmp_path / "mine").iterdir())) == 1
 
 
@@ -86,5 +85,5 @@ def test_another_batch_size_or_block_is_measured(measured: list[str]) -> None:
 
 @pytest.mark.parametrize("value", [3, False])
 def test_what_is_no_folder_is_refused(value: Any) -> None:
-    with pytest.raises(lp.ArgumentError, match=f"`cache_dir` must be a folder, 'auto' or None, got {value}"):
+    with pytest.raises(lp.ArgumentError, match=f"`cache_dir` must be a folder or None, got {value}"):
         pruner(cache_dir=value)

@@ -26,8 +26,8 @@ from torchmetrics.classification import MulticlassAccuracy
 from helpers.data import loader, noise_images
 from helpers.models import TOKENS, tiny_vit
 from lightning_prune import ImageClassifier
-from lightning_prune.callbacks import TokenPruning, token_pruning
-from lightning_prune.callbacks import decision as planned
+from lightning_prune.callbacks import TokenPruning
+from lightning_prune.callbacks import decision as deciding
 from lightning_prune.patching.class_swap import is_patched_module
 
 
@@ -48,15 +48,14 @@ class Scored(Tiny):
 def run(callback: TokenPruning, **options: Any) -> dict[str, Any]:
     """One validation: what was decided, seen and logged; `measured` counts what this process measured."""
     measured: list[str] = []
-    homes = {"plan": planned, "measure_given": token_pruning}
-    real = {name: getattr(home, name) for name, home in homes.items()}
-    for name, home in homes.items():
+    real = {name: getattr(deciding, name) for name in ("plan", "measure_given")}
+    for name in real:
 
         def counted(*args: Any, _name: str = name, **kwargs: Any) -> Any:
             measured.append(_name)
             return real[_name](*args, **kwargs)
 
-        setattr(home, name, counted)
+        setattr(deciding, name, counted)
     module = Scored()
     trainer = L.Trainer(callbacks=[callback], **{**OPTIONS, **options})
     error = None
@@ -65,7 +64,7 @@ def run(callback: TokenPruning, **options: Any) -> dict[str, Any]:
     except Exception as caught:
         error = f"{type(caught).__name__}: {caught}"
     for name, function in real.items():
-        setattr(homes[name], name, function)
+        setattr(deciding, name, function)
     decision = callback.decision
     return {
         "rank": trainer.global_rank,
@@ -175,9 +174,9 @@ def main(path: Path) -> None:
     found |= {"planned": run(pruner(), **ddp), "given": run(pruner(schedule=6), **ddp)}
     found["dense"] = run(pruner(enabled=False), **ddp)
     found["refused"] = run(pruner(schedule=TOKENS), **ddp)
-    real, planned.plan = planned.plan, unlucky
+    real, deciding.plan = deciding.plan, unlucky
     found["failed"] = run(pruner(), **ddp)
-    planned.plan = real
+    deciding.plan = real
     found["unreadable"] = run(pruner(images_from_batch=only_unlucky_on(0)), **ddp)
     found["tolerated"] = run(pruner(schedule=6, images_from_batch=only_unlucky_on(1)), **ddp)
     for name, data in LOADERS.items():

@@ -13,14 +13,14 @@ import lightning_prune as lp
 from helpers.clock import set_latency
 from lightning_prune import DigitsData, ImageClassifier, TokenPruning
 from lightning_prune._utils.device import device_name
-from lightning_prune.cli.main import join_list_options, run
+from lightning_prune.cli.main import run
 from lightning_prune.cli.trainer import PruneTrainer
 from lightning_prune.planning.api import AUTO
 from lightning_prune.profiling import DENSE, SimulatedDevice, Workload
 from lightning_prune.profiling.simulation import seconds_of
 
 DEVICE = "simulated:multiprocessors=9"
-QUICK = ["--prune.max_seconds", "1", "--prune.calibration", "16", "--prune.verbose", "false"]
+QUICK = ["--prune.time_limit", "1", "--prune.calibration", "16", "--prune.verbose", "false"]
 DATA = ["--config", "configs/digits.yaml", "--data.batch_size", "4"]
 
 
@@ -104,20 +104,14 @@ def test_the_commands_do_the_same(tmp_path, capsys):
     assert "A simulated device has multiprocessors" in capsys.readouterr().err
 
 
-def test_refresh_measures_anew(tmp_path, capsys, monkeypatch):
+def test_without_the_cache_it_is_measured_again(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(lp.LatencyProfile, "is_inconclusive", False)  # however busy the machine is that tests
     command = ["profile", *DATA, *QUICK, "--output", str(tmp_path)]
     run(command)
     run(command)
-    assert "and kept; --refresh measures anew" in capsys.readouterr().out
-    run([*command, "--refresh"])
+    assert "and kept; --prune.use_cache false measures it again" in capsys.readouterr().out
+    run([*command, "--prune.use_cache", "false"])
     assert "and kept" not in capsys.readouterr().out
-    assert join_list_options(["profile", "--refresh", "--output", "x"]) == [
-        "profile",
-        "--refresh=true",
-        "--output",
-        "x",
-    ]
 
 
 def refused(message):
@@ -126,16 +120,10 @@ def refused(message):
 
 def test_what_plays_no_part_is_refused(module, data, tmp_path):
     shared = {"datamodule": data, "output": str(tmp_path / "none")}
-    with refused("What is deployed is simulated; got protocol='paper' with device='simulated:"):
+    with refused("`protocol` must be 'deployed' on a simulated device, got 'paper'"):
         trainer(protocol="paper").profile(module, **shared, device=DEVICE)
-    with refused("`plan` makes a schedule, and takes none; got schedule=56"):
+    with refused("`schedule` must be left out for `plan`, which plans one, got 56"):
         trainer(schedule=56).plan(module, **shared, device=DEVICE)
-    with refused("`refresh` plays no part where `device` gives the latencies; got device='simulated:"):
-        trainer().profile(module, **shared, device=DEVICE, refresh=True)
-    with refused("`refresh` plays no part where `device` gives the latencies"):
-        trainer().plan(module, **shared, device=DEVICE, refresh=True)
-    with refused("`refresh` plays no part where `profile` gives the latencies; got profile='a.json'"):
-        trainer().plan(module, **shared, profile="a.json", refresh=True)
     assert not (tmp_path / "none").exists()
 
 
@@ -175,7 +163,7 @@ def test_a_profile_that_does_not_say_where_it_is_from_is_shown_all_the_same(modu
 
 
 def test_two_sources_are_refused(module, data, tmp_path):
-    with pytest.raises(lp.ArgumentError, match=r"`profile` and `device` are two sources of latencies; got a\.json and"):
+    with pytest.raises(lp.ArgumentError, match=r"`device` must be left out with `profile`, .* got 'simulated:"):
         trainer().plan(module, datamodule=data, output=str(tmp_path), profile="a.json", device=DEVICE)
 
 
@@ -192,5 +180,5 @@ def test_a_profile_of_another_model_is_refused(module, data, tmp_path):
 
 
 def test_the_papers_protocol_has_no_plan_of_its_own(module, data, tmp_path):
-    with pytest.raises(lp.ArgumentError, match="`plan` plans what is deployed; got protocol='paper'"):
+    with pytest.raises(lp.ArgumentError, match="`protocol` must be 'deployed' for `plan`, got 'paper'"):
         trainer(protocol="paper").plan(module, datamodule=data, output=str(tmp_path))

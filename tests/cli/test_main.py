@@ -16,7 +16,7 @@ import yaml
 import lightning_prune as lp
 from lightning_prune.__main__ import main
 from lightning_prune.callbacks import TokenPruning
-from lightning_prune.report.rows import Row
+from lightning_prune.comparison.objective_comparison import Row
 
 ROOT = Path(__file__).parent.parent.parent
 CONFIGS = ROOT / "configs"
@@ -30,14 +30,14 @@ TINY = [
     "--trainer.enable_progress_bar=false",
     "--trainer.limit_val_batches=2",
     "--trainer.limit_test_batches=2",
-    "--prune.max_seconds=0.5",
+    "--prune.time_limit=0.5",
     "--prune.calibration=8",
 ]
 COLUMNS = [
-    *("variant", "method", "top1", "top1_change", "speedup", "latency_ms", "precision"),
-    *("int8", "target_speedup", "block", "removed", "tokens", "top1_low", "top1_high", "top5", "agreement"),
-    *("latency_spread", "speedup_spread", "throughput", "throughput_end_to_end"),
-    *("joules_per_image", "watts", "images", "device", "batch_size", "note"),
+    *("variant", "method", "int8", "target", "block", "removed", "tokens"),
+    *("top1", "top1_change", "top1_low", "top1_high", "top5", "agreement"),
+    *("latency_ms", "latency_spread", "speedup", "speedup_spread", "throughput", "throughput_end_to_end"),
+    *("joules_per_image", "watts", "images", "device", "batch_size", "precision", "note"),
 ]
 
 
@@ -160,15 +160,15 @@ def test_an_objective_of_the_users_choice(tmp_path: Path) -> None:
             ["--prune.method=pmot"],
             "got 'pmot'. Did you mean 'pomt'?",
         ),
-        (["--prune.alpha=2"], "`alpha` must be a number in [0, 1], got 2.0."),
-        (["--prune.alpha=high"], "Parser key \"prune.alpha\": Expected a <class 'float'>. Got value: high"),
+        (["--prune.objective=Utility", "--prune.objective.alpha=2"], "`alpha` must be a number in [0, 1], got 2.0."),
+        (["--prune.time_limit=long"], "Parser key \"prune.time_limit\": Expected a <class 'float'>. Got value: long"),
         (["--prune.block=4"], "`block` must be an index from 0 to 3 or a fraction in [0, 1), got 4."),
-        (["--prune.max_seconds=0"], "`time_limit` must be a number > 0, got 0.0."),
+        (["--prune.time_limit=0"], "`time_limit` must be a number of seconds > 0, got 0.0."),
         (["--prune.calibration=0"], "`calibration` must be a number of images >= 1, "),
         (["--prune.schedule=197"], "Block 1 is asked to remove 197 tokens, but of the 197 that enter it"),
         (["--prune.schedule=[1,2]"], "The schedule is for 2 blocks; this model has 4."),
         (["--prune.schedule=nowhere.yaml"], "Cannot read nowhere.yaml: No such file or directory."),
-        (["--prune.target=vit"], "`target` must be the dotted path of a module in ImageClassifier, got 'vit'."),
+        (["--prune.module_path=vit"], "`target` must be the dotted path of a module in ImageClassifier, got 'vit'."),
         (["--prune.keep=3"], "unrecognized arguments: --prune.keep=3"),
         (["--model.num_classes=5"], "digits: 10 classes, but the model's head has 5."),
         (["--config=nowhere.yaml"], "nowhere.yaml"),
@@ -332,7 +332,7 @@ def test_overlay_adds_pruning_to_the_application_of_somebody_else(tmp_path: Path
     assert added["class_path"] == "lightning_prune.callbacks.TokenPruning"
     words = ["app.py", "validate", "--config", "config.yaml", "--config", str(CONFIGS / "pruning.yaml")]
     short = [
-        "--trainer.callbacks.max_seconds=0.5",
+        "--trainer.callbacks.time_limit=0.5",
         "--trainer.callbacks.calibration=8",
         "--trainer.callbacks.schedule=5",
     ]

@@ -60,7 +60,7 @@ def test_profile_measures_writes_and_leaves_the_model(tmp_path: Path, capsys: py
 
 
 def test_profile_without_a_batch(tmp_path: Path) -> None:
-    with pytest.raises(lp.ArgumentError, match=r"^The validation loader yielded no batch to profile on"):
+    with pytest.raises(lp.DataError, match=r"^The validation loader must yield at least one batch, got none"):
         trainer(pruner()).profile(digits_module(), dataloaders=[], output=str(tmp_path))
     assert list(tmp_path.iterdir()) == []
 
@@ -89,12 +89,91 @@ def test_compare_says_that_the_profile_is_of_an_earlier_run(tmp_path: Path, caps
     assert line in capsys.readouterr().out
 
 
-def test_a_callback_with_defaults_is_added_where_there_is_none() -> None:
+def test_the_config_is_that_of_the_callback_or_the_default() -> None:
+    callback = pruner(seed=3)
+    assert trainer(callback).config is callback.config
     running = trainer()
-    first = running._pruner()
-    assert isinstance(first, TokenPruning)
-    assert running._pruner() is first
-    assert running.callbacks.count(first) == 1
+    assert running.config.seed == 0
+    assert not [each for each in running.callbacks if isinstance(each, TokenPruning)]
+
+
+class Counting(L.Callback):
+    """Token counts that left the last block in each validation."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+
+    def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
+        self.hook = pl_module.model.norm.register_forward_pre_hook(lambda _, args: self.tokens.append(args[0].shape[1]))
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self.hook.remove()
+
+
+def test_a_command_leaves_no_pruning_on_the_trainer(tmp_path: Path) -> None:
+    """What a trainer without `TokenPruning` validates is dense, also after `profile`."""
+    running, module, data = trainer(), digits_module(), lp.DigitsData(batch_size=8)
+    callbacks = list(running.callbacks)
+    running.profile(module, datamodule=data, output=str(tmp_path), device="simulated:multiprocessors=8,tile=64")
+    assert running.callbacks == callbacks
+    counting = Counting()
+    running.callbacks.append(counting)
+    running.validate(module, datamodule=data, verbose=False)
+    assert set(counting.tokens) == {197}
+
+
+class Stop(Exception):
+    pass
+
+
+class Interrupting(L.Callback):
+    def __init__(self) -> None:
+        self.armed = True
+
+    def on_validation_batch_end(self, *_: Any) -> None:
+        if self.armed:
+            raise Stop
+
+    def on_predict_batch_end(self, *_: Any) -> None:
+        raise Stop
+
+
+def settings_of(callback: L.Callback) -> dict[str, Any]:
+    """All attributes but the two that Lightning puts on callbacks in a run."""
+    return {name: value for name, value in vars(callback).items() if name not in ("log", "log_dict")}
+
+
+@pytest.mark.parametrize("command", ["profile", "plan", "compare", "compare methods", "vocabulary"])
+def test_a_command_that_fails_leaves_callback_and_trainer_as_they_were(command: str, tmp_path: Path) -> None:
+    callback = TokenPruning(time_limit=0.1, calibration=8, verbose=False)
+    running, module = trainer(callback, Interrupting()), digits_module()
+    before, callbacks, limit = settings_of(callback), list(running.callbacks), running.limit_val_batches
+    name, _, methods = command.partition(" ")
+    options: dict[str, Any] = {"methods": ["random"], "speedups": [1.5]} if methods else {}
+    output = str(tmp_path / ("words.safetensors" if command == "vocabulary" else "out"))
+    with pytest.raises(Stop):
+        getattr(running, name)(module, datamodule=lp.DigitsData(batch_size=8), output=output, **options)
+    assert settings_of(callback) == before
+    assert running.callbacks == callbacks
+    assert running.limit_val_batches == limit
+    assert type(module.model.blocks[1]).__name__ == "Block"
+
+
+@pytest.mark.parametrize("where", ["callbacks", "configure_callbacks"])
+def test_a_callback_is_idle_in_the_runs_of_a_command(where: str, tmp_path: Path) -> None:
+    """Also one that the module brings along."""
+    callback, module, counting = pruner(schedule=50), digits_module(), Counting()
+    if where == "configure_callbacks":
+        module.configure_callbacks = lambda: [callback]
+    running = trainer(counting, *([callback] if where == "callbacks" else []))
+    running.profile(
+        module,
+        datamodule=lp.DigitsData(batch_size=8),
+        output=str(tmp_path),
+        device="simulated:multiprocessors=8,tile=64",
+    )
+    assert callback.decision is None
+    assert counting.tokens[-1] == 197  # the step of the batch that was profiled on
 
 
 def test_compare_logs_each_variant_under_its_own_name(tmp_path: Path) -> None:

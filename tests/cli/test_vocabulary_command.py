@@ -81,7 +81,7 @@ def test_the_command_writes_the_words_that_learning_by_hand_gives(
     assert (written.patches, written.seed) == (20 * 196, 0)
 
     words = ["--prune.method=lightning_prune.reduction.VWTInter", f"--prune.method.vocabulary={path}"]
-    limits = ["--prune.method.threshold=0.2", "--prune.max_seconds=0.5"]
+    limits = ["--prune.method.threshold=0.2", "--prune.time_limit=0.5"]
     assert main(["validate", *TINY, *words, *limits]) == 0
     told = capsys.readouterr().out
     assert "as each image decides (vwt-inter)" in told

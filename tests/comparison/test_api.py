@@ -10,6 +10,7 @@ import torch
 
 import lightning_prune as lp
 from lightning_prune.callbacks import TokenPruning
+from lightning_prune.callbacks.first_batch import FirstBatch
 from lightning_prune.comparison import api as opening
 from lightning_prune.comparison.api import compare_methods
 from lightning_prune.comparison.paired_statistics import paired_interval
@@ -29,7 +30,9 @@ def run(module: Any, running: Any, output: Path, methods: list[str], speedups: A
     fresh, told = more.pop("fresh", False), more.pop("told", [])
     trainer, pruner = running(**more)
     model = module if isinstance(module, L.LightningModule) else module()
-    return compare_methods(trainer, model, pruner, methods, speedups, output, fresh, told.append, datamodule=data())
+    return compare_methods(
+        trainer, model, pruner.config, methods, speedups, output, fresh, told.append, datamodule=data()
+    )
 
 
 def test_rows_reach_their_targets_and_are_what_validation_says(module: Any, running: Any, tmp_path: Path) -> None:
@@ -45,15 +48,15 @@ def test_rows_reach_their_targets_and_are_what_validation_says(module: Any, runn
     # A token removed in block 1 of 4 saves 3 of 4 * 197: R is the smallest with 3 R >= 788 (0.995 - 1 / speedup).
     assert [row.removed for row in found.rows] == [0, 52, 87, 52, 87, 0, 87, 116]
     assert [row.int8 for row in found.rows] == [False] * 5 + [True] * 3
-    assert [row.target_speedup for row in found.rows] == [None, 1.25, 1.5, 1.25, 1.5, None, 1.25, 1.5]
+    assert [row.target for row in found.rows] == [None, 1.25, 1.5, 1.25, 1.5, None, 1.25, 1.5]
     assert [row.method for row in found.rows] == ["", "pomt", "pomt", "random", "random", "int8", "pomt", "pomt"]
     for row in found.rows:
         assert (row.images, row.batch_size, row.precision, row.latency_spread) == (16, 8, "float32", 0)
-        if row.target_speedup is not None:
-            assert row.target_speedup * 0.992 <= row.speedup < row.target_speedup * 1.03
+        if row.target is not None:
+            assert row.target * 0.992 <= row.speedup < row.target * 1.03
             assert (row.tokens, row.block) == (197 - row.removed, "1")
         assert row.throughput > 0
-    assert [(each.method, each.target_speedup) for each in found.decided.unreached] == [
+    assert [(each.method, each.target) for each in found.decided.unreached] == [
         *(("pomt", 6.0), ("random", 6.0), ("pomt+int8", 6.0))
     ]
     assert found.decided.unreached[0].best == pytest.approx(788 / (788 - 3 * 194), rel=1e-3)
@@ -185,7 +188,7 @@ def test_targets_of_one_schedule_are_validated_once(module: Any, running: Any, t
     assert model.runs == 2
     one, other = found.rows[1:]
     assert (one.removed, one.top1, one.throughput) == (other.removed, other.top1, other.throughput)
-    assert (one.target_speedup, other.target_speedup) == (1.5, 1.5004)
+    assert (one.target, other.target) == (1.5, 1.5004)
 
 
 class Foreign(POMT):
@@ -213,7 +216,7 @@ def test_a_method_of_which_the_images_decide_has_one_row(module: Any, running: A
     reduction = VWTInter(vocabulary, threshold=0.5)
     found = run(module, running, tmp_path, ["vwt-inter", "random"], [1.5], method=reduction)
     row = found.rows[1]
-    assert (row.variant, row.method, row.target_speedup, row.removed, row.tokens) == (
+    assert (row.variant, row.method, row.target, row.removed, row.tokens) == (
         "vwt-inter",
         "vwt-inter",
         None,
@@ -285,7 +288,7 @@ def test_where_the_dataset_cannot_be_sampled_the_first_batch_is_pictured(
     def refused(*_: Any, **__: Any) -> None:
         raise lp.DataError("The calibration images are of several sizes.")
 
-    monkeypatch.setattr(opening, "calibration_images", refused)
+    monkeypatch.setattr(FirstBatch, "sample", refused)
     found = run(module, running, tmp_path, ["pomt"], [1.25])
     validated = data()
     validated.setup("validate")
@@ -294,7 +297,11 @@ def test_where_the_dataset_cannot_be_sampled_the_first_batch_is_pictured(
 
 @pytest.mark.parametrize(
     ("settings", "name"),
-    [({"schedule": 20}, "schedule"), ({"alpha": 0.3}, "objective"), ({"protocol": "paper"}, "protocol")],
+    [
+        ({"schedule": 20}, "schedule"),
+        ({"objective": lp.Utility(0.3)}, "objective"),
+        ({"protocol": "paper"}, "protocol"),
+    ],
 )
 def test_settings_that_would_play_no_part(
     settings: dict[str, Any], name: str, module: Any, running: Any, tmp_path: Path
@@ -317,7 +324,7 @@ def test_nothing_to_validate_is_an_error_and_leaves_the_trainer_alone(
     trainer, pruner = running(limit_val_batches=limit)
     callbacks = list(trainer.callbacks)
     with pytest.raises(lp.DataError, match=r"^The validation loader yielded no batch to compare on"):
-        compare_methods(trainer, module(), pruner, ["random"], None, tmp_path, datamodule=data())
+        compare_methods(trainer, module(), pruner.config, ["random"], None, tmp_path, datamodule=data())
     assert (trainer.callbacks, trainer.limit_val_batches, pruner.enabled) == (callbacks, 0, True)
 
 
@@ -327,6 +334,6 @@ def test_the_trainer_is_as_before_after_an_error(module: Any, running: Any, tmp_
     trainer, pruner = running()
     callbacks = list(trainer.callbacks)
     with pytest.raises(Stop):
-        compare_methods(trainer, model, pruner, ["random"], [1.5], tmp_path, datamodule=data())
+        compare_methods(trainer, model, pruner.config, ["random"], [1.5], tmp_path, datamodule=data())
     assert (trainer.callbacks, trainer.limit_val_batches, pruner.enabled) == (callbacks, 2, True)
     assert isinstance(pruner, TokenPruning)

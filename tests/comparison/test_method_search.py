@@ -10,7 +10,8 @@ import torch
 import lightning_prune as lp
 from helpers.models import digits_module
 from lightning_prune.comparison.api import compare_methods
-from lightning_prune.comparison.variants import PlannedVariant, VariantRequest, read_methods, variant_of
+from lightning_prune.comparison.method_specs import MethodSpec, read_methods
+from lightning_prune.comparison.variants import PlannedVariant, variant_of
 from lightning_prune.planning.api import AUTO
 from lightning_prune.reduction import POMT, resolve
 
@@ -19,7 +20,7 @@ def run(module: Any, running: Any, output: Path, told: list[str], **more: Any) -
     trainer, pruner = running(calibration=8, time_limit=1, **more)
     data = lp.DigitsData(batch_size=8)
     return compare_methods(
-        trainer, module, pruner, ["auto", "random"], [1.2, 50.0], output, False, told.append, datamodule=data
+        trainer, module, pruner.config, ["auto", "random"], [1.2, 50.0], output, False, told.append, datamodule=data
     )
 
 
@@ -45,7 +46,7 @@ def test_auto_is_planned_validated_and_found_again(larger: Any, running: Any, tm
     assert planned.schedule.total == auto.removed
     assert planned.schedule.tokens(197)[-1] == auto.tokens
     (unreached,) = (each for each in found.decided.unreached if each.method == "auto")
-    assert unreached.target_speedup == 50
+    assert unreached.target == 50
     assert unreached.reason.startswith("timed up to Schedule(")
     assert any(name.startswith("auto") for name in found.traces)
     assert all(torch.equal(value, before[name]) for name, value in larger.state_dict().items())
@@ -62,10 +63,10 @@ def test_auto_is_planned_validated_and_found_again(larger: Any, running: Any, tm
 
 def test_a_plan_read_from_a_file_runs_as_the_method_that_was_chosen() -> None:
     schedule = lp.Schedule([0, 5, 0, 7])
-    planned = PlannedVariant("auto 2x", "auto", "auto", chosen="pomt-nearest", target_speedup=2.0, schedule=schedule)
+    planned = PlannedVariant("auto 2x", "auto", "auto", chosen="pomt-nearest", target=2.0, schedule=schedule)
     read = PlannedVariant.from_dict(json.loads(json.dumps(planned.to_dict())))
     (entry,) = read_methods(["auto"], POMT())[1:]
-    assert entry == VariantRequest("auto", None, False, AUTO)
+    assert entry == MethodSpec("auto", None, False, AUTO)
     assert (entry.method, entry.has_targets, entry.searches) == ("auto", True, True)
     variant = variant_of(read, entry)
     assert (variant.reduction, variant.schedule, variant.weights) == (resolve("pomt-nearest"), schedule, None)

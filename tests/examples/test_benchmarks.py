@@ -110,10 +110,10 @@ def test_methods_asks_the_command_line(program: Any, monkeypatch: pytest.MonkeyP
     asked: list[list[str]] = []
     monkeypatch.setattr(methods, "run", lambda words: asked.append(words) or 3)
     with pytest.raises(SystemExit, match="3"):
-        run(methods, monkeypatch, "--speedups", "1.5", "--output", str(tmp_path), "--prune.max_seconds", "5")
+        run(methods, monkeypatch, "--speedups", "1.5", "--output", str(tmp_path), "--prune.time_limit", "5")
     assert asked[0][:4] == ["compare", "--config", "configs/digits.yaml", "--methods"]
     assert "auto" in asked[0]
-    assert asked[0][-6:] == ["--speedups", "1.5", "--output", str(tmp_path), "--prune.max_seconds", "5"]
+    assert asked[0][-6:] == ["--speedups", "1.5", "--output", str(tmp_path), "--prune.time_limit", "5"]
     assert "--methods" in " ".join(cli.join_list_options(asked[0]))
 
 

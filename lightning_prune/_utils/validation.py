@@ -1,0 +1,64 @@
+"""Checks of arguments, all with one grammar: "`name` must be A, got B."."""
+
+from collections.abc import Collection
+from typing import Any
+
+from lightning_prune.errors import ArgumentError
+
+
+def check(name: str, value: object, expected: str, valid: bool) -> None:
+    """Raises unless `valid`.
+
+    Args:
+        name: The argument.
+        value: What was passed.
+        expected: What it must be, as the end of "must be ...".
+        valid: Whether `value` is that.
+
+    Raises:
+        ArgumentError: Names the argument, what it must be and what was passed.
+
+    Example:
+        >>> from lightning_prune._utils.validation import check
+        >>> check("ratio", 0.5, "a number in [0, 1)", 0 <= 0.5 < 1)
+        >>> check("ratio", 2, "a number in [0, 1)", 0 <= 2 < 1)
+        Traceback (most recent call last):
+        lightning_prune.errors.ArgumentError: `ratio` must be a number in [0, 1), got 2.
+    """
+    if not valid:
+        raise ArgumentError(f"`{name}` must be {expected}, got {value!r}.")
+
+
+def is_int(value: object, minimum: int) -> bool:
+    """Whether `value` is an integer >= `minimum`; a bool is not one."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= minimum
+
+
+def check_int(name: str, value: object, minimum: int, unit: str = "an integer") -> None:
+    """Raises ArgumentError unless `value` is an integer >= `minimum`.
+
+    Args:
+        name: The argument.
+        value: What was passed.
+        minimum: The smallest that is valid.
+        unit: What it counts, as in "a number of images".
+    """
+    check(name, value, f"{unit} >= {minimum}", is_int(value, minimum))
+
+
+def check_positive(name: str, value: object, unit: str = "a number") -> None:
+    """Raises ArgumentError unless `value` is an int or float > 0; NaN is not."""
+    valid = isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+    check(name, value, f"{unit} > 0", valid)
+
+
+def check_bool(name: str, value: object) -> None:
+    """Raises ArgumentError unless `value` is a bool."""
+    check(name, value, "True or False", isinstance(value, bool))
+
+
+def check_choice(name: str, value: object, choices: Collection[Any]) -> None:
+    """Raises ArgumentError unless `value` is one of `choices`."""
+    *first, last = map(repr, choices)
+    valid = any(type(value) is type(choice) and value == choice for choice in choices)
+    check(name, value, f"{', '.join(first)} or {last}" if first else last, valid)
