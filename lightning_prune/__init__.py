@@ -37,7 +37,6 @@ _HOME = {
     "WeightsError": "errors",
     "compare_latency": "profiling.measurement",
     "learn_vocabulary": "reduction.vocabulary",
-    "load_schedule": "schedule",
     "patch": "patching",
     "plan": "planning.api",
     "profile_latency": "profiling.measurement",
@@ -95,7 +94,6 @@ if TYPE_CHECKING:  # the same names for type checkers and editors, which cannot 
     from lightning_prune.reduction.vocabulary import learn_vocabulary as learn_vocabulary
     from lightning_prune.schedule import KeepRates as KeepRates
     from lightning_prune.schedule import Schedule as Schedule
-    from lightning_prune.schedule import load_schedule as load_schedule
 
 
 def __getattr__(name: str) -> Any:

@@ -1,42 +1,230 @@
-"""Schedules: how many tokens, or what share of its patch tokens, each block removes."""
+"""Schedules: how many tokens each block of a Vision Transformer removes, and by which method."""
 
 import operator
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from fractions import Fraction
 from numbers import Real
-from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from os import PathLike
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
-from lightning_prune._utils.files import read_document, write_document
-from lightning_prune.errors import FileFormatError, ScheduleError
-
-SCHEDULE_FORMAT = "lightning_prune.schedule"
-_SCHEDULE_VERSION = 1
+from lightning_prune._utils.files import SavedDocument, load_saved
+from lightning_prune._utils.spec import Spec
+from lightning_prune.errors import ArgumentError, ScheduleError
 
 
-def _whole(value: Any) -> int | None:
-    """A whole number of any library's kind as an int; None for everything else, bool included."""
+def _as_int(value: Any) -> int | None:
+    """A whole number of any library as an int; None for everything else, bool included."""
     try:
         return None if isinstance(value, bool) else operator.index(value)
     except TypeError:
         return None
 
 
+class MethodSpec(Spec):
+    """A reduction method as plain data: what `lightning_prune.reduction.resolve` makes a method of.
+
+    Example:
+        >>> from lightning_prune.schedule import MethodSpec
+        >>> MethodSpec("tome", {"proportional_attention": False})
+        MethodSpec('tome:proportional_attention=False')
+    """
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasurementSource:
+    """Where a schedule's latency was measured. It never changes what a schedule does; elsewhere it leads to a warning.
+
+    Attributes:
+        device: Name of the device.
+        batch_size: Images in a batch.
+        precision: Such as `"float32"` or `"bf16-mixed"`.
+        image_shape: (channels, height, width).
+        runtime: What ran the model, such as `"torch"`.
+        dense_tokens: N, tokens that entered block 0, prefix tokens included.
+        objective: What the schedule was optimised for.
+        details: Everything else: versions, threads, ...; plain values that YAML and JSON can hold.
+
+    Example:
+        >>> from lightning_prune.schedule import MeasurementSource
+        >>> MeasurementSource(device="Jetson Orin", batch_size=1).differences(device="Jetson Orin", batch_size=8)
+        ('batch_size 1 there, 8 here',)
+    """
+
+    device: str | None = None
+    batch_size: int | None = None
+    precision: str | None = None
+    image_shape: tuple[int, ...] | None = None
+    runtime: str | None = None
+    dense_tokens: int | None = None
+    objective: str | None = None
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Raises ScheduleError if an entry is of the wrong type."""
+        for name in ("device", "precision", "runtime", "objective"):
+            if not isinstance(getattr(self, name), str | None):
+                raise ScheduleError(f"`made_on.{name}` must be text or None, got {getattr(self, name)!r}.")
+        for name in ("batch_size", "dense_tokens"):
+            if getattr(self, name) is not None and _as_int(getattr(self, name)) is None:
+                raise ScheduleError(f"`made_on.{name}` must be a whole number or None, got {getattr(self, name)!r}.")
+        if not isinstance(self.image_shape, list | tuple | None):
+            raise ScheduleError(f"`made_on.image_shape` must be three whole numbers or None, got {self.image_shape!r}.")
+        if not isinstance(self.details, Mapping):
+            raise ScheduleError(f"`made_on.details` must be a mapping, got {self.details!r}.")
+        object.__setattr__(self, "image_shape", None if self.image_shape is None else tuple(self.image_shape))
+        object.__setattr__(self, "details", dict(self.details))
+
+    def __hash__(self) -> int:
+        return hash((self.device, self.batch_size, self.precision, self.image_shape, self.runtime, self.dense_tokens))
+
+    @classmethod
+    def from_context(cls, context: Mapping[str, Any], **more: Any) -> "MeasurementSource":
+        """From the context of a measurement; entries without a field of their own become `details`.
+
+        Args:
+            context: As `lightning_prune.profiling.measurement_context` returns it.
+            **more: Further entries, which take precedence.
+        """
+        entries = {**context, **more}
+        own = {f.name: entries.pop(f.name) for f in fields(cls) if f.name != "details" and f.name in entries}
+        details = entries.pop("details", {})
+        return cls(**own, details={**details, **entries} if isinstance(details, Mapping) else details)
+
+    def differences(self, **here: Any) -> tuple[str, ...]:
+        """What differs from the values given by field name, in words. Fields that are None here or there are left out.
+
+        Args:
+            **here: Field -> value of the present run.
+        """
+        pairs = ((name, getattr(self, name), value) for name, value in here.items())
+        return tuple(
+            f"{name} {there} there, {value} here"
+            for name, there, value in pairs
+            if there is not None and value is not None and there != value
+        )
+
+    def to_plain(self) -> dict[str, Any]:
+        """The entries that are known, as YAML and JSON hold them."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        plain = {name: list(v) if isinstance(v, tuple) else v for name, v in values.items() if v is not None}
+        return plain if plain["details"] else {name: v for name, v in plain.items() if name != "details"}
+
+    @classmethod
+    def from_plain(cls, values: Any) -> "MeasurementSource":
+        """The inverse of `to_plain`; unknown entries become `details`.
+
+        Raises:
+            ScheduleError: If `values` is no mapping, or an entry is of the wrong type.
+        """
+        if not isinstance(values, Mapping):
+            raise ScheduleError(f"`made_on` must be a mapping, got {values!r}.")
+        return cls.from_context(values)
+
+
+Method: TypeAlias = MethodSpec | Mapping[str, Any] | str
+"""One method, in any of the forms that `MethodSpec.of` reads."""
+
+
+def _normalised(
+    method: Method | Iterable[Method | None] | None, depth: int, reducing: Iterable[int]
+) -> MethodSpec | tuple[MethodSpec | None, ...] | None:
+    """One spec where all reducing blocks have the same, so that schedules that behave alike are equal."""
+    if method is None:
+        return None
+    if isinstance(method, MethodSpec | Mapping | str) or not isinstance(method, Iterable):
+        return MethodSpec.of(method, "method")
+    specs = [None if entry is None else MethodSpec.of(entry, "method") for entry in method]
+    if len(specs) != depth:
+        raise ScheduleError(f"`method` must be one for each of the {depth} blocks, got {len(specs)}.")
+    blocks = set(reducing)
+    for block in sorted(blocks):
+        if specs[block] is None:
+            raise ScheduleError(f"`method` must name a method for block {block}, which removes tokens, got None.")
+    used = [spec if block in blocks else None for block, spec in enumerate(specs)]
+    different = {spec for spec in (used if blocks else specs) if spec is not None}
+    if len(different) <= 1:
+        return different.pop() if different else None
+    return tuple(used) if blocks else None
+
+
+class _BlockSchedule(SavedDocument):
+    """What `Schedule` and `KeepRates` have in common: a method for each block, and where they were made."""
+
+    method: MethodSpec | tuple[MethodSpec | None, ...] | None
+    made_on: MeasurementSource | None
+
+    @property
+    def methods(self) -> dict[int, MethodSpec]:
+        """Reducing block -> its method; empty where `method` is None."""
+        if self.method is None:
+            return {}
+        specs = dict(enumerate(self.method)) if isinstance(self.method, tuple) else {}
+        found = {block: specs.get(block, self.method) for block in self._reducing_blocks()}
+        return {block: spec for block, spec in found.items() if isinstance(spec, MethodSpec)}
+
+    def _reducing_blocks(self) -> tuple[int, ...]:
+        raise NotImplementedError
+
+    def _set_method(self, method: Any, depth: int, made_on: MeasurementSource | None) -> None:
+        if not isinstance(made_on, MeasurementSource | None):
+            raise ScheduleError(f"`made_on` must be a MeasurementSource or None, got {made_on!r}.")
+        object.__setattr__(self, "method", _normalised(method, depth, self._reducing_blocks()))
+        object.__setattr__(self, "made_on", made_on)
+
+    def _method_text(self) -> str:
+        if isinstance(self.method, tuple):
+            return f", method={ {block: str(spec) for block, spec in self.methods.items()} }"
+        return "" if self.method is None else f", method={str(self.method)!r}"
+
+    def _method_values(self) -> dict[str, Any]:
+        if isinstance(self.method, tuple):
+            return {"method": [None if spec is None else spec.to_plain() for spec in self.method]}
+        return {} if self.method is None else {"method": self.method.to_plain()}
+
+    def _source_values(self) -> dict[str, Any]:
+        source = {} if self.made_on is None else self.made_on.to_plain()
+        return {"made_on": source} if source else {}
+
+
+def _saved_method_and_source(values: Mapping[str, Any], version: int) -> tuple[Any, MeasurementSource | None]:
+    if version == 1:
+        return _from_provenance(values.get("provenance"))
+    made_on = values.get("made_on")
+    return values.get("method"), None if made_on is None else MeasurementSource.from_plain(made_on)
+
+
+def _from_provenance(provenance: Any) -> tuple[MethodSpec | None, MeasurementSource | None]:
+    """Method and source out of the one mapping that documents of version 1 kept everything in."""
+    if provenance is None:
+        return None, None
+    if not isinstance(provenance, Mapping):
+        raise ScheduleError(f"`provenance` must be a mapping, got {provenance!r}.")
+    entries = dict(provenance)
+    name, settings = entries.pop("method", None), entries.pop("settings", None)
+    method = MethodSpec(name, settings or {}) if isinstance(name, str) and name else None
+    entries.pop("tokens", None)  # follows from the schedule
+    if "tokens_dense" in entries:
+        entries["dense_tokens"] = entries.pop("tokens_dense")
+    return method, MeasurementSource.from_plain(entries) if entries else None
+
+
 @dataclass(frozen=True, repr=False)
-class Schedule:
+class Schedule(_BlockSchedule):
     """Tokens removed by each block; immutable, comparable, hashable.
 
     Block `b` removes its tokens between its attention (with the residual) and its MLP, so attention of block `b` still
-    sees them all and its MLP, and every later block, does not.
+    sees them all and its MLP, and every later block, does not. Equal schedules do the same.
 
     Args:
         removed: Tokens that each block removes, one whole number >= 0 a block, in order of the blocks.
-        provenance: What the schedule came from (device, batch size, precision, objective, ...): plain values that YAML
-            and JSON can hold. It travels through `save` and `load` and plays no part in equality.
+        method: The reduction that removes them: a name (`"tome"`), name and settings (`"tome:order=kept"`, a
+            `MethodSpec` or a mapping), or one of these for each block. None leaves it to whoever uses the schedule.
+        made_on: Where its latency was measured. It is saved, but takes no part in equality and changes nothing but a
+            warning where the schedule is used elsewhere.
 
     Raises:
-        ScheduleError: If `removed` is empty or holds anything but whole numbers >= 0.
+        ScheduleError: If `removed` is empty or holds anything but whole numbers >= 0, or `method` is of another form.
 
     Example:
         >>> from lightning_prune import Schedule
@@ -45,12 +233,23 @@ class Schedule:
         Schedule(depth=12, removed={3: 56})
         >>> schedule.tokens(197)[2:5]
         (197, 141, 141)
+        >>> Schedule([0, 8, 8], "tome") == Schedule([0, 8, 8], ["tome"] * 3)
+        True
     """
 
-    removed: tuple[int, ...]
-    provenance: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    FORMAT: ClassVar[str] = "lightning_prune.schedule"
+    VERSIONS: ClassVar[tuple[int, ...]] = (1, 2)
 
-    def __init__(self, removed: Iterable[int], provenance: Mapping[str, Any] | None = None) -> None:
+    removed: tuple[int, ...]
+    method: MethodSpec | tuple[MethodSpec | None, ...] | None = None
+    made_on: MeasurementSource | None = field(default=None, compare=False)
+
+    def __init__(
+        self,
+        removed: Iterable[int],
+        method: Method | Iterable[Method | None] | None = None,
+        made_on: MeasurementSource | None = None,
+    ) -> None:
         try:
             entries = tuple(removed)
         except TypeError:
@@ -59,32 +258,40 @@ class Schedule:
             raise ScheduleError("`removed` must hold one number for each block, got an empty list.")
         numbers = []
         for block, entry in enumerate(entries):
-            number = _whole(entry)
+            number = _as_int(entry)
             if number is None or number < 0:
                 raise ScheduleError(f"`removed` must hold whole numbers >= 0, got {entry!r} for block {block}.")
             numbers.append(number)
         object.__setattr__(self, "removed", tuple(numbers))
-        object.__setattr__(self, "provenance", dict(provenance or {}))
+        self._set_method(method, len(numbers), made_on)
 
     @classmethod
-    def single(cls, depth: int, block: int, remove: int, provenance: Mapping[str, Any] | None = None) -> "Schedule":
+    def single(
+        cls,
+        depth: int,
+        block: int,
+        remove: int,
+        method: Method | None = None,
+        made_on: MeasurementSource | None = None,
+    ) -> "Schedule":
         """Removes `remove` tokens in one block and none elsewhere: the form of the POMT paper.
 
         Args:
             depth: Blocks of the model.
             block: Index of the reducing block, from 0.
             remove: Tokens that it removes.
-            provenance: See the class.
+            method: See the class.
+            made_on: See the class.
 
         Raises:
             ScheduleError: If `block` is not one of the `depth` blocks or `remove` is not a whole number >= 0.
         """
-        blocks, reducing = _whole(depth), _whole(block)
+        blocks, reducing = _as_int(depth), _as_int(block)
         if blocks is None or blocks < 1:
             raise ScheduleError(f"`depth` must be a whole number >= 1, got {depth!r}.")
         if reducing is None or not 0 <= reducing < blocks:
             raise ScheduleError(f"`block` must be a block index from 0 to {blocks - 1}, got {block!r}.")
-        return cls([remove if index == reducing else 0 for index in range(blocks)], provenance)
+        return cls([remove if index == reducing else 0 for index in range(blocks)], method, made_on)
 
     @property
     def depth(self) -> int:
@@ -92,7 +299,7 @@ class Schedule:
         return len(self.removed)
 
     @property
-    def total(self) -> int:
+    def total_removed(self) -> int:
         """Tokens removed by all blocks together."""
         return sum(self.removed)
 
@@ -108,7 +315,7 @@ class Schedule:
             ScheduleError: If `n` is not a whole number >= 1, or a block would be left without a token; names block,
                 tokens there and tokens asked.
         """
-        tokens = _whole(n)
+        tokens = _as_int(n)
         if tokens is None or tokens < 1:
             raise ScheduleError(f"`n` must be a whole number >= 1, got {n!r}.")
         leaving = []
@@ -119,63 +326,39 @@ class Schedule:
             leaving.append(tokens)
         return tuple(leaving)
 
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}(depth={self.depth}, removed={self.reducing})"
+    def with_method(self, method: Method | Iterable[Method | None] | None) -> "Schedule":
+        """The same counts with another method."""
+        return type(self)(self.removed, method, self.made_on)
 
-    def to_dict(self) -> dict[str, Any]:
-        """The schedule as plain values, as `save` writes them."""
-        document: dict[str, Any] = {
-            "format": SCHEDULE_FORMAT,
-            "version": _SCHEDULE_VERSION,
-            "removed": list(self.removed),
-        }
-        if self.provenance:
-            document["provenance"] = dict(self.provenance)
-        return document
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(depth={self.depth}, removed={self.reducing}{self._method_text()})"
+
+    def _reducing_blocks(self) -> tuple[int, ...]:
+        return tuple(self.reducing)
+
+    def _to_values(self) -> dict[str, Any]:
+        # The method comes first: a file that was cut off after `removed` is then still the same schedule.
+        return {**self._method_values(), "removed": list(self.removed), **self._source_values()}
 
     @classmethod
-    def from_dict(cls, document: Mapping[str, Any]) -> "Schedule":
-        """The inverse of `to_dict`.
-
-        Raises:
-            ScheduleError: If the entries of `removed` or `provenance` are not of the right kind.
-        """
-        removed, provenance = document.get("removed"), document.get("provenance")
+    def _from_values(cls, values: Mapping[str, Any], version: int) -> "Schedule":
+        removed = values.get("removed")
         if not isinstance(removed, list):
             raise ScheduleError(f"`removed` must be a list with one number a block, got {removed!r}.")
-        if provenance is not None and not isinstance(provenance, Mapping):
-            raise ScheduleError(f"`provenance` must be a mapping, got {provenance!r}.")
-        return cls(removed, provenance)
-
-    def save(self, path: str | Path) -> Path:
-        """Writes the schedule, as JSON where `path` ends in `.json` and as YAML elsewhere; returns the path.
-
-        The file appears whole or not at all.
-
-        Raises:
-            ArgumentError: If the provenance has an entry that such a file cannot hold; names it.
-        """
-        return write_document(path, self.to_dict())
+        return cls(removed, *_saved_method_and_source(values, version))
 
     @classmethod
-    def load(cls, path: str | Path) -> "Schedule":
-        """Reads a schedule that `save` wrote, YAML or JSON, without executing anything in it.
+    def load(cls, path: str | PathLike[str]) -> "Schedule | KeepRates":
+        """Reads what `Schedule.save`, `KeepRates.save` or `Plan.save` wrote, without executing anything in it.
+
+        Files of earlier releases load, too.
 
         Raises:
-            FileFormatError: If the file cannot be read or is not a schedule; names the file.
+            FileFormatError: If the file cannot be read or holds no schedule; names the file.
         """
-        document = read_document(path, SCHEDULE_FORMAT, _SCHEDULE_VERSION)
-        try:
-            return cls.from_dict(document)
-        except ScheduleError as error:
-            raise FileFormatError(f"{path} is not a usable schedule: {error}") from error
-
-
-RATES_FORMAT = "lightning_prune.keep_rates"
-_RATES_VERSION = 1
-
-
-S = TypeVar("S", "KeepRates", Schedule)
+        found = load_saved(path, Schedule, KeepRates)
+        assert isinstance(found, Schedule | KeepRates)
+        return found
 
 
 class Rate(NamedTuple):
@@ -185,7 +368,7 @@ class Rate(NamedTuple):
     denominator: int
 
     def removes(self, tokens: int, prefix_tokens: int) -> int:
-        """Tokens that go of `tokens`: the patch tokens but their share, which is rounded up."""
+        """Tokens removed of `tokens`; the patch tokens that stay are rounded up."""
         patches = tokens - prefix_tokens
         return patches + (-self.numerator * patches // self.denominator)
 
@@ -195,7 +378,7 @@ def _is_rate(value: Any) -> bool:
 
 
 @dataclass(frozen=True, repr=False)
-class KeepRates:
+class KeepRates(_BlockSchedule):
     """Keep rate of each block; immutable, comparable, hashable.
 
     Where `Schedule` counts tokens, which fits images of one size, keep rates are resolved for each size by itself: of
@@ -205,10 +388,11 @@ class KeepRates:
     Args:
         rates: Keep rate of each block, in (0, 1], in order of the blocks. Decimals are taken as they are written: 0.7
             is seven tenths.
-        provenance: As of `Schedule`.
+        method: As of `Schedule`.
+        made_on: As of `Schedule`.
 
     Raises:
-        ScheduleError: If `rates` is empty or holds anything but numbers in (0, 1].
+        ScheduleError: If `rates` is empty or holds anything but numbers in (0, 1], or `method` is of another form.
 
     Example:
         >>> from lightning_prune import KeepRates
@@ -219,10 +403,19 @@ class KeepRates:
         (Schedule(depth=12, removed={3: 58}), Schedule(depth=12, removed={3: 172}))
     """
 
-    rates: tuple[float, ...]
-    provenance: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    FORMAT: ClassVar[str] = "lightning_prune.keep_rates"
+    VERSIONS: ClassVar[tuple[int, ...]] = (1, 2)
 
-    def __init__(self, rates: Iterable[float], provenance: Mapping[str, Any] | None = None) -> None:
+    rates: tuple[float, ...]
+    method: MethodSpec | tuple[MethodSpec | None, ...] | None = None
+    made_on: MeasurementSource | None = field(default=None, compare=False)
+
+    def __init__(
+        self,
+        rates: Iterable[float],
+        method: Method | Iterable[Method | None] | None = None,
+        made_on: MeasurementSource | None = None,
+    ) -> None:
         try:
             entries = tuple(rates)
         except TypeError:
@@ -233,21 +426,28 @@ class KeepRates:
             if not _is_rate(entry):
                 raise ScheduleError(f"`rates` must hold keep rates in (0, 1], got {entry!r} for block {block}.")
         object.__setattr__(self, "rates", tuple(float(entry) for entry in entries))
-        object.__setattr__(self, "provenance", dict(provenance or {}))
+        self._set_method(method, len(entries), made_on)
 
     @classmethod
-    def single(cls, depth: int, block: int, rate: float, provenance: Mapping[str, Any] | None = None) -> "KeepRates":
+    def single(
+        cls,
+        depth: int,
+        block: int,
+        rate: float,
+        method: Method | None = None,
+        made_on: MeasurementSource | None = None,
+    ) -> "KeepRates":
         """Keeps `rate` of the patch tokens in one block and all elsewhere.
 
         Raises:
             ScheduleError: If `block` is not one of the `depth` blocks or `rate` is not in (0, 1].
         """
         reducing = Schedule.single(depth, block, 1).reducing  # the same checks of depth and block
-        return cls([rate if index in reducing else 1.0 for index in range(depth)], provenance)
+        return cls([rate if index in reducing else 1.0 for index in range(depth)], method, made_on)
 
     @classmethod
     def of(cls, schedule: Schedule, tokens: int, prefix_tokens: int = 1) -> "KeepRates":
-        """The keep rates that a schedule amounts to for `tokens`; for them they give exactly this schedule back.
+        """The keep rates of a schedule at `tokens`; at that count they give exactly this schedule back.
 
         Args:
             schedule: Tokens removed by each block.
@@ -263,7 +463,8 @@ class KeepRates:
             if patches < 1:
                 raise ScheduleError(f"Block {block} would be left without a patch token of {tokens} tokens.")
             rates.append(patches / (patches + remove))
-        return cls(rates, {k: v for k, v in schedule.provenance.items() if k not in ("tokens_dense", "tokens")})
+        made_on = schedule.made_on
+        return cls(rates, schedule.method, None if made_on is None else replace(made_on, dense_tokens=None))
 
     @property
     def depth(self) -> int:
@@ -299,64 +500,99 @@ class KeepRates:
         for block in range(self.depth):
             removed.append(self.exact(block).removes(count, prefix_tokens))
             count -= removed[-1]
-        return Schedule(removed, self.provenance)
+        return Schedule(removed, self.method, self.made_on)
+
+    def with_method(self, method: Method | Iterable[Method | None] | None) -> "KeepRates":
+        """The same keep rates with another method."""
+        return type(self)(self.rates, method, self.made_on)
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}(depth={self.depth}, rates={self.reducing})"
+        return f"{type(self).__name__}(depth={self.depth}, rates={self.reducing}{self._method_text()})"
 
-    def to_dict(self) -> dict[str, Any]:
-        """The keep rates as plain values, as `save` writes them."""
-        document: dict[str, Any] = {"format": RATES_FORMAT, "version": _RATES_VERSION, "rates": list(self.rates)}
-        if self.provenance:
-            document["provenance"] = dict(self.provenance)
-        return document
+    def _reducing_blocks(self) -> tuple[int, ...]:
+        return tuple(self.reducing)
+
+    def _to_values(self) -> dict[str, Any]:
+        return {**self._method_values(), "rates": list(self.rates), **self._source_values()}
 
     @classmethod
-    def from_dict(cls, document: Mapping[str, Any]) -> "KeepRates":
-        """The inverse of `to_dict`.
-
-        Raises:
-            ScheduleError: If the entries of `rates` or `provenance` are not of the right kind.
-        """
-        rates, provenance = document.get("rates"), document.get("provenance")
+    def _from_values(cls, values: Mapping[str, Any], version: int) -> "KeepRates":
+        rates = values.get("rates")
         if not isinstance(rates, list):
             raise ScheduleError(f"`rates` must be a list with one keep rate a block, got {rates!r}.")
-        if provenance is not None and not isinstance(provenance, Mapping):
-            raise ScheduleError(f"`provenance` must be a mapping, got {provenance!r}.")
-        return cls(rates, provenance)
-
-    def save(self, path: str | Path) -> Path:
-        """Writes the keep rates as `Schedule.save` writes a schedule."""
-        return write_document(path, self.to_dict())
+        return cls(rates, *_saved_method_and_source(values, version))
 
     @classmethod
-    def load(cls, path: str | Path) -> "KeepRates":
+    def load(cls, path: str | PathLike[str]) -> "KeepRates":
         """Reads keep rates that `save` wrote, YAML or JSON, without executing anything in it.
 
         Raises:
             FileFormatError: If the file cannot be read or holds no keep rates; names the file.
         """
-        return _read(cls, read_document(path, RATES_FORMAT, _RATES_VERSION), path)
+        return load_saved(path, KeepRates)
 
 
-def load_schedule(path: str | Path) -> Schedule | KeepRates:
-    """Reads what `Schedule.save` or `KeepRates.save` wrote.
+@runtime_checkable
+class PlannedSchedule(Protocol):
+    """What a `Plan` is to the rooms below the planner: a schedule that says its method, and why it was chosen."""
+
+    @property
+    def schedule(self) -> Schedule | KeepRates:
+        """The schedule; it says its method."""
+        ...
+
+    @property
+    def reason(self) -> str:
+        """Why this schedule."""
+        ...
+
+
+ScheduleLike: TypeAlias = Schedule | KeepRates | PlannedSchedule | Sequence[int] | int | float | str | PathLike[str]
+"""Every form in which a schedule can be given; see `read_schedule`."""
+
+
+def read_schedule(value: ScheduleLike, name: str = "schedule") -> Schedule | KeepRates | int | float:
+    """Reads a schedule as far as that needs no model; `lightning_prune.patching.resolve_schedule` does the rest.
+
+    Args:
+        value: A `Schedule`; `KeepRates`; a `Plan`; a list with the tokens that each block removes; an int, tokens
+            removed in all; a float in (0, 1), the share of patch tokens that are left at the end; or the path of a file
+            that `Schedule.save`, `KeepRates.save` or `Plan.save` wrote.
+        name: The argument that messages name.
+
+    Returns:
+        The schedule, or the number.
 
     Raises:
-        FileFormatError: If the file cannot be read or is neither; names the file.
+        ArgumentError: If `value` has none of these forms.
+        ScheduleError: If it is a list that is no schedule.
+        FileFormatError: If the file cannot be read or holds no schedule.
 
     Example:
-        >>> path = Schedule([0, 8, 0]).save("schedule.yaml")
-        >>> load_schedule(path).removed
-        (0, 8, 0)
+        >>> from lightning_prune.schedule import read_schedule
+        >>> read_schedule([0, 8, 0]), read_schedule(0.7)
+        (Schedule(depth=3, removed={1: 8}), 0.7)
     """
-    document = read_document(path, (SCHEDULE_FORMAT, RATES_FORMAT), _RATES_VERSION)
-    return _read(KeepRates, document, path) if document["format"] == RATES_FORMAT else _read(Schedule, document, path)
-
-
-def _read(kind: type[S], document: Mapping[str, Any], path: str | Path) -> S:
-    try:
-        return kind.from_dict(document)
-    except ScheduleError as error:
-        what = "keep rates" if kind is KeepRates else "schedule"
-        raise FileFormatError(f"{path} holds no usable {what}: {error}") from error
+    if isinstance(value, Schedule | KeepRates):
+        return value
+    if isinstance(value, str | PathLike):
+        return Schedule.load(value)
+    if isinstance(value, PlannedSchedule):
+        return read_schedule(value.schedule, name)
+    number: Any = value
+    count = _as_int(number)
+    if count is not None and count >= 0:
+        return count
+    if count is None and not isinstance(number, bool) and isinstance(number, Real):
+        if 0 < float(number) < 1:
+            return float(number)
+        hint = (
+            "write 0 to keep all tokens, 1 to remove one" if value == 1 else "write an int to remove that many tokens"
+        )
+        raise ArgumentError(f"`{name}` must be a share of the patch tokens in (0, 1), got {value!r}; {hint}.")
+    if isinstance(value, Iterable) and not isinstance(value, bytes | Mapping):
+        return Schedule(value)
+    raise ArgumentError(
+        f"`{name}` must be a Schedule, KeepRates, a Plan, a list with one number a block, a number of tokens >= 0, a "
+        f"share of the patch tokens in (0, 1) or the path of a saved schedule, got {value!r}."
+    )

@@ -8,7 +8,7 @@ import pytest
 
 import lightning_prune as lp
 from lightning_prune.errors import FileFormatError, ScheduleError
-from lightning_prune.schedule import KeepRates, load_schedule
+from lightning_prune.schedule import KeepRates, MeasurementSource
 
 COUNTS = (17, 26, 50, 197, 257, 577, 1025)
 
@@ -33,11 +33,11 @@ def test_each_block_takes_its_share_of_what_enters_it() -> None:
 @pytest.mark.parametrize("prefix", [0, 1, 5])
 def test_of_a_schedule_gives_it_back(tokens: int, prefix: int) -> None:
     for removed in ([0, 5, 0, 3], [7, 1, 1, 1], [0, 0, 0, 0], [tokens - prefix - 1, 0, 0, 0]):
-        schedule = lp.Schedule(removed, {"device": "a"})
+        schedule = lp.Schedule(removed, "tome", MeasurementSource(device="a", dense_tokens=tokens))
         rates = KeepRates.of(schedule, tokens, prefix) if sum(removed) < tokens - prefix else None
         if rates is not None:
             assert rates.schedule(tokens, prefix) == schedule
-            assert rates.provenance == {"device": "a"}
+            assert (rates.method, rates.made_on) == (schedule.method, MeasurementSource(device="a"))
 
 
 def test_of_a_schedule_that_leaves_no_patch() -> None:
@@ -53,7 +53,7 @@ def test_extremes() -> None:
 
 
 def test_is_a_value() -> None:
-    assert KeepRates([1, 0.5]) == KeepRates((1.0, 0.5), {"note": "apart"})
+    assert KeepRates([1, 0.5]) == KeepRates((1.0, 0.5), made_on=MeasurementSource(device="apart"))
     assert hash(KeepRates([1, 0.5])) == hash(KeepRates([1.0, 0.5]))
     assert KeepRates([1, 0.5]).reducing == {1: 0.5}
     assert KeepRates([1, 0.5]).depth == 2
@@ -83,29 +83,31 @@ def test_no_patch_token() -> None:
 
 @pytest.mark.parametrize("name", ["rates.yaml", "rates.json"])
 def test_files(tmp_path: Path, name: str) -> None:
-    rates = KeepRates([1, 0.7, 1, 0.25], {"device": "a CPU", "batch_size": 4})
+    rates = KeepRates([1, 0.7, 1, 0.25], "random:seed=3", MeasurementSource(device="a CPU", batch_size=4))
     path = rates.save(tmp_path / name)
-    for found in (KeepRates.load(path), load_schedule(path)):
+    for found in (KeepRates.load(path), lp.Schedule.load(path)):
         assert found == rates
-        assert found.provenance == rates.provenance
+        assert found.made_on == rates.made_on
     schedule = lp.Schedule([0, 5])
-    assert load_schedule(schedule.save(tmp_path / f"schedule-{name}")) == schedule
+    assert lp.Schedule.load(schedule.save(tmp_path / f"schedule-{name}")) == schedule
 
 
 def test_files_of_another_kind(tmp_path: Path) -> None:
     rates, schedule = KeepRates([0.5]).save(tmp_path / "r.yaml"), lp.Schedule([1]).save(tmp_path / "s.yaml")
-    with pytest.raises(FileFormatError, match=r"r\.yaml is not a lightning_prune\.schedule file"):
-        lp.Schedule.load(rates)
+    assert lp.Schedule.load(rates) == KeepRates([0.5])
     with pytest.raises(FileFormatError, match=r"s\.yaml is not a lightning_prune\.keep_rates file"):
         KeepRates.load(schedule)
     other = tmp_path / "o.yaml"
     other.write_text("format: other\n")
     message = "is not a lightning_prune.schedule or lightning_prune.keep_rates file: it has format 'other'"
     with pytest.raises(FileFormatError, match=message):
-        load_schedule(other)
+        lp.Schedule.load(other)
     other.write_text("format: lightning_prune.keep_rates\nversion: 1\nrates: [2.0]\n")
-    with pytest.raises(FileFormatError, match=r"holds no usable keep rates: `rates` must hold keep rates in \(0, 1\]"):
-        load_schedule(other)
+    with pytest.raises(
+        FileFormatError,
+        match=r"is not a usable lightning_prune.keep_rates file: `rates` must hold keep rates in \(0, 1\]",
+    ):
+        lp.Schedule.load(other)
     for text, message in (
         ("rates: 0.5", "`rates` must be a list"),
         ("rates: [0.5]\nprovenance: 3", "`provenance` must"),

@@ -7,18 +7,20 @@ import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 import yaml
 
-from lightning_prune.errors import ArgumentError, FileFormatError
+from lightning_prune.errors import ArgumentError, FileFormatError, PruneError
 
+D = TypeVar("D", bound="SavedDocument")
 _UNFIT = (TypeError, yaml.YAMLError)  # what json and yaml raise at values that they cannot write
 
 
 @contextmanager
-def atomic_write(path: str | Path) -> Iterator[Path]:
+def atomic_write(path: str | PathLike[str]) -> Iterator[Path]:
     """Yields a temporary path beside `path` that takes its place when the block ends well, and vanishes otherwise.
 
     The temporary name keeps the suffix, from which writers such as matplotlib choose the format.
@@ -38,7 +40,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def write_document(path: str | Path, document: Mapping[str, Any]) -> Path:
+def write_document(path: str | PathLike[str], document: Mapping[str, Any]) -> Path:
     """Writes plain values as JSON where `path` ends in `.json` and as YAML elsewhere; returns the path.
 
     Raises:
@@ -74,8 +76,15 @@ def _culprit(value: Any, dump: Callable[[Any], str], place: str = "") -> str:
     return f"{type(value).__name__} for `{place}`"
 
 
-def read_document(path: str | Path, kind: str | tuple[str, ...], version: int) -> dict[str, Any]:
-    """Reads what `write_document` wrote and checks that it is of the `kind` (or one of them) and `version` wanted.
+def read_document(
+    path: str | PathLike[str], kind: str | tuple[str, ...], version: int | tuple[int, ...]
+) -> dict[str, Any]:
+    """Reads what `write_document` wrote and checks its format and version.
+
+    Args:
+        path: The file.
+        kind: The format, or several of which it may be any.
+        version: The version that can be read, or several.
 
     Raises:
         FileFormatError: If the file is missing, unreadable, truncated, of another kind or of a newer version.
@@ -95,10 +104,74 @@ def read_document(path: str | Path, kind: str | tuple[str, ...], version: int) -
     if found not in kinds:
         what = f"format {found!r}" if found else "no format entry"
         raise FileFormatError(f"{source} is not a {named} file: it has {what}.")
-    if document.get("version") != version:
-        came = document.get("version")
-        raise FileFormatError(f"{source} is a {found} file of version {came!r}; this release reads version {version}.")
+    versions = (version,) if isinstance(version, int) else version
+    if document.get("version") not in versions:
+        readable = " and ".join(map(str, versions))
+        raise FileFormatError(
+            f"{source} is a {found} file of version {document.get('version')!r}; this release reads version {readable}."
+        )
     return document
+
+
+class SavedDocument:
+    """What can be saved as YAML or JSON and loaded again: plain values under a format and a version.
+
+    A subclass says how it becomes plain values and back; `load_saved` reads it from a file.
+
+    Attributes:
+        FORMAT: The format that the document names.
+        VERSIONS: The versions that can be read, ascending; the last is written.
+    """
+
+    FORMAT: ClassVar[str]
+    VERSIONS: ClassVar[tuple[int, ...]] = (1,)
+
+    def _to_values(self) -> dict[str, Any]:
+        """The entries without format and version, as plain values."""
+        raise NotImplementedError
+
+    @classmethod
+    def _from_values(cls: type[D], values: Mapping[str, Any], version: int) -> D:
+        """The inverse of `_to_values`, also of earlier versions. Raises a PruneError where the values are unusable."""
+        raise NotImplementedError
+
+    def to_dict(self) -> dict[str, Any]:
+        """The document as plain values, as `save` writes them."""
+        return {"format": self.FORMAT, "version": self.VERSIONS[-1], **self._to_values()}
+
+    @classmethod
+    def from_dict(cls: type[D], document: Mapping[str, Any]) -> D:
+        """The inverse of `to_dict`, also of documents of earlier versions.
+
+        Raises:
+            PruneError: If an entry is missing or unusable.
+        """
+        return cls._from_values(document, document.get("version", cls.VERSIONS[-1]))
+
+    def save(self, path: str | PathLike[str]) -> Path:
+        """Writes JSON where `path` ends in `.json` and YAML elsewhere; returns the path.
+
+        The file appears whole or not at all.
+
+        Raises:
+            ArgumentError: If an entry cannot be held by such a file; names it.
+        """
+        return write_document(path, self.to_dict())
+
+
+def load_saved(path: str | PathLike[str], *kinds: type[D]) -> D:
+    """Reads a file that `save` of one of the classes wrote, without executing anything in it.
+
+    Raises:
+        FileFormatError: If the file cannot be read or is of another kind; names the file.
+    """
+    versions = tuple(sorted({version for kind in kinds for version in kind.VERSIONS}))
+    document = read_document(path, tuple(kind.FORMAT for kind in kinds), versions)
+    kind = next(kind for kind in kinds if document["format"] == kind.FORMAT)
+    try:
+        return kind.from_dict(document)
+    except PruneError as error:
+        raise FileFormatError(f"{path} is not a usable {kind.FORMAT} file: {error}") from error
 
 
 _LONGEST = 180  # bytes; file systems take 255, and temporary names are longer

@@ -16,9 +16,7 @@ from lightning_prune.profiling import ProfileStore
 from lightning_prune.profiling.measurement import Protocol
 from lightning_prune.reduction import Reduction, resolve
 from lightning_prune.runtimes.compilation import Mode
-from lightning_prune.schedule import KeepRates, Schedule, load_schedule
-
-ScheduleLike = Literal["auto"] | int | float | list[int] | str | Path | Schedule | KeepRates
+from lightning_prune.schedule import ScheduleLike, read_schedule
 
 _BLOCK = 0.25  # of the depth: where the POMT paper's block stands
 _RUNTIMES: dict[str, Mode | None] = {
@@ -52,7 +50,7 @@ class PruningConfig:
     """
 
     method: str | Reduction = "pomt"
-    schedule: ScheduleLike = "auto"
+    schedule: Literal["auto"] | ScheduleLike = "auto"
     objective: Objective | None = None
     block: int | float | Literal["auto"] = _BLOCK
     calibration: Any = 512
@@ -82,7 +80,7 @@ class PruningConfig:
         self._check_calibration()
         self._check_block()
         object.__setattr__(self, "method", "auto" if self.method == "auto" else resolve(self.method))
-        object.__setattr__(self, "schedule", _read_schedule(self.schedule))
+        object.__setattr__(self, "schedule", "auto" if self.schedule == "auto" else read_schedule(self.schedule))
         self._check_together()
 
     @property
@@ -180,21 +178,3 @@ class PruningConfig:
             searched = "method" if method == "auto" else "block"
             check("schedule", schedule, f"left out with {searched}='auto', which plans one", schedule == "auto")
             check("protocol", self.protocol, f"'deployed' with {searched}='auto'", self.protocol == "deployed")
-
-
-def _read_schedule(schedule: Any) -> Literal["auto"] | int | float | Schedule | KeepRates:
-    """Loads a schedule that is given as a path, and refuses what no model could use."""
-    if schedule == "auto" or isinstance(schedule, Schedule | KeepRates):
-        return schedule
-    if isinstance(schedule, float) and 0 < schedule < 1:
-        return schedule
-    if isinstance(schedule, int) and not isinstance(schedule, bool):
-        return schedule
-    if isinstance(schedule, list | tuple):
-        return Schedule(schedule)
-    if isinstance(schedule, str) or hasattr(schedule, "__fspath__"):
-        return load_schedule(schedule)
-    raise ArgumentError(
-        "`schedule` must be 'auto', a number of tokens to remove, a share of patch tokens to keep in (0, 1), a list "
-        f"with one number for each block, a Schedule, KeepRates or the path of a saved one, got {schedule!r}."
-    )

@@ -1,6 +1,6 @@
 """The decision of a run: its schedule, and what it is known to cost."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,23 +14,21 @@ from torch import Tensor, nn
 from lightning_prune.callbacks.batches import Calibration
 from lightning_prune.callbacks.config import PruningConfig
 from lightning_prune.callbacks.first_batch import FirstBatch
-from lightning_prune.errors import ArgumentError, ScheduleError
+from lightning_prune.errors import ArgumentError
 from lightning_prune.patching import PatchHandle, VisionTransformer, check_schedule, find_vision_transformer
 from lightning_prune.patching.compatibility import check_depth
+from lightning_prune.patching.schedule_forms import resolve_schedule
 from lightning_prune.planning import BlocksPlan, Objective, Plan, plan
 from lightning_prune.planning.api import plan_blocks_for
 from lightning_prune.profiling import (
     compare_latency,
     measurement_context,
-    reducing_block,
-    spread_schedule,
 )
-from lightning_prune.profiling.allocation import is_multi_block
 from lightning_prune.profiling.cache import CachedProfile, get_or_profile
 from lightning_prune.profiling.measurement import count_tokens, ready_to_run
 from lightning_prune.profiling.model_variants import Variant
 from lightning_prune.reduction import RandomDrop, Reduction
-from lightning_prune.schedule import KeepRates, Schedule
+from lightning_prune.schedule import KeepRates, MeasurementSource, Schedule
 
 _TRAVELS = ("device", "batch_size", "precision", "image_shape")  # what a schedule's latency depends on most
 
@@ -83,7 +81,7 @@ class Decision:
     @property
     def prunes(self) -> bool:
         """Whether there is anything to patch."""
-        return self.adaptive or self.schedule.total > 0
+        return self.adaptive or self.schedule.total_removed > 0
 
     def metrics(self) -> dict[str, float]:
         """The figures as Lightning logs them."""
@@ -92,7 +90,7 @@ class Decision:
             "pruning/dense_latency_ms": self.dense_ms,
             "pruning/speedup": self.speedup,
             "pruning/tokens": float(self.tokens),
-            "pruning/removed": float(self.dense_tokens - self.tokens if self.adaptive else self.schedule.total),
+            "pruning/removed": float(self.dense_tokens - self.tokens if self.adaptive else self.schedule.total_removed),
         }
 
     def deployable(self, transformer: VisionTransformer) -> Schedule | KeepRates | None:
@@ -104,10 +102,12 @@ class Decision:
         if self.adaptive:
             return None
         if self.keep_rates is not None:
-            return KeepRates(self.keep_rates.rates)
+            return KeepRates(self.keep_rates.rates, self.keep_rates.method)
         if transformer.tokens is None and self.plan is not None:
-            return KeepRates.of(Schedule(self.schedule.removed), self.dense_tokens, transformer.prefix_tokens)
-        return Schedule(self.schedule.removed, {"tokens_dense": self.dense_tokens})
+            return KeepRates.of(
+                Schedule(self.schedule.removed, self.schedule.method), self.dense_tokens, transformer.prefix_tokens
+            )
+        return Schedule(self.schedule.removed, self.schedule.method)
 
     @classmethod
     def from_plan(cls, plan: Plan, calibration: str, reused: bool = False) -> "Decision":
@@ -144,52 +144,6 @@ def _searched(plan: BlocksPlan) -> str:
     return f"; the sensitivity of the blocks by {plan.images} of them, in {plan.sensitivity_seconds:.0f} s"
 
 
-def given_schedule(
-    schedule: Any,
-    block: int | float,
-    transformer: VisionTransformer,
-    reduction: Reduction,
-    images: Tensor,
-) -> Schedule | KeepRates:
-    """A schedule from the forms that users write.
-
-    R tokens, or the share of patch tokens to keep, in the form that the method is used in: at `block`, before block 0,
-    or spread over the blocks; a list with one number a block; a `Schedule` or `KeepRates`.
-
-    Args:
-        schedule: What the user wrote.
-        block: As `lightning_prune.profile_latency` takes it.
-        transformer: The Vision Transformer.
-        reduction: The method.
-        images: (B, channels, height, width), of which the tokens are counted where that depends on their size.
-
-    Raises:
-        ScheduleError: If a method that reduces in many blocks cannot remove so many tokens.
-    """
-    if isinstance(schedule, Schedule | KeepRates):
-        return schedule
-    index, depth, prefix = reducing_block(reduction, block, transformer), transformer.depth, transformer.prefix_tokens
-    if not is_multi_block(reduction):
-        if isinstance(schedule, int):
-            return Schedule.single(depth, index, schedule)
-        return KeepRates.single(depth, index, schedule)
-    n = transformer.tokens
-    if n is None:
-        with ready_to_run(transformer):
-            n = count_tokens(transformer, images)
-    whole = (
-        KeepRates.single(depth, index, schedule).schedule(n, prefix).total if isinstance(schedule, float) else schedule
-    )
-    most = reduction.most(n, prefix, depth, index)
-    if whole > most:
-        raise ScheduleError(
-            f"{reduction.name} is asked to remove {whole} tokens in all, but of the {n} that enter it can remove at "
-            f"most {most}."
-        )
-    counts = spread_schedule(reduction, whole, n, prefix, depth, index)
-    return KeepRates.of(counts, n, prefix) if isinstance(schedule, float) else counts
-
-
 def measure_given(
     model: nn.Module,
     images: Tensor,
@@ -211,12 +165,12 @@ def measure_given(
     rates = schedule if isinstance(schedule, KeepRates) else None
     if isinstance(schedule, KeepRates):
         check_depth(transformer, schedule)
-        counts = Schedule(schedule.schedule(n, transformer.prefix_tokens).removed)
+        counts = schedule.schedule(n, transformer.prefix_tokens)
     else:
         counts = schedule
-    _refuse_foreign(counts, transformer, reduction, n)
+    check_schedule(transformer, reduction, counts)
     variants: dict[str, tuple[str | Reduction, Schedule] | None] = {"dense": None}
-    if counts.total:
+    if counts.total_removed:
         variants["pruned"] = (reduction, counts)
     timings = compare_latency(model, images, variants, time_limit=time_limit, target=target, progress=progress)
     pruned = timings.get("pruned", timings["dense"])  # nothing removed: the model is the dense one
@@ -231,25 +185,16 @@ def measure_given(
         predicted_ms=None,
         reason="The schedule was given.",
         context=context,
-        differences=_differences(schedule.provenance, reduction, context),
+        differences=_differences(schedule.made_on, context, n),
         keep_rates=rates,
     )
 
 
-def _refuse_foreign(schedule: Schedule, transformer: VisionTransformer, reduction: Reduction, n: int) -> None:
-    check_schedule(transformer, reduction, schedule)
-    made_for = schedule.provenance.get("tokens_dense")
-    if made_for is not None and made_for != n:
-        raise ScheduleError(f"The schedule was made for {made_for} tokens; {n} enter this model.")
-
-
-def _differences(origin: Mapping[str, Any], reduction: Reduction, context: dict[str, Any]) -> tuple[str, ...]:
-    here = {key: context[key] for key in _TRAVELS} | {"method": reduction.name}
-    return tuple(
-        f"{key} {origin[key]} there, {value} here"
-        for key, value in here.items()
-        if key in origin and origin[key] != value
-    )
+def _differences(made_on: MeasurementSource | None, context: dict[str, Any], n: int) -> tuple[str, ...]:
+    if made_on is None:
+        return ()
+    here = {key: context[key] for key in _TRAVELS} | {"image_shape": tuple(context["image_shape"]), "dense_tokens": n}
+    return made_on.differences(**here)
 
 
 def decision_panel(decision: "Decision") -> Panel:
@@ -267,7 +212,7 @@ def decision_panel(decision: "Decision") -> Panel:
     removed = ", ".join(f"{remove} at block {block}" for block, remove in decision.schedule.reducing.items())
     removed += " by keep rate" if removed and decision.keep_rates is not None else ""
     table.add_row("tokens", f"{decision.dense_tokens} -> {decision.tokens}")
-    how_many = f"R = {decision.schedule.total} ({decision.method}: {removed})" if removed else "R = 0"
+    how_many = f"R = {decision.schedule.total_removed} ({decision.method}: {removed})" if removed else "R = 0"
     table.add_row("removed", f"as each image decides ({decision.method})" if decision.adaptive else how_many)
     table.add_row("latency", _latency(decision))
     table.add_row("because", decision.reason)
@@ -456,5 +401,5 @@ def decide(first: FirstBatch) -> Decision:
     limit = config.time_limit / 3
     if config.is_adaptive:
         return measure_adaptive(module, images, config.reduction, limit, config.module_path, config.verbose)
-    schedule = given_schedule(config.schedule, config.place, first.transformer, config.reduction, images)
+    schedule = resolve_schedule(config.schedule, first.transformer, config.reduction, config.place, images)
     return measure_given(module, images, config.reduction, schedule, limit, config.module_path, config.verbose)

@@ -26,7 +26,6 @@ from lightning_prune.planning.multi_block import BlockSearch
 from lightning_prune.planning.speedup_targets import check_speedups
 from lightning_prune.profiling import measurement_context
 from lightning_prune.reduction import POMT
-from lightning_prune.schedule import Schedule
 
 _PICTURES = 4  # images whose tokens are traced
 
@@ -161,8 +160,7 @@ class Opening(L.Callback):
             )
             reduction = reduction_of(chosen, entries[name])
             assert reduction is not None  # as every entry with a method and a timing has one
-            counts = None if chosen.schedule is None else Schedule(chosen.schedule.removed)  # not for this batch size
-            trace = trace_tokens(pl_module, images, reduction, counts, target=self.config.module_path)
+            trace = trace_tokens(pl_module, images, reduction, chosen.schedule, target=self.config.module_path)
             traces[chosen.variant] = TokenTrace(trace.groups.cpu(), trace.held.cpu(), trace.tokens.cpu(), trace.grid)
         return traces
 
@@ -274,7 +272,7 @@ def _row(planned: PlannedVariant, decided: ComparisonPlan, finished: dict[str, V
     cut: dict[str, Any] = {}
     if schedule is not None:
         block = " ".join(map(str, schedule.reducing))
-        cut = {"block": block, "removed": schedule.total, "tokens": schedule.tokens(n)[-1]}
+        cut = {"block": block, "removed": schedule.total_removed, "tokens": schedule.tokens(n)[-1]}
     elif planned.method in ("", "int8") and planned.timing is not None:
         cut = {"removed": 0, "tokens": n}
     figures: dict[str, Any] = timed(planned.timing)

@@ -14,19 +14,19 @@ from lightning_prune.comparison.method_specs import MethodSpec
 from lightning_prune.comparison.variants import ComparisonPlan, MissedTarget, PlannedVariant, variant_of
 from lightning_prune.errors import ArgumentError, DataError, ScheduleError, UnsupportedModelError
 from lightning_prune.patching import PatchHandle, VisionTransformer
+from lightning_prune.patching.schedule_forms import allocate_schedule, reducing_block
 from lightning_prune.planning.api import usable_methods
 from lightning_prune.planning.candidates import ParetoPoint, decided, ladder
 from lightning_prune.planning.multi_block import BlockSearch
 from lightning_prune.planning.objectives import LatencyBudget
 from lightning_prune.planning.speedup_targets import NEAR, SpeedupTarget, aim, search, verify
 from lightning_prune.profiling import DENSE, InterleavedTimer, LatencyStats, Variant, VariantSwitch, measurement_context
-from lightning_prune.profiling.allocation import reducing_block, spread_schedule
 from lightning_prune.profiling.energy_meter import NO_COUNTER, Unavailable, find_counter, measure_energy
 from lightning_prune.profiling.measurement import check_dense, count_tokens, ready_to_run
 from lightning_prune.profiling.model_variants import variant_timer
 from lightning_prune.quantization import Int8Weights, int8_backend, int8_unavailable
-from lightning_prune.reduction import Reduction
-from lightning_prune.schedule import Schedule
+from lightning_prune.reduction import Reduction, spec_of
+from lightning_prune.schedule import MeasurementSource, Schedule
 
 
 class Reach(ABC):
@@ -88,15 +88,10 @@ class Reach(ABC):
         if goal is not None:
             given = goal.variant.schedule
             counts = given if isinstance(given, Schedule) else Schedule([0] * self.depth)
-            origin = {
-                "method": chosen or entry.method,
-                "int8": entry.int8,
-                "settings": settings,
-                "target_speedup": goal.speedup,
-                "tokens_dense": self.n,
-                "tokens": counts.tokens(self.n)[-1],
-            }
-            schedule = Schedule(counts.removed, origin | dict(context or {}))
+            made_on = MeasurementSource.from_context(
+                context or {}, dense_tokens=self.n, int8=entry.int8, target_speedup=goal.speedup
+            )
+            schedule = Schedule(counts.removed, None if reduction is None else spec_of(reduction), made_on)
             note = "; ".join(filter(None, (chosen, _shortfall(goal, timing))))
         return PlannedVariant(
             variant=name,
@@ -137,7 +132,7 @@ class MethodReach(Reach):
         reduction = self.entry.reduction
         if reduction is None or reduction.adaptive or not amount:
             return None
-        return spread_schedule(reduction, amount, self.n, self.prefix, self.depth, self.block)
+        return allocate_schedule(reduction, amount, self.n, self.prefix, self.depth, self.block)
 
     def variant_of(self, amount: int) -> Variant:
         """The variant that removes so many tokens."""

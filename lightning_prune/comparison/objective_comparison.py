@@ -76,7 +76,9 @@ class Survey(L.Callback):
         else:
             decisions = {f"{config.label} given": decide(first)}
         variants: dict[str, tuple[Any, Schedule] | None] = {"dense": None}
-        variants |= {n: (d.reduction or config.reduction, d.schedule) for n, d in decisions.items() if d.schedule.total}
+        variants |= {
+            n: (d.reduction or config.reduction, d.schedule) for n, d in decisions.items() if d.schedule.total_removed
+        }
         timings = compare_latency(
             first.module,
             first.images,
@@ -88,7 +90,9 @@ class Survey(L.Callback):
         )
         decisions = {name: _confirmed(decision, timings, name) for name, decision in decisions.items()}
         # A variant that removes nothing is the dense model: timing it again would only add noise.
-        timings |= {name: timings["dense"] for name, decision in decisions.items() if not decision.schedule.total}
+        timings |= {
+            name: timings["dense"] for name, decision in decisions.items() if not decision.schedule.total_removed
+        }
         return decisions, timings
 
     def _planned(self, pl_module: L.LightningModule, images: Tensor, calibration: Calibration) -> dict[str, Decision]:
@@ -233,7 +237,7 @@ def _row(variant: str, survey: Survey, metrics: dict[str, float], outcomes: dict
         variant=variant,
         method=decision.method if decision else "",
         block=" ".join(str(block) for block in decision.schedule.reducing) if decision else "",
-        removed=decision.schedule.total if decision else 0,
+        removed=decision.schedule.total_removed if decision else 0,
         tokens=decision.tokens if decision else any_decision.dense_tokens,
         **figures,
         **environment_columns(any_decision.context, survey.images),

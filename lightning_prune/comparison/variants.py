@@ -29,7 +29,7 @@ class PlannedVariant:
         int8: Whether it runs in 8 bits.
         target: The speed-up that it was planned for.
         settings: Of the reduction.
-        schedule: What it removes, with its provenance; None for dense, int8, and where the images decide.
+        schedule: What it removes, with its method; None for dense, int8, and where the images decide.
         timing: Of the interleaved run of all variants; None where it cannot be run.
         note: What is to be said of it, as why it cannot.
         joules_per_image: Energy; None where there is no counter.
@@ -88,7 +88,7 @@ def variant_of(planned: PlannedVariant, entry: MethodSpec) -> Variant:
     """What a planned variant runs as."""
     reduction = reduction_of(planned, entry)
     weights = Int8Weights if entry.int8 else None
-    if reduction is None or (planned.schedule is not None and not planned.schedule.total):
+    if reduction is None or (planned.schedule is not None and not planned.schedule.total_removed):
         return Variant(weights=weights)
     return Variant(reduction, planned.schedule, weights)
 
@@ -175,7 +175,7 @@ class Deployment(EvaluationCallback):
         transformer = find_vision_transformer(pl_module, self.target)
         variant = self.variant
         if isinstance(variant.schedule, Schedule) and transformer.tokens is None:  # images of other sizes may come
-            rates = KeepRates.of(Schedule(variant.schedule.removed), self.dense_tokens, transformer.prefix_tokens)
+            rates = KeepRates.of(variant.schedule, self.dense_tokens, transformer.prefix_tokens)
             variant = variant._replace(schedule=rates)
         self._switch = VariantSwitch(transformer)  # before anything can fail: `_close` takes off what is on
         self._switch.to(variant)

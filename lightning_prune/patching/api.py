@@ -1,15 +1,16 @@
 """Opening a model's blocks to a reduction, and closing them again."""
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
+from typing import TypeGuard
 from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from lightning_prune.errors import ScheduleError, UnsupportedModelError
+from lightning_prune.errors import ArgumentError, ScheduleError, UnsupportedModelError
 from lightning_prune.patching.attention_capture import CaptureSlot
 from lightning_prune.patching.block_split import AttnMlpSplit, verify_split
 from lightning_prune.patching.class_swap import PatchedModule, RootPatch, is_patched_module, restore_class, swap_class
@@ -19,11 +20,11 @@ from lightning_prune.patching.patched_block import (
     BlockPatch,
     CaptureInput,
     InputCapture,
-    MeasurementSource,
     PatchedBlock,
 )
+from lightning_prune.patching.schedule_forms import reductions_of, resolve_schedule
 from lightning_prune.reduction import Reduction, resolve
-from lightning_prune.schedule import KeepRates, Rate, Schedule
+from lightning_prune.schedule import KeepRates, MethodSpec, Rate, Schedule, ScheduleLike, read_schedule
 
 _log = logging.getLogger(__name__)
 # Model -> classes of blocks of which it was said that they are cut after the MLP: a search patches hundreds of times.
@@ -32,9 +33,10 @@ _said_cut_after: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
 
 def patch(
     model: nn.Module,
-    method: str | Reduction,
-    schedule: Schedule | KeepRates | Sequence[int] | None = None,
+    method: str | MethodSpec | Reduction | ScheduleLike,
+    schedule: ScheduleLike | None = None,
     *,
+    block: int | float = 0.25,
     target: str | None = None,
 ) -> "PatchHandle":
     """Makes the Vision Transformer in `model` remove tokens by a schedule, in place.
@@ -48,9 +50,13 @@ def patch(
 
     Args:
         model: Any module that contains one Vision Transformer.
-        method: Name of a reduction (`"pomt"`, `"tome"`, `"topk"`, ...) or a `lightning_prune.reduction.Reduction`.
-        schedule: Tokens that each block removes, or keep rates, which fit images of any size. To be left out where
-            the images decide that, as they do with visual words of several images (`VWTInter`).
+        method: Name of a reduction (`"pomt"`, `"tome"`, `"topk"`, ...), with settings if need be
+            (`"tome:proportional_attention=false"`), or a `lightning_prune.reduction.Reduction`. Left out where the
+            schedule names its method: `patch(model, plan)`, `patch(model, "schedule.yaml")`.
+        schedule: Tokens that each block removes (a `Schedule` or a list), `KeepRates`, which fit images of any size,
+            a `Plan`, the path of a saved one, a number of tokens removed in all, or the share of patch tokens that are
+            left at the end. None for methods whose token count depends on the image (`VWTInter`).
+        block: Where methods that reduce once do so if `schedule` is a number: an index, or a fraction of the depth.
         target: Dotted path of the transformer in `model`, needed where there are several.
 
     Returns:
@@ -59,8 +65,9 @@ def patch(
     Raises:
         UnsupportedModelError: If no supported transformer is found, or several and no `target`.
         ScheduleError: If the schedule is for another depth or token count, or asks a block for more tokens than it
-            can give; names the numbers. Where images decide the token count, in forward.
-        ArgumentError: If `method` or `target` is unknown.
+            can remove; names the numbers. Where images decide the token count, in forward.
+        ArgumentError: If `method` or `target` is unknown, or `method` differs from the one that the schedule names.
+        FileFormatError: If a file cannot be read or holds no schedule.
 
     Example:
         >>> import timm
@@ -69,8 +76,32 @@ def patch(
         >>> model = timm.create_model("vit_tiny_patch16_224").eval()
         >>> with lp.patch(model, "pomt", lp.Schedule.single(depth=12, block=3, remove=56)):
         ...     logits = model(torch.randn(1, 3, 224, 224))
+        >>> handle = lp.patch(model, "tome", 0.7)
+        >>> handle.schedule.schedule(197).tokens(197)[-1]
+        139
     """
-    return PatchHandle(find_vision_transformer(model, target), resolve(method), schedule)
+    transformer = find_vision_transformer(model, target)
+    if schedule is None and _is_schedule(method):
+        schedule = read_schedule(method, "method")
+        if isinstance(schedule, int | float):
+            raise ArgumentError(f"`method` must be a method, or a schedule that names one, got {method!r}.")
+        named = reductions_of(schedule)
+        if not isinstance(named, Reduction):
+            return PatchHandle(transformer, None, schedule, warns=True)
+        method = named
+    if not isinstance(method, str | MethodSpec | Reduction):
+        raise ArgumentError(f"`method` must be a method's name, a MethodSpec or a Reduction, got {method!r}.")
+    reduction = resolve(method)
+    if schedule is not None and not reduction.adaptive:
+        schedule = resolve_schedule(schedule, transformer, reduction, block)
+    return PatchHandle(transformer, reduction, schedule, warns=True)
+
+
+def _is_schedule(value: str | MethodSpec | Reduction | ScheduleLike) -> TypeGuard[ScheduleLike]:
+    """Whether `value` is a schedule, or the path of one, and not a method."""
+    if isinstance(value, str):
+        return Path(value).suffix in (".yaml", ".yml", ".json") or (":" not in value and Path(value).is_file())
+    return not isinstance(value, MethodSpec | Reduction)
 
 
 def unpatch(model: nn.Module) -> None:
@@ -81,26 +112,34 @@ def unpatch(model: nn.Module) -> None:
 class PatchHandle:
     """A patched model: change its schedule with `update`, undo the patch with `remove`.
 
+    Args:
+        transformer: The Vision Transformer to patch.
+        reduction: The method; None for the methods that the schedule names, one for each block.
+        schedule: What the blocks remove, in any form; None where the images decide.
+        warns: Whether a schedule that was made elsewhere leads to a warning.
+
     Attributes:
         transformer: The Vision Transformer that is patched.
-        reduction: The method.
-        schedule: What the blocks remove now; None where the images decide.
+        reduction: The method; None where blocks have different ones.
+        schedule: What the blocks remove now; it names its method. None where the images decide.
     """
 
     def __init__(
         self,
         transformer: VisionTransformer,
-        reduction: Reduction,
-        schedule: Schedule | KeepRates | Sequence[int] | None = None,
+        reduction: Reduction | None,
+        schedule: ScheduleLike | None = None,
+        warns: bool = False,
     ) -> None:
         self.transformer = transformer
         self.reduction = reduction
+        self._warns = warns
         self._halves: dict[int, AttnMlpSplit | None] = {}
         self._sites: list[tuple[nn.Module, object]] = []
         self.schedule = self._checked(schedule)
         self._open()
 
-    def update(self, schedule: Schedule | KeepRates | Sequence[int] | None = None) -> None:
+    def update(self, schedule: ScheduleLike | None = None) -> None:
         """Gives the blocks another schedule; one that does not fit leaves the present one in force.
 
         Where another patch has replaced this one, this one replaces it in turn.
@@ -111,9 +150,9 @@ class PatchHandle:
         known = self.transformer
         now = describe(known.family, known.root, known.path)  # its image size may have been changed
         self.transformer = replace(now, compiled=known.compiled)
-        schedule, before, was_active = self._checked(schedule), self.schedule, self.active
+        checked, before, was_active = self._checked(schedule), self.schedule, self.active
         try:
-            self.schedule = schedule
+            self.schedule = checked
             self._open()
         except BaseException:
             self.schedule = before
@@ -141,49 +180,63 @@ class PatchHandle:
 
     def __repr__(self) -> str:
         state = "active" if self.active else "not active"
-        return f"PatchHandle({self.reduction!r}, {self.schedule!r}, {state})"
+        return f"PatchHandle({self.reduction or 'several methods'}, {self.schedule!r}, {state})"
 
-    def _checked(self, schedule: Schedule | KeepRates | Sequence[int] | None) -> Schedule | KeepRates | None:
-        name = self.reduction.name
-        if self.reduction.adaptive:
+    def _checked(self, schedule: ScheduleLike | None) -> Schedule | KeepRates | None:
+        reduction = self.reduction
+        if reduction is not None and reduction.adaptive:
             if schedule is not None:
                 raise ScheduleError(
-                    f"With {name} the images decide how many tokens go: `schedule` must be left out, got {schedule!r}."
+                    f"`schedule` must be left out with {reduction.name}, whose token count depends on the image, got "
+                    f"{schedule!r}."
                 )
-            check_reduction(self.transformer, self.reduction, at=0 if self.reduction.site == "input" else None)
+            check_reduction(self.transformer, reduction, at=0 if reduction.site == "input" else None)
             return None
         if schedule is None:
-            raise ScheduleError(f"`schedule` is missing: {name} removes as many tokens as a schedule says; got None.")
-        if isinstance(schedule, str | Path | int | float):
-            raise ScheduleError(
-                f"`schedule` must be a Schedule, KeepRates or a list with one number a block, got {schedule!r}; "
-                "load_schedule reads files, Schedule.single and KeepRates.single are for one block."
-            )
-        schedule = schedule if isinstance(schedule, Schedule | KeepRates) else Schedule(schedule)
-        check_schedule(self.transformer, self.reduction, schedule)
-        return schedule
+            name = "a mix of methods" if reduction is None else reduction.name
+            raise ScheduleError(f"`schedule` must say how many tokens {name} removes, got None.")
+        if reduction is not None:
+            found = resolve_schedule(schedule, self.transformer, reduction)
+        else:
+            read = read_schedule(schedule)
+            if isinstance(read, int | float):
+                raise ScheduleError(f"`schedule` must name the method of each block, got {read!r}.")
+            found = read
+        check_schedule(self.transformer, reduction or reductions_of(found), found)
+        return found
+
+    def _reductions(self) -> dict[int, Reduction]:
+        """Reducing block -> its method."""
+        if self.schedule is None:
+            assert self.reduction is not None  # adaptive
+            return {self.transformer.first: self.reduction}
+        named = self.reduction or reductions_of(self.schedule)
+        return dict.fromkeys(self.schedule.reducing, named) if isinstance(named, Reduction) else named
 
     def _open(self) -> None:
-        transformer, reduction, schedule = self.transformer, self.reduction, self.schedule
+        transformer, schedule = self.transformer, self.schedule
         unpatch(transformer.root)
         self._sites = []
-        reducing = schedule.reducing if schedule is not None else (transformer.first,)
-        if not reducing:
+        reductions = self._reductions()
+        if not reductions:
             return
-        restores = transformer.pools_patches and reduction.merges
+        methods = list(reductions.values())
+        restores = transformer.pools_patches and all(method.merges for method in methods)
+        weighs_keys = any(method.proportional_attention for method in methods)
         # What every block after a reduction does, or the last of them.
-        adapts = transformer.has_position_inputs or reduction.proportional_attention or restores
-        account = adapts or reduction.tracks_sizes
-        first, last = min(reducing), transformer.depth - 1 if adapts else max(reducing)
-        pixels = InputCapture() if "pixels" in reduction.reads else None
-        expects = schedule.provenance.get("tokens_dense") if isinstance(schedule, Schedule) else None
-        origin = MeasurementSource.of(schedule.provenance) if schedule is not None else None
+        adapts = transformer.has_position_inputs or weighs_keys or restores
+        account = adapts or any(method.tracks_sizes for method in methods)
+        first, last = min(reductions), transformer.depth - 1 if adapts else max(reductions)
+        pixels = InputCapture() if any("pixels" in method.reads for method in methods) else None
+        made_on = schedule.made_on if schedule is not None and self._warns else None
+        reduction = reductions[first]
         try:
             for index in range(first, last + 1):
                 remove = _asked(schedule, index) if schedule is not None else 0
                 if not (remove or account or schedule is None):
                     continue
-                reduces = index in reducing
+                reduces = index in reductions
+                reduction = reductions.get(index, reduction)
                 site = BlockPatch(
                     index=index,
                     reduction=reduction,
@@ -196,14 +249,14 @@ class PatchHandle:
                     pixels=pixels,
                     keeps_account=account,
                     keeps_places=transformer.has_position_inputs,
-                    expects=expects if index == first else None,
-                    origin=origin if index == first else None,
+                    weighs_keys=weighs_keys,
+                    made_on=made_on if index == first else None,
                     adapts=reduces and reduction.adaptive,
                     traces=reduces and restores,
                     restores=restores and index == last,
                 )
                 self._put_on(transformer.blocks[index], PatchedBlock, site)
-                if ("attention" in reduction.reads and reduces) or reduction.proportional_attention:
+                if ("attention" in reduction.reads and reduces) or weighs_keys:
                     self._make_readable(site, transformer.blocks[index])
             if pixels is not None:
                 self._put_on(transformer.entry, CaptureInput, pixels)

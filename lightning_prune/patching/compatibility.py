@@ -1,5 +1,7 @@
 """Whether a schedule fits a model and a method, asked before anything is touched."""
 
+from collections.abc import Mapping
+
 from lightning_prune.errors import ArgumentError, ScheduleError, UnsupportedModelError
 from lightning_prune.patching.models import VisionTransformer
 from lightning_prune.patching.patched_block import too_many
@@ -52,10 +54,17 @@ def check_reduction(transformer: VisionTransformer, reduction: Reduction, at: in
         raise ArgumentError(why)
 
 
-def check_schedule(transformer: VisionTransformer, reduction: Reduction, schedule: Schedule | KeepRates) -> None:
+def check_schedule(
+    transformer: VisionTransformer, reduction: Reduction | Mapping[int, Reduction], schedule: Schedule | KeepRates
+) -> None:
     """Raises ScheduleError, naming the numbers, if the schedule does not fit the transformer and the reduction.
 
     Where the token count depends on the image size, the counts are checked in forward instead.
+
+    Args:
+        transformer: The transformer.
+        reduction: The method, or that of each reducing block.
+        schedule: What the blocks remove.
 
     Raises:
         ScheduleError: As said.
@@ -63,22 +72,37 @@ def check_schedule(transformer: VisionTransformer, reduction: Reduction, schedul
     """
     check_depth(transformer, schedule)
     reducing = schedule.reducing
-    check_reduction(transformer, reduction, min(reducing) if reducing else None, bool(reducing))
-    if reduction.site == "input" and any(reducing):
-        block = next(b for b in reducing if b)
-        raise ScheduleError(
-            f"{reduction.name} removes tokens before block 0; the schedule asks block {block} for some."
-        )
+    if isinstance(reduction, Reduction):
+        check_reduction(transformer, reduction, min(reducing) if reducing else None, bool(reducing))
+        reductions = dict.fromkeys(reducing, reduction)
+    else:
+        reductions = dict(reduction)
+        _check_mixed(transformer, reductions)
+    for block, each in reductions.items():
+        if each.site == "input" and block:
+            raise ScheduleError(f"{each.name} removes tokens before block 0; the schedule asks block {block} for some.")
     if transformer.tokens is None:
         return
     if isinstance(schedule, KeepRates):  # resolved for each size by itself, but those of this size can be said now
-        schedule = Schedule(schedule.schedule(transformer.tokens, transformer.prefix_tokens).removed)
-    made_for = schedule.provenance.get("tokens_dense")
-    if made_for not in (None, transformer.tokens):
-        raise ScheduleError(f"The schedule was made for {made_for} tokens; {transformer.tokens} enter this model.")
+        schedule = schedule.schedule(transformer.tokens, transformer.prefix_tokens)
     count = transformer.tokens
-    for index, remove in enumerate(schedule.removed):
-        max_removed = reduction.max_removed(count, transformer.prefix_tokens)
+    for index, remove in schedule.reducing.items():
+        max_removed = reductions[index].max_removed(count, transformer.prefix_tokens)
         if remove > max_removed:
-            raise ScheduleError(too_many(index, count, remove, max_removed, reduction.name))
+            raise ScheduleError(too_many(index, count, remove, max_removed, reductions[index].name))
         count -= remove
+
+
+def _check_mixed(transformer: VisionTransformer, reductions: Mapping[int, Reduction]) -> None:
+    for block, reduction in reductions.items():
+        if reduction.adaptive:
+            raise ArgumentError(
+                f"`method` must hold methods whose token count can be chosen, got {reduction.name} for block {block}."
+            )
+        check_reduction(transformer, reduction, block)
+    lossless = {reduction.merges for reduction in reductions.values()}
+    if transformer.pools_patches and len(lossless) > 1:
+        raise UnsupportedModelError(
+            f"This {type(transformer.root).__name__} pools over its patch tokens, so that methods that merge tokens "
+            "cannot be combined with methods that drop them."
+        )

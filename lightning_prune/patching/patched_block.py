@@ -1,7 +1,7 @@
 """The patched block: a block that reduces its tokens between attention and MLP."""
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -18,47 +18,19 @@ from lightning_prune.patching.models.base import ModelAdapter, Setting
 from lightning_prune.patching.token_state import PerThread, TokenState, found, leave, next_token_state
 from lightning_prune.reduction.base import AttentionInputs, Reduction, TokenSequence
 from lightning_prune.reduction.functional import take_tokens
-from lightning_prune.schedule import KeepRates, Rate, Schedule
+from lightning_prune.schedule import MeasurementSource, Rate
 
 
-@dataclass(frozen=True)
-class MeasurementSource:
-    """What a schedule's latency depends on most.
-
-    Attributes:
-        device: What the maker calls the device it was measured on; None where the schedule does not say.
-        batch_size: Images in a batch; None where the schedule does not say.
-    """
-
-    device: str | None
-    batch_size: int | None
-
-    @classmethod
-    def of(cls, provenance: Mapping[str, Any]) -> "MeasurementSource | None":
-        """From what travels with a schedule; None where it says nothing of this."""
-        device, batch_size = provenance.get("device"), provenance.get("batch_size")
-        return cls(device, batch_size) if device is not None or batch_size is not None else None
-
-    def differences(self, device: str, batch_size: int) -> tuple[str, ...]:
-        """What is other here than there, each in words."""
-        pairs = (("device", self.device, device), ("batch_size", self.batch_size, batch_size))
-        return tuple(f"{name} {there} there, {here} here" for name, there, here in pairs if there not in (None, here))
-
-    def warn(self, x: Tensor) -> None:
-        """Warns, once for each patch, if tokens (B, N, C) of another device or batch size than its own arrive."""
-        differences = self.differences(device_name(x.device), x.shape[0])
-        if differences:
-            warnings.warn(
-                f"The schedule was made elsewhere: {'; '.join(differences)}. It is used as it is, but its latency was "
-                "measured there.",
-                stacklevel=2,
-            )
-
-
-def without_origin(schedule: Schedule | KeepRates) -> Schedule | KeepRates:
-    """The schedule for measuring: that is what elsewhere asks for, and no place for a warning."""
-    kept = {key: value for key, value in schedule.provenance.items() if key not in ("device", "batch_size")}
-    return KeepRates(schedule.rates, kept) if isinstance(schedule, KeepRates) else Schedule(schedule.removed, kept)
+def warn_elsewhere(made_on: MeasurementSource, x: Tensor) -> None:
+    """Warns if a schedule was made on another device, batch size or token count than those of tokens (B, N, C)."""
+    here = {"device": device_name(x.device), "batch_size": x.shape[0], "dense_tokens": x.shape[1]}
+    differences = made_on.differences(**here)
+    if differences:
+        warnings.warn(
+            f"The schedule was made elsewhere: {'; '.join(differences)}. It is used as it is, but its latency was "
+            "measured there.",
+            stacklevel=2,
+        )
 
 
 @dataclass(eq=False)
@@ -104,6 +76,7 @@ class BlockPatch:
     pixels: InputCapture | None = None
     keeps_account: bool = False  # whether later blocks must know who is left
     keeps_places: bool = True  # and where each of them stood
+    weighs_keys: bool = False  # whether their sizes weigh the attention of later blocks
     adapts: bool = False  # whether the images decide here how many tokens go
     traces: bool = False  # whether it must be known which token each of block 0 went into
     restores: bool = False  # whether each token stands again, after this block, where those it is made of stood
@@ -112,8 +85,7 @@ class BlockPatch:
         None  # the attention's forward, if an `attn_mask` reaches its fused call
     )
     ear: CaptureSlot | None = None  # of attention modules that make no fused call
-    expects: int | None = None  # tokens that the schedule was made to meet here, where it says so
-    origin: MeasurementSource | None = None  # where the schedule was made; asked at the first batch
+    made_on: MeasurementSource | None = None  # where the schedule was made; compared with the first batch
 
     def removes(self, tokens: int) -> int:
         """How many tokens go, of `tokens` that enter the block."""
@@ -125,19 +97,13 @@ class BlockPatch:
         """Refuses what a reducing block cannot honour; warns where the schedule was made elsewhere.
 
         Raises:
-            ScheduleError: If the schedule was made for another number of tokens.
             ArgumentError: If an attention mask for all tokens came.
             UnsupportedModelError: If attention is to be causal.
         """
         self.family.check_call(args, kwargs)
-        if self.expects is not None and self.expects != x.shape[1]:
-            raise ScheduleError(
-                f"The schedule was made for {self.expects} tokens entering block {self.index}; {x.shape[1]} enter it. "
-                "Give keep rates (KeepRates) where images come in several sizes."
-            )
-        if self.origin is not None and not torch.compiler.is_compiling():
-            origin, self.origin = self.origin, None
-            origin.warn(x)
+        if self.made_on is not None and not torch.compiler.is_compiling():
+            made_on, self.made_on = self.made_on, None
+            warn_elsewhere(made_on, x)
 
     def takes_mask(self, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether a mask can be handed to the block's attention: it runs what is known, and no mask came."""
@@ -249,7 +215,7 @@ def _reduce(
         )
     if not site.keeps_account:
         return reduced.tokens, None
-    return reduced.tokens, next_token_state(arrived, reduced, site.keeps_places, site.reduction.proportional_attention)
+    return reduced.tokens, next_token_state(arrived, reduced, site.keeps_places, site.weighs_keys)
 
 
 def too_many(block: int, tokens: int, remove: int, max_removed: int, method: str) -> str:

@@ -129,6 +129,8 @@ def next_token_state(
     """
     positions, sources, sizes = reduced.positions, reduced.sources, reduced.sizes
     if arrived is not None:
+        if sizes is None and arrived.sizes is not None:  # of an earlier block, whose method keeps them
+            sizes = torch.where(positions < 0, 1, arrived.sizes.gather(1, positions.clamp(min=0)))
         if places:
             original = arrived.positions.gather(1, positions.clamp(min=0))
             positions = torch.where(positions < 0, -1, original)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from lightning_prune.errors import ArgumentError, UnsupportedModelError
 from lightning_prune.patching import VisionTransformer, find_vision_transformer
 from lightning_prune.patching.compatibility import check_reduction
+from lightning_prune.patching.schedule_forms import refuse_adaptive
 from lightning_prune.planning.candidates import Candidate, decided
 from lightning_prune.planning.multi_block import BlockSearch, MethodFront, method_labels
 from lightning_prune.planning.objectives import Objective, Utility
@@ -17,10 +18,9 @@ from lightning_prune.planning.results import BlocksPlan, Plan
 from lightning_prune.planning.single_block import BudgetSearch, OnDevice, TimedChoice, choose, confirmed, refine
 from lightning_prune.profiling import LatencyProfile, profile_latency, reducing_block
 from lightning_prune.profiling.accuracy_proxy import ProxyCurve, check_images
-from lightning_prune.profiling.allocation import refuse_adaptive
 from lightning_prune.profiling.measurement import Protocol, check_measurable
-from lightning_prune.reduction import RandomDrop, Reduction, resolve
-from lightning_prune.schedule import Schedule
+from lightning_prune.reduction import RandomDrop, Reduction, resolve, spec_of
+from lightning_prune.schedule import MeasurementSource, Schedule
 
 
 def check_inputs(
@@ -210,18 +210,15 @@ def plan(
         chosen = (found.tokens, found.reason)
         attempt = BudgetSearch(chosen, n, curve.profile.dense_ms, objective, choose_by, lambda: _fastest(curve))
         found = confirmed(attempt, device.compare)
-    provenance = {
-        "method": reduction.name,
-        "settings": reduction.settings(),
-        "objective": str(objective),
-        "protocol": protocol,
-        "proxy": curve.name,
-        "tokens_dense": profile.dense_tokens,
-        "tokens": found.tokens,
-        **dict(profile.context),
-    }
+    made_on = MeasurementSource.from_context(
+        profile.context,
+        objective=str(objective),
+        dense_tokens=profile.dense_tokens,
+        protocol=protocol,
+        proxy=curve.name,
+    )
     made = Plan(
-        schedule=Schedule(device.schedule(found.tokens).removed, provenance),
+        schedule=Schedule(device.schedule(found.tokens).removed, spec_of(reduction), made_on),
         method=reduction.name,
         block=index,
         objective=objective,
@@ -388,17 +385,9 @@ def _plan(
 ) -> BlocksPlan:
     curve, front, schedule = search.curve, best.front, best.entry.schedule
     n, tokens, reducing = curve.dense_tokens, schedule.tokens(curve.dense_tokens)[-1], schedule.reducing
-    provenance = {
-        "method": front.reduction.name,
-        "settings": front.reduction.settings(),
-        "objective": str(objective),
-        "proxy": front.name,
-        "tokens_dense": n,
-        "tokens": tokens,
-        **dict(curve.context),
-    }
+    made_on = MeasurementSource.from_context(curve.context, objective=str(objective), dense_tokens=n, proxy=front.name)
     made = BlocksPlan(
-        schedule=Schedule(schedule.removed, provenance),
+        schedule=Schedule(schedule.removed, spec_of(front.reduction), made_on),
         method=front.reduction.name,
         label=front.label,
         block=min(reducing) if reducing else search.transformer.first,

@@ -37,7 +37,7 @@ class Candidate(NamedTuple):
     @property
     def removes(self) -> bool:
         """Whether it removes any token."""
-        return self.entry.schedule.total > 0
+        return self.entry.schedule.total_removed > 0
 
     def ratio(self) -> float:
         """Latency over dense, as timed, else as predicted."""
@@ -140,7 +140,7 @@ def _nearly(
         entry = front.entries[0]
         ratios = np.array([front.ratio(entry) / (1 + _NEARLY), 1.0])
         near = objective.unreachable((1, 2), dense_ms * ratios) is None
-        if near and entry.schedule.total and (front.label, entry.schedule.removed) not in _seen(timed):
+        if near and entry.schedule.total_removed and (front.label, entry.schedule.removed) not in _seen(timed):
             found.append(Candidate(front, *front.fastest()))
     return found
 
@@ -225,7 +225,7 @@ def ladder(fronts: Sequence[MethodFront], decided: Iterable[Candidate]) -> list[
         ParetoPoint(front, entry, front.ratio(entry), front.estimate(entry))
         for front in fronts
         for entry in front.entries
-        if entry.schedule.total
+        if entry.schedule.total_removed
     ]
     fitting = [rung for rung in predicted if not any(_beats(rung, each) or _beats(each, rung) for each in firm)]
     return _unbeaten([*firm, *fitting])

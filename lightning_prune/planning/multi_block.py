@@ -201,7 +201,7 @@ class MethodFront:
     def accuracy(self, entry: FrontEntry) -> float:
         """The proxy of a schedule, measured once; 1 of dense."""
         removed = entry.schedule.removed
-        if not entry.schedule.total:
+        if not entry.schedule.total_removed:
             return 1.0
         if removed not in self.values:
             self.values[removed] = self._known[entry.cost] = self._measure(self.reduction, entry.schedule)
@@ -219,7 +219,9 @@ class MethodFront:
         found = {entry.schedule.removed: entry for entry in ([chosen] if chosen else []) + self._all}
         ordered = sorted(found.values(), key=lambda entry: -entry.milliseconds)
         return [
-            replace(entry, accuracy=1.0 if not entry.schedule.total else self.values.get(entry.schedule.removed))
+            replace(
+                entry, accuracy=1.0 if not entry.schedule.total_removed else self.values.get(entry.schedule.removed)
+            )
             for entry in ordered
         ]
 

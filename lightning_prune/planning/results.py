@@ -21,7 +21,7 @@ class Plan:
     """A schedule with its reasons.
 
     Attributes:
-        schedule: What to deploy; its provenance says where it came from.
+        schedule: What to deploy; it names its method and says where it was made.
         method: The reduction to deploy it with.
         block: The reducing block; the first that may reduce, of methods that reduce in many.
         objective: What was optimised.
@@ -51,7 +51,7 @@ class Plan:
     @property
     def removed(self) -> int:
         """R, tokens removed."""
-        return self.schedule.total
+        return self.schedule.total_removed
 
     @property
     def predicted_ms(self) -> float:
@@ -83,7 +83,7 @@ class Plan:
         took = f"{100 * self.pruned.ratio:.1f}% of dense"
         return replace(
             self,
-            schedule=Schedule([0] * self.schedule.depth, {**self.schedule.provenance, "tokens": self.dense_tokens}),
+            schedule=Schedule([0] * self.schedule.depth, self.schedule.method, self.schedule.made_on),
             tokens=self.dense_tokens,
             reason=f"Measured beside dense, {self.tokens} tokens take {took}, against the profile: nothing is gained.",
             pruned=None,

@@ -10,8 +10,9 @@ import numpy as np
 from torch import Tensor, nn
 
 from lightning_prune.errors import ArgumentError
+from lightning_prune.patching import allocate_schedule
 from lightning_prune.planning.objectives import Column, Objective
-from lightning_prune.profiling import LatencyProfile, LatencyStats, compare_latency, profile_latency, spread_schedule
+from lightning_prune.profiling import LatencyProfile, LatencyStats, compare_latency, profile_latency
 from lightning_prune.profiling.accuracy_proxy import ProxyCurve
 from lightning_prune.profiling.latency_profile import SAVING
 from lightning_prune.reduction import Reduction
@@ -358,7 +359,7 @@ class OnDevice:
     def schedule(self, count: int) -> Schedule:
         """What leaves so many tokens."""
         remove = self.tokens - count
-        return spread_schedule(self.reduction, remove, self.tokens, self.prefix_tokens, self.depth, self.block)
+        return allocate_schedule(self.reduction, remove, self.tokens, self.prefix_tokens, self.depth, self.block)
 
     def measure(self, counts: Sequence[int]) -> LatencyProfile:
         """The latency of these counts and dense, in a run of its own."""

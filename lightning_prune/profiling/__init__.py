@@ -1,7 +1,7 @@
 """What tokens cost, and what they are worth, on this device: latency profiles and accuracy proxies."""
 
+from lightning_prune.patching.schedule_forms import reducing_block, resolve_block
 from lightning_prune.profiling.accuracy_proxy import Proxy, soft_agreement
-from lightning_prune.profiling.allocation import reducing_block, resolve_block, spread_schedule
 from lightning_prune.profiling.cache import ProfileStore
 from lightning_prune.profiling.energy_meter import EnergyReading, Unavailable, find_counter, measure_energy
 from lightning_prune.profiling.environment import measurement_context, profile_dependencies
@@ -36,5 +36,4 @@ __all__ = [
     "resolve_block",
     "simulate_latency",
     "soft_agreement",
-    "spread_schedule",
 ]

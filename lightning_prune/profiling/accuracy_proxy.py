@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lightning_prune._utils.progress import progress_bar
 from lightning_prune.errors import ArgumentError, DataError, UnsupportedModelError
 from lightning_prune.patching import PatchHandle, VisionTransformer, find_vision_transformer
-from lightning_prune.profiling.allocation import spread_schedule
+from lightning_prune.patching.schedule_forms import allocate_schedule
 from lightning_prune.profiling.latency_profile import LatencyProfile
 from lightning_prune.profiling.measurement import check_dense, ready_to_run
 from lightning_prune.reduction import RandomDrop, Reduction, resolve
@@ -172,7 +172,7 @@ class ProxyCurve:
         """The proxy at one token count, relative to dense."""
         if tokens not in self.values:
             n, prefix = self.profile.dense_tokens, self._transformer.prefix_tokens
-            schedule = spread_schedule(self._reduction, n - tokens, n, prefix, self.profile.depth, self.profile.block)
+            schedule = allocate_schedule(self._reduction, n - tokens, n, prefix, self.profile.depth, self.profile.block)
             with (
                 ready_to_run(self._transformer),
                 progress_bar(f"Accuracy at {tokens} tokens", None, self._show),

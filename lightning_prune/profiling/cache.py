@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lightning_prune._utils.files import read_document, write_document
 from lightning_prune.errors import FileFormatError
 from lightning_prune.patching import find_vision_transformer
-from lightning_prune.profiling.allocation import reducing_block
+from lightning_prune.patching.schedule_forms import reducing_block
 from lightning_prune.profiling.environment import profile_dependencies, readable
 from lightning_prune.profiling.latency_profile import LatencyProfile
 from lightning_prune.profiling.measurement import Protocol, check_measurable, profile_latency

@@ -15,7 +15,7 @@ from lightning_prune.errors import ArgumentError
 from lightning_prune.patching import PatchHandle, VisionTransformer, find_vision_transformer
 from lightning_prune.patching.block_split import eval_mode
 from lightning_prune.patching.class_swap import is_patched_module
-from lightning_prune.profiling.allocation import reducing_block, refuse_adaptive, spread_schedule
+from lightning_prune.patching.schedule_forms import allocate_schedule, reducing_block, refuse_adaptive
 from lightning_prune.profiling.count_search import explore, profile_builder
 from lightning_prune.profiling.environment import measurement_context
 from lightning_prune.profiling.interleaved_timer import InterleavedTimer, LatencyStats
@@ -97,7 +97,7 @@ def profile_latency(
         handle = PatchHandle(transformer, reduction, Schedule([0] * depth))
         try:
             race = InterleavedTimer[int](
-                prepare=lambda count: handle.update(spread_schedule(reduction, n - count, n, prefix, depth, index)),
+                prepare=lambda count: handle.update(allocate_schedule(reduction, n - count, n, prefix, depth, index)),
                 run=lambda: transformer.runner(example_inputs),
                 device=example_inputs.device,
                 reference=n,
@@ -179,20 +179,7 @@ def compare_latency(
 
 def count_tokens(transformer: VisionTransformer, images: Tensor) -> int:
     """Tokens that enter the first block that can reduce, for images of this size, seen in a real forward pass."""
-    seen: list[int] = []
-    hook = transformer.blocks[transformer.first].register_forward_pre_hook(
-        lambda _, args: seen.append(args[0].shape[1])
-    )
-    try:
-        transformer.root.forward(images)  # past a compiled graph, which would not see the hook
-    except (AssertionError, RuntimeError) as error:
-        raise ArgumentError(
-            f"The Vision Transformer cannot run on images {tuple(images.shape)}, {images.dtype}: {error} Give those "
-            "that it receives itself, after all that your module does to them (`images_from_batch` of TokenPruning)."
-        ) from error
-    finally:
-        hook.remove()
-    return seen[0]
+    return transformer.count_tokens(images)
 
 
 @contextmanager

@@ -8,7 +8,6 @@ from typing import NamedTuple, Protocol
 from torch import Tensor, nn
 
 from lightning_prune.patching import PatchHandle, VisionTransformer, unpatch
-from lightning_prune.patching.patched_block import without_origin
 from lightning_prune.profiling.interleaved_timer import InterleavedTimer
 from lightning_prune.reduction import Reduction, resolve
 from lightning_prune.schedule import KeepRates, Schedule
@@ -70,7 +69,7 @@ class VariantSwitch:
             unpatch(self._transformer.root)
             return
         reduction = resolve(variant.reduction)
-        schedule = None if variant.schedule is None else without_origin(variant.schedule)
+        schedule = variant.schedule
         for known, handle in self._handles:
             if known == reduction:
                 handle.update(schedule)

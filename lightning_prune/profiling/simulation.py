@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_prune.errors import ArgumentError
 from lightning_prune.patching import find_vision_transformer
-from lightning_prune.profiling.allocation import reducing_block, refuse_adaptive, spread_schedule
+from lightning_prune.patching.schedule_forms import allocate_schedule, reducing_block, refuse_adaptive
 from lightning_prune.profiling.count_search import explore, profile_builder
 from lightning_prune.profiling.environment import measurement_context
 from lightning_prune.profiling.interleaved_timer import InterleavedTimer
@@ -302,7 +302,7 @@ def simulate_latency(
     if not _SPEEDS[0] < dense < _SPEEDS[1]:
         raise ArgumentError(f"`device` must be of a speed that can be computed with; {device} takes {dense} s.")
     counts = range(lowest, n + 1)
-    schedules = {count: spread_schedule(reduction, n - count, n, prefix, depth, index) for count in counts}
+    schedules = {count: allocate_schedule(reduction, n - count, n, prefix, depth, index) for count in counts}
     running = [n]
     race = InterleavedTimer[int](
         prepare=lambda count: running.__setitem__(0, count),

@@ -5,7 +5,7 @@ from lightning_prune.reduction.cls_attention import EViT, TopK, evit, topk, topk
 from lightning_prune.reduction.functional import merge_into_nearest, sources_of
 from lightning_prune.reduction.pomt import POMT, pomt, pomt_scores
 from lightning_prune.reduction.random_drop import RandomDrop
-from lightning_prune.reduction.registry import METHODS, names, resolve
+from lightning_prune.reduction.registry import METHODS, names, resolve, spec_of
 from lightning_prune.reduction.representation_shift import RepresentationShift, shift, shift_scores
 from lightning_prune.reduction.tome import ToMe, bipartite_matching, tome_schedule
 from lightning_prune.reduction.visual_words import TokensPerImage, VWTInter, VWTIntra, tokens_per_image, vwt_intra
@@ -35,6 +35,7 @@ __all__ = [
     "shift",
     "shift_scores",
     "sources_of",
+    "spec_of",
     "tokens_per_image",
     "tome_schedule",
     "topk",

@@ -60,6 +60,8 @@ class Reduction(ABC):
             traced.
         adaptive: Whether the image decides how many tokens go. There is no schedule then and `remove` is 0; shorter
             images of a batch are padded with tokens of size 0, which proportional attention masks.
+        multi_block: Whether it is used in many blocks, as ToMe is, and `spread` allocates tokens to them; other methods
+            reduce in one block.
     """
 
     name: str
@@ -69,6 +71,7 @@ class Reduction(ABC):
     proportional_attention: bool = False
     merges: bool = False
     adaptive: bool = False
+    multi_block: bool = False
 
     @abstractmethod
     def reduce(self, sequence: TokenSequence, remove: int) -> ReductionOutput:

@@ -16,6 +16,7 @@ from lightning_prune.reduction.random_drop import RandomDrop
 from lightning_prune.reduction.representation_shift import RepresentationShift
 from lightning_prune.reduction.tome import ToMe
 from lightning_prune.reduction.visual_words import VWTInter, VWTIntra
+from lightning_prune.schedule import MethodSpec
 
 GROUP = "lightning_prune.reductions"
 
@@ -24,22 +25,23 @@ METHODS: dict[str, type[Reduction]] = {
 }
 """The methods of this package."""
 
-_WITH_SETTINGS: dict[str, Callable[..., Reduction]] = {"pomt-nearest": partial(POMT, "nearest")}
+_WITH_SETTINGS: dict[str, Callable[..., Reduction]] = {"pomt-nearest": partial(POMT, dropped="nearest")}
 """Names for a method with settings that make it one of its own."""
 
 
-def resolve(method: str | Reduction, **settings: Any) -> Reduction:
+def resolve(method: str | MethodSpec | Reduction, **settings: Any) -> Reduction:
     """The reduction that a name stands for; an instance stands for itself.
 
     A name that this package does not have is looked up among the entry points of the group
     `lightning_prune.reductions`; only the one asked for is imported.
 
     Args:
-        method: Name of a method, or an instance.
+        method: Name of a method, with settings if need be (`"random:seed=3"`), the same as a
+            `lightning_prune.schedule.MethodSpec`, or an instance.
         settings: Arguments of the method's class, where it is given by name.
 
     Returns:
-        The reduction, with its default settings but for `settings`.
+        The reduction, with its default settings but for those given.
 
     Raises:
         ArgumentError: If there is no method of that name (suggests the nearest), its package fails to load or gives
@@ -49,14 +51,41 @@ def resolve(method: str | Reduction, **settings: Any) -> Reduction:
         >>> from lightning_prune.reduction import resolve
         >>> resolve("random", seed=3)
         RandomDrop(seed=3, site='block')
+        >>> resolve("random:seed=3") == resolve("random", seed=3)
+        True
     """
     if isinstance(method, Reduction):
         if settings:
-            raise ArgumentError(f"Settings belong to a method given by name; got {settings} and {method!r}.")
+            raise ArgumentError(f"`settings` must be left out with a Reduction, got {settings} and {method!r}.")
         return method
-    if not isinstance(method, str):
+    if not isinstance(method, str | MethodSpec):
         raise _unknown(method)
-    return _make(method, _find(method), settings)
+    spec = MethodSpec.of(method, "method")
+    return _make(spec.name, _find(spec.name), {**spec.settings, **settings})
+
+
+def spec_of(reduction: Reduction) -> MethodSpec:
+    """The method as plain data, from which `resolve` makes an equal one where its name is known.
+
+    Args:
+        reduction: The method.
+
+    Returns:
+        Its name, and the settings that differ from the defaults of that name.
+
+    Example:
+        >>> from lightning_prune.reduction import ToMe, spec_of
+        >>> spec_of(ToMe()), spec_of(ToMe(proportional_attention=False))
+        (MethodSpec('tome'), MethodSpec('tome:proportional_attention=False'))
+    """
+    settings = reduction.settings()
+    build = METHODS.get(reduction.name) or _WITH_SETTINGS.get(reduction.name) or type(reduction)
+    try:
+        defaults = build().settings()
+    except (TypeError, ArgumentError):  # there are settings without a default, such as a vocabulary
+        defaults = {}
+    differing = {key: value for key, value in settings.items() if key not in defaults or defaults[key] != value}
+    return MethodSpec(reduction.name, differing)
 
 
 def names() -> list[str]:

@@ -215,6 +215,7 @@ class ToMe(Reduction):
     reads: ClassVar[frozenset[str]] = frozenset({"attention"})
     tracks_sizes = True
     merges = True
+    multi_block = True
 
     def __init__(
         self, proportional_attention: bool = True, schedule: Literal["constant", "decreasing"] = "constant"

@@ -122,7 +122,7 @@ def _draw_front(axes: Axes, plan: BlocksPlan) -> None:
         entries = [entry for entry in plan.front if entry.method == method]
         axes.plot([dense_ms / e.milliseconds for e in entries], [e.cost for e in entries], color=color, label=method)
         for entry in entries:
-            if entry.accuracy is not None and entry.schedule.total:
+            if entry.accuracy is not None and entry.schedule.total_removed:
                 at = dense_ms / entry.milliseconds, entry.cost
                 axes.plot(*at, marker, color=color, markersize=5)
                 axes.annotate(
@@ -131,7 +131,7 @@ def _draw_front(axes: Axes, plan: BlocksPlan) -> None:
     chosen = [
         e for e in plan.front if e.method == (plan.label or plan.method) and e.schedule.removed == plan.schedule.removed
     ]
-    if chosen and plan.schedule.total:
+    if chosen and plan.schedule.total_removed:
         at = dense_ms / chosen[0].milliseconds, chosen[0].cost
         axes.plot(*at, "*", color="black", markersize=13, fillstyle="none", label="chosen")
     axes.set_xlabel("speed-up, predicted")
@@ -159,7 +159,7 @@ def _draw_schedule(axes: Axes, plan: BlocksPlan) -> None:
     axes.axhline(n, color="black", linewidth=0.8, linestyle="--")
     axes.set_ylim(0, 1.15 * n)
     axes.set_xticks(range(depth))
-    axes.set_xlabel(f"block ({plan.method})" if plan.schedule.total else "block (nothing is removed)")
+    axes.set_xlabel(f"block ({plan.method})" if plan.schedule.total_removed else "block (nothing is removed)")
     axes.set_ylabel("tokens that leave it")
 
 

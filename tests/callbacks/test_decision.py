@@ -4,13 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 import lightning_prune as lp
 from helpers.data import loader
 from helpers.models import DEPTH, TOKENS
-from lightning_prune.callbacks.decision import given_schedule
-from lightning_prune.patching import find_vision_transformer
+from lightning_prune.schedule import MeasurementSource
 
 from .tiny import Snapshot, Tiny, pruner, trainer, validated
 
@@ -37,15 +35,18 @@ def test_given_schedules_are_deployed_and_timed(
     module, running = validated(callback)
     assert decisions == ["measure_given"]
     decision = callback.decision
-    assert decision.schedule == expected
-    assert module.tokens() == {TOKENS - expected.total} == {decision.tokens}
+    assert decision.schedule == expected.with_method("pomt")
+    assert module.tokens() == {TOKENS - expected.total_removed} == {decision.tokens}
     assert (decision.plan, decision.predicted_ms, decision.calibration) == (None, None, "")
     assert decision.reason == "The schedule was given."
-    assert decision.speedup == pytest.approx(1.5 if expected.total else 1.0)
-    assert running.callback_metrics["pruning/removed"] == expected.total
-    found = find_vision_transformer(module)
-    config = callback.config
-    assert given_schedule(config.schedule, block, found, config.reduction, torch.zeros(1, 3, 32, 32)) == expected
+    assert decision.speedup == pytest.approx(1.5 if expected.total_removed else 1.0)
+    assert running.callback_metrics["pruning/removed"] == expected.total_removed
+
+
+def test_a_schedule_of_another_method_is_refused(tmp_path: Path) -> None:
+    path = lp.Schedule.single(DEPTH, 1, 5, "random").save(tmp_path / "schedule.yaml")
+    with pytest.raises(lp.ArgumentError, match="`method` must be that of the schedule, random, got pomt"):
+        validated(pruner(method="pomt", schedule=path))
 
 
 @pytest.mark.parametrize("name", ["schedule.yaml", "schedule.json"])
@@ -70,14 +71,8 @@ def test_the_schedule_of_a_run_is_deployed_by_the_next_without_a_warning(
 def test_a_schedule_from_elsewhere_is_deployed_with_a_warning_that_names_the_differences(
     tmp_path: Path, recwarn: pytest.WarningsRecorder
 ) -> None:
-    origin = {
-        "device": "Abacus",
-        "batch_size": 64,
-        "precision": "bf16-mixed",
-        "method": "random",
-        "tokens_dense": TOKENS,
-    }
-    path = lp.Schedule.single(DEPTH, 1, 5, provenance=origin).save(tmp_path / "schedule.yaml")
+    made_on = MeasurementSource(device="Abacus", batch_size=64, precision="bf16-mixed", dense_tokens=TOKENS + 1)
+    path = lp.Schedule.single(DEPTH, 1, 5, made_on=made_on).save(tmp_path / "schedule.yaml")
     callback = pruner(schedule=path)
     module, _ = validated(callback)
     assert module.tokens() == {TOKENS - 5}
@@ -86,7 +81,7 @@ def test_a_schedule_from_elsewhere_is_deployed_with_a_warning_that_names_the_dif
     assert told[0].startswith("The schedule was made elsewhere: device Abacus there, ")
     assert told[1] == "The schedule was made elsewhere: batch_size 64 there, 4 here."
     assert told[2] == "The schedule was made elsewhere: precision bf16-mixed there, float32 here."
-    assert told[3] == "The schedule was made elsewhere: method random there, pomt here."
+    assert told[3] == f"The schedule was made elsewhere: dense_tokens {TOKENS + 1} there, {TOKENS} here."
 
 
 @pytest.mark.parametrize(
@@ -96,11 +91,7 @@ def test_a_schedule_from_elsewhere_is_deployed_with_a_warning_that_names_the_dif
         (lp.Schedule.single(12, 3, 5), "The schedule is for 12 blocks; this model has 4"),
         (17, "Block 1 is asked to remove 17 tokens, but of the 17 that enter it pomt can remove at most 14"),
         ([8, 8, 0, 0], "Block 1 is asked to remove 8 tokens, but of the 9 that enter it pomt can remove at most 6"),
-        (
-            lp.Schedule.single(DEPTH, 1, 5, provenance={"tokens_dense": 197}),
-            "The schedule was made for 197 tokens; 17 enter this model",
-        ),
-        (-1, "whole number.* >= 0, got -1"),
+        ([0, -1, 0, 0], "whole number.* >= 0, got -1"),
     ],
 )
 def test_schedules_that_do_not_fit_are_refused(schedule: Any, message: str) -> None:

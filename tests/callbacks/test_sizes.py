@@ -12,6 +12,7 @@ import lightning_prune as lp
 from helpers.data import loader
 from helpers.models import DEPTH, TOKENS
 from lightning_prune.callbacks.batches import BatchShape, batch_shape
+from lightning_prune.schedule import MeasurementSource
 
 from .tiny import Snapshot, Tiny, pruner, trainer, validated
 
@@ -31,7 +32,6 @@ class TestKeepRates:
         [
             (0.5, [TOKENS, 9, 9, 9]),
             (lp.KeepRates([1, 0.5, 1, 0.7]), [TOKENS, 9, 9, 7]),
-            (1.0, [TOKENS] * 4),
         ],
     )
     def test_on_images_of_one_size(self, schedule: Any, left: list[int]) -> None:
@@ -43,14 +43,16 @@ class TestKeepRates:
 
     @pytest.mark.parametrize("name", ["rates.yaml", "rates.json"])
     def test_from_a_file(self, name: str, tmp_path: Path) -> None:
-        path = lp.KeepRates([1, 0.5, 1, 1], {"device": "Abacus", "batch_size": 4}).save(tmp_path / name)
+        path = lp.KeepRates([1, 0.5, 1, 1], made_on=MeasurementSource(device="Abacus", batch_size=4)).save(
+            tmp_path / name
+        )
         with pytest.warns(UserWarning, match="made elsewhere: device Abacus there"):
             module, _ = validated(pruner(schedule=path))
         assert module.tokens() == {9}
 
-    @pytest.mark.parametrize("rate", [0.0, -0.5, 1.5])
+    @pytest.mark.parametrize("rate", [0.0, -0.5, 1.0, 1.5])
     def test_no_rate(self, rate: float) -> None:
-        with pytest.raises(lp.ArgumentError, match=rf"a keep rate in \(0, 1\], .* got {rate}"):
+        with pytest.raises(lp.ArgumentError, match=rf"share of the patch tokens in \(0, 1\), got {rate}"):
             pruner(schedule=rate)
 
     def test_for_another_depth(self) -> None:
@@ -79,13 +81,12 @@ class TestSeveralSizes:
         rate = (first - 1) / 16
         assert rate * 36 + 1 <= other < rate * 36 + 2
 
-    def test_counts_are_for_one_size(self) -> None:
+    def test_counts_are_the_same_at_every_size(self) -> None:
         module = Tiny(dynamic_img_size=True)
         before = Snapshot(module)
-        message = r"made for 17 tokens entering block 1; 37 enter it\. Give keep rates \(KeepRates\) where images come"
-        with pytest.raises(lp.ScheduleError, match=message), pytest.warns(UserWarning, match="Batch 1 has images of"):
+        with pytest.warns(UserWarning, match=r"Batch 1 has images of 48 x 48"):
             trainer(pruner(schedule=8)).validate(module, batches(32, 48), verbose=False)
-        assert [step.tokens for step in module.steps] == [TOKENS - 8]
+        assert [step.tokens for step in module.steps] == [TOKENS - 8, 37 - 8]
         before.assert_unchanged()
 
     def test_another_size_in_the_next_run(self) -> None:

@@ -99,8 +99,8 @@ def test_compare_writes_what_it_promises(tmp_path: Path, capsys: pytest.CaptureF
     document = json.loads((tmp_path / "results.json").read_text())
     assert [list(row) for row in document["rows"]] == [COLUMNS] * 3
     schedule = lp.Schedule.load(tmp_path / "schedule.yaml")
-    assert (schedule.depth, schedule.total) == (4, int(rows[-1]["removed"]))
-    assert schedule.provenance["batch_size"] == 4
+    assert (schedule.depth, schedule.total_removed) == (4, int(rows[-1]["removed"]))
+    assert schedule.made_on.batch_size == 4
     profile = lp.LatencyProfile.load(tmp_path / "profile.json")
     assert profile.dense_tokens == 197
     assert (tmp_path / "profile.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")

@@ -55,7 +55,7 @@ def test_the_command_of_the_issue(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert document["energy"]
     saved = lp.Schedule.load(tmp_path / "schedules" / "tome-1.5x.yaml")
     assert len(saved.reducing) > 1
-    assert (saved.provenance["method"], saved.provenance["target_speedup"]) == ("tome", 1.5)
+    assert (str(saved.method), saved.made_on.details["target_speedup"]) == ("tome", 1.5)
     told = capsys.readouterr().out
     assert "Validating dense (1 of 26)" in told
     assert "Validating int8 (26 of 26)" in told

@@ -42,8 +42,8 @@ def test_auto_is_planned_validated_and_found_again(larger: Any, running: Any, tm
     assert auto.removed > 0
     assert auto.speedup == pytest.approx(found.decided.planned[1].timing.ratio ** -1)
     planned = next(each for each in found.decided.planned if each.variant == "auto 1.2x")
-    assert planned.schedule.provenance["method"] == planned.chosen == auto.note.split("; ")[0]
-    assert planned.schedule.total == auto.removed
+    assert str(planned.schedule.method) == planned.chosen == auto.note.split("; ")[0]
+    assert planned.schedule.total_removed == auto.removed
     assert planned.schedule.tokens(197)[-1] == auto.tokens
     (unreached,) = (each for each in found.decided.unreached if each.method == "auto")
     assert unreached.target == 50

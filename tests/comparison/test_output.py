@@ -18,6 +18,7 @@ from lightning_prune.comparison.paired_statistics import Row
 from lightning_prune.comparison.variants import ComparisonPlan, MissedTarget, PlannedVariant
 from lightning_prune.patching import TokenTrace
 from lightning_prune.profiling import LatencyStats
+from lightning_prune.schedule import MeasurementSource
 
 WHERE: dict[str, Any] = {"images": 2000, "device": "Abacus", "batch_size": 16, "precision": "float32"}
 DENSE = Row(variant="dense", removed=0, tokens=197, top1=0.9725, latency_ms=106.99, latency_spread=2.2, **WHERE)
@@ -47,7 +48,7 @@ ROWS = [DENSE, *(pruned(m, t) for m in ("pomt", "vwt-intra+int8", "pomt-nearest"
 def comparison(rows: list[Row] | None = None) -> MethodComparison:
     planned = [PlannedVariant("dense", "dense", timing=TIMING)]
     for row in (rows or ROWS)[1:]:
-        schedule = lp.Schedule.single(12, 3, row.removed or 0, {"device": "Abacus"})
+        schedule = lp.Schedule.single(12, 3, row.removed or 0, made_on=MeasurementSource(device="Abacus"))
         entry = row.variant.split()[0]
         planned.append(
             PlannedVariant(row.variant, entry, row.method, row.int8, row.target, {}, schedule, TIMING, row.note)

@@ -12,6 +12,7 @@ from lightning_prune.callbacks.decision import Decision
 from lightning_prune.comparison import output as methods
 from lightning_prune.comparison.objective_comparison import Row
 from lightning_prune.comparison.output import results_table, write_comparison
+from lightning_prune.schedule import MeasurementSource
 
 DENSE = Row(
     variant="dense",
@@ -45,7 +46,7 @@ PRUNED = replace(
     speedup=1.29,
 )
 DECISION = Decision(
-    schedule=lp.Schedule.single(12, 3, 56, provenance={"device": "Abacus"}),
+    schedule=lp.Schedule.single(12, 3, 56, made_on=MeasurementSource(device="Abacus")),
     method="pomt",
     dense_tokens=197,
     tokens=141,
@@ -111,13 +112,13 @@ def test_files_of_a_given_schedule(tmp_path: Path) -> None:
     assert document["context"] == {"device": "Abacus", "batch_size": 16}
     assert document["variants"]["pomt given"]["reason"] == "The schedule was given."
     assert document["variants"]["pomt given"]["schedule"]["removed"] == list(DECISION.schedule.removed)
-    assert lp.Schedule.load(written[2]).provenance == {"device": "Abacus"}
+    assert lp.Schedule.load(written[2]).made_on == MeasurementSource(device="Abacus")
 
 
 def test_schedule_is_that_of_the_last_variant(tmp_path: Path) -> None:
     other = replace(DECISION, schedule=lp.Schedule.single(12, 3, 7))
     write_comparison(tmp_path, [DENSE], {"first": DECISION, "last": other}, 12.34)
-    assert lp.Schedule.load(tmp_path / "schedule.yaml").total == 7
+    assert lp.Schedule.load(tmp_path / "schedule.yaml").total_removed == 7
 
 
 def test_a_file_that_fails_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,6 +25,7 @@ from lightning_prune.comparison.resume import (
 from lightning_prune.comparison.variants import ComparisonPlan, MissedTarget, PlannedVariant
 from lightning_prune.profiling import LatencyStats
 from lightning_prune.reduction import POMT, RandomDrop
+from lightning_prune.schedule import MeasurementSource
 
 QUESTION = {"weights": "abc", "speedups": [1.5], "methods": {"pomt": {}}}
 TIMING = LatencyStats(10.0, 0.5, 0.8, 0.01, 51)
@@ -37,7 +38,7 @@ DECIDED = ComparisonPlan(
             method="pomt",
             target=1.5,
             settings={"dropped": "mean"},
-            schedule=lp.Schedule.single(4, 1, 5, {"device": "Abacus"}),
+            schedule=lp.Schedule.single(4, 1, 5, "tome", MeasurementSource(device="Abacus")),
             timing=TIMING,
         ),
         PlannedVariant("int8", "int8", "int8", True, note="no int8 on abacus"),
@@ -62,7 +63,7 @@ def test_everything_comes_back_as_it_was(tmp_path: Path) -> None:
     assert again.known
     found = again.decided()
     assert found == DECIDED
-    assert found.planned[1].schedule.provenance == {"device": "Abacus"}
+    assert found.planned[1].schedule.made_on == MeasurementSource(device="Abacus")
     assert again.finished("pomt 1.5x") == FINISHED
     assert again.finished("dense") == VariantResult({}, 0, None)
     assert again.finished("int8") is None

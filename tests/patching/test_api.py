@@ -151,11 +151,11 @@ def test_update_gives_another_schedule(build: Any, images: Tensor, leaving: Any)
     before, unchanged = run(model, images), state(model)
     handle = lp.patch(model, "pomt", REMOVED)
     handle.update(lp.Schedule([0, 0, 0, 9]))
-    assert handle.schedule == lp.Schedule([0, 0, 0, 9])
+    assert handle.schedule == lp.Schedule([0, 0, 0, 9], "pomt")
     assert leaving(model, images) == (26, 26, 26, 17)
     with pytest.raises(lp.ScheduleError):
         handle.update([99, 0, 0, 0])
-    assert handle.schedule == lp.Schedule([0, 0, 0, 9])
+    assert handle.schedule == lp.Schedule([0, 0, 0, 9], "pomt")
     assert leaving(model, images) == (26, 26, 26, 17)
     handle.update([0, 0, 0, 0])
     assert not handle.active
@@ -346,6 +346,6 @@ class TestForwardReplacedWhilePatched:
         with pytest.raises(lp.UnsupportedModelError, match="was replaced on the module"):
             handle.update([0, 4, 0, 0])
         assert handle.active
-        assert handle.schedule == lp.Schedule([0, 0, 3, 0])
+        assert handle.schedule == lp.Schedule([0, 0, 3, 0], "pomt")
         del block.forward
         assert torch.equal(model(images), pruned)

@@ -8,16 +8,17 @@ import torch
 
 import lightning_prune as lp
 from lightning_prune._utils.device import device_name
+from lightning_prune.schedule import MeasurementSource
 
 HERE = device_name(torch.device("cpu"))
 
 
-def made(**provenance: Any) -> lp.Schedule:
-    return lp.Schedule([0, 6, 0, 0], provenance)
+def made(**source: Any) -> lp.Schedule:
+    return lp.Schedule([0, 6, 0, 0], made_on=MeasurementSource(**source))
 
 
 @pytest.mark.parametrize(
-    ("provenance", "words"),
+    ("source", "words"),
     [
         ({"device": "Jetson Orin"}, rf"device Jetson Orin there, {HERE} here\."),
         ({"device": HERE, "batch_size": 16}, r"made elsewhere: batch_size 16 there, 2 here\. It is used as it is"),
@@ -25,9 +26,9 @@ def made(**provenance: Any) -> lp.Schedule:
     ],
 )
 @pytest.mark.parametrize("method", ["pomt", "random"])
-def test_made_elsewhere(build: Any, draw: Any, provenance: dict[str, Any], words: str, method: str) -> None:
+def test_made_elsewhere(build: Any, draw: Any, source: dict[str, Any], words: str, method: str) -> None:
     model = build()
-    with lp.patch(model, method, made(**provenance)):
+    with lp.patch(model, method, made(**source)):
         with pytest.warns(UserWarning, match=words) as caught:
             pruned = model(draw())
         assert len(caught) == 1
@@ -41,7 +42,7 @@ def test_made_elsewhere(build: Any, draw: Any, provenance: dict[str, Any], words
 def test_made_here(build: Any, draw: Any) -> None:
     with (
         warnings.catch_warnings(),
-        lp.patch(build(), "pomt", made(device=HERE, batch_size=2, tokens_dense=26)) as handle,
+        lp.patch(build(), "pomt", made(device=HERE, batch_size=2, dense_tokens=26)) as handle,
     ):
         warnings.simplefilter("error")
         handle.transformer.root(draw())
@@ -54,16 +55,18 @@ def test_made_elsewhere_in_one_graph(build: Any, draw: Any) -> None:
         assert fast(draw()).shape == (2, 7)
 
 
-def test_made_for_other_tokens(build: Any, draw: Any) -> None:
-    model = build()
-    with pytest.raises(lp.ScheduleError, match="The schedule was made for 197 tokens; 26 enter this model"):
-        lp.patch(model, "pomt", made(tokens_dense=197))
+def test_made_for_other_tokens(build: Any, draw: Any, leaving: Any) -> None:
+    with (
+        lp.patch(build(), "pomt", made(dense_tokens=197)) as handle,
+        pytest.warns(UserWarning, match="made elsewhere: dense_tokens 197 there, 26 here"),
+    ):
+        assert leaving(handle.transformer.root, draw()) == (26, 20, 20, 20)
     dynamic = build("dynamic-size")
-    with lp.patch(dynamic, "pomt", made(tokens_dense=26)):
-        dynamic(draw(size=20))
-        with pytest.raises(lp.ScheduleError, match="made for 26 tokens entering block 1; 50 enter it"):
-            dynamic(draw(size=28))
-        dynamic(draw(size=20))
+    with (
+        lp.patch(dynamic, "pomt", made(dense_tokens=26)),
+        pytest.warns(UserWarning, match="dense_tokens 26 there, 50 here"),
+    ):
+        assert leaving(dynamic, draw(size=28)) == (50, 44, 44, 44)
 
 
 class TestKeepRates:
@@ -72,7 +75,7 @@ class TestKeepRates:
         rates = lp.KeepRates([1, 0.7, 1, 0.5])
         model = build("dynamic-size")
         with lp.patch(model, method, rates) as handle:
-            assert handle.schedule is rates
+            assert handle.schedule == rates.with_method(method)
             for size, tokens in ((20, 26), (28, 50), (16, 17)):
                 assert leaving(model, draw(size=size)) == rates.schedule(tokens).tokens(tokens)
                 pruned = model(draw(size=size))
@@ -85,7 +88,7 @@ class TestKeepRates:
 
     def test_a_fixed_size_that_is_changed(self, build: Any, draw: Any, leaving: Any) -> None:
         model = build()
-        with lp.patch(model, "pomt", lp.KeepRates([1, 0.5, 1, 1], {"tokens_dense": 26})) as handle:
+        with lp.patch(model, "pomt", lp.KeepRates([1, 0.5, 1, 1])) as handle:
             assert leaving(model, draw()) == (26, 14, 14, 14)
             model.set_input_size(img_size=28)
             assert leaving(model, draw(size=28)) == (50, 26, 26, 26)
@@ -93,9 +96,9 @@ class TestKeepRates:
             assert leaving(model, draw(size=28)) == (50, 10, 10, 10)
 
     def test_those_of_a_schedule_fit_other_sizes(self, build: Any, draw: Any, leaving: Any) -> None:
-        schedule = lp.Schedule([0, 5, 0, 0], {"tokens_dense": 26, "tokens": 21, "method": "pomt"})
+        schedule = lp.Schedule([0, 5, 0, 0], "pomt", MeasurementSource(device=HERE, dense_tokens=26))
         rates = lp.KeepRates.of(schedule, 26)
-        assert rates.provenance == {"method": "pomt"}
+        assert rates.made_on == MeasurementSource(device=HERE)
         assert leaving(build(img_size=28), draw(size=28)) == (50,) * 4
         with lp.patch(build(img_size=28), "pomt", rates) as handle:
             assert leaving(handle.transformer.root, draw(size=28)) == (50, 41, 41, 41)
@@ -125,13 +128,6 @@ class TestKeepRates:
             pytest.raises(lp.ScheduleError, match=r"Block 1 is asked to remove 48 tokens, but of the 50 .* at most 47"),
         ):
             handle.transformer.root(draw(size=28))
-
-    @pytest.mark.parametrize("schedule", ["schedule.yaml", 0.7, 5])
-    def test_what_is_no_schedule(self, build: Any, schedule: Any) -> None:
-        with pytest.raises(
-            lp.ScheduleError, match=r"`schedule` must be a Schedule, KeepRates or a list .*, got .*load_sch"
-        ):
-            lp.patch(build(), "pomt", schedule)
 
     def test_one_graph_for_all_sizes(self, build: Any, draw: Any) -> None:
         model = build("dynamic-size")

@@ -34,7 +34,7 @@ def timing(of_dense, dense_ms=DENSE_MS, rounds=31):
     return LatencyStats(of_dense * dense_ms, 0.01, of_dense, 0.0005 if rounds > 1 else 0.0, rounds)
 
 
-def front(name, proxy=lambda schedule: 1 - schedule.total / 60, probed=(), most=N):
+def front(name, proxy=lambda schedule: 1 - schedule.total_removed / 60, probed=(), most=N):
     """A method, and the schedules that its proxy was measured for."""
     asked = []
 

@@ -94,8 +94,8 @@ def test_real_model_end_to_end():
     made = lp.plan(model, IMAGES, example_inputs=IMAGES[:2], objective=lp.Utility(1.0), time_limit=0.5, progress=False)
     assert made.proxy == "soft agreement"
     assert made.block == 1
-    assert made.schedule.provenance["tokens_dense"] == 17
-    assert made.schedule.provenance["batch_size"] == 2
+    assert made.schedule.made_on.dense_tokens == 17
+    assert made.schedule.made_on.batch_size == 2
     if made.removed:  # the device decides
         assert made.pruned.rounds == made.dense.rounds
         assert made.latency_ms == made.pruned.milliseconds
@@ -118,7 +118,7 @@ def test_plan_as_plain_values(tmp_path):
     made, _ = planned(STRAIGHT, ACCURACIES["concave"], lp.Utility(0.5))
     json.dumps(made.to_dict())
     path = made.schedule.save(tmp_path / "schedule.yaml")
-    assert yaml.safe_load(path.read_text())["provenance"]["objective"] == "utility, alpha 0.5"
+    assert yaml.safe_load(path.read_text())["made_on"]["objective"] == "utility, alpha 0.5"
     assert lp.Schedule.load(path) == made.schedule
     figure = plot(made, tmp_path / "plan.png")
     assert len(figure.axes) == 3
@@ -153,7 +153,7 @@ def test_a_finalist_that_is_not_faster_removes_nothing(monkeypatch):
         tiny_vit(), IMAGES, profile=curve, curve=KnownCurve(curve, lambda count: 1.0), block=1, progress=False
     )
     assert made.removed == 0
-    assert made.tokens == made.schedule.provenance["tokens"] == 17
+    assert made.tokens == 17
     assert "take 99.0% of dense, against the profile: nothing is gained" in made.reason
     assert made.speedup == 1.0
     assert made.dense_ms == made.latency_ms == 9.9

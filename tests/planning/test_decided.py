@@ -28,7 +28,7 @@ def test_right_predictions_are_timed_once(speedup):
 
 def uneven(method, schedule):
     """Every further block that reduces costs more than the last, and few tokens gain less than they should."""
-    blocks, left = len(schedule.reducing), 17 - schedule.total
+    blocks, left = len(schedule.reducing), 17 - schedule.total_removed
     return ratio(schedule) + 0.015 * max(blocks - 1, 0) ** 2 + 0.04 * max(9 - left, 0) / 9
 
 
@@ -43,11 +43,11 @@ def test_what_no_price_explains_is_led_into_the_budget_all_the_same(speedup):
     assert best.ratio() == uneven("topk", best.entry.schedule)
     # None of its whole front, which is what there is to choose from, is better by more than a little.
     inside = [e for e in topk.everything() if uneven("topk", e.schedule) <= 1.005 / speedup]
-    assert topk.accuracy(best.entry) >= max(1 - e.schedule.total / 60 for e in inside) - 0.04
+    assert topk.accuracy(best.entry) >= max(1 - e.schedule.total_removed / 60 for e in inside) - 0.04
 
 
 def test_nothing_is_timed_twice_and_the_number_of_runs_is_bounded():
-    search = Search(lambda method, schedule: 0.99 - 1e-4 * schedule.total)  # whatever is removed gains nothing
+    search = Search(lambda method, schedule: 0.99 - 1e-4 * schedule.total_removed)  # whatever is removed gains nothing
     best = decided(search, fronts("topk", "tome"), lp.LatencyBudget(speedup=1.5))
     seen = [(name, removed) for run in search.runs for name, removed in run.removed.items()]
     assert len(seen) == len(set(seen))
@@ -59,7 +59,7 @@ def test_nothing_is_timed_twice_and_the_number_of_runs_is_bounded():
 @pytest.mark.parametrize("slow", [1.05, 1.3, 3.0])
 def test_how_slow_a_loser_is_does_not_change_who_wins(slow):
     truth = lambda method, schedule: slow if method == "topk" else ratio(schedule)  # noqa: E731
-    proxy = lambda schedule: 1 - schedule.total / 30  # noqa: E731
+    proxy = lambda schedule: 1 - schedule.total_removed / 30  # noqa: E731
     alone = decided(Search(truth), fronts("tome", proxy=proxy), lp.Utility(0.5))
     beside = decided(Search(truth), fronts("tome", "topk", proxy=proxy), lp.Utility(0.5))
     assert alone.removes

@@ -33,7 +33,7 @@ class Device:
         self.runs = 0
 
     def seconds(self, variant: Variant) -> float:
-        amount = variant.schedule.total if isinstance(variant.schedule, lp.Schedule) else 0
+        amount = variant.schedule.total_removed if isinstance(variant.schedule, lp.Schedule) else 0
         return 0.01 * (self.share(amount) if amount else 1.0) * (self.int8 if variant.weights else 1.0)
 
     def prepare(self, variant: Variant) -> None:

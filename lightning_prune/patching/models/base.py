@@ -6,11 +6,12 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from lightning_prune.errors import ArgumentError, UnsupportedModelError
 from lightning_prune.patching.attention_capture import CapturedAttention, CaptureSlot, Capturing, SDPARecorder
-from lightning_prune.patching.block_split import AttnMlpSplit
+from lightning_prune.patching.block_split import AttnMlpSplit, eval_mode
 from lightning_prune.patching.class_swap import PatchedModule
 from lightning_prune.patching.token_state import TokenState
 from lightning_prune.reduction.base import AttentionInputs
@@ -66,6 +67,30 @@ class VisionTransformer:
     def depth(self) -> int:
         """Number of blocks."""
         return len(self.blocks)
+
+    def count_tokens(self, images: Tensor) -> int:
+        """N, tokens that enter the first block that can reduce, counted in a forward pass of such images.
+
+        Args:
+            images: (B, channels, height, width) on the model's device.
+
+        Raises:
+            ArgumentError: If the model cannot run on them.
+        """
+        seen: list[int] = []
+        hook = self.blocks[self.first].register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+        try:
+            with torch.no_grad(), eval_mode(self.root):
+                self.root.forward(images)  # past a compiled graph, which would not see the hook
+        except (AssertionError, RuntimeError) as error:
+            raise ArgumentError(
+                f"The Vision Transformer cannot run on images {tuple(images.shape)}, {images.dtype}: {error} Give "
+                "those that it receives itself, after all that your module does to them (`images_from_batch` of "
+                "TokenPruning)."
+            ) from error
+        finally:
+            hook.remove()
+        return seen[0]
 
     def outputs(self, images: Tensor) -> Tensor:
         """Runs the transformer: (B, classes) logits or (B, C) features of (B, channels, height, width) images."""

@@ -9,11 +9,14 @@ import torch
 import lightning_prune as lp
 from helpers.data import noise_images
 from helpers.models import tiny_vit
-from lightning_prune.callbacks.decision import given_schedule
 from lightning_prune.patching import find_vision_transformer
+from lightning_prune.patching.schedule_forms import (
+    allocate_schedule,
+    is_multi_block,
+    reducing_block,
+    resolve_schedule,
+)
 from lightning_prune.planning import ProxyCurve
-from lightning_prune.profiling import reducing_block, spread_schedule
-from lightning_prune.profiling.allocation import is_multi_block
 from lightning_prune.reduction import POMT, RandomDrop, Reduction, ReductionOutput, TokenSequence
 from lightning_prune.reduction.functional import take_tokens
 
@@ -25,6 +28,7 @@ class Everywhere(Reduction):
     """Drops the last tokens, at most two a block, from block `block` on, as evenly as it goes."""
 
     name = "everywhere"
+    multi_block = True
 
     def reduce(self, sequence: TokenSequence, remove: int) -> ReductionOutput:
         batch, tokens, _ = sequence.tokens.shape
@@ -63,7 +67,7 @@ class Willful(Everywhere):
         (Everywhere(), 3, 3),
     ],
 )
-def test_the_block_that_a_method_is_told(reduction: Reduction, block: int | float, expected: int) -> None:
+def test_reducing_block(reduction: Reduction, block: int | float, expected: int) -> None:
     assert reducing_block(reduction, block, find_vision_transformer(tiny_vit())) == expected
 
 
@@ -79,7 +83,7 @@ def test_which_methods_reduce_often() -> None:
 
 def test_schedules_of_each_form() -> None:
     def removed(reduction: Reduction, remove: int, block: int = 0) -> tuple[int, ...]:
-        return spread_schedule(reduction, remove, N, 1, DEPTH, block).removed
+        return allocate_schedule(reduction, remove, N, 1, DEPTH, block).removed
 
     assert removed(POMT(), 5, 1) == (0, 5, 0, 0)
     assert removed(RandomDrop(site="input"), 5, 0) == (5, 0, 0, 0)
@@ -89,8 +93,8 @@ def test_schedules_of_each_form() -> None:
 
 
 def test_a_method_that_spreads_another_number_is_refused() -> None:
-    with pytest.raises(lp.ArgumentError, match=r"`spread` of everywhere must make 3 tokens go in 4 blocks, got \[4, 0"):
-        spread_schedule(Liar(), 3, N, 1, DEPTH, 0)
+    with pytest.raises(lp.ArgumentError, match=r"`spread` of everywhere must return 4 numbers with the sum 3, got \[4"):
+        allocate_schedule(Liar(), 3, N, 1, DEPTH, 0)
 
 
 def test_profile_counts_what_leaves_the_last_block() -> None:
@@ -130,27 +134,27 @@ def test_planning_and_the_proxy_use_the_same_form() -> None:
     assert curve(13) == pytest.approx(naive.item(), rel=1e-5)
 
 
-def test_a_given_number_or_keep_rate_is_spread() -> None:
+def test_a_number_takes_the_usual_form_of_the_method() -> None:
     transformer = find_vision_transformer(tiny_vit())
-    assert given_schedule(5, 0.25, transformer, Everywhere(), IMAGES).removed == (2, 1, 1, 1)
-    assert given_schedule(5, 0.25, transformer, RandomDrop(site="input"), IMAGES).removed == (5, 0, 0, 0)
-    rates = given_schedule(0.75, 0.25, transformer, Everywhere(), IMAGES)
+    assert resolve_schedule(5, transformer, Everywhere(), 0.25, IMAGES).removed == (2, 1, 1, 1)
+    assert resolve_schedule(5, transformer, RandomDrop(site="input"), 0.25, IMAGES).removed == (5, 0, 0, 0)
+    rates = resolve_schedule(0.75, transformer, Everywhere(), 0.25, IMAGES)
     assert isinstance(rates, lp.KeepRates)
     assert rates.schedule(N).removed == (1, 1, 1, 1)
     with pytest.raises(
         lp.ScheduleError, match="asked to remove 9 tokens in all, but of the 17 that enter it can remove at"
     ):
-        given_schedule(9, 0.25, transformer, Everywhere(), IMAGES)
+        resolve_schedule(9, transformer, Everywhere(), 0.25, IMAGES)
 
 
 def test_tokens_are_counted_where_images_decide_them() -> None:
     transformer = find_vision_transformer(tiny_vit(dynamic_img_size=True))
     large = torch.zeros(1, 3, 64, 64)
-    assert given_schedule(0.9, 0.25, transformer, Everywhere(), large).schedule(65).total == 6
+    assert resolve_schedule(0.9, transformer, Everywhere(), 0.25, large).schedule(65).total_removed == 6
 
 
-def test_methods_that_have_no_counts_are_refused() -> None:
-    message = "with everywhere the image decides how many tokens go"
+def test_adaptive_methods_are_refused() -> None:
+    message = "`method` must be one whose token count can be chosen, got everywhere"
     with pytest.raises(lp.ArgumentError, match=message):
         lp.profile_latency(tiny_vit(), IMAGES[:1], method=Willful(), progress=False)
     with pytest.raises(lp.ArgumentError, match=message), warnings.catch_warnings():
