@@ -19,6 +19,7 @@ _HOME = {
     "ArgumentError": "errors",
     "DataError": "errors",
     "DigitsData": "classification.datamodules",
+    "ExportError": "errors",
     "FileFormatError": "errors",
     "ImageClassifier": "classification.image_classifier",
     "ImageFolderData": "classification.datamodules",
@@ -28,6 +29,7 @@ _HOME = {
     "PatchHandle": "patching",
     "Plan": "planning.results",
     "PruneError": "errors",
+    "RuntimeUnavailableError": "errors",
     "Schedule": "schedule",
     "ScheduleError": "errors",
     "TokenPruning": "callbacks",
@@ -40,6 +42,7 @@ _HOME = {
     "patch": "patching",
     "plan": "planning.api",
     "profile_latency": "profiling.measurement",
+    "trace_tokens": "patching",
 }
 _ROOMS = (
     "callbacks",
@@ -75,13 +78,16 @@ if TYPE_CHECKING:  # the same names for type checkers and editors, which cannot 
     from lightning_prune.classification.image_classifier import ImageClassifier as ImageClassifier
     from lightning_prune.errors import ArgumentError as ArgumentError
     from lightning_prune.errors import DataError as DataError
+    from lightning_prune.errors import ExportError as ExportError
     from lightning_prune.errors import FileFormatError as FileFormatError
     from lightning_prune.errors import PruneError as PruneError
+    from lightning_prune.errors import RuntimeUnavailableError as RuntimeUnavailableError
     from lightning_prune.errors import ScheduleError as ScheduleError
     from lightning_prune.errors import UnsupportedModelError as UnsupportedModelError
     from lightning_prune.errors import WeightsError as WeightsError
     from lightning_prune.patching import PatchHandle as PatchHandle
     from lightning_prune.patching import patch as patch
+    from lightning_prune.patching import trace_tokens as trace_tokens
     from lightning_prune.planning.api import plan as plan
     from lightning_prune.planning.objectives import AccuracyBudget as AccuracyBudget
     from lightning_prune.planning.objectives import LatencyBudget as LatencyBudget

@@ -32,3 +32,11 @@ class WeightsError(PruneError, RuntimeError):
 
 class DataError(PruneError, ValueError):
     """Input data cannot be used: an empty loader, labels out of range, non-finite outputs."""
+
+
+class ExportError(PruneError, RuntimeError):
+    """A model cannot be exported, or the exported model does not compute what the model does."""
+
+
+class RuntimeUnavailableError(PruneError, ImportError):
+    """A runtime needs a package that is not installed here."""

@@ -6,8 +6,9 @@ import lightning as L
 import torch
 from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch.utils._pytree import tree_flatten
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler
+
+from lightning_prune._utils.trees import tree_flatten
 
 
 class SamplerShare(NamedTuple):

@@ -8,9 +8,9 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
-from torch.utils._pytree import tree_flatten
 from torch.utils.data import BatchSampler, DataLoader, Subset
 
+from lightning_prune._utils.trees import tree_flatten
 from lightning_prune.errors import ArgumentError, DataError
 
 # By name, as pytorch_lightning has copies of Lightning's own.

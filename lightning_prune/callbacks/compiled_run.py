@@ -8,7 +8,7 @@ import lightning as L
 from lightning_prune.callbacks.batches import images_from_batch
 from lightning_prune.callbacks.config import PruningConfig
 from lightning_prune.patching import find_vision_transformer
-from lightning_prune.runtimes.compilation import Compiled, force_eager, raised_recompile_limit
+from lightning_prune.runtimes.torch_runtime import Compiled, force_eager, raised_recompile_limit
 
 
 class CompiledRun:

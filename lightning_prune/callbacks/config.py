@@ -15,7 +15,7 @@ from lightning_prune.planning.api import AUTO
 from lightning_prune.profiling import ProfileStore
 from lightning_prune.profiling.measurement import Protocol
 from lightning_prune.reduction import Reduction, resolve
-from lightning_prune.runtimes.compilation import Mode
+from lightning_prune.runtimes.torch_runtime import Mode
 from lightning_prune.schedule import ScheduleLike, read_schedule
 
 _BLOCK = 0.25  # of the depth: where the POMT paper's block stands

@@ -11,8 +11,8 @@ from weakref import ReferenceType, ref
 import lightning as L
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
+from lightning_prune._utils.trees import tree_leaves
 from lightning_prune._utils.validation import check_bool
 from lightning_prune.callbacks.batches import BatchShape, batch_shape
 from lightning_prune.callbacks.compiled_run import CompiledRun

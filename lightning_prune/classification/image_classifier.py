@@ -14,7 +14,7 @@ from lightning_prune.classification.checkpoints import load_weights
 from lightning_prune.classification.evaluation import Evaluation, check_batch, split_batch
 from lightning_prune.errors import ArgumentError, WeightsError
 from lightning_prune.patching import find_vision_transformer
-from lightning_prune.runtimes.compilation import Compiled, Mode, force_eager, parse_compile_mode
+from lightning_prune.runtimes.torch_runtime import Compiled, Mode, force_eager, parse_compile_mode
 
 
 class ImageClassifier(L.LightningModule):

@@ -28,7 +28,7 @@ from lightning_prune.reduction.patchify import patch_side
 from lightning_prune.reduction.vocabulary import Vocabulary, WordLearner
 from lightning_prune.report.plots import plot
 from lightning_prune.report.tables import beside_eager, profile_table, shape_of
-from lightning_prune.runtimes.compilation import is_compiled, uncompiled
+from lightning_prune.runtimes.torch_runtime import is_compiled, uncompiled
 
 
 def run_profile(

@@ -7,10 +7,10 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 from torch.utils.data import RandomSampler
 
 from lightning_prune._utils.sampler_shares import SamplerShare, shares_of
+from lightning_prune._utils.trees import tree_leaves
 from lightning_prune.callbacks.batches import Extract, images_from_batch, labels_from_batch
 from lightning_prune.errors import ArgumentError
 from lightning_prune.patching import VisionTransformer, find_vision_transformer

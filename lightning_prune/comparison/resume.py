@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_leaves
 
 from lightning_prune import __version__
 from lightning_prune._utils.files import atomic_write, read_document, slug, write_document
+from lightning_prune._utils.trees import tree_flatten, tree_leaves
 from lightning_prune.comparison.method_specs import MethodSpec
 from lightning_prune.comparison.predictions import Outcomes
 from lightning_prune.comparison.variants import ComparisonPlan

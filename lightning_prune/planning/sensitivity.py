@@ -14,7 +14,7 @@ from lightning_prune._utils.progress import OnStep
 from lightning_prune.errors import DataError
 from lightning_prune.patching import PatchHandle, VisionTransformer
 from lightning_prune.reduction import Reduction
-from lightning_prune.runtimes.compilation import force_eager
+from lightning_prune.runtimes.torch_runtime import force_eager
 from lightning_prune.schedule import Schedule
 
 Table = NDArray[np.float64]

@@ -13,7 +13,7 @@ from lightning_prune.patching.schedule_forms import allocate_schedule
 from lightning_prune.profiling.latency_profile import LatencyProfile
 from lightning_prune.profiling.measurement import check_dense, ready_to_run
 from lightning_prune.reduction import RandomDrop, Reduction, resolve
-from lightning_prune.runtimes.compilation import force_eager
+from lightning_prune.runtimes.torch_runtime import force_eager
 
 
 def soft_agreement(dense: Tensor, pruned: Tensor) -> float:

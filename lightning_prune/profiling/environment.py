@@ -18,7 +18,7 @@ from lightning_prune._utils.device import device_name
 from lightning_prune.patching import VisionTransformer
 from lightning_prune.patching.class_swap import original_class
 from lightning_prune.reduction import Reduction
-from lightning_prune.runtimes.compilation import is_compiled
+from lightning_prune.runtimes.torch_runtime import is_compiled
 
 UNKNOWN = "unreadable"  # of a condition that cannot be told from others: nothing may be reused under it
 _INDUCTOR, _OTHER = "_TorchCompileInductorWrapper", "_TorchCompileWrapper"  # of torch: what a user asked compile for
@@ -56,7 +56,7 @@ def _own_compile_mode(module: nn.Module) -> str:
     elif (call := getattr(module, "_compiled_call_impl", None)) is not None:
         call = getattr(
             call, "compiled_call", call
-        )  # as `lightning_prune.runtimes.compilation` wraps those of CUDA graphs
+        )  # as `lightning_prune.runtimes.torch_runtime` wraps those of CUDA graphs
         cells = dict(zip(call.__code__.co_freevars, call.__closure__ or (), strict=True)) if _closes(call) else {}
         wrapper = cells["callback"].cell_contents if "callback" in cells else None
     else:

@@ -22,7 +22,7 @@ from lightning_prune.profiling.interleaved_timer import InterleavedTimer, Latenc
 from lightning_prune.profiling.latency_profile import LatencyProfile
 from lightning_prune.profiling.model_variants import DENSE, Variant, VariantSwitch
 from lightning_prune.reduction import RandomDrop, Reduction, resolve
-from lightning_prune.runtimes.compilation import is_compiled, raised_recompile_limit
+from lightning_prune.runtimes.torch_runtime import is_compiled, raised_recompile_limit
 from lightning_prune.schedule import KeepRates, Schedule
 
 Protocol = Literal["deployed", "paper"]

@@ -15,7 +15,7 @@ from helpers.models import digits_module, tiny_vit
 from lightning_prune.profiling.environment import UNKNOWN
 from lightning_prune.profiling.environment import compile_mode as describe
 from lightning_prune.report.plots import plot
-from lightning_prune.runtimes.compilation import (
+from lightning_prune.runtimes.torch_runtime import (
     Compiled,
     force_eager,
     is_compiled,

@@ -1,0 +1,234 @@
+"""PyTorch itself as a runtime: eagerly, or through `torch.compile`, as a whole or block by block."""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from lightning_prune._utils.trees import tree_map
+from lightning_prune.errors import ArgumentError
+from lightning_prune.patching import VisionTransformer, find_vision_transformer
+from lightning_prune.runtimes.base import Runtime
+
+Mode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs", "blocks"]
+"""As `torch.compile` has them; `blocks` compiles each block by itself, which takes a fraction of the time."""
+
+_WITH_CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
+_RUNTIME = "_prune_runtime"  # attribute of a module while a runtime is applied to it
+
+
+def parse_compile_mode(value: object) -> Mode | None:
+    """The compile mode that a user asks for: True is `"default"`, False and None are none.
+
+    Raises:
+        ArgumentError: If it is neither of these nor the name of a mode.
+
+    Example:
+        >>> from lightning_prune.runtimes.torch_runtime import parse_compile_mode
+        >>> parse_compile_mode(True), parse_compile_mode(False), parse_compile_mode("blocks")
+        ('default', None, 'blocks')
+    """
+    if isinstance(value, bool) or value is None:
+        return "default" if value else None
+    for mode in get_args(Mode):
+        if value == mode:
+            return mode
+    raise ArgumentError(f"`compile` must be True, False or one of {', '.join(get_args(Mode))}; got {value!r}.")
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether calling the model runs compiled graphs, of the whole of it or of a part."""
+    return any(hasattr(m, "_orig_mod") or _compiled_call(m) is not None for m in model.modules())
+
+
+def applied_runtime(transformer: VisionTransformer) -> Runtime | None:
+    """The runtime that `Runtime.applied` applies to a transformer now.
+
+    None where the model runs as the user made it: eagerly, or compiled by the user (`is_compiled`), of which nobody but
+    the user knows how.
+    """
+    runtime: Runtime | None = vars(transformer.runner).get(_RUNTIME)
+    return runtime
+
+
+class Compiled:
+    """Compiles in place until it is undone: modules, parameters and names stay what they are.
+
+    Compiles with `dynamic=False`: one graph for each shape, as in deployment; graphs for symbolic shapes are slower.
+
+    Args:
+        root: The model.
+        mode: How.
+        blocks: Its blocks, for `"blocks"`.
+
+    Raises:
+        ArgumentError: If the model is compiled already.
+    """
+
+    def __init__(self, root: nn.Module, mode: Mode, blocks: list[nn.Module] | None = None) -> None:
+        if is_compiled(root):
+            raise ArgumentError(f"The model is compiled already; leave out `compile`, got {mode!r}.")
+        self._modules = (blocks or []) if mode == "blocks" else [root]
+        for module in self._modules:
+            module.compile(mode=None if mode in ("default", "blocks") else mode, dynamic=False)
+        if mode in _WITH_CUDA_GRAPHS:
+            vars(root)["_compiled_call_impl"] = _copying_outputs(vars(root)["_compiled_call_impl"])
+
+    def undo(self) -> None:
+        """Makes the model run eagerly again; compiled graphs stay in torch's cache."""
+        for module in self._modules:
+            vars(module).pop("_compiled_call_impl", None)
+
+
+def force_eager() -> AbstractContextManager[Any]:
+    """A context in which nothing is compiled and nothing compiled is run: for a batch shape that comes only once."""
+    stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return stance
+
+
+@contextmanager
+def uncompiled(model: nn.Module) -> Iterator[None]:
+    """A context in which a model that was compiled in place is as it was before."""
+    compiled = [(module, vars(module).pop("_compiled_call_impl", None)) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, call in compiled:
+            if call is not None:
+                vars(module)["_compiled_call_impl"] = call
+
+
+@contextmanager
+def raised_recompile_limit() -> Iterator[None]:
+    """A context in which torch compiles as many graphs as profiling needs; beyond its limit it runs eagerly."""
+    from torch._dynamo import config
+
+    limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # its name up to torch 2.6
+    total = "accumulated_recompile_limit" if limit == "recompile_limit" else "accumulated_cache_size_limit"
+    with config.patch({limit: 256, total: 1024}):
+        yield
+
+
+class TorchEager(Runtime):
+    """PyTorch, running the model as it is; a module that the user compiled runs compiled.
+
+    Example:
+        >>> import torch
+        >>> from lightning_prune.runtimes import parse_runtime
+        >>> run = parse_runtime("torch").prepare(torch.nn.Identity(), torch.zeros(1, 3, 8, 8))
+        >>> run(torch.ones(1, 3, 8, 8)).sum()
+        tensor(192.)
+    """
+
+    name = "torch"
+
+    def prepare(self, model: nn.Module, example_inputs: Tensor) -> Callable[[Tensor], Any]:
+        """See `Runtime.prepare`."""
+        self._check(model)
+        return _without_autograd(model)
+
+    def context(self) -> dict[str, Any]:
+        """See `Runtime.context`."""
+        return _torch_context(self.name)
+
+    @contextmanager
+    def applied(self, transformer: VisionTransformer) -> Iterator[None]:
+        """See `Runtime.applied`; there is nothing to do."""
+        _check_applied(self, transformer)
+        yield
+
+
+class TorchCompile(Runtime):
+    """PyTorch through `torch.compile`, with one graph for each shape.
+
+    Args:
+        mode: As of `torch.compile`, or `"blocks"`: each block by itself, which takes a fraction of the time.
+
+    Raises:
+        ArgumentError: If there is no such mode.
+
+    Example:
+        >>> from lightning_prune.runtimes import TorchCompile
+        >>> TorchCompile(), TorchCompile("blocks")
+        (TorchCompile('torch.compile'), TorchCompile('torch.compile:mode=blocks'))
+    """
+
+    compiles = True
+
+    def __init__(self, mode: Mode = "default") -> None:
+        if mode not in get_args(Mode):
+            raise ArgumentError(f"`mode` must be one of {', '.join(get_args(Mode))}, got {mode!r}.")
+        self.mode = mode
+        self.name = "torch.compile" if mode == "default" else f"torch.compile:mode={mode}"
+
+    def prepare(self, model: nn.Module, example_inputs: Tensor) -> Callable[[Tensor], Any]:
+        """See `Runtime.prepare`. The compiled model is a copy that shares parameters and buffers."""
+        self._check(model)
+        tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+        shared = copy.deepcopy(model, tensors)
+        blocks = list(find_vision_transformer(shared).blocks) if self.mode == "blocks" else None
+        Compiled(shared, self.mode, blocks)
+        return _without_autograd(shared)
+
+    def context(self) -> dict[str, Any]:
+        """See `Runtime.context`."""
+        return _torch_context(self.name)
+
+    def unsupported_reason(self, model: nn.Module) -> str | None:
+        """See `Runtime.unsupported_reason`."""
+        return "the model is compiled already." if is_compiled(model) else None
+
+    @contextmanager
+    def applied(self, transformer: VisionTransformer) -> Iterator[None]:
+        """See `Runtime.applied`; compiles in place and undoes it."""
+        _check_applied(self, transformer)
+        if applied_runtime(transformer) == self:
+            yield
+            return
+        root = transformer.runner
+        self._check(root)
+        compiled = Compiled(root, self.mode, list(transformer.blocks))
+        vars(root)[_RUNTIME] = self
+        try:
+            with raised_recompile_limit():
+                yield
+        finally:
+            vars(root).pop(_RUNTIME, None)
+            compiled.undo()
+
+
+def _check_applied(runtime: Runtime, transformer: VisionTransformer) -> None:
+    now = applied_runtime(transformer)
+    if now is not None and now != runtime:
+        raise ArgumentError(f"`runtime` must be {now.name!r}, which is applied to the model, got {runtime.name!r}.")
+
+
+def _torch_context(name: str) -> dict[str, Any]:
+    return {"runtime": name, "torch": str(torch.__version__), "threads": torch.get_num_threads()}
+
+
+def _without_autograd(model: nn.Module) -> Callable[[Tensor], Any]:
+    def run(images: Tensor) -> Any:
+        with torch.no_grad():
+            return model(images)
+
+    return run
+
+
+def _compiled_call(module: nn.Module) -> Callable[..., Any] | None:
+    call: Callable[..., Any] | None = getattr(module, "_compiled_call_impl", None)
+    return call
+
+
+def _copying_outputs(call: Callable[..., Any]) -> Callable[..., Any]:
+    """Copies the outputs: a CUDA graph writes them to the same memory at each run."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        torch.compiler.cudagraph_mark_step_begin()
+        return tree_map(lambda each: each.clone() if isinstance(each, Tensor) else each, call(*args, **kwargs))
+
+    vars(run)["compiled_call"] = call  # of which the mode can be read
+    return run
