@@ -190,7 +190,7 @@ def test_a_run_is_profiled_planned_and_validated_compiled(counter: Any) -> None:
         def on_validation_batch_end(self, *_: Any) -> None:
             seen.append((is_compiled(module.model), counter.frame_count))
 
-    pruner = TokenPruning(schedule=60, block=1, compile=True, time_limit=3, verbose=False)
+    pruner = TokenPruning(schedule=60, block=1, runtime="torch.compile", time_limit=3, verbose=False)
     trainer = L.Trainer(
         accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False,
         callbacks=[pruner, Watcher()],
@@ -205,13 +205,13 @@ def test_a_run_is_profiled_planned_and_validated_compiled(counter: Any) -> None:
     trainer.validate(module, loader, verbose=False)
     assert all(compiled for compiled, _ in seen)  # dense, and compiled all the same: what pruned is compared with
     assert not is_compiled(module.model)
-    assert copy.deepcopy(pruner).compilation.mode == "default"
+    assert copy.deepcopy(pruner).config.runtime == "torch.compile"
 
     compiled = lp.ImageClassifier("vit_digits_patch4_56", pretrained=False, compile=True)
     with pytest.raises(lp.ArgumentError, match="The model is compiled already; leave out `compile`, got 'default'"):
         trainer.validate(compiled, loader, verbose=False)
-    with pytest.raises(lp.ArgumentError, match=r"`compile` must be True, False or one of"):
-        TokenPruning(compile="slowly")
+    with pytest.raises(lp.ArgumentError, match=r"`runtime` must be .* got 'slowly'"):
+        TokenPruning(runtime="slowly")
 
 
 def test_a_failing_run_leaves_nothing_compiled(counter: Any) -> None:
@@ -224,7 +224,7 @@ def test_a_failing_run_leaves_nothing_compiled(counter: Any) -> None:
             raise KeyboardInterrupt
 
     module = digits_module(Failing, shape={"depth": 2})
-    pruner = TokenPruning(schedule=60, block=1, compile="blocks", time_limit=1, verbose=False)
+    pruner = TokenPruning(schedule=60, block=1, runtime="torch.compile:mode=blocks", time_limit=1, verbose=False)
     trainer = L.Trainer(
         accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False, callbacks=[pruner]
     )
@@ -240,7 +240,7 @@ def test_profile_shows_the_eager_curve_beside_the_compiled_one(counter: Any, tmp
     module = digits_module(shape={"depth": 2})
     trainer = PruneTrainer(
         accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False,
-        callbacks=[TokenPruning(compile=True, time_limit=2, verbose=False, block=1)],
+        callbacks=[TokenPruning(runtime="torch.compile", time_limit=2, verbose=False, block=1)],
     )  # fmt: skip
     profile = trainer.profile(module, datamodule=lp.DigitsData(batch_size=4), output=str(tmp_path))
     eager = lp.LatencyProfile.load(tmp_path / "profile_eager.json")
