@@ -128,7 +128,8 @@ class PruneTrainer(L.Trainer):
             DataError: If there is nothing to validate on.
             UnsupportedModelError: If none of the methods can be used with the model.
         """
-        from lightning_prune.comparison.output import results_table, write_comparison
+        from lightning_prune.comparison.output import write_comparison
+        from lightning_prune.report.tables import comparison_table
 
         if methods is not None:
             return self._compare_methods(
@@ -143,7 +144,7 @@ class PruneTrainer(L.Trainer):
         if self.is_global_zero:
             paths = write_comparison(folder, rows, decisions, seconds)
             console = Console()
-            console.print(results_table(rows))
+            console.print(comparison_table(rows))
             for name, decision in decisions.items():
                 console.print(f"[bold]{escape(name)}[/bold]: {escape(decision.reason)}", highlight=False)
             reused = next((decision.reused for decision in decisions.values() if decision.reused), "")
@@ -195,7 +196,8 @@ class PruneTrainer(L.Trainer):
         speedups: list[float] | None,
         fresh: bool,
     ) -> list[dict[str, Any]]:
-        from lightning_prune.comparison.output import check_room, document_of, methods_table, remarks, write_methods
+        from lightning_prune.comparison.output import check_room, document_of, write_methods
+        from lightning_prune.report.tables import comparison_table, remarks
 
         if max_drop is not None:
             raise ArgumentError(f"`max_drop` plays no part where `methods` are compared; got max_drop={max_drop}.")
@@ -215,7 +217,7 @@ class PruneTrainer(L.Trainer):
         if self.is_global_zero:
             command = self.command or f"trainer.compare(methods={methods}, speedups={speedups})"
             paths = write_methods(folder, found, command, _normalisation(model))
-            console.print(methods_table(found.rows))
+            console.print(comparison_table(found.rows))
             for remark in remarks(document_of(found, command)):
                 console.print(remark, soft_wrap=True, highlight=False)
             console.print(

@@ -14,11 +14,18 @@ from lightning_prune.callbacks.decision import profiled
 from lightning_prune.callbacks.first_batch import FirstBatch, first_batch
 from lightning_prune.callbacks.hooks import command_run
 from lightning_prune.comparison.method_search import decide
-from lightning_prune.comparison.method_specs import MethodSpec, read_methods
-from lightning_prune.comparison.paired_statistics import Row, compared, environment_columns, flat, logged, timed
+from lightning_prune.comparison.paired_statistics import compared, environment_columns, flat, logged, timed
 from lightning_prune.comparison.predictions import OutcomeRecorder
 from lightning_prune.comparison.resume import State, VariantResult, ask, data_identity, digest, weights_digest
-from lightning_prune.comparison.variants import ComparisonPlan, Deployment, PlannedVariant, reduction_of, variant_of
+from lightning_prune.comparison.variants import (
+    ComparisonPlan,
+    Deployment,
+    PlannedVariant,
+    VariantRequest,
+    read_methods,
+    reduction_of,
+    variant_of,
+)
 from lightning_prune.errors import ArgumentError, DataError
 from lightning_prune.patching import TokenTrace, find_vision_transformer, trace_tokens
 from lightning_prune.planning import Utility
@@ -26,6 +33,7 @@ from lightning_prune.planning.multi_block import BlockSearch
 from lightning_prune.planning.speedup_targets import check_speedups
 from lightning_prune.profiling import measurement_context
 from lightning_prune.reduction import POMT
+from lightning_prune.report.rows import Row
 
 _PICTURES = 4  # images whose tokens are traced
 
@@ -36,7 +44,7 @@ class Opening(L.Callback):
     def __init__(
         self,
         config: PruningConfig,
-        entries: Sequence[MethodSpec],
+        entries: Sequence[VariantRequest],
         speedups: Sequence[float],
         output: Path,
         fresh: bool,
@@ -150,13 +158,15 @@ class Opening(L.Callback):
         rows: dict[str, list[PlannedVariant]] = {}
         entries = {entry.name: entry for entry in self.entries if not entry.int8 and entry.method}
         for planned in decided.planned:
-            if planned.timing is not None and planned.entry in entries:
-                rows.setdefault(planned.entry, []).append(planned)
-        shared = [s for s in self.speedups if all(s in {p.target for p in r} for r in rows.values() if r[0].schedule)]
+            if planned.timing is not None and planned.request in entries:
+                rows.setdefault(planned.request, []).append(planned)
+        shared = [
+            s for s in self.speedups if all(s in {p.target_speedup for p in r} for r in rows.values() if r[0].schedule)
+        ]
         traces = {}
         for name, candidates in rows.items():
             chosen = next(
-                (p for p in candidates if shared and p.target == shared[-1]), candidates[len(candidates) // 2]
+                (p for p in candidates if shared and p.target_speedup == shared[-1]), candidates[len(candidates) // 2]
             )
             reduction = reduction_of(chosen, entries[name])
             assert reduction is not None  # as every entry with a method and a timing has one
@@ -238,7 +248,7 @@ def compare_methods(
         else:
             tell(f"Validating {variant} ({number} of {len(runs)})")
             deployment = Deployment(
-                variant_of(planned, by_name[planned.entry]), decided.dense_tokens, config.module_path
+                variant_of(planned, by_name[planned.request]), decided.dense_tokens, config.module_path
             )
             recorder = OutcomeRecorder(config.module_path, config.images_from_batch)
             with command_run(trainer, config, deployment, recorder):
@@ -250,7 +260,7 @@ def compare_methods(
     return MethodComparison(rows, decided, opening.pictures, opening.traces)
 
 
-def _refuse_idle_settings(config: PruningConfig, entries: Sequence[MethodSpec]) -> None:
+def _refuse_idle_settings(config: PruningConfig, entries: Sequence[VariantRequest]) -> None:
     own = config.reduction
     if own != POMT() and all(entry.reduction is not own for entry in entries):
         raise ArgumentError(f"`method` plays no part unless `methods` name it; got {own!r}, which they do not.")
@@ -284,7 +294,7 @@ def _row(planned: PlannedVariant, decided: ComparisonPlan, finished: dict[str, V
         variant=planned.variant,
         method=planned.method,
         int8=planned.int8,
-        target=planned.target,
+        target_speedup=planned.target_speedup,
         **cut,
         **figures,
         joules_per_image=planned.joules_per_image,

@@ -10,8 +10,13 @@ from typing import Any
 from torch import Tensor
 
 from lightning_prune._utils.progress import progress_bar
-from lightning_prune.comparison.method_specs import MethodSpec
-from lightning_prune.comparison.variants import ComparisonPlan, MissedTarget, PlannedVariant, variant_of
+from lightning_prune.comparison.variants import (
+    ComparisonPlan,
+    PlannedVariant,
+    UnreachedTarget,
+    VariantRequest,
+    variant_of,
+)
 from lightning_prune.errors import ArgumentError, DataError, ScheduleError, UnsupportedModelError
 from lightning_prune.patching import PatchHandle, VisionTransformer
 from lightning_prune.patching.schedule_forms import allocate_schedule, reducing_block
@@ -41,7 +46,7 @@ class Reach(ABC):
         remark: What is to be said of its row, where it has no targets.
     """
 
-    def __init__(self, transformer: VisionTransformer, entry: MethodSpec, tokens: int) -> None:
+    def __init__(self, transformer: VisionTransformer, entry: VariantRequest, tokens: int) -> None:
         self.transformer, self.entry, self.n = transformer, entry, tokens
         self.depth = transformer.depth
         self.remark = ""
@@ -67,10 +72,10 @@ class Reach(ABC):
         """The method behind a goal."""
         return self.entry.reduction
 
-    def unreached(self, goal: SpeedupTarget) -> MissedTarget:
+    def unreached(self, goal: SpeedupTarget) -> UnreachedTarget:
         """Why a goal is not reached."""
         most = f"timed up to {goal.most} removed tokens, the most that it can"
-        return MissedTarget(self.entry.name, goal.speedup, goal.best, most)
+        return UnreachedTarget(self.entry.name, goal.speedup, goal.best, most)
 
     def row(
         self,
@@ -95,11 +100,11 @@ class Reach(ABC):
             note = "; ".join(filter(None, (chosen, _shortfall(goal, timing))))
         return PlannedVariant(
             variant=name,
-            entry=entry.name,
+            request=entry.name,
             method=entry.method,
             int8=entry.int8,
             chosen=chosen,
-            target=None if goal is None else goal.speedup,
+            target_speedup=None if goal is None else goal.speedup,
             settings=settings,
             schedule=schedule,
             timing=timing,
@@ -117,7 +122,7 @@ class MethodReach(Reach):
         block: The reducing block of methods that reduce once.
     """
 
-    def __init__(self, transformer: VisionTransformer, entry: MethodSpec, tokens: int, block: int | float) -> None:
+    def __init__(self, transformer: VisionTransformer, entry: VariantRequest, tokens: int, block: int | float) -> None:
         super().__init__(transformer, entry, tokens)
         self.prefix = transformer.prefix_tokens
         reduction = entry.reduction
@@ -199,7 +204,7 @@ class AutoSearch(Reach):
     """
 
     def __init__(
-        self, transformer: VisionTransformer, entry: MethodSpec, tokens: int, searching: Callable[[], BlockSearch]
+        self, transformer: VisionTransformer, entry: VariantRequest, tokens: int, searching: Callable[[], BlockSearch]
     ) -> None:
         super().__init__(transformer, entry, tokens)
         self._searching = searching
@@ -253,17 +258,17 @@ class AutoSearch(Reach):
         """The method of the step that a goal has come to; None where it removes nothing."""
         return self._ladder[goal.amount - 1].front.reduction if goal is not None and goal.amount else None
 
-    def unreached(self, goal: SpeedupTarget) -> MissedTarget:
+    def unreached(self, goal: SpeedupTarget) -> UnreachedTarget:
         """The fastest schedule missed the target."""
         most = f"timed up to {goal.variant_of(goal.most).schedule}"
-        return MissedTarget(self.entry.name, goal.speedup, goal.best, most)
+        return UnreachedTarget(self.entry.name, goal.speedup, goal.best, most)
 
 
 def with_energy(
     transformer: VisionTransformer,
     images: Tensor,
     rows: Sequence[PlannedVariant],
-    entries: Mapping[str, MethodSpec],
+    entries: Mapping[str, VariantRequest],
     progress: bool = True,
 ) -> tuple[list[PlannedVariant], str]:
     """Measures what an image costs as each variant, in windows of a second or more.
@@ -288,7 +293,7 @@ def with_energy(
         with progress_bar("Measuring energy", None, progress) as tick:
             for row in rows:
                 if row.timing is not None:
-                    switch.to(variant_of(row, entries[row.entry]))
+                    switch.to(variant_of(row, entries[row.request]))
                     reading = measure_energy(lambda: transformer.runner(images), len(images), images.device, counter)
                     row = replace(row, joules_per_image=reading.joules_per_image, watts=reading.watts)
                     idle = reading.idle_watts
@@ -307,7 +312,7 @@ _ROUNDS = 51  # of the run of all variants
 def decide(
     transformer: VisionTransformer,
     images: Tensor,
-    entries: Sequence[MethodSpec],
+    entries: Sequence[VariantRequest],
     speedups: Sequence[float],
     *,
     block: int | float,
@@ -355,7 +360,7 @@ def decide(
             verify(race, list(goals.values()), others, _ROUNDS, limit, tick)
             timings = {variant: race.result(variant) for variant in (*others, *(g.variant for g in goals.values()))}
     rows: list[PlannedVariant] = [PlannedVariant("dense", "dense", timing=timings[DENSE])]
-    unreached: list[MissedTarget] = []
+    unreached: list[UnreachedTarget] = []
     for entry in entries[1:]:
         reach = reaches[entry.name]
         if unusable[entry.name] is not None:
@@ -375,7 +380,7 @@ def decide(
 
 def _reach_of(
     transformer: VisionTransformer,
-    entry: MethodSpec,
+    entry: VariantRequest,
     tokens: int,
     block: int | float,
     searching: Callable[[], BlockSearch] | None,

@@ -23,12 +23,13 @@ from lightning_prune.callbacks.decision import (
 )
 from lightning_prune.callbacks.first_batch import FirstBatch, first_batch
 from lightning_prune.callbacks.hooks import EvaluationCallback, command_run
-from lightning_prune.comparison.paired_statistics import Row, compared, environment_columns, flat, logged, timed
+from lightning_prune.comparison.paired_statistics import compared, environment_columns, flat, logged, timed
 from lightning_prune.comparison.predictions import OutcomeRecorder, Outcomes
 from lightning_prune.errors import ArgumentError, DataError
 from lightning_prune.patching import PatchHandle, find_vision_transformer, patch
 from lightning_prune.planning import AccuracyBudget, Objective, ProxyCurve
 from lightning_prune.profiling import LatencyStats, compare_latency
+from lightning_prune.report.rows import Row
 from lightning_prune.schedule import Schedule
 
 

@@ -1,7 +1,6 @@
 """Paired statistics, and the row of a variant."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from math import sqrt
 from statistics import NormalDist
 from typing import Any, NamedTuple
@@ -134,72 +133,6 @@ def _edge(refuted: Callable[[float], bool], inside: float, outside: float) -> fl
         middle = (inside + outside) / 2
         inside, outside = (inside, middle) if refuted(middle) else (middle, outside)
     return inside
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """One variant of the table; what is not known is None.
-
-    Attributes:
-        variant: Its name; `dense` is the unpruned model.
-        method: The reduction; empty for dense, `int8` where nothing is pruned.
-        int8: Whether its linear layers ran in 8 bits.
-        target: The speed-up that its schedule was planned for.
-        block: The reducing blocks; empty for dense.
-        removed: R, tokens removed in all.
-        tokens: Tokens that leave the last reducing block.
-        top1: Share of images whose best class is right; None where the module does not log it.
-        top1_change: Difference to dense in the share of right images, by the same images.
-        top1_low: Lower end of its 95% interval (`lightning_prune.comparison.paired_statistics.paired_interval`).
-        top1_high: Upper end.
-        top5: Share of images with the right class among the best five.
-        agreement: Share of images with the same best class as dense.
-        latency_ms: Median time of the transformer on one batch, from one interleaved run of all variants.
-        latency_spread: Half the distance between the quartiles of those times.
-        speedup: Dense latency over this one, the median over rounds in which both ran.
-        speedup_spread: Half the distance between its quartiles.
-        throughput: Images a second in forward during validation.
-        throughput_end_to_end: Images a second of the whole loop, loading included; dense, which comes first, pays for
-            cold file caches.
-        joules_per_image: Energy of an image; None where the device has no counter.
-        watts: Mean power meanwhile.
-        images: Images validated.
-        device: What it ran on.
-        batch_size: Images in a batch.
-        precision: Of the computation.
-        note: What is to be said of the row, as why it has no figures.
-    """
-
-    variant: str
-    method: str = ""
-    int8: bool = False
-    target: float | None = None
-    block: str = ""
-    removed: int | None = None
-    tokens: int | None = None
-    top1: float | None = None
-    top1_change: float | None = None
-    top1_low: float | None = None
-    top1_high: float | None = None
-    top5: float | None = None
-    agreement: float | None = None
-    latency_ms: float | None = None
-    latency_spread: float | None = None
-    speedup: float | None = None
-    speedup_spread: float | None = None
-    throughput: float | None = None
-    throughput_end_to_end: float | None = None
-    joules_per_image: float | None = None
-    watts: float | None = None
-    images: int = 0
-    device: str = ""
-    batch_size: int = 0
-    precision: str = ""
-    note: str = ""
-
-    def to_dict(self) -> dict[str, Any]:
-        """The row as plain values, in the order of the columns."""
-        return asdict(self)
 
 
 def timed(timing: LatencyStats | None) -> dict[str, float]:

@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from lightning_prune import __version__
 from lightning_prune._utils.files import atomic_write, read_document, slug, write_document
 from lightning_prune._utils.trees import tree_flatten, tree_leaves
-from lightning_prune.comparison.method_specs import MethodSpec
 from lightning_prune.comparison.predictions import Outcomes
-from lightning_prune.comparison.variants import ComparisonPlan
+from lightning_prune.comparison.variants import ComparisonPlan, VariantRequest
 from lightning_prune.errors import ArgumentError, FileFormatError, PruneError
 
 
@@ -61,7 +60,7 @@ def ask(
     weights: str,
     data: Mapping[str, Any],
     context: Mapping[str, Any],
-    entries: Sequence[MethodSpec],
+    entries: Sequence[VariantRequest],
     speedups: Sequence[float],
     settings: Mapping[str, Any],
 ) -> dict[str, Any]:
@@ -98,7 +97,7 @@ def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     return [key for key in {**one, **other} if one.get(key) != other.get(key)]
 
 
-def _contents(entry: MethodSpec) -> Mapping[str, Any]:
+def _contents(entry: VariantRequest) -> Mapping[str, Any]:
     """What a method is; not its settings, which may name a file (a vocabulary) that was written anew meanwhile."""
     if entry.searches:
         return {"searched": entry.searched}

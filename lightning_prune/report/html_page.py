@@ -59,7 +59,7 @@ def summary(document: Mapping[str, Any]) -> Summary:
     ranked = {target: group for target, group in by_target(rows, score).items() if target is not None}
     groups = {target: [row for row in group if not missed(row)] or group for target, group in ranked.items()}
     findings = [*_winners(groups, score), *(_at_target(target, group, score) for target, group in groups.items())]
-    loose = [row for row in rows if row.get("target") is None and row is not dense and number(row, "speedup")]
+    loose = [row for row in rows if row.target_speedup is None and row is not dense and row.speedup]
     findings += [_alone(row, dense, score) for row in loose]
     return Summary(
         [sentence for sentence in findings if sentence],
@@ -103,8 +103,8 @@ def _winners(groups: Mapping[float, Sequence[Row]], score: Score | None) -> list
 
 def _best(group: Sequence[Row], score: Score | None) -> list[Row]:
     """The rows of the best figure: several where it is the same."""
-    known = [row for row in group if score is not None and number(row, score.key) is not None]
-    return [row for row in known if score is not None and row[score.key] == known[0][score.key]]
+    known = [row for row in group if score is not None and score.of(row) is not None]
+    return [row for row in known if score is not None and score.of(row) == score.of(known[0])]
 
 
 def _at_target(target: float, group: Sequence[Row], score: Score | None) -> str:
@@ -113,23 +113,23 @@ def _at_target(target: float, group: Sequence[Row], score: Score | None) -> str:
         return ""
     first = best[0]
     names = _listed([series_name(row) for row in best])
-    said = f"At {target:g}x {names} kept the most: {percent(first[score.key])} {score.label}"
+    said = f"At {target:g}x {names} kept the most: {percent(score.of(first))} {score.label}"
     said += _against_dense(first, None) + "."
     low = interval_of(first)
     if low is not None:
         close = [row for row in group if row not in best and (end := interval_of(row)) and end[1] >= low[0]]
         if close:
-            names = _listed([f"{series_name(row)} ({percent(row.get(score.key))})" for row in close])
+            names = _listed([f"{series_name(row)} ({percent(score.of(row))})" for row in close])
             said += f" Too close to call, for their intervals overlap with its: {names}."
     return said
 
 
 def _alone(row: Row, dense: Row | None, score: Score | None) -> str:
     """A row without a target: a schedule that was planned or given, or int8."""
-    speedup = number(row, "speedup") or 0.0
-    figure = None if score is None else number(row, score.key)
+    speedup = row.speedup or 0.0
+    figure = None if score is None else score.of(row)
     known = "" if figure is None or score is None else f", {percent(figure)} {score.label}"
-    return f"{row.get('variant')}: {speedup:.2f}x as fast as dense{known}{_against_dense(row, dense)}."
+    return f"{row.variant}: {speedup:.2f}x as fast as dense{known}{_against_dense(row, dense)}."
 
 
 def _unknown_accuracy(score: Score | None) -> list[str]:
@@ -142,8 +142,8 @@ def _unknown_accuracy(score: Score | None) -> list[str]:
 
 def _not_faster(rows: Sequence[Row], dense: Row | None) -> list[str]:
     """Variants whose speed-up is not beyond its own spread."""
-    timed = [row for row in rows if row is not dense and number(row, "speedup") is not None]
-    slow = [row for row in timed if row["speedup"] - (number(row, "speedup_spread") or 0.0) <= 1]
+    timed = [row for row in rows if row is not dense and row.speedup is not None]
+    slow = [row for row in timed if (row.speedup or 0.0) - (row.speedup_spread or 0.0) <= 1]
     if timed and len(slow) == len(timed):
         return ["No variant is faster than dense by more than the spread of the timing: nothing is to be gained here."]
     return [_told_slow(row) for row in slow]
@@ -151,10 +151,10 @@ def _not_faster(rows: Sequence[Row], dense: Row | None) -> list[str]:
 
 def _told_slow(row: Row) -> str:
     """Slower than dense, or faster by so little that another run might say otherwise."""
-    variant, speedup = row.get("variant"), row["speedup"]
+    variant, speedup = row.variant, row.speedup or 0.0
     if speedup <= 1:
         return f"{variant} does not help here: it is {speedup:.2f}x as fast as dense."
-    spread = number(row, "speedup_spread") or 0.0
+    spread = row.speedup_spread or 0.0
     return f"{variant} may not help here: it is {speedup:.2f}x as fast as dense, with a spread of {spread:.2f}."
 
 
@@ -163,12 +163,13 @@ def _place_of(method: str, groups: Mapping[float, Sequence[Row]], score: Score |
     behind = []
     for target, group in groups.items():
         best = _best(group, score)
-        known = [row for row in group if score is not None and number(row, score.key) is not None]
+        known = [row for row in group if score is not None and score.of(row) is not None]
         own = next((row for row in known if series_name(row) == method), None)
         if score is None or own is None or own in best:
             continue
-        place = 1 + sum(row[score.key] > own[score.key] for row in known)
-        gap = 100 * (best[0][score.key] - own[score.key])
+        figure = score.of(own) or 0.0
+        place = 1 + sum((score.of(row) or 0.0) > figure for row in known)
+        gap = 100 * ((score.of(best[0]) or 0.0) - figure)
         behind.append(f"place {place} of {len(known)} at {target:g}x, {gap:.2f} points behind {series_name(best[0])}")
     return [f"{method} is not the best everywhere: {'; '.join(behind)}."] if behind else []
 
@@ -178,18 +179,18 @@ def _beaten_by_random(groups: Mapping[float, Sequence[Row]], score: Score | None
     beaten = []
     for target, group in groups.items():
         floor = next((row for row in group if series_name(row) == "random"), None)
-        least = None if floor is None or score is None else number(floor, score.key)
+        least = None if floor is None or score is None else score.of(floor)
         if least is None or score is None:
             continue
         for row in group:
-            share = number(row, score.key)
+            share = score.of(row)
             if share is not None and share < least and not series_name(row).startswith("random"):
                 beaten.append(f"{series_name(row)} at {target:g}x ({percent(share)} against {percent(least)})")
     return [f"Removing tokens at random does better than {_listed(beaten)}."] if beaten else []
 
 
 def _missed(rows: Sequence[Row]) -> list[str]:
-    short = [f"{row.get('variant')} ({row['speedup']:.2f}x)" for row in rows if missed(row)]
+    short = [f"{row.variant} ({row.speedup:.2f}x)" for row in rows if missed(row)]
     return [f"Targets that the final timing did not bear out: {_listed(short)}."] if short else []
 
 
@@ -197,7 +198,7 @@ def _unreached(document: Mapping[str, Any]) -> list[str]:
     """Targets beyond what a method can do."""
     told = []
     for entry in document.get("unreached") or []:
-        target, best, reason = number(entry, "target"), number(entry, "best"), entry.get("reason")
+        target, best, reason = number(entry.get("target_speedup")), number(entry.get("best")), entry.get("reason")
         most = "" if best is None else f": at most {best:.2f}x"
         what = "its target" if target is None else f"{target:g}x"
         why = f" ({str(reason).rstrip('.')})" if reason else ""
@@ -266,13 +267,13 @@ def _section(
         span = f'colspan="{len(columns) + 1}" scope="rowgroup"'
         lines.append(f'<tr class="group"><th {span}><span>{title}</span></th></tr>')
     reached = [row for row in group if not missed(row)]
-    figures = [figure for row in reached if score is not None and (figure := number(row, score.key)) is not None]
+    figures = [figure for row in reached if score is not None and (figure := score.of(row)) is not None]
     for row in group:
         best = target is not None and score is not None and bool(figures) and row in reached
-        best = best and score is not None and number(row, score.key) == max(figures)
+        best = best and score is not None and score.of(row) == max(figures)
         mark = ' class="best"' if best else ""
         cells = "".join(f"<td>{_cell(column, row)}</td>" for column in columns)
-        name = escape(str(row.get("variant", "?"))).replace("+", "+<wbr>")
+        name = escape(row.variant or "?").replace("+", "+<wbr>")
         lines.append(f'<tr{mark}><th scope="row">{name}</th>{cells}</tr>')
     return "<tbody>\n" + "\n".join(lines) + "\n</tbody>"
 
@@ -283,15 +284,15 @@ def _cell(column: _Column, row: Row) -> str:
 
 
 def _notes(rows: Sequence[Row]) -> str:
-    noted = [row for row in rows if row.get("note")]
+    noted = [row for row in rows if row.note]
     if not noted:
         return ""
-    items = "\n".join(f"<li><b>{escape(str(row.get('variant')))}</b>: {escape(str(row['note']))}</li>" for row in noted)
+    items = "\n".join(f"<li><b>{escape(row.variant)}</b>: {escape(row.note)}</li>" for row in noted)
     return f'<ul class="notes">\n{items}\n</ul>\n'
 
 
 def _digits(row: Row, key: str, digits: int) -> str:
-    figure = number(row, key)
+    figure = number(getattr(row, key, None))
     return "" if figure is None else f"{figure:.{digits}f}"
 
 
@@ -300,7 +301,7 @@ def _whole(row: Row, key: str) -> str:
 
 
 def _share(row: Row, key: str) -> str:
-    figure = number(row, key)
+    figure = number(getattr(row, key, None))
     return "" if figure is None else f"{100 * figure:.2f}"
 
 
@@ -327,7 +328,7 @@ def _end_to_end(row: Row) -> str:
 
 def _blocks(row: Row) -> str:
     """Where tokens go, short enough for a cell."""
-    blocks = str(row.get("block") or "").split()
+    blocks = row.block.split()
     if not blocks:
         return ""
     return f"block {escape(blocks[0])}" if len(blocks) == 1 else f"{len(blocks)} blocks"
@@ -337,7 +338,7 @@ def legend(document: Mapping[str, Any]) -> str:
     """What the marks in the table mean, as HTML."""
     rows = rows_of(document)
     said = ["±: half the distance between the quartiles."]
-    if score_of(rows) == TOP1 and any(number(row, "target") is not None for row in rows):
+    if score_of(rows) == TOP1 and any(row.target_speedup is not None for row in rows):
         said.append("Bold: the best top-1 among the variants that reached a target.")
     if any(interval_of(row) for row in rows):
         said.append("Grey change: its interval holds 0, so it is no difference that 95% would bear out.")
@@ -410,7 +411,7 @@ def write_page(document: Mapping[str, Any], folder: str | Path) -> Path:
 def _page(document: Mapping[str, Any], folder: Path) -> str:
     rows = rows_of(document)
     context = document.get("context") or {}
-    model, device = str(context.get("model") or "model"), str(context.get("device") or rows[0].get("device") or "?")
+    model, device = str(context.get("model") or "model"), str(context.get("device") or rows[0].device or "?")
     title = escape(f"Token reductions compared: {model} on {device}")
     style = _STYLE.read_text(encoding="utf-8")
     parts = [
@@ -437,13 +438,13 @@ def _facts(document: Mapping[str, Any], first: Row) -> str:
     """The line under the heading."""
     context = document.get("context") or {}
     threads = f"{context['threads']} threads" if context.get("device_type") == "cpu" and context.get("threads") else ""
-    batch = context.get("batch_size") or first.get("batch_size")
+    batch = context.get("batch_size") or first.batch_size
     facts = [
         threads,
         f"batch {batch}" if batch else "",
-        context.get("precision") or first.get("precision"),
+        context.get("precision") or first.precision,
         "compiled" if context.get("compiled") else "",
-        f"{first['images']} images" if first.get("images") else "",
+        f"{first.images} images" if first.images else "",
         str(document.get("started") or "").replace("T", " ")[:16],
     ]
     return f'<p class="facts">{escape(" · ".join(str(fact) for fact in facts if fact))}</p>'
@@ -510,10 +511,10 @@ def _context(document: Mapping[str, Any], rows: Sequence[Row]) -> str:
     """Everything that the figures depend on, as it was recorded."""
     facts: dict[str, Any] = dict(document.get("context") or {})
     dense = dense_of(rows)
-    facts["images"] = None if dense is None else dense.get("images")
+    facts["images"] = None if dense is None else dense.images
     facts["energy"] = document.get("energy")
     facts["started"] = document.get("started")
-    seconds = number(document, "seconds")
+    seconds = number(document.get("seconds"))
     facts["planning and timing"] = None if seconds is None else f"{seconds:.0f} s"
     lines = [
         f'<tr><th scope="row">{escape(str(name).replace("_", " "))}</th><td>{escape(_plain(value))}</td></tr>'

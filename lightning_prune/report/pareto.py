@@ -16,7 +16,6 @@ from lightning_prune.report.rows import (
     dense_of,
     front_of,
     interval_of,
-    number,
     percent,
     placed,
     rows_of,
@@ -49,7 +48,7 @@ def plot_pareto(document: Mapping[str, Any]) -> Figure:
         DataError: If the document has no rows.
 
     Example:
-        >>> dense = {"variant": "dense", "method": "", "latency_ms": 20.0, "top1": 0.90}
+        >>> dense = {"variant": "dense", "latency_ms": 20.0, "top1": 0.90}
         >>> pruned = {"variant": "pomt 1.5x", "method": "pomt", "latency_ms": 13.3, "top1": 0.89}
         >>> [axes.get_ylabel() for axes in plot_pareto({"rows": [dense, pruned]}).axes]
         ['top-1 [%]']
@@ -73,8 +72,8 @@ def plot_pareto(document: Mapping[str, Any]) -> Figure:
         below.append(fill(f"Off the chart: {'; '.join(_said(row, score) for row in slow)}.", 105))
     if below:
         figure.supxlabel("\n".join(below), fontsize=8, color=_INK)
-    if dense is not None and dense.get("latency_ms"):
-        add_speedups(panels[0], float(dense["latency_ms"]))
+    if dense is not None and dense.latency_ms:
+        add_speedups(panels[0], dense.latency_ms)
     handles, labels = panels[0].get_legend_handles_labels()
     if labels:
         plain = [handle[0] if isinstance(handle, ErrorbarContainer) else handle for handle in handles]
@@ -84,8 +83,8 @@ def plot_pareto(document: Mapping[str, Any]) -> Figure:
 
 
 def _draw(axes: Axes, rows: Sequence[Row], dense: Row | None, score: Score | None) -> None:
-    if dense is not None and dense.get("latency_ms") is not None:
-        _mark_dense(axes, dense, score)
+    if dense is not None and dense.latency_ms is not None:
+        _mark_dense(axes, dense, dense.latency_ms, score)
     if score is None:
         _say_what_is_missing(axes)
     else:
@@ -98,16 +97,16 @@ def _draw(axes: Axes, rows: Sequence[Row], dense: Row | None, score: Score | Non
 
 def _slow(rows: Sequence[Row], dense: Row | None) -> list[Row]:
     """The rows so much slower than dense that they are told instead of drawn."""
-    limit = None if dense is None else number(dense, "latency_ms")
+    limit = None if dense is None else dense.latency_ms
     if limit is None:
         return []
-    return [row for row in rows if (number(row, "latency_ms") or 0.0) > _SLOW * limit]
+    return [row for row in rows if (row.latency_ms or 0.0) > _SLOW * limit]
 
 
 def _said(row: Row, score: Score | None) -> str:
-    share = None if score is None else number(row, score.key)
+    share = None if score is None else score.of(row)
     known = "" if share is None or score is None else f", {percent(share)} {score.label}"
-    return f"{row.get('variant')}, {row['latency_ms']:.0f} ms{known}"
+    return f"{row.variant}, {row.latency_ms:.0f} ms{known}"
 
 
 def _zoom(rows: Sequence[Row], dense: Row | None, score: Score | None) -> tuple[float, float] | None:
@@ -115,7 +114,7 @@ def _zoom(rows: Sequence[Row], dense: Row | None, score: Score | None) -> tuple[
     best = None if dense is None else _share(dense, score)
     if best is None or score is None:
         return None
-    heights = [100 * row[score.key] for row in rows if placed(row, score) and row is not dense]
+    heights = [100 * (score.of(row) or 0.0) for row in rows if placed(row, score) and row is not dense]
     if len(heights) < 4 or best - min(heights) < _WIDE:
         return None
     top = max(*heights, best)
@@ -125,27 +124,26 @@ def _zoom(rows: Sequence[Row], dense: Row | None, score: Score | None) -> tuple[
     return top - reach, top + 0.2 * reach
 
 
-def _mark_dense(axes: Axes, dense: Row, score: Score | None) -> None:
-    latency = float(dense["latency_ms"])
+def _mark_dense(axes: Axes, dense: Row, latency: float, score: Score | None) -> None:
     axes.axvline(latency, color=_GREY, linewidth=0.8, linestyle=":")
     height = _share(dense, score)
     if height is None:
         return
     axes.axhline(height, color=_GREY, linewidth=0.8, linestyle=":")
-    spread = dense.get("latency_spread") or 0.0
+    spread = dense.latency_spread or 0.0
     axes.errorbar(latency, height, xerr=spread, color=_INK, fmt="*", markersize=13, label="dense", zorder=5)
 
 
 def _draw_lines(axes: Axes, lines: Mapping[str, Sequence[Row]], score: Score) -> None:
     styles = line_styles(list(lines))
     for name, all_rows in lines.items():
-        rows = sorted((row for row in all_rows if placed(row, score)), key=lambda row: -row["latency_ms"])
+        rows = sorted((row for row in all_rows if placed(row, score)), key=lambda row: -(row.latency_ms or 0.0))
         if not rows:
             continue
         color, marker, eight_bit = styles[name]
-        latencies = [row["latency_ms"] for row in rows]
-        heights = [100 * row[score.key] for row in rows]
-        spreads = [row.get("latency_spread") or 0.0 for row in rows]
+        latencies = [row.latency_ms or 0.0 for row in rows]
+        heights = [100 * (score.of(row) or 0.0) for row in rows]
+        spreads = [row.latency_spread or 0.0 for row in rows]
         axes.errorbar(
             latencies,
             heights,
@@ -171,7 +169,7 @@ def _intervals(rows: Sequence[Row], score: Score) -> np.ndarray | None:
         return None
     ends = []
     for row in rows:
-        low, change, high = (number(row, key) for key in ("top1_low", "top1_change", "top1_high"))
+        low, change, high = row.top1_low, row.top1_change, row.top1_high
         if low is None or change is None or high is None:
             ends.append((0.0, 0.0))
         else:
@@ -182,8 +180,8 @@ def _intervals(rows: Sequence[Row], score: Score) -> np.ndarray | None:
 def _draw_front(axes: Axes, rows: Sequence[Row], score: Score) -> None:
     front = front_of(rows, score)
     if len(front) > 1:
-        latencies = [row["latency_ms"] for row in front]
-        heights = [100 * row[score.key] for row in front]
+        latencies = [row.latency_ms or 0.0 for row in front]
+        heights = [100 * (score.of(row) or 0.0) for row in front]
         axes.plot(
             latencies,
             heights,
@@ -204,13 +202,14 @@ def _say_what_is_missing(axes: Axes) -> None:
 def _share(row: Row, score: Score | None) -> float | None:
     if score is None:
         return None
-    value = 1.0 if score.key == "agreement" else row.get(score.key)  # dense agrees with itself
+    value = 1.0 if score.key == "agreement" else score.of(row)  # dense agrees with itself
     return None if value is None else 100 * float(value)
 
 
 def _title(document: Mapping[str, Any], rows: Sequence[Row]) -> str:
     context = document.get("context") or {}
-    facts = {**rows[0], **{name: value for name, value in context.items() if value is not None}}
-    images = f"{rows[0]['images']} images" if rows[0].get("images") else ""
+    row = {name: value for name, value in rows[0].to_dict().items() if value not in ("", None)}
+    facts = {**row, **{name: value for name, value in context.items() if value is not None}}
+    images = f"{rows[0].images} images" if rows[0].images else ""
     where = ", ".join(part for part in (context_line(facts), images) if part)
     return f"{facts.get('model', 'model')}\n{where}"

@@ -1,14 +1,19 @@
-"""A latency profile as a table, and its shape in words."""
+"""Tables: latency profiles and comparisons on the terminal, comparisons as CSV."""
 
-from typing import TYPE_CHECKING
+import csv
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
+from rich import box
 from rich.table import Table
 
-if TYPE_CHECKING:
-    from lightning_prune.profiling import LatencyProfile
+from lightning_prune._utils.files import atomic_write
+from lightning_prune.profiling import LatencyProfile
+from lightning_prune.report.rows import Row
 
 
-def profile_table(profile: "LatencyProfile") -> Table:
+def profile_table(profile: LatencyProfile) -> Table:
     """A row a token count, dense first; counts just past a cliff stand out."""
     model, device, batch, precision = (
         profile.context.get(key, "?") for key in ("model", "device", "batch_size", "precision")
@@ -30,7 +35,7 @@ def profile_table(profile: "LatencyProfile") -> Table:
     return table
 
 
-def shape_of(profile: "LatencyProfile") -> str:
+def shape_of(profile: LatencyProfile) -> str:
     """Cliffs and plateaus in a line."""
     cliffs = ", ".join(f"{cliff.above} -> {cliff.below} tokens" for cliff in profile.cliffs()) or "none"
     plateaus = ", ".join(f"{flat.above} to {flat.below} tokens" for flat in profile.plateaus()) or "none"
@@ -39,7 +44,7 @@ def shape_of(profile: "LatencyProfile") -> str:
     return f"Cliffs: {cliffs}. Plateaus: {plateaus}. {took}"
 
 
-def beside_eager(compiled: "LatencyProfile", eager: "LatencyProfile") -> str:
+def beside_eager(compiled: LatencyProfile, eager: LatencyProfile) -> str:
     """What compiling brings with all tokens, and what pruning brings under each of the two."""
     fewest = compiled.tokens[0]
     best = [profile.dense_ms / min(profile.milliseconds) for profile in (compiled, eager)]
@@ -47,3 +52,83 @@ def beside_eager(compiled: "LatencyProfile", eager: "LatencyProfile") -> str:
         f"Dense takes {compiled.dense_ms:.2f} ms compiled and {eager.dense_ms:.2f} ms eagerly; pruned, down to "
         f"{fewest} tokens, it is up to {best[0]:.2f}x as fast compiled, {best[1]:.2f}x eagerly."
     )
+
+
+def write_table(path: Path, rows: Sequence[Row]) -> Path:
+    """Writes rows as CSV; what is not known is empty."""
+    table = [row.to_dict() for row in rows]
+    with atomic_write(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, fieldnames=list(table[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(table)
+    return path
+
+
+def comparison_table(rows: Sequence[Row]) -> Table:
+    """The comparison as people read it, a line for each row, within 80 columns.
+
+    Args:
+        rows: Dense first.
+    """
+    first = rows[0]
+    title = f"{first.device}, batch {first.batch_size}, {first.precision}, {first.images} images"
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=0)
+    table.add_column("variant", overflow="fold")
+    columns: dict[str, Callable[[Row], str]] = {
+        "tokens": lambda row: "-" if row.tokens is None else str(row.tokens),
+        "top-1 %": lambda row: _percent(row.top1),
+        "change": lambda row: _points(row.top1_change),
+        "95% interval": _interval,
+        "same %": lambda row: _percent(row.agreement, 1),
+        "ms": _latency,
+        "faster": lambda row: "-" if row.speedup is None else f"{row.speedup:.2f}x",
+    }
+    if any(row.joules_per_image is not None for row in rows):
+        del columns["same %"]
+        columns["J/im."] = lambda row: "-" if row.joules_per_image is None else f"{row.joules_per_image:.3g}"
+    for heading in columns:
+        table.add_column(heading, justify="right", no_wrap=True)
+    last = first.method, first.int8
+    for row in rows:
+        if (row.method, row.int8) != last:
+            table.add_section()
+        last = row.method, row.int8
+        table.add_row(row.variant, *(cell(row) for cell in columns.values()))
+    table.caption = (
+        "change: of top-1 against dense, in points, by the same images\n"
+        "same: share of images with the best class of dense\n"
+        "ms: median latency of a batch; faster: dense latency over this one"
+    )
+    table.caption_justify = "left"
+    return table
+
+
+def remarks(document: Mapping[str, Any]) -> list[str]:
+    """What is to be said below the table: what cannot be run or reached, and where joules come from."""
+    notes = [f"{row['variant']}: {row['note']}" for row in document["rows"] if row["note"]]
+    unreached = [
+        f"{entry['method']} cannot reach {entry['target_speedup']:g}x: at most {entry['best']:.2f}x ({entry['reason']})"
+        for entry in document["unreached"]
+    ]
+    return [*notes, *unreached, f"energy: {document['energy']}"]
+
+
+def _percent(share: float | None, digits: int = 2) -> str:
+    return "-" if share is None else f"{100 * share:.{digits}f}"
+
+
+def _points(change: float | None) -> str:
+    return "" if change is None else f"{100 * change:+.2f}"
+
+
+def _interval(row: Row) -> str:
+    if row.top1_low is None or row.top1_high is None:
+        return ""
+    return f"{100 * row.top1_low:+.2f} {100 * row.top1_high:+.2f}"
+
+
+def _latency(row: Row) -> str:
+    if row.latency_ms is None:
+        return "-"
+    digits = 2 if row.latency_ms < 100 else 1 if row.latency_ms < 1000 else 0
+    return f"{row.latency_ms:.{digits}f}"

@@ -16,7 +16,7 @@ import yaml
 import lightning_prune as lp
 from lightning_prune.__main__ import main
 from lightning_prune.callbacks import TokenPruning
-from lightning_prune.comparison.objective_comparison import Row
+from lightning_prune.report.rows import Row
 
 ROOT = Path(__file__).parent.parent.parent
 CONFIGS = ROOT / "configs"
@@ -34,10 +34,10 @@ TINY = [
     "--prune.calibration=8",
 ]
 COLUMNS = [
-    *("variant", "method", "int8", "target", "block", "removed", "tokens"),
-    *("top1", "top1_change", "top1_low", "top1_high", "top5", "agreement"),
-    *("latency_ms", "latency_spread", "speedup", "speedup_spread", "throughput", "throughput_end_to_end"),
-    *("joules_per_image", "watts", "images", "device", "batch_size", "precision", "note"),
+    *("variant", "method", "top1", "top1_change", "speedup", "latency_ms", "precision"),
+    *("int8", "target_speedup", "block", "removed", "tokens", "top1_low", "top1_high", "top5", "agreement"),
+    *("latency_spread", "speedup_spread", "throughput", "throughput_end_to_end"),
+    *("joules_per_image", "watts", "images", "device", "batch_size", "note"),
 ]
 
 

@@ -48,15 +48,15 @@ def test_rows_reach_their_targets_and_are_what_validation_says(module: Any, runn
     # A token removed in block 1 of 4 saves 3 of 4 * 197: R is the smallest with 3 R >= 788 (0.995 - 1 / speedup).
     assert [row.removed for row in found.rows] == [0, 52, 87, 52, 87, 0, 87, 116]
     assert [row.int8 for row in found.rows] == [False] * 5 + [True] * 3
-    assert [row.target for row in found.rows] == [None, 1.25, 1.5, 1.25, 1.5, None, 1.25, 1.5]
+    assert [row.target_speedup for row in found.rows] == [None, 1.25, 1.5, 1.25, 1.5, None, 1.25, 1.5]
     assert [row.method for row in found.rows] == ["", "pomt", "pomt", "random", "random", "int8", "pomt", "pomt"]
     for row in found.rows:
         assert (row.images, row.batch_size, row.precision, row.latency_spread) == (16, 8, "float32", 0)
-        if row.target is not None:
-            assert row.target * 0.992 <= row.speedup < row.target * 1.03
+        if row.target_speedup is not None:
+            assert row.target_speedup * 0.992 <= row.speedup < row.target_speedup * 1.03
             assert (row.tokens, row.block) == (197 - row.removed, "1")
         assert row.throughput > 0
-    assert [(each.method, each.target) for each in found.decided.unreached] == [
+    assert [(each.method, each.target_speedup) for each in found.decided.unreached] == [
         *(("pomt", 6.0), ("random", 6.0), ("pomt+int8", 6.0))
     ]
     assert found.decided.unreached[0].best == pytest.approx(788 / (788 - 3 * 194), rel=1e-3)
@@ -188,7 +188,7 @@ def test_targets_of_one_schedule_are_validated_once(module: Any, running: Any, t
     assert model.runs == 2
     one, other = found.rows[1:]
     assert (one.removed, one.top1, one.throughput) == (other.removed, other.top1, other.throughput)
-    assert (one.target, other.target) == (1.5, 1.5004)
+    assert (one.target_speedup, other.target_speedup) == (1.5, 1.5004)
 
 
 class Foreign(POMT):
@@ -216,7 +216,7 @@ def test_a_method_of_which_the_images_decide_has_one_row(module: Any, running: A
     reduction = VWTInter(vocabulary, threshold=0.5)
     found = run(module, running, tmp_path, ["vwt-inter", "random"], [1.5], method=reduction)
     row = found.rows[1]
-    assert (row.variant, row.method, row.target, row.removed, row.tokens) == (
+    assert (row.variant, row.method, row.target_speedup, row.removed, row.tokens) == (
         "vwt-inter",
         "vwt-inter",
         None,

@@ -10,8 +10,7 @@ import torch
 import lightning_prune as lp
 from helpers.models import digits_module
 from lightning_prune.comparison.api import compare_methods
-from lightning_prune.comparison.method_specs import MethodSpec, read_methods
-from lightning_prune.comparison.variants import PlannedVariant, variant_of
+from lightning_prune.comparison.variants import PlannedVariant, VariantRequest, read_methods, variant_of
 from lightning_prune.planning.api import AUTO
 from lightning_prune.reduction import POMT, resolve
 
@@ -46,7 +45,7 @@ def test_auto_is_planned_validated_and_found_again(larger: Any, running: Any, tm
     assert planned.schedule.total_removed == auto.removed
     assert planned.schedule.tokens(197)[-1] == auto.tokens
     (unreached,) = (each for each in found.decided.unreached if each.method == "auto")
-    assert unreached.target == 50
+    assert unreached.target_speedup == 50
     assert unreached.reason.startswith("timed up to Schedule(")
     assert any(name.startswith("auto") for name in found.traces)
     assert all(torch.equal(value, before[name]) for name, value in larger.state_dict().items())
@@ -63,10 +62,10 @@ def test_auto_is_planned_validated_and_found_again(larger: Any, running: Any, tm
 
 def test_a_plan_read_from_a_file_runs_as_the_method_that_was_chosen() -> None:
     schedule = lp.Schedule([0, 5, 0, 7])
-    planned = PlannedVariant("auto 2x", "auto", "auto", chosen="pomt-nearest", target=2.0, schedule=schedule)
+    planned = PlannedVariant("auto 2x", "auto", "auto", chosen="pomt-nearest", target_speedup=2.0, schedule=schedule)
     read = PlannedVariant.from_dict(json.loads(json.dumps(planned.to_dict())))
     (entry,) = read_methods(["auto"], POMT())[1:]
-    assert entry == MethodSpec("auto", None, False, AUTO)
+    assert entry == VariantRequest("auto", None, False, AUTO)
     assert (entry.method, entry.has_targets, entry.searches) == ("auto", True, True)
     variant = variant_of(read, entry)
     assert (variant.reduction, variant.schedule, variant.weights) == (resolve("pomt-nearest"), schedule, None)

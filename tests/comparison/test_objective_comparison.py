@@ -12,15 +12,16 @@ import lightning_prune as lp
 from helpers.clock import set_latency
 from helpers.models import digits_module
 from lightning_prune.callbacks import TokenPruning
-from lightning_prune.comparison.objective_comparison import Row, _objectives, compare, ensure_output_dir
+from lightning_prune.comparison.objective_comparison import _objectives, compare, ensure_output_dir
 from lightning_prune.planning import Objective
 from lightning_prune.planning.multi_block import BlockSearch
+from lightning_prune.report.rows import Row
 
 COLUMNS = [
-    *("variant", "method", "int8", "target", "block", "removed", "tokens"),
-    *("top1", "top1_change", "top1_low", "top1_high", "top5", "agreement"),
-    *("latency_ms", "latency_spread", "speedup", "speedup_spread", "throughput", "throughput_end_to_end"),
-    *("joules_per_image", "watts", "images", "device", "batch_size", "precision", "note"),
+    *("variant", "method", "top1", "top1_change", "speedup", "latency_ms", "precision"),
+    *("int8", "target_speedup", "block", "removed", "tokens", "top1_low", "top1_high", "top5", "agreement"),
+    *("latency_spread", "speedup_spread", "throughput", "throughput_end_to_end"),
+    *("joules_per_image", "watts", "images", "device", "batch_size", "note"),
 ]
 OPTIONS: dict[str, Any] = {
     "accelerator": "cpu",

@@ -13,11 +13,12 @@ from rich.console import Console
 
 import lightning_prune as lp
 from lightning_prune.comparison.api import MethodComparison
-from lightning_prune.comparison.output import check_room, document_of, methods_table, remarks, write_methods
-from lightning_prune.comparison.paired_statistics import Row
-from lightning_prune.comparison.variants import ComparisonPlan, MissedTarget, PlannedVariant
+from lightning_prune.comparison.output import check_room, document_of, write_methods
+from lightning_prune.comparison.variants import ComparisonPlan, PlannedVariant, UnreachedTarget
 from lightning_prune.patching import TokenTrace
 from lightning_prune.profiling import LatencyStats
+from lightning_prune.report.rows import Row
+from lightning_prune.report.tables import comparison_table, remarks
 from lightning_prune.schedule import MeasurementSource
 
 WHERE: dict[str, Any] = {"images": 2000, "device": "Abacus", "batch_size": 16, "precision": "float32"}
@@ -39,7 +40,9 @@ def pruned(method: str, target: float, **more: Any) -> Row:
     }
     name = f"{method} {target:g}x"
     cut = {"block": "3", "removed": 56, "tokens": 141}
-    return Row(variant=name, method=method.removesuffix("+int8"), target=target, **cut, **{**figures, **more}, **WHERE)
+    return Row(
+        variant=name, method=method.removesuffix("+int8"), target_speedup=target, **cut, **{**figures, **more}, **WHERE
+    )
 
 
 ROWS = [DENSE, *(pruned(m, t) for m in ("pomt", "vwt-intra+int8", "pomt-nearest") for t in (1.25, 2.0))]
@@ -51,9 +54,9 @@ def comparison(rows: list[Row] | None = None) -> MethodComparison:
         schedule = lp.Schedule.single(12, 3, row.removed or 0, made_on=MeasurementSource(device="Abacus"))
         entry = row.variant.split()[0]
         planned.append(
-            PlannedVariant(row.variant, entry, row.method, row.int8, row.target, {}, schedule, TIMING, row.note)
+            PlannedVariant(row.variant, entry, row.method, row.int8, row.target_speedup, {}, schedule, TIMING, row.note)
         )
-    unreached = [MissedTarget("pomt", 6.0, 1.62, "timed up to 194 removed tokens, the most that it can")]
+    unreached = [UnreachedTarget("pomt", 6.0, 1.62, "timed up to 194 removed tokens, the most that it can")]
     context = {"device": "Abacus", "batch_size": 16, "precision": "float32"}
     decided = ComparisonPlan(
         planned, unreached, context, 197, "n/a (no energy counter on this device)", 12.34, "2026-01-02"
@@ -65,7 +68,7 @@ def comparison(rows: list[Row] | None = None) -> MethodComparison:
 
 def printed(rows: list[Row]) -> list[str]:
     out = StringIO()
-    Console(file=out, width=80).print(methods_table(rows))
+    Console(file=out, width=80).print(comparison_table(rows))
     return out.getvalue().splitlines()
 
 

@@ -1,17 +1,15 @@
 import csv
 import json
 from dataclasses import replace
-from io import StringIO
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 import lightning_prune as lp
 from lightning_prune.callbacks.decision import Decision
-from lightning_prune.comparison import output as methods
-from lightning_prune.comparison.objective_comparison import Row
-from lightning_prune.comparison.output import results_table, write_comparison
+from lightning_prune.comparison.output import write_comparison
+from lightning_prune.report import tables
+from lightning_prune.report.rows import Row
 from lightning_prune.schedule import MeasurementSource
 
 DENSE = Row(
@@ -59,44 +57,6 @@ DECISION = Decision(
 )
 
 
-def printed(rows: list[Row], width: int = 80) -> str:
-    out = StringIO()
-    Console(file=out, width=width).print(results_table(rows))
-    return out.getvalue()
-
-
-def cells(line: str) -> list[str]:
-    return line.split()
-
-
-def test_table_fits_eighty_columns_and_cuts_nothing() -> None:
-    text = printed([DENSE, PRUNED])
-    assert max(map(len, text.splitlines())) <= 80
-    assert "…" not in text
-    assert "Abacus, batch 16, float32, 360 images" in text
-    dense = next(line for line in text.splitlines() if line.split()[:1] == ["dense"])
-    pruned = next(line for line in text.splitlines() if line.split()[:2] == ["pomt", "budget"])
-    assert cells(dense)[:6] == ["dense", "197", "0", "90.00", "99.00", "20.00"]
-    assert cells(pruned)[2:7] == ["141", "56", "88.75", "99.50", "15.50"]
-    assert "1.29x" in pruned
-    assert "1030" in text
-    assert "900" in text
-    assert "-1.25" in text
-    assert "+0.50" in text
-    assert "±0.13" in text
-
-
-def test_no_top5_column_where_there_is_no_top5() -> None:
-    assert "top-5" in printed([DENSE])
-    assert "top-5" not in printed([replace(DENSE, top5=None), replace(PRUNED, top5=None)])
-
-
-def test_figures_that_a_module_does_not_log_are_dashes() -> None:
-    empty = {"top1": None, "top5": None, "throughput": None, "throughput_end_to_end": None}
-    line = next(line for line in printed([replace(DENSE, **empty)]).splitlines() if line.split()[:1] == ["dense"])
-    assert cells(line)[3] == "-"
-
-
 def test_files_of_a_given_schedule(tmp_path: Path) -> None:
     written = write_comparison(tmp_path, [DENSE, PRUNED], {"pomt given": DECISION}, 12.34)
     assert [path.name for path in written] == ["results.csv", "results.json", "schedule.yaml"]
@@ -124,7 +84,7 @@ def test_schedule_is_that_of_the_last_variant(tmp_path: Path) -> None:
 def test_a_file_that_fails_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     old = write_comparison(tmp_path, [DENSE], {"old": DECISION}, 12.34)
     before = {path: path.read_bytes() for path in old}
-    monkeypatch.setattr(methods.csv.DictWriter, "writerows", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(tables.csv.DictWriter, "writerows", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         write_comparison(tmp_path, [DENSE, PRUNED], {"new": DECISION}, 12.34)
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before

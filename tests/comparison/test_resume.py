@@ -11,7 +11,6 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import lightning_prune as lp
 from lightning_prune._utils.files import slug
-from lightning_prune.comparison.method_specs import MethodSpec, read_methods
 from lightning_prune.comparison.predictions import Outcomes
 from lightning_prune.comparison.resume import (
     State,
@@ -22,7 +21,13 @@ from lightning_prune.comparison.resume import (
     question_digest,
     weights_digest,
 )
-from lightning_prune.comparison.variants import ComparisonPlan, MissedTarget, PlannedVariant
+from lightning_prune.comparison.variants import (
+    ComparisonPlan,
+    PlannedVariant,
+    UnreachedTarget,
+    VariantRequest,
+    read_methods,
+)
 from lightning_prune.profiling import LatencyStats
 from lightning_prune.reduction import POMT, RandomDrop
 from lightning_prune.schedule import MeasurementSource
@@ -34,16 +39,16 @@ DECIDED = ComparisonPlan(
         PlannedVariant("dense", "dense", timing=TIMING),
         PlannedVariant(
             variant="pomt 1.5x",
-            entry="pomt",
+            request="pomt",
             method="pomt",
-            target=1.5,
+            target_speedup=1.5,
             settings={"dropped": "mean"},
             schedule=lp.Schedule.single(4, 1, 5, "tome", MeasurementSource(device="Abacus")),
             timing=TIMING,
         ),
         PlannedVariant("int8", "int8", "int8", True, note="no int8 on abacus"),
     ],
-    unreached=[MissedTarget("pomt", 6.0, 1.6, "timed up to 194")],
+    unreached=[UnreachedTarget("pomt", 6.0, 1.6, "timed up to 194")],
     context={"device": "Abacus", "batch_size": 8, "image_shape": [1, 56, 56]},
     dense_tokens=197,
     energy="n/a",
@@ -200,7 +205,7 @@ def test_tensors_that_a_method_holds_are_told_apart_everywhere() -> None:
         method = RandomDrop()
         vars(method)["held"] = held
         return ask(
-            weights="", data={}, context={}, entries=[MethodSpec("random", method, False)], speedups=[], settings={}
+            weights="", data={}, context={}, entries=[VariantRequest("random", method, False)], speedups=[], settings={}
         )
 
     weights = torch.zeros(5000)

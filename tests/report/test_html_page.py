@@ -179,14 +179,14 @@ def test_a_page_for_every_kind_of_comparison(document: dict[str, Any], tmp_path:
 
 
 def test_hostile_names_are_text(tmp_path: Path) -> None:
-    bad = row(HOSTILE, method=HOSTILE, target=1.5, block=HOSTILE, note=HOSTILE, speedup=0.9)
+    bad = row(HOSTILE, method=HOSTILE, target_speedup=1.5, block=HOSTILE, note=HOSTILE, speedup=0.9)
     document = {
         "rows": [row("dense", device=HOSTILE), bad],
         "context": {"model": HOSTILE, HOSTILE: HOSTILE, "precision": HOSTILE},
         "command": HOSTILE,
         "started": HOSTILE,
         "energy": HOSTILE,
-        "unreached": [{"method": HOSTILE, "target": 2.0, "best": 1.1, "reason": HOSTILE}],
+        "unreached": [{"method": HOSTILE, "target_speedup": 2.0, "best": 1.1, "reason": HOSTILE}],
         "variants": {HOSTILE: {"schedule": {HOSTILE: HOSTILE}, "method": HOSTILE, "settings": {HOSTILE: HOSTILE}}},
     }
     found = page(document, tmp_path)

@@ -89,7 +89,7 @@ def test_what_is_missing_is_said() -> None:
 
 
 def test_rows_that_were_not_measured_have_no_place() -> None:
-    refused = row("shift 2x", method="shift", target=2.0, latency_ms=None, top1=None, note="No such layer.")
+    refused = row("shift 2x", method="shift", target_speedup=2.0, latency_ms=None, top1=None, note="No such layer.")
     figure = plot_pareto({"rows": [*planned()["rows"], refused]})
     assert set(lines(figure.axes[0])) == {"dense", "pomt"}
 

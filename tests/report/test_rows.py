@@ -6,7 +6,7 @@ import pytest
 
 from lightning_prune.errors import DataError
 from lightning_prune.report import rows as reading
-from lightning_prune.report.rows import AGREEMENT, TOP1
+from lightning_prune.report.rows import AGREEMENT, TOP1, Row
 
 from .made_up import comparison, planned, without_accuracy
 
@@ -31,7 +31,7 @@ def test_a_document_without_rows_is_refused(document: dict[str, Any]) -> None:
     ],
 )
 def test_the_line_that_a_row_is_on(row: dict[str, Any], name: str) -> None:
-    assert reading.series_name(row) == name
+    assert reading.series_name(Row.from_dict(row)) == name
 
 
 def test_lines_and_groups_of_a_comparison() -> None:
@@ -42,49 +42,59 @@ def test_lines_and_groups_of_a_comparison() -> None:
     assert reading.dense_of(rows) is rows[0]
     groups = reading.by_target(rows, TOP1)
     assert list(groups) == [None, 1.1, 1.25, 1.5, 2.0]
-    assert [row["variant"] for row in groups[None]] == ["dense", "int8"]
+    assert [row.variant for row in groups[None]] == ["dense", "int8"]
     for target in (1.1, 1.25, 1.5, 2.0):
-        shares = [row["top1"] for row in groups[target]]
+        shares = [row.top1 or 0.0 for row in groups[target]]
         assert shares == sorted(shares, reverse=True)
 
 
 def test_what_ranks_the_rows() -> None:
     document = comparison()
-    assert reading.score_of(document["rows"]) == TOP1
-    assert reading.score_of(without_accuracy(document)["rows"]) == AGREEMENT
-    assert reading.score_of(without_accuracy(document, "agreement")["rows"]) is None
+    assert reading.score_of(reading.rows_of(document)) == TOP1
+    assert reading.score_of(reading.rows_of(without_accuracy(document))) == AGREEMENT
+    assert reading.score_of(reading.rows_of(without_accuracy(document, "agreement"))) is None
 
 
 def test_rows_without_the_figure_come_last_as_they_came() -> None:
-    rows: list[dict[str, Any]] = [{"top1": None}, {"top1": math.nan}, {"top1": 0.0}, {"top1": 0.5}]
+    rows = [Row(variant=str(share), top1=share) for share in (None, math.nan, 0.0, 0.5)]
     assert reading.ranked(rows, TOP1) == [rows[3], rows[2], rows[0], rows[1]]
     assert reading.ranked(rows, None) == rows
 
 
 @pytest.mark.parametrize("value", [None, "", "1", True, math.nan, math.inf])
 def test_no_figure(value: Any) -> None:
-    assert reading.number({"key": value}, "key") is None
+    assert reading.number(value) is None
+    read = Row.from_dict({"variant": "pomt", "top1": value, "removed": value})
+    assert (read.top1, read.removed) == (None, None)
+    assert TOP1.of(Row(top1=value)) is None
+
+
+def test_a_row_is_read_as_it_was_written() -> None:
+    row = Row(variant="pomt 1.5x", method="pomt", top1=0.5, int8=True, removed=3, images=8, note="slow")
+    assert Row.from_dict(row.to_dict()) == row
+    assert Row.from_dict({"variant": "dense", "method": None, "unknown": 3}) == Row(variant="dense")
 
 
 def test_front_is_what_no_other_row_beats() -> None:
     draw = random.Random(0)
-    rows = [{"latency_ms": draw.randint(1, 9), "top1": draw.randint(1, 9) / 10} for _ in range(40)]
+    points = [(draw.randint(1, 9), draw.randint(1, 9) / 10) for _ in range(40)]
+    rows = [Row(latency_ms=latency, top1=share) for latency, share in points]
 
-    def beaten(row: dict[str, Any]) -> bool:
-        as_good = [r for r in rows if r["latency_ms"] <= row["latency_ms"] and r["top1"] >= row["top1"]]
-        return any(r["latency_ms"] < row["latency_ms"] or r["top1"] > row["top1"] for r in as_good)
+    def beaten(latency: float, share: float) -> bool:
+        as_good = [(ms, top1) for ms, top1 in points if ms <= latency and top1 >= share]
+        return any(ms < latency or top1 > share for ms, top1 in as_good)
 
-    wanted = {(row["latency_ms"], row["top1"]) for row in rows if not beaten(row)}
-    front = reading.front_of([*rows, {"latency_ms": None, "top1": 1.0}, {"latency_ms": 0.1, "top1": None}], TOP1)
-    assert {(row["latency_ms"], row["top1"]) for row in front} == wanted
+    wanted = {point for point in points if not beaten(*point)}
+    front = reading.front_of([*rows, Row(top1=1.0), Row(latency_ms=0.1)], TOP1)
+    assert {(row.latency_ms, row.top1) for row in front} == wanted
     assert len(front) == len(wanted)
 
 
 def test_the_change_is_computed_where_it_was_not_measured() -> None:
-    rows = planned()["rows"]
+    rows = reading.rows_of(planned())
     assert reading.change_of(rows[1], rows[0]) == pytest.approx(-0.025)
     assert reading.change_of(rows[1], None) is None
-    assert reading.change_of({"top1": 0.5, "top1_change": -0.1}, rows[0]) == -0.1
+    assert reading.change_of(Row(top1=0.5, top1_change=-0.1), rows[0]) == -0.1
 
 
 def test_how_figures_are_written() -> None:

@@ -118,5 +118,5 @@ def test_any_figure_may_be_missing(column: str, figure: str | None) -> None:
 
 
 def test_what_could_not_be_reached_may_be_told_in_part() -> None:
-    document = planned() | {"unreached": [{"method": "tome", "target": 2.0, "best": None, "reason": None}]}
+    document = planned() | {"unreached": [{"method": "tome", "target_speedup": 2.0, "best": None, "reason": None}]}
     assert summary(document).cautions == ["tome cannot reach 2x."]

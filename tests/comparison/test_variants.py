@@ -5,23 +5,23 @@ from typing import Any
 import pytest
 
 import lightning_prune as lp
-from lightning_prune.comparison.method_specs import MethodSpec, read_methods
+from lightning_prune.comparison.variants import VariantRequest, read_methods
 from lightning_prune.reduction import POMT, RandomDrop, names, resolve
 
 
-def read(*methods: Any, own: Any = None) -> list[MethodSpec]:
+def read(*methods: Any, own: Any = None) -> list[VariantRequest]:
     return read_methods(list(methods), own or POMT())
 
 
 def test_dense_is_first_and_always_there() -> None:
     for methods in (["pomt", "dense"], ["dense", "pomt"], ["pomt"]):
-        assert read(*methods) == [MethodSpec("dense", None, False), MethodSpec("pomt", POMT(), False)]
+        assert read(*methods) == [VariantRequest("dense", None, False), VariantRequest("pomt", POMT(), False)]
 
 
 def test_8_bits_alone_and_together() -> None:
     both, alone = read("random+int8", "int8")[1:]
-    assert both == MethodSpec("random+int8", RandomDrop(), True)
-    assert alone == MethodSpec("int8", None, True)
+    assert both == VariantRequest("random+int8", RandomDrop(), True)
+    assert alone == VariantRequest("int8", None, True)
     assert [(e.method, e.has_targets) for e in read("random+int8", "int8")] == [
         *(("", False), ("random", True), ("int8", False))
     ]
@@ -34,7 +34,10 @@ def test_every_method_that_its_name_is_enough_for() -> None:
 
 def test_the_name_of_the_pruners_own_method_means_its_settings() -> None:
     own = RandomDrop(seed=3)
-    assert read("random", "pomt", own=own)[1:] == [MethodSpec("random", own, False), MethodSpec("pomt", POMT(), False)]
+    assert read("random", "pomt", own=own)[1:] == [
+        VariantRequest("random", own, False),
+        VariantRequest("pomt", POMT(), False),
+    ]
 
 
 @pytest.mark.parametrize(
