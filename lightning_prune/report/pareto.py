@@ -9,14 +9,13 @@ from matplotlib.axes import Axes
 from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 
-from lightning_prune._utils.formatting import context_line
+from lightning_prune._utils.formatting import context_line, milliseconds, percent
 from lightning_prune.report.rows import (
     Row,
     Score,
     dense_of,
     front_of,
     interval_of,
-    percent,
     placed,
     rows_of,
     score_of,
@@ -106,7 +105,7 @@ def _slow(rows: Sequence[Row], dense: Row | None) -> list[Row]:
 def _said(row: Row, score: Score | None) -> str:
     share = None if score is None else score.of(row)
     known = "" if share is None or score is None else f", {percent(share)} {score.label}"
-    return f"{row.variant}, {row.latency_ms:.0f} ms{known}"
+    return f"{row.variant}, {milliseconds(row.latency_ms)} ms{known}"
 
 
 def _zoom(rows: Sequence[Row], dense: Row | None, score: Score | None) -> tuple[float, float] | None:

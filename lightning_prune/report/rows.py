@@ -197,16 +197,6 @@ def front_of(rows: Sequence[Row], score: Score) -> list[Row]:
     return front
 
 
-def percent(share: float | None) -> str:
-    """A share as a percentage with two digits, or a dash."""
-    return "-" if share is None else f"{100 * share:.2f}%"
-
-
-def points(share: float) -> str:
-    """A difference of shares in percentage points, signed, with a minus as wide as the plus."""
-    return f"{100 * share:+.2f}".replace("-", "\u2212")
-
-
 def change_of(row: Row, dense: Row | None) -> float | None:
     """The change in top-1 against dense: as measured on the same images, else the difference of the two figures."""
     if row.top1_change is not None or row.top1 is None or dense is None or dense.top1 is None:

@@ -9,16 +9,14 @@ from rich import box
 from rich.table import Table
 
 from lightning_prune._utils.files import atomic_write
+from lightning_prune._utils.formatting import context_line, milliseconds, percent, points, speedup
 from lightning_prune.profiling import LatencyProfile
 from lightning_prune.report.rows import Row
 
 
 def profile_table(profile: LatencyProfile) -> Table:
     """A row a token count, dense first; counts just past a cliff stand out."""
-    model, device, batch, precision = (
-        profile.context.get(key, "?") for key in ("model", "device", "batch_size", "precision")
-    )
-    title = f"{model} on {device}, batch {batch}, {precision}"
+    title = f"{profile.context.get('model', 'model')} on {context_line(profile.context)}"
     table = Table(title=title, title_justify="left", title_style="bold")
     for heading in ("tokens", "latency ms", "speed-up", "saved a token, us"):
         table.add_column(heading, justify="right")
@@ -29,7 +27,7 @@ def profile_table(profile: LatencyProfile) -> Table:
         spread = profile.spread[profile.tokens.index(tokens)]
         style = "bold red" if tokens in cliffs else None
         table.add_row(
-            str(tokens), f"{latency:.2f} ± {spread:.2f}", f"{profile.dense_ms / latency:.2f}x", saved, style=style
+            str(tokens), f"{latency:.2f} ± {spread:.2f}", speedup(profile.dense_ms / latency), saved, style=style
         )
         above = (tokens, latency)
     return table
@@ -50,7 +48,7 @@ def beside_eager(compiled: LatencyProfile, eager: LatencyProfile) -> str:
     best = [profile.dense_ms / min(profile.milliseconds) for profile in (compiled, eager)]
     return (
         f"Dense takes {compiled.dense_ms:.2f} ms compiled and {eager.dense_ms:.2f} ms eagerly; pruned, down to "
-        f"{fewest} tokens, it is up to {best[0]:.2f}x as fast compiled, {best[1]:.2f}x eagerly."
+        f"{fewest} tokens, it is up to {speedup(best[0])} as fast compiled, {speedup(best[1])} eagerly."
     )
 
 
@@ -71,20 +69,21 @@ def comparison_table(rows: Sequence[Row]) -> Table:
         rows: Dense first.
     """
     first = rows[0]
-    title = f"{first.device}, batch {first.batch_size}, {first.precision}, {first.images} images"
+    context = {"device": first.device, "batch_size": first.batch_size, "precision": first.precision}
+    title = f"{context_line(context)}, {first.images} images"
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=0)
     table.add_column("variant", overflow="fold")
     columns: dict[str, Callable[[Row], str]] = {
         "tokens": lambda row: "-" if row.tokens is None else str(row.tokens),
-        "top-1 %": lambda row: _percent(row.top1),
-        "change": lambda row: _points(row.top1_change),
+        "top-1": lambda row: percent(row.top1),
+        "change": lambda row: "" if row.top1_change is None else points(row.top1_change),
         "95% interval": _interval,
-        "same %": lambda row: _percent(row.agreement, 1),
-        "ms": _latency,
-        "faster": lambda row: "-" if row.speedup is None else f"{row.speedup:.2f}x",
+        "same": lambda row: percent(row.agreement, 1),
+        "ms": lambda row: milliseconds(row.latency_ms),
+        "faster": lambda row: speedup(row.speedup),
     }
     if any(row.joules_per_image is not None for row in rows):
-        del columns["same %"]
+        del columns["same"]
         columns["J/im."] = lambda row: "-" if row.joules_per_image is None else f"{row.joules_per_image:.3g}"
     for heading in columns:
         table.add_column(heading, justify="right", no_wrap=True)
@@ -107,28 +106,14 @@ def remarks(document: Mapping[str, Any]) -> list[str]:
     """What is to be said below the table: what cannot be run or reached, and where joules come from."""
     notes = [f"{row['variant']}: {row['note']}" for row in document["rows"] if row["note"]]
     unreached = [
-        f"{entry['method']} cannot reach {entry['target_speedup']:g}x: at most {entry['best']:.2f}x ({entry['reason']})"
+        f"{entry['method']} cannot reach {entry['target_speedup']:g}x: "
+        f"at most {speedup(entry['best'])} ({entry['reason']})"
         for entry in document["unreached"]
     ]
     return [*notes, *unreached, f"energy: {document['energy']}"]
 
 
-def _percent(share: float | None, digits: int = 2) -> str:
-    return "-" if share is None else f"{100 * share:.{digits}f}"
-
-
-def _points(change: float | None) -> str:
-    return "" if change is None else f"{100 * change:+.2f}"
-
-
 def _interval(row: Row) -> str:
     if row.top1_low is None or row.top1_high is None:
         return ""
-    return f"{100 * row.top1_low:+.2f} {100 * row.top1_high:+.2f}"
-
-
-def _latency(row: Row) -> str:
-    if row.latency_ms is None:
-        return "-"
-    digits = 2 if row.latency_ms < 100 else 1 if row.latency_ms < 1000 else 0
-    return f"{row.latency_ms:.{digits}f}"
+    return f"{points(row.top1_low)} {points(row.top1_high)}"

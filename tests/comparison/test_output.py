@@ -78,9 +78,9 @@ def test_table_has_a_line_for_each_row_fits_eighty_columns_and_cuts_nothing() ->
     assert not any("…" in line for line in lines)
     assert "Abacus, batch 16, float32, 2000 images" in lines[0]
     (dense,) = (line.split() for line in lines if line.split()[:1] == ["dense"])
-    assert dense == ["dense", "197", "97.25", "-", "107.0", "-"]
+    assert dense == ["dense", "197", "97.25%", "-", "107.0", "-"]
     (line,) = (line.split() for line in lines if line.split()[:2] == ["vwt-intra+int8", "1.25x"])
-    assert line == [*("vwt-intra+int8", "1.25x", "141", "95.60", "-1.65", "-2.31", "-1.02", "97.9", "85.59", "1.25x")]
+    assert line == [*("vwt-intra+int8", "1.25x", "141", "95.60%", "-1.65", "-2.31", "-1.02", "97.9%", "85.59", "1.25x")]
 
 
 def test_joules_take_a_place_where_they_are_known() -> None:

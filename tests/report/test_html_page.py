@@ -9,7 +9,7 @@ import yaml
 from lightning_prune.errors import DataError
 from lightning_prune.report.html_page import write_page
 
-from .made_up import comparison, planned, row, without_accuracy
+from .made_up import comparison, planned, pruned, row, without_accuracy
 
 VOID = {"meta", "img", "br", "wbr"}
 PIXEL = base64.b64decode(
@@ -27,6 +27,7 @@ class Page(HTMLParser):
         self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.rows: list[list[str]] = []
         self.headings: list[str] = []
+        self.items: list[str] = []
         self.text = ""
         self.feed(text)
         self.close()
@@ -42,6 +43,8 @@ class Page(HTMLParser):
             self.rows[-1].append("")
         if tag in ("h1", "h2"):
             self.headings.append("")
+        if tag == "li":
+            self.items.append("")
         if tag in ("br", "small"):
             self.handle_data(" ")
 
@@ -56,6 +59,13 @@ class Page(HTMLParser):
             self.rows[-1][-1] += data
         if {"h1", "h2"} & set(self.open):
             self.headings[-1] += data
+        if "li" in self.open:
+            self.items[-1] += data
+
+
+def results(found: Page) -> list[list[str]]:
+    """The rows of the main table, its header first."""
+    return found.rows[next(number for number, cells in enumerate(found.rows) if cells[0] == "variant") :]
 
 
 def page(document: dict[str, Any], folder: Path) -> Page:
@@ -70,18 +80,18 @@ def test_what_stands_on_it_and_in_which_order(tmp_path: Path) -> None:
     found = page(comparison(), tmp_path)
     assert found.headings == [
         "Token reductions compared: VisionTransformer on AMD EPYC",
-        "What was found",
-        "What to be careful about",
+        "Best at each speed-up",
+        "Warnings",
         "Results",
         "Accuracy against latency",
         "What each method keeps",
-        "How the schedule was chosen",
+        "Latency profile",
         "How to read this",
         "Schedules",
         "Command",
         "Measured on",
     ]
-    assert "2 threads · batch 16 · float32 · 2000 images · 2026-11-21 10:31" in found.text
+    assert "AMD EPYC, 2 threads, batch 16, float32, 2000 images, 2026-11-21 10:31" in found.text
     assert comparison()["command"] in found.text
     assert "n/a (no energy counter on this device)" in found.text
 
@@ -108,14 +118,14 @@ def test_accessible(tmp_path: Path) -> None:
     assert all(len(each["alt"] or "") > 20 for tag, each in found.tags if tag == "img")
     assert all("scope" in each for tag, each in found.tags if tag == "th")
     scrolling = [each for _, each in found.tags if each.get("class") == "wide"]
-    assert len(scrolling) == 2
+    assert len(scrolling) == 3
     assert all(each["tabindex"] == "0" and each["role"] == "region" and each["aria-label"] for each in scrolling)
 
 
 def test_table_has_every_row_under_its_target(tmp_path: Path) -> None:
     document = comparison()
-    rows = page(document, tmp_path).rows
-    assert rows[0][:4] == ["variant", "top-1 %", "change, points 95% interval", "speed-up"]
+    rows = results(page(document, tmp_path))
+    assert rows[0][:4] == ["variant", "top-1", "change, points 95% interval", "speed-up"]
     first = [each[0] for each in rows]
     assert {each["variant"] for each in document["rows"]} <= set(first)
     assert [name for name in first if name.startswith(("Target", "No target"))] == [
@@ -126,9 +136,40 @@ def test_table_has_every_row_under_its_target(tmp_path: Path) -> None:
         "Target 2x",
     ]
     tome = rows[first.index("tome 1.5x")]
-    assert tome[:5] == ["tome 1.5x", "92.30", "\u22120.80 \u22121.28 to \u22120.32", "1.53x ±0.01", "69.93 ±0.78"]
+    assert tome[:5] == ["tome 1.5x", "92.30%", "\u22120.80 \u22121.28 to \u22120.32", "1.53x ±0.01", "69.93 ±0.78"]
     assert tome[6] == "89 12 blocks"
     assert rows[first.index("dense")][2:4] == ["-", "1.00x"]
+
+
+def test_the_best_of_each_target_has_a_table_of_its_own(tmp_path: Path) -> None:
+    rows = page(comparison(), tmp_path).rows
+    assert rows[0] == ["target", "variant", "top-1", "change, points", "95% interval", "intervals that overlap"]
+    assert [cells[:2] for cells in rows[1:5]] == [
+        ["1.1x", "tome 1.1x"],
+        ["1.25x", "tome 1.25x"],
+        ["1.5x", "tome 1.5x"],
+        ["2x", "pomt 2x"],
+    ]
+    assert rows[4][2:4] == ["88.80%", "\u22124.30"]
+    assert rows[4][5] == "pomt+int8 2x, evit 2x"
+
+
+@pytest.mark.parametrize(
+    ("words", "entry"),
+    [
+        ("faster than dense", "int8 (0.90x)"),
+        ("random", "vwt-intra 1.5x (84.90%, random 85.70%); vwt-intra 2x (73.40%, random 78.30%)"),
+        ("reached", "tome 2x: at most 1.62x (it merges at most half of the tokens in each of 12 blocks)"),
+    ],
+)
+def test_warnings_name_the_variants_with_their_figures(words: str, entry: str, tmp_path: Path) -> None:
+    (item,) = [item for item in page(comparison(), tmp_path).items if entry in item]
+    assert words in item.partition(":")[0]
+
+
+def test_a_comparison_without_warnings_has_no_such_heading(tmp_path: Path) -> None:
+    found = page({"rows": [row("dense"), pruned("tome", 1.5, 0.1)]}, tmp_path)
+    assert "Warnings" not in found.headings
 
 
 def test_the_best_of_a_target_is_marked(tmp_path: Path) -> None:
@@ -139,10 +180,10 @@ def test_the_best_of_a_target_is_marked(tmp_path: Path) -> None:
 
 
 def test_energy_has_a_column_where_it_was_measured(tmp_path: Path) -> None:
-    assert not [name for name in page(comparison(), tmp_path).rows[0] if "J/image" in name]
+    assert not [name for name in results(page(comparison(), tmp_path))[0] if "J/image" in name]
     document = comparison()
     measured = document | {"rows": [each | {"joules_per_image": 1.5, "watts": 60.0} for each in document["rows"]]}
-    rows = page(measured, tmp_path).rows
+    rows = results(page(measured, tmp_path))
     assert rows[0][-1] == "J/image watts"
     assert rows[2][-1] == "1.500 60.0"
 
@@ -198,7 +239,7 @@ def test_hostile_names_are_text(tmp_path: Path) -> None:
 def test_a_row_that_could_not_be_run_keeps_its_place_and_its_note(tmp_path: Path) -> None:
     refused = row("shift", method="shift", latency_ms=None, speedup=None, top1=None, note="No MLP to look at.")
     found = page({"rows": [row("dense"), refused]}, tmp_path)
-    line = next(each for each in found.rows if each[0] == "shift")
+    line = next(each for each in results(found) if each[0] == "shift")
     assert line[1:4] == ["-", "-", "-"]  # top-1, speed-up and latency: nothing changed, so no column of changes
     assert "shift: No MLP to look at." in found.text
 

@@ -95,9 +95,3 @@ def test_the_change_is_computed_where_it_was_not_measured() -> None:
     assert reading.change_of(rows[1], rows[0]) == pytest.approx(-0.025)
     assert reading.change_of(rows[1], None) is None
     assert reading.change_of(Row(top1=0.5, top1_change=-0.1), rows[0]) == -0.1
-
-
-def test_how_figures_are_written() -> None:
-    assert reading.percent(0.931451) == "93.15%"
-    assert reading.percent(None) == "-"
-    assert (reading.points(0.0125), reading.points(-0.0125)) == ("+1.25", "\u22121.25")
