@@ -22,7 +22,7 @@ from tables import Row, context_of, print_table, write_table
 
 import lightning_prune as lp
 from lightning_prune.profiling import InterleavedTimer, SimulatedClock, SimulatedDevice, Workload
-from lightning_prune.profiling.count_search import explore, profile_builder
+from lightning_prune.profiling.count_search import profile_builder, search_counts
 
 LOSSES = ((0.3, 2), (0.6, 3), (1.0, 4))  # accuracy lost with all tokens, and the power of the share that is removed
 DEPTH, BLOCK, N = 12, 3, 197
@@ -61,7 +61,7 @@ def simulated(seed: int) -> Row:
         device=torch.device("cpu"), reference=N, clock=clock,
     )  # fmt: skip
     build = profile_builder("pomt", BLOCK, DEPTH, "deployed")
-    profile = explore(race, build, None, 3, N, 30.0, lambda: None, work.batch)
+    profile = search_counts(race, build, None, 3, N, 30.0, lambda: None, work.batch)
     truth = {count: 1e3 * seconds(count) for count in range(3, N + 1)}
     cliffs = {c for c in range(N // 10, N) if truth[c + 1] - truth[c] >= 0.05 * truth[N]}
     found = {cliff.below for cliff in profile.cliffs() if cliff.above == cliff.below + 1}

@@ -13,7 +13,7 @@ from lightning_prune.errors import ArgumentError
 from lightning_prune.planning import Objective, Utility
 from lightning_prune.planning.api import AUTO
 from lightning_prune.profiling import ProfileStore
-from lightning_prune.profiling.measurement import Protocol
+from lightning_prune.profiling.measurement import ProfilingMode
 from lightning_prune.reduction import Reduction, resolve
 from lightning_prune.runtimes.torch_runtime import Mode
 from lightning_prune.schedule import ScheduleLike, read_schedule
@@ -57,7 +57,7 @@ class PruningConfig:
     images_from_batch: Callable[[Any], Tensor] | None = None
     time_limit: float = 30.0
     module_path: str | None = None
-    protocol: Protocol = "deployed"
+    protocol: ProfilingMode = "deployed"
     use_cache: bool = True
     cache_dir: str | Path | None = None
     runtime: str = "torch"
@@ -70,7 +70,7 @@ class PruningConfig:
         check_int("seed", self.seed, 0)
         check_bool("use_cache", self.use_cache)
         check_bool("verbose", self.verbose)
-        check_choice("protocol", self.protocol, get_args(Protocol))
+        check_choice("protocol", self.protocol, get_args(ProfilingMode))
         check_choice("runtime", self.runtime, _RUNTIMES)
         path, folder, extract = self.module_path, self.cache_dir, self.images_from_batch
         check("module_path", path, "a dotted path or None", path is None or isinstance(path, str))

@@ -172,7 +172,7 @@ def measure_given(
     variants: dict[str, tuple[str | Reduction, Schedule] | None] = {"dense": None}
     if counts.total_removed:
         variants["pruned"] = (reduction, counts)
-    timings = compare_latency(model, images, variants, time_limit=time_limit, target=target, progress=progress)
+    timings = compare_latency(model, images, variants, time_limit=time_limit, module_path=target, verbose=progress)
     pruned = timings.get("pruned", timings["dense"])  # nothing removed: the model is the dense one
     return Decision(
         schedule=counts,
@@ -260,7 +260,7 @@ def measure_adaptive(
         left = _tokens_left(transformer, images, reduction)
         context = measurement_context(transformer.runner, images)
     variants = {"dense": None, "pruned": Variant(reduction)}
-    timings = compare_latency(model, images, variants, time_limit=time_limit, target=target, progress=progress)
+    timings = compare_latency(model, images, variants, time_limit=time_limit, module_path=target, verbose=progress)
     dense, pruned = timings["dense"], timings["pruned"]
     return Decision(
         schedule=Schedule([0] * transformer.depth),
@@ -309,8 +309,8 @@ def profiled(config: PruningConfig, pl_module: L.LightningModule, images: Tensor
         block=block,
         protocol=config.protocol,
         time_limit=None if config.protocol == "paper" else config.time_limit,
-        target=config.module_path,
-        progress=config.verbose,
+        module_path=config.module_path,
+        verbose=config.verbose,
     )
 
 

@@ -25,7 +25,7 @@ from lightning_prune.patching import PatchHandle, patch, unpatch
 from lightning_prune.patching.class_swap import is_patched_module
 from lightning_prune.planning import Objective
 from lightning_prune.profiling import measurement_context
-from lightning_prune.profiling.measurement import Protocol, check_dense
+from lightning_prune.profiling.measurement import ProfilingMode, check_dense
 from lightning_prune.reduction import Reduction
 from lightning_prune.schedule import KeepRates, Schedule
 
@@ -125,7 +125,7 @@ class TokenPruning(EvaluationCallback):
         time_limit: float = 30.0,
         module_path: str | None = None,
         enabled: bool = True,
-        protocol: Protocol = "deployed",
+        protocol: ProfilingMode = "deployed",
         use_cache: bool = True,
         cache_dir: str | Path | None = None,
         runtime: str = "torch",

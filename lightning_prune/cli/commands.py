@@ -148,8 +148,8 @@ def _eager_profile(first: FirstBatch, compiled: LatencyProfile) -> LatencyProfil
             counts=compiled.tokens[:-1],
             time_limit=config.time_limit,
             protocol=config.protocol,
-            target=config.module_path,
-            progress=config.verbose,
+            module_path=config.module_path,
+            verbose=config.verbose,
         )
 
 
@@ -165,7 +165,7 @@ def _profile(first: FirstBatch, simulated: SimulatedDevice | None) -> CachedProf
         method=method,
         block=block,
         time_limit=config.time_limit,
-        target=config.module_path,
+        module_path=config.module_path,
     )
     return CachedProfile(profile, reused=False)
 

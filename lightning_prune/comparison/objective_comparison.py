@@ -86,8 +86,8 @@ class Survey(L.Callback):
             variants,
             rounds=51,
             time_limit=config.time_limit,
-            target=config.module_path,
-            progress=config.verbose,
+            module_path=config.module_path,
+            verbose=config.verbose,
         )
         decisions = {name: _confirmed(decision, timings, name) for name, decision in decisions.items()}
         # A variant that removes nothing is the dense model: timing it again would only add noise.

@@ -18,7 +18,7 @@ from lightning_prune.planning.results import BlocksPlan, Plan
 from lightning_prune.planning.single_block import BudgetSearch, OnDevice, TimedChoice, choose, confirmed, refine
 from lightning_prune.profiling import LatencyProfile, profile_latency, reducing_block
 from lightning_prune.profiling.accuracy_proxy import ProxyCurve, check_images
-from lightning_prune.profiling.measurement import Protocol, check_measurable
+from lightning_prune.profiling.measurement import ProfilingMode, check_measurable
 from lightning_prune.reduction import RandomDrop, Reduction, resolve, spec_of
 from lightning_prune.schedule import MeasurementSource, Schedule
 
@@ -98,7 +98,7 @@ def plan(
     method: str | Reduction = "pomt",
     objective: Objective | None = None,
     block: int | float = 0.25,
-    protocol: Protocol = "deployed",
+    protocol: ProfilingMode = "deployed",
     labels: Tensor | None = None,
     curve: ProxyCurve | None = None,
     confirm: bool = True,
@@ -180,8 +180,8 @@ def plan(
             block=index,
             protocol=protocol,
             time_limit=None if protocol == "paper" else time_limit,
-            target=target,
-            progress=progress,
+            module_path=target,
+            verbose=progress,
         )
     else:
         check_profile(profile, transformer, reduction, index, protocol)
@@ -237,7 +237,7 @@ def plan(
 def _fastest(curve: ProxyCurve) -> tuple[int, str]:
     """The fastest count, and what to say of it; its proxy is measured."""
     profile = curve.profile
-    tokens = min(profile.tokens, key=profile.at)
+    tokens = min(profile.tokens, key=profile.latency_ms)
     return tokens, f"The fastest count: {100 * curve(tokens):.2f}% of the dense {curve.name}."
 
 
@@ -365,7 +365,7 @@ def plan_blocks_for(
     foreign = False
     if profile is None:
         profile = profile_latency(
-            model, example_inputs, method=CURVE, time_limit=time_limit, target=target, progress=progress
+            model, example_inputs, method=CURVE, time_limit=time_limit, module_path=target, verbose=progress
         )
     else:
         check_profile(profile, transformer, CURVE, 0, "deployed", hint=_HINT)

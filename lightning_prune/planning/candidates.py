@@ -60,7 +60,7 @@ def decided(search: BlockSearch, fronts: Sequence[MethodFront], objective: Objec
     Raises:
         ArgumentError: If no method can reach a budget; says the best of each.
     """
-    if not any(search.curve.saves(count) for count in search.curve.tokens):
+    if not any(search.curve.is_faster_than_dense(count) for count in search.curve.tokens):
         why = why_dense(search.curve) + missed_by_dense(search.dense_ms, objective)
         return Candidate(fronts[0], fronts[0].dense, nothing_timed(why, search.curve) if search.foreign else why)
     proposed, missing = _proposed(search, fronts, objective, search.time_limit)

@@ -81,7 +81,7 @@ class LatencyModel:
             price: Of the method that is planned for.
         """
         tokens = np.array(profile.tokens if levels is None else sorted({*levels, profile.dense_tokens}))
-        milliseconds = np.array([profile.at(int(count)) for count in tokens])
+        milliseconds = np.array([profile.latency_ms(int(count)) for count in tokens])
         return cls(
             tokens, (milliseconds - profile.dense_ms) / profile.depth, profile.dense_ms, profile.depth, attention, price
         )

@@ -67,11 +67,11 @@ def search_levels(curve: LatencyProfile) -> list[int]:
     Args:
         curve: All tokens go before block 0.
     """
-    if not any(curve.saves(count) for count in curve.tokens):
+    if not any(curve.is_faster_than_dense(count) for count in curve.tokens):
         return [curve.dense_tokens]
     if len(curve.tokens) <= _MOST_LEVELS:
         return list(curve.tokens)
-    cliffs = sorted(curve.cliffs(), key=curve.excess, reverse=True)[: _MOST_LEVELS // 2]
+    cliffs = sorted(curve.cliffs(), key=curve.step_excess, reverse=True)[: _MOST_LEVELS // 2]
     edges = {curve.tokens[0], curve.dense_tokens, *(cliff.below for cliff in cliffs)}
     others = [count for count in curve.tokens if count not in edges]
     places = np.linspace(0, len(others) - 1, min(_MOST_LEVELS - len(edges), len(others))).round().astype(int)
@@ -352,7 +352,7 @@ class BlockSearch:
         """Timings of variants, dense among them, in one interleaved run; within a third of the limit if not said."""
         limit = max(1.0, self.time_limit / 3) if time_limit is None else time_limit
         timings = compare_latency(
-            self.model, self.batch, variants, time_limit=limit, target=self.target, progress=self.progress
+            self.model, self.batch, variants, time_limit=limit, module_path=self.target, verbose=self.progress
         )
         self.dense_ms = timings["dense"].milliseconds
         return timings

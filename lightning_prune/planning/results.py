@@ -59,7 +59,7 @@ class Plan:
 
         The two runs find the machine in different states, so only the share carries over.
         """
-        return self.profile.at(self.tokens) / self.profile.dense_ms * self.dense_ms
+        return self.profile.latency_ms(self.tokens) / self.profile.dense_ms * self.dense_ms
 
     @property
     def dense_ms(self) -> float:
@@ -74,7 +74,7 @@ class Plan:
     @property
     def speedup(self) -> float:
         """Dense over pruned: of the final comparison, from rounds in which both ran, else of the profile."""
-        return 1 / self.pruned.ratio if self.pruned else self.profile.dense_ms / self.profile.at(self.tokens)
+        return 1 / self.pruned.ratio if self.pruned else self.profile.dense_ms / self.profile.latency_ms(self.tokens)
 
     def or_dense_if_slower(self) -> "Self":
         """This plan, or one that removes nothing if the final comparison does not bear out the profile."""
@@ -97,7 +97,7 @@ class Plan:
     def scores(self) -> dict[int, float]:
         """Token count -> value of the objective, for the counts whose accuracy was measured."""
         counts = sorted(self.accuracy)
-        latency = np.array([self.profile.at(count) for count in counts])
+        latency = np.array([self.profile.latency_ms(count) for count in counts])
         accuracy = np.array([self.accuracy[count] for count in counts])
         return dict(zip(counts, self.objective.score(latency, accuracy).tolist(), strict=True))
 

@@ -56,7 +56,7 @@ def choose(
         ArgumentError: If pruning saves time, but not so much as a budget asks for.
     """
     n = profile.dense_tokens
-    useful = [count for count in profile.tokens if count < n and profile.saves(count)]
+    useful = [count for count in profile.tokens if count < n and profile.is_faster_than_dense(count)]
     if not useful:
         return n, why_dense(profile) + missed_by_dense(profile.dense_ms, objective)
     unreachable = objective.unreachable(profile.tokens, np.array(profile.milliseconds))
@@ -64,7 +64,7 @@ def choose(
         raise ArgumentError(unreachable)
     # The paper's argmax is over every count; else a count that saves nothing is no candidate.
     counts = list(profile.tokens) if exhaustive else [*useful, n]
-    latency = np.array([profile.at(count) for count in counts])
+    latency = np.array([profile.latency_ms(count) for count in counts])
     if objective.unreachable(counts, latency) is not None:
         return n, why_dense(profile) + missed_by_dense(profile.dense_ms, objective)
     deadline = time.perf_counter() + (time_limit if time_limit is not None else float("inf"))
@@ -78,10 +78,10 @@ def choose(
         curve(promising)
     measured = [count for count in counts if count in curve.values]
     accuracy = np.array([curve.values[count] for count in measured])
-    chosen = measured[objective.best(np.array([profile.at(count) for count in measured]), accuracy)]
+    chosen = measured[objective.best(np.array([profile.latency_ms(count) for count in measured]), accuracy)]
     if chosen == n:
         return n, f"Dense is best by the objective ({objective}): every faster count costs too much."
-    saved = 100 * (1 - profile.at(chosen) / profile.dense_ms)
+    saved = 100 * (1 - profile.latency_ms(chosen) / profile.dense_ms)
     kept = 100 * curve.values[chosen]
     return chosen, f"Best by {objective}: {saved:.1f}% less latency, {kept:.2f}% of the dense {curve.name}."
 
@@ -89,14 +89,14 @@ def choose(
 def why_dense(profile: LatencyProfile) -> str:
     """Why no count is worth having: the device gains nothing, or the measurement cannot tell."""
     fastest = profile.tokens[int(np.argmin(profile.milliseconds))]
-    gained = 1 - profile.at(fastest) / profile.dense_ms
+    gained = 1 - profile.latency_ms(fastest) / profile.dense_ms
     if gained <= SAVING:
         closest = f"{fastest} tokens, by {100 * gained:.1f}%" if fastest < profile.dense_tokens else "dense itself"
         return (
             f"The curve is flat: no measured count is faster than dense by more than 2% (the fastest is {closest}). "
             "Pruning would cost accuracy for nothing."
         )
-    noise = 2 * hypot(profile.error(fastest), profile.error(profile.dense_tokens)) / profile.dense_ms
+    noise = 2 * hypot(profile.stderr_ms(fastest), profile.stderr_ms(profile.dense_tokens)) / profile.dense_ms
     return (
         f"The measurement is too noisy to choose by: {fastest} tokens seem {100 * gained:.1f}% faster than dense, "
         f"within a noise of {100 * noise:.0f}%. Stop what else runs on this machine, or raise `time_limit`."
@@ -162,7 +162,7 @@ def refine(
         beside = promising_gaps(profile, curve.values, objective)
         if not beside or not in_time():
             break
-        profile = profile.joined(measure(sorted({count for gap in beside for count in (*gap, sum(gap) // 2)})))
+        profile = profile.merged_with(measure(sorted({count for gap in beside for count in (*gap, sum(gap) // 2)})))
     return profile
 
 
@@ -177,11 +177,11 @@ def promising_gaps(profile: LatencyProfile, accuracy: dict[int, float], objectiv
         accuracy: Token count -> proxy relative to dense.
         objective: What makes one count better than another.
     """
-    tokens = [count for count in profile.tokens if profile.saves(count)]
+    tokens = [count for count in profile.tokens if profile.is_faster_than_dense(count)]
     if not tokens:
         return []
     tokens.append(profile.dense_tokens)
-    latency = np.array([profile.at(count) for count in tokens])
+    latency = np.array([profile.latency_ms(count) for count in tokens])
     known = sorted(accuracy)
     proxy = np.interp(tokens, known, [accuracy[count] for count in known])
     best = objective.best(latency, proxy)
@@ -370,8 +370,8 @@ class OnDevice:
             block=self.block,
             counts=counts,
             time_limit=(self.time_limit or 30.0) / 8,
-            target=self.target,
-            progress=self.progress,
+            module_path=self.target,
+            verbose=self.progress,
         )
 
     def compare(self, count: int) -> tuple[LatencyStats, LatencyStats]:
@@ -381,7 +381,7 @@ class OnDevice:
             self.batch,
             {"dense": None, "pruned": (self.reduction, self.schedule(count))},
             time_limit=20.0 if self.time_limit is None else max(1.0, self.time_limit / 3),
-            target=self.target,
-            progress=self.progress,
+            module_path=self.target,
+            verbose=self.progress,
         )
         return timings["dense"], timings["pruned"]

@@ -177,7 +177,7 @@ def search(
 
     start = race.clock()
     limit = start + time_limit
-    race.measure([], 1, progress=tick)
+    race.measure([], 1, on_step=tick)
     round_trip = race.result(DENSE).milliseconds / 1e3
     fewest, many = _POINTS
     points = max(fewest, min(many, int(0.5 * time_limit / (round_trip * (_ROUNDS + 1)))))
@@ -246,7 +246,7 @@ def verify(
     pending = list(dict.fromkeys([*others, *(goal.variant for goal in goals)]))
     while pending:
         before = race.clock()
-        race.measure(pending, 1, progress=tick)
+        race.measure(pending, 1, on_step=tick)
         slow = [variant for variant in pending if race.result(variant).ratio > _SLOW]
         fast = [variant for variant in pending if variant not in slow]
         race.measure(slow, min(rounds, _AIMING) - 1, before + time_limit / 10, tick)

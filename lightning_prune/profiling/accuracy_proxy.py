@@ -1,4 +1,4 @@
-"""Accuracy proxies: how far the outputs of a pruned model are from those of the dense one."""
+"""Cheap estimates of accuracy: how far the outputs of the pruned model agree with those of the dense model."""
 
 from collections.abc import Callable
 
@@ -19,47 +19,47 @@ from lightning_prune.runtimes.torch_runtime import force_eager
 def soft_agreement(dense: Tensor, pruned: Tensor) -> float:
     """Mean probability that the pruned model gives to the dense model's top-1 class, relative to dense.
 
-    Of the proxies tried it follows true accuracy best and needs no labels. 1 for the dense model itself.
+    It needs no labels and followed true accuracy best of the proxies that were tried. 1 for the dense model itself.
 
     Args:
-        dense: (images, classes) logits of the dense model.
-        pruned: (images, classes) logits of the pruned model for the same images.
+        dense: (B, K) logits of the dense model.
+        pruned: (B, K) logits of the pruned model for the same images.
     """
-    top = dense.argmax(dim=-1, keepdim=True)
-    given = pruned.float().softmax(dim=-1).gather(1, top).mean()
-    own = dense.float().softmax(dim=-1).gather(1, top).mean()
-    return float(given / own)
+    top1_class = dense.argmax(dim=-1, keepdim=True)
+    pruned_probability = pruned.float().softmax(dim=-1).gather(1, top1_class).mean()
+    dense_probability = dense.float().softmax(dim=-1).gather(1, top1_class).mean()
+    return float(pruned_probability / dense_probability)
 
 
 def feature_similarity(dense: Tensor, pruned: Tensor) -> float:
-    """Mean cosine similarity of the features of the same images, for models that return no logits."""
+    """Mean cosine similarity of the features (B, ...) of the same images, for models that return no logits."""
     return float(F.cosine_similarity(dense.float().flatten(1), pruned.float().flatten(1), dim=1).mean())
 
 
 def top1(labels: Tensor, logits: Tensor) -> float:
-    """Share of images whose highest logit is that of their label: the POMT paper's A(n)."""
+    """Share of images whose highest logit is at their label: A(n) in the POMT paper."""
     return float((logits.argmax(dim=-1) == labels).float().mean())
 
 
 class Proxy:
-    """An estimate of accuracy that runs the model as it is patched at the time.
+    """An estimate of accuracy that runs the model in its present, patched or dense, state.
 
-    Create it while the model is dense: the outputs of that moment are what later ones are compared with.
+    Create it while the model is dense: its outputs at that moment are the reference.
 
     Args:
         transformer: The Vision Transformer.
-        images: (images, channels, height, width); moved to the device batch by batch.
-        device: Where the transformer is.
+        images: (B, C, H, W); moved to the device batch by batch.
+        device: Device of the transformer.
         batch_size: Images in one forward pass.
-        labels: (images,) int64. With labels the proxy is top-1 accuracy relative to dense; without, soft agreement
+        labels: (B,) int64. With labels the proxy is top-1 accuracy relative to dense. Without, it is soft agreement
             where the model returns logits and cosine similarity where it returns features.
-        progress: Called after every batch.
+        on_step: Called after every batch.
 
     Attributes:
-        name: What the figures mean.
+        name: What the values mean.
 
     Raises:
-        ArgumentError: If there are no images, or labels of another number.
+        ArgumentError: If there are no images, or another number of labels.
         DataError: If a label is out of range, or the outputs are not finite.
         UnsupportedModelError: If the model returns a vector for each token.
     """
@@ -71,12 +71,12 @@ class Proxy:
         device: torch.device,
         batch_size: int,
         labels: Tensor | None = None,
-        progress: Callable[[], None] = lambda: None,
+        on_step: Callable[[], None] = lambda: None,
     ) -> None:
         if images.ndim != 4 or not len(images):
-            raise ArgumentError(f"`images` must be (images, channels, height, width), got {tuple(images.shape)}.")
+            raise ArgumentError(f"`images` must be (B, C, H, W), got {tuple(images.shape)}.")
         self._transformer, self._images, self._device = transformer, images, device
-        self._batch_size, self._progress = batch_size, progress
+        self._batch_size, self._on_step = batch_size, on_step
         self._labels = None if labels is None else labels.cpu()
         weight = next((p for p in transformer.root.parameters() if p.is_floating_point()), images)
         self._dtype = images.dtype if torch.is_autocast_enabled(device.type) else weight.dtype
@@ -84,25 +84,23 @@ class Proxy:
         self.name = self._choose(labels)
 
     def _choose(self, labels: Tensor | None) -> str:
+        num_classes = self._transformer.classes
         if labels is None:
-            return "soft agreement" if self._transformer.classes else "cosine similarity of features"
-        classes = self._transformer.classes
-        if not classes:
-            raise ArgumentError("`labels` need a model that returns logits; this one returns features.")
+            return "soft agreement" if num_classes else "cosine similarity of features"
+        if not num_classes:
+            raise ArgumentError("`labels` must be None for a model that returns features, got labels.")
         if len(labels) != len(self._images):
             raise ArgumentError(f"`labels` must be one for each of {len(self._images)} images, got {len(labels)}.")
         low, high = int(labels.min()), int(labels.max())
-        if low < 0 or high >= classes:
+        if low < 0 or high >= num_classes:
             wrong = low if low < 0 else high
-            raise DataError(f"Label {wrong} is out of range: the model's head has {classes} classes.")
+            raise DataError(f"Label {wrong} is out of range: the model's head has {num_classes} classes.")
         if top1(labels, self._dense) == 0:
-            raise DataError(
-                "The dense model classifies none of the labelled images correctly; check labels and weights."
-            )
+            raise DataError("The dense model classifies no labelled image correctly; check labels and weights.")
         return "top-1 accuracy relative to dense"
 
     def measure(self) -> float:
-        """The value of the model as it is patched now; 1 for dense."""
+        """The value for the present state of the model; 1 for dense."""
         outputs = self._outputs()
         if self._labels is not None:
             return top1(self._labels, outputs) / top1(self._labels, self._dense)
@@ -111,15 +109,16 @@ class Proxy:
 
     def _outputs(self) -> Tensor:
         collected = []
-        with torch.no_grad(), force_eager():  # what is lost is the same, and no graph is compiled for a single pass
+        with torch.no_grad(), force_eager():  # compiling would not change the outputs and takes longer than one pass
             for images in self._images.split(self._batch_size):
                 images = images.to(self._device, self._dtype)
                 collected.append(self._transformer.outputs(images).float().cpu())
-                self._progress()
+                self._on_step()
         outputs = torch.cat(collected)
         if outputs.ndim != 2:
-            shape = ("images", *outputs.shape[1:])
-            raise UnsupportedModelError(f"The transformer must return one vector for each image, got {shape}.")
+            raise UnsupportedModelError(
+                f"The transformer must return one vector per image, got outputs of shape {tuple(outputs.shape)}."
+            )
         if not outputs.isfinite().all():
             bad = int((~outputs.flatten(1).isfinite().all(dim=1)).sum())
             raise DataError(f"The model's outputs are not finite for {bad} of {len(outputs)} calibration images.")

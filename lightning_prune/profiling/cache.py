@@ -1,10 +1,11 @@
-"""The cache of latency profiles on disk."""
+"""Latency profiles on disk: a profile is measured once and then found under everything that it depends on."""
 
 import hashlib
 import json
 import os
+import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,28 +17,30 @@ from lightning_prune._utils.files import read_document, write_document
 from lightning_prune.errors import FileFormatError
 from lightning_prune.patching import find_vision_transformer
 from lightning_prune.patching.schedule_forms import reducing_block
-from lightning_prune.profiling.environment import profile_dependencies, readable
+from lightning_prune.profiling.environment import profile_dependencies, unknown_conditions
 from lightning_prune.profiling.latency_profile import LatencyProfile
-from lightning_prune.profiling.measurement import Protocol, check_measurable, profile_latency
+from lightning_prune.profiling.measurement import ProfilingMode, check_measurable, profile_latency
 from lightning_prune.reduction import Reduction
 
-_FORMAT, _VERSION = "lightning_prune.stored_profile", 1
-_FOLDER = "LIGHTNING_PRUNE_CACHE"  # the environment variable that names another folder than the user's cache
-_TOLD = ("device", "device_type", "threads", "batch_size", "image_shape", "precision", "compiled", "model")
+_FORMAT, _VERSION = "lightning_prune.stored_profile", 2
+_FOLDER_VARIABLE = "LIGHTNING_PRUNE_CACHE"
+# Conditions that the profile itself names, too; they must be those of its key.
+_REPEATED = ("device", "device_type", "threads", "batch_size", "image_shape", "precision", "compiled", "model")
 
 
 class ProfileStore:
-    """A folder of profiles, one file for each set of things that latency depends on.
+    """A folder of latency profiles, one file for each set of conditions.
 
-    These are what `profile_dependencies` says: the device and its threads, the structure of the model (not its
-    weights), the images, batch, precision and how the model is compiled, the method with its settings and block, the
-    protocol, the switches of torch, and the versions of torch, this package and those that the model is from. An entry
-    that was measured under anything else, or that is damaged, is passed over with a warning. Entries appear whole or
-    not at all, so several processes may use one folder.
+    The conditions are those of `profile_dependencies`: device and threads; structure of the model (not its weights);
+    images, batch, precision and runtime; method with its settings and block; protocol; kernel settings of torch;
+    versions of torch, of this package and of the packages of the model. An entry that is damaged, or was measured under
+    other conditions, is skipped with a warning. Entries are written whole or not at all, so several processes can share
+    a folder.
 
     Args:
-        folder: Where; if None, what the environment variable LIGHTNING_PRUNE_CACHE says, else `lightning_prune` in the
-            user's cache folder (`~/.cache` on Linux, `~/Library/Caches` on macOS). A leading `~` is the user's home.
+        folder: The folder; a leading `~` is the user's home. None takes the environment variable LIGHTNING_PRUNE_CACHE
+            or else the user's cache folder (`~/.cache/lightning_prune` on Linux, `~/Library/Caches/lightning_prune` on
+            macOS).
 
     Example:
         >>> import tempfile
@@ -50,51 +53,52 @@ class ProfileStore:
     def __init__(self, folder: str | Path | None = None) -> None:
         self.folder = Path(folder).expanduser() if folder is not None else _default_folder()
 
-    def get(self, dependencies: Mapping[str, Any], seconds: float | None = None) -> LatencyProfile | None:
-        """The profile that was measured under exactly these conditions, or None.
+    def get(self, dependencies: Mapping[str, Any], time_limit: float | None = None) -> LatencyProfile | None:
+        """Returns the profile that was measured under exactly these conditions, or None.
 
         Args:
-            dependencies: As `profile_dependencies` gives them.
-            seconds: The time limit that a profile would be measured with now; one that was given less, and was not
-                settled when that was up, is passed over.
+            dependencies: As `profile_dependencies` returns them.
+            time_limit: Seconds that a new measurement would have. A kept profile that had less, and had not converged,
+                is skipped.
         """
         path = self._path(dependencies)
-        if not readable(dependencies) or not path.exists():
+        if unknown_conditions(dependencies) or not path.exists():
             return None
         try:
-            entry = _read(path, dependencies)
+            entry = _read_entry(path, dependencies)
         except FileFormatError as error:
-            warnings.warn(f"A stored profile is passed over, measured again and replaced: {error}", stacklevel=2)
+            warnings.warn(f"A kept profile is skipped and will be measured again and replaced: {error}", stacklevel=2)
             return None
-        return entry.profile if _suffices(entry, seconds) else None
+        return entry.profile if _suffices(entry, time_limit) else None
 
     def put(
-        self, dependencies: Mapping[str, Any], profile: LatencyProfile, seconds: float | None = None
+        self, dependencies: Mapping[str, Any], profile: LatencyProfile, time_limit: float | None = None
     ) -> Path | None:
-        """Keeps a profile, in place of one that is not better.
+        """Keeps a profile, unless a better one is there.
 
-        A profile that is settled is better than one that is not, and of two that are not the one that was given more
-        time; None is less than any. Where the better one stays, or the folder cannot be written to, a warning says so.
+        A converged profile is better than one that is not; of two that are not, the one with the longer time limit is
+        better, and None is the shortest. Where the better one stays, or the folder cannot be written, a warning says
+        so.
 
         Args:
-            dependencies: What it was measured under.
+            dependencies: The conditions of the measurement.
             profile: What was measured.
-            seconds: The time limit that it was given, None for none.
+            time_limit: Seconds that the measurement had, None without a limit.
 
         Returns:
             The file; None where nothing was written.
         """
-        if not readable(dependencies):
+        if unknown_conditions(dependencies):
             return None
         path = self._path(dependencies)
         try:
-            there = _read(path, dependencies) if path.exists() else None
+            present = _read_entry(path, dependencies) if path.exists() else None
         except FileFormatError:
-            there = None
-        if there is not None and _rank(there) > _rank(_Entry(profile, seconds)):
+            present = None
+        if present is not None and _rank(present) > _rank(_Entry(profile, time_limit)):
             warnings.warn(
-                f"The profile in {path} says more (max_seconds={there.seconds}) than the new one "
-                f"(max_seconds={seconds}), and stays; give as much time, or delete the file, to replace it.",
+                f"The profile in {path} (time_limit={present.time_limit}) is better than the new one "
+                f"(time_limit={time_limit}) and is kept. Use a longer time limit or delete the file to replace it.",
                 stacklevel=2,
             )
             return None
@@ -102,14 +106,15 @@ class ProfileStore:
             "format": _FORMAT,
             "version": _VERSION,
             "dependencies": _plain(dependencies),
-            "time_limit": seconds,
+            "time_limit": time_limit,
             "measured": datetime.now().astimezone().isoformat(timespec="seconds"),
             "profile": profile.to_dict(),
         }
         try:
             return write_document(path, document)
         except OSError as error:
-            warnings.warn(f"The profile could not be kept in {self.folder}: {error.strerror or error}", stacklevel=2)
+            reason = error.strerror or error
+            warnings.warn(f"The profile cannot be written to {self.folder}: {reason}", stacklevel=2)
             return None
 
     def _path(self, dependencies: Mapping[str, Any]) -> Path:
@@ -118,65 +123,65 @@ class ProfileStore:
 
 
 class _Entry(NamedTuple):
-    """A profile, and the time limit that it was measured with."""
+    """A profile and the time limit that it was measured with."""
 
     profile: LatencyProfile
-    seconds: float | None
+    time_limit: float | None
 
 
-def _suffices(entry: _Entry, seconds: float | None) -> bool:
-    """Whether measuring anew with a time limit would not say more; without one, other counts are measured."""
-    if entry.seconds is None or seconds is None:
-        return entry.seconds is seconds
-    return entry.profile.converged or entry.seconds >= seconds
+def _suffices(entry: _Entry, time_limit: float | None) -> bool:
+    """Whether a new measurement would not improve an entry; without a time limit, other counts are measured."""
+    if entry.time_limit is None or time_limit is None:
+        return entry.time_limit is time_limit
+    return entry.profile.converged or entry.time_limit >= time_limit
 
 
 def _rank(entry: _Entry) -> tuple[bool, float]:
-    return (True, 0.0) if entry.profile.converged else (False, -1.0 if entry.seconds is None else entry.seconds)
+    return (True, 0.0) if entry.profile.converged else (False, -1.0 if entry.time_limit is None else entry.time_limit)
 
 
-def _read(path: Path, dependencies: Mapping[str, Any]) -> _Entry:
-    """An entry, of these dependencies.
+def _read_entry(path: Path, dependencies: Mapping[str, Any]) -> _Entry:
+    """Reads an entry and checks that it is of these conditions.
 
     Raises:
         FileFormatError: If it is damaged, or its profile is of other conditions; names the file.
     """
     document = read_document(path, _FORMAT, _VERSION)
-    seconds, told = document.get("time_limit"), document.get("profile")
+    time_limit = document.get("time_limit")
+    values = document.get("profile")
     if document.get("dependencies") != _plain(dependencies):
         raise FileFormatError(f"{path} was measured under other conditions than its name says.")
-    if seconds is not None and (isinstance(seconds, bool) or not isinstance(seconds, int | float)):
-        raise FileFormatError(f"{path} must hold a number of seconds or none as `time_limit`, got {seconds!r}.")
-    if not isinstance(told, dict):
+    if time_limit is not None and (isinstance(time_limit, bool) or not isinstance(time_limit, int | float)):
+        raise FileFormatError(f"`time_limit` in {path} must be a number or null, got {time_limit!r}.")
+    if not isinstance(values, dict):
         raise FileFormatError(f"{path} holds no profile.")
     try:
-        profile = LatencyProfile.from_dict(told)
+        profile = LatencyProfile.from_dict(values)
     except FileFormatError as error:
         raise FileFormatError(f"{path} holds no usable profile: {error}") from error
-    _check_origin(path, profile, dependencies)
-    return _Entry(profile, seconds)
+    _check_conditions(path, profile, dependencies)
+    return _Entry(profile, time_limit)
 
 
-def _check_origin(path: Path, profile: LatencyProfile, dependencies: Mapping[str, Any]) -> None:
-    origin = {**profile.context, "depth": profile.depth, "protocol": profile.protocol}
-    own: tuple[str, ...] = ("depth", "protocol")
-    if profile.protocol == "deployed":  # the paper's drops random tokens, whatever the method
-        origin |= {"method": profile.method, "block": profile.block}
-        own = (*own, "method", "block")
-    for key in (*_TOLD, *own):
-        if key in dependencies and origin.get(key) != dependencies[key]:
+def _check_conditions(path: Path, profile: LatencyProfile, dependencies: Mapping[str, Any]) -> None:
+    own = {"depth": profile.depth, "protocol": profile.protocol}
+    if profile.protocol == "deployed":  # the paper's protocol drops random tokens, whatever the method
+        own |= {"method": profile.method, "block": profile.block}
+    conditions = {**profile.context, **own}
+    for key in (*_REPEATED, *own):
+        if key in dependencies and conditions.get(key) != dependencies[key]:
             raise FileFormatError(
-                f"{path} holds a profile of another {key}: {origin.get(key)!r} instead of {dependencies[key]!r}."
+                f"{path} holds a profile of another {key}: {conditions.get(key)!r} instead of {dependencies[key]!r}."
             )
 
 
 def _default_folder() -> Path:
-    named = os.environ.get(_FOLDER)
+    named = os.environ.get(_FOLDER_VARIABLE)
     return Path(named).expanduser() if named else user_cache_path("lightning_prune", appauthor=False)
 
 
 def _plain(dependencies: Mapping[str, Any]) -> dict[str, Any]:
-    """As they come back from a file."""
+    """The conditions as they come back from a file."""
     plain: dict[str, Any] = json.loads(json.dumps(dict(dependencies)))
     return plain
 
@@ -185,8 +190,8 @@ class CachedProfile(NamedTuple):
     """A profile and where it is from.
 
     Attributes:
-        profile: The latency curve.
-        reused: Whether it was measured before, and only read now.
+        profile: The latency profile.
+        reused: Whether it was read from the store and not measured.
     """
 
     profile: LatencyProfile
@@ -200,42 +205,49 @@ def get_or_profile(
     *,
     method: Reduction,
     block: int | float = 0.25,
-    protocol: Protocol = "deployed",
+    protocol: ProfilingMode = "deployed",
     time_limit: float | None = 30.0,
-    refresh: bool = False,
-    target: str | None = None,
-    progress: bool = True,
+    module_path: str | None = None,
+    verbose: bool = True,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> CachedProfile:
-    """As `lightning_prune.profile_latency`, unless the store holds a profile of just this; a new one is put there.
+    """Returns the kept profile of exactly these conditions, or measures one and keeps it.
 
-    A profile that is too noisy to tell whether anything is gained is not kept: the machine was busy.
+    Inconclusive profiles are not kept, as the machine was busy. Nor are profiles of a model with an unknown condition,
+    such as one that the user compiled; a warning says so.
 
     Args:
         model: Any module that contains one Vision Transformer.
-        example_inputs: As `profile_latency` takes it.
-        store: Where profiles are kept; None measures.
-        method: The reduction.
-        block: As `profile_latency` takes it.
-        protocol: As `profile_latency` takes it.
-        time_limit: Time limit of measuring; a stored profile that was given less is not reused, unless it was settled
-            before its time was up.
-        refresh: Measures anew, and replaces what is stored unless that says more.
-        target: Dotted path of the transformer in `model`.
-        progress: Shows a bar on a terminal.
+        example_inputs: (B, C, H, W) images; see `lightning_prune.profile_latency`.
+        store: Where profiles are kept; None measures and keeps nothing.
+        method: As in `profile_latency`.
+        block: As in `profile_latency`.
+        protocol: As in `profile_latency`.
+        time_limit: Seconds for measuring. A kept profile that had less is not reused, unless it converged.
+        module_path: Dotted path of the transformer in `model`.
+        verbose: Shows a progress bar on a terminal.
+        clock: Returns seconds.
 
     Raises:
-        ArgumentError: As `profile_latency`, also where a profile is stored.
+        ArgumentError: As `profile_latency`, also where a profile is kept.
         UnsupportedModelError: As `lightning_prune.patch`.
     """
-    transformer = find_vision_transformer(model, target)
+    transformer = find_vision_transformer(model, module_path)
     check_measurable(transformer, example_inputs, time_limit, protocol)
     dependencies = None
     if store is not None:
         index = reducing_block(method, block, transformer)
         dependencies = profile_dependencies(transformer, example_inputs, method, index, protocol)
-        stored = None if refresh else store.get(dependencies, time_limit)
-        if stored is not None:
-            return CachedProfile(stored, reused=True)
+        kept = store.get(dependencies, time_limit)
+        if kept is not None:
+            return CachedProfile(kept, reused=True)
+        unknown = unknown_conditions(dependencies)
+        if unknown:
+            warnings.warn(
+                f"The latency profile is measured every time and not kept: {', '.join(unknown)} cannot be compared "
+                "with those of another run.",
+                stacklevel=2,
+            )
     profile = profile_latency(
         model,
         example_inputs,
@@ -243,8 +255,9 @@ def get_or_profile(
         block=block,
         protocol=protocol,
         time_limit=time_limit,
-        target=target,
-        progress=progress,
+        module_path=module_path,
+        verbose=verbose,
+        clock=clock,
     )
     if store is not None and dependencies is not None and not profile.is_inconclusive:
         store.put(dependencies, profile, time_limit)

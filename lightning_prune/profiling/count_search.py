@@ -1,4 +1,4 @@
-"""Searching for the token counts at which latency has its cliffs, in few runs."""
+"""Chooses the token counts to measure: a coarse grid, then the cliffs, until all are precise or the time is up."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,129 +11,81 @@ from lightning_prune._utils.progress import OnStep
 from lightning_prune.profiling.interleaved_timer import InterleavedTimer
 from lightning_prune.profiling.latency_profile import CountStep, LatencyProfile
 
-_DECIDED = 31  # rounds after which a step that may hide a cliff is looked into
-_ENOUGH = 63  # rounds of a count, after which it is taken as it is
-_MOST = 40  # counts, refinement included
-_AT_ONCE = 4  # steps that are refined before the next look at all of them
-_PRECISION = 0.007  # of the dense latency: standard error at which a count is known well enough
-_SOUGHT = 0.042  # of the dense latency: what a token must save to be looked for, with room for cliffs of 5%
-_SURE = 2.0  # standard errors
 
-
-@dataclass
-class CliffSearch:
-    """Where to look for cliffs next.
+@dataclass(frozen=True)
+class _Grid:
+    """The coarse grid and its rounds.
 
     Attributes:
-        grid: The coarse grid, which lies where tiles may end.
-        open: Whether there is anything left to look for.
-        cut: Whether there was, but no time.
-        lucky: Looks just above a count of the grid that were right, less those that were not.
-        looked: Counts of the grid that were looked above, and of which it is not known yet.
+        rounds: Rounds over the grid; the median of fewer is easily moved by one load spike.
+        extra_rounds: Rounds added at a time afterwards.
+        min_counts: Smallest size of the grid, about.
+        max_counts: Largest size of the grid, about.
+        required_counts: Counts besides dense that are measured even after the deadline.
+        required_rounds: Rounds over the grid that are completed even after the deadline; fewer do not show the noise.
+        unlimited_rounds: Rounds where there is no time limit.
+        min_tokens_of_dense: Smallest count, as a share of the tokens; fewer are of no use in a model.
+        pruned_run_of_dense: Assumed mean latency over the grid, as a share of the dense latency.
+        share_of_time: Share of the time limit that the grid may take.
     """
 
-    grid: frozenset[int]
-    open: bool
-    cut: bool = False
-    lucky: int = 0
-    looked: set[int] = field(default_factory=set)
-
-    def next(self, profile: LatencyProfile, affordable: int) -> list[int]:
-        """Counts to measure: none when every step is known to hide no cliff, or nothing more may be measured.
-
-        Args:
-            profile: What is known.
-            affordable: For how many more counts there is time.
-        """
-        if not self.open:
-            return []
-        for below in sorted(self.looked):
-            self._judge(profile, below)
-        wide = [step for step in profile.steps() if step.above - step.below > 1]
-        hiding = [step for step in wide if hides(profile, step) is not False]
-        room = min(_AT_ONCE, _MOST - len(profile.tokens), affordable)
-        self.cut = bool(hiding) and affordable < 1
-        self.open = bool(hiding) and room > 0
-        largest = sorted(hiding, key=lambda step: step.saved, reverse=True)[: max(room, 0)]
-        return [self._within(step) for step in largest if hides(profile, step)]
-
-    def _within(self, step: CountStep) -> int:
-        """The middle, or just above the lower end where cliffs were found to be there."""
-        unproven = self.lucky < 0 or (self.lucky == 0 and bool(self.looked))
-        if unproven or not {step.above, step.below} <= self.grid:
-            return (step.above + step.below) // 2
-        self.looked.add(step.below)
-        return step.below + 1
-
-    def _judge(self, profile: LatencyProfile, below: int) -> None:
-        """Whether the token just above `below` has most of what the step that it was part of saved."""
-        step = next(s for s in profile.steps() if s.below == below)
-        if step.above == below + 1:
-            self.lucky += 1 if step.saved > _SOUGHT * profile.dense_ms else -1
-            self.looked.discard(below)
+    rounds: int = 7
+    extra_rounds: int = 4
+    min_counts: int = 5
+    max_counts: int = 20
+    required_counts: int = 3
+    required_rounds: int = 3
+    unlimited_rounds: int = 20
+    min_tokens_of_dense: float = 0.1
+    pruned_run_of_dense: float = 0.67
+    share_of_time: float = 0.5
 
 
-def hides(profile: LatencyProfile, step: CountStep) -> bool | None:
-    """Whether a step saves enough to hide a cliff, as all that it saves may be saved by one token; None: not known.
+@dataclass(frozen=True)
+class _Cliffs:
+    """The search for cliffs. Shares are of the dense latency.
 
-    After many rounds one that may is taken for one that does: a count too many costs less than a cliff too few.
+    Attributes:
+        decisive_rounds: Rounds after which a step that may hide a cliff is refined.
+        max_rounds: Rounds of a count after which it is not measured again.
+        max_counts: Number of counts, refined ones included.
+        steps_at_once: Steps that are refined before all of them are looked at again.
+        precision: Standard error at which a count is precise enough.
+        min_drop: Drop at a single token that is searched for; below 5% to leave room for noise.
+        confidence_sigmas: Standard errors by which a step must save less than `min_drop` to hide no cliff.
+        undecided_noise_of_drop: Noise of a single-token step, as a share of `min_drop`, below which it needs no
+            more rounds.
+        refinement_of_time: Share of the time limit that must be left to measure another count.
     """
-    beyond, noise = step.saved - _SOUGHT * profile.dense_ms, profile.noise(step)
-    known = min(_rounds(profile, step)) >= _DECIDED
-    if beyond < -_SURE * noise:
-        return False
-    return True if known or beyond > noise else None
+
+    decisive_rounds: int = 31
+    max_rounds: int = 63
+    max_counts: int = 40
+    steps_at_once: int = 4
+    precision: float = 0.007
+    min_drop: float = 0.042
+    confidence_sigmas: float = 2.0
+    undecided_noise_of_drop: float = 0.3
+    refinement_of_time: float = 0.2
 
 
-def _rounds(profile: LatencyProfile, step: CountStep) -> tuple[int, int]:
-    """Measurements behind the two ends of a step."""
-    return profile.rounds[profile.tokens.index(step.above)], profile.rounds[profile.tokens.index(step.below)]
+_GRID, _CLIFFS = _Grid(), _Cliffs()
+
+BuildProfile = Callable[[InterleavedTimer[int], Sequence[int]], LatencyProfile]
 
 
-def unsure(profile: LatencyProfile) -> list[int]:
-    """Counts that more rounds are to be spent on: those that are not precise, and the ends of undecided steps."""
-    found = {count for count in profile.tokens if profile.error(count) > _PRECISION * profile.dense_ms}
-    cliffs = profile.cliffs()
-    for step in profile.steps():
-        if step in cliffs and min(_rounds(profile, step)) < _DECIDED:
-            undecided = True  # a verdict that a few lucky rounds may have made
-        elif step.above - step.below > 1:
-            undecided = hides(profile, step) is None
-        else:  # is it a cliff?
-            sure = profile.significance * profile.noise(step)
-            undecided = sure > 0.3 * _SOUGHT * profile.dense_ms and abs(profile.excess(step) - sure) < sure
-        if undecided:
-            found |= {step.above, step.below}
-    return sorted(c for c in found if profile.rounds[profile.tokens.index(c)] < _ENOUGH)
+def profile_builder(method: str, block: int, depth: int, protocol: str) -> BuildProfile:
+    """Returns a function that makes a profile of what was measured so far."""
 
-
-def around(tokens: Sequence[int], count: int) -> list[int]:
-    """The measured neighbours of a count that is not measured yet."""
-    place = int(np.searchsorted(tokens, count))
-    return list(tokens[max(place - 1, 0) : place + 1])
-
-
-_ROUNDS = 7  # of the coarse grid; a median of fewer is at the mercy of one load spike
-_MORE = 4  # rounds that are added at a time
-_POINTS = (5, 20)  # fewest and most counts of the coarse grid, about
-_LEAST = 3  # counts besides dense that are measured, however long that takes
-_NEEDED = 3  # rounds over the coarse grid, however long they take: fewer say nothing of the noise
-
-Build = Callable[[InterleavedTimer[int], Sequence[int]], LatencyProfile]
-
-
-def profile_builder(method: str, block: int, depth: int, protocol: str) -> Build:
-    """Makes profiles out of what was measured so far."""
-
-    def build(race: InterleavedTimer[int], measured: Sequence[int]) -> LatencyProfile:
+    def build(timer: InterleavedTimer[int], measured: Sequence[int]) -> LatencyProfile:
         tokens = sorted(measured)
-        levels = race.levels()
-        timings = [levels[count] for count in tokens]
+        levels = timer.levels()
+        stats = [levels[count] for count in tokens]
         return LatencyProfile(
             tokens=tuple(tokens),
-            milliseconds=tuple(t.milliseconds for t in timings),
-            spread=tuple(t.spread for t in timings),
-            rounds=tuple(t.rounds for t in timings),
+            milliseconds=tuple(s.milliseconds for s in stats),
+            spread=tuple(s.spread for s in stats),
+            rounds=tuple(s.rounds for s in stats),
             method=method,
             block=block,
             depth=depth,
@@ -143,110 +95,211 @@ def profile_builder(method: str, block: int, depth: int, protocol: str) -> Build
     return build
 
 
-def explore(
-    race: InterleavedTimer[int],
-    build: Build,
+def search_counts(
+    timer: InterleavedTimer[int],
+    build: BuildProfile,
     counts: Sequence[int] | None,
     lowest: int,
-    n: int,
+    dense_tokens: int,
     time_limit: float | None,
-    tick: OnStep,
-    batch: int = 1,
+    on_step: OnStep,
+    batch_size: int = 1,
 ) -> LatencyProfile:
-    """Coarse grid, then cliffs, then rounds until the figures are precise or the time is up.
+    """Measures a coarse grid, then cliffs, then more rounds until the figures are precise or the time is up.
 
     Args:
-        race: Measures a token count; its clock is the one that the time limit is on.
+        timer: Measures a token count; the time limit is on its clock.
         build: Makes a profile of the counts measured so far.
-        counts: What to measure instead of a grid, or None.
-        lowest: The smallest possible count.
-        n: Dense.
-        time_limit: Time limit, or None for 20 rounds. Some rounds over `counts`, or over a few of the grid, are
-            completed all the same.
-        tick: Called after every run.
-        batch: Images, which says where the tiles of the hardware may end.
+        counts: Counts to measure instead of a grid, or None.
+        lowest: Smallest possible count.
+        dense_tokens: N.
+        time_limit: Seconds, or None for 20 rounds. A few rounds over `counts`, or over a few counts of the grid, are
+            completed even after the limit.
+        on_step: Called after every run.
+        batch_size: Decides where the tiles of the hardware may end.
     """
-    start = race.clock()
-    limit = start + time_limit if time_limit is not None else float("inf")
-    race.measure([], 2, start + 0.05 * time_limit if time_limit is not None else limit, tick)
-    dense = race.result(n).milliseconds / 1e3
-    grid = sorted({*counts, n}) if counts is not None else coarse_grid(lowest, n, _affordable(dense, time_limit), batch)
+    start = timer.clock()
+    deadline = start + time_limit if time_limit is not None else float("inf")
+    timer.measure([], 2, start + 0.05 * time_limit if time_limit is not None else deadline, on_step)
+    dense_seconds = timer.result(dense_tokens).milliseconds / 1e3
+    if counts is not None:
+        grid = sorted({*counts, dense_tokens})
+    else:
+        grid = coarse_grid(lowest, dense_tokens, _affordable_grid(dense_seconds, time_limit), batch_size)
     if time_limit is None:
-        race.measure(grid, 20, progress=tick)
-        return build(race, grid)
-    whole = counts is not None or grid == coarse_grid(lowest, n, _POINTS[1], batch)
+        timer.measure(grid, _GRID.unlimited_rounds, on_step=on_step)
+        return build(timer, grid)
+    complete = counts is not None or grid == coarse_grid(lowest, dense_tokens, _GRID.max_counts, batch_size)
     if counts is None:
-        planned, grid = grid, _warmed(race, grid, n, limit, tick)
-        whole = whole and grid == planned
-    race.measure(grid, _ROUNDS, limit, tick, least=_NEEDED)
-    profile = build(race, grid)
-    refining = CliffSearch(frozenset(grid), open=counts is None)
-    first_run = median(race.warm(count) for count in grid)
-    while race.clock() < limit:
-        left = limit - race.clock()
-        # A new count is run once, and then in rounds beside its two neighbours.
-        affordable = int((left - dense) / (first_run + 3 * dense)) if left > 0.2 * time_limit else 0
-        inside = refining.next(profile, affordable)
-        wanting = [count for count in unsure(profile) if count not in inside]
-        if inside:
-            # Beside its neighbours, so that what they differ by is free of all that changes from round to round.
-            beside = {count for new in inside for count in around(profile.tokens, new)}
-            grid = sorted({*grid, *inside})
-            race.measure(sorted({*inside, *beside}), _ROUNDS, limit, tick)
-        elif not wanting:
-            return replace(profile, converged=whole and not refining.cut)
-        elif not race.measure(wanting, _MORE, limit, tick):
+        planned, grid = grid, _warmed_up(timer, grid, dense_tokens, deadline, on_step)
+        complete = complete and grid == planned
+    timer.measure(grid, _GRID.rounds, deadline, on_step, min_rounds=_GRID.required_rounds)
+    profile = build(timer, grid)
+    search = CliffSearch(frozenset(grid), open=counts is None)
+    first_run = median(timer.warm_up(count) for count in grid)
+    while timer.clock() < deadline:
+        left = deadline - timer.clock()
+        # A new count is run once, and then in rounds together with its two neighbours.
+        may_refine = left > _CLIFFS.refinement_of_time * time_limit
+        affordable = int((left - dense_seconds) / (first_run + 3 * dense_seconds)) if may_refine else 0
+        new = search.next_counts(profile, affordable)
+        imprecise = [count for count in imprecise_counts(profile) if count not in new]
+        if new:
+            # Together with the neighbours, so that their difference is free of what changes between rounds.
+            adjacent = {neighbour for count in new for neighbour in neighbours(profile.tokens, count)}
+            grid = sorted({*grid, *new})
+            timer.measure(sorted({*new, *adjacent}), _GRID.rounds, deadline, on_step)
+        elif not imprecise:
+            return replace(profile, converged=complete and not search.truncated)
+        elif not timer.measure(imprecise, _GRID.extra_rounds, deadline, on_step):
             break
-        profile = build(race, grid)
+        profile = build(timer, grid)
     return profile
 
 
-def _warmed(race: InterleavedTimer[int], grid: Sequence[int], n: int, limit: float, tick: OnStep) -> list[int]:
-    """The counts of the grid, run once; only some, evenly spread, where there is no time for some rounds over all.
+def _warmed_up(
+    timer: InterleavedTimer[int], grid: Sequence[int], dense_tokens: int, deadline: float, on_step: OnStep
+) -> list[int]:
+    """Warms up the counts of the grid and returns them; only some, evenly spread, if time is too short for rounds.
 
-    Of a model that is compiled for each count a first run takes seconds, and any run of a large model may.
+    The first run of a model that is compiled for each count takes seconds, and so may any run of a large model.
     """
-    dense = race.result(n).milliseconds / 1e3
-    chosen, rest = [n], set(grid) - {n}
+    dense_seconds = timer.result(dense_tokens).milliseconds / 1e3
+    chosen, rest = [dense_tokens], set(grid) - {dense_tokens}
     while rest:
-        needed = race.warm(chosen[-1]) + _NEEDED * (len(chosen) + 1) * dense
-        if len(chosen) > _LEAST and race.clock() + needed > limit:
+        needed = timer.warm_up(chosen[-1]) + _GRID.required_rounds * (len(chosen) + 1) * dense_seconds
+        if len(chosen) > _GRID.required_counts and timer.clock() + needed > deadline:
             break
-        count = max(sorted(rest), key=lambda each: min(abs(each - other) for other in chosen))
-        race.warm(count)
-        tick()
+        count = max(sorted(rest), key=lambda candidate: min(abs(candidate - other) for other in chosen))
+        timer.warm_up(count)
+        on_step()
         chosen.append(count)
         rest.remove(count)
     return sorted(chosen)
 
 
-def coarse_grid(lowest: int, n: int, points: int, batch: int) -> list[int]:
-    """Evenly spread counts from dense down to a tenth of the tokens: below, no model is worth having.
+def coarse_grid(lowest: int, dense_tokens: int, points: int, batch_size: int) -> list[int]:
+    """Evenly spread counts from dense down to a tenth of the tokens.
 
-    They lie where rows of the batch end a tile if tiles are powers of two: a cliff is then just above a count of the
-    grid, where it is looked for first.
+    The counts lie where the rows of the batch fill a tile, if the tile size is a power of two: a cliff is then just
+    above a count of the grid, where the search looks first.
 
     Args:
-        lowest: The smallest possible count.
-        n: Dense.
-        points: About how many.
-        batch: Images.
+        lowest: Smallest possible count.
+        dense_tokens: N.
+        points: Approximate number of counts.
+        batch_size: Images in a batch.
 
     Example:
         >>> from lightning_prune.profiling.count_search import coarse_grid
-        >>> coarse_grid(lowest=3, n=197, points=6, batch=1)
+        >>> coarse_grid(lowest=3, dense_tokens=197, points=6, batch_size=1)
         [32, 64, 96, 128, 160, 192, 196, 197]
     """
-    lowest = min(max(lowest, ceil(n / 10)), n)
-    rows = 2 ** round(np.log2(max(batch * (n - lowest) / points, 1)))
-    aligned = (rows * tile // batch for tile in range(batch * n // rows + 1))
-    first = max(n - 1, lowest)  # what a cut costs by itself, which the step from dense would hide
-    return sorted({n, first, *(count for count in aligned if lowest <= count <= n)})
+    lowest = min(max(lowest, ceil(dense_tokens * _GRID.min_tokens_of_dense)), dense_tokens)
+    rows = 2 ** round(np.log2(max(batch_size * (dense_tokens - lowest) / points, 1)))
+    aligned = (rows * tile // batch_size for tile in range(batch_size * dense_tokens // rows + 1))
+    first = max(dense_tokens - 1, lowest)  # the overhead of a cut, which a wide step from dense would hide
+    return sorted({dense_tokens, first, *(count for count in aligned if lowest <= count <= dense_tokens)})
 
 
-def _affordable(dense_seconds: float, time_limit: float | None) -> int:
-    """Counts of the coarse grid, so that its rounds fill about half of the time; a pruned run takes 2/3 of a dense."""
-    fewest, most = _POINTS
+def _affordable_grid(dense_seconds: float, time_limit: float | None) -> int:
+    """Number of counts of the coarse grid for which its rounds take about half of the time."""
     if time_limit is None:
-        return most
-    return max(fewest, min(most, int(0.5 * time_limit / (0.67 * dense_seconds * (_ROUNDS + 1)))))
+        return _GRID.max_counts
+    run = _GRID.pruned_run_of_dense * dense_seconds
+    affordable = int(_GRID.share_of_time * time_limit / (run * (_GRID.rounds + 1)))
+    return max(_GRID.min_counts, min(_GRID.max_counts, affordable))
+
+
+@dataclass
+class CliffSearch:
+    """Decides which token counts to measure next, so that no step hides a cliff.
+
+    Attributes:
+        grid: The coarse grid, which lies where tiles may end.
+        open: Whether there is anything left to search.
+        truncated: Whether the search ended for lack of time.
+        hit_balance: Cliffs found just above a count of the grid, minus the misses there.
+        pending: Counts of the grid above which a count was measured and is not judged yet.
+    """
+
+    grid: frozenset[int]
+    open: bool
+    truncated: bool = False
+    hit_balance: int = 0
+    pending: set[int] = field(default_factory=set)
+
+    def next_counts(self, profile: LatencyProfile, affordable: int) -> list[int]:
+        """Counts to measure; none where no step hides a cliff or nothing more may be measured.
+
+        Args:
+            profile: What was measured so far.
+            affordable: Number of counts that there is time for.
+        """
+        if not self.open:
+            return []
+        for below in sorted(self.pending):
+            self._judge(profile, below)
+        wide = [step for step in profile.steps() if step.above - step.below > 1]
+        hiding = [step for step in wide if hides_cliff(profile, step) is not False]
+        room = min(_CLIFFS.steps_at_once, _CLIFFS.max_counts - len(profile.tokens), affordable)
+        self.truncated = bool(hiding) and affordable < 1
+        self.open = bool(hiding) and room > 0
+        largest = sorted(hiding, key=lambda step: step.saved, reverse=True)[: max(room, 0)]
+        return [self._count_within(step) for step in largest if hides_cliff(profile, step)]
+
+    def _count_within(self, step: CountStep) -> int:
+        """The middle of a step, or just above its lower end where cliffs were found there."""
+        unproven = self.hit_balance < 0 or (self.hit_balance == 0 and bool(self.pending))
+        if unproven or not {step.above, step.below} <= self.grid:
+            return (step.above + step.below) // 2
+        self.pending.add(step.below)
+        return step.below + 1
+
+    def _judge(self, profile: LatencyProfile, below: int) -> None:
+        """Counts a hit if the token just above `below` has most of the saving of the step that it was part of."""
+        step = next(s for s in profile.steps() if s.below == below)
+        if step.above == below + 1:
+            self.hit_balance += 1 if step.saved > _CLIFFS.min_drop * profile.dense_ms else -1
+            self.pending.discard(below)
+
+
+def hides_cliff(profile: LatencyProfile, step: CountStep) -> bool | None:
+    """Whether a step may hide a cliff, as a single token may make all of its saving; None where noise leaves it open.
+
+    After many rounds an open case counts as True: one count too many costs less than a missed cliff.
+    """
+    excess, noise = step.saved - _CLIFFS.min_drop * profile.dense_ms, profile.step_stderr(step)
+    decisive = min(_rounds(profile, step)) >= _CLIFFS.decisive_rounds
+    if excess < -_CLIFFS.confidence_sigmas * noise:
+        return False
+    return True if decisive or excess > noise else None
+
+
+def _rounds(profile: LatencyProfile, step: CountStep) -> tuple[int, int]:
+    """Number of measurements at the two ends of a step."""
+    return profile.rounds[profile.tokens.index(step.above)], profile.rounds[profile.tokens.index(step.below)]
+
+
+def imprecise_counts(profile: LatencyProfile) -> list[int]:
+    """Counts that need more rounds: those with a large standard error, and the ends of undecided steps."""
+    imprecise = {count for count in profile.tokens if profile.stderr_ms(count) > _CLIFFS.precision * profile.dense_ms}
+    cliffs = profile.cliffs()
+    for step in profile.steps():
+        if step in cliffs and min(_rounds(profile, step)) < _CLIFFS.decisive_rounds:
+            undecided = True  # a few lucky rounds may have made it
+        elif step.above - step.below > 1:
+            undecided = hides_cliff(profile, step) is None
+        else:
+            threshold = profile.significance * profile.step_stderr(step)
+            noisy = threshold > _CLIFFS.undecided_noise_of_drop * _CLIFFS.min_drop * profile.dense_ms
+            undecided = noisy and abs(profile.step_excess(step) - threshold) < threshold
+        if undecided:
+            imprecise |= {step.above, step.below}
+    return sorted(c for c in imprecise if profile.rounds[profile.tokens.index(c)] < _CLIFFS.max_rounds)
+
+
+def neighbours(tokens: Sequence[int], count: int) -> list[int]:
+    """The measured counts next to one that is not measured yet."""
+    place = int(np.searchsorted(tokens, count))
+    return list(tokens[max(place - 1, 0) : place + 1])

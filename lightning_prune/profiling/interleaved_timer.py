@@ -1,8 +1,9 @@
-"""Timing alternatives against each other in one run, so that the drift of the machine cancels."""
+"""Interleaved timing: alternatives are timed against each other in one run, so that the machine's drift cancels."""
 
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from math import sqrt
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -11,21 +12,42 @@ import torch
 from lightning_prune._utils.device import synchronize
 
 K = TypeVar("K")
-_FITTED = 12  # times that the weights are set anew
-_FAR = 1.5  # standard deviations, beyond which a run weighs less
-_LEAST = 1e-3  # relative standard deviation, below which no run is far off
+
+NORMAL_QUARTILE = 0.6745
+"""Half the interquartile range of a standard normal distribution."""
+MEDIAN_STDERR = 1.2533
+"""Standard error of a median of n normal samples, times sqrt(n) and over their standard deviation."""
+
+
+@dataclass(frozen=True)
+class _HuberFit:
+    """Iteratively reweighted least squares with Huber's weights.
+
+    Attributes:
+        iterations: Number of times that the weights are computed.
+        threshold_sigmas: Standard deviations beyond which a run weighs less.
+        min_sigma: Relative standard deviation below which no run counts as an outlier.
+    """
+
+    iterations: int = 12
+    threshold_sigmas: float = 1.5
+    min_sigma: float = 1e-3
+
+
+_FIT = _HuberFit()
 
 
 @dataclass(frozen=True)
 class LatencyStats:
-    """A time and how sure it is.
+    """A measured latency and its uncertainty.
 
     Attributes:
         milliseconds: Median.
-        spread: Half the distance between the quartiles, in milliseconds.
-        ratio: Median of time / reference time *of the same round*: free of drift.
-        ratio_spread: Half the distance between its quartiles.
-        rounds: Measurements behind it.
+        spread: Half the interquartile range, in milliseconds.
+        ratio: Median of latency / reference latency *of the same round*, which is free of drift.
+        ratio_spread: Half the interquartile range of that ratio.
+        rounds: Number of measurements.
+        p90_ms: 90th percentile in milliseconds; None where it is not known.
     """
 
     milliseconds: float
@@ -33,18 +55,38 @@ class LatencyStats:
     ratio: float
     ratio_spread: float
     rounds: int
+    p90_ms: float | None = None
+
+    @property
+    def ratio_stderr(self) -> float:
+        """Standard error of the median ratio, from its quartiles and the number of rounds."""
+        return MEDIAN_STDERR * self.ratio_spread / NORMAL_QUARTILE / sqrt(self.rounds)
 
 
 @dataclass
 class InterleavedTimer(Generic[K]):
-    """Rounds of single timed runs, one of each alternative a round, in an order that is shuffled anew each time.
+    """Times alternatives in rounds: every round runs each of them once, in a new random order.
 
     Args:
         prepare: Makes an alternative the one that `run` runs; not timed.
         run: One forward pass.
-        device: What to wait for.
+        device: The device to synchronise.
         reference: The alternative that ratios refer to; part of every round.
-        clock: Seconds; replaced in tests.
+        clock: Returns seconds.
+
+    Example:
+        >>> import torch
+        >>> from lightning_prune.profiling import InterleavedTimer
+        >>> now, current = [0.0], ["dense"]
+        >>> def run():
+        ...     now[0] += {"dense": 0.010, "pruned": 0.008}[current[0]]
+        >>> timer = InterleavedTimer(
+        ...     lambda name: current.__setitem__(0, name), run, torch.device("cpu"), "dense", clock=lambda: now[0]
+        ... )
+        >>> timer.measure(["pruned"], rounds=5)
+        5
+        >>> round(timer.result("pruned").ratio, 3)
+        0.8
     """
 
     prepare: Callable[[K], None]
@@ -53,11 +95,11 @@ class InterleavedTimer(Generic[K]):
     reference: K
     clock: Callable[[], float] = time.perf_counter
     _rounds: list[dict[K, float]] = field(default_factory=list)
-    _warmups: dict[K, float] = field(default_factory=dict)
+    _first_runs: dict[K, float] = field(default_factory=dict)
     _shuffle: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
 
     def once(self, alternative: K) -> float:
-        """Seconds of one run, from an idle device to an idle device."""
+        """Runs an alternative once, from an idle device to an idle device, and returns the seconds."""
         self.prepare(alternative)
         torch.clear_autocast_cache()  # under autocast every step of a loop casts the weights, so every run must
         synchronize(self.device)
@@ -66,48 +108,51 @@ class InterleavedTimer(Generic[K]):
         synchronize(self.device)
         return self.clock() - start
 
-    def warm(self, alternative: K) -> float:
-        """Seconds of the first run of an alternative (allocations, kernel choice, compilation), which counts nowhere.
+    def warm_up(self, alternative: K) -> float:
+        """Seconds of the first run of an alternative, which no statistic includes; runs it if that has not happened.
 
-        It is run if it has not been.
+        A first run allocates memory, chooses kernels and compiles.
         """
-        if alternative not in self._warmups:
-            self._warmups[alternative] = self.once(alternative)
-        return self._warmups[alternative]
+        if alternative not in self._first_runs:
+            self._first_runs[alternative] = self.once(alternative)
+        return self._first_runs[alternative]
 
     def measure(
         self,
         alternatives: Iterable[K],
         rounds: int,
         deadline: float = float("inf"),
-        progress: Callable[[], None] = lambda: None,
-        least: int = 1,
+        on_step: Callable[[], None] = lambda: None,
+        min_rounds: int = 1,
     ) -> int:
-        """Adds up to `rounds` rounds over `alternatives` and the reference; returns how many were completed.
+        """Adds up to `rounds` rounds over `alternatives` and the reference, after warming up each of them.
 
-        Every alternative that has not been warmed is, first. A round that the deadline cuts short is dropped, except
-        the first ones over alternatives of which one has no figure yet: there is a figure for all or for none.
+        A round that the deadline interrupts is dropped, except for the first `min_rounds` rounds where an alternative
+        has no measurement yet: afterwards all of them have one.
 
         Args:
-            alternatives: What to measure in these rounds.
-            rounds: How many.
-            deadline: On the clock's scale; checked between runs.
-            progress: Called after every run.
-            least: Rounds that are completed whatever the deadline, where an alternative has no figure yet.
+            alternatives: What to measure.
+            rounds: Number of rounds.
+            deadline: In seconds of `clock`; checked between runs.
+            on_step: Called after every run.
+            min_rounds: Rounds to complete even after the deadline, where an alternative has no measurement yet.
+
+        Returns:
+            The number of completed rounds.
         """
         chosen: Sequence[K] = list(dict.fromkeys([self.reference, *alternatives]))
         for alternative in chosen:
-            if alternative not in self._warmups:
-                self.warm(alternative)
-                progress()
-        least = 0 if all(map(self.has, chosen)) else least
-        for done in range(rounds):
+            if alternative not in self._first_runs:
+                self.warm_up(alternative)
+                on_step()
+        required = 0 if all(map(self.has, chosen)) else min_rounds
+        for completed in range(rounds):
             times: dict[K, float] = {}
             for position in self._shuffle.permutation(len(chosen)):
-                if done >= least and self.clock() > deadline:
-                    return done
+                if completed >= required and self.clock() > deadline:
+                    return completed
                 times[chosen[position]] = self.once(chosen[position])
-                progress()
+                on_step()
             self._rounds.append(times)
         return rounds
 
@@ -116,24 +161,23 @@ class InterleavedTimer(Generic[K]):
         return any(alternative in times for times in self._rounds)
 
     def result(self, alternative: K) -> LatencyStats:
-        """The timing of one alternative over all rounds that it was part of."""
-        together = [times for times in self._rounds if alternative in times]
-        reference = np.array([times[self.reference] for times in together])
-        ratios = np.array([times[alternative] for times in together]) / reference
-        baseline = 1e3 * float(np.median([times[self.reference] for times in self._rounds]))
-        ratio, ratio_spread = _middle(ratios)
-        own = np.array([times[alternative] for times in together])
-        _, spread = _middle(1e3 * own)
-        # The median ratio on the common baseline: alternatives that joined in later rounds stay comparable.
-        return LatencyStats(ratio * baseline, spread, ratio, ratio_spread, len(together))
+        """Statistics of one alternative over all rounds that it was part of."""
+        shared = [times for times in self._rounds if alternative in times]
+        seconds = np.array([times[alternative] for times in shared])
+        ratios = seconds / np.array([times[self.reference] for times in shared])
+        baseline_ms = 1e3 * float(np.median([times[self.reference] for times in self._rounds]))
+        ratio, ratio_spread = _median_and_spread(ratios)
+        _, spread = _median_and_spread(1e3 * seconds)
+        # The median ratio times one common baseline: alternatives that joined in later rounds stay comparable.
+        p90_ms = 1e3 * float(np.percentile(seconds, 90))
+        return LatencyStats(ratio * baseline_ms, spread, ratio, ratio_spread, len(shared), p90_ms)
 
     def levels(self) -> dict[K, LatencyStats]:
-        """The timings of all alternatives at once, free of drift, the reference like the others.
+        """Statistics of all alternatives at once, free of drift; the reference is treated like the others.
 
-        A round slows all its runs by one factor, and an alternative takes its time: logarithms of all times are split
-        into these two by least squares, runs far off weighing less (Huber's weights), so that a load spike moves
-        neither. The ratio of two alternatives is then not as noisy as the reference, which `result` divides by. Rounds
-        of a single run compare nothing and are left out.
+        Model: log(seconds) = (effect of the round) + (effect of the alternative), fitted by least squares with Huber's
+        weights, so that load spikes have little influence. The ratio of two alternatives is then not as noisy as the
+        reference, by which `result` divides. Rounds of a single run compare nothing and are left out.
         """
         compared = [times for times in self._rounds if len(times) > 1]
         if not compared:
@@ -142,47 +186,49 @@ class InterleavedTimer(Generic[K]):
         logs = np.log(np.array([[times.get(name, np.nan) for name in names] for times in compared]))
         known = ~np.isnan(logs)
         logs = np.where(known, logs, 0.0)
-        rounds, columns = _two_way(logs, known)
-        # Each round was fitted to its own few runs, which makes what is left of them too small.
-        size = known.sum(1, keepdims=True)
-        left = (logs - rounds[:, None] - columns) * np.sqrt(size / (size - 1))
-        usual = np.median(rounds)
-        reference = columns[names.index(self.reference)]
-        found: dict[K, LatencyStats] = {}
+        round_effects, effects = _fit_two_way(logs, known)
+        # Each round was fitted to its own few runs, so its residuals are too small by sqrt((n - 1) / n).
+        runs = known.sum(1, keepdims=True)
+        residuals = (logs - round_effects[:, None] - effects) * np.sqrt(runs / (runs - 1))
+        typical_round = np.median(round_effects)
+        reference = effects[names.index(self.reference)]
+        stats: dict[K, LatencyStats] = {}
         for index, name in enumerate(names):
-            _, spread = _middle(left[known[:, index], index])
-            level, ratio = float(np.exp(columns[index] + usual)), float(np.exp(columns[index] - reference))
-            rounds_of = int(known[:, index].sum())
-            found[name] = LatencyStats(1e3 * level, 1e3 * level * spread, ratio, ratio * spread, rounds_of)
-        return found
+            own = residuals[known[:, index], index]
+            _, spread = _median_and_spread(own)
+            ms, ratio = 1e3 * float(np.exp(effects[index] + typical_round)), float(np.exp(effects[index] - reference))
+            p90_ms = ms * float(np.exp(np.percentile(own, 90)))
+            stats[name] = LatencyStats(ms, ms * spread, ratio, ratio * spread, len(own), p90_ms)
+        return stats
 
 
-def _two_way(logs: np.ndarray, known: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """What rounds and what alternatives add to the logarithms, runs that are far off weighing less.
+def _fit_two_way(logs: np.ndarray, known: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Fits log(seconds) = round + alternative by iteratively reweighted least squares.
 
-    Each time the weighted fit is solved exactly, by eliminating the rounds: fitted in turn, the two stop short of the
-    solution where there is so little noise that the weights of all other runs vanish.
+    Each weighted fit is solved exactly, by eliminating the rounds. Fitting rounds and alternatives in turn would stop
+    short of the solution where there is so little noise that the weights of all outliers vanish.
 
     Args:
-        logs: (rounds, alternatives), 0 where there was no run.
-        known: (rounds, alternatives) whether there was one.
+        logs: (rounds, alternatives) logarithms of the seconds; 0 where there was no run.
+        known: (rounds, alternatives) whether there was a run.
 
     Returns:
-        (rounds,) and (alternatives,), the latter adding up to 0.
+        Effects of the rounds (rounds,) and of the alternatives (alternatives,); the latter add up to 0.
     """
     weights = known.astype(float)
-    for _ in range(_FITTED):
+    for _ in range(_FIT.iterations):
         total = weights.sum(1, keepdims=True)
         matrix = np.diag(weights.sum(0)) - weights.T @ (weights / total)
-        wanted = (weights * (logs - (weights * logs).sum(1, keepdims=True) / total)).sum(0)
-        columns = np.linalg.solve(matrix + 1.0, wanted)  # the 1 makes them add up to 0, which the rest leaves open
-        rounds = (weights * (logs - columns)).sum(1) / total[:, 0]
-        left = np.abs(logs - rounds[:, None] - columns)
-        scale = max(float(np.median(left[known])) / 0.6745, _LEAST)
-        weights = known * np.minimum(1.0, _FAR * scale / np.maximum(left, _LEAST))
-    return rounds, columns
+        target = (weights * (logs - (weights * logs).sum(1, keepdims=True) / total)).sum(0)
+        effects = np.linalg.solve(matrix + 1.0, target)  # adding 1 fixes the sum, which the equations leave open, to 0
+        round_effects = (weights * (logs - effects)).sum(1) / total[:, 0]
+        residuals = np.abs(logs - round_effects[:, None] - effects)
+        sigma = max(float(np.median(residuals[known])) / NORMAL_QUARTILE, _FIT.min_sigma)
+        weights = known * np.minimum(1.0, _FIT.threshold_sigmas * sigma / np.maximum(residuals, _FIT.min_sigma))
+    return round_effects, effects
 
 
-def _middle(values: np.ndarray) -> tuple[float, float]:
+def _median_and_spread(values: np.ndarray) -> tuple[float, float]:
+    """The median and half the interquartile range."""
     low, median, high = np.percentile(values, (25, 50, 75))
     return float(median), float(high - low) / 2

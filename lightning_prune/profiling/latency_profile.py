@@ -1,4 +1,4 @@
-"""The latency profile: latency against token count, with its cliffs and plateaus."""
+"""The latency profile: measured latency against token count on one device, with its cliffs and plateaus."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -10,48 +10,38 @@ from typing import Any, NamedTuple
 
 from lightning_prune._utils.files import read_document, write_document
 from lightning_prune.errors import ArgumentError, FileFormatError
-
-
-def check_profile_entries(profile: "LatencyProfile") -> None:
-    """Raises ArgumentError if an entry is impossible, or the columns do not fit together."""
-    lengths = {len(profile.tokens), len(profile.milliseconds), len(profile.spread), len(profile.rounds)}
-    if len(lengths) != 1 or not profile.tokens:
-        raise ArgumentError(f"`tokens` and the measurements must be of one length >= 1, got {sorted(lengths)}.")
-    numbers = (*profile.milliseconds, *profile.spread)
-    whole = (*profile.tokens, *profile.rounds, profile.block, profile.depth)
-    if not all(map(_is_number, numbers)) or not all(_is_number(n) and isinstance(n, int) for n in whole):
-        raise ArgumentError("`milliseconds` and `spread` must be numbers, all else in a profile whole numbers.")
-    if list(profile.tokens) != sorted(set(profile.tokens)) or profile.tokens[0] < 1:
-        raise ArgumentError("`tokens` must be positive and strictly ascending.")
-    if not all(0 < ms < float("inf") for ms in profile.milliseconds):
-        raise ArgumentError("`milliseconds` must be positive and finite.")
-    if not all(0 <= spread < float("inf") for spread in profile.spread):
-        raise ArgumentError(f"`spread` must be finite and >= 0, got {list(profile.spread)}.")
-    if min(profile.rounds) < 1:
-        raise ArgumentError(f"`rounds` must be >= 1, got {min(profile.rounds)}.")
-    for name, fits, expected in (
-        ("method", isinstance(profile.method, str), "a name"),
-        ("protocol", profile.protocol in ("deployed", "paper"), "'deployed' or 'paper'"),
-        ("seconds", _is_number(profile.seconds), "a number"),
-        ("context", isinstance(profile.context, Mapping), "a mapping"),
-        ("settled", isinstance(profile.converged, bool), "true or false"),
-    ):
-        if not fits:
-            raise ArgumentError(f"`{name}` of a profile must be {expected}, got {getattr(profile, name)!r}.")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
+from lightning_prune.profiling.interleaved_timer import MEDIAN_STDERR, NORMAL_QUARTILE
 
 _FORMAT = "lightning_prune.profile"
 _VERSION = 1
-_LOST = 1.3  # of the rounds: by what share of them the spread of few is too small
-_NAMED = 0.01  # of the dense latency: a drop of less is not worth a name, however sure
-_CHANCE = 0.01  # that noise alone makes a cliff anywhere on the curve
-_BESIDE = 3  # steps on each side that say what a step would save if it were like them
-SAVING = 0.02  # of the dense latency: a saving of less is not worth any accuracy
-_PLATEAU = 0.25  # of the mean saving a token: a run of counts that saves less is a plateau
+SAVING = 0.02
+"""Share of the dense latency; a smaller saving is not worth any accuracy."""
+
+
+@dataclass(frozen=True)
+class _CliffTest:
+    """Thresholds that decide what is a cliff or a plateau.
+
+    Attributes:
+        min_drop_of_dense: Smallest drop that is called a cliff, as a share of the dense latency.
+        false_positive_rate: Probability that noise alone makes a cliff anywhere on the curve.
+        reference_inflation: Factor on the threshold, since the slope that a step is compared with is noisy too.
+        neighbours: Steps on each side that give the reference slope.
+        plateau_of_mean: A stretch that saves less than this share of the mean saving per token is a plateau.
+        min_plateau_of_tokens: Smallest width of a plateau, as a share of the dense token count.
+        quartile_bias_rounds: The interquartile range of n rounds is too small by the factor (n - this) / n.
+    """
+
+    min_drop_of_dense: float = 0.01
+    false_positive_rate: float = 0.01
+    reference_inflation: float = 1.25
+    neighbours: int = 3
+    plateau_of_mean: float = 0.25
+    min_plateau_of_tokens: float = 0.05
+    quartile_bias_rounds: float = 1.3
+
+
+_TEST = _CliffTest()
 
 
 class CountStep(NamedTuple):
@@ -60,7 +50,7 @@ class CountStep(NamedTuple):
     Attributes:
         above: The larger token count.
         below: The smaller one.
-        saved: Milliseconds that going from `above` to `below` saves.
+        saved: Milliseconds saved by going from `above` to `below`.
     """
 
     above: int
@@ -70,21 +60,21 @@ class CountStep(NamedTuple):
 
 @dataclass(frozen=True)
 class LatencyProfile:
-    """Latency against tokens, measured at the batch size and precision of the user.
+    """Latency against token count, measured at one batch size and precision.
 
     Attributes:
-        tokens: Token counts, ascending; the last is N, dense. They leave the last reducing block and enter all later
-            ones.
+        tokens: Token counts, ascending; the last is N, the dense count. They leave the last reducing block and enter
+            all later ones.
         milliseconds: Median latency of the whole model on one batch, for each count.
-        spread: Half the distance between the quartiles, in milliseconds.
-        rounds: Measurements behind each median.
-        method: The reduction that made the tokens go, and so is part of the cost.
-        block: The reducing block; the first that may reduce, of methods that reduce in many.
-        depth: Blocks of the model.
-        protocol: `"deployed"`: the cut that will be deployed. `"paper"`: random tokens dropped before block 0.
+        spread: Half the interquartile range, in milliseconds.
+        rounds: Number of measurements behind each median.
+        method: The reduction that removed the tokens; its overhead is part of the latency.
+        block: The reducing block; for methods that reduce in many blocks, the first of them.
+        depth: Number of blocks of the model.
+        protocol: `"deployed"`: measured as it will be deployed. `"paper"`: random tokens dropped before block 0.
         seconds: How long measuring took.
         context: Device, threads, batch, precision and versions.
-        converged: Whether all was known well enough before the time was up, so that more time would not say more.
+        converged: Whether measuring ended because more time would not change the result.
     """
 
     tokens: tuple[int, ...]
@@ -101,19 +91,19 @@ class LatencyProfile:
 
     def __post_init__(self) -> None:
         """Raises ArgumentError if an entry is impossible, or the columns do not fit together."""
-        check_profile_entries(self)
+        _check_entries(self)
 
     @property
     def dense_tokens(self) -> int:
-        """N, tokens of the unpruned model."""
+        """N, the token count of the dense model."""
         return self.tokens[-1]
 
     @property
     def dense_ms(self) -> float:
-        """Latency of the unpruned model, measured in the same run."""
+        """Latency of the dense model, measured in the same run."""
         return self.milliseconds[-1]
 
-    def at(self, tokens: int) -> float:
+    def latency_ms(self, tokens: int) -> float:
         """Milliseconds at a measured token count.
 
         Raises:
@@ -123,49 +113,50 @@ class LatencyProfile:
             raise ArgumentError(f"`tokens` must be one of the measured counts {self.tokens}, got {tokens}.")
         return self.milliseconds[self.tokens.index(tokens)]
 
-    def error(self, tokens: int) -> float:
+    def stderr_ms(self, tokens: int) -> float:
         """Standard error of the median at a measured count, in milliseconds, from the quartiles and the rounds.
 
-        No count is trusted to be less noisy than most others: the quartiles of a few lucky rounds say little.
+        No count is assumed to be less noisy than the median count: the quartiles of a few lucky rounds say little.
         """
         index = self.tokens.index(tokens)
-        noise = max(self._noises[index] or 0.0, self._usual_noise)
-        return 1.2533 * noise * self.milliseconds[index] / 0.6745 / sqrt(self.rounds[index])
+        noise = max(self._relative_spreads[index] or 0.0, self._typical_relative_spread)
+        return MEDIAN_STDERR * noise * self.milliseconds[index] / NORMAL_QUARTILE / sqrt(self.rounds[index])
 
     @cached_property
-    def _noises(self) -> list[float | None]:
-        """Relative spread of each count; None where it was not measured often enough to have one.
+    def _relative_spreads(self) -> list[float | None]:
+        """Spread over latency of each count; None for counts with too few rounds.
 
-        The quartiles of few rounds lie closer together than those of many, and the level was fitted to the same rounds.
+        The interquartile range of few rounds is biased low, and the level was fitted to the same rounds.
         """
         columns = zip(self.spread, self.milliseconds, self.rounds, strict=True)
-        return [spread / ms * rounds / (rounds - _LOST) if rounds > 2 else None for spread, ms, rounds in columns]
+        bias = _TEST.quartile_bias_rounds
+        return [spread / ms * rounds / (rounds - bias) if rounds > 2 else None for spread, ms, rounds in columns]
 
     @cached_property
-    def _usual_noise(self) -> float:
-        """That of the middling count; not known unless most have one."""
-        known = [noise for noise in self._noises if noise is not None]
+    def _typical_relative_spread(self) -> float:
+        """Median over the counts; infinite unless most counts have one."""
+        known = [noise for noise in self._relative_spreads if noise is not None]
         return median(known) if 2 * len(known) > len(self.tokens) else float("inf")
 
-    def saves(self, tokens: int) -> bool:
+    def is_faster_than_dense(self, tokens: int) -> bool:
         """Whether a count is faster than dense by more than noise (two standard errors) and by more than 2%."""
-        noise = self.noise(CountStep(self.dense_tokens, tokens, 0.0))
-        return self.dense_ms - self.at(tokens) > max(SAVING * self.dense_ms, 2 * noise)
+        noise = self.step_stderr(CountStep(self.dense_tokens, tokens, 0.0))
+        return self.dense_ms - self.latency_ms(tokens) > max(SAVING * self.dense_ms, 2 * noise)
 
     @property
     def is_inconclusive(self) -> bool:
-        """Whether a count seems faster than dense by more than 2%, and none is beyond the noise: measure again."""
-        gained = 1 - min(self.milliseconds) / self.dense_ms
-        return gained > SAVING and not any(self.saves(count) for count in self.tokens)
+        """Whether a count seems faster than dense by more than 2% but none is beyond noise; measure again."""
+        saving = 1 - min(self.milliseconds) / self.dense_ms
+        return saving > SAVING and not any(self.is_faster_than_dense(count) for count in self.tokens)
 
     @property
-    def per_token(self) -> float:
-        """Mean milliseconds saved by each removed token over the whole curve; 0 where nothing is saved."""
+    def ms_per_token(self) -> float:
+        """Mean milliseconds saved per removed token over the whole curve; 0 where nothing is saved."""
         removed = self.tokens[-1] - self.tokens[0]
         return max(self.milliseconds[-1] - self.milliseconds[0], 0.0) / removed if removed else 0.0
 
     def steps(self) -> list[CountStep]:
-        """Neighbouring measured counts, from dense downwards."""
+        """Stretches between neighbouring measured counts, from dense downwards."""
         return list(self._steps)
 
     @cached_property
@@ -174,67 +165,73 @@ class LatencyProfile:
         pairs = list(zip(columns[1:], columns[:-1], strict=True))[::-1]
         return [CountStep(above, below, high - low) for (above, high), (below, low) in pairs]
 
-    def noise(self, span: CountStep) -> float:
-        """Standard error of what a stretch saves, in milliseconds."""
-        return hypot(self.error(span.above), self.error(span.below))
+    def step_stderr(self, step: CountStep) -> float:
+        """Standard error of the saving of a step, in milliseconds."""
+        return hypot(self.stderr_ms(step.above), self.stderr_ms(step.below))
 
-    def excess(self, step: CountStep) -> float:
-        """What a step saves beyond what it would save if it were like the steps beside it, in milliseconds.
+    def step_excess(self, step: CountStep) -> float:
+        """Saving of a step in excess of its neighbours' median saving per token, in milliseconds.
 
-        Their saving a token is a median over tokens, so that a cliff among them, which is narrow, does not count. Of
-        the two sides the one that saves more counts, so that where a slope begins or ends there is no cliff.
+        The median is taken over tokens, so that a cliff among the neighbours, which is narrow, has no influence. The
+        side that saves more counts, so that the beginning or end of a slope is not a cliff.
         """
         steps = self._steps
         place = steps.index(step)
-        before, after = steps[max(place - _BESIDE, 0) : place], steps[place + 1 : place + 1 + _BESIDE]
-        return step.saved - max(_slope(before), _slope(after), 0.0) * (step.above - step.below)
+        before = steps[max(place - _TEST.neighbours, 0) : place]
+        after = steps[place + 1 : place + 1 + _TEST.neighbours]
+        return step.saved - max(_median_slope(before), _median_slope(after), 0.0) * (step.above - step.below)
 
     @property
     def significance(self) -> float:
-        """Standard errors that noise exceeds at one of the steps, of as many as there are, once in a hundred curves.
+        """Threshold in standard errors: Bonferroni-corrected 1% level over all steps, times 1.25.
 
-        A fourth more, since what a step is compared with is measured as well.
+        The factor accounts for the noise of the reference slope.
         """
-        return 1.25 * NormalDist().inv_cdf(1 - _CHANCE / max(len(self.tokens) - 1, 1))
+        steps = max(len(self.tokens) - 1, 1)
+        return _TEST.reference_inflation * NormalDist().inv_cdf(1 - _TEST.false_positive_rate / steps)
 
     def cliffs(self) -> list[CountStep]:
-        """Steps where latency drops sharply: by more than the steps beside them, beyond the noise.
+        """Steps at which latency drops by more than at their neighbours, beyond noise.
 
-        It is a test of the measured noise: on a curve without cliffs, one in a hundred has a step that passes. Drops
-        by less than 1% of the dense latency are left out. A cliff between `above` and `below` says: pruning down to
-        `below` pays, stopping at `above` does not.
+        This is a test at the measured noise: of the curves without cliffs, one in a hundred has a step that passes.
+        Drops of less than 1% of the dense latency are left out. At a cliff it pays to prune down to `below`, and not to
+        stop at `above`.
         """
+        smallest = _TEST.min_drop_of_dense * self.dense_ms
         return [
-            s for s in self.steps() if self.excess(s) > max(self.significance * self.noise(s), _NAMED * self.dense_ms)
+            step
+            for step in self.steps()
+            if self.step_excess(step) > max(self.significance * self.step_stderr(step), smallest)
         ]
 
     def plateaus(self) -> list[CountStep]:
         """Stretches of at least a twentieth of the tokens over which pruning saves next to nothing.
 
-        That is less than a quarter of the mean, and too little to be noise.
+        They save less than a quarter of the mean per token, and what they lack is beyond noise.
         """
-        found: list[CountStep] = []
+        stretches: list[CountStep] = []
         for step in self.steps():
-            if step.saved >= _PLATEAU * max(self.per_token, 1e-12) * (step.above - step.below):
+            if step.saved >= _TEST.plateau_of_mean * max(self.ms_per_token, 1e-12) * (step.above - step.below):
                 continue
-            if found and found[-1].below == step.above:
-                step = CountStep(found[-1].above, step.below, found.pop().saved + step.saved)
-            found.append(step)
-        wide = [span for span in found if span.above - span.below >= self.dense_tokens / 20]
-        lacking = {span: self.per_token * (span.above - span.below) - span.saved for span in wide}
-        return [span for span in wide if lacking[span] > self.significance * self.noise(span)]
+            if stretches and stretches[-1].below == step.above:
+                step = CountStep(stretches[-1].above, step.below, stretches.pop().saved + step.saved)
+            stretches.append(step)
+        width = _TEST.min_plateau_of_tokens * self.dense_tokens
+        wide = [stretch for stretch in stretches if stretch.above - stretch.below >= width]
+        missing = {stretch: self.ms_per_token * (stretch.above - stretch.below) - stretch.saved for stretch in wide}
+        return [stretch for stretch in wide if missing[stretch] > self.significance * self.step_stderr(stretch)]
 
-    def joined(self, other: "LatencyProfile") -> "LatencyProfile":
-        """This profile with the counts that only `other` has, on the scale of this one.
+    def merged_with(self, other: "LatencyProfile") -> "LatencyProfile":
+        """This profile with the counts that only `other` has, scaled to this profile.
 
-        The scale is that of all counts that both have, dense among them: the two runs find the machine in different
+        The scale is the geometric mean ratio over all counts that both have, as the machine may have been in different
         states.
 
         Args:
-            other: Measured of the same model, device and batch, later.
+            other: A later profile of the same model, device and batch.
         """
         common = sorted(set(self.tokens) & set(other.tokens))
-        scale = exp(sum(log(self.at(count) / other.at(count)) for count in common) / len(common))
+        scale = exp(sum(log(self.latency_ms(count) / other.latency_ms(count)) for count in common) / len(common))
         columns = {
             count: (ms, spread, rounds)
             for count, ms, spread, rounds in zip(self.tokens, self.milliseconds, self.spread, self.rounds, strict=True)
@@ -283,7 +280,7 @@ class LatencyProfile:
             FileFormatError: If an entry is missing, or they do not fit together.
         """
         try:
-            document = {"settled": False, **document}  # which a profile may leave out
+            document = {"converged": document.get("settled", False), **document}  # its name in version 1, optional
             values = {f.name: document[f.name] for f in fields(cls)}
             plain: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
             return cls(**plain)
@@ -293,8 +290,8 @@ class LatencyProfile:
             raise FileFormatError(str(error)) from error
 
 
-def _slope(steps: list[CountStep]) -> float:
-    """Milliseconds saved by a token, in the middle of all tokens of these steps; 0 of none."""
+def _median_slope(steps: list[CountStep]) -> float:
+    """Milliseconds saved per token: the median over all tokens of these steps; 0 without steps."""
     slopes = sorted((step.saved / (step.above - step.below), step.above - step.below) for step in steps)
     passed, half = 0, sum(width for _, width in slopes) / 2
     for slope, width in slopes:
@@ -302,3 +299,39 @@ def _slope(steps: list[CountStep]) -> float:
         if passed >= half:
             return slope
     return 0.0
+
+
+def _check_entries(profile: LatencyProfile) -> None:
+    """Raises ArgumentError if an entry is impossible, or the columns do not fit together."""
+    lengths = {len(profile.tokens), len(profile.milliseconds), len(profile.spread), len(profile.rounds)}
+    if len(lengths) != 1 or not profile.tokens:
+        raise ArgumentError(f"`tokens` and the measurements must be of one length >= 1, got {sorted(lengths)}.")
+    numbers = (*profile.milliseconds, *profile.spread)
+    integers = (*profile.tokens, *profile.rounds, profile.block, profile.depth)
+    for number in (*numbers, *integers):
+        if not _is_number(number):
+            raise ArgumentError(f"The entries of a profile must be numbers, got {number!r}.")
+    for number in integers:
+        if not isinstance(number, int):
+            raise ArgumentError(f"`tokens`, `rounds`, `block` and `depth` must be integers, got {number!r}.")
+    if list(profile.tokens) != sorted(set(profile.tokens)) or profile.tokens[0] < 1:
+        raise ArgumentError(f"`tokens` must be positive and strictly ascending, got {list(profile.tokens)}.")
+    if not all(0 < ms < float("inf") for ms in profile.milliseconds):
+        raise ArgumentError(f"`milliseconds` must be positive and finite, got {list(profile.milliseconds)}.")
+    if not all(0 <= spread < float("inf") for spread in profile.spread):
+        raise ArgumentError(f"`spread` must be finite and >= 0, got {list(profile.spread)}.")
+    if min(profile.rounds) < 1:
+        raise ArgumentError(f"`rounds` must be >= 1, got {min(profile.rounds)}.")
+    for name, valid, expected in (
+        ("method", isinstance(profile.method, str), "a name"),
+        ("protocol", profile.protocol in ("deployed", "paper"), "'deployed' or 'paper'"),
+        ("seconds", _is_number(profile.seconds), "a number"),
+        ("context", isinstance(profile.context, Mapping), "a mapping"),
+        ("converged", isinstance(profile.converged, bool), "true or false"),
+    ):
+        if not valid:
+            raise ArgumentError(f"`{name}` of a profile must be {expected}, got {getattr(profile, name)!r}.")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -1,4 +1,4 @@
-"""Measuring latency against tokens: the cut that will be deployed, interleaved, within a time limit."""
+"""Measures latency on the device at hand: against the token count, and of variants against each other."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,16 +16,21 @@ from lightning_prune.patching import PatchHandle, VisionTransformer, find_vision
 from lightning_prune.patching.block_split import eval_mode
 from lightning_prune.patching.class_swap import is_patched_module
 from lightning_prune.patching.schedule_forms import allocate_schedule, reducing_block, refuse_adaptive
-from lightning_prune.profiling.count_search import explore, profile_builder
+from lightning_prune.profiling.count_search import profile_builder, search_counts
 from lightning_prune.profiling.environment import measurement_context
 from lightning_prune.profiling.interleaved_timer import InterleavedTimer, LatencyStats
 from lightning_prune.profiling.latency_profile import LatencyProfile
 from lightning_prune.profiling.model_variants import DENSE, Variant, VariantSwitch
 from lightning_prune.reduction import RandomDrop, Reduction, resolve
+from lightning_prune.runtimes.base import Runtime
+from lightning_prune.runtimes.registry import parse_runtime
 from lightning_prune.runtimes.torch_runtime import is_compiled, raised_recompile_limit
 from lightning_prune.schedule import KeepRates, Schedule
 
-Protocol = Literal["deployed", "paper"]
+ProfilingMode = Literal["deployed", "paper"]
+
+TOKEN_CURVE = RandomDrop(site="input")
+"""The method of a plain latency profile: random tokens are dropped before block 0, so all blocks see the same count."""
 
 
 def profile_latency(
@@ -35,35 +40,40 @@ def profile_latency(
     method: str | Reduction = "pomt",
     block: int | float = 0.25,
     counts: Sequence[int] | None = None,
+    runtime: str | Runtime = "torch",
     time_limit: float | None = 30.0,
-    protocol: Protocol = "deployed",
-    target: str | None = None,
-    progress: bool = True,
+    protocol: ProfilingMode = "deployed",
+    module_path: str | None = None,
+    verbose: bool = True,
     clock: Callable[[], float] = time.perf_counter,
 ) -> LatencyProfile:
-    """Measures the latency of the model for different numbers of tokens, on the device that the batch is on.
+    """Measures the latency of the model for different token counts, on the device of the inputs.
 
-    Each count is measured as it will be deployed: by `method` in the form that it is used in, at `block` or spread over
-    the blocks, its own price included. All counts are run in turn, in rounds, after warm-up, with the device
-    synchronised before and after; figures are medians. A coarse grid comes first, then counts inside every suspected
-    cliff, down to single tokens while time lasts. The model is restored to the bit, also after an error.
+    All counts run in turn, in rounds, after warm-up, with the device synchronised before and after each run; the
+    figures are medians. A coarse grid comes first, then counts inside every suspected cliff, down to single tokens
+    while time lasts. The model is restored to the bit, also after an error.
 
     Args:
         model: Any module that contains one Vision Transformer.
-        example_inputs: (B, channels, height, width) images on the device, in the size and dtype that will be used.
-        method: The reduction.
-        block: Index of the reducing block, or a fraction of the depth (0.25 is the POMT paper's). Of methods that
-            reduce in many blocks, as ToMe, an index is the first of them and a fraction plays no part; neither does
-            for methods that act before block 0.
-        counts: Token counts (prefix included) that leave the last reducing block, to measure instead of the grid;
-            dense is always added.
-        time_limit: Time limit, compilation included; three rounds over `counts`, or over three counts and dense, are
-            completed all the same. None measures 20 rounds.
-        protocol: `"paper"` measures as POMT does (arXiv 2407.05941, section 3.2): every token count, random tokens
-            dropped before block 0; `method` then only says how far it could go, and `block` plays no part.
-        target: Dotted path of the transformer in `model`, needed where there are several.
-        progress: Shows a bar on a terminal.
-        clock: Seconds; the time limit is on it too. A test hands in one that it drives itself.
+        example_inputs: (B, C, H, W) images on the device, in the size and dtype that will be used.
+        method: The reduction that removes the tokens, in the form in which it is used: at `block`, or spread over the
+            blocks. Its own overhead is measured, too.
+        block: Index of the reducing block, or a fraction of the depth (0.25 is the POMT paper's). For methods that
+            reduce in many blocks, as ToMe, an index is the first of them and a fraction is ignored. Methods that act
+            before block 0 ignore it.
+        counts: Token counts (including prefix tokens) after the last reducing block, to measure instead of the grid.
+            Dense is always added.
+        runtime: What executes the model: `"torch"`, or `"torch.compile:mode=..."`.
+        time_limit: Seconds, including compilation. Three rounds over `counts`, or over three counts and dense, are
+            completed even after the limit. None measures 20 rounds.
+        protocol: `"paper"` measures as POMT does (arXiv 2407.05941, section 3.2): every token count, with random tokens
+            dropped before block 0. `method` then only limits the counts, and `block` is ignored.
+        module_path: Dotted path of the transformer in `model`, needed where there are several.
+        verbose: Shows a progress bar on a terminal.
+        clock: Returns seconds.
+
+    Returns:
+        The latency profile.
 
     Raises:
         ArgumentError: If an argument is unusable, the model is patched, or the images decide how many tokens go.
@@ -74,29 +84,33 @@ def profile_latency(
         >>> import torch
         >>> import lightning_prune as lp
         >>> model = timm.create_model("vit_tiny_patch16_224", depth=4).eval()
-        >>> batch = torch.randn(1, 3, 224, 224)
-        >>> profile = lp.profile_latency(model, batch, counts=[100, 150], time_limit=1, progress=False)
+        >>> images = torch.randn(1, 3, 224, 224)
+        >>> profile = lp.profile_latency(model, images, counts=[100, 150], time_limit=1, verbose=False)
         >>> profile.tokens
         (100, 150, 197)
     """
-    transformer = find_vision_transformer(model, target)
+    transformer = find_vision_transformer(model, module_path)
     check_measurable(transformer, example_inputs, time_limit, protocol)
-    deployed = resolve(method)
-    refuse_adaptive(deployed)
-    reduction = RandomDrop(site="input") if protocol == "paper" else deployed
-    index = 0 if protocol == "paper" else reducing_block(deployed, block, transformer)
+    requested = resolve(method)
+    refuse_adaptive(requested)
+    reduction = TOKEN_CURVE if protocol == "paper" else requested
+    index = 0 if protocol == "paper" else reducing_block(requested, block, transformer)
     depth, prefix = transformer.depth, transformer.prefix_tokens
     start = clock()
-    with ready_to_run(transformer), progress_bar("Profiling latency", time_limit, progress) as tick:
-        n = count_tokens(transformer, example_inputs)
-        lowest = n - min(each.most(n, prefix, depth, index) for each in (reduction, deployed))
+    with (
+        parse_runtime(runtime).applied(transformer),
+        ready_to_run(transformer),
+        progress_bar("Profiling latency", time_limit, verbose) as on_step,
+    ):
+        n = transformer.count_tokens(example_inputs)
+        lowest = n - min(each.most(n, prefix, depth, index) for each in (reduction, requested))
         if counts is not None:
             _check_counts(counts, lowest, n)
         elif protocol == "paper":
             counts = range(lowest, n)
         handle = PatchHandle(transformer, reduction, Schedule([0] * depth))
         try:
-            race = InterleavedTimer[int](
+            timer = InterleavedTimer[int](
                 prepare=lambda count: handle.update(allocate_schedule(reduction, n - count, n, prefix, depth, index)),
                 run=lambda: transformer.runner(example_inputs),
                 device=example_inputs.device,
@@ -104,7 +118,7 @@ def profile_latency(
                 clock=clock,
             )
             build = profile_builder(reduction.name, index, depth, protocol)
-            profile = explore(race, build, counts, lowest, n, time_limit, tick, len(example_inputs))
+            profile = search_counts(timer, build, counts, lowest, n, time_limit, on_step, len(example_inputs))
         finally:
             handle.remove()
         context = measurement_context(transformer.runner, example_inputs)
@@ -119,23 +133,25 @@ def compare_latency(
     variants: Mapping[str, Variant | tuple[str | Reduction, Schedule | KeepRates] | None],
     *,
     rounds: int = 31,
+    runtime: str | Runtime = "torch",
     time_limit: float | None = 20.0,
-    target: str | None = None,
-    progress: bool = True,
+    module_path: str | None = None,
+    verbose: bool = True,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, LatencyStats]:
-    """Times deployed variants of one model against each other, in one interleaved run.
+    """Times variants of one model against each other in one interleaved run.
 
     Args:
         model: Any module that contains one Vision Transformer.
-        example_inputs: (B, channels, height, width) images on the device.
-        variants: Name -> (method, schedule), a `lightning_prune.profiling.Variant`, or None for the unpruned model, of
-            which there must be one: ratios refer to it.
+        example_inputs: (B, C, H, W) images on the device.
+        variants: Name -> (method, schedule), a `lightning_prune.profiling.Variant`, or None for the dense model. One
+            must be None: ratios refer to it.
         rounds: Measurements of each variant, if time allows.
-        time_limit: Time limit, or None; one round is completed all the same.
-        target: Dotted path of the transformer in `model`.
-        progress: Shows a bar on a terminal.
-        clock: Seconds; the time limit is on it too. A test hands in one that it drives itself.
+        runtime: What executes the model, as in `profile_latency`.
+        time_limit: Seconds, or None. One round is completed even after the limit.
+        module_path: Dotted path of the transformer in `model`.
+        verbose: Shows a progress bar on a terminal.
+        clock: Returns seconds.
 
     Returns:
         Name -> median milliseconds with spread, and the ratio to dense with its own.
@@ -143,60 +159,54 @@ def compare_latency(
     Raises:
         ArgumentError: If no variant is dense, or the model is patched.
         ScheduleError: If a schedule does not fit.
-
-    Example:
-        >>> import timm
-        >>> import torch
-        >>> import lightning_prune as lp
-        >>> model = timm.create_model("vit_tiny_patch16_224", depth=4).eval()
-        >>> variants = {"dense": None, "pruned": ("tome", lp.Schedule([0, 60, 0, 0]))}
-        >>> timings = lp.compare_latency(model, torch.randn(1, 3, 224, 224), variants, rounds=3, progress=False)
-        >>> timings["pruned"].milliseconds == timings["pruned"].ratio * timings["dense"].milliseconds
-        True
     """
-    transformer = find_vision_transformer(model, target)
-    check_measurable(transformer, example_inputs, time_limit, "deployed")
-    wanted = {name: DENSE if variant is None else Variant(*variant) for name, variant in variants.items()}
-    dense = next((name for name, variant in wanted.items() if variant == DENSE), None)
+    transformer = find_vision_transformer(model, module_path)
+    check_measurable(transformer, example_inputs, time_limit)
+    chosen = {name: DENSE if variant is None else Variant(*variant) for name, variant in variants.items()}
+    dense = next((name for name, variant in chosen.items() if variant == DENSE), None)
     if dense is None:
-        raise ArgumentError("`variants` must hold one None, the dense model that the others are compared with.")
+        raise ArgumentError(f"`variants` must contain None for the dense model, got {', '.join(variants) or 'none'}.")
     switch = VariantSwitch(transformer)
     deadline = float("inf") if time_limit is None else clock() + time_limit
-    with ready_to_run(transformer), progress_bar("Comparing latency", time_limit, progress) as tick:
-        race = InterleavedTimer[str](
-            prepare=lambda name: switch.to(wanted[name]),
+    with (
+        parse_runtime(runtime).applied(transformer),
+        ready_to_run(transformer),
+        progress_bar("Comparing latency", time_limit, verbose) as on_step,
+    ):
+        timer = InterleavedTimer[str](
+            prepare=lambda name: switch.to(chosen[name]),
             run=lambda: transformer.runner(example_inputs),
             device=example_inputs.device,
             reference=dense,
             clock=clock,
         )
         try:
-            race.measure(variants, rounds, deadline, tick)
+            timer.measure(variants, rounds, deadline, on_step)
         finally:
             switch.off()
-    return {name: race.result(name) for name in variants}
+    return {name: timer.result(name) for name in variants}
 
 
 def count_tokens(transformer: VisionTransformer, images: Tensor) -> int:
-    """Tokens that enter the first block that can reduce, for images of this size, seen in a real forward pass."""
+    """See `VisionTransformer.count_tokens`."""
     return transformer.count_tokens(images)
 
 
 @contextmanager
 def ready_to_run(transformer: VisionTransformer) -> Iterator[None]:
-    """Evaluation mode without autograd, and room for as many compiled variants as profiling needs."""
-    room = raised_recompile_limit() if is_compiled(transformer.runner) else nullcontext()
-    with torch.no_grad(), eval_mode(transformer.root), room:
+    """Evaluation mode without autograd, and a limit on compiled graphs that suffices for all variants."""
+    limit = raised_recompile_limit() if is_compiled(transformer.runner) else nullcontext()
+    with torch.no_grad(), eval_mode(transformer.root), limit:
         yield
 
 
 def check_measurable(
-    transformer: VisionTransformer, batch: Tensor, time_limit: float | None, protocol: str = "deployed"
+    transformer: VisionTransformer, example_inputs: Tensor, time_limit: float | None, protocol: str = "deployed"
 ) -> None:
     """Raises ArgumentError if a model cannot be measured as it is, or with these arguments."""
-    if not isinstance(batch, Tensor) or batch.ndim != 4 or not batch.shape[0]:
-        came = tuple(batch.shape) if isinstance(batch, Tensor) else type(batch).__name__
-        raise ArgumentError(f"`example_inputs` must be images (batch, channels, height, width), got {came}.")
+    if not isinstance(example_inputs, Tensor) or example_inputs.ndim != 4 or not example_inputs.shape[0]:
+        found = tuple(example_inputs.shape) if isinstance(example_inputs, Tensor) else type(example_inputs).__name__
+        raise ArgumentError(f"`example_inputs` must be images (B, C, H, W), got {found}.")
     number = isinstance(time_limit, int | float) and not isinstance(time_limit, bool)
     if time_limit is not None and not (number and time_limit > 0):
         raise ArgumentError(f"`time_limit` must be a number > 0, got {time_limit!r}.")
@@ -206,9 +216,9 @@ def check_measurable(
 
 
 def check_dense(transformer: VisionTransformer) -> None:
-    """Raises ArgumentError if the model is patched: measuring would take the user's patch for the dense model."""
+    """Raises ArgumentError if the model is patched, as the patched model would be measured as the dense one."""
     if any(is_patched_module(block) for block in transformer.blocks):
-        raise ArgumentError("The model is patched; remove the patch before measuring it.")
+        raise ArgumentError("`model` must be dense, got a patched model; remove the patch before measuring it.")
 
 
 def _check_counts(counts: Sequence[int], lowest: int, n: int) -> None:

@@ -1,4 +1,4 @@
-"""Simulated devices: latency from a description of tiles and waves, for tests and for devices that are elsewhere."""
+"""A simulated device with known latencies: a test bench of profiling, and a stand-in for a device not at hand."""
 
 import re
 from collections.abc import Sequence
@@ -13,32 +13,52 @@ from torch import Tensor, nn
 from lightning_prune.errors import ArgumentError
 from lightning_prune.patching import find_vision_transformer
 from lightning_prune.patching.schedule_forms import allocate_schedule, reducing_block, refuse_adaptive
-from lightning_prune.profiling.count_search import explore, profile_builder
+from lightning_prune.profiling.count_search import profile_builder, search_counts
 from lightning_prune.profiling.environment import measurement_context
 from lightning_prune.profiling.interleaved_timer import InterleavedTimer
 from lightning_prune.profiling.latency_profile import LatencyProfile
-from lightning_prune.profiling.measurement import check_measurable, count_tokens, ready_to_run
+from lightning_prune.profiling.measurement import check_measurable, ready_to_run
 from lightning_prune.reduction import Reduction, resolve
 from lightning_prune.schedule import Schedule
 
 _PREFIX = "simulated:"
-_KERNELS = 4  # of a block, beside its products and its attention: norms, activation, residuals
-_SELECTING = 8  # kernels of a reduction
-_PERIOD = 60.0  # seconds in which the machine slows down and recovers
-_SPIKE = 2.0  # mean of what a load spike adds, in runs
-_HEADS = ("num_heads", "num_attention_heads")  # as timm and torchvision call them, and as Hugging Face does
+_HEAD_COUNTS = ("num_heads", "num_attention_heads")  # attributes of timm and torchvision, and of Hugging Face
+
+
+@dataclass(frozen=True)
+class _Machine:
+    """Constants of the simulation.
+
+    Attributes:
+        kernels_per_block: Kernels of a block besides its matrix products and attention: norms, activation, residuals.
+        kernels_per_reduction: Kernels of a reduction.
+        drift_period_s: Seconds in which the machine slows down and recovers.
+        spike_runs: Mean length of a load spike, in runs.
+        min_run_s: Shortest dense run; a clock would stand still below.
+        max_run_s: Longest dense run; a clock would overflow above.
+    """
+
+    kernels_per_block: int = 4
+    kernels_per_reduction: int = 8
+    drift_period_s: float = 60.0
+    spike_runs: float = 2.0
+    min_run_s: float = 1e-12
+    max_run_s: float = 1e12
+
+
+_MACHINE = _Machine()
 
 
 class Workload(NamedTuple):
-    """What a Vision Transformer asks of a device.
+    """The work that a Vision Transformer gives to a device.
 
     Attributes:
         batch: Images.
         depth: Blocks.
-        width: Of a token.
-        heads: Of attention.
-        attention: (inputs, outputs) of the products with weights in the attention of a block.
-        mlp: The same of its MLP.
+        width: Embedding dimension of a token.
+        heads: Attention heads.
+        attention: (inputs, outputs) of the matrix products with weights in the attention of a block.
+        mlp: The same for its MLP.
     """
 
     batch: int
@@ -50,21 +70,21 @@ class Workload(NamedTuple):
 
     @classmethod
     def plain(cls, batch: int, depth: int = 12, width: int = 384, heads: int = 6) -> "Workload":
-        """That of a plain ViT; DeiT-S if nothing else is said."""
+        """The workload of a plain ViT; DeiT-S by default."""
         return cls(
             batch, depth, width, heads, ((width, 3 * width), (width, width)), ((width, 4 * width), (4 * width, width))
         )
 
     @classmethod
     def of(cls, blocks: Sequence[nn.Module], batch: int) -> "Workload":
-        """That of real blocks, read from the weights of the first; all are taken to be alike.
+        """The workload of real blocks, read from the weights of the first; all blocks are assumed to be alike.
 
         Args:
-            blocks: Of a `lightning_prune.patching.VisionTransformer`.
+            blocks: Blocks of a `lightning_prune.patching.VisionTransformer`.
             batch: Images.
 
         Raises:
-            ArgumentError: If the block does not say how many heads it has, or has no weights in its attention or MLP.
+            ArgumentError: If the block has no attribute for its number of heads, or no weights in its attention or MLP.
         """
         weights = {
             name: (parameter.shape[1], parameter.shape[0])
@@ -73,27 +93,24 @@ class Workload(NamedTuple):
         }
         attention = tuple(shape for name, shape in weights.items() if re.search("att", name))
         mlp = tuple(shape for name, shape in weights.items() if not re.search("att", name))
+        kind = type(blocks[0]).__name__
         if not attention or not mlp:
-            lacking = "MLP" if attention else "attention"
-            raise ArgumentError(
-                f"A {type(blocks[0]).__name__} has no matrices of weights in its {lacking}, by which to simulate it."
-            )
+            missing = "MLP" if attention else "attention"
+            raise ArgumentError(f"A {kind} cannot be simulated: it has no weight matrices in its {missing}.")
         width = min(inputs for inputs, _ in weights.values())
-        known = (getattr(module, name, None) for module in blocks[0].modules() for name in _HEADS)
+        known = (getattr(module, name, None) for module in blocks[0].modules() for name in _HEAD_COUNTS)
         heads = next((count for count in known if isinstance(count, int)), None)
         if heads is None:
-            raise ArgumentError(
-                f"A {type(blocks[0]).__name__} does not say how many heads its attention has, by {' or '.join(_HEADS)}."
-            )
+            raise ArgumentError(f"A {kind} cannot be simulated: its attention has no {' or '.join(_HEAD_COUNTS)}.")
         return cls(batch, len(blocks), width, heads, attention, mlp)
 
 
 def attention_share(work: Workload, tokens: int) -> float:
-    """The share of a block's operations that lie in its attention.
+    """Share of a block's operations that are in its attention.
 
     Args:
         work: The model.
-        tokens: That enter the block.
+        tokens: Tokens that enter the block.
 
     Example:
         >>> from lightning_prune.profiling import Workload
@@ -108,22 +125,21 @@ def attention_share(work: Workload, tokens: int) -> float:
 
 @dataclass(frozen=True)
 class SimulatedDevice:
-    """Hardware that works in waves: products are cut into tiles, and each multiprocessor computes one at a time.
+    """Hardware that works in waves: matrix products are cut into tiles, and each multiprocessor computes one at a time.
 
-    The last wave of a product costs as much as a full one however few tiles it has, which is where cliffs come from
-    (arXiv 2407.05941, section 3.1); and no kernel takes less time than it takes to launch the next, which is where
-    plateaus at small batches come from. Memory, caches and overlap are left out: this is a bench and a sketch of a
-    device, not a model of a particular one.
+    The last wave of a product takes as long as a full one, however few tiles it has; this causes cliffs
+    (arXiv 2407.05941, section 3.1). No kernel is faster than the launch of the next; this causes plateaus at small
+    batches. Memory, caches and overlap are left out: this is a test bench, not a model of a particular device.
 
     Args:
-        multiprocessors: How many tiles are computed at once.
+        multiprocessors: Tiles that are computed at once.
         tile: Rows and columns of a tile.
-        gigaflops: Of one multiprocessor, in 1e9 operations a second.
+        gigaflops: Speed of one multiprocessor, in 1e9 operations per second.
         launch: Seconds to launch a kernel.
         noise: Standard deviation of the logarithm of a measured time.
-        drift: By how much the machine slows down at worst; it does so and recovers within a minute.
-        spikes: Share of runs that something else disturbs.
-        seed: Of noise and spikes.
+        drift: Largest slowdown of the machine, which slows down and recovers within a minute.
+        spikes: Share of runs that are disturbed by other load.
+        seed: Seed of noise and spikes.
 
     Raises:
         ArgumentError: If a number is out of its range.
@@ -149,8 +165,8 @@ class SimulatedDevice:
         """Checks the numbers."""
         for field in fields(self):
             value = getattr(self, field.name)
-            kinds, told = ((int,), "a whole number") if field.type is int else ((int, float), "a number")
-            self._check(field.name, isinstance(value, kinds) and not isinstance(value, bool), told)
+            kinds, expected = ((int,), "a whole number") if field.type is int else ((int, float), "a number")
+            self._check(field.name, isinstance(value, kinds) and not isinstance(value, bool), expected)
             self._check(field.name, isfinite(value), "finite")
         for name in ("multiprocessors", "tile", "gigaflops"):
             self._check(name, getattr(self, name) > 0, "> 0")
@@ -158,37 +174,37 @@ class SimulatedDevice:
             self._check(name, getattr(self, name) >= 0, ">= 0")
         self._check("spikes", 0 <= self.spikes < 1, "in [0, 1)")
 
-    def _check(self, name: str, holds: bool, wanted: str) -> None:
-        if not holds:
-            raise ArgumentError(f"`{name}` of a simulated device must be {wanted}, got {getattr(self, name)!r}.")
+    def _check(self, name: str, valid: bool, expected: str) -> None:
+        if not valid:
+            raise ArgumentError(f"`{name}` of a simulated device must be {expected}, got {getattr(self, name)!r}.")
 
     @classmethod
     def parse(cls, text: str) -> "SimulatedDevice":
-        """A device from words, as the command line takes them: `simulated:multiprocessors=8,tile=64`.
+        """Reads a device as the command line takes it: `simulated:multiprocessors=8,tile=64`.
 
         Raises:
-            ArgumentError: If the words are of another form, or name something that a device does not have.
+            ArgumentError: If the text has another form, or an unknown or repeated entry.
         """
         known = {field.name: field.type for field in fields(cls)}
-        found: dict[str, Any] = {}  # whole numbers and others, which the class checks
+        values: dict[str, Any] = {}
         if not text.startswith(_PREFIX):
             raise ArgumentError(f"`device` must begin with {_PREFIX!r}, got {text!r}.")
         for pair in filter(None, text.removeprefix(_PREFIX).split(",")):
             name, _, value = pair.partition("=")
             if name not in known:
-                raise ArgumentError(f"A simulated device has {', '.join(known)}, but no {name!r}.")
-            if name in found:
-                raise ArgumentError(f"`{name}` of a simulated device is given twice in {text!r}.")
-            whole = known[name] is int
+                raise ArgumentError(f"An entry of a simulated device must be one of {', '.join(known)}, got {name!r}.")
+            if name in values:
+                raise ArgumentError(f"`{name}` of a simulated device must be given once, got {text!r}.")
+            integer = known[name] is int
             try:
-                found[name] = int(value) if whole else float(value)
+                values[name] = int(value) if integer else float(value)
             except ValueError:
-                kind = "a whole number" if whole else "a number"
+                kind = "a whole number" if integer else "a number"
                 raise ArgumentError(f"`{name}` of a simulated device must be {kind}, got {value!r}.") from None
-        return cls(**found)
+        return cls(**values)
 
     def __str__(self) -> str:
-        """As `parse` reads it back exactly, without what is as usual."""
+        """The entries that differ from the defaults, as `parse` reads them."""
         named = [f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if getattr(self, f.name) != f.default]
         return _PREFIX + ",".join(named)
 
@@ -197,16 +213,16 @@ class SimulatedDevice:
 
         Args:
             work: The model and its batch.
-            entering: Tokens that enter each block, and its attention.
-            leaving: Tokens that leave its attention, and enter its MLP; the same if None.
+            entering: Tokens that enter the attention of each block.
+            leaving: Tokens that leave the attention of each block and enter its MLP; None for the same.
         """
         total = 0.0
         for before, after in zip(entering, leaving or entering, strict=True):
             total += sum(self._product(work.batch * before, *shape) for shape in work.attention)
-            total += self._attention(work, before) + _KERNELS * self.launch
+            total += self._attention(work, before) + _MACHINE.kernels_per_block * self.launch
             total += sum(self._product(work.batch * after, *shape) for shape in work.mlp)
             if after < before:
-                total += self._attention(work, before) + _SELECTING * self.launch
+                total += self._attention(work, before) + _MACHINE.kernels_per_reduction * self.launch
         return total
 
     def _product(self, rows: int, inputs: int, outputs: int) -> float:
@@ -219,10 +235,10 @@ class SimulatedDevice:
 
 
 class SimulatedClock:
-    """The time of a simulated device, which passes only while it computes.
+    """The time of a simulated device; it passes only while the device computes.
 
     Args:
-        device: Whose noise, drift and spikes every run has.
+        device: Every run has its noise, drift and spikes.
     """
 
     def __init__(self, device: SimulatedDevice) -> None:
@@ -235,15 +251,13 @@ class SimulatedClock:
         return self.now
 
     def spend(self, seconds: float) -> None:
-        """Lets a run that takes so long in exact terms pass as it would be measured."""
-        drifted = seconds * (1 + self.device.drift * (1 - cos(2 * pi * self.now / _PERIOD)) / 2)
+        """Advances the clock by a run of this exact duration, as it would be measured."""
+        phase = 2 * pi * self.now / _MACHINE.drift_period_s
+        drifted = seconds * (1 + self.device.drift * (1 - cos(phase)) / 2)
         noisy = drifted * exp(self.device.noise * self._random.standard_normal())
         if self._random.random() < self.device.spikes:
-            noisy += drifted * self._random.exponential(_SPIKE)
+            noisy += drifted * self._random.exponential(_MACHINE.spike_runs)
         self.now += noisy
-
-
-_SPEEDS = (1e-12, 1e12)  # seconds of a run, beyond which a clock stands still or overflows
 
 
 def simulate_latency(
@@ -254,20 +268,20 @@ def simulate_latency(
     method: str | Reduction = "pomt",
     block: int | float = 0.25,
     time_limit: float = 30.0,
-    target: str | None = None,
+    module_path: str | None = None,
 ) -> LatencyProfile:
-    """What `lightning_prune.profile_latency` would measure on a simulated device.
+    """Returns what `lightning_prune.profile_latency` would measure on a simulated device.
 
-    The model runs once, here, to count its tokens; all else is computed.
+    The model runs once, on the real device, to count its tokens. Everything else is computed.
 
     Args:
-        model: Any module that contains one Vision Transformer, whose blocks are taken to be alike.
-        example_inputs: (B, channels, height, width) images, of the size and batch that are simulated.
+        model: Any module that contains one Vision Transformer, whose blocks are assumed to be alike.
+        example_inputs: (B, C, H, W) images, of the size and batch that are simulated.
         device: The simulated device.
-        method: The reduction; all are taken to cost the same.
-        block: As `profile_latency` takes it.
-        time_limit: Time limit on the clock of the simulated device.
-        target: Dotted path of the transformer in `model`.
+        method: The reduction, as in `profile_latency`; all have the same overhead.
+        block: As in `profile_latency`.
+        time_limit: Seconds on the clock of the simulated device.
+        module_path: Dotted path of the transformer in `model`.
 
     Raises:
         ArgumentError: If an argument is unusable, or the model is patched.
@@ -278,11 +292,13 @@ def simulate_latency(
         >>> import torch
         >>> from lightning_prune.profiling import SimulatedDevice, simulate_latency
         >>> model = timm.create_model("vit_tiny_patch16_224", depth=4).eval()
-        >>> profile = simulate_latency(model, torch.randn(1, 3, 224, 224), SimulatedDevice(multiprocessors=9, tile=64))
+        >>> profile = simulate_latency(
+        ...     model, torch.randn(1, 3, 224, 224), SimulatedDevice(multiprocessors=9, tile=64), method="pomt"
+        ... )
         >>> [(cliff.above, cliff.below) for cliff in profile.cliffs()]
         [(193, 192), (129, 128), (65, 64)]
     """
-    transformer = find_vision_transformer(model, target)
+    transformer = find_vision_transformer(model, module_path)
     if not isinstance(device, SimulatedDevice):
         raise ArgumentError(f"`device` must be a SimulatedDevice, got {device!r}.")
     if time_limit is None:
@@ -293,31 +309,34 @@ def simulate_latency(
     index = reducing_block(reduction, block, transformer)
     depth, prefix = transformer.depth, transformer.prefix_tokens
     with ready_to_run(transformer):
-        n = count_tokens(transformer, example_inputs)
+        n = transformer.count_tokens(example_inputs)
         context = measurement_context(transformer.runner, example_inputs)
     work = Workload.of(transformer.blocks, len(example_inputs))
     lowest = n - reduction.most(n, prefix, depth, index)
     clock = SimulatedClock(device)
-    dense = seconds_of(device, work, Schedule([0] * depth), n)
-    if not _SPEEDS[0] < dense < _SPEEDS[1]:
-        raise ArgumentError(f"`device` must be of a speed that can be computed with; {device} takes {dense} s.")
+    dense = simulated_seconds(device, work, Schedule([0] * depth), n)
+    if not _MACHINE.min_run_s < dense < _MACHINE.max_run_s:
+        raise ArgumentError(
+            f"`device` must run the model in {_MACHINE.min_run_s:g} to {_MACHINE.max_run_s:g} s, got {dense:g} s by "
+            f"{device}."
+        )
     counts = range(lowest, n + 1)
     schedules = {count: allocate_schedule(reduction, n - count, n, prefix, depth, index) for count in counts}
-    running = [n]
-    race = InterleavedTimer[int](
-        prepare=lambda count: running.__setitem__(0, count),
-        run=lambda: clock.spend(seconds_of(device, work, schedules[running[0]], n, reduction.site)),
+    current = [n]
+    timer = InterleavedTimer[int](
+        prepare=lambda count: current.__setitem__(0, count),
+        run=lambda: clock.spend(simulated_seconds(device, work, schedules[current[0]], n, reduction.site)),
         device=torch.device("cpu"),
         reference=n,
         clock=clock,
     )
     build = profile_builder(reduction.name, index, depth, "deployed")
-    profile = explore(race, build, None, lowest, n, time_limit, lambda: None, len(example_inputs))
+    profile = search_counts(timer, build, None, lowest, n, time_limit, lambda: None, len(example_inputs))
     simulated = {"device": str(device), "device_type": "simulated", "threads": 0}
     return replace(profile, seconds=clock.now, context=context | simulated)
 
 
-def seconds_of(
+def simulated_seconds(
     device: SimulatedDevice,
     work: Workload,
     schedule: Schedule,
@@ -329,9 +348,9 @@ def seconds_of(
     Args:
         device: The simulated device.
         work: The model and its batch.
-        schedule: Tokens that each block removes, between its attention and its MLP; or that go before block 0.
+        schedule: Tokens that each block removes between its attention and its MLP, or that are removed before block 0.
         tokens: N.
-        site: Of the reduction. One that acts on the input leaves all blocks the same tokens, and costs nothing in them.
+        site: Where the reduction acts. On the input, all blocks have the same tokens and none has any overhead.
     """
     leaving = schedule.tokens(tokens)
     return device.seconds(work, leaving if site == "input" else (tokens, *leaving[:-1]), leaving)

@@ -63,7 +63,11 @@ def plot_plans(plans: Sequence[Plan]) -> Figure:
     for plan, (color, marker) in zip(plans, _PLAN_STYLES * len(plans), strict=False):
         points = {count: value for count, value in plan.scores().items() if np.isfinite(value)}
         score.plot(list(points), list(points.values()), color=color, marker=".", linewidth=1, label=str(plan.objective))
-        places = ((latency, profile.at(plan.tokens)), (proxy, 100 * known[plan.tokens]), (score, points[plan.tokens]))
+        places = (
+            (latency, profile.latency_ms(plan.tokens)),
+            (proxy, 100 * known[plan.tokens]),
+            (score, points[plan.tokens]),
+        )
         for axes, height in places:
             label = f"chosen: {plan.tokens} tokens ({plan.objective})" if axes is latency else None
             axes.plot(plan.tokens, height, marker, color=color, markersize=9, fillstyle="none", mew=2, label=label)

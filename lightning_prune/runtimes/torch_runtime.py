@@ -4,6 +4,7 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal, get_args
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,8 @@ Mode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cu
 """As `torch.compile` has them; `blocks` compiles each block by itself, which takes a fraction of the time."""
 
 _WITH_CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
-_RUNTIME = "_prune_runtime"  # attribute of a module while a runtime is applied to it
+# Not an attribute of the module: copies and pickles of a model are not compiled, so they must not say so.
+_compiled: "WeakKeyDictionary[nn.Module, Runtime]" = WeakKeyDictionary()
 
 
 def parse_compile_mode(value: object) -> Mode | None:
@@ -50,8 +52,12 @@ def applied_runtime(transformer: VisionTransformer) -> Runtime | None:
     None where the model runs as the user made it: eagerly, or compiled by the user (`is_compiled`), of which nobody but
     the user knows how.
     """
-    runtime: Runtime | None = vars(transformer.runner).get(_RUNTIME)
-    return runtime
+    return runtime_of(transformer.runner)
+
+
+def runtime_of(model: nn.Module) -> Runtime | None:
+    """The runtime that `Compiled` or `Runtime.applied` applies to a model now; None as in `applied_runtime`."""
+    return _compiled.get(model)
 
 
 class Compiled:
@@ -76,9 +82,12 @@ class Compiled:
             module.compile(mode=None if mode in ("default", "blocks") else mode, dynamic=False)
         if mode in _WITH_CUDA_GRAPHS:
             vars(root)["_compiled_call_impl"] = _copying_outputs(vars(root)["_compiled_call_impl"])
+        self._root = root
+        _compiled[root] = TorchCompile(mode)
 
     def undo(self) -> None:
         """Makes the model run eagerly again; compiled graphs stay in torch's cache."""
+        _compiled.pop(self._root, None)
         for module in self._modules:
             vars(module).pop("_compiled_call_impl", None)
 
@@ -104,11 +113,9 @@ def uncompiled(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def raised_recompile_limit() -> Iterator[None]:
     """A context in which torch compiles as many graphs as profiling needs; beyond its limit it runs eagerly."""
-    from torch._dynamo import config
+    from torch._dynamo import config  # the only use of it: torch has no public way to raise the limits for a while
 
-    limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # its name up to torch 2.6
-    total = "accumulated_recompile_limit" if limit == "recompile_limit" else "accumulated_cache_size_limit"
-    with config.patch({limit: 256, total: 1024}):
+    with config.patch(recompile_limit=256, accumulated_recompile_limit=1024):
         yield
 
 
@@ -191,12 +198,10 @@ class TorchCompile(Runtime):
         root = transformer.runner
         self._check(root)
         compiled = Compiled(root, self.mode, list(transformer.blocks))
-        vars(root)[_RUNTIME] = self
         try:
             with raised_recompile_limit():
                 yield
         finally:
-            vars(root).pop(_RUNTIME, None)
             compiled.undo()
 
 
@@ -230,5 +235,4 @@ def _copying_outputs(call: Callable[..., Any]) -> Callable[..., Any]:
         torch.compiler.cudagraph_mark_step_begin()
         return tree_map(lambda each: each.clone() if isinstance(each, Tensor) else each, call(*args, **kwargs))
 
-    vars(run)["compiled_call"] = call  # of which the mode can be read
     return run

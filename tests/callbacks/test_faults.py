@@ -488,7 +488,7 @@ def test_a_model_that_is_patched_already_is_refused(decided: bool, decision: Dec
     if decided:
         pruning.use(decision)
     with lp.patch(module, "pomt", [0, 0, 2, 0]) as mine:
-        with pytest.raises(lp.ArgumentError, match=r"^The model is patched; remove the patch before measuring it\.$"):
+        with pytest.raises(lp.ArgumentError, match=r"^`model` must be dense, got a patched model; "):
             trainer(pruning).validate(module, loader(), verbose=False)
         assert mine.active
     assert module.steps == []

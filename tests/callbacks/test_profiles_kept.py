@@ -29,9 +29,16 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return made
 
 
+def unhooked() -> Tiny:
+    """Without the hook that counts tokens: profiles of a model with a user's hook are not kept."""
+    module = Tiny()
+    module.vit.norm._forward_pre_hooks.clear()
+    return module
+
+
 def run(**kwargs: Any) -> lp.TokenPruning:
     callback = pruner(**kwargs)
-    trainer(callback).validate(Tiny(), loader(8), verbose=False)
+    trainer(callback).validate(unhooked(), loader(8), verbose=False)
     return callback
 
 
@@ -55,7 +62,7 @@ def test_without_the_cache_nothing_is_read_or_kept(measured: list[str]) -> None:
 
 
 def test_another_config_between_runs_decides_again_once(measured: list[str]) -> None:
-    callback, module = pruner(), Tiny()
+    callback, module = pruner(), unhooked()
     validate = lambda: trainer(callback).validate(module, loader(8), verbose=False)  # noqa: E731
     validate()
     first = callback.decision
@@ -87,3 +94,10 @@ def test_another_batch_size_or_block_is_measured(measured: list[str]) -> None:
 def test_what_is_no_folder_is_refused(value: Any) -> None:
     with pytest.raises(lp.ArgumentError, match=f"`cache_dir` must be a folder or None, got {value}"):
         pruner(cache_dir=value)
+
+
+def test_the_profile_of_a_hooked_model_is_not_kept(measured: list[str]) -> None:
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="not kept: hooks cannot be compared"):
+            trainer(pruner()).validate(Tiny(), loader(8), verbose=False)
+    assert measured == ["profile"] * 2

@@ -221,7 +221,7 @@ def test_in_a_trainer(draw: Any) -> None:
 def test_planning(draw: Any) -> None:
     module, images = Module().eval(), draw(16)
     before = run(module.encoder, images)
-    profile = lp.profile_latency(module, images[:4], time_limit=1, progress=False)
+    profile = lp.profile_latency(module, images[:4], time_limit=1, verbose=False)
     assert profile.tokens[-1] == 26
     plan = lp.plan(module, images, labels=before.argmax(-1), profile=profile, time_limit=1, progress=False)
     assert plan.schedule.depth == 4

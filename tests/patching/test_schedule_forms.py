@@ -102,7 +102,7 @@ def test_profile_counts_what_leaves_the_last_block() -> None:
     model.norm.register_forward_pre_hook(lambda _, args: left.add(args[0].shape[1]))
     seen: set[int] = set()
     model.blocks[1].attn.register_forward_pre_hook(lambda _, args: seen.add(args[0].shape[1]))
-    profile = lp.profile_latency(model, IMAGES[:1], method=Everywhere(), time_limit=0.2, progress=False)
+    profile = lp.profile_latency(model, IMAGES[:1], method=Everywhere(), time_limit=3, verbose=False)
     assert (profile.tokens[0], profile.dense_tokens) == (N - 8, N)
     assert left == set(profile.tokens)
     assert seen - {5} == {15, 16, 17}  # 5 are of the trial that a block is taken apart on
@@ -112,7 +112,7 @@ def test_profile_counts_what_leaves_the_last_block() -> None:
 def test_methods_of_the_input_are_profiled_there_whatever_the_block() -> None:
     model, seen = tiny_vit(), set()
     model.blocks[0].attn.register_forward_pre_hook(lambda _, args: seen.add(args[0].shape[1]))
-    shared: dict[str, Any] = {"method": RandomDrop(site="input"), "counts": [9], "time_limit": 0.1, "progress": False}
+    shared: dict[str, Any] = {"method": RandomDrop(site="input"), "counts": [9], "time_limit": 0.1, "verbose": False}
     assert lp.profile_latency(model, IMAGES[:1], **shared).block == 0
     assert seen == {9, 17}
 
@@ -156,6 +156,6 @@ def test_tokens_are_counted_where_images_decide_them() -> None:
 def test_adaptive_methods_are_refused() -> None:
     message = "`method` must be one whose token count can be chosen, got everywhere"
     with pytest.raises(lp.ArgumentError, match=message):
-        lp.profile_latency(tiny_vit(), IMAGES[:1], method=Willful(), progress=False)
+        lp.profile_latency(tiny_vit(), IMAGES[:1], method=Willful(), verbose=False)
     with pytest.raises(lp.ArgumentError, match=message), warnings.catch_warnings():
         lp.plan(tiny_vit(), IMAGES, example_inputs=IMAGES[:1], method=Willful(), progress=False)

@@ -21,7 +21,9 @@ def test_paper_protocol_is_the_papers_computation():
     for count in range(2, 18):
         with lp.patch(model, lp.reduction.RandomDrop(site="input"), [17 - count, 0, 0, 0]):
             right[count] = float((model(IMAGES).argmax(-1) == labels).float().mean())
-    utility = {c: 0.5 * (1 - curve.at(c) / curve.dense_ms) + 0.5 * right[c] / max(right.values()) for c in right}
+    utility = {
+        c: 0.5 * (1 - curve.latency_ms(c) / curve.dense_ms) + 0.5 * right[c] / max(right.values()) for c in right
+    }
     assert made.tokens == max(utility, key=lambda c: (utility[c], c))
     assert made.method == "pomt"
     assert made.schedule.reducing == {1: 17 - made.tokens}
@@ -43,7 +45,7 @@ def test_paper_protocol_takes_the_argmax_over_every_count():
 
 def test_paper_protocol_never_chooses_more_than_the_method_can_remove():
     model = tiny_vit()
-    measured = lp.profile_latency(model, IMAGES[:1], protocol="paper", time_limit=0.5, progress=False)
+    measured = lp.profile_latency(model, IMAGES[:1], protocol="paper", time_limit=0.5, verbose=False)
     assert measured.tokens[0] == 17 - lp.reduction.POMT().max_removed(17, 1)
 
 

@@ -64,7 +64,7 @@ def test_new_counts_are_on_the_scale_of_the_profile():
     _, found, asked = searched(stairs, Utility(), range(24, N, 8))
     assert asked
     for count in found.tokens:
-        assert found.at(count) == pytest.approx(stairs(count))
+        assert found.latency_ms(count) == pytest.approx(stairs(count))
 
 
 def test_nothing_is_measured_where_nothing_can_be_better():

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("clock")
 
 def test_a_given_profile_is_planned_on_and_not_measured_again(monkeypatch):
     model = vit()
-    profile = lp.profile_latency(model, IMAGES[:2], method=CURVE, time_limit=1, progress=False)
+    profile = lp.profile_latency(model, IMAGES[:2], method=CURVE, time_limit=1, verbose=False)
     monkeypatch.setattr("lightning_prune.planning.api.profile_latency", None)
     made = planned(model, methods=["topk"], profile=profile, objective=lp.LatencyBudget(speedup=1.5))
     assert made.profile is profile
@@ -40,14 +40,14 @@ def test_a_given_profile_is_planned_on_and_not_measured_again(monkeypatch):
 )
 def test_a_profile_of_something_else_is_refused(made, message):
     model, method = made()
-    profile = lp.profile_latency(model, IMAGES[:2], method=method, time_limit=0.2, progress=False)
+    profile = lp.profile_latency(model, IMAGES[:2], method=method, time_limit=0.2, verbose=False)
     with pytest.raises(lp.ArgumentError, match=message):
         planned(methods=["topk"], profile=profile)
 
 
 def test_a_profile_of_random_tokens_inside_block_0_is_refused():
     model = vit()
-    profile = lp.profile_latency(model, IMAGES[:2], method="random", block=0, time_limit=0.2, progress=False)
+    profile = lp.profile_latency(model, IMAGES[:2], method="random", block=0, time_limit=0.2, verbose=False)
     with pytest.raises(
         lp.ArgumentError, match=r"is of random with seed=0, site='block'; asked for is Random\(seed=0, site='input'\)"
     ):
@@ -63,7 +63,7 @@ def test_a_profile_of_random_tokens_inside_block_0_is_refused():
         ({"time_limit": True}, "`time_limit` must be a number > 0, got True"),
         ({"methods": "tome"}, "`methods` must be a list of names or reductions, got 'tome'"),
         ({"methods": ["topk", "tome", "topk"]}, r"`methods` must differ from one another, got TopK\(\) twice"),
-        ({"example_inputs": IMAGES[0]}, r"`example_inputs` must be images \(batch, .*\), got \(3, 32, 32\)"),
+        ({"example_inputs": IMAGES[0]}, r"`example_inputs` must be images \(B, .*\), got \(3, 32, 32\)"),
         (
             {"example_inputs": torch.randn(2, 3, 64, 64)},
             r"`images` must be of the size of `example_inputs`, \(3, 64, 64\), got \(3, 32, 32\)",
@@ -123,5 +123,8 @@ def test_methods_that_cannot_be_planned(methods, message):
 
 def test_a_patched_model_is_not_planned_for():
     model = vit()
-    with lp.patch(model, "pomt", [0, 4, 0, 0]), pytest.raises(lp.ArgumentError, match="The model is patched"):
+    with (
+        lp.patch(model, "pomt", [0, 4, 0, 0]),
+        pytest.raises(lp.ArgumentError, match="`model` must be dense, got a patched model"),
+    ):
         plan_blocks(model, IMAGES, example_inputs=IMAGES[:2], progress=False)

@@ -1,3 +1,4 @@
+import importlib.metadata
 import importlib.util
 import json
 import linecache
@@ -8,18 +9,24 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
-import timm
 import torch
 
 import lightning_prune as lp
 from helpers.data import noise_images
-from helpers.models import tiny_hugging_face_vit, tiny_vit
+from helpers.models import tiny_hugging_face_vit, tiny_torchvision_vit, tiny_vit
 from lightning_prune.patching import find_vision_transformer
-from lightning_prune.profiling import LatencyProfile, ProfileStore, measurement_context, profile_dependencies
-from lightning_prune.profiling import cache as reuse
+from lightning_prune.profiling import (
+    LatencyProfile,
+    ProfileStore,
+    cache,
+    environment,
+    measurement_context,
+    profile_dependencies,
+)
 from lightning_prune.profiling.cache import get_or_profile
-from lightning_prune.profiling.environment import compile_mode, structure
+from lightning_prune.profiling.environment import runtime_name, structure, unknown_conditions
 from lightning_prune.reduction import resolve
+from lightning_prune.runtimes.torch_runtime import Compiled
 
 IMAGES = noise_images(2)
 POMT = resolve("pomt")
@@ -102,7 +109,7 @@ def called(change, value, before):
         lambda: torch.backends.mkldnn.flags(enabled=False),
         lambda: switched(torch.backends.cudnn, "benchmark", True),
         lambda: switched(torch.backends.cudnn, "allow_tf32", False),
-        lambda: switched(timm, "__version__", "0.1"),
+        lambda: switched(environment, "version", lambda package: "0.1"),
     ],
     ids=["autocast", "matmul", "threads", "attention", "mkldnn", "benchmark", "tf32", "timm"],
 )
@@ -126,46 +133,76 @@ def test_the_newer_form_of_a_switch_is_no_reason_to_fail(monkeypatch):
     assert dependencies()["kernels"]["matmul_precision"] is None
 
 
+def by_us(mode):
+    model = tiny_vit()
+    Compiled(model, mode, list(model.blocks))
+    return model
+
+
 def compiled(**kwargs):
     model = tiny_vit()
     model.compile(**kwargs)
     return model
 
 
-def blocks_compiled(*indices):
+def with_a_compiled_block():
     model = tiny_vit()
-    for index in indices:
-        model.blocks[index].compile(backend="eager")
+    model.blocks[1].compile(backend="eager")
     return model
 
 
-def test_every_way_to_compile_is_another_profile():
-    ways = [
-        tiny_vit(),
-        compiled(),
-        compiled(mode="reduce-overhead"),
-        compiled(mode="max-autotune"),
-        compiled(backend="eager"),
-        compiled(backend="eager", dynamic=True),
-        compiled(options={"epilogue_fusion": False}),
-        blocks_compiled(0, 1),
-        blocks_compiled(0, 1, 2, 3),
-    ]
-    modes = [compile_mode(model) for model in ways]
-    assert len(set(modes)) == len(ways), modes
-    assert modes[0] == ""
-    assert compile_mode(torch.compile(tiny_vit(), mode="reduce-overhead")) == modes[2]
-    assert modes[7] == "eager in blocks.0 blocks.1"
-    assert dependencies(ways[3])["compile_mode"] == modes[3]
+def hooked(method):
+    model = tiny_vit()
+    getattr(model.blocks[2].mlp, method)(lambda *_: None)
+    return model
 
 
-def test_what_cannot_be_told_apart_is_neither_kept_nor_reused(tmp_path):
+def test_each_mode_of_compilation_is_another_profile(tmp_path):
     store = ProfileStore(tmp_path)
-    nameless = torch.compile(tiny_vit(), backend=lambda graph, inputs: graph.forward)
-    assert compile_mode(nameless) == "unreadable"
-    assert store.put(dependencies(nameless), profile()) is None
-    assert store.get(dependencies(nameless)) is None
+    models = {mode: by_us(mode) for mode in ("default", "reduce-overhead", "blocks")}
+    for mode, model in models.items():
+        name = "torch.compile" if mode == "default" else f"torch.compile:mode={mode}"
+        assert runtime_name(model) == dependencies(model)["runtime"] == name
+        assert store.get(dependencies(model)) is None
+        assert store.put(dependencies(model), profile(context=measurement_context(model, IMAGES))) is not None
+    assert dependencies()["runtime"] == "torch"
+    assert all(store.get(dependencies(model)) is not None for model in models.values())
+    undone = tiny_vit()
+    Compiled(undone, "default").undo()
+    assert runtime_name(undone) == "torch"
+
+
+@pytest.mark.parametrize(
+    ("build", "condition"),
+    [
+        (lambda: compiled(), "runtime"),
+        (lambda: compiled(mode="reduce-overhead"), "runtime"),
+        (lambda: torch.compile(tiny_vit()), "runtime"),
+        (lambda: torch.compile(tiny_vit(), backend=lambda graph, inputs: graph.forward), "runtime"),
+        (with_a_compiled_block, "runtime"),
+        (lambda: hooked("register_forward_hook"), "hooks"),
+        (lambda: hooked("register_forward_pre_hook"), "hooks"),
+    ],
+)
+def test_what_the_user_compiled_or_hooked_is_neither_kept_nor_reused(tmp_path, monkeypatch, build, condition):
+    """Torch does not tell how a module was compiled, and a hook may take any time."""
+    store, model = ProfileStore(tmp_path), build()
+    assert unknown_conditions(dependencies(model)) == [condition]
+    assert store.put(dependencies(model), profile()) is None
+    assert store.get(dependencies(model)) is None
+    monkeypatch.setattr(cache, "profile_latency", lambda *_, **__: profile())
+    for _ in range(2):
+        with pytest.warns(UserWarning, match=f"not kept: {condition} cannot be compared"):
+            assert measure(store, model) == (profile(), False)
     assert not list(tmp_path.iterdir())
+
+
+def test_hooks_of_the_libraries_are_known():
+    """transformers installs some by itself, where hidden states are asked for."""
+    model = tiny_hugging_face_vit("ViTModel")
+    model(IMAGES, output_hidden_states=True)
+    assert any(module._forward_hooks for module in model.modules())
+    assert dependencies(model)["hooks"] == ""
 
 
 def mine(tmp_path, text):
@@ -192,7 +229,7 @@ def test_methods_that_share_a_name_do_not_share_a_profile(tmp_path, monkeypatch)
 
 def test_a_method_without_source_is_measured_every_time(tmp_path):
     nowhere = type("Nowhere", (lp.reduction.TopK,), {"name": "nowhere", "__module__": "a_console"})()
-    assert dependencies(method=nowhere)["method_class"] == "unreadable"
+    assert dependencies(method=nowhere)["method_class"] == "unknown"
 
 
 def test_weights_do_not_count_but_classes_do():
@@ -219,20 +256,20 @@ def test_the_configuration_of_hugging_face_counts() -> None:
 
 def test_a_profile_that_was_given_less_time_is_measured_again(tmp_path):
     store = ProfileStore(tmp_path)
-    store.put(dependencies(), profile(), seconds=5.0)
-    assert store.get(dependencies(), seconds=5.0) is not None
-    assert store.get(dependencies(), seconds=2.0) is not None
-    assert store.get(dependencies(), seconds=30.0) is None
-    assert store.get(dependencies(), seconds=None) is None
-    store.put(dependencies(), profile(converged=True), seconds=5.0)
-    assert store.get(dependencies(), seconds=30.0) is not None
+    store.put(dependencies(), profile(), time_limit=5.0)
+    assert store.get(dependencies(), time_limit=5.0) is not None
+    assert store.get(dependencies(), time_limit=2.0) is not None
+    assert store.get(dependencies(), time_limit=30.0) is None
+    assert store.get(dependencies(), time_limit=None) is None
+    store.put(dependencies(), profile(converged=True), time_limit=5.0)
+    assert store.get(dependencies(), time_limit=30.0) is not None
 
 
 def test_without_a_limit_other_counts_are_measured_than_with_one(tmp_path):
     store = ProfileStore(tmp_path)
-    store.put(dependencies(), profile(), seconds=None)
-    assert store.get(dependencies(), seconds=None) is not None
-    assert store.get(dependencies(), seconds=1.0) is None
+    store.put(dependencies(), profile(), time_limit=None)
+    assert store.get(dependencies(), time_limit=None) is not None
+    assert store.get(dependencies(), time_limit=1.0) is None
 
 
 @pytest.mark.parametrize(
@@ -293,7 +330,7 @@ def test_a_damaged_or_foreign_entry_is_passed_over_with_a_line(tmp_path, damage)
     store = ProfileStore(tmp_path)
     path = store.put(dependencies(), profile())
     path.write_text(damage(path.read_text()))
-    with pytest.warns(UserWarning, match=f"is passed over, measured again and replaced: .*{path.name}"):
+    with pytest.warns(UserWarning, match=f"is skipped and will be measured again and replaced: .*{path.name}"):
         assert store.get(dependencies()) is None
     store.put(dependencies(), profile())
     assert store.get(dependencies()) == profile()
@@ -302,7 +339,7 @@ def test_a_damaged_or_foreign_entry_is_passed_over_with_a_line(tmp_path, damage)
 def test_a_folder_that_cannot_be_written_to_is_no_reason_to_fail(tmp_path):
     (tmp_path / "file").write_text("")
     store = ProfileStore(tmp_path / "file")
-    with pytest.warns(UserWarning, match="could not be kept in .*file"):
+    with pytest.warns(UserWarning, match="cannot be written to .*file"):
         assert store.put(dependencies(), profile()) is None
     assert store.get(dependencies()) is None
 
@@ -345,7 +382,14 @@ def test_the_folder_is_that_of_the_environment_or_the_users_cache(monkeypatch, t
 
 def measure(store, model=None, **kwargs):
     return get_or_profile(
-        model or tiny_vit(), IMAGES, store, method=POMT, block=1, time_limit=0.2, progress=False, **kwargs
+        tiny_vit() if model is None else model,
+        IMAGES,
+        store,
+        method=POMT,
+        block=1,
+        time_limit=0.2,
+        verbose=False,
+        **kwargs,
     )
 
 
@@ -353,35 +397,46 @@ def test_the_second_time_nothing_is_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(LatencyProfile, "is_inconclusive", False)  # however busy the machine is that tests
     first = measure(ProfileStore(tmp_path))
     assert not first.reused
-    monkeypatch.setattr(reuse, "profile_latency", lambda *_, **__: pytest.fail("measured"))
+    monkeypatch.setattr(cache, "profile_latency", lambda *_, **__: pytest.fail("measured"))
     assert measure(ProfileStore(tmp_path)) == (first.profile, True)
-
-
-def test_refresh_measures_and_replaces(tmp_path, monkeypatch):
-    monkeypatch.setattr(reuse, "profile_latency", lambda *_, **__: profile(1.0))
-    measure(ProfileStore(tmp_path))
-    monkeypatch.setattr(reuse, "profile_latency", lambda *_, **__: profile(1.5))
-    assert measure(ProfileStore(tmp_path)) == (profile(1.0), True)
-    assert measure(ProfileStore(tmp_path), refresh=True) == (profile(1.5), False)
-    assert measure(ProfileStore(tmp_path)) == (profile(1.5), True)
 
 
 def test_what_a_busy_machine_said_is_not_kept(tmp_path, monkeypatch):
     noisy = LatencyProfile((9, 17), (1.0, 2.0), (3.0, 3.0), (5, 5), "pomt", 1, 4)
     assert noisy.is_inconclusive
-    monkeypatch.setattr(reuse, "profile_latency", lambda *_, **__: noisy)
+    monkeypatch.setattr(cache, "profile_latency", lambda *_, **__: noisy)
     assert measure(ProfileStore(tmp_path)) == (noisy, False)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_patched_model_is_refused_also_where_its_profile_is_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr(reuse, "profile_latency", lambda *_, **__: profile())
+    monkeypatch.setattr(cache, "profile_latency", lambda *_, **__: profile())
     model = tiny_vit()
     measure(ProfileStore(tmp_path), model)
-    with lp.patch(model, "pomt", [0, 4, 0, 0]), pytest.raises(lp.ArgumentError, match="The model is patched"):
+    with (
+        lp.patch(model, "pomt", [0, 4, 0, 0]),
+        pytest.raises(lp.ArgumentError, match="`model` must be dense, got a patched model"),
+    ):
         measure(ProfileStore(tmp_path), model)
 
 
-def test_without_a_store_every_time_is_measured(monkeypatch):
-    monkeypatch.setattr(reuse, "profile_latency", lambda *_, **__: profile())
-    assert measure(None) == (profile(), False)
+def test_without_a_store_every_time_is_measured(tmp_path, monkeypatch):
+    monkeypatch.setenv("LIGHTNING_PRUNE_CACHE", str(tmp_path))
+    monkeypatch.setattr(cache, "profile_latency", lambda *_, **__: profile())
+    for _ in range(2):
+        assert measure(None) == (profile(), False)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("build", "libraries"),
+    [
+        (tiny_vit, {"timm"}),
+        (tiny_torchvision_vit, {"torchvision"}),
+        (lambda: tiny_hugging_face_vit("ViTModel"), {"transformers"}),
+    ],
+)
+def test_only_the_library_of_the_model_is_named(build, libraries):
+    context = measurement_context(build(), IMAGES)
+    assert {"timm", "torchvision", "transformers"} & set(context) == libraries
+    assert all(context[name] == importlib.metadata.version(name) for name in libraries)

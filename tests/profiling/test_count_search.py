@@ -6,7 +6,7 @@ import torch
 
 from lightning_prune.planning import Utility
 from lightning_prune.profiling import InterleavedTimer, SimulatedClock, SimulatedDevice, Workload
-from lightning_prune.profiling.count_search import coarse_grid, explore, profile_builder
+from lightning_prune.profiling.count_search import coarse_grid, profile_builder, search_counts
 
 CPU = torch.device("cpu")
 N, BLOCK, DEPTH, LOWEST = 197, 3, 12, 3
@@ -23,7 +23,7 @@ class Bench:
         self.running, self.measured = N, set()
         race = self.timer(self.prepare, lambda: self.clock.spend(seconds(self.running)), CPU, N, self.clock)
         build = profile_builder("pomt", BLOCK, DEPTH, "deployed")
-        self.profile = explore(race, build, None, LOWEST, N, time_limit, lambda: None, batch)
+        self.profile = search_counts(race, build, None, LOWEST, N, time_limit, lambda: None, batch)
 
     def prepare(self, count):
         self.running = count
@@ -80,7 +80,9 @@ def test_quiet_hardware_hides_no_cliff_either(seed, noise):
     assert bench.found() == [(cliff + 1, cliff) for cliff in cliffs[::-1]]
     profile = bench.profile
     for count in profile.tokens:
-        assert profile.at(count) / profile.dense_ms == pytest.approx(seconds(count) / seconds(N), rel=1e-9 + 2 * noise)
+        assert profile.latency_ms(count) / profile.dense_ms == pytest.approx(
+            seconds(count) / seconds(N), rel=1e-9 + 2 * noise
+        )
 
 
 @pytest.mark.parametrize("seconds_a_run", [0.5, 1.0, 2.0, 4.0])
@@ -88,7 +90,7 @@ def test_few_rounds_of_a_slow_model_do_not_pass_for_certainty(seconds_a_run):
     line = [Bench(lambda count: seconds_a_run * (0.6 + 0.4 * count / N), seed).profile for seed in range(20)]
     assert sum(bool(curve.cliffs()) for curve in line) <= 2
     flat = [Bench(lambda _: seconds_a_run, seed).profile for seed in range(20)]
-    assert sum(any(curve.saves(count) for count in curve.tokens) for curve in flat) <= 4
+    assert sum(any(curve.is_faster_than_dense(count) for count in curve.tokens) for curve in flat) <= 4
     for curve in (*line, *flat):
         assert len(curve.tokens) >= 4
         assert min(curve.rounds) >= 3
@@ -163,8 +165,10 @@ def test_latencies_are_those_of_the_device_in_spite_of_drift(wave_benches):
     for bench, exact in wave_benches:
         profile = bench.profile
         for count in profile.tokens:
-            error = profile.error(count) / profile.dense_ms
-            assert profile.at(count) / profile.dense_ms == pytest.approx(exact[count] / exact[N], abs=0.01 + 5 * error)
+            error = profile.stderr_ms(count) / profile.dense_ms
+            assert profile.latency_ms(count) / profile.dense_ms == pytest.approx(
+                exact[count] / exact[N], abs=0.01 + 5 * error
+            )
 
 
 @pytest.mark.parametrize(("loss", "power"), [(0.3, 2), (0.6, 3), (1.0, 4)])

@@ -126,8 +126,8 @@ def test_rounds_of_the_reference_alone_say_nothing_of_its_noise():
 def test_some_rounds_can_be_asked_for_whatever_the_deadline():
     bench = Bench({"dense": 1.0, "a": 1.0})
     race = bench.race()
-    assert race.measure(["a"], rounds=5, deadline=0.0, least=3) == 3
-    assert race.measure(["a"], rounds=5, deadline=0.0, least=3) == 0
+    assert race.measure(["a"], rounds=5, deadline=0.0, min_rounds=3) == 3
+    assert race.measure(["a"], rounds=5, deadline=0.0, min_rounds=3) == 0
 
 
 def test_the_deadline_holds_where_there_are_figures_already():
@@ -141,8 +141,8 @@ def test_the_deadline_holds_where_there_are_figures_already():
 def test_the_first_run_is_timed_but_counts_nowhere():
     bench = Bench({"dense": 1.0, "a": 1.0}, drift=lambda run: 50.0 if run == 0 else 1.0)
     race = bench.race()
-    assert race.warm("dense") == 50.0
-    assert race.warm("dense") == 50.0
+    assert race.warm_up("dense") == 50.0
+    assert race.warm_up("dense") == 50.0
     race.measure([], rounds=3)
     assert bench.order == ["dense"] * 4
     assert race.result("dense").milliseconds == pytest.approx(1000)

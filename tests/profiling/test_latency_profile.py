@@ -30,12 +30,12 @@ def stairs(n, step, height, base=10.0):
 
 def test_dense_is_the_largest_count():
     curve = profile({100: 7, 197: 10, 150: 9})
-    assert (curve.dense_tokens, curve.dense_ms, curve.at(150)) == (197, 10, 9)
+    assert (curve.dense_tokens, curve.dense_ms, curve.latency_ms(150)) == (197, 10, 9)
 
 
 def test_at_interpolates_nothing():
     with pytest.raises(ArgumentError, match=r"`tokens` must be one of the measured counts \(100, 197\), got 150"):
-        profile({100: 7, 197: 10}).at(150)
+        profile({100: 7, 197: 10}).latency_ms(150)
 
 
 def test_finds_every_planted_cliff_to_the_token():
@@ -65,25 +65,27 @@ def test_noise_is_no_cliff():
 
 def test_saves_needs_more_than_noise_and_more_than_two_percent():
     curve = profile({100: 8.0, 150: 9.81, 197: 10.0})
-    assert curve.saves(100)
-    assert not curve.saves(150)
-    assert not profile({100: 8.0, 197: 10.0}, spread=3.0).saves(100)
+    assert curve.is_faster_than_dense(100)
+    assert not curve.is_faster_than_dense(150)
+    assert not profile({100: 8.0, 197: 10.0}, spread=3.0).is_faster_than_dense(100)
 
 
 def test_one_round_proves_nothing():
     """A single measurement has no spread; that must not pass for certainty."""
     curve = profile({100: 5.0, 197: 10.0}, spread=0.0, rounds=1)
-    assert curve.error(100) == float("inf")
-    assert not curve.saves(100)
+    assert curve.stderr_ms(100) == float("inf")
+    assert not curve.is_faster_than_dense(100)
     assert curve.cliffs() == []
 
 
 def test_noise_is_known_only_if_most_counts_were_measured_thrice():
     """Dense is in all rounds, and so in more than any other count."""
     curve = LatencyProfile((32, 64, 197), (5.0, 6.0, 10.0), (0.0,) * 3, (1, 1, 3), "pomt", 3, 12)
-    assert curve.error(197) == float("inf")
+    assert curve.stderr_ms(197) == float("inf")
     assert curve.is_inconclusive
-    assert LatencyProfile((32, 64, 197), (5.0, 6.0, 10.0), (0.1,) * 3, (3, 1, 3), "pomt", 3, 12).saves(32)
+    assert LatencyProfile((32, 64, 197), (5.0, 6.0, 10.0), (0.1,) * 3, (3, 1, 3), "pomt", 3, 12).is_faster_than_dense(
+        32
+    )
 
 
 @pytest.mark.parametrize("rounds", [3, 5, 9, 31])
@@ -94,7 +96,7 @@ def test_error_is_that_of_the_median_however_few_the_rounds(rounds):
         low, high = np.percentile(left - left.mean(), (25, 75))
         spreads.append((high - low) / 2)
     curve = profile({100: 9.9, 197: 10.0}, spread=float(np.mean(spreads)), rounds=rounds)
-    assert curve.error(197) == pytest.approx(1.2533 / rounds**0.5, rel=0.12)
+    assert curve.stderr_ms(197) == pytest.approx(1.2533 / rounds**0.5, rel=0.12)
 
 
 def test_where_a_slope_begins_there_is_no_cliff():
@@ -104,14 +106,31 @@ def test_where_a_slope_begins_there_is_no_cliff():
 
 def test_flat_curve_has_no_slope():
     curve = profile({100: 10.5, 197: 10.0})
-    assert curve.per_token == 0.0
-    assert not curve.saves(100)
+    assert curve.ms_per_token == 0.0
+    assert not curve.is_faster_than_dense(100)
 
 
 @pytest.mark.parametrize("suffix", ["json", "yaml"])
 def test_round_trip(tmp_path, suffix):
     curve = profile(stairs(60, 16, 1.0))
     assert LatencyProfile.load(curve.save(tmp_path / f"profile.{suffix}")) == curve
+
+
+def test_a_profile_of_an_older_release_loads(tmp_path):
+    """A document as version 1 was written: `converged` was called `settled`, and could be left out."""
+    text = """
+{"format": "lightning_prune.profile", "version": 1, "tokens": [100, 197], "milliseconds": [7.0, 10.5],
+ "spread": [0.1, 0.2], "rounds": [7, 31], "method": "pomt", "block": 3, "depth": 12, "protocol": "deployed",
+ "seconds": 12.5, "context": {"device": "Abacus", "threads": 2, "timm": "1.0.23"}SETTLED}
+"""
+    path = tmp_path / "old.json"
+    for settled, converged in (("", False), (', "settled": true', True), (', "settled": false', False)):
+        path.write_text(text.replace("SETTLED", settled))
+        context = {"device": "Abacus", "threads": 2, "timm": "1.0.23"}
+        assert LatencyProfile.load(path) == LatencyProfile(
+            *((100, 197), (7.0, 10.5), (0.1, 0.2), (7, 31), "pomt", 3, 12), seconds=12.5, context=context,
+            converged=converged,
+        )  # fmt: skip
 
 
 def test_load_names_the_file_and_what_is_wrong(tmp_path):
@@ -123,9 +142,13 @@ def test_load_names_the_file_and_what_is_wrong(tmp_path):
     path.write_text(json.dumps({**json.loads(whole), "milliseconds": [1.0]}))
     with pytest.raises(FileFormatError, match=r"profile\.json is not a usable profile: .*one length"):
         LatencyProfile.load(path)
-    for wrong in ({"spread": ["a", "b"]}, {"block": "x"}, {"tokens": [100, 197.5]}):
+    for wrong, message in (
+        ({"spread": ["a", "b"]}, "must be numbers, got 'a'"),
+        ({"block": "x"}, "must be numbers, got 'x'"),
+        ({"tokens": [100, 197.5]}, "`tokens`, .* must be integers, got 197.5"),
+    ):
         path.write_text(json.dumps({**json.loads(whole), **wrong}))
-        with pytest.raises(FileFormatError, match="must be numbers, all else in a profile whole numbers"):
+        with pytest.raises(FileFormatError, match=message):
             LatencyProfile.load(path)
     document = json.loads(whole)
     del document["block"]
@@ -143,12 +166,12 @@ def test_load_names_the_file_and_what_is_wrong(tmp_path):
         ({"rounds": [0, 9]}, "`rounds` must be >= 1, got 0"),
         ({"spread": [-1.0, 0.1]}, r"`spread` must be finite and >= 0, got \[-1.0, 0.1\]"),
         ({"spread": [float("nan"), 0.1]}, "`spread` must be finite and >= 0"),
-        ({"milliseconds": [True, 2.0]}, "must be numbers, all else in a profile whole numbers"),
+        ({"milliseconds": [True, 2.0]}, "must be numbers, got True"),
         ({"method": 3}, "`method` of a profile must be a name, got 3"),
         ({"protocol": "mine"}, "`protocol` of a profile must be 'deployed' or 'paper', got 'mine'"),
         ({"seconds": "x"}, "`seconds` of a profile must be a number, got 'x'"),
         ({"context": None}, "`context` of a profile must be a mapping, got None"),
-        ({"settled": 1}, "`converged` of a profile must be true or false, got 1"),
+        ({"converged": 1}, "`converged` of a profile must be true or false, got 1"),
     ],
 )
 def test_impossible_entries_are_refused(wrong, message):

@@ -9,7 +9,7 @@ from helpers.data import noise_images
 from helpers.models import tiny_vit
 from lightning_prune.patching.class_swap import is_patched_module
 from lightning_prune.profiling import InterleavedTimer, resolve_block
-from lightning_prune.profiling.count_search import explore, profile_builder
+from lightning_prune.profiling.count_search import profile_builder, search_counts
 from lightning_prune.profiling.measurement import count_tokens
 
 CPU = torch.device("cpu")
@@ -39,7 +39,7 @@ class Device:
     def explore(self, time_limit, counts=None):
         race = InterleavedTimer(self.prepare, self.run, CPU, self.n, clock=lambda: self.now)
         build = profile_builder("pomt", 3, 12, "deployed")
-        return explore(race, build, counts, 3, self.n, time_limit, lambda: None)
+        return search_counts(race, build, counts, 3, self.n, time_limit, lambda: None)
 
 
 @pytest.mark.parametrize("cliffs", [(), (128,), (65, 128, 177), (192,)])
@@ -55,7 +55,7 @@ def test_measures_the_latency_that_is_there():
     device = Device(197, (128,), noise=0.02)
     profile = device.explore(time_limit=20.0)
     for tokens in profile.tokens:
-        assert profile.at(tokens) == pytest.approx(device.milliseconds(tokens), rel=0.03)
+        assert profile.latency_ms(tokens) == pytest.approx(device.milliseconds(tokens), rel=0.03)
 
 
 def test_stops_early_when_the_figures_are_precise():
@@ -87,7 +87,7 @@ def test_profile_of_a_real_model_leaves_it_as_it_was():
     model.blocks[1].eval()
     before = model.state_dict()
     flags = [module.training for module in model.modules()]
-    profile = lp.profile_latency(model, IMAGES, block=1, time_limit=0.2, progress=False)
+    profile = lp.profile_latency(model, IMAGES, block=1, time_limit=0.2, verbose=False)
     assert profile.dense_tokens == 17
     assert (profile.block, profile.depth, profile.method) == (1, 3, "pomt")
     assert profile.context["batch_size"] == 2
@@ -101,7 +101,7 @@ def test_measures_the_cut_that_is_deployed(monkeypatch):
     """Every count asked for is what really leaves the reducing block, mean token included."""
     model, seen = tiny_vit(), set()
     model.blocks[1].mlp.register_forward_pre_hook(lambda _, args: seen.add(args[0].shape[1]))
-    profile = lp.profile_latency(model, IMAGES, block=1, counts=[5, 9, 12], time_limit=0.2, progress=False)
+    profile = lp.profile_latency(model, IMAGES, block=1, counts=[5, 9, 12], time_limit=0.2, verbose=False)
     assert seen == {5, 9, 12, 17} == set(profile.tokens)
 
 
@@ -109,14 +109,12 @@ def test_latency_is_what_the_clock_says():
     """A millisecond for each token that leaves a block: three blocks of four after the cut, or the cut's own too."""
     model = tiny_vit()
     clock = TokenClock(model.blocks)
-    profile = lp.profile_latency(model, IMAGES, block=1, counts=[5, 9], time_limit=5, progress=False, clock=clock)
+    profile = lp.profile_latency(model, IMAGES, block=1, counts=[5, 9], time_limit=5, verbose=False, clock=clock)
     assert profile.tokens == (5, 9, 17)
     assert profile.milliseconds == pytest.approx((17 + 3 * 5, 17 + 3 * 9, 4 * 17))
     assert profile.seconds == pytest.approx(clock.now)
     schedule = lp.Schedule([0, 0, 6, 0])
-    timings = lp.compare_latency(
-        model, IMAGES, {"dense": None, "pomt": ("pomt", schedule)}, progress=False, clock=clock
-    )
+    timings = lp.compare_latency(model, IMAGES, {"dense": None, "pomt": ("pomt", schedule)}, verbose=False, clock=clock)
     assert timings["dense"].milliseconds == pytest.approx(4 * 17)
     assert timings["pomt"].milliseconds == pytest.approx(2 * 17 + 2 * 11)
     assert {timing.rounds for timing in timings.values()} == {31}
@@ -126,16 +124,14 @@ def test_the_time_limit_is_on_the_clock():
     """Dense takes 68 ms and the variant 56: warm-up and eight rounds are inside a second, the ninth is cut short."""
     model = tiny_vit()
     variants = {"dense": None, "pomt": ("pomt", lp.Schedule([0, 0, 6, 0]))}
-    timings = lp.compare_latency(
-        model, IMAGES, variants, time_limit=1.0, progress=False, clock=TokenClock(model.blocks)
-    )
+    timings = lp.compare_latency(model, IMAGES, variants, time_limit=1.0, verbose=False, clock=TokenClock(model.blocks))
     assert timings["pomt"].rounds == 7
 
 
 def test_paper_protocol_drops_random_tokens_before_block_0_at_every_count():
     model, seen = tiny_vit(), set()
     model.blocks[0].attn.register_forward_pre_hook(lambda _, args: seen.add(args[0].shape[1]))
-    profile = lp.profile_latency(model, IMAGES, protocol="paper", time_limit=1.0, progress=False)
+    profile = lp.profile_latency(model, IMAGES, protocol="paper", time_limit=1.0, verbose=False)
     assert profile.tokens == tuple(range(3, 18)) == tuple(sorted(seen))  # 2 is more than pomt can deploy
     assert (profile.protocol, profile.method) == ("paper", "random")
 
@@ -151,18 +147,18 @@ def test_model_is_restored_when_measuring_fails():
 
     model.blocks[3].register_forward_pre_hook(fail)
     with pytest.raises(RuntimeError, match="out of memory"):
-        lp.profile_latency(model, IMAGES, time_limit=0.2, progress=False)
+        lp.profile_latency(model, IMAGES, time_limit=0.2, verbose=False)
     assert not any(map(is_patched_module, model.modules()))
 
 
 def test_context_sees_precision_and_compilation():
     with torch.autocast("cpu", torch.bfloat16):
-        profile = lp.profile_latency(tiny_vit(), IMAGES, counts=[9], time_limit=0.05, progress=False)
+        profile = lp.profile_latency(tiny_vit(), IMAGES, counts=[9], time_limit=0.05, verbose=False)
     assert profile.context["precision"] == "bf16-mixed"
-    half = lp.profile_latency(tiny_vit().bfloat16(), IMAGES.bfloat16(), counts=[9], time_limit=0.05, progress=False)
+    half = lp.profile_latency(tiny_vit().bfloat16(), IMAGES.bfloat16(), counts=[9], time_limit=0.05, verbose=False)
     assert half.context["precision"] == "bfloat16"
     compiled = torch.compile(tiny_vit(), backend="eager")
-    profile = lp.profile_latency(compiled, IMAGES, counts=[9], time_limit=0.05, progress=False)
+    profile = lp.profile_latency(compiled, IMAGES, counts=[9], time_limit=0.05, verbose=False)
     assert profile.context["compiled"]
     assert profile.context["model"] == "VisionTransformer"
 
@@ -176,7 +172,7 @@ def test_a_compiled_model_is_profiled_compiled():
         return graph.forward
 
     compiled = torch.compile(tiny_vit(), backend=backend)
-    lp.profile_latency(nn.Sequential(compiled), IMAGES, counts=list(range(5, 17)), time_limit=0.1, progress=False)
+    lp.profile_latency(nn.Sequential(compiled), IMAGES, counts=list(range(5, 17)), time_limit=0.1, verbose=False)
     assert len(graphs) >= 13  # one for each count: more than dynamo allows by itself
 
 
@@ -185,7 +181,7 @@ def test_a_model_compiled_in_place_is_profiled_compiled():
     model = tiny_vit()
     model.compile(backend="eager")
     model(IMAGES)
-    profile = lp.profile_latency(model, IMAGES, counts=[9], time_limit=0.1, progress=False)
+    profile = lp.profile_latency(model, IMAGES, counts=[9], time_limit=0.1, verbose=False)
     assert profile.context["compiled"]
     assert profile.tokens == (9, 17)
 
@@ -193,15 +189,15 @@ def test_a_model_compiled_in_place_is_profiled_compiled():
 def test_compare_latency_needs_a_dense_variant_and_refers_to_it():
     model, schedule = tiny_vit(), lp.Schedule.single(4, 1, 6)
     timings = lp.compare_latency(
-        model, IMAGES, {"dense": None, "pomt": ("pomt", schedule)}, rounds=3, time_limit=5, progress=False
+        model, IMAGES, {"dense": None, "pomt": ("pomt", schedule)}, rounds=3, time_limit=5, verbose=False
     )
     assert timings["dense"].ratio == 1.0
     assert timings["pomt"].rounds == 3
     assert not any(map(is_patched_module, model.modules()))
-    with pytest.raises(lp.ArgumentError, match="`variants` must hold one None"):
-        lp.compare_latency(model, IMAGES, {"pomt": ("pomt", schedule)}, progress=False)
+    with pytest.raises(lp.ArgumentError, match=r"`variants` must contain None .*, got pomt"):
+        lp.compare_latency(model, IMAGES, {"pomt": ("pomt", schedule)}, verbose=False)
     with pytest.raises(lp.ScheduleError, match="3 blocks; this model has 4"):
-        lp.compare_latency(model, IMAGES, {"dense": None, "x": ("pomt", lp.Schedule([0, 1, 0]))}, progress=False)
+        lp.compare_latency(model, IMAGES, {"dense": None, "x": ("pomt", lp.Schedule([0, 1, 0]))}, verbose=False)
     assert not any(map(is_patched_module, model.modules()))
 
 
@@ -237,20 +233,20 @@ def test_resolve_block_refuses(block):
 )
 def test_bad_arguments_are_named(arguments, message):
     with pytest.raises(lp.ArgumentError, match=message):
-        lp.profile_latency(tiny_vit(), **{"example_inputs": IMAGES, "progress": False, **arguments})
+        lp.profile_latency(tiny_vit(), **{"example_inputs": IMAGES, "verbose": False, **arguments})
 
 
 def test_a_patched_model_is_not_measured():
     model = tiny_vit()
     with lp.patch(model, "pomt", [0, 4, 0, 0]) as handle:
-        with pytest.raises(lp.ArgumentError, match="The model is patched; remove the patch"):
-            lp.profile_latency(model, IMAGES, progress=False)
+        with pytest.raises(lp.ArgumentError, match="`model` must be dense, got a patched model"):
+            lp.profile_latency(model, IMAGES, verbose=False)
         assert handle.active
 
 
 def test_images_that_the_transformer_cannot_take():
     with pytest.raises(lp.ArgumentError, match=r"cannot run on images \(2, 3, 24, 24\).*`images_from_batch`"):
-        lp.profile_latency(tiny_vit(), IMAGES[:, :, :24, :24], progress=False)
+        lp.profile_latency(tiny_vit(), IMAGES[:, :, :24, :24], verbose=False)
 
 
 def test_every_run_under_autocast_casts_the_weights():
@@ -263,7 +259,7 @@ def test_every_run_under_autocast_casts_the_weights():
         original = torch.clear_autocast_cache
         torch.clear_autocast_cache = lambda: (cleared.append(None), original())
         try:
-            lp.profile_latency(model, IMAGES, counts=[9], time_limit=0.1, progress=False)
+            lp.profile_latency(model, IMAGES, counts=[9], time_limit=0.1, verbose=False)
         finally:
             torch.clear_autocast_cache = original
     assert len(cleared) >= len(casts) - 1  # all runs but the one that counts tokens
@@ -271,5 +267,5 @@ def test_every_run_under_autocast_casts_the_weights():
 
 def test_compare_latency_without_a_limit():
     variants = {"dense": None, "pomt": ("pomt", lp.Schedule.single(4, 1, 6))}
-    timings = lp.compare_latency(tiny_vit(), IMAGES, variants, rounds=2, time_limit=None, progress=False)
+    timings = lp.compare_latency(tiny_vit(), IMAGES, variants, rounds=2, time_limit=None, verbose=False)
     assert timings["pomt"].rounds == 2

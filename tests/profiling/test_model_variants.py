@@ -82,7 +82,7 @@ def test_compare_latency_takes_variants_and_pairs() -> None:
         "int8": Variant(weights=Int8Weights),
         "both": Variant("pomt", FIVE, Int8Weights),
     }
-    timings = lp.compare_latency(model, IMAGES, variants, rounds=2, time_limit=None, progress=False)
+    timings = lp.compare_latency(model, IMAGES, variants, rounds=2, time_limit=None, verbose=False)
     assert list(timings) == list(variants)
     assert {timing.rounds for timing in timings.values()} == {2}
     assert timings["dense"].ratio == 1

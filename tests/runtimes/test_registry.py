@@ -123,7 +123,7 @@ class TestApplied:
                 assert applied_runtime(transformer) == runtime
                 torch.testing.assert_close(model(IMAGES), expected, rtol=1e-5, atol=1e-5)
                 with TorchCompile(mode).applied(transformer):
-                    assert applied_runtime(transformer) is runtime
+                    assert applied_runtime(transformer) == runtime
                 assert is_compiled(model)
             assert torch.equal(model(IMAGES), expected)
         assert applied_runtime(transformer) is None

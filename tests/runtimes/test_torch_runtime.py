@@ -12,15 +12,15 @@ from torch._dynamo.testing import CompileCounter
 
 import lightning_prune as lp
 from helpers.models import digits_module, tiny_vit
-from lightning_prune.profiling.environment import UNKNOWN
-from lightning_prune.profiling.environment import compile_mode as describe
 from lightning_prune.report.plots import plot
+from lightning_prune.runtimes import parse_runtime
 from lightning_prune.runtimes.torch_runtime import (
     Compiled,
     force_eager,
     is_compiled,
     parse_compile_mode,
     raised_recompile_limit,
+    runtime_of,
 )
 
 
@@ -56,17 +56,20 @@ def test_what_is_no_mode(value: Any) -> None:
         parse_compile_mode(value)
 
 
-def test_profiles_are_kept_under_the_mode() -> None:
-    """Also of CUDA graphs, whose outputs are copied by a wrapper of ours."""
-    told = []
-    for mode in ("default", "reduce-overhead", "blocks"):
-        model = tiny()
-        Compiled(model, mode, list(model.blocks))
-        told.append(describe(model))
-    assert told[0] == "inductor, dynamic=False"
-    assert told[1].startswith("inductor, ")
-    assert told[1] not in (UNKNOWN, told[0])
-    assert told[2] == "inductor, dynamic=False in blocks.0 blocks.1 blocks.2"
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead", "blocks"])
+def test_the_mode_is_known_while_it_is_applied(mode: Any) -> None:
+    """What a user compiled is compiled, but torch does not tell how."""
+    model = tiny()
+    assert runtime_of(model) is None
+    compiled = Compiled(model, mode, list(model.blocks))
+    name = "torch.compile" if mode == "default" else f"torch.compile:mode={mode}"
+    assert runtime_of(model) == parse_runtime(name)
+    assert runtime_of(copy.deepcopy(model)) is None
+    compiled.undo()
+    assert runtime_of(model) is None
+    model.compile()
+    assert is_compiled(model)
+    assert runtime_of(model) is None
 
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead", "blocks"])

@@ -96,7 +96,7 @@ class TestConVit:
         assert plan.block == 2
         assert plan.profile.dense_tokens == 26
         with pytest.raises(lp.ScheduleError, match="Block 1 of this ConVit"):
-            lp.profile_latency(model, images, block=1, time_limit=1, progress=False)
+            lp.profile_latency(model, images, block=1, time_limit=1, verbose=False)
 
 
 class Weighing(POMT):
