@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from datetime import datetime
 from typing import Literal
@@ -24,7 +24,7 @@ from lightning_prune.profiling.model_variants import DENSE, Variant, VariantSwit
 from lightning_prune.reduction import RandomDrop, Reduction, resolve
 from lightning_prune.runtimes.base import Runtime
 from lightning_prune.runtimes.registry import parse_runtime
-from lightning_prune.runtimes.torch_runtime import is_compiled, raised_recompile_limit
+from lightning_prune.runtimes.torch_runtime import TorchEager, applied_runtime, is_compiled, raised_recompile_limit
 from lightning_prune.schedule import KeepRates, Schedule
 
 ProfilingMode = Literal["deployed", "paper"]
@@ -40,7 +40,7 @@ def profile_latency(
     method: str | Reduction = "pomt",
     block: int | float = 0.25,
     counts: Sequence[int] | None = None,
-    runtime: str | Runtime = "torch",
+    runtime: str | Runtime | None = None,
     time_limit: float | None = 30.0,
     protocol: ProfilingMode = "deployed",
     module_path: str | None = None,
@@ -63,7 +63,8 @@ def profile_latency(
             before block 0 ignore it.
         counts: Token counts (including prefix tokens) after the last reducing block, to measure instead of the grid.
             Dense is always added.
-        runtime: What executes the model: `"torch"`, or `"torch.compile:mode=..."`.
+        runtime: What executes the model: `"torch"`, or `"torch.compile:mode=..."`. None keeps a runtime that is applied
+            to the model already, and is `"torch"` otherwise.
         time_limit: Seconds, including compilation. Three rounds over `counts`, or over three counts and dense, are
             completed even after the limit. None measures 20 rounds.
         protocol: `"paper"` measures as POMT does (arXiv 2407.05941, section 3.2): every token count, with random tokens
@@ -98,7 +99,7 @@ def profile_latency(
     depth, prefix = transformer.depth, transformer.prefix_tokens
     start = clock()
     with (
-        parse_runtime(runtime).applied(transformer),
+        _applied(runtime, transformer),
         ready_to_run(transformer),
         progress_bar("Profiling latency", time_limit, verbose) as on_step,
     ):
@@ -133,7 +134,7 @@ def compare_latency(
     variants: Mapping[str, Variant | tuple[str | Reduction, Schedule | KeepRates] | None],
     *,
     rounds: int = 31,
-    runtime: str | Runtime = "torch",
+    runtime: str | Runtime | None = None,
     time_limit: float | None = 20.0,
     module_path: str | None = None,
     verbose: bool = True,
@@ -169,7 +170,7 @@ def compare_latency(
     switch = VariantSwitch(transformer)
     deadline = float("inf") if time_limit is None else clock() + time_limit
     with (
-        parse_runtime(runtime).applied(transformer),
+        _applied(runtime, transformer),
         ready_to_run(transformer),
         progress_bar("Comparing latency", time_limit, verbose) as on_step,
     ):
@@ -190,6 +191,11 @@ def compare_latency(
 def count_tokens(transformer: VisionTransformer, images: Tensor) -> int:
     """See `VisionTransformer.count_tokens`."""
     return transformer.count_tokens(images)
+
+
+def _applied(runtime: str | Runtime | None, transformer: VisionTransformer) -> AbstractContextManager[None]:
+    now = applied_runtime(transformer) or TorchEager()
+    return (now if runtime is None else parse_runtime(runtime)).applied(transformer)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from lightning_prune.patching.class_swap import is_patched_module
 from lightning_prune.profiling import InterleavedTimer, resolve_block
 from lightning_prune.profiling.count_search import profile_builder, search_counts
 from lightning_prune.profiling.measurement import count_tokens
+from lightning_prune.runtimes import is_compiled
 
 CPU = torch.device("cpu")
 
@@ -269,3 +270,30 @@ def test_compare_latency_without_a_limit():
     variants = {"dense": None, "pomt": ("pomt", lp.Schedule.single(4, 1, 6))}
     timings = lp.compare_latency(tiny_vit(), IMAGES, variants, rounds=2, time_limit=None, verbose=False)
     assert timings["pomt"].rounds == 2
+
+
+@pytest.mark.parametrize("runtime", ["torch", "torch.compile", "torch.compile:mode=blocks"])
+def test_the_runtime_is_applied_while_it_is_measured(runtime, monkeypatch):
+    compiled = []
+
+    def compile_eagerly(self, mode=None, **kwargs):
+        compiled.append(self)
+        self._compiled_call_impl = torch.compile(self._call_impl, backend="eager", **kwargs)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_eagerly)
+    model = tiny_vit()
+    profile = lp.profile_latency(model, IMAGES, counts=[9], runtime=runtime, time_limit=0.1, verbose=False)
+    assert profile.context["runtime"] == runtime
+    assert profile.context["compiled"] == (runtime != "torch")
+    assert len(compiled) == {"torch": 0, "torch.compile": 1, "torch.compile:mode=blocks": len(model.blocks)}[runtime]
+    assert not is_compiled(model)
+    schedule = lp.Schedule.single(len(model.blocks), 1, 5)
+    lp.compare_latency(
+        model, IMAGES, {"dense": None, "pomt": ("pomt", schedule)}, rounds=1, runtime=runtime, verbose=False
+    )
+    assert not is_compiled(model)
+
+
+def test_an_unknown_runtime_is_refused():
+    with pytest.raises(lp.ArgumentError, match=r"`runtime` must be one of 'torch', .* got 'torhc'"):
+        lp.profile_latency(tiny_vit(), IMAGES, runtime="torhc", verbose=False)
