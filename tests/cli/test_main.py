@@ -16,6 +16,7 @@ import yaml
 import lightning_prune as lp
 from lightning_prune.__main__ import main
 from lightning_prune.callbacks import TokenPruning
+from lightning_prune.cli.usage import COMMANDS
 from lightning_prune.report.rows import Row
 
 ROOT = Path(__file__).parent.parent.parent
@@ -73,8 +74,7 @@ def test_cheap_questions_are_answered_without_torch(words: list[str]) -> None:
     if words == ["--version"]:
         assert run.stdout == f"lightning-prune {lp.__version__}\n"
     else:
-        options = ("--prune.schedule", "--output DIR", "--max_drop SHARE")
-        assert all(word in run.stdout for word in ("compare", "profile", "validate", "test", *options))
+        assert all(word in run.stdout for word in (*COMMANDS, "--prune.schedule", "--output DIR", "--max-drop"))
         assert max(map(len, run.stdout.splitlines())) <= 120
 
 
@@ -170,7 +170,7 @@ def test_an_objective_of_the_users_choice(tmp_path: Path) -> None:
         (["--prune.schedule=nowhere.yaml"], "Cannot read nowhere.yaml: No such file or directory."),
         (["--prune.module_path=vit"], "`target` must be the dotted path of a module in ImageClassifier, got 'vit'."),
         (["--prune.keep=3"], "unrecognized arguments: --prune.keep=3"),
-        (["--model.num_classes=5"], "digits: 10 classes, but the model's head has 5."),
+        (["--model.num_classes=5"], "`model` must have 10 classes for DigitsData, got 5."),
         (["--config=nowhere.yaml"], "nowhere.yaml"),
         (["--trainer.callbacks+=TokenPruning"], "A Trainer can have one TokenPruning callback, got 2."),
         (["--trainer.limit_val_batches=1.5"], "invalid value 1.5 for limit_val_batches"),
@@ -187,8 +187,23 @@ def test_mistakes_are_told_in_one_line(words: list[str], message: str, capsys: p
     assert message in fails(capsys, "validate", *TINY, *words)
 
 
-def test_an_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "invalid choice: 'prune'" in fails(capsys, "prune")
+def test_help_lists_the_commands_that_there_are(capsys: pytest.CaptureFixture[str]) -> None:
+    message = fails(capsys, "prune")
+    assert "invalid choice: 'prune'" in message
+    choices = message.split("choose from ")[1].split(")")[0].replace("'", "").split(", ")
+    assert [command for command in COMMANDS if command != "models"] == choices  # `models` has a parser of its own
+    assert main(["--help"]) == 0
+    printed = capsys.readouterr().out.split("commands:\n")[1].split("\n\n")[0]
+    assert re.findall(r"^  (\w+)", printed, re.MULTILINE) == list(COMMANDS)
+
+
+def test_short_forms_of_the_objective(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["validate", *TINY, "--budget=1.5x", "--prune.use-cache=false", "--print-config"])
+    assert end.value.code == 0
+    prune = yaml.safe_load(capsys.readouterr().out)["prune"]
+    assert prune["objective"]["class_path"].endswith("LatencyBudget")
+    assert (prune["objective"]["init_args"]["speedup"], prune["use_cache"]) == (1.5, False)
 
 
 def test_an_unknown_model_suggests_others(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lightning_prune.cli import main as cli
+from lightning_prune.cli.words import parser_words
 
 FOLDER = Path(__file__).parent.parent.parent / "examples" / "benchmarks"
 
@@ -114,7 +114,7 @@ def test_methods_asks_the_command_line(program: Any, monkeypatch: pytest.MonkeyP
     assert asked[0][:4] == ["compare", "--config", "configs/digits.yaml", "--methods"]
     assert "auto" in asked[0]
     assert asked[0][-6:] == ["--speedups", "1.5", "--output", str(tmp_path), "--prune.time_limit", "5"]
-    assert "--methods" in " ".join(cli.join_list_options(asked[0]))
+    assert "--methods" in " ".join(parser_words(asked[0]))
 
 
 def test_all_runs_every_one_and_says_which_failed(

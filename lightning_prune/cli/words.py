@@ -1,0 +1,94 @@
+"""The words of a command line, as users type them and as the parser takes them."""
+
+import json
+import re
+from itertools import takewhile
+from math import isfinite
+
+from lightning_prune.errors import ArgumentError
+
+_LISTS = ("--methods", "--speedups")
+_SWITCHES = ("--fresh",)
+_NUMBER = r"(\d+\.?\d*(?:e[+-]?\d+)?|\.\d+)"
+
+
+def parser_words(words: list[str]) -> list[str]:
+    """Rewrites a command line for the parser.
+
+    Hyphens in the names of options become underscores. Words after an option that takes several become one list, as in
+    `--methods dense pomt tome`. `--budget` and `--max-drop` become the objective that they are short for.
+
+    Args:
+        words: The command line after `lightning-prune`.
+
+    Raises:
+        ArgumentError: If a speed-up is not a number, or a short form cannot be read.
+
+    Example:
+        >>> from lightning_prune.cli.words import parser_words
+        >>> parser_words(["compare", "--speedups", "1.5", "2", "--fresh=true"])
+        ['compare', '--speedups=["1.5", "2"]', '--fresh=true']
+        >>> parser_words(["plan", "--budget", "1.5x", "--prune.time-limit=20"])
+        ['plan', '--prune.objective=LatencyBudget', '--prune.objective.speedup=1.5', '--prune.time_limit=20']
+    """
+    rewritten: list[str] = []
+    position = 0
+    while position < len(words):
+        word, position = words[position], position + 1
+        name, equals, value = word.partition("=")
+        if name.startswith("--"):
+            name = "--" + name[2:].replace("-", "_")
+            word = name + equals + value
+        following = list(takewhile(_is_value, words[position:]))
+        if name in _LISTS:
+            values = [value, *following] if equals else following
+            if values and not values[0].startswith("[") and values != ["null"]:
+                if name == "--speedups":
+                    _check_speedups(values)
+                position += len(following)
+                word = f"{name}={json.dumps(values)}"
+        elif name in _SHORT_FORMS and _OWN_OPTION.get(name) not in words:
+            if not equals:
+                value, position = (following[0], position + 1) if following else ("", position)
+            rewritten += _SHORT_FORMS[name](value)
+            continue
+        elif word in _SWITCHES and (position == len(words) or words[position].startswith("--")):
+            word = f"{word}=true"
+        rewritten.append(word)
+    return rewritten
+
+
+def _budget(value: str) -> list[str]:
+    match = re.fullmatch(_NUMBER + r"\s*(x|ms)", value.strip().lower())
+    if match is None:
+        raise ArgumentError(f"`budget` must be a speed-up such as 1.5x or a latency such as 12ms, got {value!r}.")
+    unit = "speedup" if match[2] == "x" else "ms"
+    return ["--prune.objective=LatencyBudget", f"--prune.objective.{unit}={match[1]}"]
+
+
+def _max_drop(value: str) -> list[str]:
+    match = re.fullmatch(_NUMBER + r"\s*(%?)", value.strip().lower())
+    if match is None:
+        raise ArgumentError(f"`max_drop` must be a share such as 0.5% or 0.005, got {value!r}.")
+    share = float(match[1]) / 100 if match[2] else float(match[1])
+    return ["--prune.objective=AccuracyBudget", f"--prune.objective.max_drop={share:.12g}"]
+
+
+_SHORT_FORMS = {"--budget": _budget, "--max_drop": _max_drop}
+_OWN_OPTION = {"--max_drop": "compare"}  # the command that has an option of this name itself
+
+
+def _check_speedups(values: list[str]) -> None:
+    """Raises before the parser, whose message names Python's types and not what is expected."""
+    for value in values:
+        try:
+            valid = isfinite(float(value))
+        except ValueError:
+            valid = False
+        if not valid:
+            raise ArgumentError(f"`speedups` must be finite numbers > 1, as in --speedups 1.25 2, got {value!r}.")
+
+
+def _is_value(word: str) -> bool:
+    """Whether a word is not an option; a negative number is not one."""
+    return not word.startswith("-") or word[1:2].isdigit() or word[1:2] == "."

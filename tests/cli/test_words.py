@@ -1,0 +1,70 @@
+"""Words of the command line, rewritten for the parser."""
+
+import pytest
+
+import lightning_prune as lp
+from lightning_prune.cli.words import parser_words
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["a", "--methods", "x", "y", "--b", "1"], ["a", '--methods=["x", "y"]', "--b", "1"]),
+        (["--speedups", "1.5", "-2"], ['--speedups=["1.5", "-2"]']),
+        (["--methods=[x,y]", "--speedups", "[1.5]"], ["--methods=[x,y]", "--speedups", "[1.5]"]),
+        (["--methods", "--speedups"], ["--methods", "--speedups"]),
+        (["--fresh", "--output", "x"], ["--fresh=true", "--output", "x"]),
+        (["--fresh"], ["--fresh=true"]),
+        (["--fresh", "false"], ["--fresh", "false"]),
+    ],
+)
+def test_words_are_gathered(words: list[str], expected: list[str]) -> None:
+    assert parser_words(words) == expected
+
+
+def test_options_of_one_letter_and_negative_numbers_after_a_list() -> None:
+    assert parser_words(["compare", "--methods", "pomt", "-c", "my.yaml"]) == [
+        *("compare", '--methods=["pomt"]', "-c", "my.yaml")
+    ]
+    assert parser_words(["--methods=pomt", "tome"]) == ['--methods=["pomt", "tome"]']
+    assert parser_words(["--methods=null"]) == ["--methods=null"]
+    assert parser_words(["--speedups", "-1", "2"]) == ['--speedups=["-1", "2"]']
+
+
+@pytest.mark.parametrize("separator", ["-", "_"])
+def test_a_hyphen_and_an_underscore_are_the_same_in_the_name_of_an_option(separator: str) -> None:
+    option = f"--prune.time{separator}limit"
+    assert parser_words(["plan", option, "3"]) == ["plan", "--prune.time_limit", "3"]
+    assert parser_words([f"{option}=3", "--output=my-folder"]) == ["--prune.time_limit=3", "--output=my-folder"]
+    assert parser_words(["--output", "my-folder", "-c", "my-file"]) == ["--output", "my-folder", "-c", "my-file"]
+
+
+@pytest.mark.parametrize(
+    ("words", "objective"),
+    [
+        (["--budget", "1.5x"], ["LatencyBudget", "speedup=1.5"]),
+        (["--budget=12ms"], ["LatencyBudget", "ms=12"]),
+        (["--budget", "0.5 ms"], ["LatencyBudget", "ms=0.5"]),
+        (["--max-drop", "0.5%"], ["AccuracyBudget", "max_drop=0.005"]),
+        (["--max_drop=.01"], ["AccuracyBudget", "max_drop=0.01"]),
+    ],
+)
+def test_short_forms_are_an_objective(words: list[str], objective: list[str]) -> None:
+    name, setting = objective
+    expected = ["validate", f"--prune.objective={name}", f"--prune.objective.{setting}", "--seed_everything=1"]
+    assert parser_words(["validate", *words, "--seed-everything=1"]) == expected
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--budget", "fast"], "`budget` must be a speed-up such as 1.5x or .* got 'fast'"),
+        (["--budget", "1.5"], "`budget` must be .* got '1.5'"),
+        (["--budget"], "`budget` must be .* got ''"),
+        (["--max-drop", "half"], "`max_drop` must be .* got 'half'"),
+        (["--max-drop", "-1%"], "`max_drop` must be .* got '-1%'"),
+    ],
+)
+def test_short_forms_that_cannot_be_read(words: list[str], message: str) -> None:
+    with pytest.raises(lp.ArgumentError, match=message):
+        parser_words(["validate", *words])
