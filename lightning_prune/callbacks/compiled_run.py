@@ -8,7 +8,8 @@ import lightning as L
 from lightning_prune.callbacks.batches import images_from_batch
 from lightning_prune.callbacks.config import PruningConfig
 from lightning_prune.patching import find_vision_transformer
-from lightning_prune.runtimes.torch_runtime import Compiled, force_eager, raised_recompile_limit
+from lightning_prune.runtimes import parse_runtime
+from lightning_prune.runtimes.torch_runtime import force_eager
 
 
 class CompiledRun:
@@ -39,13 +40,13 @@ class CompiledRun:
             ArgumentError: If the transformer is compiled already.
         """
         self.after_batch()
-        if config.compile_mode is None:
+        runtime = parse_runtime(config.runtime)
+        if not runtime.compiles:
             return
         if self._run is None:
             transformer = find_vision_transformer(pl_module, config.module_path)
             with ExitStack() as stack:
-                stack.callback(Compiled(transformer.runner, config.compile_mode, list(transformer.blocks)).undo)
-                stack.enter_context(raised_recompile_limit())
+                stack.enter_context(runtime.applied(transformer))
                 self._run = stack.pop_all()
         size = len(images_from_batch(batch, config.images_from_batch))
         self._size = size if first else self._size

@@ -15,18 +15,10 @@ from lightning_prune.planning.api import AUTO
 from lightning_prune.profiling import ProfileStore
 from lightning_prune.profiling.measurement import ProfilingMode
 from lightning_prune.reduction import Reduction, resolve
-from lightning_prune.runtimes.torch_runtime import Mode
+from lightning_prune.runtimes import parse_runtime
 from lightning_prune.schedule import ScheduleLike, read_schedule
 
 _BLOCK = 0.25  # of the depth: where the POMT paper's block stands
-_RUNTIMES: dict[str, Mode | None] = {
-    "torch": None,
-    "torch.compile": "default",
-    **{
-        f"torch.compile:mode={mode}": mode
-        for mode in ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs", "blocks")
-    },
-}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -34,7 +26,7 @@ class PruningConfig:
     """What a `TokenPruning` callback was asked for; see there for the arguments.
 
     After construction `method` is `"auto"` or a `Reduction`, and `schedule` is `"auto"`, a number, a `Schedule` or
-    `KeepRates`: names are resolved and files are read.
+    `KeepRates`: names are resolved and files are read. `runtime` is the canonical spec.
 
     Raises:
         ArgumentError: If a setting is unusable, whatever the model and the data are, or has no effect with another one.
@@ -71,7 +63,6 @@ class PruningConfig:
         check_bool("use_cache", self.use_cache)
         check_bool("verbose", self.verbose)
         check_choice("protocol", self.protocol, get_args(ProfilingMode))
-        check_choice("runtime", self.runtime, _RUNTIMES)
         path, folder, extract = self.module_path, self.cache_dir, self.images_from_batch
         check("module_path", path, "a dotted path or None", path is None or isinstance(path, str))
         check("cache_dir", folder, "a folder or None", folder is None or isinstance(folder, str | PathLike))
@@ -79,6 +70,7 @@ class PruningConfig:
         self._check_objective()
         self._check_calibration()
         self._check_block()
+        object.__setattr__(self, "runtime", parse_runtime(self.runtime).name)
         object.__setattr__(self, "method", "auto" if self.method == "auto" else resolve(self.method))
         object.__setattr__(self, "schedule", "auto" if self.schedule == "auto" else read_schedule(self.schedule))
         self._check_together()
@@ -136,11 +128,6 @@ class PruningConfig:
     def is_planned(self) -> bool:
         """Whether a schedule has to be planned."""
         return self.schedule == "auto" and not self.is_adaptive
-
-    @property
-    def compile_mode(self) -> Mode | None:
-        """How the transformer is compiled; None where it is not."""
-        return _RUNTIMES[self.runtime]
 
     def store(self) -> ProfileStore | None:
         """Where latency profiles are kept; None where they are not."""

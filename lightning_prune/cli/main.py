@@ -50,10 +50,10 @@ class PruneCLI(LightningCLI):
         try:
             super().instantiate_classes()
         except ValueError as error:  # of jsonargparse, which raises it from the error of the first type that is allowed
-            cause: BaseException | None = error
+            cause = error.__cause__
             while cause is not None and not isinstance(cause, PruneError):
                 cause = cause.__cause__
-            if cause is None or cause is error:
+            if cause is None or isinstance(error, PruneError):
                 raise
             raise cause from None
 

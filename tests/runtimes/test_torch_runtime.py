@@ -211,10 +211,10 @@ def test_a_run_is_profiled_planned_and_validated_compiled(counter: Any) -> None:
     assert copy.deepcopy(pruner).config.runtime == "torch.compile"
 
     compiled = lp.ImageClassifier("vit_digits_patch4_56", pretrained=False, compile=True)
-    with pytest.raises(lp.ArgumentError, match="The model is compiled already; leave out `compile`, got 'default'"):
+    with pytest.raises(lp.ArgumentError, match=r"`runtime` must be .* got 'torch.compile': .*compiled already"):
         trainer.validate(compiled, loader, verbose=False)
-    with pytest.raises(lp.ArgumentError, match=r"`runtime` must be .* got 'slowly'"):
-        TokenPruning(runtime="slowly")
+    with pytest.raises(lp.ArgumentError, match=r"`mode` must be .* got 'slowly'"):
+        TokenPruning(runtime="torch.compile:mode=slowly")
 
 
 def test_a_failing_run_leaves_nothing_compiled(counter: Any) -> None:
