@@ -41,7 +41,7 @@ def keeps_rates(names: Names, tokens: list[int]) -> None:
 def plans(names: Names, tokens: list[int]) -> None:
     plan = names["plan"]
     assert plan.profile is names["profile"]
-    assert lp.load_schedule("schedule.yaml").removed == plan.schedule.removed
+    assert lp.Schedule.load("schedule.yaml").removed == plan.schedule.removed
     assert plan.schedule.total_removed == plan.removed == 197 - plan.tokens
     assert Path("plan.png").read_bytes().startswith(b"\x89PNG")
 
