@@ -1,4 +1,4 @@
-"""What a validation measures besides accuracy, as `torchmetrics.Metric` classes."""
+"""Latency, throughput and energy of an evaluation, as `torchmetrics.Metric` classes."""
 
 from lightning_prune.metrics.energy import Energy
 from lightning_prune.metrics.latency import Latency, StepTimer, drop_warmup

@@ -1,4 +1,4 @@
-"""Joules per image, and watts."""
+"""Joules per image and watts."""
 
 import warnings
 from typing import Any
@@ -13,23 +13,23 @@ QUANTITIES = ("joules_per_image", "watts")
 
 
 def ratio(joules: Tensor, amount: Tensor) -> Tensor:
-    """Divides energy by images or by seconds; NaN where there were none."""
+    """Energy over images or seconds; NaN where there are none."""
     return torch.where(amount > 0, joules / amount, torch.nan)
 
 
 class Energy(Metric):
-    """Energy per image, or mean power: sums over sums, never a mean of rates.
+    """Energy per image or mean power: a sum over a sum, not a mean of rates.
 
     Ranks work at the same time on devices of their own, so over several processes joules and images add up and the
-    longest time counts. Where processes share what is counted, as those of one machine do its processor, one of them
-    gives the joules and the others 0. Windows should be a second or longer: counters move every tenth of a second.
+    seconds are those of the slowest rank. Processes that share a counter, as processes on one CPU do, must give its
+    joules once and 0 otherwise. Windows should be a second or longer, as counters move every tenth of a second.
 
     Args:
         quantity: `"joules_per_image"` or `"watts"`.
-        **kwargs: As for any `torchmetrics.Metric`.
+        **kwargs: See `torchmetrics.Metric`.
 
     Raises:
-        ArgumentError: `quantity` is neither.
+        ArgumentError: If `quantity` is neither.
 
     Example:
         >>> from lightning_prune.metrics import Energy
@@ -51,7 +51,7 @@ class Energy(Metric):
     def __init__(self, quantity: str = "joules_per_image", **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if quantity not in QUANTITIES:
-            raise ArgumentError(f"quantity: expected one of {', '.join(QUANTITIES)}, got {quantity!r}")
+            raise ArgumentError(f"`quantity` must be one of {', '.join(QUANTITIES)}, got {quantity!r}.")
         self.quantity = quantity
         self.add_state("joules", default=torch.tensor(0.0), dist_reduce_fx="sum")
         self.add_state("images", default=torch.tensor(0), dist_reduce_fx="sum")
@@ -61,16 +61,16 @@ class Energy(Metric):
         """Adds one window.
 
         Args:
-            joules: Energy that the device used in it.
-            images: Number of images in it.
-            seconds: How long it was.
+            joules: Energy that the device used.
+            images: Number of images.
+            seconds: Length of the window.
 
         Raises:
-            ArgumentError: One of them is negative.
+            ArgumentError: If one of them is negative.
         """
         for name, number in (("joules", joules), ("images", images), ("seconds", seconds)):
             if not number >= 0:
-                raise ArgumentError(f"{name}: expected 0 or more, got {number}")
+                raise ArgumentError(f"`{name}` must be 0 or more, got {number}.")
         self.joules += joules
         self.images += images
         self.seconds += seconds

@@ -1,4 +1,4 @@
-"""Latency of steps as a metric, and the timer that measures it."""
+"""Milliseconds per batch, and the timer that measures them."""
 
 import time
 import warnings
@@ -17,21 +17,26 @@ from lightning_prune.errors import ArgumentError
 
 
 class Step(NamedTuple):
-    """One batch: number of images, and seconds."""
+    """One timed batch.
+
+    Attributes:
+        images: Number of images.
+        seconds: Duration.
+    """
 
     images: int
     seconds: float
 
 
 def drop_warmup(steps: Sequence[Step], warmup: int) -> list[Step]:
-    """Leaves out the batches that tell nothing of the steady speed.
+    """Leaves out batches that are not at steady speed.
 
-    These are the first ones (allocation, autotuning, compilation) and those of odd size: the short last batch is
+    These are the first batches (allocation, autotuning, compilation) and batches of another size: a short last batch is
     slower per image, and a compiled model recompiles for it.
 
     Args:
         steps: All batches of a run, in order.
-        warmup: How many of the usual size to leave out at the start; at least one always stays.
+        warmup: Number of batches of the usual size to leave out at the start; at least one is kept.
 
     Returns:
         Batches of the most frequent size, without the first `warmup` of them. Empty only if `steps` is.
@@ -43,16 +48,20 @@ def drop_warmup(steps: Sequence[Step], warmup: int) -> list[Step]:
     """
     if not steps:
         return []
-    usual = Counter(step.images for step in steps).most_common(1)[0][0]
-    even = [step for step in steps if step.images == usual]
-    return even[min(warmup, len(even) - 1) :]
+    batch_size = Counter(step.images for step in steps).most_common(1)[0][0]
+    full = [step for step in steps if step.images == batch_size]
+    return full[min(warmup, len(full) - 1) :]
 
 
 class StepTimer:
-    """Times each batch twice: its forward pass, and end to end with loading, transfer and everything else.
+    """Times each batch twice: its forward pass, and end to end, including loading and transfer.
 
-    End to end is from the end of the batch before, so a loader that keeps up costs nothing. The first one counts from
-    `start`, when its batch is there already.
+    The end-to-end time begins at the end of the previous batch, so a loader that keeps up adds nothing. For the first
+    batch it begins at `start`, when the batch is loaded already.
+
+    Attributes:
+        forward: Forward passes, in order.
+        end_to_end: Whole batches, in order.
     """
 
     def __init__(self) -> None:
@@ -62,7 +71,7 @@ class StepTimer:
         self._images = 0
 
     def start(self) -> None:
-        """Starts the clock of the first batch; without effect for the others."""
+        """Starts the clock of the first batch; does nothing for the others."""
         if self._mark is None:
             self._mark = time.perf_counter()
 
@@ -72,7 +81,7 @@ class StepTimer:
 
         Args:
             images: Number of images in it.
-            device: Where it runs; waited for on either side.
+            device: The device that computes; synchronised before and after.
         """
         synchronize(device)
         begin = time.perf_counter()
@@ -82,7 +91,7 @@ class StepTimer:
         self._images = images
 
     def stop(self) -> None:
-        """Ends the batch: from here on the next one counts."""
+        """Ends the batch and starts the clock of the next one."""
         now = time.perf_counter()
         if self._mark is not None and self._images:
             self.end_to_end.append(Step(self._images, now - self._mark))
@@ -90,15 +99,15 @@ class StepTimer:
 
 
 def slowest_quantile(milliseconds: Tensor, ranks: Tensor, quantile: float) -> Tensor:
-    """Takes the quantile of each rank's batches, and of those the largest.
+    """The largest over all ranks of the quantile of a rank's batches.
 
     Args:
-        milliseconds: Duration of each batch, [batches].
-        ranks: Which rank ran it, [batches].
-        quantile: From 0 to 1; between two batches it is interpolated linearly.
+        milliseconds: (N,) duration of each batch.
+        ranks: (N,) rank that ran it.
+        quantile: From 0 to 1; interpolated linearly between two batches.
 
     Returns:
-        Milliseconds, a scalar; NaN where there are no batches.
+        Milliseconds, a scalar; NaN without batches.
     """
     if not len(milliseconds):
         return torch.tensor(torch.nan, device=milliseconds.device)
@@ -106,17 +115,17 @@ def slowest_quantile(milliseconds: Tensor, ranks: Tensor, quantile: float) -> Te
 
 
 class Latency(Metric):
-    """A percentile of the time per batch, in milliseconds.
+    """A quantile of the time per batch, in milliseconds.
 
-    Over several processes it is that of the slowest rank, which the others wait for. It measures what it is given:
-    `lightning_prune.metrics.drop_warmup` leaves out warm-up and batches of odd size.
+    Over several processes it is the quantile of the slowest rank, for which the others wait. All batches that are given
+    count; `lightning_prune.metrics.drop_warmup` leaves out warm-up and batches of another size.
 
     Args:
-        quantile: 0.5 for the median (p50), 0.95 for p95.
-        **kwargs: As for any `torchmetrics.Metric`.
+        quantile: 0.5 for the median (p50), 0.9 for p90.
+        **kwargs: See `torchmetrics.Metric`.
 
     Raises:
-        ArgumentError: `quantile` is outside [0, 1].
+        ArgumentError: If `quantile` is outside [0, 1].
 
     Example:
         >>> from lightning_prune.metrics import Latency
@@ -137,9 +146,9 @@ class Latency(Metric):
     def __init__(self, quantile: float = 0.5, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if not 0 <= quantile <= 1:
-            raise ArgumentError(f"quantile: expected a number from 0 to 1, got {quantile}")
+            raise ArgumentError(f"`quantile` must be a number from 0 to 1, got {quantile}.")
         self.quantile = quantile
-        # Each batch carries its rank: after the gathering a flat list no longer tells whose a batch was.
+        # Each batch carries its rank, as a gathered list does not say which rank a batch is from.
         self.add_state("milliseconds", default=[], dist_reduce_fx="cat")
         self.add_state("ranks", default=[], dist_reduce_fx="cat")
 
@@ -147,22 +156,22 @@ class Latency(Metric):
         """Adds one batch.
 
         Args:
-            seconds: How long it took.
+            seconds: Duration of the batch.
 
         Raises:
-            ArgumentError: It is negative.
+            ArgumentError: If it is negative.
         """
         if seconds < 0:
-            raise ArgumentError(f"seconds: expected 0 or more, got {seconds}")
+            raise ArgumentError(f"`seconds` must be 0 or more, got {seconds}.")
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         rank = torch.distributed.get_rank() if distributed else 0
         self.milliseconds.append(torch.tensor([1e3 * seconds], device=self.device))
-        # Float, for a rank without batches gathers an empty float tensor, and gathering wants one type.
+        # Float, because a rank without batches gathers an empty float tensor and gathering needs one dtype.
         self.ranks.append(torch.tensor([float(rank)], device=self.device))
 
     def compute(self) -> Tensor:
         """Returns milliseconds per batch, a scalar; NaN, with a warning, where nothing was measured."""
-        # A synchronised state is one tensor already, and an empty one stays a list.
+        # A synchronised state is a tensor, and an empty state a list.
         batches = dim_zero_cat(self.milliseconds) if len(self.milliseconds) else torch.empty(0, device=self.device)
         if not len(batches):
             warnings.warn("Latency: nothing was measured, so it is NaN.", stacklevel=2)

@@ -10,19 +10,20 @@ from torchmetrics import Metric
 from lightning_prune.errors import ArgumentError
 
 
-def throughput(images: Tensor, seconds: Tensor) -> Tensor:
-    """Divides images by seconds; NaN where no time was measured."""
+def images_per_second(images: Tensor, seconds: Tensor) -> Tensor:
+    """Images over seconds; NaN where no time was measured."""
     return torch.where(seconds > 0, images / seconds, torch.nan)
 
 
 class Throughput(Metric):
-    """Images per second: the sum of the images over the sum of the seconds, never a mean of rates.
+    """Images per second: the sum of the images over the sum of the seconds, not a mean of rates.
 
-    Ranks work at the same time, so over several processes the images add up and the slowest rank's seconds count. It
-    measures what it is given: `lightning_prune.metrics.drop_warmup` leaves out warm-up and batches of odd size.
+    Ranks work at the same time, so over several processes the images add up and the seconds are those of the slowest
+    rank. All batches that are given count; `lightning_prune.metrics.drop_warmup` leaves out warm-up and batches of
+    another size.
 
     Args:
-        **kwargs: As for any `torchmetrics.Metric`.
+        **kwargs: See `torchmetrics.Metric`.
 
     Example:
         >>> from lightning_prune.metrics import Throughput
@@ -50,15 +51,15 @@ class Throughput(Metric):
 
         Args:
             images: Number of images in it.
-            seconds: How long it took.
+            seconds: Duration of the batch.
 
         Raises:
-            ArgumentError: Either of them is negative.
+            ArgumentError: If one of them is negative.
         """
         if images < 0:
-            raise ArgumentError(f"images: expected 0 or more, got {images}")
+            raise ArgumentError(f"`images` must be 0 or more, got {images}.")
         if seconds < 0:
-            raise ArgumentError(f"seconds: expected 0 or more, got {seconds}")
+            raise ArgumentError(f"`seconds` must be 0 or more, got {seconds}.")
         self.images += images
         self.seconds += seconds
 
@@ -66,4 +67,4 @@ class Throughput(Metric):
         """Returns images per second, a scalar; NaN, with a warning, where nothing was measured."""
         if not self.seconds > 0:
             warnings.warn("Throughput: nothing was measured, so it is NaN.", stacklevel=2)
-        return throughput(self.images, self.seconds)
+        return images_per_second(self.images, self.seconds)

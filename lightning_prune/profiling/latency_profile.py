@@ -4,16 +4,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from math import exp, hypot, log, sqrt
-from pathlib import Path
+from os import PathLike
 from statistics import NormalDist, median
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
-from lightning_prune._utils.files import read_document, write_document
+from lightning_prune._utils.files import SavedDocument, load_saved
 from lightning_prune.errors import ArgumentError, FileFormatError
 from lightning_prune.profiling.interleaved_timer import MEDIAN_STDERR, NORMAL_QUARTILE
 
-_FORMAT = "lightning_prune.profile"
-_VERSION = 1
 SAVING = 0.02
 """Share of the dense latency; a smaller saving is not worth any accuracy."""
 
@@ -59,7 +57,7 @@ class CountStep(NamedTuple):
 
 
 @dataclass(frozen=True)
-class LatencyProfile:
+class LatencyProfile(SavedDocument):
     """Latency against token count, measured at one batch size and precision.
 
     Attributes:
@@ -76,6 +74,9 @@ class LatencyProfile:
         context: Device, threads, batch, precision and versions.
         converged: Whether measuring ended because more time would not change the result.
     """
+
+    FORMAT: ClassVar[str] = "lightning_prune.profile"
+    VERSIONS: ClassVar[tuple[int, ...]] = (1, 2)
 
     tokens: tuple[int, ...]
     milliseconds: tuple[float, ...]
@@ -249,43 +250,30 @@ class LatencyProfile:
             seconds=self.seconds + other.seconds,
         )
 
-    def to_dict(self) -> dict[str, Any]:
-        """The profile as plain values, as `save` writes them."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        plain = {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
-        return {"format": _FORMAT, "version": _VERSION, **plain, "context": dict(self.context)}
-
-    def save(self, path: str | Path) -> Path:
-        """Writes the profile, as JSON where `path` ends in `.json` and as YAML elsewhere; returns the path."""
-        return write_document(path, self.to_dict())
-
     @classmethod
-    def load(cls, path: str | Path) -> "LatencyProfile":
+    def load(cls, path: str | PathLike[str]) -> "LatencyProfile":
         """Reads a profile that `save` wrote.
 
         Raises:
             FileFormatError: If the file cannot be read or is not a profile; names the file.
         """
-        document = read_document(path, _FORMAT, _VERSION)
-        try:
-            return cls.from_dict(document)
-        except FileFormatError as error:
-            raise FileFormatError(f"{path} is not a usable profile: {error}") from error
+        return load_saved(path, cls)
+
+    def _to_values(self) -> dict[str, Any]:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        plain = {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
+        return {**plain, "context": dict(self.context)}
 
     @classmethod
-    def from_dict(cls, document: Mapping[str, Any]) -> "LatencyProfile":
-        """The inverse of `to_dict`.
-
-        Raises:
-            FileFormatError: If an entry is missing, or they do not fit together.
-        """
+    def _from_values(cls, values: Mapping[str, Any], version: int) -> "LatencyProfile":
+        if version == 1:  # `converged` was called `settled`, and could be left out
+            values = {"converged": values.get("settled", False), **values}
         try:
-            document = {"converged": document.get("settled", False), **document}  # its name in version 1, optional
-            values = {f.name: document[f.name] for f in fields(cls)}
-            plain: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+            entries = {f.name: values[f.name] for f in fields(cls)}
+            plain: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in entries.items()}
             return cls(**plain)
         except KeyError as error:
-            raise FileFormatError(f"no entry {error}") from error
+            raise FileFormatError(f"A profile must have the entry {error}, got none.") from error
         except (TypeError, ArgumentError) as error:
             raise FileFormatError(str(error)) from error
 

@@ -57,10 +57,10 @@ def test_nothing_measured_is_nan_and_warned_of(quantity: str) -> None:
     ("values", "name"), [((-1.0, 1, 1.0), "joules"), ((1.0, -1, 1.0), "images"), ((1.0, 1, -0.5), "seconds")]
 )
 def test_negative_values_are_refused(values: tuple[float, int, float], name: str) -> None:
-    with pytest.raises(ArgumentError, match=rf"^{name}: expected 0 or more, got -"):
+    with pytest.raises(ArgumentError, match=rf"`{name}` must be 0 or more, got -"):
         Energy().update(*values)
 
 
 def test_unknown_quantity() -> None:
-    with pytest.raises(ArgumentError, match=r"^quantity: expected one of joules_per_image, watts, got 'kWh'$"):
+    with pytest.raises(ArgumentError, match=r"`quantity` must be one of joules_per_image, watts, got 'kWh'"):
         Energy("kWh")

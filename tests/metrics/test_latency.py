@@ -41,9 +41,9 @@ def test_nothing_measured_is_nan_and_warned_of() -> None:
 
 
 def test_bad_arguments() -> None:
-    with pytest.raises(ArgumentError, match=r"^quantile: expected a number from 0 to 1, got 95$"):
+    with pytest.raises(ArgumentError, match=r"`quantile` must be a number from 0 to 1, got 95"):
         Latency(95)
-    with pytest.raises(ArgumentError, match=r"^seconds: expected 0 or more, got -1"):
+    with pytest.raises(ArgumentError, match=r"`seconds` must be 0 or more, got -1"):
         Latency().update(-1.0)
 
 

@@ -140,7 +140,9 @@ def test_load_names_the_file_and_what_is_wrong(tmp_path):
     with pytest.raises(FileFormatError, match=r"profile\.json is damaged or not a lightning_prune\.profile file"):
         LatencyProfile.load(path)
     path.write_text(json.dumps({**json.loads(whole), "milliseconds": [1.0]}))
-    with pytest.raises(FileFormatError, match=r"profile\.json is not a usable profile: .*one length"):
+    with pytest.raises(
+        FileFormatError, match=r"profile\.json is not a usable lightning_prune\.profile file: .*one length"
+    ):
         LatencyProfile.load(path)
     for wrong, message in (
         ({"spread": ["a", "b"]}, "must be numbers, got 'a'"),
