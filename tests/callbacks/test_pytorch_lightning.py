@@ -14,6 +14,7 @@ from helpers.data import labelled, loader, noise_images
 from helpers.models import TOKENS, tiny_vit
 from lightning_prune.callbacks.batches import sampled_loader
 from lightning_prune.callbacks.distributed import refuse_sharded
+from lightning_prune.callbacks.first_batch import FirstBatch
 from lightning_prune.patching.class_swap import is_patched_module
 
 from .tiny import OPTIONS, brief
@@ -68,11 +69,9 @@ class DoublingData(Data):
 @pytest.mark.parametrize("data", [Data, DoublingData])
 @pytest.mark.parametrize("stage", ["validate", "test", "predict", "fit"])
 def test_all_loops(stage: str, data: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lightning_prune.callbacks import decision as planned
-
     sampled: list[Any] = []
-    real = planned.calibration_images
-    monkeypatch.setattr(planned, "calibration_images", lambda *a: sampled.append(real(*a)) or sampled[-1])
+    real = FirstBatch.sample
+    monkeypatch.setattr(FirstBatch, "sample", lambda *a: sampled.append(real(*a)) or sampled[-1])
     module, callback = Theirs(), brief()
     options = {"max_epochs": 1, "num_sanity_val_steps": 0} if stage == "fit" else {}
     running = pl.Trainer(callbacks=[callback], **OPTIONS, **options)

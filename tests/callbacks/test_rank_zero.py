@@ -39,7 +39,7 @@ def test_ctrl_c_is_not_held_back() -> None:
 
 def running(kind: type, ranks: int) -> Any:
     """As much of a trainer as is looked at first; some strategies cannot be made without what they need."""
-    return SimpleNamespace(strategy=object.__new__(kind), world_size=ranks, sanity_checking=False)
+    return SimpleNamespace(strategy=object.__new__(kind), world_size=ranks, sanity_checking=False, callbacks=[])
 
 
 @pytest.mark.parametrize("kind", [FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy])
