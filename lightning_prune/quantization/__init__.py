@@ -1,4 +1,4 @@
-"""8-bit weights and activations, as something to compare pruning with, alone and together with it."""
+"""8-bit weights and activations, to be compared with pruning and combined with it."""
 
 from lightning_prune.quantization.availability import int8_unavailable
 from lightning_prune.quantization.backend import allow_checkpoints, int8_backend

@@ -1,4 +1,4 @@
-"""Whether a device has an int8 path for a model, and if not, why: a table says so in the row's place."""
+"""Tells whether a device can run a model in int8, and if not, why; tables show the reason."""
 
 import torch
 from torch import Tensor, nn
@@ -6,24 +6,24 @@ from torch import Tensor, nn
 from lightning_prune.errors import PruneError
 from lightning_prune.quantization.weights import Int8Weights
 
-_ROWS = 32  # CUDA's int8 matrix product wants more than 16
+_ROWS = 32  # CUDA's int8 matrix product needs more than 16
 _TOLERANCE = 0.1  # relative to the float result; 8 bits are off by 1 to 2 hundredths, saturated sums by far more
 
 
 def int8_unavailable(
     device: torch.device | str, model: nn.Module | None = None, images: Tensor | None = None
 ) -> str | None:
-    """Tries int8 on a device.
+    """Returns why a device cannot run int8, or None where it can; tries it.
 
     Args:
         device: Where the model runs.
-        model: What is to be quantized. Each of its kinds of linear layers is tried by itself, against float; without
-            a model one layer is.
-        images: If given, the model runs once with int8 weights on this batch, which also finds weights that it
-            uses in other ways than as a linear layer. It is restored afterwards.
+        model: The model to quantize. One linear layer of each size and dtype is compared with float; without a model,
+            one layer of 64 x 64.
+        images: (B, C, H, W). If given, the model runs once with int8 weights on this batch, which also finds weights
+            that are used other than in a linear layer. It is restored afterwards.
 
     Returns:
-        None where it works; otherwise the reason, in words for a table.
+        None where it works, else the reason.
 
     Example:
         >>> from lightning_prune.quantization import int8_unavailable
@@ -51,12 +51,12 @@ def int8_unavailable(
 
 
 def _random(rows: int, columns: int) -> Tensor:
-    """From a generator of its own: the caller's random numbers stay as they are."""
+    """Random numbers from a generator of its own, so the caller's random state does not change."""
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
 
 
 def _kinds(model: nn.Module) -> list[Tensor]:
-    """The weight of one layer for each size and dtype that occurs."""
+    """The weight of one layer for each size and dtype."""
     modules = dict(model.named_modules())
     found: dict[object, Tensor] = {}
     for path in Int8Weights(model).quantized:
@@ -67,7 +67,7 @@ def _kinds(model: nn.Module) -> list[Tensor]:
 
 
 def _failing(weight: Tensor, device: torch.device) -> str | None:
-    """Why a layer in 8 bits is of no use here: what it returns is not what it returns in float."""
+    """Why a layer in 8 bits is unusable: its output is not that of the float layer. None where it is."""
     out, into = weight.shape
     # Not the model's own layer, which may have hooks.
     trial = nn.utils.skip_init(nn.Linear, into, out, bias=False, device=device, dtype=weight.dtype)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lightning_prune.errors import ArgumentError
 
-# What torchao 0.18 says while it is imported, by logger. None of it bears on int8 matrix products, which are torch's.
+# Messages of torchao 0.18 during its import, by logger. None concerns int8 matrix products, which are torch's.
 _KNOWN = {
     "torch.utils._pytree": "register_constant() on Enum subclasses is deprecated",
     "torchao": "Skipping import of cpp extensions",
@@ -26,7 +26,7 @@ _KNOWN = {
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Drops the messages of torchao's import that are known to mean nothing, and no others."""
+    """Drops the known, irrelevant messages of torchao's import."""
 
     def is_news(record: logging.LogRecord) -> bool:
         return _KNOWN[record.name] not in record.getMessage()
@@ -41,13 +41,13 @@ def quiet() -> Iterator[None]:
 
 
 def int8_backend(device: torch.device | str) -> str:
-    """Whose kernels compute in 8 bits on a device.
+    """The library whose kernels compute in 8 bits on a device.
 
     Args:
         device: Where the model runs.
 
     Returns:
-        `oneDNN`, which is torch's own, on a CPU where torch has it; otherwise `torchao`, be it installed or not.
+        `oneDNN` (part of torch) on a CPU where torch has it, else `torchao`, installed or not.
 
     Example:
         >>> from lightning_prune.quantization import int8_backend
@@ -58,10 +58,10 @@ def int8_backend(device: torch.device | str) -> str:
 
 
 def quantizer(device: torch.device) -> Callable[[Tensor], nn.Parameter]:
-    """What quantizes a weight for a device; loads torchao where it takes that.
+    """The function that quantizes a weight for a device; imports torchao where it is needed.
 
     Raises:
-        ArgumentError: It takes torchao, which is not installed, or is one that this cannot use; names the extra.
+        ArgumentError: If torchao is needed but not installed or not usable; names the extra.
     """
     limit = _limit(device)
     if limit is not None:

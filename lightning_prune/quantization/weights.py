@@ -1,4 +1,4 @@
-"""A model's linear layers in 8 bits, put on and taken off as often as one likes."""
+"""Gives the linear layers of a model 8-bit weights, and takes them back."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,12 +14,12 @@ from lightning_prune.quantization.backend import int8_backend, quantizer
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MULTIPLE = 8  # of int8 matrix products on CUDA; on all devices, for a comparison of the same layers
-_TAKEN = "expected float weights to put int8 ones in their place, got quantized ones; take those off first"
+_TAKEN = "`module` must have float weights, got quantized weights; remove those first."
 
 
 @dataclass
 class _Layer:
-    """A linear layer, its weight in 8 bits, and of what that was made."""
+    """A linear layer, its weight in 8 bits, and the state of the float weight that was quantized."""
 
     module: nn.Module
     source: nn.Parameter
@@ -28,17 +28,16 @@ class _Layer:
 
 
 class Int8Weights:
-    """The linear layers of a model in 8 bits: dynamic activations, weights by output channel.
+    """Int8 weights for the linear layers of a model: dynamic activations, weights per output channel.
 
-    On a CPU the kernel is torch's own (oneDNN's), in eager mode and compiled. On other devices, and where torch has
-    none, it is torchao's (extra `int8`), which is far slower than float on a CPU without VNNI. Both quantize each token
-    by itself, so an image does not depend on its batch-mates. Where a CPU's 16-bit sums would saturate, weights have 7
-    bits; with torchao, activations too.
+    On a CPU the kernel is torch's own (oneDNN), in eager mode and compiled. On other devices, and in builds of torch
+    without it, the kernel is torchao's (extra `int8`), which is far slower than float on a CPU without VNNI. Both
+    quantize each token by itself, so an image does not depend on its batch-mates. Where the 16-bit sums of a CPU would
+    saturate, weights have 7 bits; with torchao, activations have, too.
 
-    Weights are quantized once, beside the live ones. `apply` and `remove` then only exchange Parameter objects, so
-    a timing can go from one to the other between two runs. Taken off, the model is what it was to the bit: the same
-    Parameter objects, `state_dict` keys and `requires_grad`. It does not matter whether the model is patched, for a
-    patch touches no Parameter; either may come first.
+    Weights are quantized once. `apply` and `remove` then only exchange Parameter objects, so a timer can switch between
+    two runs. After `remove` the model is what it was to the bit: the same Parameter objects, `state_dict` keys and
+    `requires_grad`. The model may be patched before or after, as a patch does not touch Parameters.
 
     Quantized is every `nn.Linear` that torchao's `quantize_` takes, the head included, whose input and output sizes
     are multiples of 8. In float stay: other sizes; convolutions; and `nn.MultiheadAttention` (torchvision), whose
@@ -89,7 +88,7 @@ class Int8Weights:
             elif reason is not None:
                 self.kept[path] = reason
         if any(is_quantized(part.weight) for part in found.values()):
-            raise ArgumentError(f"module: {_TAKEN}")
+            raise ArgumentError(_TAKEN)
         if not found:
             reasons = "; ".join(f"{path or type(module).__name__}: {why}" for path, why in self.kept.items())
             raise UnsupportedModelError(
@@ -113,7 +112,7 @@ class Int8Weights:
         for layer in self._layers:
             live = layer.module._parameters["weight"]
             if live is None or is_quantized(live):
-                raise ArgumentError(f"module: {_TAKEN}")
+                raise ArgumentError(_TAKEN)
             current = layer.source is live and layer.stamp == _stamp(live)
             fresh.append(layer if current else self._layer(layer.module, made))
         self._layers = fresh  # everything that can fail is done

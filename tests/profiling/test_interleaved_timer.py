@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_prune.profiling import InterleavedTimer
+from lightning_prune.profiling import InterleavedTimer, LatencyStats
 
 CPU = torch.device("cpu")
 
@@ -146,3 +146,31 @@ def test_the_first_run_is_timed_but_counts_nowhere():
     race.measure([], rounds=3)
     assert bench.order == ["dense"] * 4
     assert race.result("dense").milliseconds == pytest.approx(1000)
+
+
+def test_p90_is_of_the_same_runs_as_the_median():
+    times = [1.0, 3.0, 2.0, 5.0, 4.0, 9.0, 7.0, 8.0, 6.0, 10.0, 11.0]
+    bench = Bench({"dense": 1.0}, drift=lambda run: 50.0 if run == 0 else times[run - 1])
+    timer = bench.race()
+    timer.measure([], rounds=len(times))
+    stats = timer.result("dense")
+    assert (stats.milliseconds, stats.p90_ms) == (pytest.approx(6000), pytest.approx(10_000))
+    ordered = sorted(times)
+    assert stats.p90_ms == pytest.approx(1e3 * ordered[round(0.9 * (len(times) - 1))])
+
+
+def test_p90_of_levels_is_free_of_drift():
+    bench = Bench({"dense": 0.010, "a": 0.008}, drift=lambda run: 1 + run / 20)
+    timer = bench.race()
+    timer.measure(["a"], rounds=31)
+    stats = timer.levels()["a"]
+    assert stats.milliseconds <= stats.p90_ms < 1.05 * stats.milliseconds
+    plain = timer.result("a")
+    assert plain.p90_ms > 1.3 * plain.milliseconds
+
+
+def test_the_standard_error_is_that_of_a_median_of_normal_samples():
+    rng = np.random.default_rng(0)
+    medians = np.median(rng.normal(0.8, 0.05, (4000, 25)), axis=1)
+    stats = LatencyStats(8.0, 0.0, 0.8, 0.6745 * 0.05, 25)
+    assert stats.ratio_stderr == pytest.approx(float(medians.std()), rel=0.05)

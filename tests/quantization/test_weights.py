@@ -327,13 +327,11 @@ def test_nothing_is_left_half_done() -> None:
     int8, other = Int8Weights(model), Int8Weights(model.blocks[1])
     with other:
         before = [type(parameter) for parameter in model.parameters()]
-        with pytest.raises(
-            ArgumentError, match=r"^module: expected float weights .*, got quantized ones; take those off"
-        ):
+        with pytest.raises(ArgumentError, match="`module` must have float weights, got quantized weights"):
             int8.apply()
         assert not int8.active
         assert [type(parameter) for parameter in model.parameters()] == before
-        with pytest.raises(ArgumentError, match=r"^module: expected float weights .*, got quantized ones"):
+        with pytest.raises(ArgumentError, match="`module` must have float weights, got quantized weights"):
             Int8Weights(model)
 
 
