@@ -319,7 +319,7 @@ def warn_if_wrapped_by_compile(pl_module: L.LightningModule) -> None:
     if getattr(pl_module, "_compiler_ctx", None) is not None:
         rank_zero_warn(
             "The whole LightningModule is compiled, but latency is measured on its Vision Transformer alone, which is "
-            "not. Compile the transformer instead, as in `module.vit.compile()` or `ImageClassifier(compile=True)`."
+            "not. Compile the transformer instead, as in `module.vit.compile()`."
         )
 
 

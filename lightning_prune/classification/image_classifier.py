@@ -14,7 +14,8 @@ from lightning_prune.classification.checkpoints import load_weights
 from lightning_prune.classification.evaluation import Evaluation, check_batch, split_batch
 from lightning_prune.errors import ArgumentError, WeightsError
 from lightning_prune.patching import find_vision_transformer
-from lightning_prune.runtimes.torch_runtime import Compiled, Mode, force_eager, parse_compile_mode
+from lightning_prune.runtimes import TorchCompile, TorchEager, parse_runtime
+from lightning_prune.runtimes.torch_runtime import Compiled, force_eager
 
 
 class ImageClassifier(L.LightningModule):
@@ -42,9 +43,9 @@ class ImageClassifier(L.LightningModule):
         weights: A weights file for the model: `.safetensors`, `.pth`, or a Lightning checkpoint; read without pickle.
         num_classes: Size of the head; by default the model's own. If it differs from that of timm's weights, the head
             is initialised at random.
-        compile: Whether to run the model through `torch.compile`: True, or one of its modes, such as
-            `"reduce-overhead"` for CUDA graphs. Each batch size is compiled separately; batches smaller than the first
-            one of a run run eagerly.
+        runtime: `"torch"`, or `"torch.compile"`, also with a mode (`"torch.compile:mode=reduce-overhead"` for CUDA
+            graphs, `"torch.compile:mode=blocks"` to compile each block separately). Each batch size is compiled
+            separately; batches smaller than the first one of a run run eagerly.
         model_kwargs: Further arguments of `timm.create_model`.
         warmup: Number of batches at the start that are left out of the times; at least one batch is always counted.
 
@@ -69,7 +70,7 @@ class ImageClassifier(L.LightningModule):
         pretrained: bool = True,
         weights: str | None = None,
         num_classes: int | None = None,
-        compile: bool | Mode = False,
+        runtime: str = "torch",
         model_kwargs: dict[str, Any] | None = None,
         warmup: int = 2,
     ) -> None:
@@ -78,6 +79,9 @@ class ImageClassifier(L.LightningModule):
             raise ArgumentError(f"`num_classes` must be 1 or more, got {num_classes}.")
         if warmup < 0:
             raise ArgumentError(f"`warmup` must be 0 or more, got {warmup}.")
+        parsed = parse_runtime(runtime)
+        if not isinstance(parsed, TorchEager | TorchCompile):
+            raise ArgumentError(f"`runtime` must be 'torch' or 'torch.compile', got {runtime!r}.")
         self.save_hyperparameters(ignore=["model"] if isinstance(model, nn.Module) else None)
         if isinstance(model, str):
             model = _create(model, pretrained and weights is None, num_classes, model_kwargs or {})
@@ -87,10 +91,10 @@ class ImageClassifier(L.LightningModule):
             load_weights(model, weights)
         self.model = model
         self.num_classes = num_classes or _head_size(model)
-        mode = parse_compile_mode(compile)
-        if mode is not None:  # in place: the keys of the state_dict stay
-            Compiled(self.model, mode, list(find_vision_transformer(self.model).blocks) if mode == "blocks" else None)
-        self._compiled, self._batch_size = mode is not None, 0
+        if isinstance(parsed, TorchCompile):  # in place: the keys of the state_dict stay
+            blocks = list(find_vision_transformer(model).blocks) if parsed.mode == "blocks" else None
+            Compiled(model, parsed.mode, blocks)
+        self._compiled, self._batch_size = parsed.compiles, 0
         self.evaluation = Evaluation(self.num_classes, warmup)
 
     @property

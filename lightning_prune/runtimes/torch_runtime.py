@@ -22,25 +22,6 @@ _WITH_CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
 _compiled: "WeakKeyDictionary[nn.Module, Runtime]" = WeakKeyDictionary()
 
 
-def parse_compile_mode(value: object) -> Mode | None:
-    """The compile mode that a user asks for: True is `"default"`, False and None are none.
-
-    Raises:
-        ArgumentError: If it is neither of these nor the name of a mode.
-
-    Example:
-        >>> from lightning_prune.runtimes.torch_runtime import parse_compile_mode
-        >>> parse_compile_mode(True), parse_compile_mode(False), parse_compile_mode("blocks")
-        ('default', None, 'blocks')
-    """
-    if isinstance(value, bool) or value is None:
-        return "default" if value else None
-    for mode in get_args(Mode):
-        if value == mode:
-            return mode
-    raise ArgumentError(f"`compile` must be True, False or one of {', '.join(get_args(Mode))}; got {value!r}.")
-
-
 def is_compiled(model: nn.Module) -> bool:
     """Whether calling the model runs compiled graphs, of the whole of it or of a part."""
     return any(hasattr(m, "_orig_mod") or _compiled_call(m) is not None for m in model.modules())

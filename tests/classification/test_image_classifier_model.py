@@ -1,6 +1,7 @@
 import copy
 import functools
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from helpers.models import digits_module, tiny_hugging_face_vit, tiny_torchvisio
 from lightning_prune.callbacks import TokenPruning
 from lightning_prune.classification.image_classifier import ImageClassifier
 from lightning_prune.errors import ArgumentError, FileFormatError, WeightsError
+from lightning_prune.runtimes.base import Runtime
 
 TINY = {"depth": 1, "embed_dim": 32, "num_heads": 1}
 
@@ -58,7 +60,7 @@ def test_checkpoint_stands_alone(tmp_path: Path) -> None:
 def test_compile_keeps_the_keys_and_copies(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[nn.Module] = []
     monkeypatch.setattr(nn.Module, "compile", lambda self, **_: compiled.append(self))
-    module = tiny(compile=True)
+    module = tiny(runtime="torch.compile")
     assert compiled == [module.model]
     assert list(module.state_dict()) == list(tiny().state_dict())
 
@@ -66,10 +68,28 @@ def test_compile_keeps_the_keys_and_copies(monkeypatch: pytest.MonkeyPatch) -> N
 def test_compiled_module_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     # Traced, but run by Python: inductor would need a C++ compiler, which a bare machine does not have.
     monkeypatch.setattr(nn.Module, "compile", functools.partialmethod(nn.Module.compile, backend="eager"))
-    module, plain = tiny(compile=True).eval(), tiny().eval()
+    module, plain = tiny(runtime="torch.compile").eval(), tiny().eval()
     plain.load_state_dict(copy.deepcopy(module).state_dict())
     images = torch.randn(4, 1, 56, 56)
     torch.testing.assert_close(module(images), plain(images))
+
+
+class OtherRuntime(Runtime):
+    """Runs a model, but not the module itself, as a classifier needs it."""
+
+    name = "other"
+
+    def prepare(self, model: nn.Module, example_inputs: torch.Tensor) -> Callable[[torch.Tensor], Any]:
+        return model
+
+    def context(self) -> dict[str, Any]:
+        return {}
+
+
+@pytest.mark.parametrize("runtime", ["torch.complie", OtherRuntime()])
+def test_only_torch_runs_a_module(runtime: Any) -> None:
+    with pytest.raises(ArgumentError, match=rf"`runtime`.*got '?{getattr(runtime, 'name', runtime)}|got OtherRuntime"):
+        tiny(runtime=runtime)
 
 
 def test_copies_and_pickles() -> None:

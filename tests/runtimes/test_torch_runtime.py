@@ -18,7 +18,6 @@ from lightning_prune.runtimes.torch_runtime import (
     Compiled,
     force_eager,
     is_compiled,
-    parse_compile_mode,
     raised_recompile_limit,
     runtime_of,
 )
@@ -40,20 +39,6 @@ def counter(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def tiny() -> Any:
     return tiny_vit(depth=3, embed_dim=24)
-
-
-@pytest.mark.parametrize(
-    ("value", "mode"),
-    [(True, "default"), (False, None), (None, None), ("blocks", "blocks"), ("reduce-overhead", "reduce-overhead")],
-)
-def test_modes(value: Any, mode: str | None) -> None:
-    assert parse_compile_mode(value) == mode
-
-
-@pytest.mark.parametrize("value", ["fast", 1, "True", ["blocks"]])
-def test_what_is_no_mode(value: Any) -> None:
-    with pytest.raises(lp.ArgumentError, match=r"`compile` must be True, False or one of default, .*blocks; got "):
-        parse_compile_mode(value)
 
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead", "blocks"])
@@ -154,7 +139,7 @@ def test_a_compiled_classifier_runs_short_batches_eagerly_and_compiles_once(coun
     """18 images in batches of 8: the last has 2."""
     import lightning as L
 
-    module = digits_module(shape={"depth": 2}, compile=True)
+    module = digits_module(shape={"depth": 2}, runtime="torch.compile")
     plain = copy.deepcopy(module)  # a copy is not compiled
     assert not is_compiled(plain)
     images, labels = torch.randn(18, 1, 56, 56), torch.arange(18) % 10
@@ -171,11 +156,11 @@ def test_a_compiled_classifier_runs_short_batches_eagerly_and_compiles_once(coun
 
 
 def test_blocks_of_a_classifier_are_compiled(counter: Any) -> None:
-    module = lp.ImageClassifier("vit_digits_patch4_56", pretrained=False, compile="blocks")
+    module = lp.ImageClassifier("vit_digits_patch4_56", pretrained=False, runtime="torch.compile:mode=blocks")
     assert all(is_compiled(block) for block in module.model.blocks)
     assert vars(module.model).get("_compiled_call_impl") is None
-    with pytest.raises(lp.ArgumentError, match=r"`compile` must be True, False or one of .*; got 'quickly'"):
-        lp.ImageClassifier("vit_digits_patch4_56", pretrained=False, compile="quickly")
+    with pytest.raises(lp.ArgumentError, match=r"`mode` must be .* got 'quickly'"):
+        lp.ImageClassifier("vit_digits_patch4_56", pretrained=False, runtime="torch.compile:mode=quickly")
 
 
 def test_a_run_is_profiled_planned_and_validated_compiled(counter: Any) -> None:
@@ -210,8 +195,8 @@ def test_a_run_is_profiled_planned_and_validated_compiled(counter: Any) -> None:
     assert not is_compiled(module.model)
     assert copy.deepcopy(pruner).config.runtime == "torch.compile"
 
-    compiled = lp.ImageClassifier("vit_digits_patch4_56", pretrained=False, compile=True)
-    with pytest.raises(lp.ArgumentError, match=r"`runtime` must be .* got 'torch.compile': .*compiled already"):
+    compiled = lp.ImageClassifier("vit_digits_patch4_56", pretrained=False, runtime="torch.compile:mode=blocks")
+    with pytest.raises(lp.ArgumentError, match=r"`runtime` must be 'torch.compile:mode=blocks'.* got 'torch.compile'"):
         trainer.validate(compiled, loader, verbose=False)
     with pytest.raises(lp.ArgumentError, match=r"`mode` must be .* got 'slowly'"):
         TokenPruning(runtime="torch.compile:mode=slowly")
