@@ -4,21 +4,24 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 from torch import Tensor
 
 from lightning_prune._utils.validation import check, check_bool, check_choice, check_int, check_positive, is_int
 from lightning_prune.errors import ArgumentError
-from lightning_prune.planning import Objective, Utility
+from lightning_prune.planning import AccuracyBudget, Objective
 from lightning_prune.planning.api import AUTO
 from lightning_prune.profiling import ProfileStore
 from lightning_prune.profiling.measurement import ProfilingMode
 from lightning_prune.reduction import Reduction, resolve
 from lightning_prune.runtimes import parse_runtime
-from lightning_prune.schedule import ScheduleLike, read_schedule
+from lightning_prune.schedule import KeepRates, MethodSpec, Schedule, ScheduleLike, read_schedule
 
-_BLOCK = 0.25  # of the depth: where the POMT paper's block stands
+DEFAULT_OBJECTIVE = AccuracyBudget(0.005)
+
+_BLOCK = 0.25  # of the depth: the POMT paper's block
+_FALLBACK = "tome"  # the method of counts that come without one
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -41,13 +44,13 @@ class PruningConfig:
         (64, 'tome')
     """
 
-    method: str | Reduction = "pomt"
+    method: str | Reduction = "auto"
     schedule: Literal["auto"] | ScheduleLike = "auto"
     objective: Objective | None = None
     block: int | float | Literal["auto"] = _BLOCK
     calibration: Any = 512
     images_from_batch: Callable[[Any], Tensor] | None = None
-    time_limit: float = 30.0
+    time_limit: float = 60.0
     module_path: str | None = None
     protocol: ProfilingMode = "deployed"
     use_cache: bool = True
@@ -77,19 +80,22 @@ class PruningConfig:
 
     @property
     def goal(self) -> Objective:
-        """The objective to plan by: the one that was stated, or the default."""
-        return Utility() if self.objective is None else self.objective
+        """The objective to plan by: the one that was stated, or the default, a budget of half a percent."""
+        return DEFAULT_OBJECTIVE if self.objective is None else self.objective
 
     @property
     def reduction(self) -> Reduction:
-        """The method.
+        """The method: the one that was stated, else that of the given schedule, else ToMe for counts without a method.
 
         Raises:
             ArgumentError: If several methods are searched.
         """
-        if not isinstance(self.method, Reduction):
+        if isinstance(self.method, Reduction):
+            return self.method
+        if self.schedule == "auto":
             raise ArgumentError("`method` must be one method here, got 'auto', which only planning can use.")
-        return self.method
+        named = self.schedule.method if isinstance(self.schedule, Schedule | KeepRates) else None
+        return resolve(_FALLBACK if named is None else cast(MethodSpec, named))
 
     @property
     def methods(self) -> tuple[str | Reduction, ...]:
@@ -99,7 +105,7 @@ class PruningConfig:
     @property
     def label(self) -> str:
         """Name of the method, or `"auto"`."""
-        return self.method.name if isinstance(self.method, Reduction) else "auto"
+        return "auto" if self._searches_methods else self.reduction.name
 
     @property
     def place(self) -> int | float:
@@ -117,7 +123,7 @@ class PruningConfig:
     @property
     def plans_blocks(self) -> bool:
         """Whether the planner searches over blocks, and perhaps over methods."""
-        return self.method == "auto" or self.block == "auto"
+        return self._searches_methods or self.block == "auto"
 
     @property
     def is_adaptive(self) -> bool:
@@ -132,6 +138,10 @@ class PruningConfig:
     def store(self) -> ProfileStore | None:
         """Where latency profiles are kept; None where they are not."""
         return ProfileStore(self.cache_dir) if self.use_cache else None
+
+    @property
+    def _searches_methods(self) -> bool:
+        return not isinstance(self.method, Reduction) and self.schedule == "auto"
 
     def _check_objective(self) -> None:
         valid = self.objective is None or isinstance(self.objective, Objective)
@@ -149,11 +159,14 @@ class PruningConfig:
 
     def _check_together(self) -> None:
         """Refuses settings that have no effect together."""
-        method, block, schedule = self.method, self.block, self.schedule
-        if not isinstance(method, Reduction):
+        block, schedule = self.block, self.schedule
+        named = schedule.method if isinstance(schedule, Schedule | KeepRates) else None
+        check("schedule", schedule, "one with the same method in all blocks", not isinstance(named, tuple))
+        if self._searches_methods:
             valid = block in (_BLOCK, "auto")
             check("block", block, "left out with method='auto', which searches all blocks", valid)
         elif block == "auto":
+            method = self.reduction
             valid = method.site == "block" and not method.adaptive
             check("block", block, f"left out with {method.name}, which does not act in blocks that are searched", valid)
         if self.is_adaptive:
@@ -162,6 +175,6 @@ class PruningConfig:
             check("objective", self.objective, label, self.objective is None)
             check("protocol", self.protocol, label, self.protocol == "deployed")
         elif self.plans_blocks:
-            searched = "method" if method == "auto" else "block"
+            searched = "method" if self._searches_methods else "block"
             check("schedule", schedule, f"left out with {searched}='auto', which plans one", schedule == "auto")
             check("protocol", self.protocol, f"'deployed' with {searched}='auto'", self.protocol == "deployed")

@@ -397,6 +397,8 @@ def decide(first: FirstBatch) -> Decision:
     config, module, images = first.config, first.module, first.images
     warn_if_wrapped_by_compile(module)
     if config.is_planned:
+        if config.verbose and config.protocol == "deployed":
+            print(f"Planning a schedule for this device and batch takes up to {config.time_limit:g} s (`time_limit`).")
         return planned(config, module, images, first.calibration())
     limit = config.time_limit / 3
     if config.is_adaptive:

@@ -65,16 +65,19 @@ class TokenPruning(EvaluationCallback):
     the trainer's loggers and `callback_metrics` (in `predict`, which has no metrics, to the loggers).
 
     Args:
-        method: Name of the reduction, or a `lightning_prune.reduction.Reduction`. With one that lets the images decide
-            how many tokens are removed, such as `VWTInter`, nothing is planned: it is applied, and timed against dense.
-            `"auto"` searches several methods over all blocks, and `block` is left out.
-        schedule: `"auto"` plans one. R removes R tokens at `block`, and 0.7 keeps 70% of its patch tokens; a list has
-            one number for each block; a `Schedule`, `KeepRates` or the path of a saved one is used as it is. What is
-            given is timed against dense, and `objective`, `calibration` and `protocol` have no effect. Where images
-            come in several sizes, a planned schedule and keep rates hold for all; counts hold for the first only.
-        objective: What to optimise.
-        block: The reducing block: an index, or a fraction of the depth (0.25 is the POMT paper's); `"auto"` searches
-            which blocks reduce, and by how much.
+        method: `"auto"` searches several methods over all blocks. Or the name of one, or a
+            `lightning_prune.reduction.Reduction`. With one that lets the images decide how many tokens are removed,
+            such as `VWTInter`, nothing is planned: it is applied, and timed against dense.
+        schedule: `"auto"` plans one. A `Schedule`, `KeepRates`, a `Plan` or the path of a saved one is used as it is; a
+            list has one number for each block; R removes R tokens in all and 0.7 keeps 70% of the patch tokens, in the
+            usual form of the method: at `block`, or spread over the blocks. What does not name its method is ToMe's
+            unless `method` is given. A given schedule is timed against dense, and `objective`, `calibration` and
+            `protocol` have no effect. Where images come in several sizes, a planned schedule and keep rates hold for
+            all; counts hold for the first only.
+        objective: What to optimise; `AccuracyBudget(0.005)` if None. The POMT paper's computation is
+            `TokenPruning(method="pomt", objective=Utility(0.5))`.
+        block: The reducing block of a given method: an index, or a fraction of the depth (0.25 is the POMT paper's);
+            `"auto"` searches which blocks reduce, and by how much.
         calibration: How many images to sample from the dataset (at least 1024 for `protocol="paper"`), or the images
             (images, C, H, W), or a loader. Where the dataset cannot be sampled (an IterableDataset, a loader of
             another kind, a sampler that may skip items) the first batch is used unless images or a loader are given.
@@ -116,13 +119,13 @@ class TokenPruning(EvaluationCallback):
 
     def __init__(
         self,
-        method: Reduction | str = "pomt",
+        method: Reduction | str = "auto",
         schedule: Literal["auto"] | int | float | list[int] | str | Path | Schedule | KeepRates = "auto",
         objective: Objective | None = None,
         block: int | float | Literal["auto"] = 0.25,
         calibration: Any = 512,
         images_from_batch: Callable[[Any], Tensor] | None = None,
-        time_limit: float = 30.0,
+        time_limit: float = 60.0,
         module_path: str | None = None,
         enabled: bool = True,
         protocol: ProfilingMode = "deployed",

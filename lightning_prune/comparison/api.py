@@ -28,11 +28,10 @@ from lightning_prune.comparison.variants import (
 )
 from lightning_prune.errors import ArgumentError, DataError
 from lightning_prune.patching import TokenTrace, find_vision_transformer, trace_tokens
-from lightning_prune.planning import Utility
 from lightning_prune.planning.multi_block import BlockSearch
 from lightning_prune.planning.speedup_targets import check_speedups
 from lightning_prune.profiling import measurement_context
-from lightning_prune.reduction import POMT
+from lightning_prune.reduction import POMT, Reduction
 from lightning_prune.report.rows import Row
 
 _PICTURES = 4  # images whose tokens are traced
@@ -228,7 +227,7 @@ def compare_methods(
         UnsupportedModelError: If no method can be used with this model.
         DataError: If there is nothing to validate on.
     """
-    entries = read_methods(methods, config.reduction)
+    entries = read_methods(methods, config.method if isinstance(config.method, Reduction) else POMT())
     targets = check_speedups(list(SPEEDUPS if speedups is None else speedups))
     _refuse_idle_settings(config, entries)
     opening = Opening(config, entries, targets, output, fresh, tell, trainer.limit_val_batches)
@@ -261,12 +260,12 @@ def compare_methods(
 
 
 def _refuse_idle_settings(config: PruningConfig, entries: Sequence[VariantRequest]) -> None:
-    own = config.reduction
-    if own != POMT() and all(entry.reduction is not own for entry in entries):
+    own = config.method
+    if isinstance(own, Reduction) and own != POMT() and all(entry.reduction is not own for entry in entries):
         raise ArgumentError(f"`method` plays no part unless `methods` name it; got {own!r}, which they do not.")
     idle = {
         "schedule": config.schedule != "auto",
-        "objective": config.goal != Utility(),
+        "objective": config.objective is not None,
         "protocol": config.protocol != "deployed",
     }
     for name, given in idle.items():

@@ -1,5 +1,7 @@
 """Schedules that the user gives, in every form, and where they were made."""
 
+import dataclasses
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,7 @@ import pytest
 import lightning_prune as lp
 from helpers.data import loader
 from helpers.models import DEPTH, TOKENS
+from lightning_prune.callbacks import PruningConfig
 from lightning_prune.schedule import MeasurementSource
 
 from .tiny import Snapshot, Tiny, pruner, trainer, validated
@@ -126,3 +129,34 @@ def test_lists_that_are_no_schedules_are_refused_at_once() -> None:
     with pytest.raises(lp.ScheduleError, match="got an empty list"):
         pruner(schedule=[])
     assert pruner(schedule="auto").config.schedule == "auto"
+
+
+def test_the_default_plans_all_methods_within_half_a_percent_of_accuracy() -> None:
+    config = lp.TokenPruning().config
+    assert (config.label, config.plans_blocks, config.goal) == ("auto", True, lp.AccuracyBudget(0.005))
+    assert len(config.methods) > 1
+    paper = lp.TokenPruning(method="pomt", objective=lp.Utility(0.5)).config
+    assert (paper.label, paper.plans_blocks, paper.place, paper.goal) == ("pomt", False, 0.25, lp.Utility(0.5))
+
+
+@pytest.mark.parametrize("schedule", [8, 0.5, [2, 2, 2, 2], lp.Schedule([2, 2, 2, 2])])
+def test_what_is_given_without_a_method_is_tomes(schedule: Any) -> None:
+    callback = pruner(method="auto", schedule=schedule)
+    validated(callback)
+    assert callback.decision.method == "tome"
+    assert callback.decision.schedule.removed == (2, 2, 2, 2)
+
+
+def test_a_schedule_that_names_its_method_is_used_by_it(tmp_path: Path) -> None:
+    path = lp.Schedule.single(DEPTH, 1, 5, "topk").save(tmp_path / "schedule.yaml")
+    callback = pruner(method="auto", schedule=path)
+    validated(callback)
+    assert callback.decision.schedule == lp.Schedule.single(DEPTH, 1, 5, "topk")
+    with pytest.raises(lp.ArgumentError, match="`schedule` must be one with the same method in all blocks, got Sched"):
+        pruner(method="auto", schedule=lp.Schedule([1, 0, 1, 0], ["tome", None, "topk", None]))
+
+
+def test_the_callback_takes_the_settings_of_the_config() -> None:
+    """Names and defaults are written twice, so that editors show them."""
+    own = {name: p.default for name, p in inspect.signature(lp.TokenPruning).parameters.items() if name != "enabled"}
+    assert own == {field.name: field.default for field in dataclasses.fields(PruningConfig)}

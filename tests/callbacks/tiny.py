@@ -11,6 +11,7 @@ from torch.utils.data import Dataset, IterableDataset
 from helpers.data import labelled, loader
 from helpers.models import tiny_vit
 from lightning_prune.callbacks import TokenPruning
+from lightning_prune.planning import Utility
 
 OPTIONS: dict[str, Any] = {
     "accelerator": "cpu",
@@ -140,7 +141,12 @@ class Spying(Dataset[Any]):
 
 
 def pruner(**options: Any) -> TokenPruning:
-    return TokenPruning(**{"calibration": 8, "time_limit": 1.0, "verbose": False, **options})
+    """One method in one block by the paper's utility, unless the options say otherwise; the default searches longer."""
+    defaults = {"method": "pomt", "calibration": 8, "time_limit": 1.0, "verbose": False}
+    chosen = {**defaults, **options}
+    if chosen["method"] in ("pomt", "random") and "objective" not in options:
+        chosen["objective"] = Utility(0.5)
+    return TokenPruning(**chosen)
 
 
 def brief(**options: Any) -> TokenPruning:

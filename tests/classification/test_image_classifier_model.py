@@ -167,7 +167,7 @@ def test_a_model_of_hugging_face() -> None:
     assert torch.equal(module.eval()(images), module.model(images).logits)
     data = DataLoader(TensorDataset(images, torch.arange(8) % 7), batch_size=4)
     options = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False}
-    trainer = L.Trainer(callbacks=[TokenPruning(schedule=6, time_limit=0.01, verbose=False)], **options)
+    trainer = L.Trainer(callbacks=[TokenPruning("pomt", schedule=6, time_limit=0.01, verbose=False)], **options)
     (found,) = trainer.validate(module, data, verbose=False)
     assert 0 <= found["val/top1"] <= found["val/top5"] <= 1
     assert found["pruning/tokens"] == 11

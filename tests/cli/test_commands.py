@@ -26,7 +26,8 @@ DATA = ["--config", "configs/digits.yaml", "--data.batch_size", "4"]
 
 def trainer(**kwargs):
     seed_everything(0, verbose=False)
-    callback = TokenPruning(**{"calibration": 16, "time_limit": 1.0, "verbose": False, **kwargs})
+    defaults = {"method": "pomt", "objective": lp.Utility(), "calibration": 16, "time_limit": 1.0, "verbose": False}
+    callback = TokenPruning(**{**defaults, **kwargs})
     return PruneTrainer(callbacks=[callback], logger=False, enable_checkpointing=False, enable_progress_bar=False)
 
 

@@ -33,6 +33,8 @@ TINY = [
     "--trainer.limit_test_batches=2",
     "--prune.time_limit=0.5",
     "--prune.calibration=8",
+    "--prune.method=pomt",
+    "--prune.objective=Utility",
 ]
 COLUMNS = [
     *("variant", "method", "top1", "top1_change", "speedup", "latency_ms", "precision"),
@@ -358,7 +360,12 @@ def test_overlay_adds_pruning_to_the_application_of_somebody_else(tmp_path: Path
     assert own.startswith("OWN kept")
     assert "'Own'" in own
     assert "'TokenPruning'" in own
-    assert "R = 5 (pomt: 5 at block 1)" in run.stdout
+    assert "R = 5 (tome: " in run.stdout
+
+
+def test_overlay_names_the_libraries_whose_models_are_pruned() -> None:
+    text = (CONFIGS / "pruning.yaml").read_text()
+    assert all(library in text for library in ("timm", "torchvision", "transformers"))
 
 
 def test_overlay_says_what_the_callback_does_by_default() -> None:

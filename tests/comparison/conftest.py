@@ -45,7 +45,7 @@ def module() -> Callable[..., lp.ImageClassifier]:
 def running() -> Callable[..., tuple[L.Trainer, TokenPruning]]:
     def make(**settings: Any) -> tuple[L.Trainer, TokenPruning]:
         options = {key: settings.pop(key) for key in list(settings) if key in OPTIONS}
-        pruner = TokenPruning(**{"time_limit": 1, "verbose": False, **settings})
+        pruner = TokenPruning(**{"method": "pomt", "time_limit": 1, "verbose": False, **settings})
         return L.Trainer(callbacks=[pruner], **{**OPTIONS, **options}), pruner
 
     return make

@@ -45,7 +45,8 @@ def clockwork(monkeypatch: pytest.MonkeyPatch) -> None:
 def compared(
     model: L.LightningModule | None = None, max_drop: float | None = None, limit: int = 4, **settings: Any
 ) -> Any:
-    pruner = TokenPruning(**{"calibration": 8, "time_limit": 1, "verbose": False, **settings})
+    defaults = {"method": "pomt", "objective": lp.Utility(), "calibration": 8, "time_limit": 1, "verbose": False}
+    pruner = TokenPruning(**{**defaults, **settings})
     trainer = L.Trainer(callbacks=[pruner], **{**OPTIONS, "limit_val_batches": limit})
     model = model if model is not None else digits_module()
     rows, decisions, _ = compare(trainer, model, pruner.config, max_drop, datamodule=lp.DigitsData(batch_size=8))
@@ -155,7 +156,7 @@ def test_an_accuracy_budget_of_the_user_is_the_one_compared() -> None:
     [(lp.LatencyBudget(speedup=1.5), "latency budget"), (DenseOnly(), "dense only"), (lp.Utility(0.3), "utility")],
 )
 def test_a_variant_is_named_after_its_objective(objective: Objective, name: str) -> None:
-    pruner = TokenPruning(objective=objective, verbose=False)
+    pruner = TokenPruning("pomt", objective=objective, verbose=False)
     assert list(_objectives(pruner.config, None)) == [f"pomt {name}", "pomt budget"]
     assert _objectives(pruner.config, None)[f"pomt {name}"] is objective
 
@@ -188,7 +189,7 @@ def test_an_error_leaves_trainer_pruner_and_model_as_they_were(monkeypatch: pyte
 
     torch.manual_seed(0)
     model = digits_module(Failing)
-    pruner = TokenPruning(calibration=8, time_limit=1, verbose=False)
+    pruner = TokenPruning("pomt", objective=lp.Utility(), calibration=8, time_limit=1, verbose=False)
     trainer, before = L.Trainer(callbacks=[pruner], **OPTIONS), settings_of(pruner)
     callbacks = list(trainer.callbacks)
     with pytest.raises(Stop):
@@ -242,7 +243,7 @@ def test_a_variant_that_is_not_faster_in_the_final_run_removes_nothing(monkeypat
 
 
 def test_says_how_long_deciding_took() -> None:
-    pruner = TokenPruning(schedule=20, time_limit=1, verbose=False)
+    pruner = TokenPruning("pomt", schedule=20, time_limit=1, verbose=False)
     trainer = L.Trainer(callbacks=[pruner], **OPTIONS)
     assert compare(trainer, digits_module(), pruner.config, datamodule=lp.DigitsData(batch_size=8)).seconds > 0
 

@@ -210,7 +210,7 @@ def test_in_a_trainer(draw: Any) -> None:
     module, images = Module(), draw(8)
     data: Any = [{"pixel_values": image, "labels": i % 7} for i, image in enumerate(images)]
     options: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    trainer = L.Trainer(accelerator="cpu", callbacks=[TokenPruning(schedule=6, block=1)], **options)
+    trainer = L.Trainer(accelerator="cpu", callbacks=[TokenPruning("pomt", schedule=6, block=1)], **options)
     before = run(module.encoder, images)
     trainer.validate(module, DataLoader(data, batch_size=4), verbose=False)
     assert module.seen[-2:] == [20, 20]

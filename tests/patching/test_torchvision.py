@@ -375,7 +375,7 @@ class Module(L.LightningModule):
 def test_in_a_trainer(draw: Any) -> None:
     module = Module()
     loader: Any = DataLoader(TensorDataset(draw(8), torch.arange(8) % 7), batch_size=4)
-    pruning = TokenPruning(schedule=6, block=1)
+    pruning = TokenPruning("pomt", schedule=6, block=1)
     options: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     trainer = L.Trainer(accelerator="cpu", callbacks=[pruning], **options)
     before = run(module.vit, draw())

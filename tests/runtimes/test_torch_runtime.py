@@ -178,7 +178,7 @@ def test_a_run_is_profiled_planned_and_validated_compiled(counter: Any) -> None:
         def on_validation_batch_end(self, *_: Any) -> None:
             seen.append((is_compiled(module.model), counter.frame_count))
 
-    pruner = TokenPruning(schedule=60, block=1, runtime="torch.compile", time_limit=3, verbose=False)
+    pruner = TokenPruning("pomt", schedule=60, block=1, runtime="torch.compile", time_limit=3, verbose=False)
     trainer = L.Trainer(
         accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False,
         callbacks=[pruner, Watcher()],
@@ -212,7 +212,8 @@ def test_a_failing_run_leaves_nothing_compiled(counter: Any) -> None:
             raise KeyboardInterrupt
 
     module = digits_module(Failing, shape={"depth": 2})
-    pruner = TokenPruning(schedule=60, block=1, runtime="torch.compile:mode=blocks", time_limit=1, verbose=False)
+    runtime = "torch.compile:mode=blocks"
+    pruner = TokenPruning("pomt", schedule=60, block=1, runtime=runtime, time_limit=1, verbose=False)
     trainer = L.Trainer(
         accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False, callbacks=[pruner]
     )
@@ -228,7 +229,7 @@ def test_profile_shows_the_eager_curve_beside_the_compiled_one(counter: Any, tmp
     module = digits_module(shape={"depth": 2})
     trainer = PruneTrainer(
         accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False,
-        callbacks=[TokenPruning(runtime="torch.compile", time_limit=2, verbose=False, block=1)],
+        callbacks=[TokenPruning("pomt", runtime="torch.compile", time_limit=2, verbose=False, block=1)],
     )  # fmt: skip
     profile = trainer.profile(module, datamodule=lp.DigitsData(batch_size=4), output=str(tmp_path))
     eager = lp.LatencyProfile.load(tmp_path / "profile_eager.json")
