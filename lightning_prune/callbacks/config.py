@@ -10,8 +10,7 @@ from torch import Tensor
 
 from lightning_prune._utils.validation import check, check_bool, check_choice, check_int, check_positive, is_int
 from lightning_prune.errors import ArgumentError
-from lightning_prune.planning import AccuracyBudget, Objective
-from lightning_prune.planning.api import AUTO
+from lightning_prune.planning import AUTO_METHODS, AccuracyBudget, Objective
 from lightning_prune.profiling import ProfileStore
 from lightning_prune.profiling.measurement import ProfilingMode
 from lightning_prune.reduction import Reduction, resolve
@@ -100,7 +99,7 @@ class PruningConfig:
     @property
     def methods(self) -> tuple[str | Reduction, ...]:
         """The methods that are searched."""
-        return AUTO if self.method == "auto" else (self.method,)
+        return AUTO_METHODS if self.method == "auto" else (self.method,)
 
     @property
     def label(self) -> str:

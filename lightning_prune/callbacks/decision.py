@@ -18,8 +18,7 @@ from lightning_prune.errors import ArgumentError
 from lightning_prune.patching import PatchHandle, VisionTransformer, check_schedule, find_vision_transformer
 from lightning_prune.patching.compatibility import check_depth
 from lightning_prune.patching.schedule_forms import resolve_schedule
-from lightning_prune.planning import BlocksPlan, Objective, Plan, plan
-from lightning_prune.planning.api import plan_blocks_for
+from lightning_prune.planning import PROFILE_METHOD, Objective, Plan, plan_many
 from lightning_prune.profiling import (
     compare_latency,
     measurement_context,
@@ -27,7 +26,7 @@ from lightning_prune.profiling import (
 from lightning_prune.profiling.cache import CachedProfile, get_or_profile
 from lightning_prune.profiling.measurement import count_tokens, ready_to_run
 from lightning_prune.profiling.model_variants import Variant
-from lightning_prune.reduction import RandomDrop, Reduction
+from lightning_prune.reduction import Reduction
 from lightning_prune.schedule import KeepRates, MeasurementSource, Schedule
 
 _TRAVELS = ("device", "batch_size", "precision", "image_shape")  # what a schedule's latency depends on most
@@ -131,17 +130,10 @@ class Decision:
             context=dict(plan.profile.context),
             seconds=plan.seconds,
             plan=plan,
-            calibration=calibration + (_searched(plan) if isinstance(plan, BlocksPlan) else ""),
-            reduction=plan.reduction if isinstance(plan, BlocksPlan) else None,
+            calibration=calibration,
+            reduction=plan.reduction,
             reused=str(plan.profile.context.get("measured", "before")) if reused else "",
         )
-
-
-def _searched(plan: BlocksPlan) -> str:
-    """What the search over blocks added to the calibration; nothing where it had no reason to."""
-    if not plan.images:
-        return ""
-    return f"; the sensitivity of the blocks by {plan.images} of them, in {plan.sensitivity_seconds:.0f} s"
 
 
 def measure_given(
@@ -291,16 +283,20 @@ def _tokens_left(transformer: VisionTransformer, images: Tensor, reduction: Redu
     return seen[0]
 
 
-def profiled(config: PruningConfig, pl_module: L.LightningModule, images: Tensor) -> CachedProfile:
-    """The latency profile to plan on; to be called under the trainer's precision.
+def profiled(
+    config: PruningConfig, pl_module: L.LightningModule, images: Tensor, of_method: bool = False
+) -> CachedProfile:
+    """The latency curve to plan on; to be called under the trainer's precision.
 
     Args:
         config: Method, block, time limit, and where profiles are kept.
         pl_module: The module, dense.
         images: (B, C, H, W) as the transformer receives them.
+        of_method: Measures the curve of the method at its block instead, if one is given.
     """
-    # One curve serves all methods and blocks: all tokens are removed before block 0.
-    method, block = (RandomDrop(site="input"), 0) if config.plans_blocks else (config.reduction, config.place)
+    # One curve serves all methods and blocks, except that of the paper's protocol: how far it goes depends on both.
+    general = config.plans_blocks or not (of_method or config.protocol == "paper")
+    method, block = (PROFILE_METHOD, 0) if general else (config.reduction, config.place)
     return get_or_profile(
         pl_module,
         images,
@@ -348,9 +344,8 @@ def planned_for(
     calibration: Calibration,
     objectives: Sequence[Objective],
     profile: CachedProfile | None = None,
-    **more: Any,
 ) -> list[Decision]:
-    """Plans a schedule for each of several objectives, measured once for all of them where that is possible.
+    """Plans a schedule for each of several objectives, measured once for all of them.
 
     Args:
         config: What was asked for; its objective is not used.
@@ -359,28 +354,37 @@ def planned_for(
         calibration: Images, and labels where the protocol needs them.
         objectives: In any order.
         profile: The latency profile; that of `profiled` if None.
-        **more: For `lightning_prune.plan`, where one block reduces.
 
     Raises:
         ArgumentError: As `check_labels`, and as `lightning_prune.plan`.
     """
     check_labels(config, calibration)
     profile = profiled(config, pl_module, images) if profile is None else profile
-    shared: dict[str, Any] = {
-        "profile": profile.profile,
-        "example_inputs": images,
-        "time_limit": config.time_limit,
-        "target": config.module_path,
-        "progress": config.verbose,
-    }
-    plans: Sequence[Plan]
-    if config.plans_blocks:
-        plans = plan_blocks_for(pl_module, calibration.images, objectives, methods=config.methods, **shared)
-    else:
-        shared |= {"method": config.reduction, "block": config.place, "protocol": config.protocol}
-        shared["labels"] = calibration.labels if config.protocol == "paper" else None
-        plans = [plan(pl_module, calibration.images, objective=each, **shared, **more) for each in objectives]
+    plans = plan_many(
+        pl_module,
+        images,
+        objectives,
+        calibration=calibration.images,
+        methods=config.methods,
+        blocks=_blocks(config, find_vision_transformer(pl_module, config.module_path).depth),
+        profile=profile.profile,
+        time_limit=config.time_limit,
+        seed=config.seed,
+        verbose=config.verbose,
+        module_path=config.module_path,
+        protocol=config.protocol,
+        labels=calibration.labels if config.protocol == "paper" else None,
+    )
     return [Decision.from_plan(made, calibration.source, profile.reused) for made in plans]
+
+
+def _blocks(config: PruningConfig, depth: int) -> str | int | float | list[int]:
+    """The blocks that may reduce: one, unless all are searched or the method reduces in many from there on."""
+    if config.plans_blocks:
+        return "all"
+    if config.reduction.multi_block:
+        return "all" if isinstance(config.place, float) else list(range(config.place, depth))
+    return config.place
 
 
 def decide(first: FirstBatch) -> Decision:

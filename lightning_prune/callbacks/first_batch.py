@@ -15,7 +15,7 @@ from lightning_prune.callbacks.distributed import decided_by_rank_zero, refuse_s
 from lightning_prune.callbacks.hooks import command_run
 from lightning_prune.errors import DataError
 from lightning_prune.patching import VisionTransformer, find_vision_transformer
-from lightning_prune.planning.api import PAPER_IMAGES
+from lightning_prune.planning.paper_protocol import PAPER_IMAGES
 
 T = TypeVar("T")
 

@@ -19,11 +19,11 @@ from lightning_prune.callbacks.hooks import command_run
 from lightning_prune.comparison.objective_comparison import ensure_output_dir
 from lightning_prune.errors import ArgumentError, DataError
 from lightning_prune.patching import find_vision_transformer
-from lightning_prune.planning import Plan
+from lightning_prune.planning import PROFILE_METHOD, Plan
 from lightning_prune.profiling import LatencyProfile, SimulatedDevice, profile_latency, simulate_latency
 from lightning_prune.profiling.cache import CachedProfile
 from lightning_prune.profiling.measurement import count_tokens, ready_to_run
-from lightning_prune.reduction import RandomDrop, tokens_per_image
+from lightning_prune.reduction import tokens_per_image
 from lightning_prune.reduction.patchify import patch_side
 from lightning_prune.reduction.vocabulary import Vocabulary, WordLearner
 from lightning_prune.report.plots import plot
@@ -55,7 +55,7 @@ def run_profile(
     folder = ensure_output_dir(output)
 
     def work(first: FirstBatch) -> tuple[CachedProfile, LatencyProfile | None]:
-        measured = _profile(first, simulated)
+        measured = _profile(first, simulated, of_method=True)
         compiled = simulated is None and is_compiled(first.module)
         return measured, _eager_profile(first, measured.profile) if compiled else None
 
@@ -143,7 +143,7 @@ def _eager_profile(first: FirstBatch, compiled: LatencyProfile) -> LatencyProfil
         return profile_latency(
             first.module,
             first.images,
-            method=RandomDrop(site="input") if config.plans_blocks else config.reduction,
+            method=PROFILE_METHOD if config.plans_blocks else config.reduction,
             block=0 if config.plans_blocks else config.place,
             counts=compiled.tokens[:-1],
             time_limit=config.time_limit,
@@ -153,11 +153,13 @@ def _eager_profile(first: FirstBatch, compiled: LatencyProfile) -> LatencyProfil
         )
 
 
-def _profile(first: FirstBatch, simulated: SimulatedDevice | None) -> CachedProfile:
+def _profile(first: FirstBatch, simulated: SimulatedDevice | None, of_method: bool = False) -> CachedProfile:
     config = first.config
     if simulated is None:
-        return profiled(config, first.module, first.images)
-    method, block = (RandomDrop(site="input"), 0) if config.plans_blocks else (config.reduction, config.place)
+        return profiled(config, first.module, first.images, of_method)
+    # The latencies of a method in one block are known exactly, its overhead included, and can be planned on.
+    general = config.plans_blocks or (config.reduction.multi_block and not of_method)
+    method, block = (PROFILE_METHOD, 0) if general else (config.reduction, config.place)
     profile = simulate_latency(
         first.module,
         first.images,

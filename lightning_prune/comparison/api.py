@@ -13,7 +13,7 @@ from lightning_prune.callbacks import PruningConfig
 from lightning_prune.callbacks.decision import profiled
 from lightning_prune.callbacks.first_batch import FirstBatch, first_batch
 from lightning_prune.callbacks.hooks import command_run
-from lightning_prune.comparison.method_search import decide
+from lightning_prune.comparison.method_search import check_speedups, search_methods
 from lightning_prune.comparison.paired_statistics import compared, environment_columns, flat, logged, timed
 from lightning_prune.comparison.predictions import OutcomeRecorder
 from lightning_prune.comparison.resume import State, VariantResult, ask, data_identity, digest, weights_digest
@@ -28,8 +28,7 @@ from lightning_prune.comparison.variants import (
 )
 from lightning_prune.errors import ArgumentError, DataError
 from lightning_prune.patching import TokenTrace, find_vision_transformer, trace_tokens
-from lightning_prune.planning.multi_block import BlockSearch
-from lightning_prune.planning.speedup_targets import check_speedups
+from lightning_prune.planning.measurements import Measurements, TimeLimit
 from lightning_prune.profiling import measurement_context
 from lightning_prune.reduction import POMT, Reduction
 from lightning_prune.report.rows import Row
@@ -90,15 +89,15 @@ class Opening(L.Callback):
         decided = self.state.decided()
         if decided is None:
             self._tell_news(self.state)
-            decided = decide(
+            decided = search_methods(
                 first.transformer,
                 images,
                 self.entries,
                 self.speedups,
                 block=config.place,
                 time_limit=config.time_limit,
-                progress=config.verbose,
-                searching=None if calibration is None else partial(self._search, pl_module, images, calibration),
+                verbose=config.verbose,
+                planner=None if calibration is None else partial(self._search, pl_module, images, calibration),
             )
             self.state.keep_decided(decided)
         finished = self._known(self.state, decided)
@@ -107,23 +106,23 @@ class Opening(L.Callback):
         self.traces = self._traced(pl_module, pictures, decided)
         return decided, finished
 
-    def _search(self, pl_module: L.LightningModule, images: Tensor, calibration: Tensor) -> BlockSearch:
+    def _search(self, pl_module: L.LightningModule, images: Tensor, calibration: Tensor) -> Measurements:
         """What `auto` searches with; its latency curve may be one that is kept."""
         config = self.config
         found = profiled(replace(config, method="auto"), pl_module, images)
         if found.reused:
             when = found.profile.context.get("measured", "before")
             self.tell(f"The latency curve that `auto` plans on was measured {when}, and kept.")
-        return BlockSearch(
+        return Measurements(
             model=pl_module,
             transformer=find_vision_transformer(pl_module, config.module_path),
             images=calibration,
-            batch=images,
-            curve=found.profile,
-            foreign=False,
-            time_limit=config.time_limit,
-            target=config.module_path,
-            progress=config.verbose,
+            example_inputs=images,
+            profile=found.profile,
+            is_foreign=False,
+            limit=TimeLimit(config.time_limit),
+            module_path=config.module_path,
+            verbose=config.verbose,
         )
 
     def _known(self, state: State, decided: ComparisonPlan) -> dict[str, VariantResult]:

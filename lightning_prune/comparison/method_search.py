@@ -1,15 +1,15 @@
-"""Searching for the schedule of each method at each target speed-up."""
+"""The schedule with which each method reaches each target speed-up, timed together with all other variants."""
 
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import datetime
+from math import isfinite
 from typing import Any
 
 from torch import Tensor
 
-from lightning_prune._utils.progress import progress_bar
+from lightning_prune._utils.progress import OnStep, progress_bar
 from lightning_prune.comparison.variants import (
     ComparisonPlan,
     PlannedVariant,
@@ -21,99 +21,191 @@ from lightning_prune.errors import ArgumentError, DataError, ScheduleError, Unsu
 from lightning_prune.patching import PatchHandle, VisionTransformer
 from lightning_prune.patching.schedule_forms import allocate_schedule, reducing_block
 from lightning_prune.planning.api import usable_methods
-from lightning_prune.planning.candidates import ParetoPoint, decided, ladder
-from lightning_prune.planning.multi_block import BlockSearch
-from lightning_prune.planning.objectives import LatencyBudget
-from lightning_prune.planning.speedup_targets import NEAR, SpeedupTarget, aim, search, verify
+from lightning_prune.planning.candidate_search import CandidateSearch, CandidateSource, Timings, run_searches
+from lightning_prune.planning.measurements import Measurements
+from lightning_prune.planning.method_front import MethodFront
+from lightning_prune.planning.objectives import RATIO_TOLERANCE, LatencyBudget
+from lightning_prune.planning.ordered_candidates import TARGET_TUNING, OrderedCandidates, amount_grid
+from lightning_prune.planning.results import Candidate, pareto_front
 from lightning_prune.profiling import DENSE, InterleavedTimer, LatencyStats, Variant, VariantSwitch, measurement_context
 from lightning_prune.profiling.energy_meter import NO_COUNTER, Unavailable, find_counter, measure_energy
 from lightning_prune.profiling.measurement import check_dense, count_tokens, ready_to_run
 from lightning_prune.profiling.model_variants import variant_timer
 from lightning_prune.quantization import Int8Weights, int8_backend, int8_unavailable
-from lightning_prune.reduction import Reduction, spec_of
+from lightning_prune.reduction import spec_of
 from lightning_prune.schedule import MeasurementSource, Schedule
 
 
-class Reach(ABC):
-    """What one entry of a comparison can do for one model.
-
-    Args:
-        transformer: The Vision Transformer, dense.
-        entry: The method.
-        tokens: N.
+@dataclass(frozen=True)
+class MethodSearchTuning:
+    """Constants of the search for target speed-ups.
 
     Attributes:
-        remark: What is to be said of its row, where it has no targets.
+        grid_points: Fewest and most amounts of the first grid.
+        grid_rounds: Rounds of the first grid.
+        search_rounds: Rounds of each run of the search; what it finds is verified by many more.
+        final_rounds: Rounds of the run of all variants.
+        slow_ratio: A variant slower than this, over dense, is timed in fewer rounds, so that it leaves time for others.
     """
 
-    def __init__(self, transformer: VisionTransformer, entry: VariantRequest, tokens: int) -> None:
-        self.transformer, self.entry, self.n = transformer, entry, tokens
-        self.depth = transformer.depth
-        self.remark = ""
-
-    @abstractmethod
-    def why_not(self, images: Tensor) -> str | None:
-        """Why the method cannot be used with this model on this device; None where it can."""
-
-    def prepare(self, speedups: Sequence[float]) -> None:  # noqa: B027  nothing, for most
-        """Measures what must be known before `goals` can be asked for."""
-
-    @abstractmethod
-    def goals(
-        self, race: InterleavedTimer[Variant], speedups: Sequence[float], time_limit: float, tick: Callable[[], None]
-    ) -> list[SpeedupTarget]:
-        """What to try first for each of the targets."""
-
-    @abstractmethod
-    def variant_of(self, amount: int) -> Variant:
-        """The variant that removes so much."""
-
-    def reduction_of(self, goal: SpeedupTarget | None) -> Reduction | None:
-        """The method behind a goal."""
-        return self.entry.reduction
-
-    def unreached(self, goal: SpeedupTarget) -> UnreachedTarget:
-        """Why a goal is not reached."""
-        most = f"timed up to {goal.most} removed tokens, the most that it can"
-        return UnreachedTarget(self.entry.name, goal.speedup, goal.best, most)
-
-    def row(
-        self,
-        goal: SpeedupTarget | None,
-        timing: LatencyStats | None,
-        note: str,
-        context: Mapping[str, Any] | None = None,
-    ) -> PlannedVariant:
-        """The variant that came of a goal, or the only one of a method without goals."""
-        entry, reduction = self.entry, self.reduction_of(goal)
-        name = entry.name if goal is None else f"{entry.name} {goal.speedup:g}x"
-        settings = {} if reduction is None else {key: _plain(value) for key, value in reduction.settings().items()}
-        chosen = "" if reduction is None or reduction is entry.reduction else reduction.name
-        schedule = None
-        if goal is not None:
-            given = goal.variant.schedule
-            counts = given if isinstance(given, Schedule) else Schedule([0] * self.depth)
-            made_on = MeasurementSource.from_context(
-                context or {}, dense_tokens=self.n, int8=entry.int8, target_speedup=goal.speedup
-            )
-            schedule = Schedule(counts.removed, None if reduction is None else spec_of(reduction), made_on)
-            note = "; ".join(filter(None, (chosen, _shortfall(goal, timing))))
-        return PlannedVariant(
-            variant=name,
-            request=entry.name,
-            method=entry.method,
-            int8=entry.int8,
-            chosen=chosen,
-            target_speedup=None if goal is None else goal.speedup,
-            settings=settings,
-            schedule=schedule,
-            timing=timing,
-            note=note,
-        )
+    grid_points: tuple[int, int] = (4, 16)
+    grid_rounds: int = 3
+    search_rounds: int = 9
+    final_rounds: int = 51
+    slow_ratio: float = 3.0
 
 
-class MethodReach(Reach):
-    """What a reduction, or 8 bits, can do: amounts are tokens that it removes.
+TUNING = MethodSearchTuning()
+
+
+def check_speedups(speedups: Sequence[float]) -> list[float]:
+    """The target speed-ups in ascending order.
+
+    Args:
+        speedups: Dense latency over wanted latency, each > 1.
+
+    Raises:
+        ArgumentError: If there is none, one is not a finite number > 1 (1 is the dense model), or one occurs twice.
+    """
+    if not isinstance(speedups, list | tuple) or not speedups:
+        raise ArgumentError(f"`speedups` must be a list of numbers > 1, got {speedups!r}.")
+    for value in speedups:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not isfinite(value) or value <= 1:
+            raise ArgumentError(f"`speedups` must be finite numbers > 1 (1 is the dense model), got {value!r}.")
+    names = [f"{value:g}" for value in speedups]  # as variants are called
+    repeated = next((name for name in names if names.count(name) > 1), None)
+    if repeated is not None:
+        raise ArgumentError(f"`speedups` must differ from one another, got {repeated} twice.")
+    return sorted(float(value) for value in speedups)
+
+
+class VariantTimer:
+    """Times candidates in rounds of one interleaved run.
+
+    Args:
+        timer: The interleaved timer; its reference is dense.
+        rounds: Rounds of each candidate.
+        deadline: On the timer's clock; one round is completed all the same.
+        on_step: Called after every run.
+    """
+
+    def __init__(self, timer: InterleavedTimer[Variant], rounds: int, deadline: float, on_step: OnStep) -> None:
+        self.timer, self.rounds, self.deadline, self.on_step = timer, rounds, deadline, on_step
+
+    def time_variants(self, variants: Sequence[Variant]) -> None:
+        """Times variants together with dense, slow ones in fewer rounds, in half of the time that is left."""
+        start = self.timer.clock()
+        self.timer.measure(variants, 1, on_step=self.on_step)
+        slow = [v for v in variants if self.timer.result(v).ratio > TUNING.slow_ratio]
+        fast = [v for v in variants if v not in slow]
+        until = start + (self.deadline - start) / 10
+        self.timer.measure(slow, min(self.rounds, TUNING.search_rounds) - 1, until, self.on_step)
+        self.timer.measure(fast, self.rounds - 1, (self.timer.clock() + self.deadline) / 2, self.on_step)
+
+    def __call__(self, candidates: Sequence[Candidate]) -> Timings:
+        """Times candidates; their timings and that of dense."""
+        self.time_variants([candidate.variant for candidate in candidates])
+        return self.timer.result(DENSE), {c.key: self.timer.result(c.variant) for c in candidates}
+
+
+def search_targets(
+    timer: InterleavedTimer[Variant],
+    source: OrderedCandidates,
+    budgets: Sequence[LatencyBudget],
+    time_limit: float,
+    on_step: OnStep,
+) -> dict[LatencyBudget, int]:
+    """The smallest amount of a method that reaches each target, as short runs show; to be verified.
+
+    Args:
+        timer: Times variants; the time limit is on its clock.
+        source: The amounts of the method. If it has no `start`, a grid over all amounts is timed first.
+        budgets: The targets.
+        time_limit: Seconds; one round is completed all the same.
+        on_step: Called after every run.
+    """
+    deadline = timer.clock() + time_limit
+    if not source.start:
+        timer.measure([], 1, on_step=on_step)
+        seconds = timer.result(DENSE).milliseconds / 1e3
+        fewest, most = TUNING.grid_points
+        points = int(0.5 * time_limit / (seconds * (TUNING.grid_rounds + 1)))
+        amounts = amount_grid(source.smallest, source.largest, max(fewest, min(most, points)))
+        grid = [source.candidate(amount) for amount in amounts]
+        timer.measure([c.variant for c in grid], TUNING.grid_rounds, deadline, on_step)
+        for candidate in grid:
+            source.observe(candidate, timer.result(candidate.variant))
+    searches = {budget: CandidateSearch(budget, [source], 1.0, tuning=TARGET_TUNING) for budget in budgets}
+    timing = VariantTimer(timer, TUNING.search_rounds, deadline, on_step)
+    run_searches(list(searches.values()), timing, deadline, clock=timer.clock)
+    dense_ms = timer.result(DENSE).milliseconds
+    return {budget: source.amount(source.propose(budget, dense_ms, deadline).candidate) for budget in budgets}
+
+
+@dataclass
+class Target:
+    """A target speed-up of one method, with what was found for it.
+
+    Attributes:
+        budget: The target.
+        source: The amounts of the method.
+        search: The search of the final run.
+        candidate: The candidate that reaches the target, or comes nearest.
+        reached: Whether it does.
+        exhausted: Whether the largest amount does not reach it.
+        best_speedup: The largest speed-up that was timed.
+    """
+
+    budget: LatencyBudget
+    source: OrderedCandidates
+    search: CandidateSearch
+    candidate: Candidate | None = None
+    reached: bool = False
+    exhausted: bool = False
+    best_speedup: float = 0.0
+
+
+def verify_targets(
+    timer: InterleavedTimer[Variant],
+    targets: Sequence[Target],
+    others: Sequence[Variant],
+    rounds: int,
+    time_limit: float,
+    on_step: OnStep,
+) -> None:
+    """Times all variants in one interleaved run; a target that is missed moves on to another amount.
+
+    Args:
+        timer: A fresh one: the timings of the search chose the amounts, and so speak too well of them.
+        targets: Changed in place; their sources must be restarted.
+        others: Variants without a target.
+        rounds: Rounds of each variant, if time allows.
+        time_limit: Seconds; one round is completed all the same.
+        on_step: Called after every run.
+    """
+    deadline = timer.clock() + time_limit
+    timing = VariantTimer(timer, rounds, deadline, on_step)
+    untimed = list(others)
+
+    def time_candidates(candidates: Sequence[Candidate]) -> Timings:
+        timing.time_variants(list(dict.fromkeys([*untimed, *(candidate.variant for candidate in candidates)])))
+        untimed.clear()
+        return timer.result(DENSE), {c.key: timer.result(c.variant) for c in candidates}
+
+    run_searches([target.search for target in targets], time_candidates, deadline, clock=timer.clock)
+    if untimed:
+        timing.time_variants(untimed)
+    for target in targets:
+        choice = target.search.result()
+        target.candidate, target.reached = choice.candidate, choice.met
+        fails = target.source.reaches(target.source.largest, target.budget, 1.0) is False
+        target.exhausted = not choice.met and fails
+        target.best_speedup = max(1 / timed.timing.ratio for timed in target.search.timed)
+
+
+class _Method:
+    """One method of a comparison: what it can do with one model.
 
     Args:
         transformer: The Vision Transformer, dense.
@@ -123,145 +215,231 @@ class MethodReach(Reach):
     """
 
     def __init__(self, transformer: VisionTransformer, entry: VariantRequest, tokens: int, block: int | float) -> None:
-        super().__init__(transformer, entry, tokens)
-        self.prefix = transformer.prefix_tokens
+        self.transformer, self.entry, self.tokens = transformer, entry, tokens
+        self.depth, self.prefix = transformer.depth, transformer.prefix_tokens
+        self.note = ""
+        self.weights = Int8Weights if entry.int8 else None
         reduction = entry.reduction
         self.block = 0 if reduction is None else reducing_block(reduction, block, transformer)
-        self.most = 0
-        if reduction is not None and not reduction.adaptive:
-            self.most = reduction.most(self.n, self.prefix, self.depth, self.block)
-        self.remark = "the images decide how many tokens go" if reduction is not None and reduction.adaptive else ""
+        self.largest = 0
+        if reduction is not None and reduction.adaptive:
+            self.note = "the images decide how many tokens go"
+        elif reduction is not None:
+            self.largest = reduction.most(tokens, self.prefix, self.depth, self.block)
 
-    def schedule_of(self, amount: int) -> Schedule | None:
-        """What removes so many tokens; None where nothing is removed, or the images decide."""
-        reduction = self.entry.reduction
-        if reduction is None or reduction.adaptive or not amount:
-            return None
-        return allocate_schedule(reduction, amount, self.n, self.prefix, self.depth, self.block)
-
-    def variant_of(self, amount: int) -> Variant:
-        """The variant that removes so many tokens."""
-        reduction, schedule = self.entry.reduction, self.schedule_of(amount)
-        adaptive = reduction is not None and reduction.adaptive
-        weights = Int8Weights if self.entry.int8 else None
-        return Variant(reduction if adaptive or schedule is not None else None, schedule, weights)
-
-    def why_not(self, images: Tensor) -> str | None:
-        """Why the method cannot be used with this model on this device; None where it can."""
+    def unsupported_reason(self, images: Tensor) -> str | None:
+        """Why the method cannot be used with this model on this device; None if it can."""
         root, reduction = self.transformer.root, self.entry.reduction
+        if self.entry.searches:
+            try:
+                usable_methods(list(self.entry.searched), "all", self.transformer)
+            except UnsupportedModelError as error:
+                return str(error)
+            return None
         if self.entry.int8:
-            why = int8_unavailable(images.device, root, images)
-            if why is not None:
-                return why
-            self.remark = "; ".join(filter(None, (self.remark, f"8 bits by {int8_backend(images.device)}")))
+            reason = int8_unavailable(images.device, root, images)
+            if reason is not None:
+                return reason
+            self.note = "; ".join(filter(None, (self.note, f"8 bits by {int8_backend(images.device)}")))
         if reduction is None:
             return None
         try:
-            if not reduction.adaptive and self.most < 1:
-                return f"{reduction.name} can remove none of the {self.n} tokens"
-            with PatchHandle(self.transformer, reduction, self.schedule_of(1)):
+            if not reduction.adaptive and self.largest < 1:
+                return f"{reduction.name} can remove none of the {self.tokens} tokens"
+            schedule = None if reduction.adaptive else self._candidate(1).schedule
+            with PatchHandle(self.transformer, reduction, schedule):
                 root.forward(images)  # past a compiled graph: this is about whether it runs, not how fast
         except (UnsupportedModelError, ScheduleError) as error:
             return str(error)
         return None
 
-    def goals(
-        self, race: InterleavedTimer[Variant], speedups: Sequence[float], time_limit: float, tick: Callable[[], None]
-    ) -> list[SpeedupTarget]:
-        """The amounts that the latency curve suggests for the targets."""
-        least = 0 if self.entry.int8 else 1
-        found = search(race, self.variant_of, least, self.most, speedups, time_limit / 2, tick)
-        start = {speedup: self.most if amount is None else amount for speedup, amount in found.amounts.items()}
-        goals = [SpeedupTarget(self.variant_of, speedup, start[speedup], least, self.most) for speedup in speedups]
-        aim(race, goals, time_limit / 2, tick)
-        return goals
+    def variant(self) -> Variant:
+        """The only variant of a method without targets."""
+        return Variant(self.entry.reduction, None, self.weights)
+
+    def source(self) -> OrderedCandidates:
+        """The amounts of a method in its usual form: tokens that it removes."""
+        return OrderedCandidates(self.entry.name, self._candidate, 0 if self.entry.int8 else 1, self.largest)
+
+    def _candidate(self, amount: int) -> Candidate:
+        reduction = self.entry.reduction
+        assert reduction is not None
+        counts = (self.tokens, self.prefix, self.depth, self.block)
+        schedule = allocate_schedule(reduction, amount, *counts)
+        return Candidate(self.entry.name, reduction, schedule, 1.0, weights=self.weights)
+
+    def row(
+        self, target: Target | None, timing: LatencyStats | None, note: str, context: Mapping[str, Any] | None = None
+    ) -> PlannedVariant:
+        """The variant of a target, or the only one of a method without targets."""
+        entry, reduction, schedule, name = self.entry, self.entry.reduction, None, self.entry.name
+        if target is not None and target.candidate is not None:
+            name, reduction = f"{entry.name} {target.budget.speedup:g}x", target.candidate.reduction
+        settings = {} if reduction is None else {key: _plain(value) for key, value in reduction.settings().items()}
+        chosen = "" if reduction is None or reduction is entry.reduction else reduction.name
+        if target is not None and target.candidate is not None:
+            counts = target.candidate.schedule
+            made_on = MeasurementSource.from_context(
+                context or {}, dense_tokens=self.tokens, int8=entry.int8, target_speedup=target.budget.speedup
+            )
+            schedule = Schedule(counts.removed, None if reduction is None else spec_of(reduction), made_on)
+            shortfall = ""
+            if not counts.total_removed:
+                shortfall = "8 bits alone reach it"
+            elif not target.reached and timing is not None:
+                shortfall = f"short of its target: {1 / timing.ratio:.2f}x when planning ended"
+            note = "; ".join(filter(None, (chosen, shortfall)))
+        return PlannedVariant(
+            variant=name,
+            request=entry.name,
+            method=entry.method,
+            int8=entry.int8,
+            chosen=chosen,
+            target_speedup=None if target is None else target.budget.speedup,
+            settings=settings,
+            schedule=schedule,
+            timing=timing,
+            note=note,
+        )
 
 
-def _shortfall(goal: SpeedupTarget, timing: LatencyStats | None) -> str:
-    if not goal.amount:
-        return "8 bits alone reach it"
-    if goal.reached or timing is None:
-        return ""
-    return f"short of its target: {1 / timing.ratio:.2f}x when planning ended"
+def merged_front(fronts: Sequence[MethodFront], chosen: Sequence[Candidate]) -> list[Candidate]:
+    """The candidates of all methods from the slowest to the fastest, none beaten in both latency and proxy.
+
+    Args:
+        fronts: Of the methods.
+        chosen: Timed candidates with their proxies; no candidate that is merely predicted displaces one of them.
+    """
+
+    def key(candidate: Candidate) -> tuple[float, float]:
+        return candidate.latency_ratio, -(candidate.accuracy or 0.0)
+
+    def beats(one: Candidate, other: Candidate) -> bool:
+        return all(a <= b for a, b in zip(key(one), key(other), strict=True))
+
+    timed = pareto_front([candidate for candidate in chosen if not candidate.is_dense], key)
+    predicted = [
+        replace(candidate, accuracy=front.estimate(candidate))
+        for front in fronts
+        for candidate in front.candidates
+        if not candidate.is_dense
+    ]
+    fitting = [c for c in predicted if not any(beats(c, other) or beats(other, c) for other in timed)]
+    return pareto_front([*timed, *fitting], key)[::-1]
 
 
-def _plain(value: Any) -> Any:
-    """Settings as a file can hold them."""
-    return value if value is None or isinstance(value, bool | int | float | str) else repr(value)
+def auto_source(
+    entry: VariantRequest, measured: Measurements, transformer: VisionTransformer, budgets: Sequence[LatencyBudget]
+) -> OrderedCandidates:
+    """The merged front of all methods, with the position from which each target starts.
+
+    Args:
+        entry: `auto`.
+        measured: What planning measures.
+        transformer: The Vision Transformer.
+        budgets: The targets.
+    """
+    fronts = measured.fronts(usable_methods(list(entry.searched), "all", transformer))
+    searches = [CandidateSearch(budget, fronts, measured.dense_ms, measured.proxy.name) for budget in budgets]
+    limit = measured.limit
+    run_searches(searches, measured.time_candidates, limit.deadline(), 0.6, limit.clock)
+    choices = {search.objective: search.result() for search in searches}
+    front = merged_front(fronts, [choice.candidate for choice in choices.values() if choice.candidate.timing])
+    start = {}
+    for budget in budgets:
+        own = [p for p, c in enumerate(front, 1) if c.key == choices[budget].candidate.key and choices[budget].met]
+        wanted = (1 + RATIO_TOLERANCE) * budget.limit_ms(1.0)
+        near = [position for position, candidate in enumerate(front, 1) if candidate.latency_ratio <= wanted]
+        start[budget] = next(iter(own or near), len(front))
+    dense = Candidate(entry.name, None, Schedule([0] * transformer.depth), 1.0)
+
+    def candidate_of(position: int) -> Candidate:
+        return dense if not position else replace(front[position - 1], timing=None)
+
+    return OrderedCandidates(entry.name, candidate_of, min(1, len(front)), len(front), start)
 
 
-class AutoSearch(Reach):
-    """What `auto` can do: for each target the best schedule of the best method.
-
-    Amounts are steps of one ladder of all methods, so that a target that is missed, or reached with room to spare, is
-    led to what is best there, by whatever method.
+def search_methods(
+    transformer: VisionTransformer,
+    images: Tensor,
+    entries: Sequence[VariantRequest],
+    speedups: Sequence[float],
+    *,
+    block: int | float,
+    time_limit: float,
+    verbose: bool = True,
+    planner: Callable[[], Measurements] | None = None,
+) -> ComparisonPlan:
+    """Finds the schedule with which each method reaches each target, and times all variants in one interleaved run.
 
     Args:
         transformer: The Vision Transformer, dense.
-        entry: `auto`.
-        tokens: N.
-        searching: Makes what it searches with; called once, if it comes to that.
+        images: (B, C, H, W) on its device.
+        entries: The methods, dense first.
+        speedups: The targets, ascending.
+        block: The reducing block of methods that reduce once; see `lightning_prune.profile_latency`.
+        time_limit: Seconds for each method; the final run gets as much for all.
+        verbose: Shows progress bars on a terminal.
+        planner: Makes what `auto` plans with; needed if it is among the methods.
+
+    Raises:
+        UnsupportedModelError: If no method can be used with this model; says why for each.
     """
-
-    def __init__(
-        self, transformer: VisionTransformer, entry: VariantRequest, tokens: int, searching: Callable[[], BlockSearch]
-    ) -> None:
-        super().__init__(transformer, entry, tokens)
-        self._searching = searching
-        self._ladder: list[ParetoPoint] = []
-        self._first: dict[float, int] = {}  # target -> the step to try first
-
-    def why_not(self, images: Tensor) -> str | None:
-        """Why none of the methods that are searched can be used; None where one can."""
-        try:
-            usable_methods(self.entry.searched, self.transformer)
-        except UnsupportedModelError as error:
-            return str(error)
-        return None
-
-    def prepare(self, speedups: Sequence[float]) -> None:
-        """Measures prices and sensitivities, and chooses a schedule for each target."""
-        search = self._searching()
-        fronts = search.fronts(usable_methods(self.entry.searched, self.transformer))
-        chosen = {}
-        for speedup in speedups:
-            try:
-                chosen[speedup] = decided(search, fronts, LatencyBudget(speedup=speedup))
-            except ArgumentError:  # none is predicted to reach it: let the fastest try
-                continue
-        self._ladder = ladder(fronts, chosen.values())
-        for speedup in speedups:
-            own = chosen.get(speedup)
-            steps = [step for step, rung in enumerate(self._ladder, 1) if own is not None and rung.entry is own.entry]
-            near = [step for step, rung in enumerate(self._ladder, 1) if rung.ratio <= (1 + NEAR) / speedup]
-            self._first[speedup] = next(iter(steps or near), len(self._ladder))
-
-    def goals(
-        self, race: InterleavedTimer[Variant], speedups: Sequence[float], time_limit: float, tick: Callable[[], None]
-    ) -> list[SpeedupTarget]:
-        """Beginning with what was chosen."""
-        most = len(self._ladder)
-        goals = [
-            SpeedupTarget(self.variant_of, speedup, self._first[speedup], min(1, most), most) for speedup in speedups
-        ]
-        aim(race, goals, time_limit, tick)
-        return goals
-
-    def variant_of(self, amount: int) -> Variant:
-        """The step of the ladder; 0 is dense."""
-        if not amount:
-            return DENSE
-        rung = self._ladder[amount - 1]
-        return Variant(rung.front.reduction, rung.entry.schedule)
-
-    def reduction_of(self, goal: SpeedupTarget | None) -> Reduction | None:
-        """The method of the step that a goal has come to; None where it removes nothing."""
-        return self._ladder[goal.amount - 1].front.reduction if goal is not None and goal.amount else None
-
-    def unreached(self, goal: SpeedupTarget) -> UnreachedTarget:
-        """The fastest schedule missed the target."""
-        most = f"timed up to {goal.variant_of(goal.most).schedule}"
-        return UnreachedTarget(self.entry.name, goal.speedup, goal.best, most)
+    start, started = time.perf_counter(), datetime.now().astimezone().isoformat(timespec="seconds")
+    check_dense(transformer)
+    budgets = [LatencyBudget(speedup=speedup) for speedup in speedups]
+    with ready_to_run(transformer):
+        n = count_tokens(transformer, images)
+        methods = {entry.name: _Method(transformer, entry, n, block) for entry in entries[1:]}
+        unusable = {name: method.unsupported_reason(images) for name, method in methods.items()}
+        context = measurement_context(transformer.runner, images)
+        usable = [entry for entry in entries[1:] if unusable[entry.name] is None]
+        if not usable:
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in unusable.items())
+            raise UnsupportedModelError(f"None of the methods can be used with this model. {reasons}")
+        targets: dict[tuple[str, float], Target] = {}
+        planned = [entry for entry in usable if entry.has_targets]
+        for number, entry in enumerate(planned, 1):
+            if entry.searches:
+                if planner is None:
+                    raise ArgumentError(f"`planner` must be given for the method {entry.name!r}, got None.")
+                source = auto_source(entry, planner(), transformer, budgets)
+            else:
+                source = methods[entry.name].source()
+            text = f"Planning {entry.name} ({number} of {len(planned)})"
+            with variant_timer(transformer, images) as timer, progress_bar(text, time_limit, verbose) as on_step:
+                source.restart(search_targets(timer, source, budgets, time_limit, on_step))
+            sources: list[CandidateSource] = [source]
+            for budget in budgets:
+                search = CandidateSearch(budget, sources, 1.0, tuning=TARGET_TUNING)
+                targets[entry.name, float(budget.speedup or 1)] = Target(budget, source, search)
+        others = [DENSE, *(methods[entry.name].variant() for entry in usable if not entry.has_targets)]
+        limit = time_limit * len(usable)
+        with (
+            variant_timer(transformer, images) as timer,
+            progress_bar("Timing all variants", limit, verbose) as on_step,
+        ):
+            verify_targets(timer, list(targets.values()), others, TUNING.final_rounds, limit, on_step)
+            variants = [*others, *(t.candidate.variant for t in targets.values() if t.candidate is not None)]
+            timings = {variant: timer.result(variant) for variant in variants}
+    rows: list[PlannedVariant] = [PlannedVariant("dense", "dense", timing=timings[DENSE])]
+    unreached: list[UnreachedTarget] = []
+    for entry in entries[1:]:
+        method = methods[entry.name]
+        if unusable[entry.name] is not None:
+            rows.append(method.row(None, None, unusable[entry.name] or ""))
+        elif not entry.has_targets:
+            rows.append(method.row(None, timings[method.variant()], method.note))
+        for speedup in speedups if unusable[entry.name] is None and entry.has_targets else ():
+            target = targets[entry.name, speedup]
+            if target.exhausted or target.candidate is None:
+                reason = f"timed up to {target.source.fastest().schedule}, the most that the method can remove"
+                unreached.append(UnreachedTarget(entry.name, speedup, target.best_speedup, reason))
+            else:
+                rows.append(method.row(target, timings[target.candidate.variant], "", context))
+    with ready_to_run(transformer):
+        rows, energy = with_energy(transformer, images, rows, {entry.name: entry for entry in entries}, verbose)
+    return ComparisonPlan(rows, unreached, context, n, energy, time.perf_counter() - start, started)
 
 
 def with_energy(
@@ -309,83 +487,6 @@ def with_energy(
 _ROUNDS = 51  # of the run of all variants
 
 
-def decide(
-    transformer: VisionTransformer,
-    images: Tensor,
-    entries: Sequence[VariantRequest],
-    speedups: Sequence[float],
-    *,
-    block: int | float,
-    time_limit: float,
-    progress: bool = True,
-    searching: Callable[[], BlockSearch] | None = None,
-) -> ComparisonPlan:
-    """Finds the schedule with which each method reaches each target, and times all variants in one interleaved run.
-
-    Args:
-        transformer: The Vision Transformer, dense.
-        images: (B, channels, height, width) on its device.
-        entries: What is compared, dense first.
-        speedups: The targets, ascending.
-        block: The reducing block of methods that reduce once; see `lightning_prune.profile_latency`.
-        time_limit: Time limit of the search, for each method; the final run gets as much again.
-        progress: Shows bars on a terminal.
-        searching: What `auto` searches with; needed where it is among the entries.
-
-    Raises:
-        UnsupportedModelError: If no method can be used with this model; says why for each.
-    """
-    start, started = time.perf_counter(), datetime.now().astimezone().isoformat(timespec="seconds")
-    check_dense(transformer)
-    with ready_to_run(transformer):
-        n = count_tokens(transformer, images)
-        reaches = {e.name: _reach_of(transformer, e, n, block, searching) for e in entries[1:]}
-        unusable = {name: reach.why_not(images) for name, reach in reaches.items()}
-        context = measurement_context(transformer.runner, images)
-        usable = [entry for entry in entries[1:] if unusable[entry.name] is None]
-        if not usable:
-            reasons = "; ".join(f"{name}: {why}" for name, why in unusable.items())
-            raise UnsupportedModelError(f"None of the methods can be used with this model. {reasons}")
-        goals: dict[tuple[str, float], SpeedupTarget] = {}
-        planned = [entry for entry in usable if entry.has_targets]
-        for number, entry in enumerate(planned, 1):
-            reaches[entry.name].prepare(speedups)
-            told = f"Planning {entry.name} ({number} of {len(planned)})"
-            with variant_timer(transformer, images) as race, progress_bar(told, time_limit, progress) as tick:
-                found = reaches[entry.name].goals(race, speedups, time_limit, tick)
-            goals |= {(entry.name, goal.speedup): goal for goal in found}
-        others = [DENSE, *(reaches[entry.name].variant_of(0) for entry in usable if not entry.has_targets)]
-        limit = time_limit * len(usable)
-        with variant_timer(transformer, images) as race, progress_bar("Timing all variants", limit, progress) as tick:
-            verify(race, list(goals.values()), others, _ROUNDS, limit, tick)
-            timings = {variant: race.result(variant) for variant in (*others, *(g.variant for g in goals.values()))}
-    rows: list[PlannedVariant] = [PlannedVariant("dense", "dense", timing=timings[DENSE])]
-    unreached: list[UnreachedTarget] = []
-    for entry in entries[1:]:
-        reach = reaches[entry.name]
-        if unusable[entry.name] is not None:
-            rows.append(reach.row(None, None, unusable[entry.name] or ""))
-        elif not entry.has_targets:
-            rows.append(reach.row(None, timings[reach.variant_of(0)], reach.remark))
-        for speedup in speedups if unusable[entry.name] is None and entry.has_targets else ():
-            goal = goals[entry.name, speedup]
-            if goal.unreachable:
-                unreached.append(reach.unreached(goal))
-            else:
-                rows.append(reach.row(goal, timings[goal.variant], "", context))
-    with ready_to_run(transformer):
-        rows, energy = with_energy(transformer, images, rows, {entry.name: entry for entry in entries}, progress)
-    return ComparisonPlan(rows, unreached, context, n, energy, time.perf_counter() - start, started)
-
-
-def _reach_of(
-    transformer: VisionTransformer,
-    entry: VariantRequest,
-    tokens: int,
-    block: int | float,
-    searching: Callable[[], BlockSearch] | None,
-) -> Reach:
-    if not entry.searches:
-        return MethodReach(transformer, entry, tokens, block)
-    assert searching is not None  # whoever reads `auto` in the methods provides it
-    return AutoSearch(transformer, entry, tokens, searching)
+def _plain(value: Any) -> Any:
+    """A setting as a file can hold it."""
+    return value if value is None or isinstance(value, bool | int | float | str) else repr(value)

@@ -27,7 +27,7 @@ from lightning_prune.comparison.paired_statistics import compared, environment_c
 from lightning_prune.comparison.predictions import OutcomeRecorder, Outcomes
 from lightning_prune.errors import ArgumentError, DataError
 from lightning_prune.patching import PatchHandle, find_vision_transformer, patch
-from lightning_prune.planning import AccuracyBudget, Objective, ProxyCurve
+from lightning_prune.planning import AccuracyBudget, Objective
 from lightning_prune.profiling import LatencyStats, compare_latency
 from lightning_prune.report.rows import Row
 from lightning_prune.schedule import Schedule
@@ -100,13 +100,7 @@ class Survey(L.Callback):
         config, objectives = self.config, list(self.objectives.values())
         check_labels(config, calibration)
         found = profiled(config, pl_module, images)
-        more: dict[str, Any] = {}
-        if not config.plans_blocks:
-            labels = calibration.labels if config.protocol == "paper" else None
-            shared: dict[str, Any] = {"labels": labels, "target": config.module_path, "progress": config.verbose}
-            curve = ProxyCurve(pl_module, calibration.images, found.profile, config.reduction, **shared)
-            more = {"curve": curve, "confirm": False}
-        decisions = planned_for(config, pl_module, images, calibration, objectives, found, **more)
+        decisions = planned_for(config, pl_module, images, calibration, objectives, found)
         return dict(zip(self.objectives, decisions, strict=True))
 
 

@@ -136,8 +136,7 @@ def write_comparison(
         last.schedule.save(stage / "schedule.yaml")
         if plans:
             plans[0].profile.save(stage / "profile.json")
-            # Of plans over blocks that of the schedule to deploy: their curves are of no token count.
-            plot(plans[-1] if hasattr(plans[-1], "front") else plans, stage / "profile.png")
+            plot(plans[-1], stage / "profile.png")
         names = ("results.csv", "results.json", "schedule.yaml", "profile.json", "profile.png")
         return [(stage / name).replace(folder / name) for name in names if (stage / name).exists()]
 

@@ -11,7 +11,7 @@ from lightning_prune.callbacks.distributed import refuse_sharded
 from lightning_prune.callbacks.hooks import EvaluationCallback
 from lightning_prune.errors import ArgumentError
 from lightning_prune.patching import find_vision_transformer
-from lightning_prune.planning.api import AUTO
+from lightning_prune.planning.api import AUTO_METHODS
 from lightning_prune.profiling import LatencyStats, Variant, VariantSwitch
 from lightning_prune.quantization import Int8Weights
 from lightning_prune.reduction import Reduction, names, resolve
@@ -88,7 +88,7 @@ def _read(name: object, own: Reduction) -> VariantRequest:
     if name == INT8_NAME:
         return VariantRequest(name, None, True)
     if name == AUTO_NAME:
-        return VariantRequest(name, None, False, AUTO)
+        return VariantRequest(name, None, False, AUTO_METHODS)
     plain = name.removesuffix(_AND_INT8)
     try:
         reduction = own if plain == own.name else resolve(plain)

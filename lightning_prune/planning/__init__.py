@@ -1,19 +1,18 @@
-"""How many tokens to remove, and where: from a profile to a schedule."""
+"""How many tokens to remove, in which blocks, and by which method: from measurements to a schedule."""
 
-from lightning_prune.planning.api import plan, plan_blocks
+from lightning_prune.planning.api import AUTO_METHODS, PROFILE_METHOD, plan, plan_many
 from lightning_prune.planning.objectives import AccuracyBudget, LatencyBudget, Objective, Utility
-from lightning_prune.planning.results import BlocksPlan, FrontEntry, Plan
-from lightning_prune.profiling.accuracy_proxy import ProxyCurve
+from lightning_prune.planning.results import Candidate, Plan
 
 __all__ = [
+    "AUTO_METHODS",
+    "PROFILE_METHOD",
     "AccuracyBudget",
-    "BlocksPlan",
-    "FrontEntry",
+    "Candidate",
     "LatencyBudget",
     "Objective",
     "Plan",
-    "ProxyCurve",
     "Utility",
     "plan",
-    "plan_blocks",
+    "plan_many",
 ]

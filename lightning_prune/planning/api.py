@@ -1,7 +1,8 @@
-"""Planning a schedule: `plan` for one block, `plan_blocks` over blocks and methods."""
+"""Planning: how many tokens each block removes, and by which method, so that an objective is best met."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -10,137 +11,88 @@ from lightning_prune.errors import ArgumentError, UnsupportedModelError
 from lightning_prune.patching import VisionTransformer, find_vision_transformer
 from lightning_prune.patching.compatibility import check_reduction
 from lightning_prune.patching.schedule_forms import refuse_adaptive
-from lightning_prune.planning.candidates import Candidate, decided
-from lightning_prune.planning.multi_block import BlockSearch, MethodFront, method_labels
-from lightning_prune.planning.objectives import Objective, Utility
+from lightning_prune.planning.candidate_search import CandidateSearch, run_searches
+from lightning_prune.planning.measurements import TUNING, Measurements, TimeLimit
+from lightning_prune.planning.method_front import dense_reason, missed_budget
+from lightning_prune.planning.objectives import AccuracyBudget, Objective
+from lightning_prune.planning.paper_protocol import plan_by_paper
 from lightning_prune.planning.profile_validation import check_profile, is_other_environment, nothing_timed
-from lightning_prune.planning.results import BlocksPlan, Plan
-from lightning_prune.planning.single_block import BudgetSearch, OnDevice, TimedChoice, choose, confirmed, refine
-from lightning_prune.profiling import LatencyProfile, profile_latency, reducing_block
-from lightning_prune.profiling.accuracy_proxy import ProxyCurve, check_images
+from lightning_prune.planning.results import Candidate, Plan
+from lightning_prune.profiling import LatencyProfile, profile_latency, resolve_block
 from lightning_prune.profiling.measurement import ProfilingMode, check_measurable
-from lightning_prune.reduction import RandomDrop, Reduction, resolve, spec_of
-from lightning_prune.schedule import MeasurementSource, Schedule
+from lightning_prune.reduction import RandomDrop, Reduction, resolve
+from lightning_prune.schedule import Schedule
 
+AUTO_METHODS = ("tome", "pomt-nearest", "topk", "random")
+"""What `methods="auto"` searches: the two that lose the least accuracy and the two that cost the least latency."""
+PROFILE_METHOD = RandomDrop(site="input")
+"""The method of the latency curve that is measured: all tokens are removed before block 0, so it serves all methods."""
+PROFILE_SHARE = 0.3  # of the time limit, for measuring the latency curve
 
-def check_inputs(
-    transformer: VisionTransformer, images: object, example_inputs: Tensor, objective: object, time_limit: float
-) -> None:
-    """Raises ArgumentError, with what was expected and what came, where one of these cannot be used."""
-    check_images(images)
-    if time_limit is None:  # which profiling takes for no limit, and a search would never end
-        raise ArgumentError("`time_limit` must be a number > 0, got None.")
-    check_measurable(transformer, example_inputs, time_limit)
-    assert isinstance(images, Tensor)
-    if images.shape[1:] != example_inputs.shape[1:]:
-        raise ArgumentError(
-            f"`images` must be of the size of `example_inputs`, {tuple(example_inputs.shape[1:])}, got "
-            f"{tuple(images.shape[1:])}."
-        )
-    if not isinstance(objective, Objective):
-        raise ArgumentError(f"`objective` must be an Objective such as Utility(0.5), got {objective!r}.")
-
-
-def usable_methods(methods: Sequence[str | Reduction], transformer: VisionTransformer) -> list[Reduction]:
-    """The methods that can be used with this model; at least one.
-
-    Args:
-        methods: Names or reductions.
-        transformer: The Vision Transformer.
-
-    Raises:
-        ArgumentError: If one does not act in blocks, the images decide how many tokens go, or two are the same.
-        UnsupportedModelError: If none fits.
-    """
-    if not isinstance(methods, list | tuple):
-        raise ArgumentError(f"`methods` must be a list of names or reductions, got {methods!r}.")
-    if not methods:
-        raise ArgumentError("`methods` must hold at least one method, got none.")
-    found: list[Reduction] = []
-    reasons: list[str] = []
-    for method in methods:
-        reduction = resolve(method)
-        _check_hash(reduction)
-        if reduction.site != "block" or reduction.adaptive:
-            raise ArgumentError(
-                f"Only methods that act in blocks can be planned over several of them; {reduction.name} does not."
-            )
-        try:
-            check_reduction(transformer, reduction, at=None)
-            found.append(reduction)
-        except UnsupportedModelError as error:
-            reasons.append(f"{reduction.name}: {error}")
-    if not found:
-        raise UnsupportedModelError(f"None of the methods can be used with this model. {'; '.join(reasons)}")
-    method_labels(found)
-    return found
-
-
-def _check_hash(reduction: Reduction) -> None:
-    try:
-        hash(reduction)
-    except TypeError as error:
-        raise ArgumentError(
-            "A method that is searched over blocks must have a hash, by which what was measured of it is kept (a "
-            f"dataclass: frozen=True, and settings that have one); got {reduction!r}: {error}."
-        ) from error
-
-
-PAPER_IMAGES = 1024  # whose accuracy the POMT paper looks at
+Methods = str | Reduction | Sequence[str | Reduction]
+Blocks = str | int | float | Sequence[int | float]
 
 
 def plan(
     model: nn.Module,
-    images: Tensor,
+    example_inputs: Tensor,
     *,
-    profile: LatencyProfile | None = None,
-    example_inputs: Tensor | None = None,
-    method: str | Reduction = "pomt",
+    calibration: Tensor,
+    methods: Methods = "auto",
+    blocks: Blocks = "all",
     objective: Objective | None = None,
-    block: int | float = 0.25,
+    profile: LatencyProfile | None = None,
+    runtime: str = "torch",
+    proxy: str = "auto",
+    time_limit: float | None = 60.0,
+    seed: int = 0,
+    verbose: bool = True,
+    module_path: str | None = None,
     protocol: ProfilingMode = "deployed",
     labels: Tensor | None = None,
-    curve: ProxyCurve | None = None,
-    confirm: bool = True,
-    time_limit: float | None = 30.0,
-    target: str | None = None,
-    progress: bool = True,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> Plan:
-    """Chooses how many tokens to remove, from what the device and the model say.
+    """Plans which blocks remove tokens, how many, and by which method.
 
-    Only counts at which both latency and the proxy were measured can be chosen, and the chosen count is exactly the
-    deployed one. The proxy is measured at a few counts, then where the objective expects its best, until that point
-    is a measured one. Where pruning saves less than 2% or less than the noise, the schedule removes nothing and says
-    so. The winner is finally timed beside the dense model.
+    1. The latency curve: latency of the model against its number of tokens.
+    2. The overhead of each method, from a few of its schedules, timed in one run.
+    3. The sensitivity of each block to each method: KL divergence from the dense outputs when only it reduces.
+    4. A dynamic programme finds, for each method, the Pareto front of all schedules, since latencies and divergences
+       of the blocks add up.
+    5. The best candidate of each method, by the objective and the measured proxy, is timed against the dense model.
+       Timings correct the predictions, and other candidates are timed, a few times at most.
+
+    Nothing is removed if the device gains nothing, or if every faster schedule costs too much; the reason says so. A
+    budget that cannot be met is no error: `Plan.met` is False, and the reason says the best that can be had.
 
     Args:
         model: Any module that contains one Vision Transformer; dense and unpatched.
-        images: (images, channels, height, width) calibration images; 512 unlabelled ones are enough.
-        profile: Its latency profile; measured on `example_inputs` if None. One of another device is planned for as it
-            is: nothing is timed here then.
-        example_inputs: Images on the device in the batch size that will be used; needed without `profile`, and for
-            the final comparison. If None, as many of `images` as the profile's batch size says.
-        method: The reduction to deploy.
-        objective: `Utility()` if None.
-        block: Index of the reducing block, or a fraction of the depth; see `lightning_prune.profile_latency`.
-        protocol: `"paper"` reproduces POMT's computation (arXiv 2407.05941, section 3.2): latency and accuracy of
-            random tokens dropped before block 0, at every count, accuracy on 1024 labelled images. Hours on a CPU.
-        labels: (images,) int64; the proxy is then top-1 accuracy. Needed by `protocol="paper"`.
-        curve: A proxy curve to go on with, when several objectives are planned for on one profile.
-        confirm: Whether to look closer at the latency around the winner, and to time it beside the dense model.
-        time_limit: Time limit of latency profiling, and again of the proxy, which runs the dense model and four
-            counts over the images all the same.
-        target: Dotted path of the transformer in `model`.
-        progress: Shows bars on a terminal.
+        example_inputs: (B, C, H, W) images on the device, in the batch size that will be used.
+        calibration: (images, C, H, W) unlabelled images of the same size; 512 are enough.
+        methods: `"auto"`, a name, a reduction, or several of them, the preferred one first if time is short.
+        blocks: Blocks that may reduce: `"all"`, an index, a fraction of the depth, or several of them. Methods that
+            act before block 0 are not bound by it.
+        objective: `AccuracyBudget(0.005)` if None.
+        profile: A latency curve of this model; measured if None. If it is of another device, nothing is timed here
+            and the methods are taken to have no overhead.
+        runtime: What executes the model; `"torch"`.
+        proxy: Estimate of accuracy: `"auto"` is soft agreement with the dense model, or cosine similarity of features.
+        time_limit: Seconds in total, profiling included; None for no limit. Measurements are shortened to fit: fewer
+            calibration images, then fewer methods. At least one candidate is timed.
+        seed: Of the choice of calibration images, if there is not time for all.
+        verbose: Shows progress bars on a terminal.
+        module_path: Dotted path of the transformer in `model`, needed if there are several.
+        protocol: `"paper"` is POMT's computation (arXiv 2407.05941, section 3.2); see `plan_by_paper`.
+        labels: (images,) int64 labels of the calibration images; needed by `protocol="paper"`, unused otherwise.
+        clock: Seconds, of the time limit.
 
     Returns:
-        The plan: schedule, curve, reasons, measured and predicted latency.
+        The plan.
 
     Raises:
-        ArgumentError: If an argument is unusable, one that is needed is missing, or the images decide how many tokens
-            go, as with methods that are adaptive.
-        UnsupportedModelError: As `lightning_prune.patch`.
-        DataError: If labels are out of range or outputs not finite.
+        ArgumentError: If an argument is unusable, or the images decide how many tokens a method removes.
+        UnsupportedModelError: If none of the methods can be used with this model.
+        DataError: If outputs are not finite, or a label is out of range.
 
     Example:
         >>> import timm
@@ -148,262 +100,266 @@ def plan(
         >>> import lightning_prune as lp
         >>> model = timm.create_model("vit_tiny_patch16_224", depth=4).eval()
         >>> images = torch.randn(8, 3, 224, 224)
-        >>> plan = lp.plan(model, images, example_inputs=images[:1], time_limit=2, progress=False)
-        >>> plan.tokens == 197 - plan.removed
+        >>> plan = lp.plan(model, images[:1], calibration=images, methods="tome", time_limit=2, verbose=False)
+        >>> plan.tokens == 197 - plan.total_removed
         True
     """
-    start = time.perf_counter()
-    objective = objective if objective is not None else Utility()
-    if not isinstance(objective, Objective):
-        raise ArgumentError(f"`objective` must be an Objective such as Utility(0.5), got {objective!r}.")
-    check_images(images)
-    reduction = resolve(method)
-    transformer = find_vision_transformer(model, target)
-    refuse_adaptive(reduction)
-    index = reducing_block(reduction, block, transformer)
-    if protocol == "paper":
-        if labels is None:
-            raise ArgumentError("`labels` are needed by protocol='paper', whose accuracy is top-1 on labelled images.")
-        images, labels = images[:PAPER_IMAGES], labels[:PAPER_IMAGES]
-    if curve is not None:
-        if profile not in (None, curve.profile):
-            raise ArgumentError("`curve` is a proxy curve on another profile than `profile`.")
-        profile = curve.profile
-    foreign = False
-    if profile is None:
-        if example_inputs is None:
-            raise ArgumentError("`example_inputs` is needed to measure a profile: images on the device; got None.")
-        profile = profile_latency(
-            model,
-            example_inputs,
-            method=reduction,
-            block=index,
-            protocol=protocol,
-            time_limit=None if protocol == "paper" else time_limit,
-            module_path=target,
-            verbose=progress,
-        )
-    else:
-        check_profile(profile, transformer, reduction, index, protocol)
-        if example_inputs is None:
-            example_inputs = _batch_of(images, int(profile.context.get("batch_size", 1)), transformer)
-        foreign = is_other_environment(profile, transformer, example_inputs)
-    if curve is None:
-        curve = ProxyCurve(model, images, profile, reduction, labels=labels, target=target, progress=progress)
-
-    n, prefix, depth = profile.dense_tokens, transformer.prefix_tokens, transformer.depth
-    device = OnDevice(model, example_inputs, reduction, index, n, prefix, depth, time_limit, target, progress)
-
-    def choose_by(wanted: Objective) -> tuple[int, str]:
-        return choose(curve.profile, curve, wanted, exhaustive=protocol == "paper", time_limit=time_limit)
-
-    found = TimedChoice(*choose_by(objective))
-    if foreign:
-        found = found._replace(reason=nothing_timed(found.reason, profile))
-    elif confirm:
-        if protocol == "deployed" and time_limit is not None:
-            deadline = time.perf_counter() + time_limit / 4
-            closer = refine(profile, curve, objective, device.measure, lambda: time.perf_counter() < deadline)
-            if closer is not profile:
-                curve.profile = profile = closer
-                found = TimedChoice(*choose_by(objective))
-        chosen = (found.tokens, found.reason)
-        attempt = BudgetSearch(chosen, n, curve.profile.dense_ms, objective, choose_by, lambda: _fastest(curve))
-        found = confirmed(attempt, device.compare)
-    made_on = MeasurementSource.from_context(
-        profile.context,
-        objective=str(objective),
-        dense_tokens=profile.dense_tokens,
-        protocol=protocol,
-        proxy=curve.name,
-    )
-    made = Plan(
-        schedule=Schedule(device.schedule(found.tokens).removed, spec_of(reduction), made_on),
-        method=reduction.name,
-        block=index,
-        objective=objective,
-        profile=profile,
-        proxy=curve.name,
-        accuracy=dict(curve.values),
-        tokens=found.tokens,
-        reason=found.reason,
-        dense=found.dense,
-        pruned=found.pruned,
-        seconds=time.perf_counter() - start,
-    )
-    return made.or_dense_if_slower()
-
-
-def _fastest(curve: ProxyCurve) -> tuple[int, str]:
-    """The fastest count, and what to say of it; its proxy is measured."""
-    profile = curve.profile
-    tokens = min(profile.tokens, key=profile.latency_ms)
-    return tokens, f"The fastest count: {100 * curve(tokens):.2f}% of the dense {curve.name}."
-
-
-def _batch_of(images: Tensor, size: int, transformer: VisionTransformer) -> Tensor:
-    """A batch of the profiled size on the model's device, from however many images there are."""
-    device = next(transformer.root.parameters()).device
-    return images[torch.arange(size) % len(images)].to(device)
-
-
-# What method="auto" searches: the two that lose least, and the two that cost least.
-AUTO = ("tome", "pomt-nearest", "topk", "random")
-CURVE = RandomDrop(site="input")  # on whose latency curve every method is planned: all tokens go before block 0
-_HINT = (
-    'plan_blocks needs a curve of Random(site="input"), as profile_latency(model, batch, method=Random(site="input")) '
-    "measures it."
-)
-
-
-def plan_blocks(
-    model: nn.Module,
-    images: Tensor,
-    *,
-    example_inputs: Tensor,
-    methods: Sequence[str | Reduction] = AUTO,
-    objective: Objective | None = None,
-    profile: LatencyProfile | None = None,
-    time_limit: float = 30.0,
-    target: str | None = None,
-    progress: bool = True,
-) -> BlocksPlan:
-    """Chooses which blocks reduce, by how much and by which method.
-
-    How much every block minds is measured by itself, as KL divergence from the dense outputs; these costs add up, and
-    so do latencies, so that a dynamic programme finds the front of all schedules exactly. The best of every method, by
-    the objective and the measured proxy, are timed beside dense in one interleaved run. That teaches the latency model
-    of each, which may then propose another, a few times at most; the best that was timed is the plan.
-
-    How many images the sensitivity is measured on depends on the pace of the machine, and is the same for all methods;
-    the plan says it. A seed alone does not fix the plan where the time limit cuts it short.
-
-    Args:
-        model: Any module that contains one Vision Transformer; dense and unpatched.
-        images: (images, channels, height, width) unlabelled calibration images, of the size of `example_inputs`.
-        example_inputs: (B, channels, height, width) images on the device, in the batch size that will be used.
-        methods: Names or reductions that act in blocks.
-        objective: `Utility()` if None.
-        profile: A latency curve on which all tokens go before block 0, of `RandomDrop(site="input")`; measured if None.
-            With one of another device nothing is timed here, and reducing is taken to cost nothing by itself.
-        time_limit: Time limit of each of: the curve, the run that prices all methods, the sensitivity of each method,
-            the proxies of the first choice of each method, and thrice each run that times finalists; no schedule is
-            proposed any more when twice as long has gone by since the first of these. Run in any case: the dense model
-            over all images, every method at five schedules over all images, and its sensitivity on the first 8 images.
-        target: Dotted path of the transformer in `model`.
-        progress: Shows bars on a terminal.
-
-    Returns:
-        The plan, with the front of every method.
-
-    Raises:
-        ArgumentError: If an argument is unusable, or a budget cannot be reached.
-        UnsupportedModelError: If the model cannot be pruned by any of the methods.
-
-    Example:
-        >>> import timm
-        >>> import torch
-        >>> from lightning_prune.planning import plan_blocks
-        >>> model = timm.create_model("vit_tiny_patch16_224", depth=4).eval()
-        >>> images = torch.randn(8, 3, 224, 224)
-        >>> plan = plan_blocks(model, images, example_inputs=images[:1], methods=["tome"], time_limit=2, progress=False)
-        >>> plan.schedule.depth
-        4
-    """
-    (made,) = plan_blocks_for(
+    (made,) = plan_many(
         model,
-        images,
-        [objective if objective is not None else Utility()],
-        example_inputs=example_inputs,
+        example_inputs,
+        [objective if objective is not None else AccuracyBudget()],
+        calibration=calibration,
         methods=methods,
+        blocks=blocks,
         profile=profile,
+        runtime=runtime,
+        proxy=proxy,
         time_limit=time_limit,
-        target=target,
-        progress=progress,
+        seed=seed,
+        verbose=verbose,
+        module_path=module_path,
+        protocol=protocol,
+        labels=labels,
+        clock=clock,
     )
     return made
 
 
-def plan_blocks_for(
+def plan_many(  # noqa: D417  all other arguments are those of `plan`
     model: nn.Module,
-    images: Tensor,
+    example_inputs: Tensor,
     objectives: Sequence[Objective],
     *,
-    example_inputs: Tensor,
-    methods: Sequence[str | Reduction] = AUTO,
+    calibration: Tensor,
+    methods: Methods = "auto",
+    blocks: Blocks = "all",
     profile: LatencyProfile | None = None,
-    time_limit: float = 30.0,
-    target: str | None = None,
-    progress: bool = True,
-) -> list[BlocksPlan]:
-    """A plan for each of several objectives: what `plan_blocks` makes, measured once for all of them.
-
-    What is timed for one teaches the planner for those that follow.
+    runtime: str = "torch",
+    proxy: str = "auto",
+    time_limit: float | None = 60.0,
+    seed: int = 0,
+    verbose: bool = True,
+    module_path: str | None = None,
+    protocol: ProfilingMode = "deployed",
+    labels: Tensor | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> list[Plan]:
+    """One plan for each of several objectives, from one measurement; the time limit is that of all together.
 
     Args:
-        model: As of `plan_blocks`, and so are those that are not named here.
-        images: Likewise.
+        model: Any module that contains one Vision Transformer; dense and unpatched.
+        example_inputs: (B, C, H, W) images on the device.
         objectives: What to plan for.
-        example_inputs: Likewise.
-        methods: Likewise.
-        profile: Likewise.
-        time_limit: Likewise.
-        target: Likewise.
-        progress: Likewise.
-
-    Returns:
-        One plan each. The first says the time of what all share.
 
     Raises:
-        ArgumentError, UnsupportedModelError: As `plan_blocks`, if but one of the objectives cannot be reached.
+        ArgumentError, UnsupportedModelError, DataError: As `plan`.
     """
-    start = time.perf_counter()
-    transformer = find_vision_transformer(model, target)
-    for objective in objectives:
-        check_inputs(transformer, images, example_inputs, objective, time_limit)
-    reductions = usable_methods(methods, transformer)
-    foreign = False
+    limit = TimeLimit(time_limit, clock)
+    transformer = find_vision_transformer(model, module_path)
+    _check_arguments(transformer, example_inputs, calibration, objectives, runtime, proxy, time_limit, protocol)
+    usable = usable_methods(methods, blocks, transformer)
+    if profile is not None:
+        check_profile(profile, transformer, protocol)
+    if protocol == "paper":
+        return plan_by_paper(
+            model,
+            transformer,
+            example_inputs,
+            objectives,
+            calibration,
+            labels,
+            usable,
+            profile,
+            limit,
+            module_path,
+            verbose,
+        )
+    is_foreign = profile is not None and is_other_environment(profile, transformer, example_inputs)
     if profile is None:
         profile = profile_latency(
-            model, example_inputs, method=CURVE, time_limit=time_limit, module_path=target, verbose=progress
+            model,
+            example_inputs,
+            method=PROFILE_METHOD,
+            time_limit=limit.share(PROFILE_SHARE),
+            module_path=module_path,
+            verbose=verbose,
         )
+    images = shuffled(calibration, seed)
+    measured = Measurements(
+        model, transformer, images, example_inputs, profile, is_foreign, limit, module_path, verbose
+    )
+    flat = dense_reason(profile)
+    if flat is not None:
+        plans = [_dense_plan(usable, objective, profile, flat, is_foreign) for objective in objectives]
     else:
-        check_profile(profile, transformer, CURVE, 0, "deployed", hint=_HINT)
-        foreign = is_other_environment(profile, transformer, example_inputs)
-    search = BlockSearch(model, transformer, images, example_inputs, profile, foreign, time_limit, target, progress)
-    fronts = search.fronts(reductions)
+        plans = _searched(measured, usable, objectives)
+    return [replace(made, seconds=limit.elapsed).or_dense_if_slower() for made in plans]
+
+
+def _dense_plan(
+    methods: Mapping[str, tuple[Reduction, Sequence[int]]],
+    objective: Objective,
+    profile: LatencyProfile,
+    reason: str,
+    is_foreign: bool,
+) -> Plan:
+    """The plan for a device that gains nothing from fewer tokens."""
+    nothing = Schedule([0] * profile.depth)
+    front = tuple(Candidate(label, reduction, nothing, 1.0, accuracy=1.0) for label, (reduction, _) in methods.items())
+    reason += missed_budget(objective, profile.dense_ms)
+    reason = nothing_timed(reason, profile) if is_foreign else reason
+    reduction = next(iter(methods.values()))[0]
+    met = objective.dense_is_feasible(profile.dense_ms)
+    return Plan.of(front[0], reduction, objective, met, reason, profile, front=front)
+
+
+def _searched(
+    measured: Measurements, methods: Mapping[str, tuple[Reduction, Sequence[int]]], objectives: Sequence[Objective]
+) -> list[Plan]:
+    """The plans of all objectives, from the fronts of all methods."""
+    fronts = measured.fronts(methods)
+    proxy, limit = measured.proxy.name, measured.limit
+    searches = [CandidateSearch(objective, fronts, measured.dense_ms, proxy) for objective in objectives]
+    if measured.is_foreign:
+        for search in searches:
+            search.next_candidates(limit.deadline(), limit.clock)
+    else:
+        run_searches(searches, measured.time_candidates, limit.deadline(), TUNING.proxy_share, limit.clock)
     plans = []
-    for objective in objectives:
-        best = decided(search, fronts, objective)
-        plans.append(_plan(search, fronts, best, objective, time.perf_counter() - start))
-        start = time.perf_counter()
+    for search in searches:
+        candidate, met, reason, dense = search.result()
+        chosen = next(front for front in fronts if front.label == candidate.method)
+        entries = [front.all_candidates(candidate if front is chosen else None) for front in fronts]
+        made = Plan.of(
+            candidate,
+            chosen.reduction,
+            search.objective,
+            met,
+            nothing_timed(reason, measured.profile) if measured.is_foreign else reason,
+            measured.profile,
+            proxy=proxy,
+            dense=dense,
+            front=tuple(entry for group in entries for entry in group),
+            images=len(measured.images),
+            sensitivity_images=measured.sensitivity_images,
+            sensitivity_seconds=measured.sensitivity_seconds,
+        )
+        plans.append(made)
     return plans
 
 
-def _plan(
-    search: BlockSearch, fronts: Sequence[MethodFront], best: Candidate, objective: Objective, seconds: float
-) -> BlocksPlan:
-    curve, front, schedule = search.curve, best.front, best.entry.schedule
-    n, tokens, reducing = curve.dense_tokens, schedule.tokens(curve.dense_tokens)[-1], schedule.reducing
-    made_on = MeasurementSource.from_context(curve.context, objective=str(objective), dense_tokens=n, proxy=front.name)
-    made = BlocksPlan(
-        schedule=Schedule(schedule.removed, spec_of(front.reduction), made_on),
-        method=front.reduction.name,
-        label=front.label,
-        block=min(reducing) if reducing else search.transformer.first,
-        objective=objective,
-        profile=curve,
-        proxy=front.name,
-        accuracy={n: 1.0, tokens: front.accuracy(best.entry)},
-        tokens=tokens,
-        reason=best.reason,
-        dense=best.dense,
-        pruned=best.pruned,
-        seconds=seconds,
-        front=tuple(e for each in fronts for e in each.everything(best.entry if each is front else None)),
-        predicted_ratio=front.ratio(best.entry),
-        reduction=front.reduction,
-        images=search.seen,
-        sensitivity_seconds=search.seconds,
-    )
-    return made.or_dense_if_slower()
+def usable_methods(
+    methods: Methods, blocks: Blocks, transformer: VisionTransformer
+) -> dict[str, tuple[Reduction, tuple[int, ...]]]:
+    """The methods that can be used with this model, by label, and the blocks in which each may reduce; at least one.
+
+    Args:
+        methods: As `plan` takes them.
+        blocks: As `plan` takes them.
+        transformer: The Vision Transformer.
+
+    Raises:
+        ArgumentError: If the images decide how many tokens a method removes, two are the same, or `blocks` is unusable.
+        UnsupportedModelError: If none can be used.
+    """
+    wanted = AUTO_METHODS if isinstance(methods, str) and methods == "auto" else methods
+    listed = list(wanted) if isinstance(wanted, list | tuple) else [wanted]
+    if not listed:
+        raise ArgumentError('`methods` must be "auto", a method, or a list of at least one, got an empty list.')
+    allowed = allowed_blocks(blocks, transformer)
+    found: dict[Reduction, tuple[int, ...]] = {}
+    reasons: list[str] = []
+    for method in listed:
+        reduction = resolve(method)  # type: ignore[arg-type]
+        refuse_adaptive(reduction)
+        try:
+            is_known = reduction in found
+        except TypeError as error:
+            raise ArgumentError(f"`methods` must be hashable, got {reduction!r}: {error}.") from error
+        if is_known:
+            raise ArgumentError(f"`methods` must differ from one another, got {reduction!r} twice.")
+        own = (0,) if reduction.site == "input" else allowed
+        try:
+            check_reduction(transformer, reduction, at=None if reduction.site == "input" else own[0])
+            found[reduction] = own
+        except UnsupportedModelError as error:
+            reasons.append(f"{reduction.name}: {error}")
+    if not found:
+        raise UnsupportedModelError(f"None of the methods can be used with this model. {' '.join(reasons)}")
+    return {label: (reduction, found[reduction]) for reduction, label in method_labels(list(found)).items()}
+
+
+def allowed_blocks(blocks: Blocks, transformer: VisionTransformer) -> tuple[int, ...]:
+    """The indices of the blocks that may reduce, ascending.
+
+    Args:
+        blocks: As `plan` takes them.
+        transformer: The Vision Transformer.
+
+    Raises:
+        ArgumentError: If it is neither `"all"`, a block, nor a list of blocks.
+    """
+    depth, first = transformer.depth, transformer.first
+    if isinstance(blocks, str) and blocks == "all":
+        return tuple(range(first, depth))
+    listed = blocks if isinstance(blocks, list | tuple | range) else [blocks]
+    if not listed or any(isinstance(block, str) for block in listed):
+        raise ArgumentError(f'`blocks` must be "all", a block, or a list of at least one, got {blocks!r}.')
+    return tuple(sorted({resolve_block(block, depth, first) for block in listed}))  # type: ignore[arg-type]
+
+
+def method_labels(reductions: Sequence[Reduction]) -> dict[Reduction, str]:
+    """A label for each method: its name, and if several have it the settings in which they differ.
+
+    Args:
+        reductions: Different ones.
+
+    Example:
+        >>> from lightning_prune.planning.api import method_labels
+        >>> from lightning_prune.reduction import RandomDrop, TopK
+        >>> list(method_labels([TopK(), RandomDrop(), RandomDrop(seed=3)]).values())
+        ['topk', 'random (seed=0)', 'random (seed=3)']
+    """
+    labels: dict[Reduction, str] = {}
+    for reduction in reductions:
+        others = [other.settings() for other in reductions if other.name == reduction.name]
+        settings = reduction.settings()
+        differing = [key for key in settings if any(other.get(key) != settings[key] for other in others)]
+        text = ", ".join(f"{key}={settings[key]!r}" for key in differing)
+        label = f"{reduction.name} ({text})" if text else reduction.name
+        same = sum(other.split(" #")[0] == label for other in labels.values())
+        labels[reduction] = f"{label} #{same + 1}" if same else label  # what differs is not among the settings
+    return labels
+
+
+def shuffled(images: Tensor, seed: int) -> Tensor:
+    """Images in a random order, so that the first of them are a sample of all."""
+    return images[torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))]
+
+
+def _check_arguments(
+    transformer: VisionTransformer,
+    example_inputs: object,
+    calibration: object,
+    objectives: Sequence[object],
+    runtime: str,
+    proxy: str,
+    time_limit: float | None,
+    protocol: str,
+) -> None:
+    """Raises ArgumentError before anything is measured if an argument cannot be used."""
+    check_measurable(transformer, example_inputs, time_limit, protocol)  # type: ignore[arg-type]
+    if not isinstance(calibration, Tensor) or calibration.ndim != 4 or not len(calibration):
+        got = tuple(calibration.shape) if isinstance(calibration, Tensor) else type(calibration).__name__
+        raise ArgumentError(f"`calibration` must be images (images, C, H, W), got {got}.")
+    assert isinstance(example_inputs, Tensor)
+    if calibration.shape[1:] != example_inputs.shape[1:]:
+        size, got = tuple(example_inputs.shape[1:]), tuple(calibration.shape[1:])
+        raise ArgumentError(f"`calibration` must be of the size of `example_inputs`, {size}, got {got}.")
+    for objective in objectives:
+        if not isinstance(objective, Objective):
+            raise ArgumentError(f"`objective` must be an Objective such as AccuracyBudget(0.005), got {objective!r}.")
+    if runtime != "torch":
+        raise ArgumentError(f"`runtime` must be 'torch', got {runtime!r}.")
+    if proxy != "auto":
+        raise ArgumentError(f"`proxy` must be 'auto', got {proxy!r}.")

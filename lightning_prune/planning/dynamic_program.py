@@ -1,4 +1,4 @@
-"""The exact dynamic programme: for every latency the schedule that costs the least accuracy."""
+"""Dynamic programme over blocks: for every latency the schedule that costs the least accuracy."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -7,15 +7,17 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_prune.planning.results import pareto_front
+
 Table = NDArray[np.float64]
 
 
-class FrontPoint(NamedTuple):
-    """A schedule that nothing beats in both respects.
+class Solution(NamedTuple):
+    """A schedule that no other beats in latency and cost.
 
     Attributes:
-        milliseconds: Its latency, by the model.
-        cost: Its cost of accuracy, by the model.
+        milliseconds: Predicted latency.
+        cost: Predicted cost of accuracy.
         levels: Token count that leaves each block.
     """
 
@@ -24,28 +26,28 @@ class FrontPoint(NamedTuple):
     levels: tuple[int, ...]
 
 
-def pareto_front(
+def optimal_schedules(
     levels: Sequence[int], milliseconds: Table, costs: Table, dense_ms: float, grid: int = 4000
-) -> list[FrontPoint]:
+) -> list[Solution]:
     """All schedules over these levels that no other beats in latency and cost, from dense to the fastest.
 
-    Blocks are gone through in order; for every token count and every latency so far only the cheapest way is kept.
-    Latency is counted in `grid` parts of dense, by which alone the front is not exact; what is reported of a schedule
-    is computed without.
+    The programme goes through the blocks in order and keeps, for every token count and every latency so far, only the
+    cheapest way. Latency is rounded to `grid` parts of dense during the search; the latency and cost of the result are
+    not rounded.
 
     Args:
         levels: (levels,) token counts, ascending; the last is N, which enters block 0.
-        milliseconds: (levels, levels) what a block adds to dense if so many enter (rows) and so many leave (columns).
-        costs: (depth, levels, levels) cost of accuracy of the same; inf where it is not allowed.
+        milliseconds: (levels, levels) what a block adds to dense if a count enters (rows) and a count leaves (columns).
+        costs: (depth, levels, levels) cost of accuracy of the same; inf if the step is not allowed.
         dense_ms: Latency of the unpruned model.
-        grid: Parts of the dense latency.
+        grid: Number of parts of the dense latency.
 
     Example:
         >>> import numpy as np
-        >>> from lightning_prune.planning.dynamic_program import pareto_front
+        >>> from lightning_prune.planning.dynamic_program import optimal_schedules
         >>> added = np.array([[-4.0, np.inf], [-2.0, 0.0]])  # of 10 or 20 tokens
-        >>> cost = np.array([[[0.0, np.inf], [1.0, 0.0]], [[0.0, np.inf], [0.2, 0.0]]])  # block 1 minds less
-        >>> [(point.milliseconds, point.cost, point.levels) for point in pareto_front([10, 20], added, cost, 10.0)]
+        >>> cost = np.array([[[0.0, np.inf], [1.0, 0.0]], [[0.0, np.inf], [0.2, 0.0]]])  # block 1 is less sensitive
+        >>> [(point.milliseconds, point.cost, point.levels) for point in optimal_schedules([10, 20], added, cost, 10.0)]
         [(10.0, 0.0, (20, 20)), (8.0, 0.2, (20, 10)), (4.0, 1.0, (10, 10))]
     """
     depth, count = len(costs), len(levels)
@@ -73,10 +75,10 @@ def pareto_front(
                 np.copyto(after[leaving, shift:], moved, where=better)
                 np.copyto(came_from[block, leaving, shift:], entering, where=better)
         best = after
-    return _front(levels, milliseconds, costs, dense_ms, best, came_from, np.rint(saved), offset)
+    return _backtrack(levels, milliseconds, costs, dense_ms, best, came_from, np.rint(saved), offset)
 
 
-def _front(
+def _backtrack(
     levels: Sequence[int],
     milliseconds: Table,
     costs: Table,
@@ -85,9 +87,9 @@ def _front(
     came_from: NDArray[np.int16],
     saved: Table,
     offset: int,
-) -> list[FrontPoint]:
-    """The schedules behind the cheapest entries of every latency, by their latency and cost without rounding."""
-    found: list[FrontPoint] = []
+) -> list[Solution]:
+    """The schedules behind the cheapest entries of every latency, with latency and cost without rounding."""
+    found: list[Solution] = []
     cheapest = np.inf
     for slot in range(best.shape[1] - 1, -1, -1):  # the fastest first; slower ones must be cheaper
         last = int(np.argmin(best[:, slot]))
@@ -103,9 +105,5 @@ def _front(
         steps = list(pairwise(places))
         total = dense_ms + sum(float(milliseconds[step]) for step in steps)
         cost = sum(float(costs[block][step]) for block, step in enumerate(steps))
-        found.append(FrontPoint(total, cost, tuple(int(levels[leaving]) for _, leaving in steps)))
-    front: list[FrontPoint] = []
-    for point in sorted(found, key=lambda point: (point.milliseconds, point.cost)):
-        if not front or point.cost < front[-1].cost - 1e-12:
-            front.append(point)
-    return front[::-1]
+        found.append(Solution(total, cost, tuple(int(levels[leaving]) for _, leaving in steps)))
+    return pareto_front(found, key=lambda solution: (solution.milliseconds, solution.cost))[::-1]

@@ -1,4 +1,4 @@
-"""Latency of a schedule, predicted from a latency profile and the overhead of each reducing block."""
+"""Predicted latency of any schedule, from one latency curve and the overhead of each reducing block."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_prune.planning.speedup_targets import ratio_stderr
+from lightning_prune.planning.objectives import RATIO_TOLERANCE
 from lightning_prune.profiling import LatencyProfile, LatencyStats
 from lightning_prune.reduction import Reduction
 from lightning_prune.schedule import Schedule
@@ -16,43 +16,62 @@ from lightning_prune.schedule import Schedule
 Levels = NDArray[np.int64]
 
 
-class ReductionOverhead(NamedTuple):
-    """What a method costs besides the tokens, in milliseconds of a batch.
+@dataclass(frozen=True)
+class LatencyModelTuning:
+    """Constants of the latency model.
 
     Attributes:
-        reducing: Of each block that reduces, however many tokens enter it: small operations take as long for few.
-        tokens: Of a block that reduces N tokens, on top; of fewer in proportion.
-        after: Of each block after the first that reduces: merged tokens that attention must weigh by their sizes.
+        max_levels: Token counts of a curve that are searched: the time of the search grows with their square.
+        min_error_ratio: Error of the model itself, over dense, however well a schedule was timed.
+        one_round_error_ratio: Error of a timing of one round, over dense: a few rounds may agree by chance.
     """
 
-    reducing: float = 0.0
-    tokens: float = 0.0
-    after: float = 0.0
+    max_levels: int = 40
+    min_error_ratio: float = 0.003
+    one_round_error_ratio: float = 0.03
 
 
-FREE = ReductionOverhead()
+TUNING = LatencyModelTuning()
+
+
+class ReductionOverhead(NamedTuple):
+    """Latency that a method adds besides that of the tokens, in milliseconds per batch.
+
+    Attributes:
+        per_block: Of each reducing block, whatever the number of tokens: small operations take as long for few.
+        per_tokens: Of a reducing block that N tokens enter, in addition; proportionally less for fewer.
+        per_later_block: Of each block after the first that reduces: attention adds the sizes of merged tokens.
+    """
+
+    per_block: float = 0.0
+    per_tokens: float = 0.0
+    per_later_block: float = 0.0
+
+
+NO_OVERHEAD = ReductionOverhead()
 
 
 @dataclass(frozen=True)
 class LatencyModel:
-    """Blocks are alike, so what one costs at a token count is the same wherever it stands.
+    """Latency of a schedule; all blocks are alike, so that a block costs the same at a token count wherever it is.
 
-    latency(schedule) = dense - sum over blocks of what each saves + prices. A block that reduces runs its attention on
-    the tokens that enter and its MLP on those that are left.
+    latency(schedule) = dense + sum over the blocks of their change against N tokens + overhead. A reducing block runs
+    its attention on the tokens that enter and its MLP on those that are left.
 
     Attributes:
-        levels: (levels,) token counts of the curve, ascending; the last is N.
-        block_ms: (levels,) what a block costs less than at N, as a number <= 0 where it is faster.
-        dense_ms: Latency of the unpruned model.
-        depth: Blocks.
-        attention: Share of a block's time that lies before its reduction.
-        price: Of the method.
+        levels: (levels,) token counts, ascending; the last is N.
+        block_ms: (levels,) latency of a block minus that at N tokens; negative where it is faster.
+        dense_ms: Latency of the dense model.
+        depth: Number of blocks.
+        attention_share: Share of a block's latency before its reduction.
+        overhead: Of the method.
 
     Example:
         >>> import numpy as np
         >>> from lightning_prune import Schedule
         >>> from lightning_prune.planning.latency_model import LatencyModel
-        >>> model = LatencyModel(np.array([100, 200]), np.array([-1.0, 0.0]), dense_ms=10.0, depth=4, attention=0.25)
+        >>> levels, block_ms = np.array([100, 200]), np.array([-1.0, 0.0])
+        >>> model = LatencyModel(levels, block_ms, dense_ms=10.0, depth=4, attention_share=0.25)
         >>> model.predict(Schedule([0, 0, 100, 0]))
         8.25
     """
@@ -61,117 +80,164 @@ class LatencyModel:
     block_ms: NDArray[np.float64]
     dense_ms: float
     depth: int
-    attention: float
-    price: ReductionOverhead = FREE
+    attention_share: float
+    overhead: ReductionOverhead = NO_OVERHEAD
 
     @classmethod
     def from_profile(
         cls,
         profile: LatencyProfile,
-        attention: float,
+        attention_share: float,
         levels: Sequence[int] | None = None,
-        price: ReductionOverhead = FREE,
+        overhead: ReductionOverhead = NO_OVERHEAD,
     ) -> "LatencyModel":
-        """From a curve on which all tokens go before block 0, so that every block runs on the count.
+        """From a latency curve, measured with all tokens removed before block 0 or in one block.
 
         Args:
-            profile: Of such a reduction, as `RandomDrop(site="input")`.
-            attention: Share of a block's time that lies before its reduction.
+            profile: The curve.
+            attention_share: Share of a block's latency before its reduction.
             levels: Counts to keep; all if None.
-            price: Of the method that is planned for.
+            overhead: Of the method that is planned for.
         """
         tokens = np.array(profile.tokens if levels is None else sorted({*levels, profile.dense_tokens}))
         milliseconds = np.array([profile.latency_ms(int(count)) for count in tokens])
-        return cls(
-            tokens, (milliseconds - profile.dense_ms) / profile.depth, profile.dense_ms, profile.depth, attention, price
-        )
+        # Blocks that run on the count: all, or those after the reducing block and its MLP.
+        blocks = profile.depth if removes_before_blocks(profile) else profile.depth - profile.block - attention_share
+        saved = (milliseconds - profile.dense_ms) / blocks
+        return cls(tokens, saved, profile.dense_ms, profile.depth, attention_share, overhead)
 
-    def at(self, tokens: float) -> float:
-        """What a block costs less than at N, at any count; straight between the levels."""
+    def change_ms(self, tokens: float) -> float:
+        """Latency of a block minus that at N tokens, at any count; linear between the levels."""
         return float(np.interp(tokens, self.levels, self.block_ms))
 
     def predict(self, schedule: Schedule) -> float:
         """Milliseconds of a schedule.
 
         Args:
-            schedule: One number a block.
+            schedule: Tokens that each block removes.
         """
         n = entering = int(self.levels[-1])
         total = self.dense_ms
         for leaving in schedule.tokens(n):
-            total += self.attention * self.at(entering) + (1 - self.attention) * self.at(leaving)
-            total += (self.price.reducing + self.price.tokens * entering / n) * (leaving < entering)
-            total += self.price.after * (entering < n)
+            total += self.attention_share * self.change_ms(entering)
+            total += (1 - self.attention_share) * self.change_ms(leaving)
+            if leaving < entering:
+                total += self.overhead.per_block + self.overhead.per_tokens * entering / n
+            if entering < n:
+                total += self.overhead.per_later_block
             entering = leaving
         return total
 
     def steps(self) -> NDArray[np.float64]:
-        """(levels, levels) what a block adds to dense if so many tokens enter and so many leave; inf if more leave."""
+        """(levels, levels) what a block adds to dense if a count enters (rows) and a count leaves (columns).
+
+        inf where more tokens would leave than enter.
+        """
         entering, leaving = self.block_ms[:, None], self.block_ms[None, :]
-        added = self.attention * entering + (1 - self.attention) * leaving
+        added = self.attention_share * entering + (1 - self.attention_share) * leaving
         places = np.arange(len(self.levels))
         share = self.levels[:, None] / self.levels[-1]
-        added = added + (self.price.reducing + self.price.tokens * share) * (places[None, :] < places[:, None])
-        added = added + self.price.after * (places[:, None] < len(places) - 1)
+        reduces = places[None, :] < places[:, None]
+        added = added + (self.overhead.per_block + self.overhead.per_tokens * share) * reduces
+        added = added + self.overhead.per_later_block * (places[:, None] < len(places) - 1)
         return np.where(places[None, :] <= places[:, None], added, np.inf)
 
 
-_SUREST = 0.003  # of dense: the model is no better than that, however well a schedule was timed
-_ONE_ROUND = 0.03  # of dense: few rounds may agree by chance, and one has no spread at all
+def removes_before_blocks(profile: LatencyProfile) -> bool:
+    """Whether a curve was measured with all tokens removed before block 0, so that every block runs on the count."""
+    settings = profile.context.get("method_settings")
+    if profile.protocol == "paper":
+        return True
+    if settings and "site" in settings:
+        return settings["site"] == repr("input")
+    return profile.method == "random" and profile.block == 0
+
+
+def token_levels(profile: LatencyProfile) -> list[int]:
+    """The token counts of a curve that are searched, ascending, N last.
+
+    Of more than 40 counts, the lower edges of the cliffs and an even selection of the others. If the device gains
+    nothing, N alone.
+
+    Args:
+        profile: The latency curve.
+    """
+    if not any(profile.is_faster_than_dense(count) for count in profile.tokens):
+        return [profile.dense_tokens]
+    if len(profile.tokens) <= TUNING.max_levels:
+        return list(profile.tokens)
+    cliffs = sorted(profile.cliffs(), key=profile.step_excess, reverse=True)[: TUNING.max_levels // 2]
+    edges = {profile.tokens[0], profile.dense_tokens, *(cliff.below for cliff in cliffs)}
+    others = [count for count in profile.tokens if count not in edges]
+    kept = min(TUNING.max_levels - len(edges), len(others))
+    places = np.linspace(0, len(others) - 1, kept).round().astype(int)
+    return sorted(edges | {others[place] for place in places})
 
 
 def probe_schedules(
-    reduction: Reduction, tokens: int, prefix_tokens: int, depth: int, first: int
-) -> dict[str, Schedule]:
-    """Schedules that tell the prices apart: one block early, one late, four, and three of which two find few tokens.
+    reduction: Reduction, tokens: int, prefix_tokens: int, blocks: Sequence[int], depth: int
+) -> list[Schedule]:
+    """Schedules whose timings tell the parts of the overhead apart.
+
+    One block early, one late, four blocks, and three of which two get few tokens. If only one block may reduce, it
+    removes four different numbers of tokens.
 
     Args:
         reduction: The method.
         tokens: N.
         prefix_tokens: P.
-        depth: Blocks.
-        first: The first block that can reduce.
+        blocks: Blocks that may reduce, ascending.
+        depth: Number of blocks.
     """
-    middle = (first + depth) // 2
-    wanted: dict[str, list[tuple[int, int]]] = {  # block, tokens that it is to remove
-        "early": [(first, tokens // 2)],
-        "late": [(max(depth - 2, first), tokens // 3)],
-        "four": [(block, tokens // 12) for block in np.linspace(first, depth - 1, 4).astype(int).tolist()],
-        "few": [(first, tokens * 2 // 3), (middle, tokens // 12), (depth - 1, tokens // 12)],
-    }
-    found: dict[str, Schedule] = {}
-    for name, cuts in wanted.items():
+    first, middle, last = blocks[0], blocks[len(blocks) // 2], blocks[-1]
+    late = blocks[max(len(blocks) - 2, 0)]
+    four = [blocks[place] for place in np.linspace(0, len(blocks) - 1, 4).astype(int)]
+    wanted = [  # (block, tokens to remove) of each schedule; of equal blocks the first counts
+        [(first, tokens // 2)],
+        [(late, tokens // 3)],
+        [(block, tokens // 12) for block in four],
+        [(first, tokens * 2 // 3), (middle, tokens // 12), (last, tokens // 12)],
+    ]
+    found = []
+    for cuts in wanted:
         removed, left = [0] * depth, tokens
-        for block, cut in dict(cuts).items():
+        for block, cut in sorted(dict(reversed(cuts)).items()):
             removed[block] = min(max(cut, 1), reduction.max_removed(left, prefix_tokens))
             left -= removed[block]
-        found[name] = Schedule(removed)
+        found.append(Schedule(removed))
     return found
 
 
 def fit_overhead(model: LatencyModel, timed: Iterable[tuple[Schedule, LatencyStats]]) -> ReductionOverhead:
-    """The prices, none below 0, that explain best by how much schedules are slower than their tokens alone would be.
+    """The overhead, no part below 0, that explains best how much slower schedules are than their tokens alone.
+
+    Non-negative least squares; more exact timings weigh more.
 
     Args:
         model: Of the tokens alone.
-        timed: Schedules with their timings, of which the ratio to dense counts; the surer ones weigh more.
+        timed: Schedules with timings, of which the ratio to dense counts.
     """
-    from sklearn.linear_model import LinearRegression  # takes a second to import
+    from scipy.optimize import nnls  # slow to import
 
     rows: list[Sequence[float]] = []
-    lacking: list[float] = []
-    weights: list[float] = []
+    missing_ms: list[float] = []
     n = int(model.levels[-1])
     for schedule, timing in timed:
         reducing = schedule.reducing
         if not reducing:
             continue
+        error = max(timing.ratio_stderr, TUNING.min_error_ratio, TUNING.one_round_error_ratio / sqrt(timing.rounds))
         entering = (n, *schedule.tokens(n))
         share = sum(entering[block] for block in reducing) / n
-        rows.append((len(reducing), share, model.depth - 1 - min(reducing)))
-        lacking.append(timing.ratio * model.dense_ms - model.predict(schedule))
-        weights.append(1 / max(ratio_stderr(timing), _SUREST, _ONE_ROUND / sqrt(timing.rounds)) ** 2)
+        row = (len(reducing), share, model.depth - 1 - min(reducing))
+        rows.append([value / error for value in row])
+        missing_ms.append((timing.ratio * model.dense_ms - model.predict(schedule)) / error)
     if not rows:
-        return ReductionOverhead()
-    fitted = LinearRegression(fit_intercept=False, positive=True).fit(rows, lacking, sample_weight=weights)
-    return ReductionOverhead(*map(float, fitted.coef_))
+        return NO_OVERHEAD
+    coefficients, _ = nnls(np.array(rows), np.array(missing_ms))
+    return ReductionOverhead(*map(float, coefficients))
+
+
+def budget_tolerance(timing: LatencyStats, largest: float) -> float:
+    """The share by which a timing may miss a budget: two standard errors, between 0.5% and `largest`."""
+    return min(max(2 * timing.ratio_stderr, RATIO_TOLERANCE), largest)

@@ -1,7 +1,6 @@
-"""What the planner optimises: from latency and accuracy at each token count to the count to deploy."""
+"""Objectives: from the latency and the accuracy of each candidate to the one to deploy."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
 from numbers import Real
@@ -10,83 +9,80 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_prune.errors import ArgumentError
-from lightning_prune.planning.speedup_targets import NEAR
 from lightning_prune.profiling import LatencyStats
 
 Column = NDArray[np.float64]
-_ROUNDING = 1e-6  # of a proxy that is a mean of float32 probabilities: not a loss
+RATIO_TOLERANCE = 0.005  # share by which a latency may exceed a budget and still meet it: timers are no more exact
+_ACCURACY_ROUNDING = 1e-6  # a proxy is a mean of float32 probabilities: a smaller difference is no loss
 
 
 class Objective(ABC):
-    """How good a point of the curve is. Higher is better; `-inf` is a point that may not be chosen."""
+    """The value of a candidate. Higher is better; `-inf` marks a candidate that may not be chosen.
+
+    **The last element of every array is the dense model.** Latencies are judged relative to it, and it may always be
+    chosen under an accuracy budget.
+    """
 
     @abstractmethod
     def score(self, milliseconds: Column, accuracy: Column) -> Column:
-        """The value of every point.
+        """The value of every candidate.
 
         Args:
-            milliseconds: (points,) latency, the last point dense.
-            accuracy: (points,) proxy relative to dense: 1 is as good as dense.
+            milliseconds: (candidates,) latency, dense last.
+            accuracy: (candidates,) proxy relative to dense: 1 is as good as dense.
         """
 
-    def unreachable(self, tokens: Sequence[int], milliseconds: Column) -> str | None:
-        """Why no point of a latency curve can be chosen, with the best that can be had; None where one can.
+    def infeasible_reason(self, milliseconds: Column) -> str | None:
+        """Why no candidate meets the budget, with the best that can be had; None if one does, or there is no budget.
 
         Args:
-            tokens: (points,) token counts, the last dense.
-            milliseconds: (points,) latency.
+            milliseconds: (candidates,) latency, dense last.
         """
         return None
 
-    def excess(self, timing: LatencyStats) -> float:
-        """By what factor a point, timed beside dense, is slower than was asked for; 1 where it is not.
+    def violation(self, timing: LatencyStats) -> float:
+        """The share by which a timed candidate is slower than the budget; <= 0 if it meets the budget.
 
         Args:
-            timing: Of the point.
+            timing: Latency of the candidate, from a run together with the dense model.
         """
-        return 1.0
+        return 0.0
 
-    def tighten(self, factor: float) -> "Objective":
-        """The objective to choose by where latencies turned out to be longer by a factor than a profile says."""
-        return self
-
-    def rescale(self, factor: float) -> "Objective":
-        """The objective to choose by on a profile where all latencies, dense as well, are now so much longer."""
-        return self
-
-    def dense_is_feasible(self, milliseconds: float) -> bool:
-        """Whether removing nothing is a choice.
+    def dense_is_feasible(self, dense_ms: float) -> bool:
+        """Whether removing nothing meets the objective.
 
         Args:
-            milliseconds: Latency of the dense model.
+            dense_ms: Latency of the dense model.
         """
-        return bool(self.score(np.array([milliseconds]), np.ones(1))[0] > -inf)
+        return bool(self.score(np.array([dense_ms]), np.ones(1))[0] > -inf)
 
-    def among(self, milliseconds: Column, accuracy: Column) -> Column:
-        """The value of points that are known to keep to a budget, by which one of them is chosen.
+    def score_feasible(self, milliseconds: Column, accuracy: Column) -> Column:
+        """The value of candidates that are known to meet a latency budget.
 
         Args:
-            milliseconds: (points,) latency, the last point dense.
-            accuracy: (points,) proxy relative to dense.
+            milliseconds: (candidates,) latency, dense last.
+            accuracy: (candidates,) proxy relative to dense.
         """
         return self.score(milliseconds, accuracy)
 
     def best(self, milliseconds: Column, accuracy: Column) -> int:
-        """Index of the best point; of equally good ones the one with the most tokens."""
+        """Index of the best candidate; of equally good ones the last, which removes the fewest tokens."""
         score = self.score(milliseconds, accuracy)
         return int(len(score) - 1 - np.argmax(score[::-1]))
 
     @abstractmethod
     def __str__(self) -> str:
-        """In a few words, for tables and panels."""
+        """In a few words, for tables and reports."""
 
 
 @dataclass(frozen=True)
 class Utility(Objective):
-    """The POMT paper's: U(n) = alpha (1 - L(n) / max L) + (1 - alpha) A(n) / max A (arXiv 2407.05941, section 3.2).
+    """The POMT paper's utility: U(n) = alpha (1 - L(n) / max L) + (1 - alpha) A(n) / max A.
+
+    Source: arXiv 2407.05941, section 3.2.
 
     Args:
-        alpha: Weight of latency against accuracy, in [0, 1]; the paper's 0.5 prunes hard on most models.
+        alpha: Weight of latency against accuracy, in [0, 1]; the paper's 0.5 prunes most models hard.
 
     Raises:
         ArgumentError: If `alpha` is outside [0, 1].
@@ -107,7 +103,7 @@ class Utility(Objective):
             raise ArgumentError(f"`alpha` must be a number in [0, 1], got {self.alpha!r}.")
 
     def score(self, milliseconds: Column, accuracy: Column) -> Column:
-        """U of every point."""
+        """The utility of every candidate."""
         return self.alpha * (1 - milliseconds / milliseconds.max()) + (1 - self.alpha) * accuracy / accuracy.max()
 
     def __str__(self) -> str:
@@ -116,7 +112,7 @@ class Utility(Objective):
 
 @dataclass(frozen=True)
 class AccuracyBudget(Objective):
-    """The fastest point whose proxy loses at most `max_drop`.
+    """The fastest candidate whose proxy loses at most `max_drop`.
 
     Args:
         max_drop: Share of the dense proxy that may be lost: 0.005 is half a percent, 0 is nothing.
@@ -140,10 +136,10 @@ class AccuracyBudget(Objective):
             raise ArgumentError(f"`max_drop` must be a number in [0, 1), got {self.max_drop!r}.")
 
     def score(self, milliseconds: Column, accuracy: Column) -> Column:
-        """1 - L / max L inside the budget, -inf outside; dense is always inside."""
-        inside = accuracy >= 1 - self.max_drop - _ROUNDING
-        inside[-1] = True
-        return np.where(inside, 1 - milliseconds / milliseconds.max(), -np.inf)
+        """1 - L / max L within the budget, -inf outside; dense is always within."""
+        within = accuracy >= 1 - self.max_drop - _ACCURACY_ROUNDING
+        within[-1] = True
+        return np.where(within, 1 - milliseconds / milliseconds.max(), -np.inf)
 
     def __str__(self) -> str:
         return f"accuracy budget, at most {100 * self.max_drop:g}% lost"
@@ -151,14 +147,14 @@ class AccuracyBudget(Objective):
 
 @dataclass(frozen=True)
 class LatencyBudget(Objective):
-    """The most accurate point inside a latency.
+    """The most accurate candidate within a latency.
 
     Args:
         ms: Milliseconds that a batch may take at most.
-        speedup: Dense latency over theirs, at least; one of the two is given.
+        speedup: Smallest ratio of the dense latency to the candidate's; one of the two is given.
 
     Raises:
-        ArgumentError: If not one of the two is given, or it is out of range.
+        ArgumentError: If not exactly one of the two is given, or it is out of range.
 
     Example:
         >>> import numpy as np
@@ -177,53 +173,45 @@ class LatencyBudget(Objective):
             raise ArgumentError(
                 f"A LatencyBudget has one of `ms` and `speedup`, got ms={self.ms!r}, speedup={self.speedup!r}."
             )
-        name, value, least = ("ms", self.ms, 0) if self.speedup is None else ("speedup", self.speedup, 1)
-        if value is None or not _is_number(value) or not least < value < inf:
-            raise ArgumentError(f"`{name}` must be a finite number > {least}, got {value!r}.")
+        name, value, minimum = ("ms", self.ms, 0) if self.speedup is None else ("speedup", self.speedup, 1)
+        if value is None or not _is_number(value) or not minimum < value < inf:
+            raise ArgumentError(f"`{name}` must be a finite number > {minimum}, got {value!r}.")
 
-    def _limit(self, dense: float) -> float:
-        """The longest that counts as inside; half a percent over is, as no clock is surer."""
-        wanted = self.ms if self.ms is not None else dense / float(self.speedup or 1)
-        return wanted * (1 + NEAR)
+    def limit_ms(self, dense_ms: float) -> float:
+        """The longest latency that meets the budget, without tolerance.
+
+        Args:
+            dense_ms: Latency of the dense model.
+        """
+        return self.ms if self.ms is not None else dense_ms / float(self.speedup or 1)
 
     def score(self, milliseconds: Column, accuracy: Column) -> Column:
-        """The accuracy inside the budget, -inf outside."""
-        return np.where(milliseconds <= self._limit(milliseconds[-1]), accuracy, -np.inf)
+        """The accuracy within the budget, -inf outside."""
+        limit = self.limit_ms(milliseconds[-1]) * (1 + RATIO_TOLERANCE)
+        return np.where(milliseconds <= limit, accuracy, -np.inf)
 
-    def among(self, milliseconds: Column, accuracy: Column) -> Column:
+    def score_feasible(self, milliseconds: Column, accuracy: Column) -> Column:
         """The accuracy."""
         return accuracy
 
-    def unreachable(self, tokens: Sequence[int], milliseconds: Column) -> str | None:
-        """Why, if the fastest point is too slow."""
-        fastest = int(np.argmin(milliseconds))
-        if milliseconds[fastest] <= self._limit(milliseconds[-1]):
+    def infeasible_reason(self, milliseconds: Column) -> str | None:
+        """Why no candidate is within the budget: the latency of the fastest one."""
+        fastest, dense_ms = float(np.min(milliseconds)), float(milliseconds[-1])
+        if fastest <= self.limit_ms(dense_ms) * (1 + RATIO_TOLERANCE):
             return None
-        return (
-            f"The {self} cannot be reached: the fastest that was measured is {milliseconds[fastest]:.3g} ms, "
-            f"{milliseconds[-1] / milliseconds[fastest]:.2f}x, with {tokens[fastest]} tokens."
-        )
+        return f"The {self} cannot be reached: the fastest candidate takes {fastest:.3g} ms, {dense_ms / fastest:.2f}x."
 
-    def excess(self, timing: LatencyStats) -> float:
-        """By what factor it is over the budget; 1 inside it, by the same half a percent as the score."""
-        over = timing.milliseconds / self.ms if self.ms is not None else timing.ratio * float(self.speedup or 1)
-        return over if over > 1 + NEAR else 1.0
-
-    def tighten(self, factor: float) -> "LatencyBudget":
-        """The budget of which a point is so much faster."""
+    def violation(self, timing: LatencyStats) -> float:
+        """The share by which the latency exceeds the budget."""
         if self.ms is not None:
-            return LatencyBudget(ms=self.ms / factor)
-        return LatencyBudget(speedup=float(self.speedup or 1) * factor)
-
-    def rescale(self, factor: float) -> "LatencyBudget":
-        """What milliseconds of now were when the profile was made; a speed-up stays one."""
-        return self if self.ms is None else LatencyBudget(ms=self.ms / factor)
+            return timing.milliseconds / self.ms - 1
+        return timing.ratio * float(self.speedup or 1) - 1
 
     def __str__(self) -> str:
-        told = f"{self.ms:g} ms" if self.ms is not None else f"{self.speedup:g}x"
-        return f"latency budget, {told}"
+        limit = f"{self.ms:g} ms" if self.ms is not None else f"{self.speedup:g}x"
+        return f"latency budget, {limit}"
 
 
 def _is_number(value: object) -> bool:
-    """Of Python or numpy; a bool is none."""
+    """Whether it is a number of Python or NumPy; a bool is none."""
     return isinstance(value, Real) and not isinstance(value, bool)

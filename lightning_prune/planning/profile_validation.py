@@ -1,4 +1,4 @@
-"""A profile that a user gives: whether it is of this model, and whether of this device."""
+"""Whether a latency profile that a user gives is of this model, can be planned on, and is of this device."""
 
 import warnings
 
@@ -7,84 +7,70 @@ from torch import Tensor
 from lightning_prune.errors import ArgumentError
 from lightning_prune.patching import VisionTransformer
 from lightning_prune.patching.class_swap import original_class
+from lightning_prune.patching.schedule_forms import is_multi_block
+from lightning_prune.planning.latency_model import removes_before_blocks
 from lightning_prune.profiling import LatencyProfile, measurement_context
-from lightning_prune.reduction import Reduction
+from lightning_prune.reduction import resolve
 
 _CONDITIONS = ("device", "threads", "batch_size", "image_shape", "precision", "compiled")
 
 
 def is_other_environment(profile: LatencyProfile, transformer: VisionTransformer, example_inputs: Tensor) -> bool:
-    """Whether a profile was measured under other conditions, so that nothing that is timed here belongs on its curve.
+    """Whether a profile was measured under other conditions, so that it cannot be compared with timings made here.
 
-    Each condition that differs is named in a warning. Threads count on a CPU only.
+    Warns of each condition that differs. The number of threads counts on a CPU only.
 
     Args:
-        profile: What the user gives.
+        profile: The profile.
         transformer: The Vision Transformer.
-        example_inputs: (B, channels, height, width) images as they will be used.
+        example_inputs: (B, C, H, W) images as they will be used.
     """
     here = measurement_context(transformer.runner, example_inputs)
-    told = {key: profile.context[key] for key in _CONDITIONS if profile.context.get(key) is not None}
+    there = {key: profile.context[key] for key in _CONDITIONS if profile.context.get(key) is not None}
     if here["device_type"] != "cpu" or profile.context.get("device_type") != "cpu":
-        told.pop("threads", None)
-    differing = [key for key, there in told.items() if there != here[key]]
+        there.pop("threads", None)
+    differing = [key for key, value in there.items() if value != here[key]]
     for key in differing:
-        warnings.warn(f"The profile was measured elsewhere: {key} {told[key]} there, {here[key]} here.", stacklevel=4)
+        warnings.warn(f"The profile was measured elsewhere: {key} {there[key]} there, {here[key]} here.", stacklevel=4)
     return bool(differing)
 
 
-def check_profile(
-    profile: LatencyProfile,
-    transformer: VisionTransformer,
-    reduction: Reduction,
-    block: int,
-    protocol: str,
-    hint: str = "",
-) -> None:
-    """Raises ArgumentError, with both values, if a profile is of another model, method or protocol.
+def check_profile(profile: object, transformer: VisionTransformer, protocol: str) -> None:
+    """Raises ArgumentError, with both values, if a profile cannot be planned on.
 
     Args:
         profile: What the user gives.
         transformer: The Vision Transformer.
-        reduction: The method that it must be of.
-        block: Its block.
         protocol: How it must have been measured.
-        hint: How to come by the right one, added where it is of another method.
     """
     if not isinstance(profile, LatencyProfile):
         raise ArgumentError(f"`profile` must be a LatencyProfile, got {profile!r}.")
-    _check_model(profile, transformer)
-    if profile.depth != transformer.depth:
-        raise ArgumentError(f"`profile` is of a model with {profile.depth} blocks; this one has {transformer.depth}.")
-    if transformer.tokens is not None and profile.dense_tokens != transformer.tokens:
-        raise ArgumentError(f"`profile` is of {profile.dense_tokens} tokens; this model has {transformer.tokens}.")
-    if profile.protocol != protocol:
-        raise ArgumentError(f"`profile` was measured by protocol {profile.protocol!r}, not {protocol!r}.")
-    if protocol != "deployed":
-        return
-    if (profile.method, profile.block) != (reduction.name, block):
-        raise ArgumentError(
-            f"`profile` is of {profile.method} at block {profile.block}; "
-            f"asked for is {reduction.name} at block {block}. {hint}".rstrip()
-        )
-    here = {key: repr(value) for key, value in reduction.settings().items()}
-    there = profile.context.get("method_settings", here)
-    if there != here:
-        told = ", ".join(f"{key}={value}" for key, value in there.items())
-        raise ArgumentError(
-            f"`profile` is of {profile.method} with {told}; asked for is {reduction!r}. {hint}".rstrip()
-        )
-
-
-def _check_model(profile: LatencyProfile, transformer: VisionTransformer) -> None:
-    """By what profiles say of their models, where they do."""
     root = transformer.root
-    here = {"model": original_class(root).__name__, "parameters": sum(p.numel() for p in root.parameters())}
-    for key, value in here.items():
-        there = profile.context.get(key, value)
-        if there != value:
-            kind = "of a model with {} parameters; this one has {}" if key == "parameters" else "of a {}; this is a {}"
-            raise ArgumentError(f"`profile` is {kind.format(there, value)}.")
+    here = {
+        "model": original_class(root).__name__,
+        "parameters": sum(p.numel() for p in root.parameters()),
+        "blocks": transformer.depth,
+        "tokens": transformer.tokens,
+    }
+    there = {**profile.context, "blocks": profile.depth, "tokens": profile.dense_tokens}
+    for name, value in here.items():
+        if value is not None and there.get(name, value) != value:
+            raise ArgumentError(
+                f"`profile` must be of this model ({name}: {value}), got one of another ({name}: {there[name]})."
+            )
+    if profile.protocol != protocol:
+        raise ArgumentError(f"`profile` must be measured with protocol={protocol!r}, got {profile.protocol!r}.")
+    if removes_before_blocks(profile):
+        return
+    try:
+        one_block = not is_multi_block(resolve(profile.method))
+    except ArgumentError:
+        one_block = False
+    if not one_block:
+        raise ArgumentError(
+            "`profile` must be a latency curve of a method that reduces before block 0 or in one block, got one of "
+            f"{profile.method}; `profile_latency(model, example_inputs, method=RandomDrop(site='input'))` measures it."
+        )
 
 
 def nothing_timed(reason: str, profile: LatencyProfile) -> str:

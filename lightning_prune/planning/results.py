@@ -1,222 +1,275 @@
-"""Plans: a schedule with everything that it was decided from."""
+"""The results of planning: the candidates that were considered, and the plan with the schedule to deploy."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any, Self, TypeVar
 
-import numpy as np
+from torch import nn
 
 from lightning_prune.planning.objectives import Objective
-from lightning_prune.profiling import LatencyProfile, LatencyStats
+from lightning_prune.profiling import LatencyProfile, LatencyStats, Variant
 from lightning_prune.profiling.latency_profile import SAVING
-from lightning_prune.reduction import Reduction
-from lightning_prune.schedule import Schedule
+from lightning_prune.profiling.model_variants import WeightTransform
+from lightning_prune.reduction import Reduction, spec_of
+from lightning_prune.schedule import MeasurementSource, Schedule
 
-if TYPE_CHECKING:
-    from typing import Self
+T = TypeVar("T")
+
+
+def pareto_front(items: Iterable[T], key: Callable[[T], tuple[float, float]]) -> list[T]:
+    """The items that no other beats in both values, in ascending order of the first.
+
+    Of items with equal values the first stays.
+
+    Args:
+        items: In any order.
+        key: Two values of an item, both of which are better if they are smaller.
+
+    Example:
+        >>> from lightning_prune.planning.results import pareto_front
+        >>> pareto_front([(3, 1), (1, 3), (2, 2), (3, 2)], key=lambda pair: pair)
+        [(1, 3), (2, 2), (3, 1)]
+    """
+    front: list[T] = []
+    for item in sorted(items, key=key):
+        if not front or key(item)[1] < key(front[-1])[1]:
+            front.append(item)
+    return front
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A schedule of a method that is considered.
+
+    Attributes:
+        method: Name of the method, with the settings in which it differs from another of the same name.
+        reduction: The method; None if no token is removed.
+        schedule: Tokens that each block removes.
+        ratio: Predicted latency over that of the dense model.
+        cost: Predicted KL divergence from the dense outputs, in nats per image; 0 where it is not predicted.
+        accuracy: The proxy relative to dense, if it was measured.
+        timing: The latency, if it was measured in a run together with the dense model.
+        weights: Makes the weights to run with; None keeps the model's own.
+    """
+
+    method: str
+    reduction: Reduction | None
+    schedule: Schedule
+    ratio: float
+    cost: float = 0.0
+    accuracy: float | None = None
+    timing: LatencyStats | None = None
+    weights: Callable[[nn.Module], WeightTransform] | None = None
+
+    @property
+    def key(self) -> tuple[str, tuple[int, ...]]:
+        """What identifies the candidate: method and removed tokens."""
+        return self.method, self.schedule.removed
+
+    @property
+    def variant(self) -> Variant:
+        """How to run it."""
+        if self.reduction is None or not self.schedule.total_removed:
+            return Variant(weights=self.weights)
+        return Variant(self.reduction, self.schedule, self.weights)
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether it is the dense model itself."""
+        return not self.schedule.total_removed and self.weights is None
+
+    @property
+    def latency_ratio(self) -> float:
+        """Latency over dense: measured if it was, else predicted."""
+        return self.ratio if self.timing is None else self.timing.ratio
+
+    def to_dict(self) -> dict[str, Any]:
+        """The candidate as plain values."""
+        return {
+            "method": self.method,
+            "removed": list(self.schedule.removed),
+            "ratio": self.ratio,
+            "cost": self.cost,
+            "accuracy": self.accuracy,
+            "measured_ratio": None if self.timing is None else self.timing.ratio,
+        }
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A schedule with its reasons.
+    """A schedule to deploy, and what it was chosen from.
 
     Attributes:
-        schedule: What to deploy; it names its method and says where it was made.
-        method: The reduction to deploy it with.
-        block: The reducing block; the first that may reduce, of methods that reduce in many.
+        schedule: Tokens that each block removes; it names its method and says what it was made on.
+        method: The method as a spec: its name, and the settings that differ from its defaults.
+        reduction: The method itself.
         objective: What was optimised.
-        profile: The latency curve it was chosen on.
-        proxy: What the accuracy estimate means.
-        accuracy: Token count -> proxy relative to dense, for the counts it was measured at.
-        tokens: The chosen count; N where nothing is removed.
-        reason: Why, in a sentence.
-        dense: Timing of the unpruned model, measured beside the chosen point; None where it was not.
-        pruned: Timing of the chosen point itself.
-        seconds: How long planning took, and profiling where no profile was given.
+        met: Whether the objective is met; False only for a budget that was missed.
+        reason: Why this schedule, and for a budget that was missed the best that can be had.
+        profile: The latency curve that was planned on.
+        proxy: What the accuracy estimate measures.
+        accuracy: The proxy of the schedule relative to dense.
+        predicted_ratio: Predicted latency of the schedule over dense.
+        dense: LatencyStats of the dense model, from a run together with the schedule; None if nothing was timed.
+        pruned: LatencyStats of the schedule.
+        front: All candidates that no other of their method beats, and those that were timed; dense first.
+        label: Name of the method in `front`.
+        images: Number of calibration images that the proxy was measured on.
+        sensitivity_images: Number of them that the sensitivity of the blocks was measured on.
+        sensitivity_seconds: Time that the sensitivities of all methods took.
+        seconds: Time that planning took, profiling included if no profile was given.
+
+    Example:
+        >>> import timm
+        >>> import torch
+        >>> import lightning_prune as lp
+        >>> model = timm.create_model("vit_tiny_patch16_224", depth=2).eval()
+        >>> images = torch.randn(2, 3, 224, 224)
+        >>> plan = lp.plan(model, images, calibration=images, methods="topk", time_limit=2, verbose=False)
+        >>> plan.front[0].schedule.removed, plan.front[0].accuracy
+        ((0, 0), 1.0)
     """
 
     schedule: Schedule
     method: str
-    block: int
+    reduction: Reduction
     objective: Objective
-    profile: LatencyProfile
-    proxy: str
-    accuracy: Mapping[int, float]
-    tokens: int
+    met: bool
     reason: str
+    profile: LatencyProfile
+    proxy: str = ""
+    accuracy: float = 1.0
+    predicted_ratio: float = 1.0
     dense: LatencyStats | None = None
     pruned: LatencyStats | None = None
+    front: tuple[Candidate, ...] = ()
+    label: str = ""
+    images: int = 0
+    sensitivity_images: int = 0
+    sensitivity_seconds: float = 0.0
     seconds: float = 0.0
 
-    @property
-    def removed(self) -> int:
-        """R, tokens removed."""
-        return self.schedule.total_removed
+    @classmethod
+    def of(
+        cls,
+        candidate: Candidate,
+        reduction: Reduction,
+        objective: Objective,
+        met: bool,
+        reason: str,
+        profile: LatencyProfile,
+        **more: Any,
+    ) -> Self:
+        """The plan that deploys a candidate.
 
-    @property
-    def predicted_ms(self) -> float:
-        """Latency of the chosen point according to the profile: its share of dense there, times dense as of now.
-
-        The two runs find the machine in different states, so only the share carries over.
+        Args:
+            candidate: What was chosen, its proxy and perhaps its timing included.
+            reduction: The method.
+            objective: What it was chosen by.
+            met: Whether the objective is met.
+            reason: Why it was chosen.
+            profile: The latency curve.
+            **more: Other attributes.
         """
-        return self.profile.latency_ms(self.tokens) / self.profile.dense_ms * self.dense_ms
-
-    @property
-    def dense_ms(self) -> float:
-        """Latency of the unpruned model: of the final comparison where there was one, else of the profile."""
-        return self.dense.milliseconds if self.dense else self.profile.dense_ms
-
-    @property
-    def latency_ms(self) -> float:
-        """Latency of the chosen point: of the final comparison where there was one, else of the profile."""
-        return self.pruned.milliseconds if self.pruned else self.predicted_ms
-
-    @property
-    def speedup(self) -> float:
-        """Dense over pruned: of the final comparison, from rounds in which both ran, else of the profile."""
-        return 1 / self.pruned.ratio if self.pruned else self.profile.dense_ms / self.profile.latency_ms(self.tokens)
-
-    def or_dense_if_slower(self) -> "Self":
-        """This plan, or one that removes nothing if the final comparison does not bear out the profile."""
-        if self.pruned is None or self.pruned.ratio < 1 - SAVING:
-            return self
-        took = f"{100 * self.pruned.ratio:.1f}% of dense"
-        return replace(
-            self,
-            schedule=Schedule([0] * self.schedule.depth, self.schedule.method, self.schedule.made_on),
-            tokens=self.dense_tokens,
-            reason=f"Measured beside dense, {self.tokens} tokens take {took}, against the profile: nothing is gained.",
-            pruned=None,
+        made_on = MeasurementSource.from_context(
+            profile.context,
+            objective=str(objective),
+            dense_tokens=profile.dense_tokens,
+            protocol=profile.protocol,
+            proxy=more.get("proxy", ""),
+        )
+        spec = spec_of(reduction)
+        return cls(
+            schedule=Schedule(candidate.schedule.removed, spec, made_on),
+            method=str(spec),
+            reduction=reduction,
+            objective=objective,
+            met=met,
+            reason=reason,
+            profile=profile,
+            accuracy=1.0 if candidate.accuracy is None else candidate.accuracy,
+            predicted_ratio=candidate.ratio,
+            pruned=candidate.timing,
+            label=candidate.method,
+            **more,
         )
 
     @property
     def dense_tokens(self) -> int:
-        """N."""
+        """N, tokens of the dense model."""
         return self.profile.dense_tokens
 
-    def scores(self) -> dict[int, float]:
-        """Token count -> value of the objective, for the counts whose accuracy was measured."""
-        counts = sorted(self.accuracy)
-        latency = np.array([self.profile.latency_ms(count) for count in counts])
-        accuracy = np.array([self.accuracy[count] for count in counts])
-        return dict(zip(counts, self.objective.score(latency, accuracy).tolist(), strict=True))
+    @property
+    def tokens(self) -> int:
+        """Tokens that leave the last block."""
+        return self.schedule.tokens(self.dense_tokens)[-1]
+
+    @property
+    def total_removed(self) -> int:
+        """Tokens removed by all blocks together."""
+        return self.schedule.total_removed
+
+    @property
+    def dense_ms(self) -> float:
+        """Latency of the dense model: timed together with the schedule if it was, else of the profile."""
+        return self.dense.milliseconds if self.dense else self.profile.dense_ms
+
+    @property
+    def predicted_ms(self) -> float:
+        """Predicted latency: the predicted ratio times `dense_ms`, since the machine may have changed its speed."""
+        return self.predicted_ratio * self.dense_ms
+
+    @property
+    def latency_ms(self) -> float:
+        """Latency of the schedule: measured if it was, else predicted."""
+        return self.pruned.milliseconds if self.pruned else self.predicted_ms
+
+    @property
+    def speedup(self) -> float:
+        """Dense latency over that of the schedule: from rounds in which both ran, else predicted."""
+        return 1 / (self.pruned.ratio if self.pruned else self.predicted_ratio)
+
+    def or_dense_if_slower(self) -> Self:
+        """This plan, or one that removes nothing if the schedule was timed and saves less than 2%."""
+        if self.pruned is None or not self.schedule.total_removed or self.pruned.ratio < 1 - SAVING:
+            return self
+        return replace(
+            self,
+            schedule=Schedule([0] * self.schedule.depth, self.schedule.method, self.schedule.made_on),
+            met=self.objective.dense_is_feasible(self.dense_ms),
+            accuracy=1.0,
+            predicted_ratio=1.0,
+            reason=(
+                f"Timed against dense, the schedule that leaves {self.tokens} tokens takes "
+                f"{100 * self.pruned.ratio:.1f}% of its latency: nothing is gained."
+            ),
+            pruned=None,
+        )
+
+    def save(self, path: str | Path) -> Path:
+        """Writes the schedule, as JSON if `path` ends in `.json` and as YAML otherwise; returns the path."""
+        return self.schedule.save(path)
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain values."""
         return {
             "schedule": self.schedule.to_dict(),
             "method": self.method,
-            "block": self.block,
             "objective": str(self.objective),
-            "proxy": self.proxy,
-            "accuracy": {int(count): float(value) for count, value in sorted(self.accuracy.items())},
-            "tokens": self.tokens,
-            "removed": self.removed,
+            "met": self.met,
             "reason": self.reason,
+            "proxy": self.proxy,
+            "accuracy": self.accuracy,
+            "tokens": self.tokens,
+            "removed": self.total_removed,
             "dense_ms": self.dense_ms,
             "latency_ms": self.latency_ms,
             "predicted_ms": self.predicted_ms,
             "speedup": self.speedup,
             "seconds": self.seconds,
-        }
-
-
-@dataclass(frozen=True)
-class FrontEntry:
-    """A schedule that none of its method beats in both latency and accuracy, by the models of the planner.
-
-    Attributes:
-        method: The reduction, with the settings that tell it apart where two have one name.
-        schedule: What each block removes.
-        milliseconds: Predicted latency.
-        cost: Predicted KL divergence from the dense outputs, in nats an image.
-        accuracy: The proxy relative to dense, where it was measured.
-    """
-
-    method: str
-    schedule: Schedule
-    milliseconds: float
-    cost: float
-    accuracy: float | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values."""
-        return {
-            "method": self.method,
-            "removed": list(self.schedule.removed),
-            "milliseconds": self.milliseconds,
-            "cost": self.cost,
-            "accuracy": self.accuracy,
-        }
-
-
-@dataclass(frozen=True)
-class BlocksPlan(Plan):
-    """A plan over several blocks, perhaps of several methods.
-
-    `accuracy` holds the proxy of the chosen schedule only; that of others stands in the front.
-
-    Attributes:
-        front: For every method, from dense to the fastest.
-        predicted_ratio: Predicted latency of the chosen schedule over dense.
-        reduction: The method.
-        images: How many images the sensitivity of the blocks was measured on, by every method.
-        sensitivity_seconds: How long that took for all methods.
-        label: What the front calls the method.
-
-    Example:
-        >>> import timm
-        >>> import torch
-        >>> from lightning_prune.planning import plan_blocks
-        >>> model = timm.create_model("vit_tiny_patch16_224", depth=2).eval()
-        >>> images = torch.randn(2, 3, 224, 224)
-        >>> plan = plan_blocks(model, images, example_inputs=images, methods=["topk"], time_limit=1, progress=False)
-        >>> plan.front[0].schedule.removed, plan.front[0].accuracy
-        ((0, 0), 1.0)
-    """
-
-    front: tuple[FrontEntry, ...] = ()
-    predicted_ratio: float = 1.0
-    reduction: Reduction | None = None
-    images: int = 0
-    sensitivity_seconds: float = 0.0
-    label: str = ""
-
-    @property
-    def predicted_ms(self) -> float:
-        """Latency of the chosen schedule according to the models: its share of dense, times dense as of now."""
-        return self.predicted_ratio * self.dense_ms
-
-    @property
-    def speedup(self) -> float:
-        """Dense over pruned: of the final comparison, from rounds in which both ran, else as predicted."""
-        return 1 / self.pruned.ratio if self.pruned else 1 / self.predicted_ratio
-
-    def or_dense_if_slower(self) -> "Self":
-        """This plan, or one that removes nothing if the final comparison does not bear out the prediction."""
-        made = super().or_dense_if_slower()
-        return made if made is self else replace(made, predicted_ratio=1.0)
-
-    def scores(self) -> dict[int, float]:
-        """Token count -> value of the objective, of the schedules of the front whose accuracy was measured.
-
-        Latencies are predicted; of several schedules that leave as many tokens, it is the best value.
-        """
-        n = self.dense_tokens
-        entries = [entry for entry in self.front if entry.accuracy is not None]
-        latency = np.array([*(entry.milliseconds for entry in entries), self.profile.dense_ms])
-        accuracy = np.array([*(entry.accuracy for entry in entries), 1.0], dtype=float)
-        counts = [*(entry.schedule.tokens(n)[-1] for entry in entries), n]
-        found: dict[int, float] = {}
-        for count, value in sorted(zip(counts, self.objective.score(latency, accuracy).tolist(), strict=True)):
-            found[count] = value  # ascending, so the best of a count stays
-        return found
-
-    def to_dict(self) -> dict[str, Any]:
-        """The plan as plain values, the front among them."""
-        return {
-            **super().to_dict(),
             "images": self.images,
+            "sensitivity_images": self.sensitivity_images,
             "sensitivity_seconds": self.sensitivity_seconds,
-            "front": [entry.to_dict() for entry in self.front],
+            "front": [candidate.to_dict() for candidate in self.front],
         }

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from lightning_prune._utils.formatting import context_line, percent
 from lightning_prune.errors import ArgumentError
-from lightning_prune.planning.results import BlocksPlan, Plan
+from lightning_prune.planning.results import Plan
 from lightning_prune.profiling.latency_profile import LatencyProfile
 from lightning_prune.report.pareto import plot_pareto
 from lightning_prune.report.styles import line_styles, save_figure
@@ -37,42 +37,6 @@ def plot_profile(profile: LatencyProfile, eager: LatencyProfile | None = None) -
         axes.plot(tokens, latency, color=color, marker=".", linewidth=1.4, label="measured, eager")
         axes.set_ylim(bottom=0, top=1.05 * max(*(latency + spread), axes.get_ylim()[1] / 1.05))
         axes.legend(fontsize=7, loc="lower right", ncols=2)
-    figure.suptitle(_title(profile), fontsize=10)
-    return figure
-
-
-def plot_plans(plans: Sequence[Plan]) -> Figure:
-    """Three panels over tokens: latency, accuracy proxy, objective; the chosen point of each plan is marked.
-
-    Args:
-        plans: One or more plans made on the same profile.
-    """
-    profile = plans[0].profile
-    figure = Figure(figsize=(7.5, 9.0), layout="constrained")
-    latency, proxy, score = figure.subplots(3, 1, sharex=True, gridspec_kw={"height_ratios": [1.3, 1, 1]})
-    _draw_latency(latency, profile)
-    latency.set_xlabel("")
-    known = {count: value for plan in plans for count, value in plan.accuracy.items()}
-    counts = sorted(known)
-    proxy.plot(counts, [100 * known[count] for count in counts], color=_BLUE, marker=".", linewidth=1)
-    proxy.set_ylabel(f"{plans[0].proxy}\n[% of dense]")
-    proxy.grid(alpha=0.25)
-    score.set_xlabel("tokens that leave the reducing block")
-    score.set_ylabel("objective\n[higher is better]")
-    score.grid(alpha=0.25)
-    for plan, (color, marker) in zip(plans, _PLAN_STYLES * len(plans), strict=False):
-        points = {count: value for count, value in plan.scores().items() if np.isfinite(value)}
-        score.plot(list(points), list(points.values()), color=color, marker=".", linewidth=1, label=str(plan.objective))
-        places = (
-            (latency, profile.latency_ms(plan.tokens)),
-            (proxy, 100 * known[plan.tokens]),
-            (score, points[plan.tokens]),
-        )
-        for axes, height in places:
-            label = f"chosen: {plan.tokens} tokens ({plan.objective})" if axes is latency else None
-            axes.plot(plan.tokens, height, marker, color=color, markersize=9, fillstyle="none", mew=2, label=label)
-    latency.legend(fontsize=7, loc="lower right", ncols=2)
-    score.legend(fontsize=8, loc="best")
     figure.suptitle(_title(profile), fontsize=10)
     return figure
 
@@ -108,7 +72,7 @@ def _title(profile: LatencyProfile) -> str:
     return f"{context.get('model', 'model')}, {what}\n{context_line(context)}"
 
 
-def plot_front(plan: BlocksPlan) -> Figure:
+def plot_front(plan: Plan) -> Figure:
     """Two panels: KL divergence against speed-up, and the proxy where it was measured; tokens that leave each block."""
     figure = Figure(figsize=(7.5, 6.4), layout="constrained")
     front, schedule = figure.subplots(2, 1, height_ratios=[1.5, 1])
@@ -119,15 +83,14 @@ def plot_front(plan: BlocksPlan) -> Figure:
     return figure
 
 
-def _draw_front(axes: Axes, plan: BlocksPlan) -> None:
-    dense_ms = plan.profile.dense_ms
+def _draw_front(axes: Axes, plan: Plan) -> None:
     styles = line_styles(list(dict.fromkeys(entry.method for entry in plan.front)))
     for method, (color, marker, _) in styles.items():
         entries = [entry for entry in plan.front if entry.method == method]
-        axes.plot([dense_ms / e.milliseconds for e in entries], [e.cost for e in entries], color=color, label=method)
+        axes.plot([1 / e.ratio for e in entries], [e.cost for e in entries], color=color, label=method)
         for entry in entries:
             if entry.accuracy is not None and entry.schedule.total_removed:
-                at = dense_ms / entry.milliseconds, entry.cost
+                at = 1 / entry.ratio, entry.cost
                 axes.plot(*at, marker, color=color, markersize=5)
                 axes.annotate(
                     percent(entry.accuracy, 1), at, textcoords="offset points", xytext=(4, -9), fontsize=7, color=color
@@ -136,7 +99,7 @@ def _draw_front(axes: Axes, plan: BlocksPlan) -> None:
         e for e in plan.front if e.method == (plan.label or plan.method) and e.schedule.removed == plan.schedule.removed
     ]
     if chosen and plan.schedule.total_removed:
-        at = dense_ms / chosen[0].milliseconds, chosen[0].cost
+        at = 1 / chosen[0].ratio, chosen[0].cost
         axes.plot(*at, "*", color="black", markersize=13, fillstyle="none", label="chosen")
     axes.set_xlabel("speed-up, predicted")
     axes.set_ylabel(f"KL divergence from dense [nats]\n(dots: measured {plan.proxy})")
@@ -145,7 +108,7 @@ def _draw_front(axes: Axes, plan: BlocksPlan) -> None:
     axes.legend(fontsize=8)
 
 
-def _draw_schedule(axes: Axes, plan: BlocksPlan) -> None:
+def _draw_schedule(axes: Axes, plan: Plan) -> None:
     n, depth = plan.profile.dense_tokens, plan.schedule.depth
     leaving = plan.schedule.tokens(n)
     reducing = set(plan.schedule.reducing)
@@ -213,14 +176,10 @@ def plot(
 def _draw(result: Any, eager: LatencyProfile | None) -> Figure:
     if isinstance(result, LatencyProfile):
         return plot_profile(result, eager)
-    if isinstance(result, BlocksPlan):
-        return plot_front(result)
     if isinstance(result, Plan):
-        return plot_plans([result])
+        return plot_front(result)
     if isinstance(result, Mapping):
         return plot_pareto(result)
-    if isinstance(result, Sequence) and result and all(isinstance(each, Plan) for each in result):
-        return plot_plans(result)
     if hasattr(result, "to_dict"):
         return plot_pareto(result.to_dict())
     raise ArgumentError(f"`result` must be a LatencyProfile, a Plan or a comparison, got {type(result).__name__}.")

@@ -316,7 +316,7 @@ def test_a_fault_inside_profiling(
     assert [*account.problems()] == []
 
 
-@pytest.mark.parametrize("name", ["calibration_images", "plan", "find_vision_transformer", "patch", "replace"])
+@pytest.mark.parametrize("name", ["calibration_images", "plan_many", "find_vision_transformer", "patch", "replace"])
 def test_a_fault_in_what_the_callback_calls(name: str, bystanders: Bystanders, monkeypatch: pytest.MonkeyPatch) -> None:
     from lightning_prune.callbacks import decision, first_batch, token_pruning
 

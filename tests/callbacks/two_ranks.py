@@ -48,7 +48,7 @@ class Scored(Tiny):
 def run(callback: TokenPruning, **options: Any) -> dict[str, Any]:
     """One validation: what was decided, seen and logged; `measured` counts what this process measured."""
     measured: list[str] = []
-    real = {name: getattr(deciding, name) for name in ("plan", "measure_given")}
+    real = {name: getattr(deciding, name) for name in ("plan_many", "measure_given")}
     for name in real:
 
         def counted(*args: Any, _name: str = name, **kwargs: Any) -> Any:
@@ -174,9 +174,9 @@ def main(path: Path) -> None:
     found |= {"planned": run(pruner(), **ddp), "given": run(pruner(schedule=6), **ddp)}
     found["dense"] = run(pruner(enabled=False), **ddp)
     found["refused"] = run(pruner(schedule=TOKENS), **ddp)
-    real, deciding.plan = deciding.plan, unlucky
+    real, deciding.plan_many = deciding.plan_many, unlucky
     found["failed"] = run(pruner(), **ddp)
-    deciding.plan = real
+    deciding.plan_many = real
     found["unreadable"] = run(pruner(images_from_batch=only_unlucky_on(0)), **ddp)
     found["tolerated"] = run(pruner(schedule=6, images_from_batch=only_unlucky_on(1)), **ddp)
     for name, data in LOADERS.items():

@@ -11,7 +11,7 @@ import lightning_prune as lp
 from helpers.models import digits_module
 from lightning_prune.comparison.api import compare_methods
 from lightning_prune.comparison.variants import PlannedVariant, VariantRequest, read_methods, variant_of
-from lightning_prune.planning.api import AUTO
+from lightning_prune.planning.api import AUTO_METHODS
 from lightning_prune.reduction import POMT, resolve
 
 
@@ -36,7 +36,7 @@ def test_auto_is_planned_validated_and_found_again(larger: Any, running: Any, tm
     rows = {row.variant: row for row in found.rows}
     auto = rows["auto 1.2x"]
     assert auto.method == "auto"
-    assert auto.note.split("; ")[0] in AUTO
+    assert auto.note.split("; ")[0] in AUTO_METHODS
     assert auto.images == 16
     assert auto.removed > 0
     assert auto.speedup == pytest.approx(found.decided.planned[1].timing.ratio ** -1)
@@ -65,7 +65,7 @@ def test_a_plan_read_from_a_file_runs_as_the_method_that_was_chosen() -> None:
     planned = PlannedVariant("auto 2x", "auto", "auto", chosen="pomt-nearest", target_speedup=2.0, schedule=schedule)
     read = PlannedVariant.from_dict(json.loads(json.dumps(planned.to_dict())))
     (entry,) = read_methods(["auto"], POMT())[1:]
-    assert entry == VariantRequest("auto", None, False, AUTO)
+    assert entry == VariantRequest("auto", None, False, AUTO_METHODS)
     assert (entry.method, entry.has_targets, entry.searches) == ("auto", True, True)
     variant = variant_of(read, entry)
     assert (variant.reduction, variant.schedule, variant.weights) == (resolve("pomt-nearest"), schedule, None)

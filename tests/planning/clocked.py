@@ -1,14 +1,14 @@
-"""A small model and a clock that is known: what planning over blocks is tested with."""
+"""A small model and a clock that is known: what planning is tested with."""
 
 from itertools import pairwise
 
 import pytest
 
+import lightning_prune as lp
 from helpers.clock import set_latency
 from helpers.data import noise_images
 from helpers.models import tiny_vit
 from lightning_prune.patching.class_swap import is_patched_module
-from lightning_prune.planning import plan_blocks
 from lightning_prune.profiling.interleaved_timer import InterleavedTimer
 from lightning_prune.profiling.model_variants import VariantSwitch
 
@@ -22,8 +22,11 @@ def vit(**kwargs):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A block takes a millisecond a token, 0.4 of it before the cut; a reducing block half a token's time more."""
-    current = {}
+    """A block takes a millisecond a token, 0.4 of it before the cut; a reducing block half a token's time more.
+
+    What a test adds to the dictionary multiplies the latencies: method or "dense" -> factor.
+    """
+    current, factors = {}, {}
     real, measure = VariantSwitch.to, InterleavedTimer.measure
 
     def to(self, variant):
@@ -34,11 +37,11 @@ def clock(monkeypatch):
         if isinstance(alternative, int):  # a curve: all tokens go before block 0
             return 1e-3 * DEPTH * alternative
         variant = current["variant"]
-        total, entering = 0.0, N
-        for removed in (0,) * DEPTH if variant.schedule is None else variant.schedule.removed:
-            total += 0.4 * entering + 0.6 * (entering - removed) + (0.5 * entering / N if removed else 0.0)
-            entering -= removed
-        return 1e-3 * total
+        if variant.reduction is None:
+            return 1e-3 * DEPTH * N
+        factor = factors.get(variant.reduction.name, 1.0)
+        factor = factor(variant.schedule) if callable(factor) else factor
+        return 1e-3 * milliseconds(variant.schedule) * factor
 
     monkeypatch.setattr(VariantSwitch, "to", to)
     set_latency(monkeypatch, seconds)
@@ -48,13 +51,14 @@ def clock(monkeypatch):
         "measure",
         lambda self, names, rounds, *more, **kw: measure(self, names, min(rounds, 3), *more, **kw),
     )
-    monkeypatch.setattr("lightning_prune.planning.multi_block.attention_share", lambda *_: 0.4)
+    monkeypatch.setattr("lightning_prune.planning.measurements.attention_share", lambda *_: 0.4)
+    return factors
 
 
 def planned(model=None, **kwargs):
     model = model or vit()
-    usual = {"images": IMAGES, "example_inputs": IMAGES[:2], "time_limit": 3, "progress": False}
-    made = plan_blocks(model, **{**usual, **kwargs})
+    options = {"example_inputs": IMAGES[:2], "calibration": IMAGES, "time_limit": 20, "verbose": False}
+    made = lp.plan(model, **{**options, **kwargs})
     assert not any(map(is_patched_module, model.modules()))
     return made
 

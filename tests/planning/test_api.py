@@ -1,229 +1,479 @@
-"""Planning in one block: what is chosen on profiles and proxies that are known, and on real ones."""
+"""Planning on a small model under a clock that is known."""
 
 import json
+import warnings
+from collections import Counter
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from timm.models.vision_transformer import Block
 
 import lightning_prune as lp
-from helpers.models import tiny_vit
+from lightning_prune.patching import find_vision_transformer
 from lightning_prune.patching.class_swap import is_patched_module
-from lightning_prune.planning import ProxyCurve
+from lightning_prune.planning import AUTO_METHODS, plan_many
+from lightning_prune.planning.measurements import Measurements
+from lightning_prune.planning.sensitivity import Sensitivity
 from lightning_prune.profiling import LatencyStats
-from lightning_prune.report.plots import plot
+from lightning_prune.profiling.interleaved_timer import InterleavedTimer
+from lightning_prune.reduction import Reduction, ToMe, resolve
 
-from .known import ACCURACIES, IMAGES, STRAIGHT, KnownCurve, best, planned, profile, score
+from .clocked import DEPTH, IMAGES, N, milliseconds, planned, vit
+
+pytestmark = pytest.mark.usefixtures("clock")
+OPTIONS: dict[str, Any] = {"calibration": IMAGES, "time_limit": 20, "verbose": False}
+
+
+def test_the_front_is_what_it_is_said_to_be():
+    made = planned(methods="topk")
+    for candidate in made.front:
+        assert candidate.ratio * DEPTH * N == pytest.approx(milliseconds(candidate.schedule), rel=0.01)
+    ratios, costs = [c.ratio for c in made.front], [c.cost for c in made.front]
+    assert ratios == sorted(ratios, reverse=True)
+    assert costs == sorted(costs)
+    assert (made.front[0].schedule.total_removed, made.front[0].accuracy) == (0, 1.0)
+
+
+def test_costs_of_the_front_are_those_of_the_blocks():
+    model = vit()
+    made = planned(model, methods="topk")
+    table = Sensitivity(find_vision_transformer(model), resolve("topk"), range(DEPTH), range(2, N), N)
+    table.add(IMAGES)
+    for candidate in made.front:
+        if len(candidate.schedule.reducing) == 1:
+            (block, removed), *_ = candidate.schedule.reducing.items()
+            exact = table.table[block, table.counts.index(N - removed)]
+            assert candidate.cost == pytest.approx(exact, rel=0.5, abs=0.02)  # an estimate between measured counts
+
+
+@pytest.mark.parametrize("speedup", [1.2, 1.5, 2.0])
+def test_a_latency_budget_is_met_and_used(speedup):
+    made = planned(methods=["topk", "pomt-nearest"], objective=lp.LatencyBudget(speedup=speedup))
+    assert made.met
+    assert milliseconds(made.schedule) <= DEPTH * N / speedup * 1.01
+    assert made.pruned.ratio == pytest.approx(milliseconds(made.schedule) / (DEPTH * N))
+    assert made.speedup == pytest.approx(1 / made.pruned.ratio)
+    assert made.latency_ms == pytest.approx(made.predicted_ms, rel=0.02)
+    own = [c for c in made.front if c.method == made.label]
+    used = next(c for c in own if c.schedule.removed == made.schedule.removed)
+    within = [c for c in own if milliseconds(c.schedule) <= DEPTH * N / speedup]
+    assert used.cost == pytest.approx(min(c.cost for c in within), abs=0.05)
+    assert used.accuracy == made.accuracy
+    assert used.timing == made.pruned
+
+
+def test_accuracy_budgets_and_the_default_objective():
+    strict, loose, default = (
+        planned(methods="topk", objective=o) for o in (lp.AccuracyBudget(0), lp.AccuracyBudget(0.3), None)
+    )
+    assert strict.accuracy >= 1.0
+    assert loose.accuracy >= 0.7
+    assert milliseconds(loose.schedule) <= milliseconds(default.schedule) <= milliseconds(strict.schedule)
+    assert default.objective == lp.AccuracyBudget(0.005)
+    assert default.accuracy >= 0.995
+
+
+def test_the_same_seed_gives_the_same_plan():
+    plans = [planned(objective=lp.LatencyBudget(speedup=1.5), seed=3) for _ in range(2)]
+    assert plans[0].schedule.removed == plans[1].schedule.removed
+    assert plans[0].method == plans[1].method
+
+
+def test_auto_searches_several_methods():
+    assert {c.method for c in planned(objective=lp.LatencyBudget(speedup=1.5)).front} == set(AUTO_METHODS)
+
+
+def test_several_objectives_share_the_measurements(monkeypatch):
+    objectives = [lp.Utility(0.3), lp.LatencyBudget(speedup=1.5), lp.AccuracyBudget(0.05)]
+    alone = [planned(methods="topk", objective=objective) for objective in objectives]
+    passes = []
+    real = Sensitivity.add
+    monkeypatch.setattr(
+        Sensitivity, "add", lambda self, images, *more: (passes.append(1), real(self, images, *more))[1]
+    )
+    planned(methods="topk")
+    once = len(passes)
+    passes.clear()
+    together = plan_many(vit(), IMAGES[:2], objectives, methods="topk", **OPTIONS)
+    assert len(passes) == once
+    for plan, other in zip(together, alone, strict=True):
+        assert plan.objective == other.objective
+        values = [
+            plan.objective.score_feasible(np.array([p.pruned.ratio, 1.0]), np.array([p.accuracy, 1.0]))[0]
+            for p in (plan, other)
+        ]
+        assert values[0] >= values[1] - 0.02
+
+
+@pytest.mark.parametrize("blocks", [1, 0.25, [1], [1, 3], range(2, 4)], ids=str)
+def test_only_allowed_blocks_reduce(blocks):
+    allowed = set(blocks) if isinstance(blocks, list | range) else {1}
+    made = planned(methods=["tome", "pomt"], blocks=blocks, objective=lp.LatencyBudget(speedup=1.25))
+    assert made.met
+    assert set(made.schedule.reducing) <= allowed
+    assert made.schedule.total_removed
+    assert all(set(c.schedule.reducing) <= allowed for c in made.front)
+
+
+def test_a_method_before_block_0_is_planned_like_any_other():
+    made = planned(methods="vwt-intra", blocks=0.25, objective=lp.LatencyBudget(speedup=1.5))
+    assert made.met
+    assert set(made.schedule.reducing) == {0}
+    assert made.method == "vwt-intra"
+
+
+STRAIGHT = {count: 1.0 + 0.1 * count for count in range(3, 18)}
+
+
+def known_profile(latency, spread=0.001, **kwargs):
+    """A profile of POMT at block 1 from {tokens: milliseconds}, as if it had been measured on another device."""
+    tokens = tuple(sorted(latency))
+    spreads = spread if isinstance(spread, tuple) else (spread,) * len(tokens)
+    columns = (tokens, tuple(latency[count] for count in tokens), spreads, (9,) * len(tokens))
+    values = {"method": "pomt", "block": 1, "depth": DEPTH, "context": {"device": "Abacus", "batch_size": 2}}
+    return lp.LatencyProfile(*columns, **{**values, **kwargs})
+
+
+ACCURACIES = {
+    "concave": lambda count: 1 - (1 - count / N) ** 2,
+    "steep": lambda count: 1 / (1 + np.exp(-(count - 9.0))) / (1 / (1 + np.exp(-8.0))),
+    "linear": lambda count: 0.5 + 0.5 * count / N,
+}
+
+
+@pytest.fixture
+def elsewhere(monkeypatch):
+    """Plans POMT at block 1 on a profile of another device, with a proxy that is known."""
+
+    def plan(latency, accuracy, objective, **kwargs):
+        asked = []
+
+        def measure(self, reduction, schedule):
+            asked.append(N - schedule.total_removed)
+            return accuracy(N - schedule.total_removed)
+
+        monkeypatch.setattr(Measurements, "accuracy", measure)
+        profile = known_profile(latency, **kwargs)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return planned(methods="pomt", blocks=1, profile=profile, objective=objective), asked
+
+    return plan
 
 
 @pytest.mark.parametrize("accuracy", ACCURACIES.values(), ids=ACCURACIES)
 @pytest.mark.parametrize("objective", [lp.Utility(0.5), lp.Utility(0.2), lp.AccuracyBudget(0.05)], ids=str)
 @pytest.mark.parametrize("cliff", [None, 8, 12])
-def test_finds_what_an_exhaustive_search_finds(accuracy, objective, cliff):
+def test_one_block_finds_what_an_exhaustive_search_finds(elsewhere, accuracy, objective, cliff):
     latency = {c: ms + (1.0 if cliff is not None and c > cliff else 0.0) for c, ms in STRAIGHT.items()}
-    made, known = planned(latency, accuracy, objective)
-    assert score(made.tokens, latency, accuracy, objective) >= best(latency, accuracy, objective) - 0.002
-    assert len(known.asked) < len(latency) - 1  # and asks for less
+    made, asked = elsewhere(latency, accuracy, objective)
+    counts = sorted(latency)
+    columns = np.array([latency[c] for c in counts]), np.array([accuracy(c) for c in counts])
+    scores = dict(zip(counts, objective.score(*columns), strict=True))
+    assert scores[made.tokens] >= max(scores.values()) - 0.002
+    assert made.schedule.reducing.keys() <= {1}
+    assert made.predicted_ratio == pytest.approx(latency[made.tokens] / latency[N])
+    assert made.accuracy == accuracy(made.tokens)
+    assert len(asked) == len(set(asked)) < len(latency) - 1
 
 
-def test_the_deployed_count_is_the_chosen_one_and_both_were_measured():
-    made, known = planned(STRAIGHT, ACCURACIES["concave"], lp.Utility(0.5))
-    assert made.schedule.tokens(17)[-1] == made.tokens
-    assert made.tokens in known.values
-    assert made.predicted_ms == pytest.approx(STRAIGHT[made.tokens])
-    assert made.schedule.reducing == {1: 17 - made.tokens}
-
-
-def test_a_flat_curve_removes_nothing_and_says_why():
-    made, known = planned(dict.fromkeys(range(3, 18), 5.0), ACCURACIES["linear"], lp.Utility(1.0))
-    assert made.removed == 0
-    assert made.tokens == 17
+def test_a_flat_curve_removes_nothing_and_says_why(elsewhere):
+    flat = dict.fromkeys(range(3, 18), 5.0)
+    made, asked = elsewhere(flat, ACCURACIES["linear"], lp.Utility(1.0))
+    assert (made.total_removed, made.tokens, made.speedup, made.met) == (0, N, 1.0, True)
     assert "The curve is flat" in made.reason
-    assert known.asked == []  # no accuracy is measured for nothing
-    assert made.speedup == 1.0
+    assert "Nothing was timed here: the profile is of Abacus." in made.reason
+    assert asked == []  # no accuracy is measured for nothing
+    missed, _ = elsewhere(flat, ACCURACIES["linear"], lp.LatencyBudget(speedup=1.5))
+    assert not missed.met
+    assert "The latency budget, 1.5x is not met." in missed.reason
+    assert elsewhere(flat, ACCURACIES["linear"], lp.LatencyBudget(ms=5.0))[0].met
 
 
-def test_noise_is_no_reason_to_prune_and_no_flat_curve():
-    curve = profile(STRAIGHT, spread=5.0)
-    made = lp.plan(tiny_vit(), IMAGES, profile=curve, block=1, confirm=False, progress=False)
-    assert made.removed == 0
+def test_noise_is_no_reason_to_prune_and_no_flat_curve(elsewhere):
+    made, _ = elsewhere(STRAIGHT, ACCURACIES["linear"], lp.Utility(), spread=5.0)
+    assert made.total_removed == 0
     assert "too noisy to choose by: 3 tokens seem 51.9% faster than dense, within a noise of" in made.reason
 
 
-def test_a_budget_that_only_noise_reaches_is_not_met_and_says_why():
-    curve = profile(STRAIGHT, spread=(8.0,) * 3 + (0.001,) * 12)  # of 3, 4 and 5 tokens
-    known = KnownCurve(curve, ACCURACIES["linear"])
-    shared = {"profile": curve, "curve": known, "block": 1, "confirm": False, "progress": False}
-    made = lp.plan(tiny_vit(), IMAGES, objective=lp.LatencyBudget(speedup=2), **shared)
-    assert made.removed == 0
-    assert "too noisy to choose by: 3 tokens seem 51.9% faster than dense" in made.reason
-    assert made.reason.endswith("The latency budget, 2x is not met.")
-    assert lp.plan(tiny_vit(), IMAGES, objective=lp.LatencyBudget(speedup=1.6), **shared).removed > 0
-
-
-def test_a_flat_curve_says_that_a_budget_is_missed():
-    made, _ = planned(dict.fromkeys(range(3, 18), 5.0), ACCURACIES["linear"], lp.LatencyBudget(speedup=1.5))
-    assert made.reason.endswith("The latency budget, 1.5x is not met.")
-    met, _ = planned(dict.fromkeys(range(3, 18), 5.0), ACCURACIES["linear"], lp.LatencyBudget(ms=5.0))
-    assert "not met" not in met.reason
-
-
-def test_a_budget_that_allows_no_loss():
-    lossless, _ = planned(STRAIGHT, lambda count: 1.0 - 1e-7 if count > 11 else 0.9, lp.AccuracyBudget(0))
+def test_a_budget_that_allows_no_loss(elsewhere):
+    lossless, _ = elsewhere(STRAIGHT, lambda count: 1.0 - 1e-7 if count > 11 else 0.9, lp.AccuracyBudget(0))
     assert lossless.tokens == 12
-    dense, _ = planned(STRAIGHT, lambda count: 0.999, lp.AccuracyBudget(0))
-    assert dense.removed == 0
-    assert "at most 0% lost): every faster count costs too much" in dense.reason
+    dense, _ = elsewhere(STRAIGHT, lambda count: 0.999, lp.AccuracyBudget(0))
+    assert dense.total_removed == 0
+    assert "at most 0% lost): every faster schedule costs too much" in dense.reason
 
 
-def test_a_plateau_is_not_pruned_for_nothing():
+def test_a_plateau_is_not_pruned_for_nothing(elsewhere):
     """Under a budget that allows it all, pruning stops where it stops to save."""
-    latency = {c: 10.0 if c > 8 else 5.0 for c in range(3, 18)}
-    made, _ = planned(latency, ACCURACIES["linear"], lp.AccuracyBudget(0.9))
+    made, _ = elsewhere({c: 10.0 if c > 8 else 5.0 for c in range(3, 18)}, ACCURACIES["linear"], lp.AccuracyBudget(0.9))
     assert made.tokens == 8
 
 
-def test_a_budget_that_nothing_meets_keeps_dense():
-    made, _ = planned(STRAIGHT, lambda count: 0.5, lp.AccuracyBudget(0.01))
-    assert made.removed == 0
-    assert "every faster count costs too much" in made.reason
-
-
-def test_real_model_end_to_end():
-    model = tiny_vit()
-    made = lp.plan(model, IMAGES, example_inputs=IMAGES[:2], objective=lp.Utility(1.0), time_limit=0.5, progress=False)
-    assert made.proxy == "soft agreement"
-    assert made.block == 1
-    assert made.schedule.made_on.dense_tokens == 17
-    assert made.schedule.made_on.batch_size == 2
-    if made.removed:  # the device decides
-        assert made.pruned.rounds == made.dense.rounds
-        assert made.latency_ms == made.pruned.milliseconds
-    assert not any(map(is_patched_module, model.modules()))
-
-
-def test_proxy_curve_is_that_of_the_deployed_cut():
-    model, curve = tiny_vit(), profile(STRAIGHT)
-    values = ProxyCurve(model, IMAGES, curve, progress=False)
-    dense = model(IMAGES).softmax(-1)
-    top = dense.argmax(-1, keepdim=True)
-    with lp.patch(model, "pomt", [0, 8, 0, 0]):
-        pruned = model(IMAGES).softmax(-1)
-    expected = float(pruned.detach().gather(1, top).mean() / dense.detach().gather(1, top).mean())
-    assert values(9) == pytest.approx(expected, rel=1e-5)
-    assert not any(map(is_patched_module, model.modules()))
-
-
-def test_plan_as_plain_values(tmp_path):
-    made, _ = planned(STRAIGHT, ACCURACIES["concave"], lp.Utility(0.5))
-    json.dumps(made.to_dict())
-    path = made.schedule.save(tmp_path / "schedule.yaml")
-    assert yaml.safe_load(path.read_text())["made_on"]["objective"] == "utility, alpha 0.5"
-    assert lp.Schedule.load(path) == made.schedule
-    figure = plot(made, tmp_path / "plan.png")
-    assert len(figure.axes) == 3
-    assert (tmp_path / "plan.png").stat().st_size > 10_000
-
-
-@pytest.mark.parametrize("accuracy", ACCURACIES.values(), ids=ACCURACIES)
-def test_a_second_objective_on_one_curve_finds_what_it_finds_alone(accuracy):
-    """What the first one asked for must not use up what the second one may ask."""
-    latency = {count: 1.0 + 0.1 * count for count in range(20, 198)}
-    curve = profile(latency)
-    model = tiny_vit(img_size=112)  # 197 tokens
-    shared = KnownCurve(curve, lambda count: accuracy(17 * count / 197))
-    options = {"profile": curve, "block": 1, "confirm": False, "progress": False}
-    images = torch.zeros(1, 3, 112, 112)
-    alone = lp.plan(
-        model, images, curve=KnownCurve(curve, shared.accuracy), objective=lp.AccuracyBudget(0.02), **options
-    )
-    lp.plan(model, images, curve=shared, objective=lp.Utility(0.5), **options)
-    second = lp.plan(model, images, curve=shared, objective=lp.AccuracyBudget(0.02), **options)
-    assert curve.latency_ms(second.tokens) <= curve.latency_ms(alone.tokens)
-    assert shared(second.tokens) >= 0.98
-
-
-def test_a_finalist_that_is_not_faster_removes_nothing(monkeypatch):
-    slow = LatencyStats(9.9, 0.1, 0.99, 0.01, 31)
-    monkeypatch.setattr(
-        "lightning_prune.planning.single_block.compare_latency", lambda *_, **__: {"dense": slow, "pruned": slow}
-    )
-    curve = profile(STRAIGHT)
-    made = lp.plan(
-        tiny_vit(), IMAGES, profile=curve, curve=KnownCurve(curve, lambda count: 1.0), block=1, progress=False
-    )
-    assert made.removed == 0
-    assert made.tokens == 17
-    assert "take 99.0% of dense, against the profile: nothing is gained" in made.reason
-    assert made.speedup == 1.0
-    assert made.dense_ms == made.latency_ms == 9.9
-
-
-def test_the_prediction_is_the_share_of_dense_that_the_profile_says(monkeypatch):
-    """The machine runs at half its speed when the winner is timed: what is predicted is the ratio, not the clock."""
-    half = {"dense": LatencyStats(5.4, 0.1, 1.0, 0.0, 31), "pruned": LatencyStats(2.7, 0.1, 0.5, 0.01, 31)}
-    monkeypatch.setattr("lightning_prune.planning.single_block.compare_latency", lambda *_, **__: half)
-    curve = profile(STRAIGHT)
-    made = lp.plan(
-        tiny_vit(), IMAGES, profile=curve, curve=KnownCurve(curve, lambda count: 1.0), block=1, progress=False
-    )
-    assert made.predicted_ms == pytest.approx(STRAIGHT[made.tokens] / STRAIGHT[17] * 5.4)
-
-
-def test_a_patched_model_is_not_planned_for():
-    model = tiny_vit()
-    with lp.patch(model, "pomt", [0, 4, 0, 0]) as handle:
-        with pytest.raises(lp.ArgumentError, match="`model` must be dense, got a patched model"):
-            lp.plan(model, IMAGES, profile=profile(STRAIGHT), block=1, progress=False)
-        assert handle.active
+def test_a_given_profile_is_planned_on_and_not_measured_again(monkeypatch):
+    model = vit()
+    profile = lp.profile_latency(model, IMAGES[:2], method=lp.planning.PROFILE_METHOD, time_limit=1, verbose=False)
+    monkeypatch.setattr("lightning_prune.planning.api.profile_latency", None)
+    made = planned(model, methods="topk", profile=profile, objective=lp.LatencyBudget(speedup=1.5))
+    assert made.profile is profile
+    assert made.met
+    assert made.total_removed > 0
 
 
 def test_a_profile_from_elsewhere_is_used_and_said():
-    foreign = profile(STRAIGHT, context={"device": "Abacus", "batch_size": 64, "precision": "float16"})
-    with pytest.warns(UserWarning, match="measured elsewhere: .* there") as said:
-        lp.plan(tiny_vit(), IMAGES, profile=foreign, example_inputs=IMAGES[:2], block=1, confirm=False, progress=False)
-    text = " ".join(str(warning.message) for warning in said)
+    context = {"device": "Abacus", "batch_size": 64, "precision": "float16"}
+    with pytest.warns(UserWarning, match="measured elsewhere: .* there") as caught:
+        made = planned(methods="pomt", profile=known_profile(STRAIGHT, context=context))
+    text = " ".join(str(warning.message) for warning in caught)
     assert "device Abacus there" in text
     assert "batch_size 64 there, 2 here" in text
     assert "precision float16 there, float32 here" in text
-
-
-def test_the_final_comparison_runs_at_the_profiled_batch_size(monkeypatch):
-    seen = []
-
-    def compare(model, batch, variants, **_):
-        seen.append(len(batch))
-        return dict.fromkeys(variants, LatencyStats(1.0, 0.1, 0.5, 0.01, 31))
-
-    monkeypatch.setattr("lightning_prune.planning.single_block.compare_latency", compare)
-    curve = profile(STRAIGHT, context={"batch_size": 40})
-    lp.plan(tiny_vit(), IMAGES, profile=curve, curve=KnownCurve(curve, lambda count: 1.0), block=1, progress=False)
-    assert seen == [40]
-
-
-def test_a_curve_on_another_profile():
-    curve = KnownCurve(profile(STRAIGHT), lambda count: 1.0)
-    with pytest.raises(lp.ArgumentError, match="`curve` is a proxy curve on another profile"):
-        lp.plan(tiny_vit(), IMAGES, profile=profile(STRAIGHT | {3: 1.25}), curve=curve, block=1, progress=False)
+    assert made.pruned is None
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, "`example_inputs` is needed"),
-        ({"images": [1, 2]}, "`images` must be a tensor .* got list"),
-        ({"objective": 0.5}, "`objective` must be an Objective such as Utility"),
-        ({"profile": profile(STRAIGHT, depth=5)}, "5 blocks; this one has 4"),
-        ({"profile": profile(STRAIGHT | {20: 5.0})}, "20 tokens; this model has 17"),
-        ({"profile": profile(STRAIGHT), "block": 2}, "pomt at block 1; asked for is pomt at block 2"),
-        ({"profile": profile(STRAIGHT), "method": "random"}, "pomt at block 1; asked for is random at block 1"),
-        ({"profile": profile(STRAIGHT, protocol="paper")}, "protocol 'paper', not 'deployed'"),
+        ({"objective": "fast"}, r"`objective` must be an Objective .*, got 'fast'"),
+        ({"time_limit": -1}, "`time_limit` must be a number > 0, got -1"),
+        ({"time_limit": True}, "`time_limit` must be a number > 0, got True"),
+        ({"methods": []}, "`methods` must be .*, got an empty list"),
+        ({"methods": ["tomee"]}, "Did you mean 'tome'"),
+        ({"methods": ["topk", "tome", "topk"]}, r"`methods` must differ from one another, got TopK\(\) twice"),
+        ({"blocks": []}, r'`blocks` must be "all", a block, or a list of at least one, got \[\]'),
+        ({"blocks": "some"}, "`blocks` must be .*, got 'some'"),
+        ({"blocks": [0, 4]}, "`block` must be an index from 0 to 3 .*, got 4"),
+        ({"runtime": "abacus"}, "`runtime` must be .*, got 'abacus'"),
+        ({"proxy": "guess"}, "`proxy` must be 'auto', got 'guess'"),
+        ({"calibration": [1, 2]}, "`calibration` must be images .*, got list"),
+        ({"example_inputs": IMAGES[0]}, r"`example_inputs` must be images \(B, .*\), got \(3, 32, 32\)"),
         (
-            {"profile": profile(STRAIGHT, protocol="paper"), "protocol": "paper"},
-            "`labels` are needed by protocol='paper'",
+            {"example_inputs": torch.randn(2, 3, 64, 64)},
+            r"`calibration` must be of the size of `example_inputs`, \(3, 64, 64\), got \(3, 32, 32\)",
         ),
+        ({"profile": "profile.json"}, "`profile` must be a LatencyProfile, got 'profile.json'"),
+        ({"profile": known_profile(STRAIGHT, depth=5)}, r"`profile` must be of this model \(blocks: 4\), .*blocks: 5"),
+        ({"profile": known_profile(STRAIGHT | {20: 5.0})}, r"`profile` must be of this model \(tokens: 17\), .*: 20"),
+        ({"profile": known_profile(STRAIGHT, context={"parameters": 7})}, r"`profile` must be .* \(parameters: 7\)"),
+        ({"profile": known_profile(STRAIGHT, method="tome")}, "`profile` must be .* in one block, got one of tome"),
+        ({"profile": known_profile(STRAIGHT, protocol="paper")}, "`profile` must be .*'deployed', got 'paper'"),
+        ({"protocol": "paper", "methods": "pomt", "blocks": 1}, "`labels` must be given with protocol='paper'"),
     ],
 )
-def test_bad_arguments_are_named(arguments, message):
+def test_arguments_are_checked_before_anything_is_timed(monkeypatch, arguments, message):
+    monkeypatch.setattr("lightning_prune.planning.api.profile_latency", None)
     with pytest.raises(lp.ArgumentError, match=message):
-        lp.plan(tiny_vit(), **{"images": IMAGES, "block": 1, "progress": False, **arguments})
+        planned(**arguments)
+
+
+class Value(Reduction):
+    """Compares by value, and has no hash."""
+
+    name = "value"
+    __hash__ = None
+
+    def max_removed(self, tokens, prefix_tokens):
+        return tokens - prefix_tokens - 1
+
+    def reduce(self, sequence, remove):
+        raise AssertionError("planning must refuse the method before it reduces anything")
+
+
+def test_a_method_without_a_hash_is_refused_at_once():
+    with pytest.raises(lp.ArgumentError, match=r"`methods` must be hashable, got Value\(\): unhashable type"):
+        planned(methods=[Value()])
+
+
+def test_a_patched_model_is_not_planned_for():
+    model = vit()
+    with lp.patch(model, "pomt", [0, 4, 0, 0]) as handle:
+        with pytest.raises(lp.ArgumentError, match="`model` must be dense, got a patched model"):
+            lp.plan(model, IMAGES[:2], **OPTIONS)
+        assert handle.active
+
+
+def test_a_method_of_a_third_party_is_planned_like_any_other():
+    class Last(Reduction):
+        name = "last"
+
+        def max_removed(self, tokens, prefix_tokens):
+            return tokens - prefix_tokens - 1
+
+        def reduce(self, sequence, remove):
+            left = sequence.tokens.shape[1] - remove
+            positions = torch.arange(left).expand(len(sequence.tokens), left)
+            return lp.reduction.base.ReductionOutput(sequence.tokens[:, :left], positions)
+
+    assert planned(methods=Last(), objective=lp.LatencyBudget(speedup=1.5)).method == "last"
+
+
+def state(model):
+    modules = list(model.modules())
+    return (
+        [module.training for module in modules],
+        [set(vars(module)) for module in modules],
+        [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in modules],
+        [parameter.requires_grad for parameter in model.parameters()],
+        any(map(is_patched_module, modules)),
+        torch.is_grad_enabled(),
+        torch.get_rng_state().tolist(),
+    )
+
+
+@pytest.mark.parametrize("fails_at", [None, 0, 7, 60])
+def test_everything_is_as_before_also_if_planning_fails(fails_at):
+    model = vit(drop_rate=0.3).train()
+    model.blocks[1].eval()
+    passes = []
+
+    def interrupt(*_):
+        passes.append(None)
+        if len(passes) - 1 == fails_at:
+            raise KeyboardInterrupt
+
+    hook = model.blocks[3].register_forward_hook(interrupt)
+    before = state(model)
+    with pytest.raises(KeyboardInterrupt) if fails_at is not None else nullcontext():
+        lp.plan(model, IMAGES[:2], methods="topk", **OPTIONS)
+    assert state(model) == before
+    assert fails_at is None or len(passes) == fails_at + 1
+    hook.remove()
+
+
+def test_a_cut_after_the_mlp_is_said_once(caplog):
+    class Odd(Block):
+        """Of no known form."""
+
+        def forward(self, x):
+            return x + self.mlp(self.norm2(x + self.attn(self.norm1(x))))
+
+    planned(vit(block_fn=Odd), methods=["topk", "tome"], objective=lp.Utility(0.9))
+    assert sum("is cut after its MLP" in message for message in caplog.messages) == 1
+
+
+def test_a_model_that_gains_nothing_stays_dense(monkeypatch):
+    monkeypatch.setattr(InterleavedTimer, "once", lambda self, alternative: (self.prepare(alternative), 0.01)[1])
+    made = planned(methods="topk")
+    assert made.total_removed == 0
+    assert made.speedup == 1.0
+    assert [c.is_dense for c in made.front] == [True]
+
+
+def test_plan_as_plain_values(tmp_path):
+    made = planned(methods="topk", objective=lp.LatencyBudget(speedup=1.5))
+    document = json.loads(json.dumps(made.to_dict()))
+    assert document["method"] == "topk"
+    assert document["met"] is True
+    assert (document["images"], document["sensitivity_images"]) == (24, 24)
+    assert len(document["front"]) == len(made.front)
+    assert document["front"][0]["removed"] == [0] * DEPTH
+    assert np.isfinite(document["speedup"])
+    path = made.save(tmp_path / "schedule.yaml")
+    assert lp.Schedule.load(path) == made.schedule
+    assert yaml.safe_load(path.read_text())["made_on"]["objective"] == "latency budget, 1.5x"
+
+
+def test_a_method_that_misses_the_budget_does_not_beat_one_that_meets_it(clock):
+    probes = []
+    clock["topk"] = lambda schedule: probes.append(schedule) or (1.0 if len(probes) <= 16 else 9.0)
+    made = planned(methods=["tome", "topk"], objective=lp.LatencyBudget(speedup=1.5))
+    assert made.method == "tome"
+    assert made.met
+    assert made.pruned.ratio <= 1.005 / 1.5
+
+
+def test_a_method_whose_blocks_do_not_add_up_meets_the_budget_in_the_end(clock):
+    """Each further reducing block makes all slower, which no overhead explains: timings must correct it."""
+    clock["topk"] = lambda schedule: 1.12 ** (len(schedule.reducing) - 1)
+    made = planned(methods="topk", objective=lp.LatencyBudget(speedup=1.5))
+    assert made.met
+    assert made.pruned.ratio <= 1.005 / 1.5
+    one_block = [c for c in made.front if len(c.schedule.reducing) == 1 and milliseconds(c.schedule) <= DEPTH * N / 1.5]
+    measured = [c.accuracy for c in one_block if c.accuracy is not None]
+    assert made.accuracy >= max(measured, default=0.0) - 0.002
+
+
+def test_two_configurations_of_a_method_are_two_methods():
+    methods = [ToMe(), ToMe(proportional_attention=False), "topk"]
+    made = planned(methods=methods, objective=lp.LatencyBudget(speedup=1.3))
+    names = {"tome (proportional_attention=True)", "tome (proportional_attention=False)", "topk"}
+    assert {candidate.method for candidate in made.front} == names
+    assert made.label in names
+    assert lp.reduction.resolve(made.method) == made.reduction
+    assert made.schedule.methods.keys() == made.schedule.reducing.keys()
+
+
+def test_a_schedule_that_is_not_faster_in_the_end_is_not_deployed():
+    made = planned(methods="topk", objective=lp.LatencyBudget(speedup=1.5))
+    slow = replace(made.pruned, ratio=0.99, milliseconds=0.99 * made.dense_ms)
+    dense = replace(made, pruned=slow).or_dense_if_slower()
+    assert (dense.total_removed, dense.speedup, dense.predicted_ratio, dense.met) == (0, 1.0, 1.0, False)
+    assert "takes 99.0% of its latency: nothing is gained" in dense.reason
+    assert dense.dense_ms == dense.latency_ms == made.dense_ms
+    assert dense.tokens == N
+    assert made.or_dense_if_slower() is made
+
+
+def test_the_prediction_is_a_share_of_dense():
+    """If the machine runs at half its speed when the schedule is timed, the ratio is what was predicted."""
+    made = planned(methods="topk", objective=lp.LatencyBudget(speedup=1.5))
+    half = replace(made, dense=LatencyStats(2 * made.dense_ms, 0.1, 1.0, 0.0, 31))
+    assert half.predicted_ms == pytest.approx(2 * made.predicted_ms)
+
+
+class SlowClock:
+    """A clock that only advances when a measurement is made."""
+
+    def __init__(self, monkeypatch, sensitivity=0.0, proxy=0.0, timing=0.0):
+        self.now, self.images, self.proxies, self.timings = 0.0, Counter(), 0, 0
+        add, accuracy, time_candidates = Sensitivity.add, Measurements.accuracy, Measurements.time_candidates
+
+        def slow_add(table, images, on_step=lambda: None):
+            self.images[table._reduction.name] += len(images)
+            self.now += sensitivity * len(images)
+            return add(table, images, on_step)
+
+        def slow_accuracy(measured, reduction, schedule):
+            self.now += proxy
+            self.proxies += 1
+            return accuracy(measured, reduction, schedule)
+
+        def slow_timing(measured, candidates):
+            self.now += timing
+            self.timings += 1
+            return time_candidates(measured, candidates)
+
+        monkeypatch.setattr(Sensitivity, "add", slow_add)
+        monkeypatch.setattr(Measurements, "accuracy", slow_accuracy)
+        monkeypatch.setattr(Measurements, "time_candidates", slow_timing)
+
+    def __call__(self):
+        return self.now
+
+
+def test_all_methods_see_the_same_images_and_the_plan_says_how_many(monkeypatch):
+    clock = SlowClock(monkeypatch, sensitivity=0.1)
+    many = IMAGES.repeat(4, 1, 1, 1)
+    made = planned(calibration=many, methods=["tome", "topk"], time_limit=20, clock=clock)
+    assert set(clock.images) == {"tome", "topk"}
+    assert set(clock.images.values()) == {made.sensitivity_images}
+    assert 8 <= made.sensitivity_images < len(many)
+    assert made.sensitivity_seconds == pytest.approx(0.2 * made.sensitivity_images)
+    assert clock.now < 20
+
+
+@pytest.mark.parametrize(("slow", "time_limit"), [("sensitivity", 40), ("proxy", 30), ("timing", 25)])
+def test_the_time_limit_is_a_total_and_the_best_timed_candidate_is_taken(monkeypatch, slow, time_limit):
+    clock = SlowClock(monkeypatch, **{slow: 1.0 if slow == "sensitivity" else 8.0})
+    made = planned(objective=lp.LatencyBudget(speedup=1.5), time_limit=time_limit, clock=clock)
+    assert clock.now <= 1.1 * time_limit
+    assert clock.timings >= 1
+    assert made.pruned is not None
+    assert made.met
+    assert made.seconds == clock.now
+    assert made.front[0].method == "tome"  # the preferred method is always searched

@@ -5,7 +5,7 @@ from itertools import combinations_with_replacement, pairwise
 import numpy as np
 import pytest
 
-from lightning_prune.planning.dynamic_program import pareto_front
+from lightning_prune.planning.dynamic_program import optimal_schedules
 
 
 def enumerated(levels, milliseconds, costs, dense_ms):
@@ -43,7 +43,7 @@ def problem(seed, depth=5, count=5, price=0.3, closed=0.0):
 @pytest.mark.parametrize("closed", [0.0, 0.4])
 def test_front_is_that_of_all_schedules(seed, closed):
     levels, milliseconds, costs, dense_ms = problem(seed, closed=closed)
-    front = pareto_front(levels, milliseconds, costs, dense_ms)
+    front = optimal_schedules(levels, milliseconds, costs, dense_ms)
     everything = list(enumerated(levels, milliseconds, costs, dense_ms))
     known = {schedule: (total, cost) for total, cost, schedule in everything}
     for point in front:  # what is reported of a schedule is so
@@ -55,7 +55,7 @@ def test_front_is_that_of_all_schedules(seed, closed):
 
 def test_front_goes_from_dense_to_the_fastest_and_every_point_is_cheaper_than_the_next():
     levels, milliseconds, costs, dense_ms = problem(3)
-    front = pareto_front(levels, milliseconds, costs, dense_ms)
+    front = optimal_schedules(levels, milliseconds, costs, dense_ms)
     assert front[0].levels == (197,) * 5
     assert (front[0].milliseconds, front[0].cost) == (dense_ms, 0.0)
     assert all(a.milliseconds > b.milliseconds and a.cost < b.cost for a, b in pairwise(front))
@@ -65,16 +65,16 @@ def test_front_goes_from_dense_to_the_fastest_and_every_point_is_cheaper_than_th
 
 def test_a_price_for_each_reducing_block_makes_few_of_them_reduce():
     cheap, dear = problem(5, price=0.01), problem(5, price=1.5)
-    blocks = [np.mean([len({197, *point.levels}) for point in pareto_front(*given)]) for given in (cheap, dear)]
+    blocks = [np.mean([len({197, *point.levels}) for point in optimal_schedules(*given)]) for given in (cheap, dear)]
     assert blocks[0] > blocks[1]
 
 
 def test_where_nothing_is_gained_dense_is_all_there_is():
     levels, milliseconds, costs, dense_ms = problem(1, price=50.0)
-    assert len(pareto_front(levels, milliseconds, costs, dense_ms)) == 1
+    assert len(optimal_schedules(levels, milliseconds, costs, dense_ms)) == 1
 
 
 def test_as_many_blocks_and_levels_as_there_are_take_no_time():
     levels, milliseconds, costs, dense_ms = problem(0, depth=24, count=40)
-    front = pareto_front(levels, milliseconds, costs, dense_ms)
+    front = optimal_schedules(levels, milliseconds, costs, dense_ms)
     assert len(front) > 100

@@ -22,7 +22,7 @@ def curve(seconds, tokens):
 
 def model(**kwargs):
     profile = curve(lambda counts: 1e-3 * (2.0 + sum(0.01 * c + 1e-5 * c * c for c in counts)), range(20, N))
-    return LatencyModel.from_profile(profile, **{"attention": 0.4, **kwargs})
+    return LatencyModel.from_profile(profile, **{"attention_share": 0.4, **kwargs})
 
 
 SCHEDULES = [
@@ -36,7 +36,7 @@ SCHEDULES = [
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_prediction_adds_up_what_every_block_costs(schedule):
-    known = model(price=ReductionOverhead(reducing=0.3, tokens=0.5, after=0.1))
+    known = model(overhead=ReductionOverhead(per_block=0.3, per_tokens=0.5, per_later_block=0.1))
     block = lambda count: 0.01 * count + 1e-5 * count * count  # noqa: E731
     total, entering = 2.0, N
     for removed in schedule.removed:
@@ -50,7 +50,7 @@ def test_prediction_adds_up_what_every_block_costs(schedule):
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_steps_add_up_to_the_prediction(schedule):
-    known = model(price=ReductionOverhead(reducing=0.3, tokens=0.5, after=0.1))
+    known = model(overhead=ReductionOverhead(per_block=0.3, per_tokens=0.5, per_later_block=0.1))
     steps, places = known.steps(), {int(count): place for place, count in enumerate(known.levels)}
     tokens = (N, *schedule.tokens(N))
     total = sum(steps[places[a], places[b]] for a, b in pairwise(tokens))

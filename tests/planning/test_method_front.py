@@ -1,103 +1,199 @@
-"""The front of a method: what it proposes, and what it learns from timings."""
+"""The front of a method: what it proposes, and how timings correct it."""
+
+from itertools import pairwise
 
 import numpy as np
 import pytest
 
 import lightning_prune as lp
-from lightning_prune.planning.latency_model import ReductionOverhead
+from lightning_prune import LatencyProfile, Schedule
+from lightning_prune.planning.dynamic_program import Solution
+from lightning_prune.planning.latency_model import ReductionOverhead, token_levels
+from lightning_prune.planning.method_front import TUNING, corrected_front, dense_reason, evenly_spaced, thinned
+from lightning_prune.planning.results import Candidate
+from lightning_prune.reduction import TopK
 
-from .raced import DEPTH, N, front, latency, timing
+from .simulated_search import DENSE_MS, DEPTH, N, front, latency, timing
+
+LATER = float("inf")
 
 
 def test_the_front_goes_from_dense_to_the_fastest():
-    made, _ = front("topk")
-    latencies = [entry.milliseconds for entry in made.everything()]
-    assert latencies == sorted(latencies, reverse=True)
-    assert made.dense.schedule.total_removed == 0
-    assert made.everything()[0].accuracy == 1.0
-    assert made.entries[0].milliseconds == latencies[-1]
-    assert made.ratio(made.dense) == 1.0
+    topk, _ = front("topk")
+    ratios = [candidate.ratio for candidate in topk.all_candidates()]
+    assert ratios == sorted(ratios, reverse=True)
+    assert topk.dense.is_dense
+    assert topk.dense.ratio == 1.0
+    assert topk.all_candidates()[0].accuracy == 1.0
+    assert topk.fastest().ratio == ratios[-1]
 
 
 def test_a_proxy_is_measured_once_and_estimated_elsewhere():
-    made, asked = front("topk")
-    low, high = made.entries[0], made.entries[-2]
-    assert made.estimate(low) == 1.0  # nothing is known but dense
-    assert made.accuracy(low) == made.accuracy(low) == 1 - low.schedule.total_removed / 60
+    topk, asked = front("topk")
+    low, high = topk.candidates[0], topk.candidates[-2]
+    assert topk.estimate(low) == 1.0  # only dense is known
+    assert topk.accuracy(low) == topk.accuracy(low) == 1 - low.schedule.total_removed / 60
     assert asked == [low.schedule.removed]
-    straight = 1 - (1 - made.accuracy(low)) * high.cost / low.cost
-    assert made.estimate(high) == pytest.approx(straight)
-    assert made.accuracy(made.dense) == 1.0
+    linear = 1 - (1 - topk.accuracy(low)) * high.cost / low.cost
+    assert topk.estimate(high) == pytest.approx(linear)
+    assert topk.accuracy(topk.dense) == 1.0
     assert len(asked) == 1
-    assert {e.schedule.removed: e.accuracy for e in made.everything()}[low.schedule.removed] == made.accuracy(low)
+    assert {c.schedule.removed: c.accuracy for c in topk.all_candidates()}[low.schedule.removed] == topk.accuracy(low)
 
 
 @pytest.mark.parametrize("speedup", [1.2, 1.6, 2.2])
-def test_the_choice_is_the_best_of_all(speedup):
-    made, asked = front("topk")
-    chosen, reason = made.choose(lp.LatencyBudget(speedup=speedup), DEPTH * N, 10.0)
-    best = max(1 - e.schedule.total_removed / 60 for e in made.entries if made.ratio(e) <= 1.005 / speedup)
-    assert chosen.schedule.removed in asked
-    assert made.accuracy(chosen) == pytest.approx(best, abs=0.03)
-    assert reason.startswith(f"Best by latency budget, {speedup:g}x: ")
+def test_the_proposal_is_the_best_of_all(speedup):
+    topk, asked = front("topk")
+    proposal = topk.propose(lp.LatencyBudget(speedup=speedup), DENSE_MS, LATER)
+    best = max(1 - c.schedule.total_removed / 60 for c in topk.candidates if c.ratio <= 1.005 / speedup)
+    assert proposal.feasible
+    assert proposal.candidate.schedule.removed in asked
+    assert topk.accuracy(proposal.candidate) == pytest.approx(best, abs=0.03)
 
 
-@pytest.mark.parametrize("price", [ReductionOverhead(reducing=2.0), ReductionOverhead(tokens=3.0, after=0.5)])
-def test_timings_teach_the_prices(price):
-    truth = latency(price)
+@pytest.mark.parametrize(
+    "overhead", [ReductionOverhead(per_block=2.0), ReductionOverhead(per_tokens=3.0, per_later_block=0.5)]
+)
+def test_timings_reveal_the_overhead(overhead):
+    truth = latency(overhead)
     unaware, _ = front("topk")
-    told = [(e.schedule, timing(truth.predict(e.schedule) / truth.dense_ms)) for e in unaware.entries[:-1:4]]
-    aware, _ = front("topk", probed=told)
-    for entry in aware.everything():
-        assert entry.milliseconds == pytest.approx(truth.predict(entry.schedule), rel=1e-3)
-    few = lambda made: np.mean([len(e.schedule.reducing) for e in made.everything()])  # noqa: E731
-    assert few(aware) < few(unaware)
+    probed = [(c.schedule, timing(truth.predict(c.schedule) / truth.dense_ms)) for c in unaware.candidates[:-1:4]]
+    aware, _ = front("topk", probed=probed)
+    for candidate in aware.all_candidates():
+        assert candidate.ratio * DENSE_MS == pytest.approx(truth.predict(candidate.schedule), rel=1e-3)
+    blocks = [np.mean([len(c.schedule.reducing) for c in made.all_candidates()]) for made in (aware, unaware)]
+    assert blocks[0] < blocks[1]
 
 
-def test_a_schedule_that_takes_longer_than_prices_can_explain_corrects_those_beside_it():
-    made, _ = front("topk")
-    chosen, _ = made.choose(lp.LatencyBudget(speedup=2.0), DEPTH * N, 10.0)
-    before = made.ratio(chosen)
+def test_a_schedule_slower_than_any_overhead_explains_corrects_its_neighbours():
+    topk, _ = front("topk")
+    budget = lp.LatencyBudget(speedup=2.0)
+    before = topk.propose(budget, DENSE_MS, LATER).candidate.ratio
     for _ in range(4):
-        chosen, _ = made.choose(lp.LatencyBudget(speedup=2.0), DEPTH * N, 10.0)
-        tokens = (N, *chosen.schedule.tokens(N))
-        actual = 0.05 + latency().predict(chosen.schedule) / (DEPTH * N) + 0.1 * (tokens[-1] / N)
-        made.observe(chosen, timing(actual))
+        chosen = topk.propose(budget, DENSE_MS, LATER).candidate
+        tokens = chosen.schedule.tokens(N)
+        actual = 0.05 + latency().predict(chosen.schedule) / DENSE_MS + 0.1 * (tokens[-1] / N)
+        topk.observe(chosen, timing(actual))
     assert actual == pytest.approx(0.5, abs=0.02)
     assert actual <= 1.005 / 2
     assert before == pytest.approx(0.5, abs=0.02)
+    timed = {c.schedule.removed: c.timing for c in topk.all_candidates(chosen)}
+    assert timed[chosen.schedule.removed].ratio == actual
 
 
-def test_a_budget_that_is_out_of_reach_says_the_best_there_is():
-    made, _ = front("topk")
-    message = (
-        r"The latency budget, 50x cannot be reached: the fastest schedule is predicted to take [\d.]+ ms, "
-        r"[\d.]+x, and leaves 5 tokens\.$"
-    )
-    with pytest.raises(lp.ArgumentError, match=message):
-        made.choose(lp.LatencyBudget(speedup=50), DEPTH * N, 10.0)
-
-
-def test_where_every_schedule_costs_too_much_dense_is_chosen():
-    made, _ = front("topk", proxy=lambda schedule: 0.1)
-    chosen, reason = made.choose(lp.Utility(0.1), DEPTH * N, 10.0)
-    assert chosen is made.dense
-    assert reason == "Dense is best by the objective (utility, alpha 0.1): every faster schedule costs too much."
-
-
-def test_where_reducing_costs_more_than_it_saves_nothing_is_faster():
-    truth = latency(ReductionOverhead(reducing=100.0))
-    unaware, asked = front("topk")
-    told = [(e.schedule, timing(truth.predict(e.schedule) / truth.dense_ms)) for e in unaware.entries[:-1]]
-    made, asked = front("topk", probed=told)
-    chosen, reason = made.choose(lp.LatencyBudget(ms=100.0), DEPTH * N, 10.0)
-    assert chosen is made.dense
-    assert reason.startswith("No schedule is predicted to be faster than dense by more than 2%; the fastest by ")
+def test_an_infeasible_budget_is_a_proposal_with_the_fastest():
+    topk, asked = front("topk")
+    candidate, reason, feasible = topk.propose(lp.LatencyBudget(speedup=50), DENSE_MS, LATER)
+    assert not feasible
+    assert candidate is topk.fastest()
+    assert reason.startswith("The latency budget, 50x cannot be reached: the fastest candidate takes")
     assert not asked
 
 
-def test_out_of_time_one_choice_is_measured_all_the_same():
-    made, asked = front("topk")
-    chosen, _ = made.choose(lp.LatencyBudget(speedup=1.6), DEPTH * N, 0.0)
-    assert made.ratio(chosen) <= 1.005 / 1.6
-    assert len(asked) <= 5
+def test_dense_is_proposed_if_every_schedule_costs_too_much():
+    topk, _ = front("topk", proxy=lambda schedule: 0.1)
+    candidate, reason, _ = topk.propose(lp.Utility(0.1), DENSE_MS, LATER)
+    assert candidate.is_dense
+    assert reason == "Dense is best by the objective (utility, alpha 0.1): every faster schedule costs too much."
+
+
+def test_dense_is_proposed_if_the_overhead_exceeds_what_is_saved():
+    truth = latency(ReductionOverhead(per_block=100.0))
+    unaware, _ = front("topk")
+    probed = [(c.schedule, timing(truth.predict(c.schedule) / truth.dense_ms)) for c in unaware.candidates[:-1]]
+    topk, asked = front("topk", probed=probed)
+    candidate, reason, feasible = topk.propose(lp.LatencyBudget(ms=100.0), DENSE_MS, LATER)
+    assert feasible
+    assert candidate.is_dense
+    assert "faster than dense by more than 2%" in reason
+    assert not asked
+
+
+def test_one_choice_is_measured_after_the_deadline():
+    topk, asked = front("topk")
+    proposal = topk.propose(lp.LatencyBudget(speedup=1.6), DENSE_MS, 0.0)
+    assert proposal.candidate.ratio <= 1.005 / 1.6
+    assert asked == [proposal.candidate.schedule.removed]
+
+
+SOLUTIONS = [
+    Solution(100.0, 0.0, (17, 17)),
+    Solution(80.0, 0.1, (17, 9)),
+    Solution(60.0, 0.2, (13, 9)),
+    Solution(50.0, 0.4, (9, 9)),
+]
+
+
+def corrected(predicted, measured):
+    return corrected_front("topk", TopK(), SOLUTIONS, 17, predicted, measured)
+
+
+def ratios(candidates):
+    return [round(100 * candidate.ratio, 6) for candidate in candidates]
+
+
+def test_solutions_become_schedules():
+    candidates = corrected([], [])
+    assert [c.schedule.removed for c in candidates] == [(0, 0), (0, 8), (4, 4), (8, 0)]
+    assert ratios(candidates) == [100, 80, 60, 50]
+    assert {c.method for c in candidates} == {"topk"}
+
+
+def test_a_timing_corrects_its_neighbours_and_less_those_near_dense():
+    assert ratios(corrected([0.6], [0.66])) == pytest.approx([100, 80 * 1.05, 66, 55])
+    # Linear between two timings, in whatever order they come.
+    assert ratios(corrected([0.8, 0.5], [0.8, 0.56])) == pytest.approx([100, 80, 60 * (1 + 0.12 * 2 / 3), 56])
+
+
+def test_a_candidate_slower_than_a_cheaper_one_is_dropped():
+    assert ratios(corrected([0.8, 0.6, 0.5], [0.8, 0.81, 0.5])) == [100, 80, 50]
+
+
+def candidate(ratio, cost, removed):
+    return Candidate("topk", TopK(), Schedule(removed), ratio, cost)
+
+
+def test_of_equally_fast_candidates_the_cheapest_and_the_fastest_of_all_are_kept():
+    dense = candidate(1.0, 0.0, (0, 0))
+    front = [dense, candidate(0.603, 0.01, (0, 8)), candidate(0.602, 0.5, (8, 0)), candidate(0.6005, 5.0, (12, 0))]
+    assert [(c.ratio, c.cost) for c in thinned(front)] == [(0.6005, 5.0), (0.603, 0.01), (1.0, 0.0)]
+    assert thinned([dense]) == [dense]
+
+
+def test_dense_stays_if_another_schedule_costs_nothing():
+    solutions = [Solution(100.0, 0.0, (17,)), Solution(90.0, 0.0, (16,))]
+    assert ratios(corrected_front("topk", TopK(), solutions, 17, [], [])) == [100, 90]
+
+
+def test_a_few_at_even_distances():
+    assert evenly_spaced(range(10), 4) == [0, 3, 6, 9]
+    assert evenly_spaced(range(3), 4) == [0, 1, 2]
+    assert TUNING.first_proxies == 4
+
+
+def curve(latency, spread=0.001):
+    tokens = tuple(sorted(latency))
+    milliseconds = tuple(latency[count] for count in tokens)
+    return LatencyProfile(tokens, milliseconds, (spread,) * len(tokens), (9,) * len(tokens), "random", 0, DEPTH)
+
+
+def test_few_counts_are_all_searched():
+    assert token_levels(curve({20: 2.0, 60: 5.0, 100: 10.0})) == [20, 60, 100]
+
+
+def test_of_many_counts_the_lower_edges_of_cliffs_are_searched():
+    stairs = {count: 0.01 * count + 2.0 * sum(count > edge for edge in (33, 77, 120)) for count in range(2, 198)}
+    levels = token_levels(curve(stairs))
+    assert len(levels) == 40
+    assert {2, 33, 77, 120, 197} <= set(levels)
+    assert max(b - a for a, b in pairwise(levels)) <= 8
+
+
+FLAT, NOISY = curve({20: 9.9, 100: 10.0}), curve({20: 5.0, 100: 10.0}, spread=20.0)
+
+
+@pytest.mark.parametrize(("profile", "reason"), [(FLAT, "The curve is flat"), (NOISY, "too noisy to choose by")])
+def test_a_device_that_gains_nothing_is_not_searched(profile, reason):
+    assert token_levels(profile) == [100]
+    assert reason in dense_reason(profile)
+    assert dense_reason(curve({20: 2.0, 60: 5.0, 100: 10.0})) is None

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from lightning_prune import AccuracyBudget, ArgumentError, LatencyBudget, Utility
+from lightning_prune.planning.objectives import RATIO_TOLERANCE
 from lightning_prune.profiling import LatencyStats
 
 LATENCY = np.array([4.0, 6.0, 9.0, 10.0])  # ascending tokens, dense last
@@ -76,23 +77,27 @@ def test_latency_budget_takes_the_most_accurate_point_inside(budget, best):
     assert LatencyBudget(**budget).best(LATENCY, ACCURACY) == best
 
 
-def test_latency_budget_that_nothing_meets_says_the_best():
-    message = "latency budget, 3 ms cannot be reached: the fastest that was measured is 4 ms, 2.50x, with 50 tokens"
-    assert message in LatencyBudget(ms=3).unreachable((50, 100, 150, 197), LATENCY)
-    assert "latency budget, 3x" in LatencyBudget(speedup=3).unreachable((50, 100, 150, 197), LATENCY)
-    assert LatencyBudget(speedup=2.5).unreachable((50, 100, 150, 197), LATENCY) is None
-    assert Utility().unreachable((50, 100, 150, 197), LATENCY) is None
+def test_a_latency_budget_that_nothing_meets_names_the_fastest():
+    message = "The latency budget, 3 ms cannot be reached: the fastest candidate takes 4 ms, 2.50x."
+    assert LatencyBudget(ms=3).infeasible_reason(LATENCY) == message
+    assert "latency budget, 3x" in LatencyBudget(speedup=3).infeasible_reason(LATENCY)
+    assert LatencyBudget(speedup=2.5).infeasible_reason(LATENCY) is None
+    assert Utility().infeasible_reason(LATENCY) is None
+    assert AccuracyBudget(0).infeasible_reason(LATENCY) is None
 
 
-def test_latency_budget_knows_by_how_much_it_was_missed():
+def test_the_violation_of_a_latency_budget():
     timing = LatencyStats(milliseconds=6.0, spread=0.1, ratio=0.6, ratio_spread=0.01, rounds=31)
-    assert LatencyBudget(ms=5).excess(timing) == pytest.approx(1.2)
-    assert LatencyBudget(speedup=2).excess(timing) == pytest.approx(1.2)
-    assert LatencyBudget(ms=6).excess(timing) == LatencyBudget(speedup=1.5).excess(timing) == 1.0
-    assert LatencyBudget(ms=5.99).excess(timing) == 1.0  # no clock is surer
-    assert LatencyBudget(ms=6).tighten(1.2) == LatencyBudget(ms=5)
-    assert LatencyBudget(speedup=2).tighten(1.25) == LatencyBudget(speedup=2.5)
-    assert Utility().excess(timing) == 1.0
+    assert LatencyBudget(ms=5).violation(timing) == pytest.approx(0.2)
+    assert LatencyBudget(speedup=2).violation(timing) == pytest.approx(0.2)
+    assert LatencyBudget(ms=6).violation(timing) == 0
+    assert LatencyBudget(ms=12).violation(timing) == pytest.approx(-0.5)
+    assert Utility().violation(timing) == AccuracyBudget(0).violation(timing) == 0
+
+
+def test_the_limit_of_a_latency_budget():
+    assert LatencyBudget(ms=6).limit_ms(99.0) == 6
+    assert LatencyBudget(speedup=2).limit_ms(99.0) == 49.5
 
 
 @pytest.mark.parametrize(
@@ -124,7 +129,7 @@ def test_predictions_and_timings_have_one_tolerance():
     budget = LatencyBudget(speedup=2)
     for ratio, inside in ((0.5, True), (0.502, True), (0.5024, True), (0.503, False)):
         timing = LatencyStats(10 * ratio, 0.1, ratio, 0.01, 31)
-        assert (budget.excess(timing) == 1) == inside
+        assert (budget.violation(timing) <= RATIO_TOLERANCE) == inside
         assert np.isfinite(budget.score(np.array([10 * ratio, 10.0]), np.ones(2))[0]) == inside
 
 
@@ -133,9 +138,3 @@ def test_whether_dense_keeps_to_a_budget():
     assert not LatencyBudget(speedup=1.2).dense_is_feasible(5.0)
     assert AccuracyBudget(0).dense_is_feasible(5.0)
     assert Utility(1.0).dense_is_feasible(5.0)
-
-
-def test_a_budget_of_milliseconds_is_scaled_to_the_time_of_the_profile():
-    assert LatencyBudget(ms=6).rescale(0.5) == LatencyBudget(ms=12)
-    assert LatencyBudget(speedup=2).rescale(0.5) == LatencyBudget(speedup=2)
-    assert Utility(0.3).rescale(0.5) == Utility(0.3)

@@ -1,7 +1,8 @@
 import pytest
 
 from lightning_prune import LatencyProfile, Schedule, Utility
-from lightning_prune.planning import BlocksPlan, FrontEntry
+from lightning_prune.planning import Candidate, Plan
+from lightning_prune.reduction import ToMe
 from lightning_prune.report.plots import plot, plot_front
 
 
@@ -9,14 +10,13 @@ def plan(removed=(0, 50, 0, 40)):
     profile = LatencyProfile((60, 197), (5.0, 10.0), (0.1, 0.1), (9, 9), "random", 0, 4, context={"device": "Abacus"})
     schedules = ((0, 0, 0, 0), (0, 50, 0, 40), (90, 0, 0, 0))
     front = tuple(
-        FrontEntry(method, Schedule(schedule), 10.0 - 2 * number, 0.1 * number, 0.9 if number else 1.0)
+        Candidate(method, ToMe(), Schedule(schedule), 1.0 - 0.2 * number, 0.1 * number, 0.9 if number else 1.0)
         for method in ("tome", "topk")
         for number, schedule in enumerate(schedules)
     )
-    schedule = Schedule(removed)
-    return BlocksPlan(
-        schedule, "tome", 1, Utility(), profile, "soft agreement", {197: 1.0}, schedule.tokens(197)[-1], "so",
-        front=front, predicted_ratio=0.8,
+    return Plan(
+        Schedule(removed), "tome", ToMe(), Utility(), True, "so", profile, "soft agreement", 0.9, 0.8,
+        front=front, label="tome",
     )  # fmt: skip
 
 

@@ -1,4 +1,3 @@
-import math
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +7,10 @@ from matplotlib.figure import Figure
 
 import lightning_prune as lp
 from lightning_prune.errors import ArgumentError
+from lightning_prune.planning import Candidate
+from lightning_prune.reduction import POMT
 from lightning_prune.report import plots
-from lightning_prune.report.plots import plot_plans, plot_profile
+from lightning_prune.report.plots import plot_profile
 from lightning_prune.report.styles import save_figure
 
 from .made_up import comparison
@@ -26,27 +27,17 @@ def profile(**changes: Any) -> lp.LatencyProfile:
 
 
 def plan(tokens: int, objective: Any) -> lp.Plan:
+    schedule = lp.Schedule.single(12, 3, 197 - tokens)
+    dense = Candidate("pomt", POMT(), lp.Schedule([0] * 12), 1.0, accuracy=1.0)
+    chosen = Candidate("pomt", POMT(), schedule, 0.5, 0.1, 0.97)
     return lp.Plan(
-        schedule=lp.Schedule.single(12, 3, 197 - tokens),
-        method="pomt",
-        block=3,
-        objective=objective,
-        profile=profile(),
-        proxy="soft agreement",
-        accuracy={40: 0.6, 100: 0.97, 180: 0.999, 197: 1.0},
-        tokens=tokens,
-        reason="Because.",
+        schedule, "pomt", POMT(), objective, True, "Because.", profile(), front=(dense, chosen), label="pomt"
     )
 
 
 def labels(axes: Axes) -> list[str]:
     legend = axes.get_legend()
     return [text.get_text() for text in legend.get_texts()] if legend else []
-
-
-def marks(axes: Axes, at: float) -> list[float]:
-    """Heights of the single hollow markers at a token count."""
-    return [line.get_ydata()[0] for line in axes.lines if len(line.get_xdata()) == 1 and line.get_xdata()[0] == at]
 
 
 def spans(axes: Axes, color: str) -> list[tuple[float, float]]:
@@ -81,47 +72,6 @@ def test_a_single_point_can_be_drawn() -> None:
     assert labels(axes) == ["spread", "measured"]
 
 
-def test_plans_mark_the_chosen_points_in_all_three_panels() -> None:
-    utility, budget = plan(40, lp.Utility(0.5)), plan(100, lp.AccuracyBudget(0.05))
-    figure = plot_plans([utility, budget])
-    latency, proxy, score = figure.axes
-    assert marks(latency, 40) == [30.0]
-    assert marks(latency, 100) == [50.0]
-    assert marks(proxy, 40) == [pytest.approx(60.0)]
-    assert marks(proxy, 100) == [pytest.approx(97.0)]
-    assert marks(score, 40) == [pytest.approx(utility.scores()[40])]
-    assert marks(score, 100) == [pytest.approx(budget.scores()[100])]
-    shapes = {(line.get_xdata()[0], line.get_marker()) for line in latency.lines if len(line.get_xdata()) == 1}
-    assert shapes == {(40, "o"), (100, "s")}
-    assert "chosen: 40 tokens (utility, alpha 0.5)" in labels(latency)
-    assert "chosen: 100 tokens (accuracy budget, at most 5% lost)" in labels(latency)
-    assert labels(score) == ["utility, alpha 0.5", "accuracy budget, at most 5% lost"]
-    assert [axes.get_ylabel() for axes in figure.axes] == [
-        "latency of a batch [ms]",
-        "soft agreement\n[% of dense]",
-        "objective\n[higher is better]",
-    ]
-    assert [axes.get_xlabel() for axes in figure.axes] == ["", "", "tokens that leave the reducing block"]
-
-
-def test_points_that_may_not_be_chosen_are_left_out() -> None:
-    *_, score = plot_plans([plan(100, lp.AccuracyBudget(0.05))]).axes
-    drawn = score.lines[0]
-    assert list(drawn.get_xdata()) == [100, 180, 197]
-    assert all(math.isfinite(value) for value in drawn.get_ydata())
-
-
-def test_a_plan_that_stays_dense_is_marked_at_dense() -> None:
-    latency, proxy, _ = lp.report.plot(plan(197, lp.Utility(0.0))).axes
-    assert marks(latency, 197) == [91.5]
-    assert marks(proxy, 197) == [100.0]
-
-
-def test_more_plans_than_colours() -> None:
-    many = [plan(40, lp.Utility(alpha / 10)) for alpha in range(6)]
-    assert len(labels(plot_plans(many).axes[2])) == 6
-
-
 @pytest.mark.parametrize("suffix", ["png", "pdf", "svg"])
 def test_saved_in_the_format_of_the_suffix(suffix: str, tmp_path: Path) -> None:
     path = save_figure(plot_profile(profile()), tmp_path / f"curve.{suffix}")
@@ -140,15 +90,11 @@ class Result:
     ("result", "panels"),
     [
         (profile(), ["latency of a batch [ms]"]),
-        (plan(40, lp.Utility()), ["latency of a batch [ms]", "soft agreement\n[% of dense]"]),
-        (
-            [plan(40, lp.Utility()), plan(100, lp.Utility())],
-            ["latency of a batch [ms]", "soft agreement\n[% of dense]"],
-        ),
+        (plan(40, lp.Utility()), ["KL divergence from dense [nats]\n(dots: measured )", "tokens that leave it"]),
         (comparison(), ["top-1 [%]"]),
         (Result(), ["top-1 [%]"]),
     ],
-    ids=["profile", "plan", "plans", "document", "comparison"],
+    ids=["profile", "plan", "document", "comparison"],
 )
 def test_plot_draws_by_the_type_of_its_argument(result: Any, panels: list[str], tmp_path: Path) -> None:
     figure = lp.report.plot(result, tmp_path / "plot.png")

@@ -3,69 +3,75 @@ from dataclasses import replace
 import pytest
 
 from lightning_prune import LatencyProfile, Schedule
-from lightning_prune.planning.latency_model import FREE, LatencyModel, ReductionOverhead, fit_overhead, probe_schedules
+from lightning_prune.planning.latency_model import (
+    NO_OVERHEAD,
+    LatencyModel,
+    ReductionOverhead,
+    fit_overhead,
+    probe_schedules,
+)
 from lightning_prune.profiling import LatencyStats
 from lightning_prune.reduction import resolve
 
 N, DEPTH = 197, 12
 
 
-def model(price=FREE):
+def model(overhead=NO_OVERHEAD):
     tokens = tuple(range(20, N + 1))
     profile = LatencyProfile(
         tokens, tuple(5 + 0.1 * c for c in tokens), (0.01,) * len(tokens), (9,) * len(tokens), "random", 0, DEPTH
     )
-    return LatencyModel.from_profile(profile, 0.4, price=price)
+    return LatencyModel.from_profile(profile, 0.4, overhead=overhead)
 
 
 def timed(schedules, known, noise=lambda index: 1.0):
     """As measured on a machine that now runs at two thirds of its speed."""
     found = []
-    for index, schedule in enumerate(schedules.values()):
+    for index, schedule in enumerate(schedules):
         ratio = known.predict(schedule) / known.dense_ms * noise(index)
         found.append((schedule, LatencyStats(1.5 * known.dense_ms * ratio, 0.1, ratio, 0.01, 9)))
     return found
 
 
-PRICES = [
+OVERHEADS = [
     ReductionOverhead(),
-    ReductionOverhead(reducing=0.4),
-    ReductionOverhead(tokens=0.4),
-    ReductionOverhead(after=0.1),
-    ReductionOverhead(reducing=0.2, tokens=0.3),
-    ReductionOverhead(reducing=0.2, tokens=0.3, after=0.1),
+    ReductionOverhead(per_block=0.4),
+    ReductionOverhead(per_tokens=0.4),
+    ReductionOverhead(per_later_block=0.1),
+    ReductionOverhead(per_block=0.2, per_tokens=0.3),
+    ReductionOverhead(per_block=0.2, per_tokens=0.3, per_later_block=0.1),
 ]
 
 
-@pytest.mark.parametrize("price", PRICES)
+@pytest.mark.parametrize("overhead", OVERHEADS)
 @pytest.mark.parametrize("method", ["pomt", "tome", "topk"])
-def test_planted_prices_are_found(price, method):
-    schedules = probe_schedules(resolve(method), N, 1, DEPTH, 0)
-    found = fit_overhead(model(), timed(schedules, model(price)))
-    assert found == pytest.approx(price, abs=1e-6)
+def test_planted_overheads_are_found(overhead, method):
+    schedules = probe_schedules(resolve(method), N, 1, range(DEPTH), DEPTH)
+    found = fit_overhead(model(), timed(schedules, model(overhead)))
+    assert found == pytest.approx(overhead, abs=1e-6)
 
 
 @pytest.mark.parametrize("tilt", [-0.02, 0.02])
-def test_noise_makes_no_price_negative(tilt):
-    schedules = probe_schedules(resolve("tome"), N, 1, DEPTH, 0)
+def test_noise_makes_no_overhead_negative(tilt):
+    schedules = probe_schedules(resolve("tome"), N, 1, range(DEPTH), DEPTH)
     found = fit_overhead(model(), timed(schedules, model(), lambda index: 1 + tilt * (1.5 - index)))
     assert min(found) >= 0
 
 
 @pytest.mark.parametrize(("spread", "rounds"), [(0.5, 2), (0.0, 1)])  # a single round has no spread
 def test_what_was_timed_badly_counts_for_little(spread, rounds):
-    schedules = probe_schedules(resolve("topk"), N, 1, DEPTH, 0)
-    right = timed(schedules, model(ReductionOverhead(reducing=0.4)))
+    schedules = probe_schedules(resolve("topk"), N, 1, range(DEPTH), DEPTH)
+    right = timed(schedules, model(ReductionOverhead(per_block=0.4)))
     wrong = [(schedule, replace(t, ratio=1.1 * t.ratio, ratio_spread=spread, rounds=rounds)) for schedule, t in right]
     sure = [(schedule, replace(t, ratio_spread=0.001, rounds=99)) for schedule, t in right]
-    assert fit_overhead(model(), sure + wrong) == pytest.approx(ReductionOverhead(reducing=0.4), abs=0.05)
+    assert fit_overhead(model(), sure + wrong) == pytest.approx(ReductionOverhead(per_block=0.4), abs=0.05)
 
 
 @pytest.mark.parametrize(("tokens", "depth", "first"), [(197, 12, 0), (17, 4, 1), (5, 2, 0), (50, 3, 2), (3, 1, 0)])
 def test_probes_are_schedules_that_the_method_can_run(tokens, depth, first):
     for method in ("pomt", "tome", "topk", "pomt-nearest"):
         reduction = resolve(method)
-        for schedule in probe_schedules(reduction, tokens, 1, depth, first).values():
+        for schedule in probe_schedules(reduction, tokens, 1, range(first, depth), depth):
             assert schedule.depth == depth
             left = tokens
             for block, removed in enumerate(schedule.removed):
@@ -74,5 +80,5 @@ def test_probes_are_schedules_that_the_method_can_run(tokens, depth, first):
                 left -= removed
 
 
-def test_without_a_probe_that_reduces_there_is_no_price():
+def test_without_a_probe_that_reduces_there_is_no_overhead():
     assert fit_overhead(model(), [(Schedule([0] * DEPTH), LatencyStats(10, 0, 1, 0, 9))]) == ReductionOverhead()

@@ -1,0 +1,259 @@
+"""The measurements that planning needs, within a time limit: overheads, sensitivities, proxies and timings."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lightning_prune._utils.progress import progress_bar
+from lightning_prune.patching import PatchHandle, VisionTransformer
+from lightning_prune.planning.candidate_search import Timings
+from lightning_prune.planning.latency_model import LatencyModel, probe_schedules, token_levels
+from lightning_prune.planning.method_front import MethodFront
+from lightning_prune.planning.results import Candidate
+from lightning_prune.planning.sensitivity import Sensitivity
+from lightning_prune.profiling import LatencyProfile, LatencyStats, Proxy, Variant, Workload, compare_latency
+from lightning_prune.profiling.measurement import ready_to_run
+from lightning_prune.profiling.simulation import attention_share
+from lightning_prune.reduction import Reduction
+from lightning_prune.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class MeasurementTuning:
+    """Constants of the measurements. Shares are of the time that is left when a measurement begins.
+
+    Attributes:
+        overhead_share: Time limit of the timings from which the overhead of all methods follows.
+        sensitivity_share: Time limit of the sensitivities of all methods.
+        proxy_share: Time after which no proxy is measured any more before the first timing run.
+        timing_share: Time limit of each timing run.
+        sensitivity_counts: Token counts at which a block is measured.
+        batch_images: Images in one pass of the proxy and the sensitivity, at most or if the user's batch is larger.
+        first_images: Images in the first batch of the sensitivity, which is measured whatever time it takes.
+        min_images: Calibration images that the proxy is measured on, whatever time it takes.
+        passes_per_method: Passes over the calibration images that one method is expected to need.
+    """
+
+    overhead_share: float = 0.2
+    sensitivity_share: float = 0.4
+    proxy_share: float = 0.6
+    timing_share: float = 0.4
+    sensitivity_counts: int = 8
+    batch_images: int = 32
+    first_images: int = 8
+    min_images: int = 64
+    passes_per_method: int = 6
+
+
+TUNING = MeasurementTuning()
+
+
+@dataclass
+class TimeLimit:
+    """A time limit in seconds, from now on.
+
+    Args:
+        seconds: The limit; None for none.
+        clock: Seconds.
+    """
+
+    seconds: float | None
+    clock: Callable[[], float] = time.perf_counter
+    start: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Starts the clock."""
+        self.start = self.clock()
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the start."""
+        return self.clock() - self.start
+
+    def left(self) -> float:
+        """Seconds that are left."""
+        return float("inf") if self.seconds is None else max(self.seconds - self.elapsed, 0.0)
+
+    def share(self, share: float) -> float | None:
+        """A share of the seconds that are left, at least a millisecond; None without a limit."""
+        return None if self.seconds is None else max(share * self.left(), 1e-3)
+
+    def deadline(self, share: float = 1.0) -> float:
+        """The time on the clock when a share of what is left now has passed."""
+        return self.clock() + share * self.left()
+
+
+@dataclass
+class Measurements:
+    """Measures what planning asks for, of one model on one device.
+
+    Args:
+        model: The module that contains the transformer, dense.
+        transformer: The Vision Transformer.
+        images: (images, C, H, W) calibration images.
+        example_inputs: (B, C, H, W) images on the device.
+        profile: The latency curve.
+        is_foreign: Whether the curve is of another device, so that nothing can be timed here.
+        limit: The time limit.
+        module_path: Dotted path of the transformer in the model.
+        verbose: Shows progress bars on a terminal.
+
+    Attributes:
+        sensitivity_images: Number of images that the sensitivities were measured on.
+        sensitivity_seconds: Time that took.
+        dense_ms: Latency of the dense model when it was timed last.
+    """
+
+    model: nn.Module
+    transformer: VisionTransformer
+    images: Tensor
+    example_inputs: Tensor
+    profile: LatencyProfile
+    is_foreign: bool
+    limit: TimeLimit
+    module_path: str | None
+    verbose: bool
+    sensitivity_images: int = 0
+    sensitivity_seconds: float = 0.0
+    dense_ms: float = field(init=False)
+    _proxy: Proxy | None = None
+
+    def __post_init__(self) -> None:
+        """Takes the dense latency of the curve until it is timed."""
+        self.dense_ms = self.profile.dense_ms
+
+    @property
+    def proxy(self) -> Proxy:
+        """The proxy; the outputs of the dense model are computed at the first use."""
+        if self._proxy is None:
+            size = max(len(self.example_inputs), TUNING.batch_images)
+            device = self.example_inputs.device
+            with ready_to_run(self.transformer), progress_bar("Running the dense model", None, self.verbose) as on_step:
+                self._proxy = Proxy(self.transformer, self.images, device, size, None, on_step)
+        return self._proxy
+
+    def accuracy(self, reduction: Reduction, schedule: Schedule) -> float:
+        """The proxy of a schedule, relative to dense."""
+        proxy = self.proxy
+        with (
+            ready_to_run(self.transformer),
+            progress_bar(f"Accuracy of {reduction.name}", None, self.verbose),
+            PatchHandle(self.transformer, reduction, schedule),
+        ):
+            return proxy.measure()
+
+    def time_candidates(self, candidates: Sequence[Candidate]) -> Timings:
+        """Times candidates and the dense model in one interleaved run."""
+        variants = {str(number): candidate.variant for number, candidate in enumerate(candidates)}
+        timings = self._time(variants, TUNING.timing_share)
+        return timings["dense"], {c.key: timings[str(number)] for number, c in enumerate(candidates)}
+
+    def fronts(self, methods: Mapping[str, tuple[Reduction, Sequence[int]]]) -> list[MethodFront]:
+        """The front of each method.
+
+        Args:
+            methods: Label -> the method and the blocks that may reduce.
+        """
+        self._limit_images(len(methods))
+        prefix, depth = self.transformer.prefix_tokens, self.transformer.depth
+        workload = Workload.of(self.transformer.blocks, len(self.example_inputs))
+        share = attention_share(workload, self.profile.dense_tokens)
+        latency = LatencyModel.from_profile(self.profile, share, token_levels(self.profile))
+        levels = [int(level) for level in latency.levels]
+        probed = {} if self.is_foreign else self._time_probes(methods)
+        sensitivities = self._measure_sensitivities(methods)
+        fronts = []
+        for label, (reduction, _) in methods.items():
+            max_removed = lambda tokens, reduction=reduction: reduction.max_removed(tokens, prefix)  # noqa: E731
+            costs = sensitivities[label].costs(levels, depth, max_removed)
+            # Before block 0, nothing of a block runs on the tokens that are removed.
+            own = replace(latency, attention_share=0.0) if reduction.site == "input" else latency
+            fronts.append(
+                MethodFront(label, reduction, own, costs, self.accuracy, probed.get(label, ()), self.limit.clock)
+            )
+        return fronts
+
+    def _time(self, variants: Mapping[str, Variant], share: float) -> dict[str, LatencyStats]:
+        timings = compare_latency(
+            self.model,
+            self.example_inputs,
+            {"dense": None, **variants},
+            time_limit=self.limit.share(share),
+            module_path=self.module_path,
+            verbose=self.verbose,
+        )
+        self.dense_ms = timings["dense"].milliseconds
+        return timings
+
+    def _limit_images(self, methods: int) -> None:
+        """Takes as many calibration images as there is time to measure the proxies on."""
+        if self.limit.seconds is None:
+            return
+        device, size = self.example_inputs.device, max(len(self.example_inputs), TUNING.batch_images)
+        with ready_to_run(self.transformer):
+            for _ in range(2):  # the first pass is slow
+                start = self.limit.clock()
+                Proxy(self.transformer, self.images[:size], device, size)
+                seconds = (self.limit.clock() - start) / min(size, len(self.images))
+        passes = 1 + methods * TUNING.passes_per_method
+        affordable = int(TUNING.proxy_share * self.limit.left() / (passes * max(seconds, 1e-9)))
+        self.images = self.images[: max(affordable, TUNING.min_images)]
+
+    def _time_probes(
+        self, methods: Mapping[str, tuple[Reduction, Sequence[int]]]
+    ) -> dict[str, list[tuple[Schedule, LatencyStats]]]:
+        """Some schedules of every method, timed in one run, from which the overhead follows."""
+        n, depth, prefix = self.profile.dense_tokens, self.transformer.depth, self.transformer.prefix_tokens
+        tried = {
+            label: probe_schedules(reduction, n, prefix, blocks, depth)
+            for label, (reduction, blocks) in methods.items()
+        }
+        variants = {
+            f"{label} {number}": Variant(methods[label][0], schedule)
+            for label, schedules in tried.items()
+            for number, schedule in enumerate(schedules)
+        }
+        timings = self._time(variants, TUNING.overhead_share)
+        return {
+            label: [(schedule, timings[f"{label} {number}"]) for number, schedule in enumerate(schedules)]
+            for label, schedules in tried.items()
+        }
+
+    def _measure_sensitivities(self, methods: Mapping[str, tuple[Reduction, Sequence[int]]]) -> dict[str, Sensitivity]:
+        """The sensitivities to every method, on the same images: as many as the time allows, at least the first batch.
+
+        All methods get a batch before any gets the next, and its size follows from the time of the last one.
+        """
+        transformer, clock = self.transformer, self.limit.clock
+        began, deadline = clock(), self.limit.deadline(TUNING.sensitivity_share)
+        tables = {label: self._sensitivity(*method) for label, method in methods.items()}
+        weight = next((p for p in transformer.root.parameters() if p.is_floating_point()), self.images)
+        device = self.example_inputs.device
+        dtype = self.images.dtype if torch.is_autocast_enabled(device.type) else weight.dtype
+        text = f"Sensitivity of the blocks to {', '.join(methods)}"
+        seen, size = 0, TUNING.first_images
+        with (
+            ready_to_run(transformer),
+            progress_bar(text, self.limit.share(TUNING.sensitivity_share), self.verbose) as on_step,
+        ):
+            while size and seen < len(self.images):
+                started = clock()
+                images = self.images[seen : seen + size].to(device, dtype)
+                for table in tables.values():
+                    table.add(images, on_step)
+                seen += len(images)
+                now = clock()
+                affordable = len(images) * max(deadline - now, 0.0) / max(now - started, 1e-9)
+                size = int(min(affordable, TUNING.batch_images)) // TUNING.first_images * TUNING.first_images
+        self.sensitivity_images, self.sensitivity_seconds = seen, clock() - began
+        return tables
+
+    def _sensitivity(self, reduction: Reduction, blocks: Sequence[int]) -> Sensitivity:
+        n = self.profile.dense_tokens
+        fewest = max(n - reduction.max_removed(n, self.transformer.prefix_tokens), n // 10)
+        counts = np.linspace(fewest, n, TUNING.sensitivity_counts + 1).round().astype(int).tolist()
+        return Sensitivity(self.transformer, reduction, blocks, counts, n)
