@@ -21,11 +21,11 @@ class Norm(Reduction):
     name = "norm"  # that of the entry point
 
     def reduce(self, sequence: TokenSequence, remove: int) -> ReductionOutput:
-        scores = sequence.tokens[:, sequence.prefix_tokens :].norm(dim=-1)
-        return keep_best(sequence.tokens, scores, remove, sequence.prefix_tokens)
+        scores = sequence.tokens[:, sequence.num_prefix_tokens :].norm(dim=-1)
+        return keep_best(sequence.tokens, scores, remove, sequence.num_prefix_tokens)
 
-    def max_removed(self, tokens: int, prefix_tokens: int) -> int:
-        return max(tokens - prefix_tokens - 1, 0)
+    def max_removed(self, tokens: int, num_prefix_tokens: int) -> int:
+        return max(tokens - num_prefix_tokens - 1, 0)
 
 
 def main() -> None:

@@ -367,9 +367,9 @@ class Rate(NamedTuple):
     numerator: int
     denominator: int
 
-    def removes(self, tokens: int, prefix_tokens: int) -> int:
+    def removes(self, tokens: int, num_prefix_tokens: int) -> int:
         """Tokens removed of `tokens`; the patch tokens that stay are rounded up."""
-        patches = tokens - prefix_tokens
+        patches = tokens - num_prefix_tokens
         return patches + (-self.numerator * patches // self.denominator)
 
 
@@ -446,20 +446,20 @@ class KeepRates(_BlockSchedule):
         return cls([rate if index in reducing else 1.0 for index in range(depth)], method, made_on)
 
     @classmethod
-    def of(cls, schedule: Schedule, tokens: int, prefix_tokens: int = 1) -> "KeepRates":
+    def of(cls, schedule: Schedule, tokens: int, num_prefix_tokens: int = 1) -> "KeepRates":
         """The keep rates of a schedule at `tokens`; at that count they give exactly this schedule back.
 
         Args:
             schedule: Tokens removed by each block.
             tokens: N, tokens that enter block 0, prefix tokens included.
-            prefix_tokens: P.
+            num_prefix_tokens: P.
 
         Raises:
             ScheduleError: If a block would be left without a patch token.
         """
         rates = []
         for block, (remove, left) in enumerate(zip(schedule.removed, schedule.tokens(tokens), strict=True)):
-            patches = left - prefix_tokens
+            patches = left - num_prefix_tokens
             if patches < 1:
                 raise ScheduleError(f"Block {block} would be left without a patch token of {tokens} tokens.")
             rates.append(patches / (patches + remove))
@@ -484,21 +484,21 @@ class KeepRates(_BlockSchedule):
             ratio = written
         return Rate(ratio.numerator, ratio.denominator)
 
-    def schedule(self, tokens: int, prefix_tokens: int = 1) -> Schedule:
+    def schedule(self, tokens: int, num_prefix_tokens: int = 1) -> Schedule:
         """Tokens that each block removes when `tokens` enter block 0.
 
         Args:
             tokens: N, prefix tokens included.
-            prefix_tokens: P.
+            num_prefix_tokens: P.
 
         Raises:
             ScheduleError: If there is no patch token.
         """
-        if tokens <= prefix_tokens:
-            raise ScheduleError(f"`tokens` must be more than the {prefix_tokens} prefix tokens, got {tokens}.")
+        if tokens <= num_prefix_tokens:
+            raise ScheduleError(f"`tokens` must be more than the {num_prefix_tokens} prefix tokens, got {tokens}.")
         removed, count = [], tokens
         for block in range(self.depth):
-            removed.append(self.exact(block).removes(count, prefix_tokens))
+            removed.append(self.exact(block).removes(count, num_prefix_tokens))
             count -= removed[-1]
         return Schedule(removed, self.method, self.made_on)
 

@@ -122,7 +122,7 @@ class MaskedKeys(TorchFunctionMode):
 def masked(transformer: VisionTransformer, images: Tensor, removed: list[int], seed: int) -> Iterator[None]:
     """Makes an unpatched model do what random pruning amounts to, without shortening a sequence inside its blocks."""
     counts: list[int] = []
-    hook = transformer.blocks[transformer.first].register_forward_pre_hook(
+    hook = transformer.blocks[transformer.first_prunable_block].register_forward_pre_hook(
         lambda _, args: counts.append(args[0].shape[1])
     )
     with torch.no_grad():
@@ -140,7 +140,7 @@ def masked(transformer: VisionTransformer, images: Tensor, removed: list[int], s
             tokens = left[None, :, None].float()
             kept = (
                 RandomDrop(seed)
-                .reduce(TokenSequence(tokens, transformer.prefix_tokens, False), removed[index])
+                .reduce(TokenSequence(tokens, transformer.num_prefix_tokens, False), removed[index])
                 .positions[0]
             )
             left = left[kept]
@@ -164,7 +164,7 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 def schedules(transformer: VisionTransformer) -> list[list[int]]:
     """One reduction and two, in blocks that can reduce."""
     once, twice = [0] * transformer.depth, [0] * transformer.depth
-    first = max(transformer.first, min(1, transformer.depth - 2))
+    first = max(transformer.first_prunable_block, min(1, transformer.depth - 2))
     once[first] = twice[first] = 6
     twice[min(first + 2, transformer.depth - 1)] += 5
     return [once, twice]
@@ -201,7 +201,7 @@ def check(model: nn.Module, images: Tensor) -> dict[str, Any]:
     removal &= classes == [type(module) for module in model.modules()] and list(after) == list(weights)
     removal &= all(torch.equal(after[key], value) for key, value in weights.items())
     pomt = bool(pruned.isfinite().all()) and counts[0] == entered[0] - 11 and relative_error(alone, pruned) < 1e-9
-    reducible = "yes" if transformer.first == 0 else f"from block {transformer.first}"
+    reducible = "yes" if transformer.first_prunable_block == 0 else f"from block {transformer.first_prunable_block}"
     return {
         "reducible": reducible if halved else "after the block",
         "parity": parity,
@@ -215,7 +215,7 @@ def check(model: nn.Module, images: Tensor) -> dict[str, Any]:
 def transformer_tokens(transformer: VisionTransformer) -> Iterator[list[int]]:
     """Records how many tokens enter the first block that can reduce."""
     seen: list[int] = []
-    block = transformer.blocks[transformer.first]
+    block = transformer.blocks[transformer.first_prunable_block]
     hook = block.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
     try:
         yield seen

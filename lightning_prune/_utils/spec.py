@@ -88,6 +88,6 @@ def _parse(text: str, argument: str) -> tuple[str, dict[str, Any]]:
             settings[key] = yaml.safe_load(value)
         except yaml.YAMLError as error:
             raise ArgumentError(f"`{argument}` must give {key!r} a plain value, got {value!r}.") from error
-    if not name.strip():
+    if not name:
         raise ArgumentError(f"`{argument}` must be a name or `name:key=value,...`, got {text!r}.")
-    return name.strip(), settings
+    return name, settings

@@ -102,9 +102,9 @@ class Decision:
             return None
         if self.keep_rates is not None:
             return KeepRates(self.keep_rates.rates, self.keep_rates.method)
-        if transformer.tokens is None and self.plan is not None:
+        if transformer.num_tokens is None and self.plan is not None:
             return KeepRates.of(
-                Schedule(self.schedule.removed, self.schedule.method), self.dense_tokens, transformer.prefix_tokens
+                Schedule(self.schedule.removed, self.schedule.method), self.dense_tokens, transformer.num_prefix_tokens
             )
         return Schedule(self.schedule.removed, self.schedule.method)
 
@@ -153,11 +153,11 @@ def measure_given(
     transformer = find_vision_transformer(model, target)
     with ready_to_run(transformer):
         n = count_tokens(transformer, images)
-        context = measurement_context(transformer.runner, images)
+        context = measurement_context(transformer.compiled_root, images)
     rates = schedule if isinstance(schedule, KeepRates) else None
     if isinstance(schedule, KeepRates):
         check_depth(transformer, schedule)
-        counts = schedule.schedule(n, transformer.prefix_tokens)
+        counts = schedule.schedule(n, transformer.num_prefix_tokens)
     else:
         counts = schedule
     check_schedule(transformer, reduction, counts)
@@ -250,7 +250,7 @@ def measure_adaptive(
     with ready_to_run(transformer):
         n = count_tokens(transformer, images)
         left = _tokens_left(transformer, images, reduction)
-        context = measurement_context(transformer.runner, images)
+        context = measurement_context(transformer.compiled_root, images)
     variants = {"dense": None, "pruned": Variant(reduction)}
     timings = compare_latency(model, images, variants, time_limit=time_limit, module_path=target, verbose=progress)
     dense, pruned = timings["dense"], timings["pruned"]
@@ -273,7 +273,7 @@ def _tokens_left(transformer: VisionTransformer, images: Tensor, reduction: Redu
     """Tokens that leave the first block, those of the longest image; seen in a real forward pass."""
     handle = PatchHandle(transformer, reduction)
     seen: list[int] = []
-    block = transformer.blocks[transformer.first]
+    block = transformer.blocks[transformer.first_prunable_block]
     hook = block.register_forward_hook(lambda _, args, output: seen.append(output.shape[1]))
     try:
         transformer.root.forward(images)  # past a compiled graph, which would not see the hook

@@ -246,7 +246,7 @@ class TokenPruning(EvaluationCallback):
         check_dense(first.transformer)  # also where nothing is measured: the patch of the user would be replaced
         # Models of one shape differ in what a schedule costs, so the model is part of it while it lives; not its
         # weights, which training changes from one validation to the next.
-        holds_for = (ref(first.transformer.root), measurement_context(first.transformer.runner, first.images))
+        holds_for = (ref(first.transformer.root), measurement_context(first.transformer.compiled_root, first.images))
         if self.decision is not None and self._decided_for in (None, holds_for):
             return self.decision
         decision = replace(decide(first), seconds=perf_counter() - start)

@@ -260,7 +260,7 @@ def _patch_size(module: L.LightningModule, images: Tensor, target: str | None) -
     """The side of the transformer's patches, by how many tokens it makes of an image."""
     transformer = find_vision_transformer(module, target)
     with ready_to_run(transformer):
-        patches = count_tokens(transformer, images[:1]) - transformer.prefix_tokens
+        patches = count_tokens(transformer, images[:1]) - transformer.num_prefix_tokens
     return patch_side(images.shape[2], images.shape[3], patches)
 
 

@@ -80,7 +80,7 @@ class Opening(L.Callback):
         question = ask(
             weights=weights_digest(pl_module),
             data=data_identity(first.trainer.val_dataloaders, first.batch, self.limit),
-            context=measurement_context(first.transformer.runner, images),
+            context=measurement_context(first.transformer.compiled_root, images),
             entries=self.entries,
             speedups=self.speedups,
             settings=settings,

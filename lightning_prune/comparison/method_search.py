@@ -216,7 +216,7 @@ class _Method:
 
     def __init__(self, transformer: VisionTransformer, entry: VariantRequest, tokens: int, block: int | float) -> None:
         self.transformer, self.entry, self.tokens = transformer, entry, tokens
-        self.depth, self.prefix = transformer.depth, transformer.prefix_tokens
+        self.depth, self.prefix = transformer.depth, transformer.num_prefix_tokens
         self.note = ""
         self.weights = Int8Weights if entry.int8 else None
         reduction = entry.reduction
@@ -225,7 +225,7 @@ class _Method:
         if reduction is not None and reduction.adaptive:
             self.note = "the images decide how many tokens go"
         elif reduction is not None:
-            self.largest = reduction.most(tokens, self.prefix, self.depth, self.block)
+            self.largest = reduction.max_total_removed(tokens, self.prefix, self.depth, self.block)
 
     def unsupported_reason(self, images: Tensor) -> str | None:
         """Why the method cannot be used with this model on this device; None if it can."""
@@ -392,7 +392,7 @@ def search_methods(
         n = count_tokens(transformer, images)
         methods = {entry.name: _Method(transformer, entry, n, block) for entry in entries[1:]}
         unusable = {name: method.unsupported_reason(images) for name, method in methods.items()}
-        context = measurement_context(transformer.runner, images)
+        context = measurement_context(transformer.compiled_root, images)
         usable = [entry for entry in entries[1:] if unusable[entry.name] is None]
         if not usable:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in unusable.items())
@@ -472,7 +472,9 @@ def with_energy(
             for row in rows:
                 if row.timing is not None:
                     switch.to(variant_of(row, entries[row.request]))
-                    reading = measure_energy(lambda: transformer.runner(images), len(images), images.device, counter)
+                    reading = measure_energy(
+                        lambda: transformer.compiled_root(images), len(images), images.device, counter
+                    )
                     row = replace(row, joules_per_image=reading.joules_per_image, watts=reading.watts)
                     idle = reading.idle_watts
                     tick()

@@ -75,7 +75,10 @@ class OutcomeRecorder(L.Callback):
             rank_zero_warn("The validation loader shuffles, so that images of two runs cannot be paired: no intervals.")
             self._known = False
         if self._known:
-            self._stop = [listen(pl_module, self._own.append), listen(self._transformer.runner, self._inner.append)]
+            self._stop = [
+                listen(pl_module, self._own.append),
+                listen(self._transformer.compiled_root, self._inner.append),
+            ]
 
     def on_validation_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -159,8 +162,8 @@ class OutcomeRecorder(L.Callback):
             output = getattr(self._own[0], "logits", self._own[0])
             if _are_logits(output, images):
                 return output
-        if self._transformer is not None and self._transformer.classes and len(self._inner) == 1:
-            output = self._transformer.family.output(self._inner[0])
+        if self._transformer is not None and self._transformer.num_classes and len(self._inner) == 1:
+            output = self._transformer.adapter.output(self._inner[0])
             if _are_logits(output, images):
                 return output
         return None

@@ -266,8 +266,8 @@ class Deployment(EvaluationCallback):
         refuse_sharded(trainer)
         transformer = find_vision_transformer(pl_module, self.target)
         variant = self.variant
-        if isinstance(variant.schedule, Schedule) and transformer.tokens is None:  # images of other sizes may come
-            rates = KeepRates.of(variant.schedule, self.dense_tokens, transformer.prefix_tokens)
+        if isinstance(variant.schedule, Schedule) and transformer.num_tokens is None:  # images of other sizes may come
+            rates = KeepRates.of(variant.schedule, self.dense_tokens, transformer.num_prefix_tokens)
             variant = variant._replace(schedule=rates)
         self._switch = VariantSwitch(transformer)  # before anything can fail: `_close` takes off what is on
         self._switch.to(variant)

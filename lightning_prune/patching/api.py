@@ -28,7 +28,7 @@ from lightning_prune.schedule import KeepRates, MethodSpec, Rate, Schedule, Sche
 
 _log = logging.getLogger(__name__)
 # Model -> classes of blocks of which it was said that they are cut after the MLP: a search patches hundreds of times.
-_said_cut_after: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
+_warned_cut_after: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
 
 
 def patch(
@@ -106,7 +106,7 @@ def _is_schedule(value: str | MethodSpec | Reduction | ScheduleLike) -> TypeGuar
 
 def unpatch(model: nn.Module) -> None:
     """Takes every patch off `model`, whoever holds its handle: a copy of a patched model has none."""
-    _close_all(model.modules())
+    _restore_all(model.modules())
 
 
 class PatchHandle:
@@ -134,7 +134,7 @@ class PatchHandle:
         self.transformer = transformer
         self.reduction = reduction
         self._warns = warns
-        self._halves: dict[int, AttnMlpSplit | None] = {}
+        self._splits: dict[int, AttnMlpSplit | None] = {}
         self._sites: list[tuple[nn.Module, object]] = []
         self.schedule = self._checked(schedule)
         self._open()
@@ -148,8 +148,8 @@ class PatchHandle:
             ScheduleError: As `patch`.
         """
         known = self.transformer
-        now = describe(known.family, known.root, known.path)  # its image size may have been changed
-        self.transformer = replace(now, compiled=known.compiled)
+        now = describe(known.adapter, known.root, known.path)  # its image size may have been changed
+        self.transformer = replace(now, compiled_wrapper=known.compiled_wrapper)
         checked, before, was_active = self._checked(schedule), self.schedule, self.active
         try:
             self.schedule = checked
@@ -163,12 +163,12 @@ class PatchHandle:
     def remove(self) -> None:
         """Restores the model to the bit. Safe to call twice, and after another patch has replaced this one."""
         sites, self._sites = self._sites, []
-        _close_all(module for module, site in sites if module.__dict__.get("_prune_site") is site)
+        _restore_all(module for module, site in sites if module.__dict__.get("_prune_patch") is site)
 
     @property
     def active(self) -> bool:
         """Whether this patch is the one in force."""
-        return any(module.__dict__.get("_prune_site") is site for module, site in self._sites)
+        return any(module.__dict__.get("_prune_patch") is site for module, site in self._sites)
 
     def __enter__(self) -> "PatchHandle":
         return self
@@ -209,7 +209,7 @@ class PatchHandle:
         """Reducing block -> its method."""
         if self.schedule is None:
             assert self.reduction is not None  # adaptive
-            return {self.transformer.first: self.reduction}
+            return {self.transformer.first_prunable_block: self.reduction}
         named = self.reduction or reductions_of(self.schedule)
         return dict.fromkeys(self.schedule.reducing, named) if isinstance(named, Reduction) else named
 
@@ -221,18 +221,18 @@ class PatchHandle:
         if not reductions:
             return
         methods = list(reductions.values())
-        restores = transformer.pools_patches and all(method.merges for method in methods)
+        restores = transformer.pools_patches and all(method.is_lossless for method in methods)
         weighs_keys = any(method.proportional_attention for method in methods)
         # What every block after a reduction does, or the last of them.
-        adapts = transformer.has_position_inputs or weighs_keys or restores
-        account = adapts or any(method.tracks_sizes for method in methods)
-        first, last = min(reductions), transformer.depth - 1 if adapts else max(reductions)
+        is_adaptive = transformer.has_position_inputs or weighs_keys or restores
+        account = is_adaptive or any(method.tracks_sizes for method in methods)
+        first, last = min(reductions), transformer.depth - 1 if is_adaptive else max(reductions)
         pixels = InputCapture() if any("pixels" in method.reads for method in methods) else None
         made_on = schedule.made_on if schedule is not None and self._warns else None
         reduction = reductions[first]
         try:
             for index in range(first, last + 1):
-                remove = _asked(schedule, index) if schedule is not None else 0
+                remove = _removed_in(schedule, index) if schedule is not None else 0
                 if not (remove or account or schedule is None):
                     continue
                 reduces = index in reductions
@@ -241,90 +241,90 @@ class PatchHandle:
                     index=index,
                     reduction=reduction,
                     remove=remove,
-                    prefix_tokens=transformer.prefix_tokens,
+                    num_prefix_tokens=transformer.num_prefix_tokens,
                     has_class_token=transformer.has_class_token,
-                    family=transformer.family,
-                    attn_mlp_split=self._halves_of(index) if reduces and reduction.site == "block" else None,
-                    follows=index > first,
+                    adapter=transformer.adapter,
+                    attn_mlp_split=self._split_of(index) if reduces and reduction.site == "block" else None,
+                    has_predecessor=index > first,
                     pixels=pixels,
-                    keeps_account=account,
-                    keeps_places=transformer.has_position_inputs,
+                    tracks_state=account,
+                    tracks_positions=transformer.has_position_inputs,
                     weighs_keys=weighs_keys,
                     made_on=made_on if index == first else None,
-                    adapts=reduces and reduction.adaptive,
+                    is_adaptive=reduces and reduction.adaptive,
                     traces=reduces and restores,
                     restores=restores and index == last,
                 )
-                self._put_on(transformer.blocks[index], PatchedBlock, site)
+                self._swap(transformer.blocks[index], PatchedBlock, site)
                 if ("attention" in reduction.reads and reduces) or weighs_keys:
-                    self._make_readable(site, transformer.blocks[index])
+                    self._capture_attention(site, transformer.blocks[index])
             if pixels is not None:
-                self._put_on(transformer.entry, CaptureInput, pixels)
-            if transformer.family.guard is not None:
-                self._put_on(transformer.root, transformer.family.guard, RootPatch(transformer.root))
+                self._swap(transformer.patch_embed, CaptureInput, pixels)
+            if transformer.adapter.guard is not None:
+                self._swap(transformer.root, transformer.adapter.guard, RootPatch(transformer.root))
         except BaseException:
             self.remove()
             raise
 
-    def _make_readable(self, site: BlockPatch, block: nn.Module) -> None:
+    def _capture_attention(self, site: BlockPatch, block: nn.Module) -> None:
         """Lets a block's attention be read, and weighed, while it runs."""
-        family = self.transformer.family
-        site.fused = family.force_fused(block)
-        site.mask_passthrough = family.mask_passthrough(block)
-        told = family.told(block)
-        if told:
-            site.ear = CaptureSlot()
-            for module, mixin in told.items():
-                self._put_on(module, mixin, site.ear)
+        adapter = self.transformer.adapter
+        site.fused_settings = adapter.force_fused(block)
+        site.mask_passthrough = adapter.mask_passthrough(block)
+        unfused_attention = adapter.unfused_attention(block)
+        if unfused_attention:
+            site.capture_slot = CaptureSlot()
+            for module, mixin in unfused_attention.items():
+                self._swap(module, mixin, site.capture_slot)
 
-    def _put_on(self, module: nn.Module, mixin: type[PatchedModule], site: object) -> None:
+    def _swap(self, module: nn.Module, mixin: type[PatchedModule], site: object) -> None:
         swap_class(module, mixin, site)
         self._sites.append((module, site))
 
-    def _halves_of(self, index: int) -> AttnMlpSplit | None:
+    def _split_of(self, index: int) -> AttnMlpSplit | None:
         """The verified recipe of a block; checked once, since profiling opens the same block many times."""
-        if index not in self._halves:
+        if index not in self._splits:
             transformer = self.transformer
             block = transformer.blocks[index]
-            attn_mlp_split = transformer.family.attn_mlp_split(block)
+            attn_mlp_split = transformer.adapter.attn_mlp_split(block)
             if attn_mlp_split is not None:
-                tokens, kwargs = transformer.family.trial(transformer)
-                if not verify_split(block, attn_mlp_split, tokens, transformer.channels, kwargs):
+                tokens, kwargs = transformer.adapter.split_check_input(transformer)
+                if not verify_split(block, attn_mlp_split, tokens, transformer.embed_dim, kwargs):
                     attn_mlp_split = None
             if attn_mlp_split is None:
-                self._say_cut_after(index, type(block).__name__)
-            self._halves[index] = attn_mlp_split
-        return self._halves[index]
+                self._warn_cut_after(index, type(block).__name__)
+            self._splits[index] = attn_mlp_split
+        return self._splits[index]
 
-    def _say_cut_after(self, index: int, name: str) -> None:
-        said = _said_cut_after.setdefault(self.transformer.root, set())
+    def _warn_cut_after(self, index: int, name: str) -> None:
+        said = _warned_cut_after.setdefault(self.transformer.root, set())
         if name not in said:
             said.add(name)
             _log.warning("Block %d (%s) is cut after its MLP, which still sees all its tokens.", index, name)
 
 
-def _asked(schedule: Schedule | KeepRates, block: int) -> int | Rate:
+def _removed_in(schedule: Schedule | KeepRates, block: int) -> int | Rate:
     if block not in schedule.reducing:
         return 0
     return schedule.exact(block) if isinstance(schedule, KeepRates) else schedule.removed[block]
 
 
-def _close_all(modules: Iterable[nn.Module]) -> None:
+def _restore_all(modules: Iterable[nn.Module]) -> None:
     """Closes what can be closed, and then says what could not."""
     errors = []
     for module in modules:
         try:
-            _close(module)
+            _restore(module)
         except UnsupportedModelError as error:
             errors.append(error)
     if errors:
         raise errors[0]
 
 
-def _close(module: nn.Module) -> None:
-    site = module.__dict__.get("_prune_site")
+def _restore(module: nn.Module) -> None:
+    site = module.__dict__.get("_prune_patch")
     was_overlaid = is_patched_module(module)
     restore_class(module)
     if was_overlaid and isinstance(site, BlockPatch):
-        for setting in site.fused:
+        for setting in site.fused_settings:
             setting.restore()

@@ -31,20 +31,20 @@ class CaptureRequest(NamedTuple):
 class CaptureSlot:
     """Where an attention module that makes no fused call finds what it is asked; nothing while nobody listens."""
 
-    question: PerThread[CaptureRequest] = field(default_factory=PerThread)
+    request: PerThread[CaptureRequest] = field(default_factory=PerThread)
 
 
 class Capturing:
-    """Makes an ear listen while one block runs: what `SDPARecorder` is for modules without a fused call."""
+    """Captures one block's attention: what `SDPARecorder` does, for modules without a fused call."""
 
-    def __init__(self, ear: CaptureSlot, calls: list[AttentionInputs], log_sizes: Tensor | None) -> None:
-        self._ear, self._question = ear, CaptureRequest(calls, log_sizes)
+    def __init__(self, capture_slot: CaptureSlot, calls: list[AttentionInputs], log_sizes: Tensor | None) -> None:
+        self._slot, self._request = capture_slot, CaptureRequest(calls, log_sizes)
 
     def __enter__(self) -> None:
-        self._ear.question.set(self._question)
+        self._slot.request.set(self._request)
 
     def __exit__(self, *_: object) -> None:
-        self._ear.question.set(None)
+        self._slot.request.set(None)
 
 
 class CapturedAttention(PatchedModule):
@@ -53,7 +53,7 @@ class CapturedAttention(PatchedModule):
     A subclass for each kind says how to read query, key and value from what goes into it.
     """
 
-    _prune_site: CaptureSlot
+    _prune_patch: CaptureSlot
 
     def read(self, x: Tensor) -> AttentionInputs:
         """Query, key and value for the tokens (B, N, C) that go into the attention."""
@@ -61,19 +61,19 @@ class CapturedAttention(PatchedModule):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The module's own computation."""
-        question = self._prune_site.question.get()
-        if question is not None:
-            question.calls.append(self.read(x))
-            if question.log_sizes is not None:
-                kwargs = self.weighed(kwargs, question.log_sizes)
+        request = self._prune_patch.request.get()
+        if request is not None:
+            request.calls.append(self.read(x))
+            if request.log_sizes is not None:
+                kwargs = self.with_key_bias(kwargs, request.log_sizes)
         return super().forward(x, *args, **kwargs)
 
-    def weighed(self, kwargs: dict[str, Any], log_sizes: Tensor) -> dict[str, Any]:
+    def with_key_bias(self, kwargs: dict[str, Any], log_sizes: Tensor) -> dict[str, Any]:
         """The call with log-sizes added to the logits, where the module has an argument for that."""
         raise UnsupportedModelError("This attention cannot weigh its keys by their sizes.")
 
 
-_UNREADABLE = (
+_NOT_FUSED = (
     "The block made no call of torch.nn.functional.scaled_dot_product_attention, so its attention cannot be read. "
     "Blocks with an attention of their own making are not supported."
 )
@@ -83,12 +83,12 @@ class Bias(NamedTuple):
     """How the additive mask of attention, made for all tokens, becomes one for those that are left."""
 
     token_state: TokenState
-    prefix_tokens: int
+    num_prefix_tokens: int
 
     def of(self, mask: Tensor) -> Tensor:
         """See `take_bias`."""
-        return self.token_state.carry(
-            mask, lambda bias: take_bias(bias, self.token_state.positions, self.prefix_tokens)
+        return self.token_state.adapt_once(
+            mask, lambda bias: take_bias(bias, self.token_state.positions, self.num_prefix_tokens)
         )
 
 
@@ -116,7 +116,7 @@ class SDPARecorder(TorchFunctionMode):
         """Passes every call on; looks at attention only."""
         if func is not F.scaled_dot_product_attention:
             return func(*args, **(kwargs or {}))
-        return _attend(_named(args, kwargs), self.calls, self.log_sizes, self.bias)
+        return _attend(_as_keywords(args, kwargs), self.calls, self.log_sizes, self.bias)
 
 
 class RecordingMask:
@@ -138,16 +138,16 @@ class RecordingMask:
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """The call without this mask, and with the weights of the keys."""
-        call = _named(args, kwargs)
+        call = _as_keywords(args, kwargs)
         asking = call.pop("attn_mask", None)
         if func is not F.scaled_dot_product_attention or not isinstance(asking, cls):
-            raise UnsupportedModelError(_UNREADABLE)
+            raise UnsupportedModelError(_NOT_FUSED)
         return _attend(call, asking.calls, asking.log_sizes, None)
 
     @property
     def dtype(self) -> torch.dtype:
         """What attention asks first that is not fused, or no longer since the patch was made."""
-        raise UnsupportedModelError(_UNREADABLE)
+        raise UnsupportedModelError(_NOT_FUSED)
 
 
 def mask_supported(x: Tensor) -> bool:
@@ -155,7 +155,7 @@ def mask_supported(x: Tensor) -> bool:
     return not torch.compiler.is_compiling() and not has_torch_function((x,))
 
 
-def _named(args: Any, kwargs: Any) -> dict[str, Any]:
+def _as_keywords(args: Any, kwargs: Any) -> dict[str, Any]:
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
     return {**dict(zip(names, args, strict=False)), **(kwargs or {})}
 
@@ -179,18 +179,18 @@ def stack_heads(calls: list[AttentionInputs]) -> AttentionInputs:
         UnsupportedModelError: If the block made no fused attention call, or calls that do not go together.
     """
     if not calls:
-        raise UnsupportedModelError(_UNREADABLE)
+        raise UnsupportedModelError(_NOT_FUSED)
     first = calls[0]
     if len(calls) == 1:
         return first
-    if any(_form(call) != _form(first) for call in calls):
+    if any(_signature(call) != _signature(first) for call in calls):
         raise UnsupportedModelError("The block makes several attention calls of different form.")
     query, key, value = (torch.cat(parts, dim=1) for parts in list(zip(*calls, strict=True))[:3])
     masks = [c.mask.expand(*c.query.shape[:2], *c.mask.shape[-2:]) for c in calls if c.mask is not None]
     return AttentionInputs(query, key, value, torch.cat(masks, dim=1) if masks else None, first.scale)
 
 
-def _form(call: AttentionInputs) -> tuple[Any, ...]:
+def _signature(call: AttentionInputs) -> tuple[Any, ...]:
     mask = call.mask
     return call.query.shape, call.scale, *((None, None) if mask is None else (mask.dtype, mask.shape))
 

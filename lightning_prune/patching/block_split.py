@@ -146,7 +146,7 @@ def verify_split(
         return True
     noise = torch.randn(1, tokens, channels, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
     x = noise.to(device=like.device, dtype=like.dtype)
-    more = {name: _beside(value, x) for name, value in (kwargs or {}).items()}
+    more = {name: _like(value, x) for name, value in (kwargs or {}).items()}
     with torch.no_grad(), eval_mode(block):
         try:
             expected = block.forward(x, **more)  # without its hooks
@@ -155,9 +155,9 @@ def verify_split(
             return False  # a block of the same class family, but built of other parts
 
 
-def _beside(value: Any, x: Tensor) -> Any:
+def _like(value: Any, x: Tensor) -> Any:
     if isinstance(value, tuple):
-        return tuple(_beside(each, x) for each in value)
+        return tuple(_like(each, x) for each in value)
     return value.to(device=x.device, dtype=x.dtype) if isinstance(value, Tensor) else value
 
 

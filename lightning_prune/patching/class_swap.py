@@ -28,14 +28,14 @@ _classes: dict[tuple[type, type], type[nn.Module]] = {}
 def patched_class(base: type[nn.Module], mixin: type[PatchedModule]) -> type[nn.Module]:
     """The class made of `mixin` in front of `base`; one a pair, so that all copies of a model share it."""
     if (base, mixin) not in _classes:
-        attributes = {"__module__": base.__module__, "__doc__": base.__doc__, "_prune_parts": (base, mixin)}
+        attributes = {"__module__": base.__module__, "__doc__": base.__doc__, "_prune_classes": (base, mixin)}
         _classes[base, mixin] = type(f"{mixin.__name__}{base.__name__}", (mixin, base), attributes)
     return _classes[base, mixin]
 
 
 def is_patched_module(module: nn.Module) -> bool:
     """Whether an overlay is on."""
-    return "_prune_parts" in type(module).__dict__
+    return "_prune_classes" in type(module).__dict__
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
@@ -44,7 +44,7 @@ def original_class(module: nn.Module) -> type[nn.Module]:
 
 
 def swap_class(module: nn.Module, mixin: type[PatchedModule], site: Any = None) -> None:
-    """Puts the mixin over the module's class, with what it works on as `_prune_site`.
+    """Puts the mixin over the module's class, with what it works on as `_prune_patch`.
 
     Raises:
         UnsupportedModelError: If the module would not run what its class says, and go on unpruned, in silence.
@@ -54,7 +54,7 @@ def swap_class(module: nn.Module, mixin: type[PatchedModule], site: Any = None) 
             f"The `forward` of {type(module).__name__} was replaced on the module itself (accelerate does so for "
             f"models spread over devices), where a patch of its class has no effect; undo that first."
         )
-    module.__dict__["_prune_site"] = site
+    module.__dict__["_prune_patch"] = site
     module.__class__ = patched_class(type(module), mixin)
 
 
@@ -70,7 +70,7 @@ def restore_class(module: nn.Module) -> None:
         )
     if is_patched_module(module):
         module.__class__ = original_class(module)
-        module.__dict__.pop("_prune_site", None)
+        module.__dict__.pop("_prune_patch", None)
     elif isinstance(module, PatchedModule):
         raise UnsupportedModelError(
             f"A {type(module).__name__} was put over a patched block (by a parametrization, say); undo that first."
@@ -78,7 +78,7 @@ def restore_class(module: nn.Module) -> None:
 
 
 def _parts(cls: type) -> tuple[type[nn.Module], type[PatchedModule]]:
-    parts: tuple[type[nn.Module], type[PatchedModule]] = cls.__dict__["_prune_parts"]
+    parts: tuple[type[nn.Module], type[PatchedModule]] = cls.__dict__["_prune_classes"]
     return parts
 
 

@@ -30,23 +30,23 @@ def check_reduction(transformer: VisionTransformer, reduction: Reduction, at: in
         ArgumentError: If the reduction was made for another model.
     """
     kind = type(transformer.root).__name__
-    if at is not None and at < transformer.first:
+    if at is not None and at < transformer.first_prunable_block:
         raise ScheduleError(
-            f"Block {at} of this {kind} cannot remove tokens, only blocks from {transformer.first} on can: "
-            f"{transformer.first_prunable_reason}."
+            f"Block {at} of this {kind} cannot remove tokens, only blocks from {transformer.first_prunable_block} on "
+            f"can: {transformer.first_prunable_reason}."
         )
-    if reduction.proportional_attention and not transformer.family.supports_key_bias:
+    if reduction.proportional_attention and not transformer.adapter.supports_key_bias:
         raise UnsupportedModelError(
             f"{reduction.name} weighs the attention of later blocks by token sizes, which the attention of this "
             f"{kind} has no place for; use proportional_attention=False or another method."
         )
-    if reduction.adaptive and transformer.pools_patches and not reduction.merges:
+    if reduction.adaptive and transformer.pools_patches and not reduction.is_lossless:
         raise UnsupportedModelError(
             f"{reduction.name} pads images that are left with fewer tokens than others of their batch, and this {kind} "
             "pools over its patch tokens, padding included; it needs a model that reads its CLS token."
         )
     if reads and ("attention" in reduction.reads or reduction.proportional_attention):
-        why = transformer.family.attention_unsupported_reason(transformer)
+        why = transformer.adapter.attention_unsupported_reason(transformer)
         if why is not None:
             raise UnsupportedModelError(why)
     why = reduction.unsupported_reason(transformer.root) if reads else None
@@ -81,13 +81,13 @@ def check_schedule(
     for block, each in reductions.items():
         if each.site == "input" and block:
             raise ScheduleError(f"{each.name} removes tokens before block 0; the schedule asks block {block} for some.")
-    if transformer.tokens is None:
+    if transformer.num_tokens is None:
         return
     if isinstance(schedule, KeepRates):  # resolved for each size by itself, but those of this size can be said now
-        schedule = schedule.schedule(transformer.tokens, transformer.prefix_tokens)
-    count = transformer.tokens
+        schedule = schedule.schedule(transformer.num_tokens, transformer.num_prefix_tokens)
+    count = transformer.num_tokens
     for index, remove in schedule.reducing.items():
-        max_removed = reductions[index].max_removed(count, transformer.prefix_tokens)
+        max_removed = reductions[index].max_removed(count, transformer.num_prefix_tokens)
         if remove > max_removed:
             raise ScheduleError(too_many(index, count, remove, max_removed, reductions[index].name))
         count -= remove
@@ -100,7 +100,7 @@ def _check_mixed(transformer: VisionTransformer, reductions: Mapping[int, Reduct
                 f"`method` must hold methods whose token count can be chosen, got {reduction.name} for block {block}."
             )
         check_reduction(transformer, reduction, block)
-    lossless = {reduction.merges for reduction in reductions.values()}
+    lossless = {reduction.is_lossless for reduction in reductions.values()}
     if transformer.pools_patches and len(lossless) > 1:
         raise UnsupportedModelError(
             f"This {type(transformer.root).__name__} pools over its patch tokens, so that methods that merge tokens "

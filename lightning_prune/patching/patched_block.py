@@ -15,7 +15,7 @@ from lightning_prune.patching.attention_capture import CaptureSlot, RecordingMas
 from lightning_prune.patching.block_split import AttnMlpSplit
 from lightning_prune.patching.class_swap import PatchedModule
 from lightning_prune.patching.models.base import ModelAdapter, Setting
-from lightning_prune.patching.token_state import PerThread, TokenState, found, leave, next_token_state
+from lightning_prune.patching.token_state import PerThread, TokenState, attach_state, get_state, next_token_state
 from lightning_prune.reduction.base import AttentionInputs, Reduction, TokenSequence
 from lightning_prune.reduction.functional import take_tokens
 from lightning_prune.schedule import MeasurementSource, Rate
@@ -48,7 +48,7 @@ class InputCapture:
         Raises:
             UnsupportedModelError: If they were not seen.
         """
-        pixels = found(tokens)
+        pixels = get_state(tokens)
         if pixels is None:  # not a block that backward runs again
             pixels = self.pixels.get()
             self.pixels.set(None)
@@ -57,7 +57,7 @@ class InputCapture:
                 "The images that these tokens were made of were not seen. Run the whole model, and compile it as a "
                 "whole or not at all."
             )
-        leave(tokens, pixels)
+        attach_state(tokens, pixels)
         return pixels
 
 
@@ -68,30 +68,30 @@ class BlockPatch:
     index: int
     reduction: Reduction
     remove: int | Rate
-    prefix_tokens: int
+    num_prefix_tokens: int
     has_class_token: bool
-    family: ModelAdapter
+    adapter: ModelAdapter
     attn_mlp_split: AttnMlpSplit | None = None
-    follows: bool = False  # whether a patched block comes before this one
+    has_predecessor: bool = False  # whether a patched block comes before this one
     pixels: InputCapture | None = None
-    keeps_account: bool = False  # whether later blocks must know who is left
-    keeps_places: bool = True  # and where each of them stood
+    tracks_state: bool = False  # whether later blocks must know who is left
+    tracks_positions: bool = True  # and where each of them stood
     weighs_keys: bool = False  # whether their sizes weigh the attention of later blocks
-    adapts: bool = False  # whether the images decide here how many tokens go
+    is_adaptive: bool = False  # whether the images decide here how many tokens go
     traces: bool = False  # whether it must be known which token each of block 0 went into
     restores: bool = False  # whether each token stands again, after this block, where those it is made of stood
-    fused: list[Setting] = field(default_factory=list)  # what was changed to have fused attention in the block
+    fused_settings: list[Setting] = field(default_factory=list)  # what was changed to have fused attention in the block
     mask_passthrough: Callable[..., Any] | None = (
         None  # the attention's forward, if an `attn_mask` reaches its fused call
     )
-    ear: CaptureSlot | None = None  # of attention modules that make no fused call
+    capture_slot: CaptureSlot | None = None  # of attention modules that make no fused call
     made_on: MeasurementSource | None = None  # where the schedule was made; compared with the first batch
 
     def removes(self, tokens: int) -> int:
         """How many tokens go, of `tokens` that enter the block."""
         if isinstance(self.remove, int):
             return self.remove
-        return self.remove.removes(tokens, self.prefix_tokens)
+        return self.remove.removes(tokens, self.num_prefix_tokens)
 
     def check(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Refuses what a reducing block cannot honour; warns where the schedule was made elsewhere.
@@ -100,7 +100,7 @@ class BlockPatch:
             ArgumentError: If an attention mask for all tokens came.
             UnsupportedModelError: If attention is to be causal.
         """
-        self.family.check_call(args, kwargs)
+        self.adapter.check_call(args, kwargs)
         if self.made_on is not None and not torch.compiler.is_compiling():
             made_on, self.made_on = self.made_on, None
             warn_elsewhere(made_on, x)
@@ -111,16 +111,16 @@ class BlockPatch:
             return False
         return type(block.attn).forward is self.mask_passthrough and "forward" not in block.attn.__dict__
 
-    def arrived(self, x: Tensor) -> TokenState | None:
+    def arriving_state(self, x: Tensor) -> TokenState | None:
         """Who is left after the blocks before this one; None where all are, or nobody needs to know.
 
         Raises:
             UnsupportedModelError: If that cannot be said of the tokens that arrive.
         """
-        if not (self.follows and self.keeps_account):
+        if not (self.has_predecessor and self.tracks_state):
             return None
-        left = found(x)
-        if not isinstance(left, Left) or (left.token_state and left.token_state.left != x.shape[1]):
+        left = get_state(x)
+        if not isinstance(left, CarriedState) or (left.token_state and left.token_state.num_tokens != x.shape[1]):
             raise UnsupportedModelError(
                 f"The tokens that enter block {self.index} are not those that left the block before: something between "
                 "them, such as a hook that returns other tokens, lost what belongs to them (where each stood)."
@@ -128,7 +128,7 @@ class BlockPatch:
         return left.token_state
 
 
-class Left(NamedTuple):
+class CarriedState(NamedTuple):
     """What a block that keeps account leaves with its tokens."""
 
     token_state: TokenState | None
@@ -137,34 +137,34 @@ class Left(NamedTuple):
 class PatchedBlock(PatchedModule):
     """Mixin over a block's class. Its `forward` reduces; everything else is the block's own."""
 
-    _prune_site: BlockPatch
+    _prune_patch: BlockPatch
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The block's own computation with the reduction at its place."""
-        site = self._prune_site
-        reduction, family, prefix = site.reduction, site.family, site.prefix_tokens
-        arrived = site.arrived(x)
-        remove = site.removes(x.shape[1])
-        reduces = remove > 0 or site.adapts
+        patch = self._prune_patch
+        reduction, adapter, prefix = patch.reduction, patch.adapter, patch.num_prefix_tokens
+        arrived = patch.arriving_state(x)
+        remove = patch.removes(x.shape[1])
+        reduces = remove > 0 or patch.is_adaptive
         if reduces:
-            site.check(x, args, kwargs)
+            patch.check(x, args, kwargs)
         if reduces and reduction.site == "input":
-            pixels = site.pixels.take(x) if site.pixels is not None else None
-            x, arrived = _reduce(site, TokenSequence(x, prefix, site.has_class_token, pixels=pixels), remove, arrived)
+            pixels = patch.pixels.take(x) if patch.pixels is not None else None
+            x, arrived = _reduce(patch, TokenSequence(x, prefix, patch.has_class_token, pixels=pixels), remove, arrived)
             reduces = False
         if arrived is not None:
-            args, kwargs = family.carry(args, kwargs, arrived, prefix)
+            args, kwargs = adapter.adapt_position_inputs(args, kwargs, arrived, prefix)
         log_sizes = arrived.log_sizes if arrived is not None else None
         reads = reduces and "attention" in reduction.reads
-        attn_mlp_split = site.attn_mlp_split if reduces else None
+        attn_mlp_split = patch.attn_mlp_split if reduces else None
         calls: list[AttentionInputs] = []
         tap: AbstractContextManager[Any] = nullcontext()
-        if not reads and log_sizes is not None and site.takes_mask(self, args, kwargs):
+        if not reads and log_sizes is not None and patch.takes_mask(self, args, kwargs):
             kwargs, log_sizes = {**kwargs, "attn_mask": log_sizes}, None  # weighed by attention itself: no need to look
-        elif reads and site.takes_mask(self, args, kwargs) and mask_supported(x):
+        elif reads and patch.takes_mask(self, args, kwargs) and mask_supported(x):
             kwargs = {**kwargs, "attn_mask": RecordingMask(calls, log_sizes)}
-        elif reads or log_sizes is not None or (arrived is not None and family.requires_recorder):
-            tap = family.tap(calls, log_sizes, arrived, prefix, site.ear)
+        elif reads or log_sizes is not None or (arrived is not None and adapter.requires_recorder):
+            tap = adapter.recorder(calls, log_sizes, arrived, prefix, patch.capture_slot)
         with tap:
             if attn_mlp_split is None:
                 after = super().forward(x, *args, **kwargs)
@@ -175,47 +175,47 @@ class PatchedBlock(PatchedModule):
         if reduces:
             known = arrived.sizes if arrived is not None else None
             attention = stack_heads(calls) if reads else None
-            sequence = TokenSequence(after, prefix, site.has_class_token, attention, known, x)
-            after, arrived = _reduce(site, sequence, remove, arrived)
+            sequence = TokenSequence(after, prefix, patch.has_class_token, attention, known, x)
+            after, arrived = _reduce(patch, sequence, remove, arrived)
             del attention, sequence
             calls.clear()  # query, key and value of all tokens need not outlive the reduction
             if attn_mlp_split is not None:
                 after = attn_mlp_split.mlp(self, after)
-        if site.restores and arrived is not None and arrived.sources is not None:
+        if patch.restores and arrived is not None and arrived.sources is not None:
             return take_tokens(after, arrived.sources)
-        if site.keeps_account:
-            leave(after, Left(arrived))
+        if patch.tracks_state:
+            attach_state(after, CarriedState(arrived))
         return after
 
 
 class CaptureInput(PatchedModule):
     """Mixin over the class of the module that receives the images: remembers them for this forward pass."""
 
-    _prune_site: InputCapture
+    _prune_patch: InputCapture
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The module's own computation."""
-        self._prune_site.pixels.set(x)
+        self._prune_patch.pixels.set(x)
         return super().forward(x, *args, **kwargs)
 
 
 def _reduce(
-    site: BlockPatch, sequence: TokenSequence, remove: int, arrived: TokenState | None
+    patch: BlockPatch, sequence: TokenSequence, remove: int, arrived: TokenState | None
 ) -> tuple[Tensor, TokenState | None]:
     count = sequence.tokens.shape[1]
-    max_removed = site.reduction.max_removed(count, site.prefix_tokens)
+    max_removed = patch.reduction.max_removed(count, patch.num_prefix_tokens)
     if remove > max_removed:
-        raise ScheduleError(too_many(site.index, count, remove, max_removed, site.reduction.name))
-    reduced = site.reduction.reduce(sequence._replace(trace=True) if site.traces else sequence, remove)
-    if site.traces and reduced.sources is None:
+        raise ScheduleError(too_many(patch.index, count, remove, max_removed, patch.reduction.name))
+    reduced = patch.reduction.reduce(sequence._replace(trace=True) if patch.traces else sequence, remove)
+    if patch.traces and reduced.sources is None:
         # Positions tell of one fused token at most; where others went cannot be guessed, nor checked without a sync.
         raise ArgumentError(
-            f"{site.reduction.name} says that it `merges`, and this model pools over its patch tokens, so it must say "
+            f"{patch.reduction.name} says that it `merges`, and this model pools over its patch tokens, so it must say "
             "where each token went: return `ReductionOutput.sources` where `TokenSequence.trace` asks for them."
         )
-    if not site.keeps_account:
+    if not patch.tracks_state:
         return reduced.tokens, None
-    return reduced.tokens, next_token_state(arrived, reduced, site.keeps_places, site.weighs_keys)
+    return reduced.tokens, next_token_state(arrived, reduced, patch.tracks_positions, patch.weighs_keys)
 
 
 def too_many(block: int, tokens: int, remove: int, max_removed: int, method: str) -> str:

@@ -4,18 +4,18 @@ import torch
 from torch import Tensor
 
 
-def patch_positions(positions: Tensor, prefix_tokens: int) -> Tensor:
+def patch_positions(positions: Tensor, num_prefix_tokens: int) -> Tensor:
     """Places of the patch tokens among the patch tokens.
 
     Args:
         positions: (B, K) places in block 0, the P prefix tokens first; -1 for a token made of several.
-        prefix_tokens: P.
+        num_prefix_tokens: P.
 
     Returns:
         (B, K - P), -1 staying -1.
     """
-    patches = positions[:, prefix_tokens:]
-    return torch.where(patches < 0, -1, patches - prefix_tokens)
+    patches = positions[:, num_prefix_tokens:]
+    return torch.where(patches < 0, -1, patches - num_prefix_tokens)
 
 
 def take_rotation(table: Tensor, index: Tensor, neutral: Tensor) -> Tensor:
@@ -42,7 +42,7 @@ def take_rotation(table: Tensor, index: Tensor, neutral: Tensor) -> Tensor:
     return table.gather(2, index[:, None, :, None].expand(-1, heads, -1, width))
 
 
-def take_bias(bias: Tensor, positions: Tensor, prefix_tokens: int) -> Tensor:
+def take_bias(bias: Tensor, positions: Tensor, num_prefix_tokens: int) -> Tensor:
     """The rows and columns of an attention bias that belong to the tokens that are left.
 
     A token made of several has no place of its own: it gets the mean over all patch tokens, the bias that a token of
@@ -51,15 +51,15 @@ def take_bias(bias: Tensor, positions: Tensor, prefix_tokens: int) -> Tensor:
     Args:
         bias: (1 or B, H, N, N) or (H, N, N), added to the attention logits.
         positions: (B, K) places among the N, the P prefix tokens first; -1 for a token made of several.
-        prefix_tokens: P.
+        num_prefix_tokens: P.
 
     Returns:
         (B, H, K, K).
     """
     count = bias.shape[-1]
     bias = bias.unsqueeze(0) if bias.ndim == 3 else bias
-    bias = torch.cat((bias, bias[:, :, prefix_tokens:].mean(dim=2, keepdim=True)), dim=2)
-    bias = torch.cat((bias, bias[..., prefix_tokens:].mean(dim=3, keepdim=True)), dim=3)
+    bias = torch.cat((bias, bias[:, :, num_prefix_tokens:].mean(dim=2, keepdim=True)), dim=2)
+    bias = torch.cat((bias, bias[..., num_prefix_tokens:].mean(dim=3, keepdim=True)), dim=3)
     index = torch.where(positions < 0, count, positions)
     batch, left = index.shape
     pairs = (index[:, :, None] * (count + 1) + index[:, None, :]).flatten(1)

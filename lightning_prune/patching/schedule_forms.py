@@ -45,14 +45,14 @@ def reducing_block(reduction: Reduction, block: int | float, transformer: Vision
     Raises:
         ArgumentError: As `resolve_block`.
     """
-    index = resolve_block(block, transformer.depth, transformer.first)
+    index = resolve_block(block, transformer.depth, transformer.first_prunable_block)
     if reduction.site == "input":
         return 0
-    return transformer.first if is_multi_block(reduction) and isinstance(block, float) else index
+    return transformer.first_prunable_block if is_multi_block(reduction) and isinstance(block, float) else index
 
 
 def allocate_schedule(
-    reduction: Reduction, remove: int, tokens: int, prefix_tokens: int, depth: int, block: int
+    reduction: Reduction, remove: int, tokens: int, num_prefix_tokens: int, depth: int, block: int
 ) -> Schedule:
     """The schedule that removes `remove` tokens in all, in the method's usual form.
 
@@ -60,7 +60,7 @@ def allocate_schedule(
         reduction: The method.
         remove: Tokens removed in all; 0 gives a schedule that removes nothing.
         tokens: N, prefix tokens included.
-        prefix_tokens: P.
+        num_prefix_tokens: P.
         depth: Number of blocks.
         block: What `reducing_block` returns.
 
@@ -70,16 +70,16 @@ def allocate_schedule(
     Example:
         >>> from lightning_prune.patching import allocate_schedule
         >>> from lightning_prune.reduction import resolve
-        >>> allocate_schedule(resolve("pomt"), remove=56, tokens=197, prefix_tokens=1, depth=12, block=3)
+        >>> allocate_schedule(resolve("pomt"), remove=56, tokens=197, num_prefix_tokens=1, depth=12, block=3)
         Schedule(depth=12, removed={3: 56})
     """
     refuse_adaptive(reduction)
     if not remove:
         return Schedule([0] * depth)
-    removed = reduction.spread(remove, tokens, prefix_tokens, depth, block)
+    removed = reduction.allocate(remove, tokens, num_prefix_tokens, depth, block)
     if len(removed) != depth or sum(removed) != remove:
         raise ArgumentError(
-            f"`spread` of {reduction.name} must return {depth} numbers with the sum {remove}, got {removed!r}."
+            f"`allocate` of {reduction.name} must return {depth} numbers with the sum {remove}, got {removed!r}."
         )
     return Schedule(removed)
 
@@ -157,12 +157,16 @@ def _usual_form(
     block: int | float,
     example_inputs: Tensor | None,
 ) -> Schedule | KeepRates:
-    index, depth, prefix = reducing_block(reduction, block, transformer), transformer.depth, transformer.prefix_tokens
+    index, depth, prefix = (
+        reducing_block(reduction, block, transformer),
+        transformer.depth,
+        transformer.num_prefix_tokens,
+    )
     if not is_multi_block(reduction):
         if isinstance(amount, int):
             return Schedule.single(depth, index, amount)
         return KeepRates.single(depth, index, amount)
-    n = transformer.tokens
+    n = transformer.num_tokens
     if n is None:
         if example_inputs is None:
             raise ScheduleError(
@@ -172,7 +176,7 @@ def _usual_form(
         n = transformer.count_tokens(example_inputs)
     share = KeepRates.single(depth, index, amount).schedule(n, prefix).total_removed if amount < 1 and amount else None
     remove = int(amount) if share is None else share
-    most = reduction.most(n, prefix, depth, index)
+    most = reduction.max_total_removed(n, prefix, depth, index)
     if remove > most:
         raise ScheduleError(
             f"{reduction.name} is asked to remove {remove} tokens in all, but of the {n} that enter it can remove at "

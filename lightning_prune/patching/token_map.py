@@ -75,10 +75,10 @@ def trace_tokens(
     sources, sizes = watched.seen[0][0], watched.seen[-1][1]
     for later, _ in watched.seen[1:]:
         sources = torch.where(sources < 0, -1, later.gather(1, sources.clamp(min=0)))
-    return _trace(sources[:, transformer.prefix_tokens :], sizes, transformer.prefix_tokens, images)
+    return _trace(sources[:, transformer.num_prefix_tokens :], sizes, transformer.num_prefix_tokens, images)
 
 
-def _trace(groups: Tensor, sizes: Tensor, prefix_tokens: int, images: Tensor) -> TokenTrace:
+def _trace(groups: Tensor, sizes: Tensor, num_prefix_tokens: int, images: Tensor) -> TokenTrace:
     left = sizes.shape[1]
     ends = torch.where(groups < 0, left, groups)  # dropped ones are counted past the end
     held = torch.zeros(len(groups), left + 1, dtype=torch.int64, device=groups.device)
@@ -95,7 +95,7 @@ class _Watched(Reduction):
     def __init__(self, reduction: Reduction) -> None:
         self.inner = reduction
         vars(self).update(name=reduction.name, reads=reduction.reads)  # which belong to the classes of others
-        self.site, self.adaptive, self.merges = reduction.site, reduction.adaptive, reduction.merges
+        self.site, self.adaptive, self.is_lossless = reduction.site, reduction.adaptive, reduction.is_lossless
         self.tracks_sizes, self.proportional_attention = reduction.tracks_sizes, reduction.proportional_attention
         self.seen: list[tuple[Tensor, Tensor]] = []
 
@@ -105,8 +105,8 @@ class _Watched(Reduction):
         self.seen.append((sources_of(reduced, sequence.tokens.shape[1]), present))
         return reduced
 
-    def max_removed(self, tokens: int, prefix_tokens: int) -> int:
-        return self.inner.max_removed(tokens, prefix_tokens)
+    def max_removed(self, tokens: int, num_prefix_tokens: int) -> int:
+        return self.inner.max_removed(tokens, num_prefix_tokens)
 
     def unsupported_reason(self, model: nn.Module) -> str | None:
         return self.inner.unsupported_reason(model)

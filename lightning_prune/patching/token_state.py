@@ -44,7 +44,7 @@ def _thread() -> int:
 _NAME = "_lightning_prune_left"
 
 
-def leave(tokens: Tensor, left: Any) -> None:
+def attach_state(tokens: Tensor, left: Any) -> None:
     """Ties `left` to the tokens (B, N, C) that leave a block.
 
     To the tensor, which `torch.compile` traces, also where each block is compiled by itself; and to its storage, which
@@ -56,7 +56,7 @@ def leave(tokens: Tensor, left: Any) -> None:
         setattr(storage, _NAME, left)
 
 
-def found(tokens: Tensor) -> Any:
+def get_state(tokens: Tensor) -> Any:
     """What was left with the tokens that enter a block; None if nothing was."""
     left = getattr(tokens, _NAME, None)
     if left is None:
@@ -83,58 +83,58 @@ class TokenState(NamedTuple):
     What no block can ask for is not kept: at batch 1 the few operations that it takes are felt.
 
     Attributes:
-        left: K, how many are left.
-        carried: What was gathered for these tokens before, with what it was gathered from.
-        places: (B, K) where each stood in block 0, -1 for a token that has no place; None where blocks receive
-            nothing beside the tokens (`VisionTransformer.has_position_inputs`).
+        num_tokens: K, how many are left.
+        adapted: What was gathered for these tokens before, with what it was gathered from.
+        original_positions: (B, K) index of each token in block 0, -1 for a fused token; None where blocks receive no
+            position inputs (`VisionTransformer.has_position_inputs`).
         sizes: (B, K) patches that each stands for, where the method keeps account of it.
         log_sizes: (B, 1, 1, K) their logarithms, where they weigh the attention of later blocks: added to its logits.
         sources: (B, N) which of the K each token of block 0 went into, where the model's pooling must know.
     """
 
-    left: int
-    carried: list[tuple[Tensor, Tensor]]
-    places: Tensor | None = None
+    num_tokens: int
+    adapted: list[tuple[Tensor, Tensor]]
+    original_positions: Tensor | None = None
     sizes: Tensor | None = None
     log_sizes: Tensor | None = None
     sources: Tensor | None = None
 
     @property
     def positions(self) -> Tensor:
-        """`places`, for families that said that their blocks ask for them (`VisionTransformer.has_position_inputs`)."""
-        assert self.places is not None
-        return self.places
+        """`original_positions` of a model with `has_position_inputs`."""
+        assert self.original_positions is not None
+        return self.original_positions
 
-    def carry(self, source: Tensor, gather: Callable[[Tensor], Tensor]) -> Tensor:
+    def adapt_once(self, source: Tensor, gather: Callable[[Tensor], Tensor]) -> Tensor:
         """`gather(source)`, once for all blocks that receive the same tensor: most models share one among them."""
-        for known, join_list_options in self.carried:
+        for known, gathered in self.adapted:
             if known is source:
-                return join_list_options
-        join_list_options = gather(source)
-        del self.carried[:-1]  # sines and cosines may come as two; a bias of each block's own is not asked for again
-        self.carried.append((source, join_list_options))
-        return join_list_options
+                return gathered
+        gathered = gather(source)
+        del self.adapted[:-1]  # sines and cosines may come as two; a bias of each block's own is not asked for again
+        self.adapted.append((source, gathered))
+        return gathered
 
 
 def next_token_state(
-    arrived: TokenState | None, reduced: ReductionOutput, places: bool, supports_key_bias: bool
+    arrived: TokenState | None, reduced: ReductionOutput, positions_needed: bool, weighs_keys: bool
 ) -> TokenState:
     """Who is left once a reduction has worked on those that `arrived`.
 
     Args:
         arrived: Who was left before; None for all tokens of block 0.
         reduced: What the reduction made of them.
-        places: Whether it will be asked where they stood.
-        supports_key_bias: Whether their sizes weigh the attention of later blocks.
+        positions_needed: Whether later blocks receive position inputs.
+        weighs_keys: Whether their sizes weigh the attention of later blocks.
     """
     positions, sources, sizes = reduced.positions, reduced.sources, reduced.sizes
     if arrived is not None:
         if sizes is None and arrived.sizes is not None:  # of an earlier block, whose method keeps them
             sizes = torch.where(positions < 0, 1, arrived.sizes.gather(1, positions.clamp(min=0)))
-        if places:
+        if positions_needed:
             original = arrived.positions.gather(1, positions.clamp(min=0))
             positions = torch.where(positions < 0, -1, original)
         if sources is not None and arrived.sources is not None:
             sources = sources.gather(1, arrived.sources)
-    log_sizes = sizes.log()[:, None, None].to(reduced.tokens.dtype) if supports_key_bias and sizes is not None else None
-    return TokenState(positions.shape[1], [], positions if places else None, sizes, log_sizes, sources)
+    log_sizes = sizes.log()[:, None, None].to(reduced.tokens.dtype) if weighs_keys and sizes is not None else None
+    return TokenState(positions.shape[1], [], positions if positions_needed else None, sizes, log_sizes, sources)

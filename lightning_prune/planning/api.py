@@ -299,7 +299,7 @@ def allowed_blocks(blocks: Blocks, transformer: VisionTransformer) -> tuple[int,
     Raises:
         ArgumentError: If it is neither `"all"`, a block, nor a list of blocks.
     """
-    depth, first = transformer.depth, transformer.first
+    depth, first = transformer.depth, transformer.first_prunable_block
     if isinstance(blocks, str) and blocks == "all":
         return tuple(range(first, depth))
     listed = blocks if isinstance(blocks, list | tuple | range) else [blocks]

@@ -175,7 +175,7 @@ def token_levels(profile: LatencyProfile) -> list[int]:
 
 
 def probe_schedules(
-    reduction: Reduction, tokens: int, prefix_tokens: int, blocks: Sequence[int], depth: int
+    reduction: Reduction, tokens: int, num_prefix_tokens: int, blocks: Sequence[int], depth: int
 ) -> list[Schedule]:
     """Schedules whose timings tell the parts of the overhead apart.
 
@@ -185,7 +185,7 @@ def probe_schedules(
     Args:
         reduction: The method.
         tokens: N.
-        prefix_tokens: P.
+        num_prefix_tokens: P.
         blocks: Blocks that may reduce, ascending.
         depth: Number of blocks.
     """
@@ -202,7 +202,7 @@ def probe_schedules(
     for cuts in wanted:
         removed, left = [0] * depth, tokens
         for block, cut in sorted(dict(reversed(cuts)).items()):
-            removed[block] = min(max(cut, 1), reduction.max_removed(left, prefix_tokens))
+            removed[block] = min(max(cut, 1), reduction.max_removed(left, num_prefix_tokens))
             left -= removed[block]
         found.append(Schedule(removed))
     return found

@@ -159,7 +159,7 @@ class Measurements:
             methods: Label -> the method and the blocks that may reduce.
         """
         self._limit_images(len(methods))
-        prefix, depth = self.transformer.prefix_tokens, self.transformer.depth
+        prefix, depth = self.transformer.num_prefix_tokens, self.transformer.depth
         workload = Workload.of(self.transformer.blocks, len(self.example_inputs))
         share = attention_share(workload, self.profile.dense_tokens)
         latency = LatencyModel.from_profile(self.profile, share, token_levels(self.profile))
@@ -207,7 +207,7 @@ class Measurements:
         self, methods: Mapping[str, tuple[Reduction, Sequence[int]]]
     ) -> dict[str, list[tuple[Schedule, LatencyStats]]]:
         """Some schedules of every method, timed in one run, from which the overhead follows."""
-        n, depth, prefix = self.profile.dense_tokens, self.transformer.depth, self.transformer.prefix_tokens
+        n, depth, prefix = self.profile.dense_tokens, self.transformer.depth, self.transformer.num_prefix_tokens
         tried = {
             label: probe_schedules(reduction, n, prefix, blocks, depth)
             for label, (reduction, blocks) in methods.items()
@@ -254,6 +254,6 @@ class Measurements:
 
     def _sensitivity(self, reduction: Reduction, blocks: Sequence[int]) -> Sensitivity:
         n = self.profile.dense_tokens
-        fewest = max(n - reduction.max_removed(n, self.transformer.prefix_tokens), n // 10)
+        fewest = max(n - reduction.max_removed(n, self.transformer.num_prefix_tokens), n // 10)
         counts = np.linspace(fewest, n, TUNING.sensitivity_counts + 1).round().astype(int).tolist()
         return Sensitivity(self.transformer, reduction, blocks, counts, n)

@@ -74,7 +74,7 @@ def plan_by_paper(
             module_path=module_path,
             verbose=verbose,
         )
-    n, depth, prefix = profile.dense_tokens, profile.depth, transformer.prefix_tokens
+    n, depth, prefix = profile.dense_tokens, profile.depth, transformer.num_prefix_tokens
     measured = Measurements(
         model, transformer, calibration, example_inputs, profile, False, limit, module_path, verbose
     )

@@ -25,7 +25,7 @@ def is_other_environment(profile: LatencyProfile, transformer: VisionTransformer
         transformer: The Vision Transformer.
         example_inputs: (B, C, H, W) images as they will be used.
     """
-    here = measurement_context(transformer.runner, example_inputs)
+    here = measurement_context(transformer.compiled_root, example_inputs)
     there = {key: profile.context[key] for key in _CONDITIONS if profile.context.get(key) is not None}
     if here["device_type"] != "cpu" or profile.context.get("device_type") != "cpu":
         there.pop("threads", None)
@@ -50,7 +50,7 @@ def check_profile(profile: object, transformer: VisionTransformer, protocol: str
         "model": original_class(root).__name__,
         "parameters": sum(p.numel() for p in root.parameters()),
         "blocks": transformer.depth,
-        "tokens": transformer.tokens,
+        "tokens": transformer.num_tokens,
     }
     there = {**profile.context, "blocks": profile.depth, "tokens": profile.dense_tokens}
     for name, value in here.items():

@@ -79,7 +79,7 @@ class Sensitivity:
         tokens: int,
     ) -> None:
         self._transformer, self._reduction, self._n = transformer, reduction, tokens
-        fewest = tokens - reduction.max_removed(tokens, transformer.prefix_tokens)
+        fewest = tokens - reduction.max_removed(tokens, transformer.num_prefix_tokens)
         self.blocks = sorted(blocks)
         self.counts = sorted({count for count in counts if fewest <= count < tokens} | {tokens})
         self.images = 0
@@ -100,7 +100,7 @@ class Sensitivity:
         Raises:
             DataError: If the outputs are not finite.
         """
-        root, family = self._transformer.root, self._transformer.family
+        root, family = self._transformer.root, self._transformer.adapter
         with torch.no_grad(), force_eager():  # without compiling: each count runs a few times only
             with recorded(self._transformer.blocks) as outputs:
                 dense = family.output(root.forward(images)).cpu().double()
@@ -115,7 +115,7 @@ class Sensitivity:
                     for column, count in enumerate(self.counts[:-1]):
                         handle.update(Schedule.single(self._transformer.depth, block, self._n - count))
                         pruned = family.output(root.forward(images)).cpu().double()
-                        found[row, column] = _divergence(dense, pruned, self._transformer.classes)
+                        found[row, column] = _divergence(dense, pruned, self._transformer.num_classes)
                         on_step()
         if not np.isfinite(found).all():
             raise DataError(f"The model's outputs are not finite for some of {len(images)} calibration images.")

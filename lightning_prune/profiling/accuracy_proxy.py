@@ -84,7 +84,7 @@ class Proxy:
         self.name = self._choose(labels)
 
     def _choose(self, labels: Tensor | None) -> str:
-        num_classes = self._transformer.classes
+        num_classes = self._transformer.num_classes
         if labels is None:
             return "soft agreement" if num_classes else "cosine similarity of features"
         if not num_classes:
@@ -104,7 +104,7 @@ class Proxy:
         outputs = self._outputs()
         if self._labels is not None:
             return top1(self._labels, outputs) / top1(self._labels, self._dense)
-        compare = soft_agreement if self._transformer.classes else feature_similarity
+        compare = soft_agreement if self._transformer.num_classes else feature_similarity
         return compare(self._dense, outputs)
 
     def _outputs(self) -> Tensor:
@@ -170,7 +170,7 @@ class ProxyCurve:
     def __call__(self, tokens: int) -> float:
         """The proxy at one token count, relative to dense."""
         if tokens not in self.values:
-            n, prefix = self.profile.dense_tokens, self._transformer.prefix_tokens
+            n, prefix = self.profile.dense_tokens, self._transformer.num_prefix_tokens
             schedule = allocate_schedule(self._reduction, n - tokens, n, prefix, self.profile.depth, self.profile.block)
             with (
                 ready_to_run(self._transformer),

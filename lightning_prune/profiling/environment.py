@@ -119,7 +119,7 @@ def profile_dependencies(
         source) is `"unknown"`, and `lightning_prune.profiling.ProfileStore` keeps nothing under it.
     """
     return {
-        **measurement_context(transformer.runner, example_inputs),
+        **measurement_context(transformer.compiled_root, example_inputs),
         "hooks": hook_condition(transformer.root),
         "image_dtype": str(example_inputs.dtype).removeprefix("torch."),
         "channels_last": not example_inputs.is_contiguous()

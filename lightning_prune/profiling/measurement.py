@@ -96,7 +96,7 @@ def profile_latency(
     refuse_adaptive(requested)
     reduction = TOKEN_CURVE if protocol == "paper" else requested
     index = 0 if protocol == "paper" else reducing_block(requested, block, transformer)
-    depth, prefix = transformer.depth, transformer.prefix_tokens
+    depth, prefix = transformer.depth, transformer.num_prefix_tokens
     start = clock()
     with (
         _applied(runtime, transformer),
@@ -104,7 +104,7 @@ def profile_latency(
         progress_bar("Profiling latency", time_limit, verbose) as on_step,
     ):
         n = transformer.count_tokens(example_inputs)
-        lowest = n - min(each.most(n, prefix, depth, index) for each in (reduction, requested))
+        lowest = n - min(each.max_total_removed(n, prefix, depth, index) for each in (reduction, requested))
         if counts is not None:
             _check_counts(counts, lowest, n)
         elif protocol == "paper":
@@ -113,7 +113,7 @@ def profile_latency(
         try:
             timer = InterleavedTimer[int](
                 prepare=lambda count: handle.update(allocate_schedule(reduction, n - count, n, prefix, depth, index)),
-                run=lambda: transformer.runner(example_inputs),
+                run=lambda: transformer.compiled_root(example_inputs),
                 device=example_inputs.device,
                 reference=n,
                 clock=clock,
@@ -122,7 +122,7 @@ def profile_latency(
             profile = search_counts(timer, build, counts, lowest, n, time_limit, on_step, len(example_inputs))
         finally:
             handle.remove()
-        context = measurement_context(transformer.runner, example_inputs)
+        context = measurement_context(transformer.compiled_root, example_inputs)
         context["method_settings"] = {key: repr(value) for key, value in reduction.settings().items()}
         context["measured"] = datetime.now().astimezone().isoformat(timespec="seconds")
     return replace(profile, seconds=clock() - start, context=context)
@@ -176,7 +176,7 @@ def compare_latency(
     ):
         timer = InterleavedTimer[str](
             prepare=lambda name: switch.to(chosen[name]),
-            run=lambda: transformer.runner(example_inputs),
+            run=lambda: transformer.compiled_root(example_inputs),
             device=example_inputs.device,
             reference=dense,
             clock=clock,
@@ -201,7 +201,7 @@ def _applied(runtime: str | Runtime | None, transformer: VisionTransformer) -> A
 @contextmanager
 def ready_to_run(transformer: VisionTransformer) -> Iterator[None]:
     """Evaluation mode without autograd, and a limit on compiled graphs that suffices for all variants."""
-    limit = raised_recompile_limit() if is_compiled(transformer.runner) else nullcontext()
+    limit = raised_recompile_limit() if is_compiled(transformer.compiled_root) else nullcontext()
     with torch.no_grad(), eval_mode(transformer.root), limit:
         yield
 

@@ -307,12 +307,12 @@ def simulate_latency(
     reduction = resolve(method)
     refuse_adaptive(reduction)
     index = reducing_block(reduction, block, transformer)
-    depth, prefix = transformer.depth, transformer.prefix_tokens
+    depth, prefix = transformer.depth, transformer.num_prefix_tokens
     with ready_to_run(transformer):
         n = transformer.count_tokens(example_inputs)
-        context = measurement_context(transformer.runner, example_inputs)
+        context = measurement_context(transformer.compiled_root, example_inputs)
     work = Workload.of(transformer.blocks, len(example_inputs))
-    lowest = n - reduction.most(n, prefix, depth, index)
+    lowest = n - reduction.max_total_removed(n, prefix, depth, index)
     clock = SimulatedClock(device)
     dense = simulated_seconds(device, work, Schedule([0] * depth), n)
     if not _MACHINE.min_run_s < dense < _MACHINE.max_run_s:

@@ -23,7 +23,7 @@ class TokenSequence(NamedTuple):
     """The tokens that a reduction chooses from, and what it may look at to choose."""
 
     tokens: Tensor  # (B, N, C), prefix tokens first
-    prefix_tokens: int  # the first P of them, never removed
+    num_prefix_tokens: int  # the first P of them, never removed
     has_class_token: bool  # whether token 0 is a CLS token
     attention: AttentionInputs | None = None  # where the reduction reads "attention"
     sizes: Tensor | None = None  # (B, N) how many patches each token stands for, where an earlier block merged some
@@ -55,12 +55,11 @@ class Reduction(ABC):
         tracks_sizes: Whether it returns sizes, and its later reductions of the same images want to be given them.
         proportional_attention: Whether the sizes that it returns weigh the attention of later blocks: log(size) is
             added to the logits of each key.
-        merges: Whether every token that goes is merged into one that stays, so that none is lost. Models that pool over
-            their patch tokens are then told where each went, so `ReductionOutput.sources` must be there where it is
-            traced.
+        is_lossless: Whether every removed token is merged into one that stays. Models that pool over their patch tokens
+            then need to know where each token went, so `ReductionOutput.sources` must be set if it is traced.
         adaptive: Whether the image decides how many tokens go. There is no schedule then and `remove` is 0; shorter
             images of a batch are padded with tokens of size 0, which proportional attention masks.
-        multi_block: Whether it is used in many blocks, as ToMe is, and `spread` allocates tokens to them; other methods
+        multi_block: Whether it is used in many blocks, as ToMe is, and `allocate` gives each a share; other methods
             reduce in one block.
     """
 
@@ -69,7 +68,7 @@ class Reduction(ABC):
     reads: ClassVar[frozenset[str]] = frozenset()
     tracks_sizes: bool = False
     proportional_attention: bool = False
-    merges: bool = False
+    is_lossless: bool = False
     adaptive: bool = False
     multi_block: bool = False
 
@@ -86,8 +85,8 @@ class Reduction(ABC):
         """
 
     @abstractmethod
-    def max_removed(self, tokens: int, prefix_tokens: int) -> int:
-        """The most tokens that can be removed when `tokens`, `prefix_tokens` of them prefix, are there."""
+    def max_removed(self, tokens: int, num_prefix_tokens: int) -> int:
+        """The most tokens that can be removed when `tokens`, `num_prefix_tokens` of them prefix, are there."""
 
     def unsupported_reason(self, model: nn.Module) -> str | None:
         """Why this instance cannot be used with a transformer: what it was made with (a vocabulary) is for another.
@@ -96,13 +95,13 @@ class Reduction(ABC):
         """
         return None
 
-    def spread(self, remove: int, tokens: int, prefix_tokens: int, depth: int, block: int) -> list[int]:
+    def allocate(self, remove: int, tokens: int, num_prefix_tokens: int, depth: int, block: int) -> list[int]:
         """What each block removes if `remove` tokens are to go in all, in the form that the method is used in.
 
         Args:
-            remove: Tokens that go in all; at most `most`.
+            remove: Tokens that go in all; at most `max_total_removed`.
             tokens: N, entering the first block.
-            prefix_tokens: P.
+            num_prefix_tokens: P.
             depth: Number of blocks.
             block: The reducing block of methods that reduce once, as this does unless a method says otherwise; the
                 first block that may reduce for all others. Before block 0 is where methods of that site act.
@@ -113,9 +112,9 @@ class Reduction(ABC):
         at = 0 if self.site == "input" else block
         return [remove if index == at else 0 for index in range(depth)]
 
-    def most(self, tokens: int, prefix_tokens: int, depth: int, block: int) -> int:
-        """The most tokens that `spread` can make go."""
-        return self.max_removed(tokens, prefix_tokens)
+    def max_total_removed(self, tokens: int, num_prefix_tokens: int, depth: int, block: int) -> int:
+        """The most tokens that `allocate` can make go."""
+        return self.max_removed(tokens, num_prefix_tokens)
 
     def settings(self) -> dict[str, Any]:
         """What distinguishes this instance from a default one, as plain values."""

@@ -16,7 +16,7 @@ from lightning_prune.reduction.functional import (
 )
 
 
-def topk_scores(attention: AttentionInputs, prefix_tokens: int, has_class_token: bool) -> Tensor:
+def topk_scores(attention: AttentionInputs, num_prefix_tokens: int, has_class_token: bool) -> Tensor:
     """Attention that every patch token receives from CLS, the score of EViT (arXiv 2202.07800, section 3.2).
 
     With A[h, j, i] the attention of query j on key i, patch token i scores the mean over heads of A[h, 0, i]; only that
@@ -24,7 +24,7 @@ def topk_scores(attention: AttentionInputs, prefix_tokens: int, has_class_token:
 
     Args:
         attention: Query and key of the block, (B, H, N, D) each.
-        prefix_tokens: P, the first tokens, which are not scored.
+        num_prefix_tokens: P, the first tokens, which are not scored.
         has_class_token: Whether token 0 is CLS.
 
     Returns:
@@ -34,17 +34,17 @@ def topk_scores(attention: AttentionInputs, prefix_tokens: int, has_class_token:
         >>> import torch
         >>> from lightning_prune.reduction import AttentionInputs, topk_scores
         >>> q, k, v = torch.zeros(3, 1, 2, 5, 8).unbind(0)
-        >>> topk_scores(AttentionInputs(q, k, v), prefix_tokens=1, has_class_token=True)
+        >>> topk_scores(AttentionInputs(q, k, v), num_prefix_tokens=1, has_class_token=True)
         tensor([[0.2000, 0.2000, 0.2000, 0.2000]])
     """
     precise = torch.promote_types(attention.query.dtype, torch.float32)
-    queries = slice(0, 1) if has_class_token else slice(prefix_tokens, None)
-    received = attention_probabilities(attention, queries)[..., prefix_tokens:]
+    queries = slice(0, 1) if has_class_token else slice(num_prefix_tokens, None)
+    received = attention_probabilities(attention, queries)[..., num_prefix_tokens:]
     return received.mean(dim=(1, 2), dtype=precise)
 
 
 def topk(
-    tokens: Tensor, attention: AttentionInputs, remove: int, prefix_tokens: int, has_class_token: bool
+    tokens: Tensor, attention: AttentionInputs, remove: int, num_prefix_tokens: int, has_class_token: bool
 ) -> ReductionOutput:
     """Keeps the best N - P - R patch tokens by `topk_scores` in their order; the R others are lost.
 
@@ -52,7 +52,7 @@ def topk(
         tokens: (B, N, C) between attention and MLP.
         attention: Query and key of the block that the tokens went through.
         remove: R >= 1.
-        prefix_tokens: P, kept as they are.
+        num_prefix_tokens: P, kept as they are.
         has_class_token: Whether token 0 is CLS.
 
     Returns:
@@ -63,10 +63,10 @@ def topk(
         >>> from lightning_prune.reduction import AttentionInputs, topk
         >>> q, k, v = torch.randn(3, 2, 4, 17, 8).unbind(0)
         >>> attention = AttentionInputs(q, k, v)
-        >>> topk(torch.randn(2, 17, 32), attention, 5, prefix_tokens=1, has_class_token=True).tokens.shape
+        >>> topk(torch.randn(2, 17, 32), attention, 5, num_prefix_tokens=1, has_class_token=True).tokens.shape
         torch.Size([2, 12, 32])
     """
-    return keep_best(tokens, topk_scores(attention, prefix_tokens, has_class_token), remove, prefix_tokens)
+    return keep_best(tokens, topk_scores(attention, num_prefix_tokens, has_class_token), remove, num_prefix_tokens)
 
 
 class TopK(Reduction):
@@ -87,15 +87,15 @@ class TopK(Reduction):
     def reduce(self, sequence: TokenSequence, remove: int) -> ReductionOutput:
         """See `topk`."""
         assert sequence.attention is not None  # the patch provides what `reads` asks for
-        return topk(sequence.tokens, sequence.attention, remove, sequence.prefix_tokens, sequence.has_class_token)
+        return topk(sequence.tokens, sequence.attention, remove, sequence.num_prefix_tokens, sequence.has_class_token)
 
-    def max_removed(self, tokens: int, prefix_tokens: int) -> int:
+    def max_removed(self, tokens: int, num_prefix_tokens: int) -> int:
         """All patch tokens but one may go."""
-        return max(tokens - prefix_tokens - 1, 0)
+        return max(tokens - num_prefix_tokens - 1, 0)
 
 
 def evit(
-    tokens: Tensor, attention: AttentionInputs, remove: int, prefix_tokens: int, has_class_token: bool
+    tokens: Tensor, attention: AttentionInputs, remove: int, num_prefix_tokens: int, has_class_token: bool
 ) -> ReductionOutput:
     """Keeps the best N - P - R - 1 patch tokens in their order and appends one that is fused of the R + 1 others.
 
@@ -107,7 +107,7 @@ def evit(
         tokens: (B, N, C) between attention and MLP.
         attention: Query and key of the block that the tokens went through.
         remove: R >= 1.
-        prefix_tokens: P, kept as they are.
+        num_prefix_tokens: P, kept as they are.
         has_class_token: Whether token 0 is CLS.
 
     Returns:
@@ -118,17 +118,17 @@ def evit(
         >>> from lightning_prune.reduction import AttentionInputs, evit
         >>> q, k, v = torch.randn(3, 2, 4, 17, 8).unbind(0)
         >>> attention = AttentionInputs(q, k, v)
-        >>> evit(torch.randn(2, 17, 32), attention, 5, prefix_tokens=1, has_class_token=True).positions[0, -1]
+        >>> evit(torch.randn(2, 17, 32), attention, 5, num_prefix_tokens=1, has_class_token=True).positions[0, -1]
         tensor(-1)
     """
-    scores = topk_scores(attention, prefix_tokens, has_class_token)
+    scores = topk_scores(attention, num_prefix_tokens, has_class_token)
     kept = best_in_order(scores, scores.shape[1] - remove - 1)
-    index = with_prefix(kept, prefix_tokens)
+    index = with_prefix(kept, num_prefix_tokens)
     # The dropped tokens are never gathered: the kept ones take part with weight 0 in one product over all. What is
     # added is lost in any score but zero.
     weights = (scores + torch.finfo(scores.dtype).tiny).scatter(1, kept, 0.0)
     weights = weights / weights.sum(dim=1, keepdim=True)
-    fused = precise_product(weights.unsqueeze(1), tokens[:, prefix_tokens:].to(weights.dtype)).to(tokens.dtype)
+    fused = precise_product(weights.unsqueeze(1), tokens[:, num_prefix_tokens:].to(weights.dtype)).to(tokens.dtype)
     nowhere = index.new_full((index.shape[0], 1), -1)
     return ReductionOutput(torch.cat((take_tokens(tokens, index), fused), dim=1), torch.cat((index, nowhere), dim=1))
 
@@ -151,8 +151,8 @@ class EViT(Reduction):
     def reduce(self, sequence: TokenSequence, remove: int) -> ReductionOutput:
         """See `evit`."""
         assert sequence.attention is not None  # the patch provides what `reads` asks for
-        return evit(sequence.tokens, sequence.attention, remove, sequence.prefix_tokens, sequence.has_class_token)
+        return evit(sequence.tokens, sequence.attention, remove, sequence.num_prefix_tokens, sequence.has_class_token)
 
-    def max_removed(self, tokens: int, prefix_tokens: int) -> int:
+    def max_removed(self, tokens: int, num_prefix_tokens: int) -> int:
         """All patch tokens but two may go: one stays as it is, the others become the fused one."""
-        return max(tokens - prefix_tokens - 2, 0)
+        return max(tokens - num_prefix_tokens - 2, 0)

@@ -89,10 +89,10 @@ def add_rows_(table: Tensor, index: Tensor, rows: Tensor) -> Tensor:
     return table.scatter_add_(0, index.unsqueeze(1).expand_as(rows), rows)
 
 
-def with_prefix(index: Tensor, prefix_tokens: int) -> Tensor:
+def with_prefix(index: Tensor, num_prefix_tokens: int) -> Tensor:
     """Indices among patch tokens (B, K) -> indices among all tokens (B, P + K), the prefix tokens first."""
-    prefix = torch.arange(prefix_tokens, device=index.device).expand(index.shape[0], -1)
-    return torch.cat((prefix, index + prefix_tokens), dim=1)
+    prefix = torch.arange(num_prefix_tokens, device=index.device).expand(index.shape[0], -1)
+    return torch.cat((prefix, index + num_prefix_tokens), dim=1)
 
 
 def sources_of(reduced: ReductionOutput, tokens: int) -> Tensor:
@@ -125,19 +125,19 @@ def sources_of(reduced: ReductionOutput, tokens: int) -> Tensor:
     return rest.repeat(1, tokens + 1).scatter(1, places, left)[:, :tokens]
 
 
-def keep_best(tokens: Tensor, scores: Tensor, remove: int, prefix_tokens: int) -> ReductionOutput:
+def keep_best(tokens: Tensor, scores: Tensor, remove: int, num_prefix_tokens: int) -> ReductionOutput:
     """The prefix and the best N - P - R patch tokens, in their order.
 
     Args:
         tokens: (B, N, C).
         scores: (B, N - P), the higher the better.
         remove: R.
-        prefix_tokens: P.
+        num_prefix_tokens: P.
 
     Returns:
         N - R tokens.
     """
-    index = with_prefix(best_in_order(scores, scores.shape[1] - remove), prefix_tokens)
+    index = with_prefix(best_in_order(scores, scores.shape[1] - remove), num_prefix_tokens)
     return ReductionOutput(take_tokens(tokens, index), index)
 
 
@@ -211,7 +211,7 @@ def merge_into_nearest(
     key: Tensor,
     scores: Tensor,
     remove: int,
-    prefix_tokens: int,
+    num_prefix_tokens: int,
     sizes: Tensor | None = None,
     trace: bool = False,
 ) -> ReductionOutput:
@@ -225,7 +225,7 @@ def merge_into_nearest(
         key: (B, H, N, D) of the block that the tokens went through.
         scores: (B, N - P), the higher the better.
         remove: R, from 1 to N - P - 1.
-        prefix_tokens: P, which stay and receive nothing.
+        num_prefix_tokens: P, which stay and receive nothing.
         sizes: (B, N) how many patches each token stands for; None where each is one.
         trace: Whether `ReductionOutput.sources` is wanted.
 
@@ -237,11 +237,11 @@ def merge_into_nearest(
         >>> from lightning_prune.reduction import merge_into_nearest
         >>> key = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.1]]).view(1, 1, 3, 2)
         >>> tokens, scores = torch.tensor([[[4.0], [9.0], [6.0]]]), torch.tensor([[3.0, 2.0, 1.0]])
-        >>> merged = merge_into_nearest(tokens, key, scores, remove=1, prefix_tokens=0)
+        >>> merged = merge_into_nearest(tokens, key, scores, remove=1, num_prefix_tokens=0)
         >>> merged.tokens.flatten().tolist(), merged.sizes.tolist()
         ([5.0, 9.0], [[2.0, 1.0]])
     """
-    order = scores.argsort(dim=-1, descending=True) + prefix_tokens
+    order = scores.argsort(dim=-1, descending=True) + num_prefix_tokens
     kept, dropped = order[:, : scores.shape[1] - remove], order[:, scores.shape[1] - remove :]
     # One mean with a dtype is one pass over the keys, and half precision would tie many similarities. The length of a
     # dropped token's own key scales its whole row of likenesses, so it has no say in which is the largest.

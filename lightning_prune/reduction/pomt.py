@@ -20,19 +20,19 @@ _AT_ONCE = {"cpu": 2**20}  # probabilities of an image: as many as its cache hol
 _AT_ONCE_ELSEWHERE = 2**24  # as many as keep a device busy; the memory that they take is bounded as well
 
 
-def _chunks(query: Tensor, prefix_tokens: int) -> list[slice]:
+def _chunks(query: Tensor, num_prefix_tokens: int) -> list[slice]:
     """The patch queries, in equal parts where there are many: their number depends on static shapes alone."""
     _, heads, tokens, _ = query.shape
-    patches = tokens - prefix_tokens
+    patches = tokens - num_prefix_tokens
     at_once = _AT_ONCE.get(query.device.type, _AT_ONCE_ELSEWHERE)
     if heads * patches * tokens <= at_once:
-        return [slice(prefix_tokens, None)]
+        return [slice(num_prefix_tokens, None)]
     parts = -(-heads * patches * tokens // at_once)
     step = -(-patches // parts)
-    return [slice(start, start + step) for start in range(prefix_tokens, tokens, step)]
+    return [slice(start, start + step) for start in range(num_prefix_tokens, tokens, step)]
 
 
-def pomt_scores(attention: AttentionInputs, prefix_tokens: int) -> Tensor:
+def pomt_scores(attention: AttentionInputs, num_prefix_tokens: int) -> Tensor:
     """Importance of every patch token (arXiv 2407.05941, section 3.3).
 
     With A[h, j, i] the attention of query j on key i and V[h, i, d] the values, patch token i scores a_i + s_i:
@@ -42,7 +42,7 @@ def pomt_scores(attention: AttentionInputs, prefix_tokens: int) -> Tensor:
 
     Args:
         attention: Query, key and value of the block, (B, H, N, D) each.
-        prefix_tokens: P, the first tokens, which are not scored.
+        num_prefix_tokens: P, the first tokens, which are not scored.
 
     Returns:
         (B, N - P), float32 (float64 where the attention is).
@@ -51,23 +51,23 @@ def pomt_scores(attention: AttentionInputs, prefix_tokens: int) -> Tensor:
     if is_half_on_cpu(attention):
         attention = attention._replace(key=attention.key.float().contiguous())  # which each chunk would do anew
     chunks = [
-        attention_probabilities(attention, queries).amax(dim=1)[:, :, prefix_tokens:].sum(dim=1, dtype=precise)
-        for queries in _chunks(attention.query, prefix_tokens)
+        attention_probabilities(attention, queries).amax(dim=1)[:, :, num_prefix_tokens:].sum(dim=1, dtype=precise)
+        for queries in _chunks(attention.query, num_prefix_tokens)
     ]
     received = sum(chunks[1:], chunks[0])
     received = received / received.amax(dim=-1, keepdim=True)
     magnitude = attention.value.amax(dim=1).sum(dim=-1, dtype=precise).softmax(dim=-1)
-    return received + magnitude[:, prefix_tokens:]
+    return received + magnitude[:, num_prefix_tokens:]
 
 
-def pomt(tokens: Tensor, attention: AttentionInputs, remove: int, prefix_tokens: int) -> ReductionOutput:
+def pomt(tokens: Tensor, attention: AttentionInputs, remove: int, num_prefix_tokens: int) -> ReductionOutput:
     """Keeps the best N - P - R - 1 patch tokens in their order and appends the mean of the R + 1 others.
 
     Args:
         tokens: (B, N, C) between attention and MLP.
         attention: Query, key and value of the block that the tokens went through.
         remove: R >= 1.
-        prefix_tokens: P, kept as they are.
+        num_prefix_tokens: P, kept as they are.
 
     Returns:
         N - R tokens, the mean token last.
@@ -76,12 +76,12 @@ def pomt(tokens: Tensor, attention: AttentionInputs, remove: int, prefix_tokens:
         >>> import torch
         >>> from lightning_prune.reduction import AttentionInputs, pomt
         >>> q, k, v = torch.randn(3, 2, 4, 17, 8).unbind(0)
-        >>> pomt(torch.randn(2, 17, 32), AttentionInputs(q, k, v), remove=5, prefix_tokens=1).tokens.shape
+        >>> pomt(torch.randn(2, 17, 32), AttentionInputs(q, k, v), remove=5, num_prefix_tokens=1).tokens.shape
         torch.Size([2, 12, 32])
     """
-    keep = tokens.shape[1] - prefix_tokens - remove - 1
-    kept = best_in_order(pomt_scores(attention, prefix_tokens), keep)
-    index = with_prefix(kept, prefix_tokens)
+    keep = tokens.shape[1] - num_prefix_tokens - remove - 1
+    kept = best_in_order(pomt_scores(attention, num_prefix_tokens), keep)
+    index = with_prefix(kept, num_prefix_tokens)
     left = take_tokens(tokens, index)
     # The dropped ones are never gathered: their sum is the difference of two sums that stream over memory.
     precise = torch.promote_types(tokens.dtype, torch.float32)
@@ -125,7 +125,7 @@ class POMT(Reduction):
         self.dropped = dropped
         if dropped == "nearest":
             self.name = "pomt-nearest"
-            self.merges = self.tracks_sizes = True
+            self.is_lossless = self.tracks_sizes = True
             self.proportional_attention = proportional_attention
 
     def reduce(self, sequence: TokenSequence, remove: int) -> ReductionOutput:
@@ -133,15 +133,15 @@ class POMT(Reduction):
         attention = sequence.attention
         assert attention is not None  # the patch provides what `reads` asks for
         if self.dropped == "mean":
-            return pomt(sequence.tokens, attention, remove, sequence.prefix_tokens)
-        scores = pomt_scores(attention, sequence.prefix_tokens)
+            return pomt(sequence.tokens, attention, remove, sequence.num_prefix_tokens)
+        scores = pomt_scores(attention, sequence.num_prefix_tokens)
         return merge_into_nearest(
-            sequence.tokens, attention.key, scores, remove, sequence.prefix_tokens, sequence.sizes, sequence.trace
+            sequence.tokens, attention.key, scores, remove, sequence.num_prefix_tokens, sequence.sizes, sequence.trace
         )
 
-    def max_removed(self, tokens: int, prefix_tokens: int) -> int:
+    def max_removed(self, tokens: int, num_prefix_tokens: int) -> int:
         """All patch tokens but one may go, which stays as it is or receives all others; with a mean token, but two."""
-        return max(tokens - prefix_tokens - (2 if self.dropped == "mean" else 1), 0)
+        return max(tokens - num_prefix_tokens - (2 if self.dropped == "mean" else 1), 0)
 
     def settings(self) -> dict[str, Any]:
         """`dropped` and `proportional_attention`, where they are not the paper's."""

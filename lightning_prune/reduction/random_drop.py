@@ -53,14 +53,14 @@ class RandomDrop(Reduction):
     def reduce(self, sequence: TokenSequence, remove: int) -> ReductionOutput:
         """Keeps the N - P - R patch tokens whose positions drew the highest numbers."""
         batch, tokens, _ = sequence.tokens.shape
-        patches = tokens - sequence.prefix_tokens
+        patches = tokens - sequence.num_prefix_tokens
         scores = random_scores(patches, self.seed, sequence.tokens.device).expand(batch, -1)
-        index = with_prefix(best_in_order(scores, patches - remove), sequence.prefix_tokens)
+        index = with_prefix(best_in_order(scores, patches - remove), sequence.num_prefix_tokens)
         return ReductionOutput(take_tokens(sequence.tokens, index), index)
 
-    def max_removed(self, tokens: int, prefix_tokens: int) -> int:
+    def max_removed(self, tokens: int, num_prefix_tokens: int) -> int:
         """All patch tokens but one."""
-        return max(tokens - prefix_tokens - 1, 0)
+        return max(tokens - num_prefix_tokens - 1, 0)
 
     def settings(self) -> dict[str, Any]:
         """`seed` and `site`."""

@@ -171,10 +171,14 @@ def _load(name: str, points: list[EntryPoint]) -> type[Reduction]:
 
 
 def _make(name: str, build: Callable[..., Reduction], settings: dict[str, Any]) -> Reduction:
+    fixed = build.keywords if isinstance(build, partial) else {}
+    other = [key for key, value in fixed.items() if settings.get(key, value) != value]
     try:
         signature(build).bind(**settings)
     except TypeError as error:
         raise ArgumentError(f"The method {name!r} cannot be made with the settings {settings}: {error}.") from error
+    if other:
+        raise ArgumentError(f"The method {name!r} cannot be made with the settings {settings}: {other[0]!r} is fixed.")
     return build(**settings)
 
 

@@ -7,7 +7,7 @@ from lightning_prune.reduction.base import Reduction, ReductionOutput, TokenSequ
 from lightning_prune.reduction.functional import keep_best
 
 
-def shift_scores(tokens: Tensor, entering: Tensor, prefix_tokens: int) -> Tensor:
+def shift_scores(tokens: Tensor, entering: Tensor, num_prefix_tokens: int) -> Tensor:
     """How far a layer moved every patch token: the Euclidean distance ||F(x_i) - x_i|| (arXiv 2508.00367, section 3).
 
     No attention map takes part, so attention stays fused, and models whose attention cannot be read will do.
@@ -15,7 +15,7 @@ def shift_scores(tokens: Tensor, entering: Tensor, prefix_tokens: int) -> Tensor
     Args:
         tokens: (B, N, C) after the layer, its residual included.
         entering: (B, N, C) the same tokens before it.
-        prefix_tokens: P, the first tokens, which are not scored.
+        num_prefix_tokens: P, the first tokens, which are not scored.
 
     Returns:
         (B, N - P), float32 (float64 where the tokens are).
@@ -24,22 +24,22 @@ def shift_scores(tokens: Tensor, entering: Tensor, prefix_tokens: int) -> Tensor
         >>> import torch
         >>> from lightning_prune.reduction import shift_scores
         >>> before = torch.zeros(1, 3, 2)
-        >>> shift_scores(torch.tensor([[[9.0, 9.0], [3.0, 4.0], [0.0, 1.0]]]), before, prefix_tokens=1)
+        >>> shift_scores(torch.tensor([[[9.0, 9.0], [3.0, 4.0], [0.0, 1.0]]]), before, num_prefix_tokens=1)
         tensor([[5., 1.]])
     """
     precise = torch.promote_types(tokens.dtype, torch.float32)
-    moved = tokens[:, prefix_tokens:].to(precise) - entering[:, prefix_tokens:].to(precise)
+    moved = tokens[:, num_prefix_tokens:].to(precise) - entering[:, num_prefix_tokens:].to(precise)
     return torch.linalg.vector_norm(moved, dim=-1)
 
 
-def shift(tokens: Tensor, entering: Tensor, remove: int, prefix_tokens: int) -> ReductionOutput:
+def shift(tokens: Tensor, entering: Tensor, remove: int, num_prefix_tokens: int) -> ReductionOutput:
     """Keeps the N - P - R patch tokens that moved most, in their order; the R others are lost.
 
     Args:
         tokens: (B, N, C) after the layer.
         entering: (B, N, C) before it.
         remove: R >= 1.
-        prefix_tokens: P, kept as they are.
+        num_prefix_tokens: P, kept as they are.
 
     Returns:
         N - R tokens.
@@ -48,10 +48,10 @@ def shift(tokens: Tensor, entering: Tensor, remove: int, prefix_tokens: int) -> 
         >>> import torch
         >>> from lightning_prune.reduction import shift
         >>> before, after = torch.randn(2, 2, 17, 32).unbind(0)
-        >>> shift(after, before, remove=5, prefix_tokens=1).tokens.shape
+        >>> shift(after, before, remove=5, num_prefix_tokens=1).tokens.shape
         torch.Size([2, 12, 32])
     """
-    return keep_best(tokens, shift_scores(tokens, entering, prefix_tokens), remove, prefix_tokens)
+    return keep_best(tokens, shift_scores(tokens, entering, num_prefix_tokens), remove, num_prefix_tokens)
 
 
 class RepresentationShift(Reduction):
@@ -74,8 +74,8 @@ class RepresentationShift(Reduction):
     def reduce(self, sequence: TokenSequence, remove: int) -> ReductionOutput:
         """See `shift`."""
         assert sequence.entering is not None  # of every reduction inside a block
-        return shift(sequence.tokens, sequence.entering, remove, sequence.prefix_tokens)
+        return shift(sequence.tokens, sequence.entering, remove, sequence.num_prefix_tokens)
 
-    def max_removed(self, tokens: int, prefix_tokens: int) -> int:
+    def max_removed(self, tokens: int, num_prefix_tokens: int) -> int:
         """All patch tokens but one may go."""
-        return max(tokens - prefix_tokens - 1, 0)
+        return max(tokens - num_prefix_tokens - 1, 0)

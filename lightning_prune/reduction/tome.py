@@ -12,7 +12,7 @@ from lightning_prune.schedule import Schedule
 
 
 def tome_schedule(
-    r: int, depth: int, tokens: int, prefix_tokens: int = 1, inflection: float = 0.0, first: int = 0
+    r: int, depth: int, tokens: int, num_prefix_tokens: int = 1, inflection: float = 0.0, first: int = 0
 ) -> Schedule:
     """ToMe's schedule (r, inflection): r tokens a block on average.
 
@@ -26,7 +26,7 @@ def tome_schedule(
         r: Tokens that a block merges on average, >= 0.
         depth: Blocks of the model.
         tokens: N, entering block 0, prefix tokens included.
-        prefix_tokens: P, which never merge.
+        num_prefix_tokens: P, which never merge.
         inflection: From -1 to 1.
         first: First block that merges; `depth - first` is L.
 
@@ -47,15 +47,15 @@ def tome_schedule(
     if isinstance(r, bool) or not isinstance(r, int) or r < 0:
         raise ArgumentError(f"`r` must be a whole number >= 0, got {r!r}.")
     weights = _weights(depth, first, inflection)
-    patches = _patches(tokens, prefix_tokens)
+    patches = _patches(tokens, num_prefix_tokens)
     wanted = [0] * len(weights)
     for _ in range(r * len(weights)):
         wanted[_next(weights, wanted)] += 1
     return Schedule([0] * first + _halved(wanted, patches))
 
 
-def spread_removed(
-    remove: int, tokens: int, prefix_tokens: int, depth: int, first: int, inflection: float = 0.0
+def allocate_tokens(
+    remove: int, tokens: int, num_prefix_tokens: int, depth: int, first: int, inflection: float = 0.0
 ) -> list[int]:
     """`remove` tokens in all, in the form of `tome_schedule`: the first blocks merge the odd ones more.
 
@@ -65,7 +65,7 @@ def spread_removed(
     Args:
         remove: Tokens that go in all.
         tokens: N, entering block 0.
-        prefix_tokens: P.
+        num_prefix_tokens: P.
         depth: Number of blocks.
         first: First block that merges.
         inflection: See `tome_schedule`.
@@ -75,24 +75,24 @@ def spread_removed(
 
     Raises:
         ArgumentError: If an argument is out of its range.
-        ScheduleError: If `remove` is more than `most_removed`; names the numbers.
+        ScheduleError: If `remove` is more than `max_allocatable`; names the numbers.
 
     Example:
-        >>> from lightning_prune.reduction.tome import spread_removed
-        >>> spread_removed(100, tokens=197, prefix_tokens=1, depth=12, first=0)
+        >>> from lightning_prune.reduction.tome import allocate_tokens
+        >>> allocate_tokens(100, tokens=197, num_prefix_tokens=1, depth=12, first=0)
         [9, 9, 9, 9, 8, 8, 8, 8, 8, 8, 8, 8]
-        >>> spread_removed(190, tokens=197, prefix_tokens=1, depth=12, first=6)
+        >>> allocate_tokens(190, tokens=197, num_prefix_tokens=1, depth=12, first=6)
         [0, 0, 0, 0, 0, 0, 50, 50, 48, 24, 12, 6]
     """
     if remove < 0:
         raise ArgumentError(f"`remove` must be at least 0, got {remove!r}.")
-    most = most_removed(tokens, prefix_tokens, depth, first, inflection)
+    most = max_allocatable(tokens, num_prefix_tokens, depth, first, inflection)
     if remove > most:
         raise ScheduleError(
-            f"{remove} tokens cannot go: of {tokens}, {prefix_tokens} of them prefix tokens, blocks {first} to "
+            f"{remove} tokens cannot go: of {tokens}, {num_prefix_tokens} of them prefix tokens, blocks {first} to "
             f"{depth - 1} can merge at most {most}, half of the patch tokens in a block."
         )
-    weights, patches = _weights(depth, first, inflection), _patches(tokens, prefix_tokens)
+    weights, patches = _weights(depth, first, inflection), _patches(tokens, num_prefix_tokens)
     wanted = [0] * len(weights)
     for _ in range(remove):
         wanted[_next(weights, wanted)] += 1
@@ -102,18 +102,18 @@ def spread_removed(
     return [0] * first + _halved(wanted, patches)
 
 
-def most_removed(tokens: int, prefix_tokens: int, depth: int, first: int, inflection: float = 0.0) -> int:
-    """The most that `spread_removed` can make go: each block to which its form gives any merges half.
+def max_allocatable(tokens: int, num_prefix_tokens: int, depth: int, first: int, inflection: float = 0.0) -> int:
+    """The most that `allocate_tokens` can make go: each block to which its form gives any merges half.
 
     Raises:
         ArgumentError: If an argument is out of its range.
 
     Example:
-        >>> from lightning_prune.reduction.tome import most_removed
-        >>> most_removed(tokens=197, prefix_tokens=1, depth=12, first=10)
+        >>> from lightning_prune.reduction.tome import max_allocatable
+        >>> max_allocatable(tokens=197, num_prefix_tokens=1, depth=12, first=10)
         147
     """
-    patches = _patches(tokens, prefix_tokens)
+    patches = _patches(tokens, num_prefix_tokens)
     return sum(_halved([patches if w > 0 else 0 for w in _weights(depth, first, inflection)], patches))
 
 
@@ -141,16 +141,16 @@ def _weights(depth: int, first: int, inflection: float) -> list[float]:
     return [1.0] if count == 1 else [count - 1 + inflection * (2 * i - count + 1) for i in range(count)]
 
 
-def _patches(tokens: int, prefix_tokens: int) -> int:
-    if not 0 <= prefix_tokens <= tokens:
-        raise ArgumentError(f"`prefix_tokens` must be from 0 to the {tokens} tokens, got {prefix_tokens!r}.")
-    return tokens - prefix_tokens
+def _patches(tokens: int, num_prefix_tokens: int) -> int:
+    if not 0 <= num_prefix_tokens <= tokens:
+        raise ArgumentError(f"`num_prefix_tokens` must be from 0 to the {tokens} tokens, got {num_prefix_tokens!r}.")
+    return tokens - num_prefix_tokens
 
 
 _INFLECTION = {"constant": 0.0, "decreasing": -1.0}
 
 
-def bipartite_matching(key: Tensor, remove: int, prefix_tokens: int) -> tuple[Tensor, Tensor]:
+def bipartite_matching(key: Tensor, remove: int, num_prefix_tokens: int) -> tuple[Tensor, Tensor]:
     """Which patch tokens merge into which: bipartite soft matching (arXiv 2210.09461, section 3).
 
     Patch tokens alternate between two sets: those at odd places among them (the second, the fourth, ...) may go, those
@@ -162,7 +162,7 @@ def bipartite_matching(key: Tensor, remove: int, prefix_tokens: int) -> tuple[Te
     Args:
         key: (B, H, N, D).
         remove: R; at most (N - P) // 2, the size of the first set.
-        prefix_tokens: P.
+        num_prefix_tokens: P.
 
     Returns:
         (B, R) tokens that go, and (B, R) the token that each goes into, both as indices among the N.
@@ -171,17 +171,17 @@ def bipartite_matching(key: Tensor, remove: int, prefix_tokens: int) -> tuple[Te
         >>> import torch
         >>> from lightning_prune.reduction.tome import bipartite_matching
         >>> key = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.1], [0.9, 0.0]]).view(1, 1, 4, 2)
-        >>> bipartite_matching(key, remove=1, prefix_tokens=0)
+        >>> bipartite_matching(key, remove=1, num_prefix_tokens=0)
         (tensor([[3]]), tensor([[0]]))
     """
     # A cosine does not tell the sum from the mean. With a dtype it is one pass over the keys, and half precision would
     # tie many similarities.
     metric = key.sum(dim=1, dtype=torch.promote_types(key.dtype, torch.float32))
     metric = metric / torch.linalg.vector_norm(metric, dim=-1, keepdim=True).clamp(min=1e-12)
-    odd, even = metric[:, prefix_tokens + 1 :: 2], metric[:, prefix_tokens::2]
+    odd, even = metric[:, num_prefix_tokens + 1 :: 2], metric[:, num_prefix_tokens::2]
     likeness, partner = precise_product(odd, even.transpose(1, 2)).max(dim=-1)
     chosen = likeness.topk(remove, dim=-1, sorted=False).indices
-    return chosen * 2 + (prefix_tokens + 1), partner.gather(1, chosen) * 2 + prefix_tokens
+    return chosen * 2 + (num_prefix_tokens + 1), partner.gather(1, chosen) * 2 + num_prefix_tokens
 
 
 class ToMe(Reduction):
@@ -194,7 +194,7 @@ class ToMe(Reduction):
     Args:
         proportional_attention: Whether later blocks weigh a token as many as it was made of: log(size) is added to the
             logits of its key. Blocks before the first merge keep their attention as it is.
-        schedule: How `spread` shares a total among the blocks: `"constant"`, as many in each, or `"decreasing"`,
+        schedule: How `allocate` shares a total among the blocks: `"constant"`, as many in each, or `"decreasing"`,
             linearly from twice the mean in the first block to none in the last. Schedules that are given outright are
             not touched.
 
@@ -214,7 +214,7 @@ class ToMe(Reduction):
     name = "tome"
     reads: ClassVar[frozenset[str]] = frozenset({"attention"})
     tracks_sizes = True
-    merges = True
+    is_lossless = True
     multi_block = True
 
     def __init__(
@@ -230,20 +230,20 @@ class ToMe(Reduction):
     def reduce(self, sequence: TokenSequence, remove: int) -> ReductionOutput:
         """Merges the R most similar pairs; see `bipartite_matching` and `merge`."""
         assert sequence.attention is not None  # the patch provides what `reads` asks for
-        source, destination = bipartite_matching(sequence.attention.key, remove, sequence.prefix_tokens)
+        source, destination = bipartite_matching(sequence.attention.key, remove, sequence.num_prefix_tokens)
         return merge(sequence.tokens, source, destination, sequence.sizes, sequence.trace)
 
-    def max_removed(self, tokens: int, prefix_tokens: int) -> int:
+    def max_removed(self, tokens: int, num_prefix_tokens: int) -> int:
         """Half of the patch tokens: those of the set that may go."""
-        return max(tokens - prefix_tokens, 0) // 2
+        return max(tokens - num_prefix_tokens, 0) // 2
 
-    def spread(self, remove: int, tokens: int, prefix_tokens: int, depth: int, block: int) -> list[int]:
-        """What each block from `block` on merges; none before it. See `spread_removed`."""
-        return spread_removed(remove, tokens, prefix_tokens, depth, block, _INFLECTION[self.schedule])
+    def allocate(self, remove: int, tokens: int, num_prefix_tokens: int, depth: int, block: int) -> list[int]:
+        """What each block from `block` on merges; none before it. See `allocate_tokens`."""
+        return allocate_tokens(remove, tokens, num_prefix_tokens, depth, block, _INFLECTION[self.schedule])
 
-    def most(self, tokens: int, prefix_tokens: int, depth: int, block: int) -> int:
+    def max_total_removed(self, tokens: int, num_prefix_tokens: int, depth: int, block: int) -> int:
         """What is gone if each block of the schedule merges half of what it finds."""
-        return most_removed(tokens, prefix_tokens, depth, block, _INFLECTION[self.schedule])
+        return max_allocatable(tokens, num_prefix_tokens, depth, block, _INFLECTION[self.schedule])
 
     def settings(self) -> dict[str, Any]:
         """`proportional_attention` and `schedule`."""

@@ -32,14 +32,14 @@ def patch_variances(pixels: Tensor, patches: int) -> Tensor:
     return cut_like(pixels, patches).to(precise).var(dim=-1, correction=0)
 
 
-def vwt_intra(tokens: Tensor, pixels: Tensor, remove: int, prefix_tokens: int) -> ReductionOutput:
+def vwt_intra(tokens: Tensor, pixels: Tensor, remove: int, num_prefix_tokens: int) -> ReductionOutput:
     """Keeps the N - P - R patch tokens whose patches vary most, in their order; of equals the first.
 
     Args:
         tokens: (B, N, C) before block 0, prefix tokens first, patch tokens row by row.
         pixels: (B, channels, height, width), the images that they were made of.
         remove: R.
-        prefix_tokens: P, kept as they are.
+        num_prefix_tokens: P, kept as they are.
 
     Returns:
         N - R tokens.
@@ -52,15 +52,15 @@ def vwt_intra(tokens: Tensor, pixels: Tensor, remove: int, prefix_tokens: int) -
         >>> from lightning_prune.reduction import vwt_intra
         >>> images = torch.zeros(1, 3, 32, 32)
         >>> images[:, :, 20:, 20:] = torch.randn(3, 12, 12)  # only the last patch has anything to see
-        >>> vwt_intra(torch.randn(1, 5, 8), images, remove=3, prefix_tokens=1).positions
+        >>> vwt_intra(torch.randn(1, 5, 8), images, remove=3, num_prefix_tokens=1).positions
         tensor([[0, 4]])
     """
     count = tokens.shape[1]
-    keep = count - prefix_tokens - remove
-    variances = patch_variances(pixels, count - prefix_tokens)
+    keep = count - num_prefix_tokens - remove
+    variances = patch_variances(pixels, count - num_prefix_tokens)
     # Stable, since equals are common here (saturated sky) and `topk` may choose among them by the shape of the batch.
     ranked = variances.sort(dim=-1, descending=True, stable=True).indices
-    index = with_prefix(ranked[:, :keep].sort(dim=-1).values, prefix_tokens)
+    index = with_prefix(ranked[:, :keep].sort(dim=-1).values, num_prefix_tokens)
     return ReductionOutput(take_tokens(tokens, index), index)
 
 
@@ -84,11 +84,11 @@ class VWTIntra(Reduction):
     def reduce(self, sequence: TokenSequence, remove: int) -> ReductionOutput:
         """See `vwt_intra`."""
         assert sequence.pixels is not None  # the patch provides what `reads` asks for
-        return vwt_intra(sequence.tokens, sequence.pixels, remove, sequence.prefix_tokens)
+        return vwt_intra(sequence.tokens, sequence.pixels, remove, sequence.num_prefix_tokens)
 
-    def max_removed(self, tokens: int, prefix_tokens: int) -> int:
+    def max_removed(self, tokens: int, num_prefix_tokens: int) -> int:
         """All patch tokens but one."""
-        return max(tokens - prefix_tokens - 1, 0)
+        return max(tokens - num_prefix_tokens - 1, 0)
 
 
 PadTo = Literal["batch", "image"]
@@ -163,14 +163,14 @@ def group_by_word(pixels: Tensor, patches: int, vocabulary: Vocabulary, threshol
 
 
 def merge_groups(
-    tokens: Tensor, grouping: Grouping, prefix_tokens: int, length: int, trace: bool = False
+    tokens: Tensor, grouping: Grouping, num_prefix_tokens: int, length: int, trace: bool = False
 ) -> ReductionOutput:
     """The mean of each group's tokens, in the order of their first patches, after the prefix tokens.
 
     Args:
         tokens: (B, N, C) before block 0.
         grouping: Of the N - P patch tokens.
-        prefix_tokens: P, kept as they are.
+        num_prefix_tokens: P, kept as they are.
         length: Patch tokens to be left, at least the largest count; images with fewer are padded with zeros.
         trace: Whether to say where each token went.
 
@@ -178,27 +178,27 @@ def merge_groups(
         P + `length` tokens. Sizes are 1, also of a word of many patches, which the paper does not weigh; 0 for padding.
     """
     batch, count, channels = tokens.shape
-    slots, patches = grouping.slots, count - prefix_tokens
+    slots, patches = grouping.slots, count - num_prefix_tokens
     row = torch.arange(batch, device=tokens.device).unsqueeze(1) * length
     flat = (slots + row).flatten()
     precise = torch.promote_types(tokens.dtype, torch.float32)
     sums = torch.zeros(batch * length, channels, dtype=precise, device=tokens.device)
-    add_rows_(sums, flat, tokens[:, prefix_tokens:].to(precise).flatten(0, 1))
+    add_rows_(sums, flat, tokens[:, num_prefix_tokens:].to(precise).flatten(0, 1))
     members = torch.zeros(batch * length, dtype=precise, device=tokens.device)
     members = members.index_add(0, flat, members.new_ones(batch * patches))
     means = (sums / members.clamp(min=1).unsqueeze(1)).to(tokens.dtype).view(batch, length, channels)
     members = members.view(batch, length)
     # A word of one patch is that patch, and stands where it stood.
-    places = torch.arange(prefix_tokens, count, device=tokens.device).expand(batch, -1)
+    places = torch.arange(num_prefix_tokens, count, device=tokens.device).expand(batch, -1)
     stood = places.new_zeros(batch, length).scatter_add(1, slots, places)
     positions = torch.where(members == 1, stood, -1)
-    prefix = torch.arange(prefix_tokens, device=tokens.device).expand(batch, -1)
-    sizes = torch.cat((tokens.new_ones(batch, prefix_tokens), (members > 0).to(tokens.dtype)), dim=1)
+    prefix = torch.arange(num_prefix_tokens, device=tokens.device).expand(batch, -1)
+    sizes = torch.cat((tokens.new_ones(batch, num_prefix_tokens), (members > 0).to(tokens.dtype)), dim=1)
     return ReductionOutput(
-        torch.cat((tokens[:, :prefix_tokens], means), dim=1),
+        torch.cat((tokens[:, :num_prefix_tokens], means), dim=1),
         torch.cat((prefix, positions), dim=1),
         sizes,
-        torch.cat((prefix, slots + prefix_tokens), dim=1) if trace else None,
+        torch.cat((prefix, slots + num_prefix_tokens), dim=1) if trace else None,
     )
 
 
@@ -243,7 +243,7 @@ class VWTInter(Reduction):
     reads: ClassVar[frozenset[str]] = frozenset({"pixels"})
     tracks_sizes: bool = True
     proportional_attention: bool = True
-    merges: bool = True
+    is_lossless: bool = True
     adaptive: bool = True
 
     def __init__(
@@ -268,14 +268,14 @@ class VWTInter(Reduction):
     def reduce(self, sequence: TokenSequence, remove: int) -> ReductionOutput:
         """See the class; `remove` is 0, for the images decide."""
         assert sequence.pixels is not None  # the patch provides what `reads` asks for
-        patches = sequence.tokens.shape[1] - sequence.prefix_tokens
+        patches = sequence.tokens.shape[1] - sequence.num_prefix_tokens
         grouping = group_by_word(sequence.pixels, patches, self.vocabulary, self.threshold)
         length = patches if self.pad_to == "image" else int(grouping.counts.max())
-        return merge_groups(sequence.tokens, grouping, sequence.prefix_tokens, length, sequence.trace)
+        return merge_groups(sequence.tokens, grouping, sequence.num_prefix_tokens, length, sequence.trace)
 
-    def max_removed(self, tokens: int, prefix_tokens: int) -> int:
+    def max_removed(self, tokens: int, num_prefix_tokens: int) -> int:
         """All patch tokens but one: an image may show one word everywhere."""
-        return max(tokens - prefix_tokens - 1, 0)
+        return max(tokens - num_prefix_tokens - 1, 0)
 
     def unsupported_reason(self, model: nn.Module) -> str | None:
         """Says where the vocabulary was made for another patch size, channel count or normalisation than the model."""

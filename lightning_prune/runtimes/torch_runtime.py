@@ -33,7 +33,7 @@ def applied_runtime(transformer: VisionTransformer) -> Runtime | None:
     None where the model runs as the user made it: eagerly, or compiled by the user (`is_compiled`), of which nobody but
     the user knows how.
     """
-    return runtime_of(transformer.runner)
+    return runtime_of(transformer.compiled_root)
 
 
 def runtime_of(model: nn.Module) -> Runtime | None:
@@ -176,7 +176,7 @@ class TorchCompile(Runtime):
         if applied_runtime(transformer) == self:
             yield
             return
-        root = transformer.runner
+        root = transformer.compiled_root
         self._check(root)
         compiled = Compiled(root, self.mode, list(transformer.blocks))
         try:

@@ -54,7 +54,7 @@ def test_a_run_is_pruned_as_its_images_decide_and_says_so() -> None:
     assert figures["pruning/removed"] == 17 - decision.tokens
     assert figures["pruning/speedup"] == pytest.approx(decision.speedup)
     assert all(torch.equal(value, state[key]) for key, value in module.state_dict().items())
-    assert not [m for m in module.modules() if "_prune_site" in vars(m)]
+    assert not [m for m in module.modules() if "_prune_patch" in vars(m)]
 
 
 def test_the_panel_says_who_decides() -> None:

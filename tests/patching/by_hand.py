@@ -12,8 +12,10 @@ from helpers import reference as naive
 from lightning_prune.reduction import Reduction, ReductionOutput, TokenSequence
 
 Part = tuple[Tensor, Tensor, Tensor]  # query, key, value (heads, N, D) of one image
-Left = tuple[Tensor, list[int], list[float]]  # tokens (N, C), where each stood (-1: several), patches in each
-Method = Callable[[Tensor, Part, list[float], int, int], Left]  # of tokens, attention, sizes, how many go, prefix
+CarriedState = tuple[Tensor, list[int], list[float]]  # tokens (N, C), where each stood (-1: several), patches in each
+Method = Callable[
+    [Tensor, Part, list[float], int, int], CarriedState
+]  # of tokens, attention, sizes, how many go, prefix
 
 
 class Pairs(Reduction):
@@ -26,7 +28,7 @@ class Pairs(Reduction):
         self.proportional_attention = proportional_attention
 
     def reduce(self, sequence: TokenSequence, remove: int) -> ReductionOutput:
-        x, start = sequence.tokens, sequence.prefix_tokens
+        x, start = sequence.tokens, sequence.num_prefix_tokens
         end = start + 2 * remove
         sizes = x.new_ones(x.shape[:2]) if sequence.sizes is None else sequence.sizes
         weights = sizes[:, start:end].reshape(len(x), remove, 2)
@@ -39,11 +41,11 @@ class Pairs(Reduction):
             torch.cat((sizes[:, :start], weights.sum(2), sizes[:, end:]), 1),
         )
 
-    def max_removed(self, tokens: int, prefix_tokens: int) -> int:
-        return (tokens - prefix_tokens) // 2
+    def max_removed(self, tokens: int, num_prefix_tokens: int) -> int:
+        return (tokens - num_prefix_tokens) // 2
 
 
-def pairs(tokens: Tensor, part: Part, sizes: list[float], remove: int, prefix: int) -> Left:
+def pairs(tokens: Tensor, part: Part, sizes: list[float], remove: int, prefix: int) -> CarriedState:
     """The same in a loop."""
     rows, places, weights = list(tokens[:prefix]), list(range(prefix)), sizes[:prefix]
     for i in range(prefix, prefix + 2 * remove, 2):
@@ -61,11 +63,11 @@ def pairs(tokens: Tensor, part: Part, sizes: list[float], remove: int, prefix: i
 def looped(name: str) -> Method:
     """A method by its plain loop."""
 
-    def pomt(tokens: Tensor, part: Part, sizes: list[float], remove: int, prefix: int) -> Left:
+    def pomt(tokens: Tensor, part: Part, sizes: list[float], remove: int, prefix: int) -> CarriedState:
         left, places = naive.pomt(tokens, *part, remove, prefix)
         return left, places, [1.0] * len(places)
 
-    def random(tokens: Tensor, part: Part, sizes: list[float], remove: int, prefix: int) -> Left:
+    def random(tokens: Tensor, part: Part, sizes: list[float], remove: int, prefix: int) -> CarriedState:
         left, places = naive.random(tokens, remove, prefix, 0)
         return left, places, [1.0] * len(places)
 
@@ -133,8 +135,8 @@ def pruned_by_hand(
             mixed = (logits.softmax(-1) @ value).transpose(0, 1).flatten(1)
             x = x + p.scale1(p.out(mixed))
             if remove:
-                x, told, sizes = method(x, (query, key, value), sizes, remove, prefix)
-                places = [-1 if i < 0 else places[i] for i in told]
+                x, stood, sizes = method(x, (query, key, value), sizes, remove, prefix)
+                places = [-1 if i < 0 else places[i] for i in stood]
             x = x + p.scale2(p.mlp(p.norm2(x)))
         handle = layers[-1].register_forward_hook(lambda *_, x=x: x[None])
         outputs.append(output(model(image[None])))

@@ -36,14 +36,14 @@ class Bright(Reduction):
         assert remove == 0
         assert sequence.pixels is not None
         stays = F.avg_pool2d(sequence.pixels.mean(1, keepdim=True), 4).flatten(1) > 0
-        stays = torch.cat((stays.new_ones(len(stays), sequence.prefix_tokens), stays), 1)
+        stays = torch.cat((stays.new_ones(len(stays), sequence.num_prefix_tokens), stays), 1)
         order = stays.to(torch.int8).argsort(dim=1, descending=True, stable=True)
         order = order[:, : int(stays.sum(1).max())]
         kept = stays.gather(1, order)
         tokens = sequence.tokens.gather(1, order[..., None].expand(-1, -1, sequence.tokens.shape[-1]))
         return ReductionOutput(tokens, torch.where(kept, order, -1), kept.to(tokens.dtype))
 
-    def max_removed(self, tokens: int, prefix_tokens: int) -> int:
+    def max_removed(self, tokens: int, num_prefix_tokens: int) -> int:
         return 0
 
     def unsupported_reason(self, model: nn.Module) -> str | None:
@@ -115,9 +115,9 @@ def test_copies_pickles_and_updates(build: Any) -> None:
 
 
 def test_a_schedule_says_nothing(build: Any) -> None:
-    with pytest.raises(ScheduleError, match=r"With bright the images decide .* left out, got \[5, 0, 0, 0\]"):
+    with pytest.raises(ScheduleError, match=r"`schedule` must be left out with bright, .* got \[5, 0, 0, 0\]"):
         lp.patch(build(), Bright(), [5, 0, 0, 0])
-    with pytest.raises(ScheduleError, match="`schedule` is missing: pomt removes as many tokens as a schedule says"):
+    with pytest.raises(ScheduleError, match="`schedule` must say how many tokens pomt removes, got None"):
         lp.patch(build(), "pomt")
 
 
@@ -126,7 +126,7 @@ def test_what_the_method_was_not_made_for(build: Any) -> None:
     model.grey = True
     with pytest.raises(ArgumentError, match="made for grey images"):
         lp.patch(model, Bright())
-    assert not find_vision_transformer(model).root.blocks[0].__dict__.get("_prune_site")
+    assert not find_vision_transformer(model).root.blocks[0].__dict__.get("_prune_patch")
 
 
 def test_padding_cannot_be_pooled(build: Any) -> None:

@@ -194,9 +194,9 @@ def test_unpatch_needs_no_handle(build: Any, images: Tensor) -> None:
 
 def test_handle_repr(build: Any) -> None:
     handle = lp.patch(build(), "pomt", REMOVED)
-    assert repr(handle) == "PatchHandle(POMT(), Schedule(depth=4, removed={1: 6, 2: 5}), active)"
+    assert repr(handle) == "PatchHandle(POMT(), Schedule(depth=4, removed={1: 6, 2: 5}, method='pomt'), active)"
     handle.remove()
-    assert repr(handle) == "PatchHandle(POMT(), Schedule(depth=4, removed={1: 6, 2: 5}), not active)"
+    assert repr(handle) == "PatchHandle(POMT(), Schedule(depth=4, removed={1: 6, 2: 5}, method='pomt'), not active)"
 
 
 def test_hooks_and_attributes_of_the_user_stay(build: Any, images: Tensor) -> None:
@@ -288,12 +288,12 @@ class TestErrors:
             handle.remove()
         block.__class__ = ours
         unpatch(model)
-        assert "_prune_site" not in block.__dict__
+        assert "_prune_patch" not in block.__dict__
 
     def test_a_failure_half_way_leaves_nothing_patched(self, build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         model = build()
         unchanged = state(model)
-        family = lp.patching.find_vision_transformer(model).family
+        adapter = lp.patching.find_vision_transformer(model).adapter
 
         def broken(self: Any, block: nn.Module) -> None:
             if block is model.blocks[2]:
@@ -301,7 +301,7 @@ class TestErrors:
             return None
 
         with monkeypatch.context() as patched:
-            patched.setattr(type(family), "attn_mlp_split", broken)
+            patched.setattr(type(adapter), "attn_mlp_split", broken)
             with pytest.raises(KeyboardInterrupt):
                 lp.patch(model, "pomt", REMOVED)
         unchanged()

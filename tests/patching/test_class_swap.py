@@ -98,8 +98,8 @@ def test_a_copy_does_not_share_the_state_of_the_patch(build: Any) -> None:
     model = build()
     lp.patch(model, "pomt", REMOVED)
     other = copy.deepcopy(model)
-    sites = [m.__dict__["_prune_site"] for m in model.modules() if "_prune_site" in m.__dict__]
-    copies = [m.__dict__["_prune_site"] for m in other.modules() if "_prune_site" in m.__dict__]
+    sites = [m.__dict__["_prune_patch"] for m in model.modules() if "_prune_patch" in m.__dict__]
+    copies = [m.__dict__["_prune_patch"] for m in other.modules() if "_prune_patch" in m.__dict__]
     assert len(sites) == len(copies) == 3, "two blocks and the root"
     assert not {id(site) for site in sites} & {id(site) for site in copies}
 

@@ -43,12 +43,12 @@ class TestFacts:
     def test_facts(self, images: Tensor, name: str) -> None:
         model, facts = build_hf(name), MODELS[name]
         found = find_vision_transformer(nn.Sequential(model))
-        assert (found.prefix_tokens, found.has_class_token, found.tokens) == facts[:3]
-        assert found.classes == (facts.width if facts.logits else 0)
+        assert (found.num_prefix_tokens, found.has_class_token, found.num_tokens) == facts[:3]
+        assert found.num_classes == (facts.width if facts.logits else 0)
         assert found.has_position_inputs is facts.has_position_inputs
-        assert (found.root, found.path, found.channels, found.depth) == (model, "0", 32, 4)
+        assert (found.root, found.path, found.embed_dim, found.depth) == (model, "0", 32, 4)
         assert list(found.blocks) == blocks_of(model)
-        assert found.entry is next(m for key, m in model.named_modules() if key.split(".")[-1] == "embeddings")
+        assert found.patch_embed is next(m for key, m in model.named_modules() if key.split(".")[-1] == "embeddings")
         assert torch.equal(found.outputs(images), run(model, images))
         assert found.outputs(images).shape == (2, facts.width)
 
@@ -57,7 +57,7 @@ class TestFacts:
         model = build_hf(name)
         found = find_vision_transformer(model)
         with torch.no_grad():
-            assert torch.equal(found.family.output(model(images, return_dict=False)), run(model, images))
+            assert torch.equal(found.adapter.output(model(images, return_dict=False)), run(model, images))
 
     @pytest.mark.parametrize("return_dict", [True, False])
     def test_without_a_pooler(self, images: Tensor, return_dict: bool) -> None:
@@ -73,14 +73,14 @@ class TestFacts:
     def test_heads_that_were_replaced(self) -> None:
         model = build_hf("ViTForImageClassification")
         model.classifier = nn.Linear(32, 3)
-        assert find_vision_transformer(model).classes == 3
+        assert find_vision_transformer(model).num_classes == 3
         model.classifier = nn.Sequential(nn.Dropout(), nn.Linear(32, 7))
-        assert find_vision_transformer(model).classes == 7
-        assert find_vision_transformer(build_hf("ViTForImageClassification", num_labels=0)).classes == 0
+        assert find_vision_transformer(model).num_classes == 7
+        assert find_vision_transformer(build_hf("ViTForImageClassification", num_labels=0)).num_classes == 0
 
     def test_sizes_that_are_no_square(self) -> None:
         model = build_hf("ViTModel", image_size=(12, 20), patch_size=(4, 2))
-        assert find_vision_transformer(model).tokens == 1 + 3 * 10
+        assert find_vision_transformer(model).num_tokens == 1 + 3 * 10
 
     @pytest.mark.parametrize("name", ["CLIPModel", "SiglipModel"])
     def test_the_tower_of_two_that_sees(self, images: Tensor, name: str) -> None:

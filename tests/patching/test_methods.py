@@ -47,22 +47,22 @@ class Watching(Reduction):
     def __init__(self, other: Reduction) -> None:
         self.other, self.seen = other, list[tuple[TokenSequence, ReductionOutput]]()
         vars(self).update(name=other.name, reads=other.reads)
-        self.merges, self.tracks_sizes = other.merges, other.tracks_sizes
+        self.is_lossless, self.tracks_sizes = other.is_lossless, other.tracks_sizes
         self.proportional_attention = other.proportional_attention
 
     def reduce(self, sequence: TokenSequence, remove: int) -> ReductionOutput:
         self.seen.append((sequence, self.other.reduce(sequence, remove)))
         return self.seen[-1][1]
 
-    def max_removed(self, tokens: int, prefix_tokens: int) -> int:
-        return self.other.max_removed(tokens, prefix_tokens)
+    def max_removed(self, tokens: int, num_prefix_tokens: int) -> int:
+        return self.other.max_removed(tokens, num_prefix_tokens)
 
 
 def looped(
     method: str, given: TokenSequence, remove: int, b: int, class_token: bool
 ) -> tuple[Tensor, list[int], list[float] | None]:
     """What a method makes of one image by its plain loop."""
-    x, prefix, attention = given.tokens[b], given.prefix_tokens, given.attention
+    x, prefix, attention = given.tokens[b], given.num_prefix_tokens, given.attention
     if method == "shift":
         assert attention is None
         return *naive.keep_best(x, naive.shift_scores(x, given.entering[b], prefix), remove, prefix), None
@@ -84,8 +84,8 @@ def looped(
 @pytest.mark.parametrize("name", [*VITS, *TIMM, "torchvision", *HUGGING])
 def test_what_a_block_gives_becomes_what_the_loop_says(name: str, method: str) -> None:
     model, images = build(name)
-    weighed = name not in ("cait", "convit")  # their attention takes nothing that is added to its logits
-    watching = Watching(POMT("nearest", weighed) if method == "pomt-nearest" else resolve(method))
+    with_key_bias = name not in ("cait", "convit")  # their attention takes nothing that is added to its logits
+    watching = Watching(POMT("nearest", with_key_bias) if method == "pomt-nearest" else resolve(method))
     transformer = find_vision_transformer(model)
     with torch.no_grad():
         dense = model(images)
@@ -101,7 +101,7 @@ def test_what_a_block_gives_becomes_what_the_loop_says(name: str, method: str) -
         watching.seen[0][0].tokens.shape[1] - 11,
     ]
     for (given, reduced), remove in zip(watching.seen, (5, 6), strict=True):
-        assert given.prefix_tokens == transformer.prefix_tokens
+        assert given.num_prefix_tokens == transformer.num_prefix_tokens
         for b in range(len(images)):
             left, positions, sizes = looped(method, given, remove, b, transformer.has_class_token)
             assert reduced.positions[b].tolist() == positions
@@ -112,8 +112,8 @@ def test_what_a_block_gives_becomes_what_the_loop_says(name: str, method: str) -
 def test_merged_tokens_weigh_in_later_blocks(images: Tensor) -> None:
     """Logits differ with and without, and the second reduction is told the sizes of the first."""
     model, outputs = build_vit().double(), []
-    for weighed in (True, False):
-        watching = Watching(POMT("nearest", weighed))
+    for with_key_bias in (True, False):
+        watching = Watching(POMT("nearest", with_key_bias))
         with lp.patch(model, watching, REMOVED), torch.no_grad():
             outputs.append(model(images.double()))
         (first, reduced), (second, _) = watching.seen
@@ -136,7 +136,7 @@ def test_shift_asks_no_block_for_its_attention(monkeypatch: pytest.MonkeyPatch) 
         raise AssertionError("attention was tapped")
 
     model = build_vit()
-    monkeypatch.setattr(type(find_vision_transformer(model).family), "tap", refuse)
+    monkeypatch.setattr(type(find_vision_transformer(model).adapter), "recorder", refuse)
     with lp.patch(model, "shift", REMOVED), torch.no_grad():
         assert model(draw_images()).shape == (2, 7)
 

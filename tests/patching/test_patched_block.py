@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import lightning_prune as lp
-from lightning_prune.patching.token_state import TokenState, found
+from lightning_prune.patching.token_state import TokenState, get_state
 from lightning_prune.reduction import POMT, RandomDrop, Reduction, ReductionOutput, TokenSequence
 
 from .by_hand import Pairs
@@ -37,15 +37,15 @@ class Variance(Reduction):
         assert sequence.attention is None
         patches = F.unfold(sequence.pixels, self.patch_size, stride=self.patch_size)
         keep = patches.shape[-1] - remove
-        index = patches.var(dim=1).topk(keep).indices.sort().values + sequence.prefix_tokens
-        prefix = torch.arange(sequence.prefix_tokens).expand(len(index), -1)
+        index = patches.var(dim=1).topk(keep).indices.sort().values + sequence.num_prefix_tokens
+        prefix = torch.arange(sequence.num_prefix_tokens).expand(len(index), -1)
         index = torch.cat((prefix, index), 1)
         return ReductionOutput(
             sequence.tokens.gather(1, index[..., None].expand(-1, -1, sequence.tokens.shape[-1])), index
         )
 
-    def max_removed(self, tokens: int, prefix_tokens: int) -> int:
-        return tokens - prefix_tokens - 1
+    def max_removed(self, tokens: int, num_prefix_tokens: int) -> int:
+        return tokens - num_prefix_tokens - 1
 
 
 class Watching(Reduction):
@@ -64,8 +64,8 @@ class Watching(Reduction):
         self.seen.append((sequence, reduced))
         return reduced
 
-    def max_removed(self, tokens: int, prefix_tokens: int) -> int:
-        return self.other.max_removed(tokens, prefix_tokens)
+    def max_removed(self, tokens: int, num_prefix_tokens: int) -> int:
+        return self.other.max_removed(tokens, num_prefix_tokens)
 
 
 @pytest.fixture(autouse=True)
@@ -177,7 +177,7 @@ class TestPositions:
             lp.patching.find_vision_transformer(build()), has_position_inputs=True
         )  # some block asks for them
         left: list[Any] = []
-        transformer.root.norm.register_forward_pre_hook(lambda _, args: left.append(found(args[0])))
+        transformer.root.norm.register_forward_pre_hook(lambda _, args: left.append(get_state(args[0])))
         handle = lp.PatchHandle(transformer, watching, [5, 0, 6, 0])
         transformer.root(images)
         positions = [list(range(26)) for _ in images]
@@ -188,21 +188,21 @@ class TestPositions:
         assert len(positions[0]) == 15
         handle.remove()
 
-    def test_a_family_is_told_them(self, build: Any, images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-        """`ModelAdapter.carry` is how a rotary embedding follows the tokens, in every later block."""
+    def test_an_adapter_receives_them(self, build: Any, images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+        """`ModelAdapter.adapt_position_inputs` is how a rotary embedding follows the tokens, in every later block."""
         transformer = replace(lp.patching.find_vision_transformer(build()), has_position_inputs=True)
-        told: list[list[int]] = []
+        carried: list[list[int]] = []
 
-        def carry(self: Any, args: Any, kwargs: Any, arrived: TokenState, prefix_tokens: int) -> Any:
-            told.append(arrived.positions[0].tolist())
-            assert prefix_tokens == 1
+        def carry(self: Any, args: Any, kwargs: Any, arrived: TokenState, num_prefix_tokens: int) -> Any:
+            carried.append(arrived.positions[0].tolist())
+            assert num_prefix_tokens == 1
             return args, kwargs
 
-        monkeypatch.setattr(type(transformer.family), "carry", carry)
+        monkeypatch.setattr(type(transformer.adapter), "adapt_position_inputs", carry)
         with lp.PatchHandle(transformer, Watching(RandomDrop()), [0, 5, 6, 0]):
             transformer.root(images)
         first, second = (reduced.positions[0].tolist() for _, reduced in Watching.seen)
-        assert told == [first, [first[i] for i in second]]
+        assert carried == [first, [first[i] for i in second]]
 
 
 class TestWhatAReductionIsGiven:
@@ -214,7 +214,7 @@ class TestWhatAReductionIsGiven:
             model(images)
         ((sequence, _),) = Watching.seen
         block, x = model.blocks[1], seen["entering"]
-        assert sequence.prefix_tokens == prefix
+        assert sequence.num_prefix_tokens == prefix
         assert sequence.has_class_token is cls
         assert sequence.entering is x
         with torch.no_grad():
@@ -252,7 +252,7 @@ class TestPixels:
                 assert relative_error(model(images), expected) < 1e-10
                 assert leaving(model, images)[0] == 16 + model.num_prefix_tokens
             assert torch.equal(model(images), dense)
-        assert "_prune_site" not in model.patch_embed.__dict__
+        assert "_prune_patch" not in model.patch_embed.__dict__
 
     def test_no_image_outlives_its_forward_pass(self, build: Any, draw: Any) -> None:
         with lp.patch(build(), Variance(), [9, 0, 0, 0]) as handle, torch.no_grad():
@@ -268,8 +268,8 @@ class TestPixels:
         lp.patch(model, Variance(), [9, 0, 0, 0])
         other = copy.deepcopy(model)
         assert torch.equal(other(images), model(images))
-        assert other.patch_embed._prune_site is other.blocks[0]._prune_site.pixels
-        assert other.patch_embed._prune_site is not model.patch_embed._prune_site
+        assert other.patch_embed._prune_patch is other.blocks[0]._prune_patch.pixels
+        assert other.patch_embed._prune_patch is not model.patch_embed._prune_patch
 
     def test_compile_and_export(self, build: Any, images: Tensor) -> None:
         torch._dynamo.reset()

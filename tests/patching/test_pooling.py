@@ -26,10 +26,10 @@ class Merged(Pairs):
     """Pairs that say that nothing is lost, and where it went."""
 
     name: ClassVar[str] = "merged"
-    merges = True
+    is_lossless = True
 
     def reduce(self, sequence: TokenSequence, remove: int) -> ReductionOutput:
-        reduced, prefix, count = super().reduce(sequence, remove), sequence.prefix_tokens, sequence.tokens.shape[1]
+        reduced, prefix, count = super().reduce(sequence, remove), sequence.num_prefix_tokens, sequence.tokens.shape[1]
         if not sequence.trace:
             return reduced
         row = [*range(prefix), *(prefix + i // 2 for i in range(2 * remove))]
@@ -65,7 +65,7 @@ def check(model: Any, images: Tensor, run: Callable[[Any], Tensor], method: Merg
         unweighted = run(model)
         hook.remove()
     reference = copy.deepcopy(model)
-    everywhere = spread_out(left[0], removed, transformer.prefix_tokens)
+    everywhere = spread_out(left[0], removed, transformer.num_prefix_tokens)
     find_vision_transformer(reference).blocks[-1].register_forward_hook(lambda *_: everywhere)
     expected = run(reference)
     with lp.patch(model, method, removed):

@@ -56,13 +56,16 @@ def test_bias(shape: tuple[int, ...]) -> None:
 
 def test_survivors_are_seen_from_block_0() -> None:
     first = next_token_state(
-        None, ReductionOutput(torch.empty(1), torch.tensor([[0, 2, 3, 5, -1]])), places=True, supports_key_bias=False
+        None,
+        ReductionOutput(torch.empty(1), torch.tensor([[0, 2, 3, 5, -1]])),
+        positions_needed=True,
+        weighs_keys=False,
     )
     assert first.positions.tolist() == [[0, 2, 3, 5, -1]]
     reduced = ReductionOutput(torch.empty(1), torch.tensor([[0, 1, 4, -1]]), torch.tensor([[1.0, 2.0, 0.0, 4.0]]))
-    second = next_token_state(first, reduced, places=True, supports_key_bias=True)
+    second = next_token_state(first, reduced, positions_needed=True, weighs_keys=True)
     assert second.positions.tolist() == [[0, 2, -1, -1]]
-    assert (first.left, second.left) == (5, 4)
+    assert (first.num_tokens, second.num_tokens) == (5, 4)
     assert second.sizes is reduced.sizes
     assert second.log_sizes is not None
     assert second.log_sizes.shape == (1, 1, 1, 4)
@@ -71,8 +74,8 @@ def test_survivors_are_seen_from_block_0() -> None:
 
 def test_survivors_keep_only_what_will_be_asked_for() -> None:
     reduced = ReductionOutput(torch.empty(1), torch.tensor([[0, 2]]), torch.ones(1, 2))
-    first = next_token_state(None, reduced, places=False, supports_key_bias=False)
-    second = next_token_state(first, reduced, places=False, supports_key_bias=False)
+    first = next_token_state(None, reduced, positions_needed=False, weighs_keys=False)
+    second = next_token_state(first, reduced, positions_needed=False, weighs_keys=False)
     assert first == second == TokenState(2, [], None, reduced.sizes, None, None)
 
 
@@ -84,6 +87,6 @@ def test_what_blocks_share_is_gathered_once() -> None:
         return source + 1
 
     shared, other = torch.zeros(1), torch.zeros(1)
-    assert token_state.carry(shared, gather) is token_state.carry(shared, gather)
-    token_state.carry(other, gather)
+    assert token_state.adapt_once(shared, gather) is token_state.adapt_once(shared, gather)
+    token_state.adapt_once(other, gather)
     assert len(calls) == 2

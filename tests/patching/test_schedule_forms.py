@@ -35,20 +35,20 @@ class Everywhere(Reduction):
         index = torch.arange(tokens - remove, device=sequence.tokens.device).expand(batch, -1)
         return ReductionOutput(take_tokens(sequence.tokens, index), index)
 
-    def max_removed(self, tokens: int, prefix_tokens: int) -> int:
+    def max_removed(self, tokens: int, num_prefix_tokens: int) -> int:
         return 2
 
-    def spread(self, remove: int, tokens: int, prefix_tokens: int, depth: int, block: int) -> list[int]:
+    def allocate(self, remove: int, tokens: int, num_prefix_tokens: int, depth: int, block: int) -> list[int]:
         width = depth - block
         share = [remove // width + (index < remove % width) for index in range(width)]
         return [0] * block + share
 
-    def most(self, tokens: int, prefix_tokens: int, depth: int, block: int) -> int:
+    def max_total_removed(self, tokens: int, num_prefix_tokens: int, depth: int, block: int) -> int:
         return 2 * (depth - block)
 
 
 class Liar(Everywhere):
-    def spread(self, remove: int, tokens: int, prefix_tokens: int, depth: int, block: int) -> list[int]:
+    def allocate(self, remove: int, tokens: int, num_prefix_tokens: int, depth: int, block: int) -> list[int]:
         return [remove + 1] + [0] * (depth - 1)
 
 
@@ -93,7 +93,9 @@ def test_schedules_of_each_form() -> None:
 
 
 def test_a_method_that_spreads_another_number_is_refused() -> None:
-    with pytest.raises(lp.ArgumentError, match=r"`spread` of everywhere must return 4 numbers with the sum 3, got \[4"):
+    with pytest.raises(
+        lp.ArgumentError, match=r"`allocate` of everywhere must return 4 numbers with the sum 3, got \[4"
+    ):
         allocate_schedule(Liar(), 3, N, 1, DEPTH, 0)
 
 

@@ -33,14 +33,14 @@ class Brightest(Reduction):
     def reduce(self, sequence: TokenSequence, remove: int) -> ReductionOutput:
         assert sequence.pixels is not None
         means = nn.functional.avg_pool2d(sequence.pixels.mean(1, keepdim=True), 16).flatten(1)
-        kept = means.topk(means.shape[1] - remove).indices.sort().values + sequence.prefix_tokens
-        index = torch.cat((torch.arange(sequence.prefix_tokens).expand(len(kept), -1), kept), dim=1)
+        kept = means.topk(means.shape[1] - remove).indices.sort().values + sequence.num_prefix_tokens
+        index = torch.cat((torch.arange(sequence.num_prefix_tokens).expand(len(kept), -1), kept), dim=1)
         return ReductionOutput(
             sequence.tokens.gather(1, index[..., None].expand(-1, -1, sequence.tokens.shape[2])), index
         )
 
-    def max_removed(self, tokens: int, prefix_tokens: int) -> int:
-        return tokens - prefix_tokens - 1
+    def max_removed(self, tokens: int, num_prefix_tokens: int) -> int:
+        return tokens - num_prefix_tokens - 1
 
 
 MODELS: dict[str, tuple[str, Any, list[int]]] = {

@@ -69,4 +69,4 @@ def test_nothing_to_trace(build: Any, images: Tensor) -> None:
     model = build()
     with pytest.raises(ArgumentError, match="`schedule` removes nothing, so there is nothing to trace"):
         trace_tokens(model, images, "pomt", [0, 0, 0, 0])
-    assert not any("_prune_site" in vars(block) for block in find_vision_transformer(model).blocks)
+    assert not any("_prune_patch" in vars(block) for block in find_vision_transformer(model).blocks)

@@ -53,7 +53,7 @@ def expect(model: Any, images: Tensor, where: str, proportional: bool, kind: Any
     naive, model = Naive(proportional), copy.deepcopy(model)
     if after is not None:
         model.get_submodule(after).register_forward_pre_hook(lambda _, args: (naive.restored(args[0]),))
-    prefix = find_vision_transformer(model).prefix_tokens
+    prefix = find_vision_transformer(model).num_prefix_tokens
     return pruned_by_hand(model, images, WHERE[where], naive, prefix, *kind)
 
 
@@ -131,7 +131,7 @@ def spied(seen: list[Tensor], places: list[int], sizes: list[float], prefix: int
 def placed_by_hand(model: Any, image: Tensor, removed: list[int], proportional: bool) -> Tensor:
     """The output for one image; every block is the model's own and gets the places of the destinations."""
     transformer, naive = find_vision_transformer(model), Naive(proportional)
-    prefix, first = transformer.prefix_tokens, transformer.first
+    prefix, first = transformer.num_prefix_tokens, transformer.first_prunable_block
     entered: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
     hooks = [
         b.register_forward_pre_hook(lambda _, args, kwargs: entered.append((args, kwargs)), with_kwargs=True)
@@ -231,8 +231,8 @@ def test_more_than_half_is_refused(build: Any) -> None:
 @pytest.mark.parametrize("form", ["constant", "decreasing"])
 def test_both_forms_run_to_the_last_token(build: Any, images: Tensor, leaving: Any, form: Any) -> None:
     method, model = ToMe(schedule=form), build()
-    for remove in (1, 9, method.most(26, 1, 4, 0)):
-        with lp.patch(model, method, method.spread(remove, 26, 1, 4, 0)):
+    for remove in (1, 9, method.max_total_removed(26, 1, 4, 0)):
+        with lp.patch(model, method, method.allocate(remove, 26, 1, 4, 0)):
             assert leaving(model, images)[-1] == 26 - remove
 
 

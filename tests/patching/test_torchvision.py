@@ -91,22 +91,22 @@ class TestFacts:
         with torch.device("meta"):
             model = getattr(models, name)()
         found = find_vision_transformer(nn.Sequential(model))
-        assert (found.tokens, found.channels, found.depth, found.classes) == (tokens, channels, depth, 1000)
-        assert (found.prefix_tokens, found.has_class_token, found.path) == (1, True, "0")
-        assert found.entry is model.conv_proj
+        assert (found.num_tokens, found.embed_dim, found.depth, found.num_classes) == (tokens, channels, depth, 1000)
+        assert (found.num_prefix_tokens, found.has_class_token, found.path) == (1, True, "0")
+        assert found.patch_embed is model.conv_proj
 
     def test_classes_are_those_of_the_last_layer(self) -> None:
-        assert find_vision_transformer(build_tv(representation_size=9)).classes == 7
+        assert find_vision_transformer(build_tv(representation_size=9)).num_classes == 7
         model = build_tv()
         model.heads.head = nn.Linear(32, 3)
-        assert find_vision_transformer(model).classes == 3
+        assert find_vision_transformer(model).num_classes == 3
         model.heads = nn.Identity()
         found = find_vision_transformer(model)
-        assert found.classes == 0
+        assert found.num_classes == 0
         assert found.outputs(torch.zeros(2, 3, 20, 20)).shape == (2, 32)
         model.heads = nn.Sequential(nn.Linear(32, 5), nn.Softmax(-1))
         model.num_classes = 5
-        assert find_vision_transformer(model).classes == 5
+        assert find_vision_transformer(model).num_classes == 5
 
     def test_a_subclass_with_a_convolutional_stem(self, images: Tensor) -> None:
         class Mine(VisionTransformer):
@@ -116,7 +116,7 @@ class TestFacts:
         model = disturb(Mine(20, 4, 4, 4, 32, 64, num_classes=7, conv_stem_configs=stem))
         before = run(model, images)
         with lp.patch(model, "pomt", WHERE["one"]) as handle:
-            assert handle.transformer.entry is model.conv_proj
+            assert handle.transformer.patch_embed is model.conv_proj
             assert not torch.equal(run(model, images), before)
         assert torch.equal(run(model, images), before)
 
@@ -156,8 +156,8 @@ class Watching(Reduction):
         self.seen.append(sequence)
         return RandomDrop().reduce(sequence, remove)
 
-    def max_removed(self, tokens: int, prefix_tokens: int) -> int:
-        return RandomDrop().max_removed(tokens, prefix_tokens)
+    def max_removed(self, tokens: int, num_prefix_tokens: int) -> int:
+        return RandomDrop().max_removed(tokens, num_prefix_tokens)
 
 
 class TestFastPath:
@@ -358,7 +358,7 @@ class TestOthers:
         with pytest.raises(lp.UnsupportedModelError, match=message):
             lp.patch(model, "pomt", WHERE["all"])
         del block.forward
-        assert not any("_prune_site" in vars(module) for module in model.modules())
+        assert not any("_prune_patch" in vars(module) for module in model.modules())
 
 
 class Module(L.LightningModule):

@@ -277,8 +277,8 @@ class Value(Reduction):
     name = "value"
     __hash__ = None
 
-    def max_removed(self, tokens, prefix_tokens):
-        return tokens - prefix_tokens - 1
+    def max_removed(self, tokens, num_prefix_tokens):
+        return tokens - num_prefix_tokens - 1
 
     def reduce(self, sequence, remove):
         raise AssertionError("planning must refuse the method before it reduces anything")
@@ -301,8 +301,8 @@ def test_a_method_of_a_third_party_is_planned_like_any_other():
     class Last(Reduction):
         name = "last"
 
-        def max_removed(self, tokens, prefix_tokens):
-            return tokens - prefix_tokens - 1
+        def max_removed(self, tokens, num_prefix_tokens):
+            return tokens - num_prefix_tokens - 1
 
         def reduce(self, sequence, remove):
             left = sequence.tokens.shape[1] - remove

@@ -90,5 +90,5 @@ def test_capacity(tokens: int, prefix: int, max_removed: int) -> None:
 
 def test_what_it_is() -> None:
     assert (EViT().name, EViT().site, EViT().reads) == ("evit", "block", {"attention"})
-    facts = [EViT().merges, EViT().tracks_sizes, EViT().proportional_attention, EViT().adaptive]
+    facts = [EViT().is_lossless, EViT().tracks_sizes, EViT().proportional_attention, EViT().adaptive]
     assert not any(facts)

@@ -109,7 +109,7 @@ def test_take_tokens_and_prefix() -> None:
 
 def test_keep_best_is_the_prefix_and_the_best_in_their_order() -> None:
     tokens, scores = torch.randn(2, 6, 3), torch.tensor([[0.1, 0.9, 0.3, 0.8], [5.0, 4.0, 3.0, 6.0]])
-    reduced = keep_best(tokens, scores, remove=2, prefix_tokens=2)
+    reduced = keep_best(tokens, scores, remove=2, num_prefix_tokens=2)
     assert reduced.positions.tolist() == [[0, 1, 3, 5], [0, 1, 2, 5]]
     assert torch.equal(reduced.tokens[1], tokens[1, [0, 1, 2, 5]])
     assert reduced.sizes is reduced.sources is None
@@ -165,5 +165,5 @@ class TestSources:
             assert set(row) - {-1} == set(range(8))
             assert row[0] == 0
             assert all(row[place] == k for k, place in enumerate(positions) if place >= 0)
-            fuses = method.merges or -1 in positions
+            fuses = method.is_lossless or -1 in positions
             assert row.count(-1) == (0 if fuses else 4)

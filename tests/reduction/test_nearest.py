@@ -127,7 +127,7 @@ def test_capacity(tokens: int, prefix: int, max_removed: int) -> None:
 
 
 def test_what_an_instance_is() -> None:
-    assert (METHOD.name, METHOD.merges, METHOD.tracks_sizes, METHOD.proportional_attention) == (
+    assert (METHOD.name, METHOD.is_lossless, METHOD.tracks_sizes, METHOD.proportional_attention) == (
         "pomt-nearest",
         True,
         True,
@@ -135,7 +135,12 @@ def test_what_an_instance_is() -> None:
     )
     assert POMT("nearest", proportional_attention=False).proportional_attention is False
     mean = POMT("mean")
-    assert (mean.name, mean.merges, mean.tracks_sizes, mean.proportional_attention) == ("pomt", False, False, False)
+    assert (mean.name, mean.is_lossless, mean.tracks_sizes, mean.proportional_attention) == (
+        "pomt",
+        False,
+        False,
+        False,
+    )
     assert POMT.name == "pomt"
     assert mean == POMT()
     assert mean != METHOD

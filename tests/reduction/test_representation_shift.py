@@ -61,7 +61,7 @@ def test_capacity(tokens: int, prefix: int, max_removed: int) -> None:
 def test_what_it_is() -> None:
     assert (RepresentationShift().name, RepresentationShift().site) == ("shift", "block")
     facts = [
-        RepresentationShift().merges,
+        RepresentationShift().is_lossless,
         RepresentationShift().tracks_sizes,
         RepresentationShift().proportional_attention,
         RepresentationShift().adaptive,

@@ -194,7 +194,7 @@ def test_capacity(tokens: int, prefix: int, max_removed: int) -> None:
 def test_it_is_what_it_says() -> None:
     method = ToMe()
     assert resolve("tome") == method
-    assert (method.site, method.reads, method.tracks_sizes, method.merges) == ("block", {"attention"}, True, True)
+    assert (method.site, method.reads, method.tracks_sizes, method.is_lossless) == ("block", {"attention"}, True, True)
     assert (method.proportional_attention, method.schedule, method.adaptive) == (True, "constant", False)
     other = ToMe(False, "decreasing")
     assert repr(other) == "ToMe(proportional_attention=False, schedule='decreasing')"

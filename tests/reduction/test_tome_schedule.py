@@ -4,7 +4,7 @@ import pytest
 
 from lightning_prune.errors import ArgumentError, ScheduleError
 from lightning_prune.reduction import ToMe, tome_schedule
-from lightning_prune.reduction.tome import most_removed, spread_removed
+from lightning_prune.reduction.tome import allocate_tokens, max_allocatable
 
 SHAPES = [(197, 1, 12, 0), (197, 1, 12, 3), (20, 0, 4, 0), (33, 2, 5, 2), (9, 5, 3, 0), (30, 1, 4, 3), (3, 1, 2, 0)]
 
@@ -22,38 +22,38 @@ def fits(removed: list[int], tokens: int, prefix: int) -> bool:
 @pytest.mark.parametrize("inflection", [0, -1, 1, 0.3])
 @pytest.mark.parametrize(("tokens", "prefix", "depth", "first"), SHAPES)
 def test_every_total_is_met_exactly(tokens: int, prefix: int, depth: int, first: int, inflection: float) -> None:
-    most = most_removed(tokens, prefix, depth, first, inflection)
+    most = max_allocatable(tokens, prefix, depth, first, inflection)
     for remove in range(most + 1):
-        removed = spread_removed(remove, tokens, prefix, depth, first, inflection)
+        removed = allocate_tokens(remove, tokens, prefix, depth, first, inflection)
         assert len(removed) == depth
         assert sum(removed) == remove
         assert not any(removed[:first])
         assert fits(removed, tokens, prefix)
     with pytest.raises(ScheduleError, match=rf"{most + 1} tokens cannot go: of {tokens}, .* at most {most}, half"):
-        spread_removed(most + 1, tokens, prefix, depth, first, inflection)
+        allocate_tokens(most + 1, tokens, prefix, depth, first, inflection)
 
 
 def test_most_is_half_in_every_block() -> None:
-    assert most_removed(197, 1, 12, 0) == 195
-    assert most_removed(197, 1, 12, 11) == 98
-    assert most_removed(197, 1, 12, 10) == 98 + 49
-    assert most_removed(197, 1, 12, 10, inflection=-1) == 98, "the last block of a decreasing schedule merges none"
-    assert most_removed(197, 1, 12, 10, inflection=1) == 98, "as the first of an increasing one"
-    assert most_removed(197, 1, 12, 11, inflection=-1) == 98, "but one block alone is no ramp"
-    assert most_removed(2, 1, 12, 0) == 0
+    assert max_allocatable(197, 1, 12, 0) == 195
+    assert max_allocatable(197, 1, 12, 11) == 98
+    assert max_allocatable(197, 1, 12, 10) == 98 + 49
+    assert max_allocatable(197, 1, 12, 10, inflection=-1) == 98, "the last block of a decreasing schedule merges none"
+    assert max_allocatable(197, 1, 12, 10, inflection=1) == 98, "as the first of an increasing one"
+    assert max_allocatable(197, 1, 12, 11, inflection=-1) == 98, "but one block alone is no ramp"
+    assert max_allocatable(2, 1, 12, 0) == 0
 
 
 @pytest.mark.parametrize("remove", [96, 100, 131, 7])
 def test_constant_is_even_and_the_first_blocks_merge_the_odd_ones(remove: int) -> None:
     low, odd = divmod(remove, 12)
-    assert spread_removed(remove, 197, 1, 12, 0) == [low + 1] * odd + [low] * (12 - odd)
+    assert allocate_tokens(remove, 197, 1, 12, 0) == [low + 1] * odd + [low] * (12 - odd)
     low, odd = divmod(remove, 9)
-    assert spread_removed(remove, 197, 1, 12, 3) == [0] * 3 + [low + 1] * odd + [low] * (9 - odd)
+    assert allocate_tokens(remove, 197, 1, 12, 3) == [0] * 3 + [low + 1] * odd + [low] * (9 - odd)
 
 
 def test_what_a_block_cannot_merge_goes_in_the_others() -> None:
     """With 30 in each the last would find 46, and can merge half of them only."""
-    assert spread_removed(180, 197, 1, 6, 0) == [33, 33, 33, 33, 32, 16]
+    assert allocate_tokens(180, 197, 1, 6, 0) == [33, 33, 33, 33, 32, 16]
 
 
 @pytest.mark.parametrize("depth", [2, 5, 12, 24])
@@ -72,22 +72,22 @@ def test_constant_r_and_the_papers_clamping() -> None:
     assert tome_schedule(0, 3, 197).removed == (0, 0, 0)
     assert tome_schedule(8, 4, 197, first=2).removed == (0, 0, 8, 8)
     assert tome_schedule(16, 12, 197).removed == (16,) * 11 + (10,), "20 patches are left for the last"
-    assert tome_schedule(4, 4, 9, prefix_tokens=0).removed == (4, 2, 1, 1)
-    assert tome_schedule(4, 4, 9, prefix_tokens=2).removed == (3, 2, 1, 0)
+    assert tome_schedule(4, 4, 9, num_prefix_tokens=0).removed == (4, 2, 1, 1)
+    assert tome_schedule(4, 4, 9, num_prefix_tokens=2).removed == (3, 2, 1, 0)
     assert tome_schedule(8, 12, 197, inflection=-1).tokens(197)[-1] == 101
 
 
 def test_the_class_spreads_by_its_form() -> None:
-    where = {"tokens": 197, "prefix_tokens": 1, "depth": 12, "block": 2}
-    constant, decreasing = ToMe().spread(60, **where), ToMe(schedule="decreasing").spread(60, **where)
+    where = {"tokens": 197, "num_prefix_tokens": 1, "depth": 12, "block": 2}
+    constant, decreasing = ToMe().allocate(60, **where), ToMe(schedule="decreasing").allocate(60, **where)
     assert constant == [0, 0, *[6] * 10]
     assert decreasing[2] == 12
     assert decreasing[-1] == 0
     assert decreasing[2:] == sorted(decreasing[2:], reverse=True)
     assert sum(decreasing) == 60
-    assert ToMe().most(**where) == 195
-    assert ToMe(schedule="decreasing").most(197, 1, 3, 1) == 98
-    assert ToMe().spread(0, **where) == [0] * 12
+    assert ToMe().max_total_removed(**where) == 195
+    assert ToMe(schedule="decreasing").max_total_removed(197, 1, 3, 1) == 98
+    assert ToMe().allocate(0, **where) == [0] * 12
 
 
 @pytest.mark.parametrize(
@@ -98,10 +98,10 @@ def test_the_class_spreads_by_its_form() -> None:
         (lambda: tome_schedule(8, 12, 197, inflection=1.5), "`inflection` must be from -1 to 1, got 1.5"),
         (lambda: tome_schedule(8, 12, 197, inflection=float("nan")), "`inflection` must be from -1 to 1, got nan"),
         (lambda: tome_schedule(8, 12, 197, first=12), "must be an index from 0 to 11, got 12"),
-        (lambda: tome_schedule(8, 12, 1, 2), "`prefix_tokens` must be from 0 to the 1 tokens, got 2"),
-        (lambda: ToMe().spread(-1, 197, 1, 12, 0), "`remove` must be at least 0, got -1"),
-        (lambda: ToMe().spread(8, 197, 1, 12, -1), "must be an index from 0 to 11, got -1"),
-        (lambda: ToMe().most(197, 1, 12, 12), "must be an index from 0 to 11, got 12"),
+        (lambda: tome_schedule(8, 12, 1, 2), "`num_prefix_tokens` must be from 0 to the 1 tokens, got 2"),
+        (lambda: ToMe().allocate(-1, 197, 1, 12, 0), "`remove` must be at least 0, got -1"),
+        (lambda: ToMe().allocate(8, 197, 1, 12, -1), "must be an index from 0 to 11, got -1"),
+        (lambda: ToMe().max_total_removed(197, 1, 12, 12), "must be an index from 0 to 11, got 12"),
     ],
 )
 def test_bad_arguments(call: Any, message: str) -> None:

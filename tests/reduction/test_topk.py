@@ -82,5 +82,5 @@ def test_capacity(tokens: int, prefix: int, max_removed: int) -> None:
 
 def test_what_it_is() -> None:
     assert (TopK().name, TopK().site, TopK().reads) == ("topk", "block", {"attention"})
-    facts = [TopK().merges, TopK().tracks_sizes, TopK().proportional_attention, TopK().adaptive]
+    facts = [TopK().is_lossless, TopK().tracks_sizes, TopK().proportional_attention, TopK().adaptive]
     assert not any(facts)

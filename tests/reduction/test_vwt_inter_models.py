@@ -123,7 +123,7 @@ def test_where_only_the_images_show_the_patch_size_the_first_forward_says_it() -
 
 
 def test_a_schedule_is_refused() -> None:
-    with pytest.raises(ScheduleError, match="With vwt-inter the images decide how many tokens go"):
+    with pytest.raises(ScheduleError, match="`schedule` must be left out with vwt-inter"):
         lp.patch(vit(), VWTInter(words()), [1, 0, 0])
 
 

@@ -1,4 +1,4 @@
-"""What the patch needs to know of a model family."""
+"""Adapters: what patching needs to know of a kind of model."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -24,44 +24,43 @@ class VisionTransformer:
     Attributes:
         root: The transformer; calling it with images runs it.
         path: Its dotted path in the model that was searched; empty for the model itself.
-        family: Who answers for it.
+        adapter: How models of its kind are patched.
         blocks: Its blocks in order.
-        prefix_tokens: P, class, distillation and register tokens, which stand before the patch tokens.
+        num_prefix_tokens: P, the class, distillation and register tokens, which come before the patch tokens.
         has_class_token: Whether token 0 is a CLS token.
-        tokens: N, tokens that enter the first block that can reduce, prefix included; None where that depends on the
-            image size.
-        channels: C.
-        entry: The module that receives the images.
-        classes: Size of the output if it is logits; 0 if the model returns features.
+        num_tokens: N, tokens that enter the first prunable block, prefix included; None where the image size decides.
+        embed_dim: C.
+        patch_embed: The module that receives the images.
+        num_classes: Size of the output if it is logits; 0 if the model returns features.
         has_position_inputs: Whether blocks receive something for each token besides the tokens (a rotary embedding, a
-            bias), which must be adapted to those that are left.
-        pools_patches: Whether what the model returns is made of all its patch tokens, by a mean or by attention, and
-            not of the CLS token alone. Of merged tokens each then counts as often as it holds patches.
-        first: Index of the first block that can reduce.
+            bias), which must be gathered to the tokens that are left.
+        pools_patches: Whether the model's output is made of all patch tokens, by a mean or by attention, and not of the
+            CLS token alone. A merged token then counts as often as it holds patches.
+        first_prunable_block: Index of the first block that can reduce.
         first_prunable_reason: Why the blocks before it cannot.
-        compiled: The `torch.compile` wrapper around `root`, where the model has one.
+        compiled_wrapper: The `torch.compile` wrapper around `root`, where the model has one.
     """
 
     root: nn.Module
     path: str
-    family: "ModelAdapter"
+    adapter: "ModelAdapter"
     blocks: tuple[nn.Module, ...]
-    prefix_tokens: int
+    num_prefix_tokens: int
     has_class_token: bool
-    tokens: int | None
-    channels: int
-    entry: nn.Module
-    classes: int
+    num_tokens: int | None
+    embed_dim: int
+    patch_embed: nn.Module
+    num_classes: int
     has_position_inputs: bool = False
     pools_patches: bool = False
-    first: int = 0
+    first_prunable_block: int = 0
     first_prunable_reason: str = ""
-    compiled: nn.Module | None = None
+    compiled_wrapper: nn.Module | None = None
 
     @property
-    def runner(self) -> nn.Module:
+    def compiled_root(self) -> nn.Module:
         """What the user's model calls: the compiled wrapper where there is one."""
-        return self.root if self.compiled is None else self.compiled
+        return self.root if self.compiled_wrapper is None else self.compiled_wrapper
 
     @property
     def depth(self) -> int:
@@ -78,7 +77,9 @@ class VisionTransformer:
             ArgumentError: If the model cannot run on them.
         """
         seen: list[int] = []
-        hook = self.blocks[self.first].register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+        hook = self.blocks[self.first_prunable_block].register_forward_pre_hook(
+            lambda _, args: seen.append(args[0].shape[1])
+        )
         try:
             with torch.no_grad(), eval_mode(self.root):
                 self.root.forward(images)  # past a compiled graph, which would not see the hook
@@ -94,7 +95,7 @@ class VisionTransformer:
 
     def outputs(self, images: Tensor) -> Tensor:
         """Runs the transformer: (B, classes) logits or (B, C) features of (B, channels, height, width) images."""
-        return self.family.output(self.runner(images))
+        return self.adapter.output(self.compiled_root(images))
 
 
 class SplitCheckInput(NamedTuple):
@@ -132,7 +133,7 @@ class ModelAdapter(ABC):
 
     @abstractmethod
     def matches(self, module: nn.Module) -> bool:
-        """Whether `module` is the root of a transformer of this family."""
+        """Whether `module` is the root of a transformer of this kind."""
 
     @abstractmethod
     def describe(self, root: nn.Module, path: str) -> VisionTransformer:
@@ -142,9 +143,9 @@ class ModelAdapter(ABC):
     def attn_mlp_split(self, block: nn.Module) -> AttnMlpSplit | None:
         """The recipe for this kind of block; None to cut after the whole block."""
 
-    def trial(self, transformer: VisionTransformer) -> SplitCheckInput:
+    def split_check_input(self, transformer: VisionTransformer) -> SplitCheckInput:
         """On what to check a recipe: few tokens, unless blocks only work on all of them."""
-        return SplitCheckInput(transformer.prefix_tokens + 4, {})
+        return SplitCheckInput(transformer.num_prefix_tokens + 4, {})
 
     def attention_unsupported_reason(self, transformer: VisionTransformer) -> str | None:
         """Why the attention cannot be read as the model is set up now, with the way out; None where it can."""
@@ -154,17 +155,17 @@ class ModelAdapter(ABC):
         """Turns fused attention on in the block's attention modules where it is off; returns what it changed."""
         return []
 
-    def told(self, block: nn.Module) -> dict[nn.Module, type[CapturedAttention]]:
+    def unfused_attention(self, block: nn.Module) -> dict[nn.Module, type[CapturedAttention]]:
         """Attention modules of the block that make no fused call, and what to lay over them so that they tell."""
         return {}
 
-    def tap(
+    def recorder(
         self,
         calls: list[AttentionInputs],
         log_sizes: Tensor | None,
         arrived: TokenState | None,
-        prefix_tokens: int,
-        ear: CaptureSlot | None,
+        num_prefix_tokens: int,
+        capture_slot: CaptureSlot | None,
     ) -> AbstractContextManager[Any]:
         """What records a block's attention, and may change its logits, while the block runs.
 
@@ -172,10 +173,10 @@ class ModelAdapter(ABC):
             calls: Where to record.
             log_sizes: (B, 1, 1, N) to be added to the logits of every key, or None.
             arrived: Who is left after earlier reductions; None where that plays no part.
-            prefix_tokens: P.
-            ear: The ear of the block's `told` modules; None where it has none.
+            num_prefix_tokens: P.
+            capture_slot: The slot of the block's `unfused_attention` modules; None where it has none.
         """
-        return SDPARecorder(calls, log_sizes) if ear is None else Capturing(ear, calls, log_sizes)
+        return SDPARecorder(calls, log_sizes) if capture_slot is None else Capturing(capture_slot, calls, log_sizes)
 
     def mask_passthrough(self, block: nn.Module) -> Callable[..., Any] | None:
         """The `forward` of `block.attn`, if it hands what the block is given as `attn_mask` to its one fused call.
@@ -201,8 +202,8 @@ class ModelAdapter(ABC):
         if kwargs.get("is_causal"):
             raise UnsupportedModelError("Token reduction needs bidirectional attention; this block's is causal.")
 
-    def carry(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], arrived: TokenState, prefix_tokens: int
+    def adapt_position_inputs(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], arrived: TokenState, num_prefix_tokens: int
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Adapts what a block receives besides tokens (a rotary embedding) to the tokens that are left.
 

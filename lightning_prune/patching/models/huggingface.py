@@ -55,23 +55,23 @@ class HuggingFace(ModelAdapter):
         blocks = next((each for each in lists if each and all(_is_a(m, self.layers) for m in each)), None)
         if blocks is None:
             raise UnsupportedModelError(f"{kind.__name__} holds no list of {' or '.join(self.layers)}.")
-        prefix = self.prefix_tokens(core.embeddings)
+        prefix = self.num_prefix_tokens(core.embeddings)
         return VisionTransformer(
             root=root,
             path=path,
-            family=self,
+            adapter=self,
             blocks=blocks,
-            prefix_tokens=prefix,
+            num_prefix_tokens=prefix,
             has_class_token=self.class_token,
-            tokens=None if self.any_size else prefix + _patches(core.config),
-            channels=core.config.hidden_size,
-            entry=core.embeddings,
-            classes=_classes(root),
+            num_tokens=None if self.any_size else prefix + _patches(core.config),
+            embed_dim=core.config.hidden_size,
+            patch_embed=core.embeddings,
+            num_classes=_classes(root),
             has_position_inputs=self.has_position_inputs,
             pools_patches=_is_a(root, self.pooling),
         )
 
-    def prefix_tokens(self, embeddings: Any) -> int:
+    def num_prefix_tokens(self, embeddings: Any) -> int:
         """Class, distillation and register tokens."""
         registers = getattr(embeddings, "register_tokens", None)
         count = 0 if registers is None else int(registers.shape[1])
@@ -105,8 +105,8 @@ class HuggingFace(ModelAdapter):
             )
         super().check_call(args, kwargs)
 
-    def carry(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], arrived: TokenState, prefix_tokens: int
+    def adapt_position_inputs(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], arrived: TokenState, num_prefix_tokens: int
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Does without the mask that hides nothing, which has the size of all tokens."""
         self.check_call(args, kwargs)
@@ -211,28 +211,28 @@ class HuggingFaceDinov3(HuggingFaceDinov2):
     roots: ClassVar[tuple[str, ...]] = ("DINOv3ViTModel",)
     layers: ClassVar[tuple[str, ...]] = ("DINOv3ViTLayer",)
 
-    def trial(self, transformer: VisionTransformer) -> SplitCheckInput:
+    def split_check_input(self, transformer: VisionTransformer) -> SplitCheckInput:
         """Any angles will do."""
-        tokens = super().trial(transformer).tokens
+        tokens = super().split_check_input(transformer).tokens
         config = core_of(transformer.root).config
         angles = torch.linspace(0, 1, config.hidden_size // config.num_attention_heads, device="cpu")
-        angles = angles.expand(tokens - transformer.prefix_tokens, -1)
+        angles = angles.expand(tokens - transformer.num_prefix_tokens, -1)
         return SplitCheckInput(tokens, {"position_embeddings": (angles.cos(), angles.sin())})
 
-    def carry(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], arrived: TokenState, prefix_tokens: int
+    def adapt_position_inputs(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], arrived: TokenState, num_prefix_tokens: int
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Gathers the rotary embedding to the tokens that are left; a fused token is not rotated."""
-        args, kwargs = super().carry(args, kwargs, arrived, prefix_tokens)
+        args, kwargs = super().adapt_position_inputs(args, kwargs, arrived, num_prefix_tokens)
         cosine, sine = kwargs["position_embeddings"]
 
         def gather(table: Tensor, unrotated: float) -> Tensor:
-            index = patch_positions(arrived.positions, prefix_tokens)
+            index = patch_positions(arrived.positions, num_prefix_tokens)
             return take_rotation(table, index, table.new_full(table.shape[-1:], unrotated))
 
         left = (
-            arrived.carry(cosine, lambda table: gather(table, 1.0)),
-            arrived.carry(sine, lambda table: gather(table, 0.0)),
+            arrived.adapt_once(cosine, lambda table: gather(table, 1.0)),
+            arrived.adapt_once(sine, lambda table: gather(table, 0.0)),
         )
         return args, {**kwargs, "position_embeddings": left}
 
@@ -254,9 +254,9 @@ class HuggingFaceCLIP(HuggingFace):
         """The same block in both towers."""
         return TOWER
 
-    def trial(self, transformer: VisionTransformer) -> SplitCheckInput:
+    def split_check_input(self, transformer: VisionTransformer) -> SplitCheckInput:
         """The mask has no default."""
-        return SplitCheckInput(super().trial(transformer).tokens, {"attention_mask": None})
+        return SplitCheckInput(super().split_check_input(transformer).tokens, {"attention_mask": None})
 
 
 class HuggingFaceSigLIP(HuggingFaceCLIP):

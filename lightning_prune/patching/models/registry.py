@@ -1,4 +1,4 @@
-"""Finding the Vision Transformer in a model. A new family is a new file and an entry in `MODEL_ADAPTERS`."""
+"""Finding the Vision Transformer in a model. A new kind of model is a new adapter and an entry in `MODEL_ADAPTERS`."""
 
 from dataclasses import replace
 
@@ -14,7 +14,7 @@ from lightning_prune.patching.models.huggingface import (
     HuggingFaceSigLIP,
     HuggingFaceViT,
 )
-from lightning_prune.patching.models.timm_rel_pos import TimmBiased
+from lightning_prune.patching.models.timm_rel_pos import TimmRelPos
 from lightning_prune.patching.models.timm_rope import TimmEva, TimmNaFlex
 from lightning_prune.patching.models.timm_unfused import TimmCait, TimmConVit
 from lightning_prune.patching.models.timm_vit import TimmVisionTransformer
@@ -25,7 +25,7 @@ MODEL_ADAPTERS: tuple[ModelAdapter, ...] = (
     TimmVisionTransformer(),
     TimmEva(),
     TimmNaFlex(),
-    TimmBiased(),
+    TimmRelPos(),
     TimmCait(),
     TimmConVit(),
     TorchvisionVisionTransformer(),
@@ -62,33 +62,33 @@ def find_vision_transformer(model: nn.Module, target: str | None = None) -> Visi
         prefix = ""
     found: list[tuple[str, nn.Module, ModelAdapter]] = []
     for path, module in model.named_modules(prefix=prefix):
-        family = next((family for family in MODEL_ADAPTERS if family.matches(module)), None)
+        adapter = next((adapter for adapter in MODEL_ADAPTERS if adapter.matches(module)), None)
         inside = any(path.startswith(f"{outer}." if outer else "") for outer, _, _ in found)
-        if family is not None and not inside:
-            found.append((path, module, family))
+        if adapter is not None and not inside:
+            found.append((path, module, adapter))
     if not found:
         for path, module in model.named_modules(prefix=prefix):
             reason = unsupported_reason(type(module))
             if reason is not None:
                 at = f" at {path!r}" if path else ""
                 raise UnsupportedModelError(f"{type(module).__name__}{at} cannot be pruned: {reason}.")
-        looked = ", ".join(family.name for family in MODEL_ADAPTERS)
+        looked = ", ".join(adapter.name for adapter in MODEL_ADAPTERS)
         raise UnsupportedModelError(f"Found no Vision Transformer. Looked for {looked}; {_contents(model)}.")
     if len(found) > 1:
         candidates = ", ".join(f"{path!r} ({original_class(module).__name__})" for path, module, _ in found)
         raise UnsupportedModelError(f"Found {len(found)} Vision Transformers; pass `target`, one of {candidates}.")
-    path, root, family = found[0]
+    path, root, adapter = found[0]
     compiled = next((m for m in model.modules() if m is not root and getattr(m, "_orig_mod", None) is root), None)
-    return replace(describe(family, root, path), compiled=compiled)
+    return replace(describe(adapter, root, path), compiled_wrapper=compiled)
 
 
-def describe(family: ModelAdapter, root: nn.Module, path: str) -> VisionTransformer:
-    """What `family` says of a root; of blocks that `torch.compile` has wrapped, the blocks themselves.
+def describe(adapter: ModelAdapter, root: nn.Module, path: str) -> VisionTransformer:
+    """What `adapter` says of a root; of blocks that `torch.compile` has wrapped, the blocks themselves.
 
     Raises:
         UnsupportedModelError: If it cannot be pruned.
     """
-    description = family.describe(root, path)
+    description = adapter.describe(root, path)
     blocks = tuple(getattr(block, "_orig_mod", block) for block in description.blocks)
     if len(set(blocks)) < len(blocks):
         raise UnsupportedModelError("The model uses one block at several depths; each must be a module of its own.")

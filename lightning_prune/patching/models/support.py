@@ -92,12 +92,12 @@ def support_of(name: str) -> SupportStatus:
         transformer = find_vision_transformer(model)
     except UnsupportedModelError as error:
         return SupportStatus(name, type(model).__name__, "no", str(error))
-    if transformer.first:
-        reducible, reason = f"from block {transformer.first}", transformer.first_prunable_reason
-    elif transformer.family.attn_mlp_split(transformer.blocks[0]) is None:
+    if transformer.first_prunable_block:
+        reducible, reason = f"from block {transformer.first_prunable_block}", transformer.first_prunable_reason
+    elif transformer.adapter.attn_mlp_split(transformer.blocks[0]) is None:
         block = type(transformer.blocks[0]).__name__
         reducible, reason = "after the block", f"attention and MLP of a {block} do not come apart"
-    elif not transformer.family.supports_key_bias:
+    elif not transformer.adapter.supports_key_bias:
         reducible, reason = "pruning only", "its attention cannot be weighed by the sizes of merged tokens"
     else:
         reducible, reason = "yes", ""

@@ -12,12 +12,12 @@ from lightning_prune.errors import UnsupportedModelError
 from lightning_prune.patching.block_split import GAMMA, POST_NORM, PRE_NORM, AttnMlpSplit
 from lightning_prune.patching.class_swap import PatchedModule
 from lightning_prune.patching.models.base import VisionTransformer
-from lightning_prune.patching.models.timm_vit import GridGuard, TimmFamily
+from lightning_prune.patching.models.timm_vit import GridGuard, TimmAdapter
 from lightning_prune.patching.position_terms import patch_positions, take_rotation
 from lightning_prune.patching.token_state import TokenState
 
 
-class TimmRotary(TimmFamily):
+class TimmRope(TimmAdapter):
     """Blocks receive `rope`, sines and cosines side by side, for the patch tokens.
 
     (N - P, D), or one for each head, or one for each image.
@@ -34,17 +34,20 @@ class TimmRotary(TimmFamily):
         """See `ModelAdapter.describe`."""
         return replace(super().describe(root, path), has_position_inputs=getattr(root, "rope", None) is not None)
 
-    def carry(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], arrived: TokenState, prefix_tokens: int
+    def adapt_position_inputs(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], arrived: TokenState, num_prefix_tokens: int
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Gathers the rotary embedding to the tokens that are left; a fused token is not rotated."""
         rope = kwargs.get("rope")
         if rope is None:
             return args, kwargs
-        return args, {**kwargs, "rope": arrived.carry(rope, lambda r: _take(r, arrived.positions, prefix_tokens))}
+        return args, {
+            **kwargs,
+            "rope": arrived.adapt_once(rope, lambda r: _take(r, arrived.positions, num_prefix_tokens)),
+        }
 
 
-class TimmEva(TimmRotary):
+class TimmEva(TimmRope):
     """EVA, EVA-02, Perception Encoder, DINOv3, sapiens and others on timm's `Eva`."""
 
     name: ClassVar[str] = "timm Eva"
@@ -64,7 +67,7 @@ class NaFlexGuard(GridGuard):
         return super().forward(x, *args, **kwargs)
 
 
-class TimmNaFlex(TimmRotary):
+class TimmNaFlex(TimmRope):
     """NaFlexVit on batches of images of one size."""
 
     name: ClassVar[str] = "timm NaFlexVit"
@@ -85,7 +88,7 @@ class TimmNaFlex(TimmRotary):
         return model.embeds.cls_token is not None
 
 
-def _take(table: Tensor, positions: Tensor, prefix_tokens: int) -> Tensor:
+def _take(table: Tensor, positions: Tensor, num_prefix_tokens: int) -> Tensor:
     half = table.shape[-1] // 2
     unrotated = torch.cat((table.new_zeros(half), table.new_ones(half)))
-    return take_rotation(table, patch_positions(positions, prefix_tokens), unrotated)
+    return take_rotation(table, patch_positions(positions, num_prefix_tokens), unrotated)

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from lightning_prune.patching.attention_capture import CapturedAttention
 from lightning_prune.patching.block_split import ONE_DROP, AttnMlpSplit
 from lightning_prune.patching.models.base import VisionTransformer
-from lightning_prune.patching.models.timm_vit import TimmFamily
+from lightning_prune.patching.models.timm_vit import TimmAdapter
 from lightning_prune.reduction.base import AttentionInputs
 
 
-def split_heads(module: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def project_heads(module: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Query, key and value (B, H, N, D) by the module's own projection."""
     batch, tokens, channels = x.shape
     parts = module.qkv(x).reshape(batch, tokens, 3, module.num_heads, channels // module.num_heads)
@@ -22,7 +22,7 @@ def split_heads(module: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return query, key, value
 
 
-class ToldTalkingHeads(CapturedAttention):
+class CapturedTalkingHeads(CapturedAttention):
     """CaiT: the logits of the heads are mixed before softmax (talking heads, arXiv 2003.02436)."""
 
     def read(self, x: Tensor) -> AttentionInputs:
@@ -32,34 +32,34 @@ class ToldTalkingHeads(CapturedAttention):
         after softmax and yields no probabilities; what is read is what tokens receive before it.
         """
         module: Any = self
-        query, key, value = split_heads(module, x)
+        query, key, value = project_heads(module, x)
         batch, heads, tokens, width = query.shape
         mixed = torch.einsum("hg,bgnd->bhngd", module.proj_l.weight, query * module.scale)
         shared = key.permute(0, 2, 1, 3).reshape(batch, 1, tokens, heads * width).expand(-1, heads, -1, -1)
         return AttentionInputs(mixed.flatten(3), shared, value, None, 1.0)
 
 
-class ToldSelfAttention(CapturedAttention):
+class CapturedSelfAttention(CapturedAttention):
     """ConViT's plain blocks."""
 
     def read(self, x: Tensor) -> AttentionInputs:
         """Its projections."""
         module: Any = self
-        return AttentionInputs(*split_heads(module, x), None, module.scale)
+        return AttentionInputs(*project_heads(module, x), None, module.scale)
 
 
-class TimmUnfused(TimmFamily):
+class TimmUnfused(TimmAdapter):
     """Attention is read from what goes into it: one projection more than the block itself, in reducing blocks only."""
 
     supports_key_bias: ClassVar[bool] = False
-    listeners: ClassVar[dict[type[nn.Module], type[CapturedAttention]]] = {
-        cait.TalkingHeadAttn: ToldTalkingHeads,
-        convit.MHSA: ToldSelfAttention,
+    captured_classes: ClassVar[dict[type[nn.Module], type[CapturedAttention]]] = {
+        cait.TalkingHeadAttn: CapturedTalkingHeads,
+        convit.MHSA: CapturedSelfAttention,
     }
 
-    def told(self, block: nn.Module) -> dict[nn.Module, type[CapturedAttention]]:
+    def unfused_attention(self, block: nn.Module) -> dict[nn.Module, type[CapturedAttention]]:
         """The block's attention, where it is of a kind that is known."""
-        return {m: self.listeners[type(m)] for m in block.modules() if type(m) in self.listeners}
+        return {m: self.captured_classes[type(m)] for m in block.modules() if type(m) in self.captured_classes}
 
 
 class TimmCait(TimmUnfused):
@@ -74,7 +74,11 @@ class TimmCait(TimmUnfused):
         model: Any = root
         tokens = int(model.patch_embed.num_patches)
         return replace(
-            super().describe(root, path), prefix_tokens=0, has_class_token=False, tokens=tokens, pools_patches=True
+            super().describe(root, path),
+            num_prefix_tokens=0,
+            has_class_token=False,
+            num_tokens=tokens,
+            pools_patches=True,
         )
 
 
@@ -90,6 +94,6 @@ class TimmConVit(TimmUnfused):
         model: Any = root
         return replace(
             super().describe(root, path),
-            first=int(model.local_up_to_layer),
+            first_prunable_block=int(model.local_up_to_layer),
             first_prunable_reason="attention in those before goes by places on the whole grid",
         )

@@ -14,18 +14,18 @@ from lightning_prune.patching.class_swap import PatchedModule, RootPatch
 from lightning_prune.patching.models.base import ModelAdapter, Setting, VisionTransformer
 
 # As timm defines them: whoever replaces one later does so with something that nobody knows.
-_HANDING_ON = tuple(kind.forward for kind in (vit.Attention, AttentionRope, EvaAttention))
+_MASK_PASSING_FORWARDS = tuple(kind.forward for kind in (vit.Attention, AttentionRope, EvaAttention))
 
 
 class GridGuard(PatchedModule):
     """Refuses to fold the tokens that are left into the grid of all tokens, which can fit by accident, and silently."""
 
-    _prune_site: RootPatch
+    _prune_patch: RootPatch
 
     def forward_intermediates(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own, for tokens in a row only."""
         own: Any = super()  # the class that this one is laid over, which a type checker cannot know
-        position = self._prune_site.layout
+        position = self._prune_patch.layout
         layout = kwargs.get("output_fmt", args[position] if 0 <= position < len(args) else "NCHW")
         if layout == "NCHW":
             raise UnsupportedModelError(
@@ -35,7 +35,7 @@ class GridGuard(PatchedModule):
         return own.forward_intermediates(*args, **kwargs)
 
 
-class TimmFamily(ModelAdapter):
+class TimmAdapter(ModelAdapter):
     """Models of timm that say themselves how many prefix tokens they have (0, 1, 2, 5, ...).
 
     A CLS token is asked for by name: 24 of timm's names have prefix tokens but no CLS. Tested with timm 1.0.31.
@@ -60,14 +60,14 @@ class TimmFamily(ModelAdapter):
         return VisionTransformer(
             root=root,
             path=path,
-            family=self,
+            adapter=self,
             blocks=tuple(model.blocks),
-            prefix_tokens=model.num_prefix_tokens,
+            num_prefix_tokens=model.num_prefix_tokens,
             has_class_token=self.has_class_token(model),
-            tokens=self.count(model),
-            channels=model.embed_dim,
-            entry=self.entry(model),
-            classes=0 if isinstance(model.head, nn.Identity) else model.num_classes,
+            num_tokens=self.count(model),
+            embed_dim=model.embed_dim,
+            patch_embed=self.entry(model),
+            num_classes=0 if isinstance(model.head, nn.Identity) else model.num_classes,
             pools_patches=getattr(model, "global_pool", "token") not in ("token", ""),
         )
 
@@ -93,7 +93,7 @@ class TimmFamily(ModelAdapter):
     def mask_passthrough(self, block: nn.Module) -> Callable[..., Any] | None:
         """Known blocks do, with the attention that timm builds them with."""
         forward: Callable[..., Any] | None = getattr(type(getattr(block, "attn", None)), "forward", None)
-        return forward if forward in _HANDING_ON and self.attn_mlp_split(block) is not None else None
+        return forward if forward in _MASK_PASSING_FORWARDS and self.attn_mlp_split(block) is not None else None
 
     def force_fused(self, block: nn.Module) -> list[Setting]:
         """`fused_attn` is an attribute of each attention module, set when the model was built."""
@@ -103,7 +103,7 @@ class TimmFamily(ModelAdapter):
         return changed
 
 
-class TimmVisionTransformer(TimmFamily):
+class TimmVisionTransformer(TimmAdapter):
     """DeiT, ViT, DINOv2, CLIP and SigLIP towers and their kin, hybrids included: positions are added to the tokens."""
 
     name: ClassVar[str] = "timm VisionTransformer"

@@ -26,7 +26,7 @@ class CapturedMultihead(CapturedAttention):
         query, key, value = parts.unflatten(2, (3, module.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         return AttentionInputs(query, key, value)
 
-    def weighed(self, kwargs: dict[str, Any], log_sizes: Tensor) -> dict[str, Any]:
+    def with_key_bias(self, kwargs: dict[str, Any], log_sizes: Tensor) -> dict[str, Any]:
         """A padding mask of floats is added to the logits of every key."""
         module: Any = self
         return {**kwargs, "key_padding_mask": log_sizes.flatten(1).to(module.in_proj_weight.dtype)}
@@ -47,14 +47,14 @@ class TorchvisionVisionTransformer(ModelAdapter):
         return VisionTransformer(
             root=root,
             path=path,
-            family=self,
+            adapter=self,
             blocks=tuple(model.encoder.layers.children()),
-            prefix_tokens=1,
+            num_prefix_tokens=1,
             has_class_token=True,
-            tokens=model.seq_length,
-            channels=model.hidden_dim,
-            entry=model.conv_proj,
-            classes=_classes(model),
+            num_tokens=model.seq_length,
+            embed_dim=model.hidden_dim,
+            patch_embed=model.conv_proj,
+            num_classes=_classes(model),
         )
 
     def attn_mlp_split(self, block: nn.Module) -> AttnMlpSplit | None:
@@ -72,7 +72,7 @@ class TorchvisionVisionTransformer(ModelAdapter):
                 )
         return None
 
-    def told(self, block: nn.Module) -> dict[nn.Module, type[CapturedAttention]]:
+    def unfused_attention(self, block: nn.Module) -> dict[nn.Module, type[CapturedAttention]]:
         """The block's one attention."""
         module: Any = block
         return {module.self_attention: CapturedMultihead}

@@ -41,12 +41,12 @@ FACTS = {  # prefix tokens, CLS, tokens, classes
 def test_facts(build: Any, name: str) -> None:
     model = build(name)
     found = find_vision_transformer(model)
-    assert (found.prefix_tokens, found.has_class_token, found.tokens, found.classes) == FACTS[name]
+    assert (found.num_prefix_tokens, found.has_class_token, found.num_tokens, found.num_classes) == FACTS[name]
     assert found.root is model
-    assert found.runner is model
-    assert found.entry is model.patch_embed
+    assert found.compiled_root is model
+    assert found.patch_embed is model.patch_embed
     assert found.blocks == tuple(model.blocks)
-    assert (found.depth, found.channels, found.path, found.compiled) == (4, 32, "", None)
+    assert (found.depth, found.embed_dim, found.path, found.compiled_wrapper) == (4, 32, "", None)
 
 
 class TestFinding:
@@ -79,15 +79,15 @@ class TestFinding:
         model = torch.compile(inner, backend="eager")
         self.check(model, inner, "_orig_mod", images)
         found = find_vision_transformer(model)
-        assert found.compiled is model
-        assert found.runner is model
+        assert found.compiled_wrapper is model
+        assert found.compiled_root is model
 
     def test_compiled_in_a_module(self, build: Any, images: Tensor) -> None:
         inner = build()
         compiled = torch.compile(inner, backend="eager")
         model = Wrapper(net=compiled)
         self.check(model, inner, "net._orig_mod", images)
-        assert find_vision_transformer(model).runner is compiled
+        assert find_vision_transformer(model).compiled_root is compiled
 
     def test_a_subclass_of_the_user(self, build: Any, images: Tensor) -> None:
         class Mine(VisionTransformer):
