@@ -322,7 +322,7 @@ def warn_if_wrapped_by_compile(pl_module: L.LightningModule) -> None:
 def check_labels(config: PruningConfig, calibration: Calibration) -> None:
     """Raises ArgumentError where the paper's protocol has no labels, before hours of profiling."""
     if config.protocol == "paper" and calibration.labels is None:
-        raise ArgumentError("protocol='paper' needs labels, and the calibration batches hold none.")
+        raise ArgumentError("`calibration` must have labels with protocol='paper', got batches without.")
 
 
 def planned(

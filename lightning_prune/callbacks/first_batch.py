@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_prune._utils.device import preserve_random_state
 from lightning_prune.callbacks.batches import Calibration, calibration_images, images_from_batch
 from lightning_prune.callbacks.config import PruningConfig
-from lightning_prune.callbacks.distributed import decided_by_rank_zero, refuse_sharded
+from lightning_prune.callbacks.distributed import decide_on_rank_zero, refuse_sharded
 from lightning_prune.callbacks.hooks import command_run
 from lightning_prune.errors import DataError
 from lightning_prune.patching import VisionTransformer, find_vision_transformer
@@ -88,7 +88,7 @@ class FirstBatch:
         Raises:
             PruneError: On the other ranks, with the message of the error that rank 0 raises as it is.
         """
-        return decided_by_rank_zero(self.trainer, decide)
+        return decide_on_rank_zero(self.trainer, decide)
 
 
 @contextmanager

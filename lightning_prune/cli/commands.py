@@ -17,7 +17,7 @@ from lightning_prune.callbacks.decision import Decision, planned, print_decision
 from lightning_prune.callbacks.first_batch import FirstBatch, on_first_batch
 from lightning_prune.callbacks.hooks import command_run
 from lightning_prune.comparison.objective_comparison import ensure_output_dir
-from lightning_prune.errors import ArgumentError, DataError
+from lightning_prune.errors import DataError
 from lightning_prune.patching import find_vision_transformer
 from lightning_prune.planning import PROFILE_METHOD, Plan
 from lightning_prune.profiling import LatencyProfile, SimulatedDevice, profile_latency, simulate_latency
@@ -204,12 +204,10 @@ def learn_words(
         ArgumentError: If an argument is unusable, or there are more words than patches.
         DataError: If there are no images.
     """
-    if Path(output).suffix != ".safetensors":
-        raise ArgumentError(f"`output` must be a file that ends in .safetensors, got {output!r}.")
-    if limit is not None and limit < 1:
-        raise ArgumentError(f"`limit` must be a number of images >= 1, got {limit}.")
-    if trainer.world_size > 1:
-        raise ArgumentError(f"Words are learned in one process; got {trainer.world_size}. Give --trainer.devices 1.")
+    check("output", output, "a file that ends in .safetensors", Path(output).suffix == ".safetensors")
+    check("limit", limit, "a number of images >= 1", limit is None or limit >= 1)
+    processes = trainer.world_size
+    check("trainer.devices", processes, "1, because one process learns the words", processes == 1)
     ensure_output_dir(Path(output).absolute().parent)
     reader = _Reader(config, words, limit, seed)
     vars(model)["predict_step"] = _no_step

@@ -381,10 +381,10 @@ def test_stream_is_read_once() -> None:
 @pytest.mark.parametrize(
     ("calibration", "message"),
     [
-        ([], "`calibration` yielded no images"),
+        ([], "`calibration` must yield images, got none"),
         (
             [noise_images(2, seed=1), noise_images(2, size=24, seed=1)],
-            r"of several sizes, \[\(3, 24, 24\), \(3, 32, 32\)\]",
+            r"`calibration` must have images of one size, got \[\(3, 24, 24\), \(3, 32, 32\)\]",
         ),
     ],
 )

@@ -12,7 +12,7 @@ from torch.utils.data import RandomSampler, SubsetRandomSampler
 import lightning_prune as lp
 from helpers.data import labelled, loader, noise_images
 from helpers.models import TOKENS, tiny_vit
-from lightning_prune.callbacks.batches import sampled_loader
+from lightning_prune.callbacks.batches import sampling_loader
 from lightning_prune.callbacks.distributed import refuse_sharded
 from lightning_prune.callbacks.first_batch import FirstBatch
 from lightning_prune.patching.class_swap import is_patched_module
@@ -130,11 +130,11 @@ def test_distributed_loaders_are_sampled() -> None:
         UnrepeatedDistributedSamplerWrapper(whole, **ranks),
         DistributedSamplerWrapper(whole, **ranks),
     ):
-        found = sampled_loader(loader(sampler=sampler), 8, 0)
+        found = sampling_loader(loader(sampler=sampler), 8, 0)
         assert found is not None
         assert len(found.dataset) == 8
     part = DistributedSamplerWrapper(SubsetRandomSampler(range(8)), **ranks)
-    assert sampled_loader(loader(sampler=part), 8, 0) is None
+    assert sampling_loader(loader(sampler=part), 8, 0) is None
 
 
 def test_a_sampler_of_the_users_own_of_the_same_name_is_not_taken_for_theirs() -> None:
@@ -142,4 +142,4 @@ def test_a_sampler_of_the_users_own_of_the_same_name_is_not_taken_for_theirs() -
         def __iter__(self) -> Any:
             return iter(range(0, 24, 3))
 
-    assert sampled_loader(loader(sampler=SequentialSampler(labelled())), 8, 0) is None
+    assert sampling_loader(loader(sampler=SequentialSampler(labelled())), 8, 0) is None

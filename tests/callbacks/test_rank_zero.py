@@ -12,21 +12,21 @@ from lightning.pytorch.strategies import (
 
 import lightning_prune as lp
 from helpers.data import noise_images
-from lightning_prune.callbacks.distributed import decided_by_rank_zero, refuse_sharded
+from lightning_prune.callbacks.distributed import decide_on_rank_zero, refuse_sharded
 
 from .tiny import Tiny, pruner, trainer
 
 
 def test_a_single_process_gets_its_own_decision_and_its_own_error() -> None:
     value = object()
-    assert decided_by_rank_zero(trainer(), lambda: value) is value
-    assert decided_by_rank_zero(trainer(), lambda: None) is None
+    assert decide_on_rank_zero(trainer(), lambda: value) is value
+    assert decide_on_rank_zero(trainer(), lambda: None) is None
 
     def fail() -> None:
         raise KeyError("as it was")
 
     with pytest.raises(KeyError, match="as it was"):
-        decided_by_rank_zero(trainer(), fail)
+        decide_on_rank_zero(trainer(), fail)
 
 
 def test_ctrl_c_is_not_held_back() -> None:
@@ -34,7 +34,7 @@ def test_ctrl_c_is_not_held_back() -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        decided_by_rank_zero(trainer(), interrupt)
+        decide_on_rank_zero(trainer(), interrupt)
 
 
 def running(kind: type, ranks: int) -> Any:

@@ -550,7 +550,7 @@ def test_paper_protocol_is_exhaustive_and_uses_labels() -> None:
 
 
 def test_paper_protocol_needs_labels() -> None:
-    with pytest.raises(lp.ArgumentError, match="protocol='paper' needs labels, and the calibration batches hold none"):
+    with pytest.raises(lp.ArgumentError, match="`calibration` must have labels with protocol='paper'"):
         validated(pruner(protocol="paper"), data=DataLoader(noise_images(8, seed=1), batch_size=4))
 
 
