@@ -1,5 +1,6 @@
 """README.md, CONTRIBUTING.md and docs/: links lead somewhere, commands parse, figures are those of the result files."""
 
+import ast
 import csv
 import re
 import shlex
@@ -81,3 +82,56 @@ def test_tables_of_methods_have_the_figures_of_their_files() -> None:
                 assert match[4] is None or match[4] == f"{float(row['speedup']):.2f}", variant
                 checked += 1
     assert checked > 60
+
+
+def private_names() -> Iterator[tuple[str, str]]:
+    """Private names of other libraries in the package: attributes, keys and names of attributes, and imports."""
+    own: set[str] = set()
+    trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "lightning_prune").rglob("*.py")}
+    for node in (node for tree in trees.values() for node in ast.walk(tree)):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            own.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            own.add(node.id)
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and isinstance(node.value, ast.Name):
+            own |= {node.attr} if node.value.id in ("self", "cls") else set()
+        elif isinstance(node, ast.Dict):  # the attributes of a class that is made by `type`
+            own |= {str(key.value) for key in node.keys if isinstance(key, ast.Constant)}
+    own |= {"_utils", "_asdict", "_replace", "_fields"}
+    private = re.compile(r"_[a-z][A-Za-z_]*")
+    for path, tree in trees.items():
+        for node in ast.walk(tree):
+            names: list[str] = []
+            if isinstance(node, ast.Attribute):
+                names = [node.attr]
+            elif isinstance(node, ast.Call) and node.args and isinstance(node.func, ast.Name | ast.Attribute):
+                called = node.func.id if isinstance(node.func, ast.Name) else node.func.attr
+                place = {"getattr": 1, "hasattr": 1, "pop": 0, "get": 0}.get(called)
+                argument = node.args[place] if place is not None and place < len(node.args) else None
+                names = (
+                    [argument.value] if isinstance(argument, ast.Constant) and isinstance(argument.value, str) else []
+                )
+            elif isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):
+                names = [str(node.slice.value)]
+            elif isinstance(node, ast.ImportFrom):
+                names = (node.module or "").split(".")
+            for name in names:
+                if private.fullmatch(name) and name not in own:
+                    yield name, str(path.relative_to(ROOT / "lightning_prune"))
+
+
+def test_private_names_of_other_libraries_are_in_the_table() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    lines = [line for line in text.splitlines() if line.startswith("| `")]
+    found = set(private_names())
+    assert ("_pytree", "_utils/trees.py") in found
+    missing = {(name, path) for name, path in found if not any(name in line and path in line for line in lines)}
+    assert not missing
+    for line in lines:
+        _, names, files, _, tests, _ = line.split("|")
+        for path in re.findall(r"`([^`]+\.py)`", files):
+            assert (ROOT / "lightning_prune" / path).is_file(), path
+        for path in re.findall(r"`([^`]+\.py)`", tests):
+            assert (ROOT / "tests" / path).is_file(), path
+        private = re.findall(r"\b(_[a-z]\w*)", names)
+        assert not private or any(name in private for name, _ in found), f"no longer used: {names}"
