@@ -46,11 +46,19 @@ def plans(names: Names, tokens: list[int]) -> None:
     assert Path("plan.png").read_bytes().startswith(b"\x89PNG")
 
 
+def compares(names: Names, tokens: list[int]) -> None:
+    rows = names["results"].rows
+    assert rows[0].variant == "dense"
+    assert {row.method for row in rows[1:]} <= {"tome", "random"}
+    assert (Path("results") / "methods" / "report.html").exists()
+
+
 CHECKS: dict[str, Callable[[Names, list[int]], None]] = {
     "trainer.validate(": validates,
     "handle.remove()": patches,
     "KeepRates": keeps_rates,
     "lp.plan(": plans,
+    "lp.compare(": compares,
 }
 
 

@@ -174,6 +174,21 @@ def load_saved(path: str | PathLike[str], *kinds: type[D]) -> D:
         raise FileFormatError(f"{path} is not a usable {kind.FORMAT} file: {error}") from error
 
 
+def ensure_output_dir(output: str | Path) -> Path:
+    """The output folder, made if need be, checked before hours of work rather than after.
+
+    Raises:
+        ArgumentError: If it cannot be made or written to.
+    """
+    folder = Path(output)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError as error:
+        raise ArgumentError(f"`output` must be a folder that can be written to, got {folder}: {error}") from error
+
+
 _LONGEST = 180  # bytes; file systems take 255, and temporary names are longer
 
 

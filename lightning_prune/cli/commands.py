@@ -9,14 +9,13 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from lightning_prune._utils.files import write_document
+from lightning_prune._utils.files import ensure_output_dir, write_document
 from lightning_prune._utils.validation import check
 from lightning_prune.callbacks import PruningConfig
 from lightning_prune.callbacks.batches import images_from_batch
 from lightning_prune.callbacks.decision import Decision, planned, print_decision, profiled
 from lightning_prune.callbacks.first_batch import FirstBatch, on_first_batch
 from lightning_prune.callbacks.hooks import command_run
-from lightning_prune.comparison.objective_comparison import ensure_output_dir
 from lightning_prune.errors import DataError
 from lightning_prune.patching import find_vision_transformer
 from lightning_prune.planning import PROFILE_METHOD, Plan

@@ -8,6 +8,7 @@ import warnings
 from typing import Any
 
 import lightning as L
+import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
@@ -65,6 +66,8 @@ class PruneCLI(LightningCLI):
             raise ArgumentError(f"trainer: {error}") from error
         if isinstance(trainer, PruneTrainer):
             trainer.command = self._command
+            parser, config = self._parser(self.subcommand), self.config[self.subcommand]
+            trainer.settings = {"command_line": yaml.safe_load(parser.dump(config, skip_none=False))}
         return trainer
 
     def _parse_ckpt_path(self) -> None:

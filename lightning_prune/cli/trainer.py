@@ -1,20 +1,20 @@
 """A Lightning Trainer with four more verbs: profile, plan, compare and vocabulary."""
 
-from pathlib import Path
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import lightning as L
 from rich.console import Console
-from rich.markup import escape
 
 from lightning_prune.callbacks import PruningConfig, config_of
 from lightning_prune.cli.commands import learn_words, run_plan, run_profile
-from lightning_prune.comparison.api import compare_methods
-from lightning_prune.comparison.objective_comparison import compare, ensure_output_dir
-from lightning_prune.errors import ArgumentError
+from lightning_prune.comparison.api import compare
+from lightning_prune.comparison.comparison_results import Comparison
 from lightning_prune.planning import Plan
 from lightning_prune.profiling import LatencyProfile
 from lightning_prune.reduction.vocabulary import Vocabulary
+from lightning_prune.report.tables import comparison_table, remarks
 
 
 class PruneTrainer(L.Trainer):
@@ -30,9 +30,11 @@ class PruneTrainer(L.Trainer):
 
     Attributes:
         command: What was typed, for the report of a comparison; empty where code calls.
+        settings: The configuration of the command line, as plain values; empty where code calls.
     """
 
     command: str = ""
+    settings: Mapping[str, Any] = MappingProxyType({})
 
     @property
     def config(self) -> PruningConfig:
@@ -99,63 +101,46 @@ class PruneTrainer(L.Trainer):
         dataloaders: Any = None,
         datamodule: L.LightningDataModule | None = None,
         output: str = "results/compare",
-        max_drop: float | None = None,
         methods: list[str] | None = None,
         speedups: list[float] | None = None,
-        fresh: bool = False,
-    ) -> list[dict[str, Any]]:
-        """Validate dense and pruned in one run; writes results.csv, results.json and the schedules.
+        resume: bool = True,
+    ) -> Comparison:
+        """Validate dense and pruned in one run; writes tables, schedules, plots and report.html.
 
-        Without `methods` the pruned variants are the best schedule by the pruner's objective (POMT's utility by
-        default) and the fastest inside an accuracy budget; or, if the pruner has a schedule, that schedule; the profile
-        is written beside them. With `methods` each is pruned until it is as much faster as `speedups` say, on this
-        device, and pareto.png, tokens.png and report.html are written. What is finished is kept under `output/state`,
-        and a run that was interrupted goes on from there.
+        Each method is planned for every target speed-up or, without `speedups`, by the objective. Without `methods` the
+        method of the pruner is compared with the POMT paper's own choice, or with a schedule of the pruner. What is
+        finished is kept under `output/state`, and a run that was interrupted goes on from there.
 
         Args:
             model: The module that contains the Vision Transformer.
             dataloaders: Validation loaders, if there is no datamodule.
             datamodule: Gives the validation loader.
             output: Folder for the files.
-            max_drop: The accuracy budget: share of the dense model's proxy that may be lost; 0.005 if not given.
-            methods: Names of methods to compare: reductions, int8, and both, as in pomt+int8; dense is always there.
-            speedups: Dense latency over theirs that the methods are to reach; 1.1, 1.25, 1.5 and 2 if not given.
-            fresh: With `methods`: measure again what was finished before.
+            methods: Names of methods to compare: reductions, auto, int8, and both, as in pomt+int8; dense is always
+                there.
+            speedups: Dense latency over theirs that the methods are to reach; planned by the objective if not given.
+            resume: Whether to go on from what was finished before.
 
         Raises:
-            ArgumentError: If `output` cannot be written to, a method is not known, a speed-up is not above 1, or an
-                argument is given that would play no part.
+            ArgumentError: If `output` cannot be written to, a method is not known, or a speed-up is not above 1.
             DataError: If there is nothing to validate on.
             UnsupportedModelError: If none of the methods can be used with the model.
         """
-        from lightning_prune.comparison.output import write_comparison
-        from lightning_prune.report.tables import comparison_table
-
-        if methods is not None:
-            return self._compare_methods(
-                model, dataloaders, datamodule, Path(output), max_drop, methods, speedups, fresh
-            )
-        if speedups is not None or fresh:
-            idle = f"speedups={speedups}" if speedups is not None else "fresh=True"
-            raise ArgumentError(f"`{idle.split('=')[0]}` plays no part without `methods`; got {idle}.")
-        folder = ensure_output_dir(output)
-        data = {"dataloaders": dataloaders, "datamodule": datamodule}
-        rows, decisions, seconds = compare(self, model, self.config, max_drop, **data)
+        command = self.command or f"trainer.compare(methods={methods}, speedups={speedups})"
+        data = dataloaders if datamodule is None else datamodule
+        found = compare(
+            self, model, data, methods, speedups, output=output, resume=resume, command=command, settings=self.settings
+        )
         if self.is_global_zero:
-            paths = write_comparison(folder, rows, decisions, seconds)
-            console = Console()
-            console.print(comparison_table(rows))
-            for name, decision in decisions.items():
-                console.print(f"[bold]{escape(name)}[/bold]: {escape(decision.reason)}", highlight=False)
-            reused = next((decision.reused for decision in decisions.values() if decision.reused), "")
-            if reused:
-                console.print(
-                    f"The latency profile is of {reused}, and kept; --prune.use_cache false measures it again."
-                )
-            written = escape(", ".join(map(str, paths)))
-            console.print(f"Profiling and planning took {seconds:.0f} s. Written: {written}", soft_wrap=True)
-            self._log_comparison([row.to_dict() for row in rows])
-        return [row.to_dict() for row in rows]
+            console = Console(markup=False)  # names of files and methods may hold brackets
+            document = found.to_dict()
+            console.print(comparison_table(found.rows))
+            for remark in remarks(document):
+                console.print(remark, soft_wrap=True, highlight=False)
+            written = ", ".join(str(path) for path in found.files)
+            console.print(f"Planning took {found.plan.seconds:.0f} s. Written: {written}", soft_wrap=True)
+            self._log_comparison(document["rows"])
+        return found
 
     def vocabulary(
         self,
@@ -185,47 +170,6 @@ class PruneTrainer(L.Trainer):
         data = {"dataloaders": dataloaders, "datamodule": datamodule}
         return learn_words(self, model, self.config, output, words, limit, seed, **data)
 
-    def _compare_methods(
-        self,
-        model: L.LightningModule,
-        dataloaders: Any,
-        datamodule: L.LightningDataModule | None,
-        output: Path,
-        max_drop: float | None,
-        methods: list[str],
-        speedups: list[float] | None,
-        fresh: bool,
-    ) -> list[dict[str, Any]]:
-        from lightning_prune.comparison.output import check_room, document_of, write_methods
-        from lightning_prune.report.tables import comparison_table, remarks
-
-        if max_drop is not None:
-            raise ArgumentError(f"`max_drop` plays no part where `methods` are compared; got max_drop={max_drop}.")
-        folder, console = (
-            ensure_output_dir(output),
-            Console(markup=False),
-        )  # names of files and methods may hold brackets
-        check_room(folder)
-
-        def tell(text: str) -> None:
-            if self.is_global_zero:
-                console.print(text, soft_wrap=True, highlight=False)
-
-        data = {"dataloaders": dataloaders, "datamodule": datamodule}
-        found = compare_methods(self, model, self.config, methods, speedups, folder, fresh, tell, **data)
-        table = [row.to_dict() for row in found.rows]
-        if self.is_global_zero:
-            command = self.command or f"trainer.compare(methods={methods}, speedups={speedups})"
-            paths = write_methods(folder, found, command, _normalisation(model))
-            console.print(comparison_table(found.rows))
-            for remark in remarks(document_of(found, command)):
-                console.print(remark, soft_wrap=True, highlight=False)
-            console.print(
-                f"Planning took {found.decided.seconds:.0f} s. Written: {', '.join(map(str, paths))}", soft_wrap=True
-            )
-            self._log_comparison(table)
-        return table
-
     def _log_comparison(self, rows: list[dict[str, Any]]) -> None:
         """Every run logs the same keys at step 0, so each variant gets keys of its own."""
         figures = {
@@ -238,13 +182,3 @@ class PruneTrainer(L.Trainer):
             logger.log_metrics(figures, step=0)
             logger.save()
             logger.finalize("success")
-
-
-def _normalisation(model: L.LightningModule) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-    """Mean and standard deviation that the images were normalised by, where the module says what its model wants."""
-    config: Any = getattr(model, "data_config", None)
-    try:
-        mean, std = (tuple(float(value) for value in config[name]) for name in ("mean", "std"))
-    except (KeyError, TypeError, ValueError):
-        return None
-    return mean, std

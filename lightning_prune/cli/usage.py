@@ -1,8 +1,7 @@
 """What `lightning-prune --help` says; it imports nothing, so that it is printed at once."""
 
 COMMANDS = {
-    "compare": "validate dense and pruned in one run; table, results.csv, schedule.yaml, report; with --methods and\n"
-    "--speedups every method at every speed-up",
+    "compare": "validate dense and pruned in one run, by an objective or at speed-ups; writes tables, plots, report",
     "profile": "measure latency against the number of tokens on this device",
     "plan": "plan a schedule without validating it, also for another device",
     "validate": "validate pruned on the validation set",
@@ -28,7 +27,8 @@ _OPTIONS = {
     "--profile FILE": "plan on the latency profile of another device (plan)",
     "--device simulated:...": "plan for, or profile, a device that is simulated (profile, plan)",
     "--methods NAME ...": "methods to compare, such as pomt tome int8 pomt+int8 (compare)",
-    "--speedups NUMBER ...": "the speed-ups that they have to reach on this device (compare)",
+    "--speedups NUMBER ...": "the speed-ups that they have to reach; by the objective if not given (compare)",
+    "--resume false": "start again instead of going on from what is kept in the output folder (compare)",
     "--trainer.KEY VALUE": "any option of lightning.Trainer: accelerator, precision, devices, ...",
     "--print_config": "print the configuration and stop",
 }

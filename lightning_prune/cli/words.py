@@ -8,7 +8,6 @@ from math import isfinite
 from lightning_prune.errors import ArgumentError
 
 _LISTS = ("--methods", "--speedups")
-_SWITCHES = ("--fresh",)
 _NUMBER = r"(\d+\.?\d*(?:e[+-]?\d+)?|\.\d+)"
 
 
@@ -26,8 +25,8 @@ def parser_words(words: list[str]) -> list[str]:
 
     Example:
         >>> from lightning_prune.cli.words import parser_words
-        >>> parser_words(["compare", "--speedups", "1.5", "2", "--fresh=true"])
-        ['compare', '--speedups=["1.5", "2"]', '--fresh=true']
+        >>> parser_words(["compare", "--speedups", "1.5", "2", "--resume=false"])
+        ['compare', '--speedups=["1.5", "2"]', '--resume=false']
         >>> parser_words(["plan", "--budget", "1.5x", "--prune.time-limit=20"])
         ['plan', '--prune.objective=LatencyBudget', '--prune.objective.speedup=1.5', '--prune.time_limit=20']
     """
@@ -47,13 +46,11 @@ def parser_words(words: list[str]) -> list[str]:
                     _check_speedups(values)
                 position += len(following)
                 word = f"{name}={json.dumps(values)}"
-        elif name in _SHORT_FORMS and _OWN_OPTION.get(name) not in words:
+        elif name in _SHORT_FORMS:
             if not equals:
                 value, position = (following[0], position + 1) if following else ("", position)
             rewritten += _SHORT_FORMS[name](value)
             continue
-        elif word in _SWITCHES and (position == len(words) or words[position].startswith("--")):
-            word = f"{word}=true"
         rewritten.append(word)
     return rewritten
 
@@ -75,7 +72,6 @@ def _max_drop(value: str) -> list[str]:
 
 
 _SHORT_FORMS = {"--budget": _budget, "--max_drop": _max_drop}
-_OWN_OPTION = {"--max_drop": "compare"}  # the command that has an option of this name itself
 
 
 def _check_speedups(values: list[str]) -> None:

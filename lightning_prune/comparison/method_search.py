@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from math import isfinite
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
@@ -369,6 +370,7 @@ def search_methods(
     time_limit: float,
     verbose: bool = True,
     planner: Callable[[], Measurements] | None = None,
+    fixed: Mapping[str, PlannedVariant] = MappingProxyType({}),
 ) -> ComparisonPlan:
     """Finds the schedule with which each method reaches each target, and times all variants in one interleaved run.
 
@@ -381,6 +383,7 @@ def search_methods(
         time_limit: Seconds for each method; the final run gets as much for all.
         verbose: Shows progress bars on a terminal.
         planner: Makes what `auto` plans with; needed if it is among the methods.
+        fixed: Request -> its variant, where its schedule is known: it is only timed.
 
     Raises:
         UnsupportedModelError: If no method can be used with this model; says why for each.
@@ -390,11 +393,12 @@ def search_methods(
     budgets = [LatencyBudget(speedup=speedup) for speedup in speedups]
     with ready_to_run(transformer):
         n = count_tokens(transformer, images)
-        methods = {entry.name: _Method(transformer, entry, n, block) for entry in entries[1:]}
+        searched = [entry for entry in entries[1:] if entry.name not in fixed]
+        methods = {entry.name: _Method(transformer, entry, n, block) for entry in searched}
         unusable = {name: method.unsupported_reason(images) for name, method in methods.items()}
         context = measurement_context(transformer.compiled_root, images)
-        usable = [entry for entry in entries[1:] if unusable[entry.name] is None]
-        if not usable:
+        usable = [entry for entry in searched if unusable[entry.name] is None]
+        if not usable and not fixed:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in unusable.items())
             raise UnsupportedModelError(f"None of the methods can be used with this model. {reasons}")
         targets: dict[tuple[str, float], Target] = {}
@@ -414,7 +418,9 @@ def search_methods(
                 search = CandidateSearch(budget, sources, 1.0, tuning=TARGET_TUNING)
                 targets[entry.name, float(budget.speedup or 1)] = Target(budget, source, search)
         others = [DENSE, *(methods[entry.name].variant() for entry in usable if not entry.has_targets)]
-        limit = time_limit * len(usable)
+        runs = {entry.name: variant_of(fixed[entry.name], entry) for entry in entries if entry.name in fixed}
+        others += runs.values()
+        limit = time_limit * (len(usable) + len(fixed))
         with (
             variant_timer(transformer, images) as timer,
             progress_bar("Timing all variants", limit, verbose) as on_step,
@@ -425,6 +431,9 @@ def search_methods(
     rows: list[PlannedVariant] = [PlannedVariant("dense", "dense", timing=timings[DENSE])]
     unreached: list[UnreachedTarget] = []
     for entry in entries[1:]:
+        if entry.name in fixed:
+            rows.append(replace(fixed[entry.name], timing=timings[runs[entry.name]]))
+            continue
         method = methods[entry.name]
         if unusable[entry.name] is not None:
             rows.append(method.row(None, None, unusable[entry.name] or ""))

@@ -1,13 +1,11 @@
-"""Paired statistics, and the row of a variant."""
+"""How certain a difference in accuracy is: two variants judged by the same images."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from math import sqrt
 from statistics import NormalDist
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from lightning_prune.comparison.predictions import Outcomes
 from lightning_prune.errors import ArgumentError
-from lightning_prune.profiling import LatencyStats
 
 
 class Difference(NamedTuple):
@@ -133,48 +131,3 @@ def _edge(refuted: Callable[[float], bool], inside: float, outside: float) -> fl
         middle = (inside + outside) / 2
         inside, outside = (inside, middle) if refuted(middle) else (middle, outside)
     return inside
-
-
-def timed(timing: LatencyStats | None) -> dict[str, float]:
-    """The columns that a timing fills."""
-    if timing is None:
-        return {}
-    return {
-        "latency_ms": timing.milliseconds,
-        "latency_spread": timing.spread,
-        "speedup": 1 / timing.ratio,
-        "speedup_spread": timing.ratio_spread / timing.ratio**2,
-    }
-
-
-def flat(metrics: Any) -> dict[str, float]:
-    """What `trainer.validate` returned, as plain numbers; of several dataloaders the first counts."""
-    return {name: float(value) for name, value in dict(metrics[0]).items()} if metrics else {}
-
-
-def logged(metrics: Mapping[str, float]) -> dict[str, float | None]:
-    """The columns that a validation fills, from what the module logs."""
-    names = ("top1", "top5", "throughput", "throughput_end_to_end")
-    return {name: metrics.get(f"val/{name}") for name in names}
-
-
-def compared(dense: Outcomes | None, variant: Outcomes | None) -> dict[str, float]:
-    """The columns that pairs fill: what dense and a variant say of the same images; none where they are not the same.
-
-    Args:
-        dense: What dense said of each image, or None where that is not known.
-        variant: What the variant said.
-    """
-    if dense is None or variant is None or dense.labels != variant.labels:
-        return {}
-    columns = {"agreement": agreement(dense.predicted, variant.predicted)}
-    if dense.labelled:
-        change, low, high = paired_difference(dense.right, variant.right)
-        columns |= {"top1_change": change, "top1_low": low, "top1_high": high}
-    return columns
-
-
-def environment_columns(context: Mapping[str, Any], images: int) -> dict[str, Any]:
-    """The columns that are the same in all rows."""
-    keys = ("device", "batch_size", "precision")
-    return {key: context[key] for key in keys} | {"images": images}

@@ -1,4 +1,4 @@
-"""What a validation said of every single image, collected beside whatever the module does with it."""
+"""The predicted class of every image of a validation, recorded without changing what the module does."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -18,11 +18,11 @@ from lightning_prune.patching import VisionTransformer, find_vision_transformer
 _NONE = -1  # the label of an image that has none
 
 
-class Outcomes(NamedTuple):
-    """What was said of each image of a run, in the order of the loader (of several processes, one after another).
+class Predictions(NamedTuple):
+    """Predicted and right class of each image of a run, in the order of the loader (one process after another).
 
     Attributes:
-        predicted: Best class.
+        predicted: Predicted class.
         labels: Right class; -1 where the batches hold none.
     """
 
@@ -35,55 +35,55 @@ class Outcomes(NamedTuple):
         return _NONE not in self.labels
 
     @property
-    def right(self) -> list[bool]:
-        """Whether the best class of each image is the right one."""
+    def correct(self) -> list[bool]:
+        """Whether the predicted class of each image is the right one."""
         return [a == b for a, b in zip(self.predicted, self.labels, strict=True)]
 
 
-class OutcomeRecorder(L.Callback):
-    """Records the best class of every image of a validation, whatever the LightningModule is.
+class PredictionRecorder(L.Callback):
+    """Records the predicted class of every image of a validation, whatever the LightningModule is.
 
-    It listens to the module's own `forward` where the step calls it once a batch, else to the Vision Transformer where
-    that returns logits. Where neither can be told (several calls in a step, features, a LightningModule compiled as a
-    whole), or the loader shuffles, nothing is recorded. Images that several processes repeat are left out, as in the
-    accuracy.
+    The logits are the output of the module's own `forward` where the step calls it once a batch, else the output of the
+    Vision Transformer where that returns logits. Otherwise (several calls in a step, features, a LightningModule
+    compiled as a whole), or if the loader shuffles, nothing is recorded. Images that several processes repeat are left
+    out, as in the accuracy.
 
     Args:
-        target: Dotted path of the transformer, where there are several.
+        module_path: Dotted path of the transformer, where there are several.
         extract: The images of a batch; see `lightning_prune.callbacks.TokenPruning`.
 
     Attributes:
-        outcomes: Of the last run; None where they are not known.
+        predictions: Of the last run; None where they are not known.
         images: Images of the first loader of the last run, of all processes.
     """
 
-    def __init__(self, target: str | None = None, extract: Extract | None = None) -> None:
-        self.target, self.extract = target, extract
-        self.outcomes: Outcomes | None = None
+    def __init__(self, module_path: str | None = None, extract: Extract | None = None) -> None:
+        self.module_path, self.extract = module_path, extract
+        self.predictions: Predictions | None = None
         self.images = 0
         self._stop: list[Callable[[], None]] = []
         self._transformer: VisionTransformer | None = None
         self._forget(None)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Begins to listen."""
+        """Begins to record."""
         self._close()
         self._forget(shares_of(trainer)[0] if shares_of(trainer) else None)
-        self._transformer = find_vision_transformer(pl_module, self.target)
+        self._transformer = find_vision_transformer(pl_module, self.module_path)
         self._known = getattr(pl_module, "_compiler_ctx", None) is None
         if self._known and _shuffled(trainer):
             rank_zero_warn("The validation loader shuffles, so that images of two runs cannot be paired: no intervals.")
             self._known = False
         if self._known:
             self._stop = [
-                listen(pl_module, self._own.append),
-                listen(self._transformer.compiled_root, self._inner.append),
+                capture_outputs(pl_module, self._own.append),
+                capture_outputs(self._transformer.compiled_root, self._inner.append),
             ]
 
     def on_validation_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Forgets what was said of the batch before."""
+        """Forgets the outputs of the batch before."""
         self._own.clear()
         self._inner.clear()
 
@@ -96,7 +96,7 @@ class OutcomeRecorder(L.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Notes what was said of the images of the first loader."""
+        """Records the predictions for the images of the first loader."""
         if dataloader_idx:
             return
         try:
@@ -117,7 +117,7 @@ class OutcomeRecorder(L.Callback):
         self._batches.append(torch.stack([predicted, labels.to(predicted)])[:, :count])
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Brings together what all processes noted."""
+        """Gathers the predictions of all processes."""
         numbers = torch.tensor([self.images, int(self._known)], device=pl_module.device)
         everywhere = _gathered(trainer, numbers)
         self.images = int(everywhere[:, 0].sum())
@@ -129,22 +129,22 @@ class OutcomeRecorder(L.Callback):
         padded[:, : own.shape[1]] = own
         together = _gathered(trainer, padded).transpose(0, 1).reshape(2, -1).cpu()
         predicted, labels = together[:, together[0] > _NONE - 1].tolist()
-        self.outcomes = Outcomes(predicted, labels)
+        self.predictions = Predictions(predicted, labels)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Ends listening."""
+        """Ends recording."""
         self._close()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Ends listening."""
+        """Ends recording."""
         self._close()
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Ends listening, if nothing has before."""
+        """Ends recording, if nothing has before."""
         self._close()
 
     def _forget(self, share: SamplerShare | None) -> None:
-        self.outcomes, self.images = None, 0
+        self.predictions, self.images = None, 0
         self._own: list[Any] = []
         self._inner: list[Any] = []
         self._batches: list[Tensor] = []
@@ -157,7 +157,7 @@ class OutcomeRecorder(L.Callback):
             stop()
 
     def _logits(self, images: int) -> Tensor | None:
-        """The one thing that was said of this batch and looks like logits."""
+        """The only output for this batch that looks like logits."""
         if len(self._own) == 1:
             output = getattr(self._own[0], "logits", self._own[0])
             if _are_logits(output, images):
@@ -169,18 +169,18 @@ class OutcomeRecorder(L.Callback):
         return None
 
 
-def listen(module: nn.Module, tell: Callable[[Any], None]) -> Callable[[], None]:
-    """Passes on what a module returns whenever it is called, also where it was compiled in place; returns the stop."""
+def capture_outputs(module: nn.Module, receive: Callable[[Any], None]) -> Callable[[], None]:
+    """Calls `receive` with every output of a module, also where that was compiled in place; returns what ends it."""
     compiled = vars(module).get("_compiled_call_impl")
     if compiled is None:
-        return module.register_forward_hook(lambda _, __, output: tell(output)).remove
+        return module.register_forward_hook(lambda _, __, output: receive(output)).remove
 
-    def told(*args: Any, **kwargs: Any) -> Any:  # a hook would become part of the graph, or be passed over by it
+    def call(*args: Any, **kwargs: Any) -> Any:  # a hook would become part of the graph, or be skipped by it
         output = compiled(*args, **kwargs)
-        tell(output)
+        receive(output)
         return output
 
-    vars(module)["_compiled_call_impl"] = told
+    vars(module)["_compiled_call_impl"] = call
 
     def stop() -> None:
         vars(module)["_compiled_call_impl"] = compiled

@@ -1,4 +1,4 @@
-"""Resuming an interrupted comparison."""
+"""Resuming an interrupted comparison: what its results depend on, and what of them is on disk."""
 
 import hashlib
 import json
@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune import __version__
-from lightning_prune._utils.files import atomic_write, read_document, slug, write_document
+from lightning_prune._utils.files import SavedDocument, atomic_write, read_document, slug, write_document
 from lightning_prune._utils.trees import tree_flatten, tree_leaves
-from lightning_prune.comparison.predictions import Outcomes
+from lightning_prune.comparison.predictions import Predictions
 from lightning_prune.comparison.variants import ComparisonPlan, VariantRequest
 from lightning_prune.errors import ArgumentError, FileFormatError, PruneError
 
 
-def digest(value: Tensor) -> str:
+def tensor_digest(value: Tensor) -> str:
     """A digest of shape, dtype and every bit of a tensor."""
     return hashlib.sha256(_bytes_of(value)).hexdigest()[:32]
 
@@ -55,53 +55,62 @@ def data_identity(loaders: Any, batch: Any, limit: int | float | None) -> dict[s
     }
 
 
-def ask(
+def fingerprint_of(
     *,
     weights: str,
     data: Mapping[str, Any],
     context: Mapping[str, Any],
-    entries: Sequence[VariantRequest],
+    requests: Sequence[VariantRequest],
     speedups: Sequence[float],
     settings: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The question as plain values.
+    """Everything that the results of a comparison depend on, as plain values.
 
     Args:
-        weights: What `weights_digest` says.
-        data: What `data_identity` says.
+        weights: The result of `weights_digest`.
+        data: The result of `data_identity`.
         context: Device, batch, precision and versions.
-        entries: What is compared.
+        requests: What is compared.
         speedups: The targets.
-        settings: Whatever else the answer depends on.
+        settings: All other settings.
     """
-    methods = {entry.name: _contents(entry) for entry in entries}
-    question = {
+    fingerprint = {
         "weights": weights,
         "data": dict(data),
         **dict(context),
-        "methods": {name: {key: _told(value) for key, value in given.items()} for name, given in methods.items()},
+        "methods": {request.name: _contents(request) for request in requests},
         "speedups": list(speedups),
         **dict(settings),
         "lightning_prune": __version__,
     }
-    return dict(json.loads(json.dumps(question)))  # as it will be read back
+    return dict(json.loads(json.dumps(fingerprint)))  # as it will be read back
 
 
-def question_digest(question: Mapping[str, Any]) -> str:
-    """A name for the question."""
-    return hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()[:12]
+def fingerprint_digest(fingerprint: Mapping[str, Any]) -> str:
+    """A short name for a fingerprint."""
+    return hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """The entries in which two questions differ."""
+    """The entries in which two fingerprints differ."""
     return [key for key in {**one, **other} if one.get(key) != other.get(key)]
 
 
-def _contents(entry: VariantRequest) -> Mapping[str, Any]:
-    """What a method is; not its settings, which may name a file (a vocabulary) that was written anew meanwhile."""
-    if entry.searches:
-        return {"searched": entry.searched}
-    return {} if entry.reduction is None else vars(entry.reduction)
+def _contents(request: VariantRequest) -> dict[str, Any]:
+    """What a request is; not the settings of its method, which may name a file whose content has changed meanwhile."""
+    found: dict[str, Any] = {}
+    if request.searches:
+        found["searched"] = repr(request.searched)
+    elif request.reduction is not None:
+        found |= {key: _text_of(value) for key, value in vars(request.reduction).items()}
+    if request.objective is not None:
+        objective = request.objective
+        found["objective"] = f"{type(objective).__module__}.{type(objective).__qualname__}"
+        found |= {f"objective.{key}": _text_of(value) for key, value in vars(objective).items()}
+    if request.schedule is not None:
+        schedule = request.schedule
+        found["schedule"] = schedule.to_dict() if isinstance(schedule, SavedDocument) else repr(schedule)
+    return found
 
 
 def _length(dataset: Any) -> int | None:
@@ -112,9 +121,9 @@ def _length(dataset: Any) -> int | None:
         return None
 
 
-def _told(value: Any) -> str:
+def _text_of(value: Any) -> str:
     """A setting as text; of a tensor everything, where `repr` would leave out its middle."""
-    return digest(value) if isinstance(value, Tensor) else repr(value)
+    return tensor_digest(value) if isinstance(value, Tensor) else repr(value)
 
 
 def _bytes_of(value: Tensor) -> bytes:
@@ -126,121 +135,124 @@ def _bytes_of(value: Tensor) -> bytes:
         return head + value.detach().float().cpu().contiguous().reshape(-1).numpy().tobytes()
 
 
-_VERSION = 1
-_KINDS = {
-    name: f"lightning_prune.comparison.objective_comparison.{name}" for name in ("question", "decided", "finished")
-}
+_VERSION = 2
+_FORMATS = {name: f"lightning_prune.comparison.{name}" for name in ("fingerprint", "plan", "variant")}
 
 
 @dataclass(frozen=True)
 class VariantResult:
-    """A variant that was validated.
+    """The outcome of validating a variant.
 
     Attributes:
         metrics: What the module logged.
-        images: How many were validated.
-        outcomes: What was said of each; None where that is not known.
+        images: How many images were validated.
+        predictions: The predicted class of each image; None where it is not known.
     """
 
     metrics: Mapping[str, float]
     images: int
-    outcomes: Outcomes | None
+    predictions: Predictions | None
 
 
-class _Damaged(Exception):
-    """A file that cannot be read; it counts as not there."""
+class _DamagedError(Exception):
+    """A file cannot be read; it counts as missing."""
 
 
-class State:
-    """The folder of one question: `state/<digest of the question>` in the output folder.
+class ResumeState:
+    """What is known of a comparison on disk: `state/<digest of its fingerprint>` in the output folder.
 
-    Another question has another folder, so nothing is ever mixed or overwritten. Every file appears whole or not at
-    all; those that cannot be read count as not there.
+    A comparison with another fingerprint has another folder, so nothing is ever mixed or overwritten. Every file
+    appears whole or not at all; those that cannot be read count as missing.
 
     Args:
         output: The output folder of the comparison.
-        question: What is asked; see `lightning_prune.comparison.resume`.
-        fresh: Whether to forget what is known of this question.
+        fingerprint: The result of `fingerprint_of`.
+        resume: Whether to go on from what is known; otherwise it is forgotten.
 
     Raises:
         ArgumentError: If nothing can be written there.
     """
 
-    def __init__(self, output: Path, question: Mapping[str, Any], fresh: bool = False) -> None:
-        self.folder = output / "state" / question_digest(question)
-        self._question = dict(question)
+    def __init__(self, output: Path, fingerprint: Mapping[str, Any], resume: bool = True) -> None:
+        self.folder = output / "state" / fingerprint_digest(fingerprint)
+        self._fingerprint = dict(fingerprint)
         self._others = [path for path in sorted((output / "state").glob("*")) if path != self.folder]
-        if fresh and self.folder.exists():
+        if not resume and self.folder.exists():
             shutil.rmtree(self.folder)
-        self.known = self._read("question") is not None
+        self.is_known = self._read("fingerprint") is not None
         try:
-            self._write("question", {"question": self._question})
+            self._write("fingerprint", {"fingerprint": self._fingerprint})
         except OSError as error:
             raise ArgumentError(f"`output` must have a folder `state` that can be written to: {error}") from error
 
-    def news(self) -> list[str]:
-        """In what this question differs from the one asked before in the same folder; empty if none was, or this."""
-        if self.known or not self._others:
+    def changed_settings(self) -> list[str]:
+        """What differs from the most similar comparison in the same folder; empty if this one or none was there."""
+        if self.is_known or not self._others:
             return []
-        asked = [_load(path / "question.json", "question") for path in self._others]
-        found = [differences(self._question, values["question"]) for values in asked if values is not None]
+        known = [_load(path / "fingerprint.json", "fingerprint") for path in self._others]
+        found = [differences(self._fingerprint, values["fingerprint"]) for values in known if values is not None]
         return min(found, key=len, default=[])
 
-    def decided(self) -> ComparisonPlan | None:
-        """What was decided before."""
-        values = self._read("decided")
+    def unreadable(self) -> list[Path]:
+        """Folders of other releases, whose comparisons cannot be resumed."""
+        return [path for path in self._others if _load(path / "fingerprint.json", "fingerprint") is None]
+
+    def plan(self) -> ComparisonPlan | None:
+        """The plan that was kept, or None."""
+        values = self._read("plan")
         try:
-            return None if values is None else ComparisonPlan.from_dict(values["decided"])
+            return None if values is None else ComparisonPlan.from_dict(values["plan"])
         except (KeyError, TypeError, PruneError):
             return None
 
-    def keep_decided(self, decided: ComparisonPlan) -> None:
-        """Keeps what was decided."""
-        self._write("decided", {"decided": decided.to_dict()})
+    def keep_plan(self, plan: ComparisonPlan) -> None:
+        """Keeps the plan."""
+        self._write("plan", {"plan": plan.to_dict()})
 
-    def finished(self, variant: str) -> VariantResult | None:
-        """A variant that was validated before."""
-        values = self._read(f"rows/{slug(variant)}", "finished")
+    def result(self, variant: str) -> VariantResult | None:
+        """The result of a variant that was kept, or None."""
+        values = self._read(f"variants/{slug(variant)}", "variant")
         try:
             if values is None or values["variant"] != variant:
                 return None
             metrics, images = {name: float(value) for name, value in values["metrics"].items()}, int(values["images"])
-            return VariantResult(metrics, images, self._outcomes(variant, images) if values["has_outcomes"] else None)
-        except (AttributeError, KeyError, TypeError, ValueError, _Damaged):
+            predictions = self._predictions(variant, images) if values["has_predictions"] else None
+            return VariantResult(metrics, images, predictions)
+        except (AttributeError, KeyError, TypeError, ValueError, _DamagedError):
             return None
 
-    def keep_finished(self, variant: str, finished: VariantResult) -> None:
-        """Keeps a variant that was validated; the row is there once its own file is, which is written last."""
-        if finished.outcomes is not None:
+    def keep_result(self, variant: str, result: VariantResult) -> None:
+        """Keeps the result of a variant; it counts once its own file is there, which is written last."""
+        if result.predictions is not None:
             with atomic_write(self._array(variant)) as temporary, temporary.open("wb") as stream:
-                np.save(stream, np.array(finished.outcomes, dtype=np.int32))
-        values = {"variant": variant, "metrics": dict(finished.metrics), "images": finished.images}
-        self._write(f"rows/{slug(variant)}", {**values, "has_outcomes": finished.outcomes is not None}, "finished")
+                np.save(stream, np.array(result.predictions, dtype=np.int32))
+        values = {"variant": variant, "metrics": dict(result.metrics), "images": result.images}
+        has_predictions = result.predictions is not None
+        self._write(f"variants/{slug(variant)}", {**values, "has_predictions": has_predictions}, "variant")
 
-    def _outcomes(self, variant: str, images: int) -> Outcomes:
+    def _predictions(self, variant: str, images: int) -> Predictions:
         try:
             found = np.load(self._array(variant), allow_pickle=False)
         except Exception as error:  # of damage numpy makes EOFError, BadZipFile, MemoryError, ...
-            raise _Damaged from error
+            raise _DamagedError from error
         if not isinstance(found, np.ndarray) or found.dtype != np.int32 or found.shape != (2, images):
-            raise _Damaged
+            raise _DamagedError
         predicted, labels = found.tolist()
-        return Outcomes(predicted, labels)
+        return Predictions(predicted, labels)
 
     def _array(self, variant: str) -> Path:
-        return self.folder / "rows" / f"{slug(variant)}.npy"
+        return self.folder / "variants" / f"{slug(variant)}.npy"
 
     def _read(self, name: str, kind: str | None = None) -> dict[str, Any] | None:
         return _load(self.folder / f"{name}.json", kind or name)
 
     def _write(self, name: str, values: Mapping[str, Any], kind: str | None = None) -> None:
-        write_document(
-            self.folder / f"{name}.json", {"format": _KINDS[kind or name], "version": _VERSION, **dict(values)}
-        )
+        head = {"format": _FORMATS[kind or name], "version": _VERSION}
+        write_document(self.folder / f"{name}.json", {**head, **dict(values)})
 
 
 def _load(path: Path, kind: str) -> dict[str, Any] | None:
     try:
-        return read_document(path, _KINDS[kind], _VERSION)
+        return read_document(path, _FORMATS[kind], _VERSION)
     except FileFormatError:
         return None

@@ -1,40 +1,50 @@
 """The variants of a comparison: as requested, as planned, and as a validation runs them."""
 
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import lightning as L
 
+from lightning_prune._utils.validation import check
+from lightning_prune.callbacks import PruningConfig
 from lightning_prune.callbacks.distributed import refuse_sharded
 from lightning_prune.callbacks.hooks import EvaluationCallback
 from lightning_prune.errors import ArgumentError
 from lightning_prune.patching import find_vision_transformer
+from lightning_prune.planning import Objective, Utility
 from lightning_prune.planning.api import AUTO_METHODS
-from lightning_prune.profiling import LatencyStats, Variant, VariantSwitch
+from lightning_prune.profiling import LatencyProfile, LatencyStats, Variant, VariantSwitch
 from lightning_prune.quantization import Int8Weights
-from lightning_prune.reduction import Reduction, names, resolve
-from lightning_prune.schedule import KeepRates, Schedule
+from lightning_prune.reduction import POMT, Reduction, names, resolve
+from lightning_prune.schedule import KeepRates, Schedule, ScheduleLike
 
 DENSE_NAME, INT8_NAME, AUTO_NAME = "dense", "int8", "auto"
 _AND_INT8 = "+int8"
 
 
 class VariantRequest(NamedTuple):
-    """A method of a comparison.
+    """What is to be compared with dense: a method at target speed-ups, or one variant.
 
     Attributes:
-        name: As the user calls it: `pomt`, `int8`, `pomt+int8`.
-        reduction: The reduction; None where no token goes.
+        name: Its name, unique in a comparison: `pomt`, `int8`, `pomt+int8`, `auto accuracy budget`, `pomt given`.
+        reduction: The reduction; None where no token is removed, or the planner chooses it.
         int8: Whether the model runs in 8 bits.
-        searched: The methods of which the planner chooses; none where the name says which it is.
+        searched: The methods from which the planner chooses; empty where the method is fixed.
+        objective: What its schedule is planned by; None where target speed-ups decide, or there is nothing to plan.
+        schedule: The schedule that was given; None where it is planned.
+        label: The method as the user calls it, where that is not the name.
     """
 
     name: str
     reduction: Reduction | None
     int8: bool
     searched: tuple[str, ...] = ()
+    objective: Objective | None = None
+    schedule: ScheduleLike | None = None
+    label: str = ""
 
     @property
     def searches(self) -> bool:
@@ -46,20 +56,82 @@ class VariantRequest(NamedTuple):
         """What the column `method` says."""
         if self.reduction is None and not self.searches:
             return INT8_NAME if self.int8 else ""
-        return self.name.removesuffix(_AND_INT8)
+        return (self.label or self.name).removesuffix(_AND_INT8)
+
+    @property
+    def is_free(self) -> bool:
+        """Whether it is open how many tokens are removed."""
+        if self.objective is not None or self.schedule is not None:
+            return False
+        return self.searches or (self.reduction is not None and not self.reduction.adaptive)
 
     @property
     def has_targets(self) -> bool:
-        """Whether its latency can be chosen, so that it gets a row for each target."""
-        return self.searches or (self.reduction is not None and not self.reduction.adaptive)
+        """Whether it has a variant for each target speed-up."""
+        return self.is_free
+
+    def planned_by(self, objective: Objective) -> "VariantRequest":
+        """The one variant that an objective makes of this request."""
+        return self._replace(name=f"{self.name} {_kind_of(objective)}", objective=objective, label=self.name)
 
 
-def read_methods(methods: Sequence[str], own: Reduction) -> list[VariantRequest]:
-    """The entries that the names stand for; dense comes first and is added where it is missing.
+def read_requests(
+    config: PruningConfig,
+    methods: Sequence[str | Reduction] | None,
+    speedups: Sequence[float] | None,
+    objective: Objective,
+) -> list[VariantRequest]:
+    """What a comparison consists of, dense first.
+
+    Each method is planned for every target speed-up or, without `speedups`, by the objective. Without `methods` it is
+    the method of the config. Without either, the POMT paper's own choice (its utility, alpha 0.5) is added, or a given
+    schedule is the only variant.
 
     Args:
-        methods: Names of reductions, `auto`, `dense`, `int8`, and names of reductions with `+int8`.
-        own: The reduction of the pruner: its name means this instance, with its settings.
+        config: Method, schedule and objective; its own reduction is meant by its name among `methods`.
+        methods: Reductions and names: of reductions, `auto`, `dense`, `int8`, and of reductions with `+int8`.
+        speedups: The targets; None if there are none.
+        objective: Plans the schedules where there are no targets.
+
+    Raises:
+        ArgumentError: If there is no such method, one occurs twice, none is left to compare with dense, or a method in
+            8 bits has no targets.
+    """
+    is_given = config.schedule != "auto"
+    check("protocol", config.protocol, "'deployed' with `speedups`", speedups is None or config.protocol == "deployed")
+    if methods is not None:
+        requests = read_methods(methods, config.method if isinstance(config.method, Reduction) else None)
+    elif is_given and speedups is None:
+        requests = [VariantRequest(DENSE_NAME, None, False)]
+    else:
+        requests = read_methods([config.method], None)
+    if speedups is None:
+        for request in requests:
+            valid = not (request.is_free and request.int8)
+            check("speedups", speedups, f"given for {request.name}, which is not planned by an objective", valid)
+        requests = [request.planned_by(objective) if request.is_free else request for request in requests]
+    if methods is None and speedups is None and not is_given and not config.is_adaptive:
+        paper = VariantRequest(POMT.name, POMT(), False).planned_by(Utility(0.5))
+        if not any((each.reduction, each.objective) == (paper.reduction, paper.objective) for each in requests):
+            requests.insert(1, paper)
+    if is_given:
+        own = config.reduction
+        requests.append(
+            VariantRequest(f"{own.name} given", own, False, schedule=cast(Any, config.schedule), label=own.name)
+        )
+    names = [request.name for request in requests]
+    return [
+        request._replace(name=f"{request.label} {request.objective}") if names.count(request.name) > 1 else request
+        for request in requests
+    ]
+
+
+def read_methods(methods: Sequence[str | Reduction], own: Reduction | None) -> list[VariantRequest]:
+    """The requests that names of methods stand for; dense comes first and is added where it is missing.
+
+    Args:
+        methods: Reductions and names: of reductions, `auto`, `dense`, `int8`, and of reductions with `+int8`.
+        own: The reduction that its name means, with its settings.
 
     Raises:
         ArgumentError: If there is no such method (suggests the nearest), one occurs twice, or none is left to compare
@@ -67,31 +139,33 @@ def read_methods(methods: Sequence[str], own: Reduction) -> list[VariantRequest]
 
     Example:
         >>> from lightning_prune.comparison.variants import read_methods
-        >>> from lightning_prune.reduction import POMT
-        >>> [entry.name for entry in read_methods(["pomt+int8", "int8"], own=POMT())]
+        >>> [request.name for request in read_methods(["pomt+int8", "int8"], own=None)]
         ['dense', 'pomt+int8', 'int8']
     """
     if isinstance(methods, str) or not isinstance(methods, Sequence) or not methods:
         raise ArgumentError(f"`methods` must be a list of names, got {methods!r}.")
-    twice = sorted({str(name) for name in methods if list(methods).count(name) > 1})
-    if twice:
-        raise ArgumentError(f"`methods` must differ from one another, got {twice[0]!r} twice.")
-    entries = [_read(name, own) for name in methods if name != DENSE_NAME]
-    if not entries:
+    read = [_read(name, own) for name in methods if not (isinstance(name, str) and name == DENSE_NAME)]
+    names = [request.name for request in read]
+    repeated = next((name for name in names if names.count(name) > 1), None)
+    if repeated is not None:
+        raise ArgumentError(f"`methods` must differ from one another, got {repeated!r} twice.")
+    if not read:
         raise ArgumentError(f"`methods` must name one to compare with dense, got {list(methods)!r}.")
-    return [VariantRequest(DENSE_NAME, None, False), *entries]
+    return [VariantRequest(DENSE_NAME, None, False), *read]
 
 
-def _read(name: object, own: Reduction) -> VariantRequest:
+def _read(name: object, own: Reduction | None) -> VariantRequest:
+    if isinstance(name, Reduction):
+        return VariantRequest(name.name, name, False)
     if not isinstance(name, str):
-        raise ArgumentError(f"`methods` must hold names, got {name!r}.")
+        raise ArgumentError(f"`methods` must hold names and reductions, got {name!r}.")
     if name == INT8_NAME:
         return VariantRequest(name, None, True)
     if name == AUTO_NAME:
         return VariantRequest(name, None, False, AUTO_METHODS)
     plain = name.removesuffix(_AND_INT8)
     try:
-        reduction = own if plain == own.name else resolve(plain)
+        reduction = own if own is not None and plain == own.name else resolve(plain)
     except ArgumentError as error:
         known = names()
         if plain in known:  # it exists, but needs what a name cannot say, as a vocabulary
@@ -109,12 +183,14 @@ def _read(name: object, own: Reduction) -> VariantRequest:
     return VariantRequest(name, reduction, name != plain)
 
 
-_PLAIN = ("variant", "request", "method", "int8", "chosen", "target_speedup", "note")
+def _kind_of(objective: Objective) -> str:
+    """The class of an objective in words: of `LatencyBudget` "latency budget"."""
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", type(objective).__name__).lower()
 
 
 @dataclass(frozen=True)
 class PlannedVariant:
-    """A variant of a comparison.
+    """A variant of a comparison with its schedule and its latency, before it is validated.
 
     Attributes:
         variant: Its name: `dense`, `pomt 1.25x`, `int8`.
@@ -123,12 +199,14 @@ class PlannedVariant:
         int8: Whether it runs in 8 bits.
         target_speedup: The speed-up that it was planned for.
         settings: Of the reduction.
-        schedule: What it removes, with its method; None for dense, int8, and where the images decide.
+        schedule: What it removes; None for dense, int8, and where the images decide.
         timing: Of the interleaved run of all variants; None where it cannot be run.
-        note: What is to be said of it, as why it cannot.
+        note: A remark, such as why it cannot be run.
         joules_per_image: Energy; None where there is no counter.
         watts: Mean power.
-        chosen: Name of the reduction that `auto` chose; empty where the entry says it.
+        chosen: Name of the reduction that `auto` chose; empty where the request says it.
+        keep_rates: The keep rates that were given; None where tokens were counted.
+        plan: How an objective led to the schedule, as plain values; None where none did.
     """
 
     variant: str
@@ -143,43 +221,45 @@ class PlannedVariant:
     joules_per_image: float | None = None
     watts: float | None = None
     chosen: str = ""
+    keep_rates: KeepRates | None = None
+    plan: Mapping[str, Any] | None = None
 
     @property
-    def runs(self) -> tuple[str, Schedule | None]:
-        """What is run: variants of which this is the same are the same model."""
-        return self.request, self.schedule
+    def reason(self) -> str:
+        """Why it has this schedule, where an objective led to it."""
+        return "" if self.plan is None else str(self.plan["reason"])
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
         return {
-            **{name: getattr(self, name) for name in _PLAIN},
+            **{each.name: getattr(self, each.name) for each in fields(self)},
             "settings": dict(self.settings),
             "schedule": None if self.schedule is None else self.schedule.to_dict(),
+            "keep_rates": None if self.keep_rates is None else self.keep_rates.to_dict(),
             "timing": None if self.timing is None else asdict(self.timing),
-            "joules_per_image": self.joules_per_image,
-            "watts": self.watts,
         }
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "PlannedVariant":
         """The inverse of `to_dict`."""
-        schedule, timing = values["schedule"], values["timing"]
+        schedule, rates, timing = values["schedule"], values["keep_rates"], values["timing"]
         read = {
             "schedule": None if schedule is None else Schedule.from_dict(schedule),
+            "keep_rates": None if rates is None else KeepRates.from_dict(rates),
             "timing": None if timing is None else LatencyStats(**timing),
         }
         return cls(**{**values, **read})
 
 
-def reduction_of(planned: PlannedVariant, entry: VariantRequest) -> Reduction | None:
-    """The method of a planned variant; None where no token goes. Those that `auto` chooses from have names."""
-    return resolve(planned.chosen) if planned.chosen else entry.reduction
+def reduction_of(planned: PlannedVariant, request: VariantRequest) -> Reduction | None:
+    """The method of a planned variant; None where no token is removed. Those that `auto` chooses from have names."""
+    return resolve(planned.chosen) if planned.chosen else request.reduction
 
 
-def variant_of(planned: PlannedVariant, entry: VariantRequest) -> Variant:
+def variant_of(planned: PlannedVariant, request: VariantRequest) -> Variant:
     """What a planned variant runs as."""
-    reduction = reduction_of(planned, entry)
-    weights = Int8Weights if entry.int8 else None
+    reduction = reduction_of(planned, request)
+    weights = Int8Weights if request.int8 else None
     if reduction is None or (planned.schedule is not None and not planned.schedule.total_removed):
         return Variant(weights=weights)
     return Variant(reduction, planned.schedule, weights)
@@ -204,16 +284,18 @@ class UnreachedTarget:
 
 @dataclass(frozen=True)
 class ComparisonPlan:
-    """Everything that was decided.
+    """All variants with their schedules and latencies, before any is validated.
 
     Attributes:
         planned: The variants, dense first.
-        unreached: Targets without a variant.
+        unreached: Target speed-ups without a variant.
         context: Device, batch, precision and versions.
         dense_tokens: N.
         energy: Where joules come from, or why there are none.
-        seconds: What deciding took.
+        seconds: What planning and timing took.
         started: When, as an ISO date.
+        profile: Latency against the number of tokens.
+        calibration: Which images the accuracy was estimated on; empty where it was not.
     """
 
     planned: list[PlannedVariant]
@@ -223,26 +305,29 @@ class ComparisonPlan:
     energy: str
     seconds: float
     started: str
+    profile: LatencyProfile | None = None
+    calibration: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
-        plain = {name: getattr(self, name) for name in ("dense_tokens", "energy", "seconds", "started")}
         return {
+            **{each.name: getattr(self, each.name) for each in fields(self)},
             "planned": [planned.to_dict() for planned in self.planned],
             "unreached": [asdict(unreached) for unreached in self.unreached],
             "context": dict(self.context),
-            **plain,
+            "profile": None if self.profile is None else self.profile.to_dict(),
         }
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "ComparisonPlan":
         """The inverse of `to_dict`."""
-        plain = {name: values[name] for name in ("context", "dense_tokens", "energy", "seconds", "started")}
-        return cls(
-            planned=[PlannedVariant.from_dict(planned) for planned in values["planned"]],
-            unreached=[UnreachedTarget(**unreached) for unreached in values["unreached"]],
-            **plain,
-        )
+        profile = values["profile"]
+        read = {
+            "planned": [PlannedVariant.from_dict(planned) for planned in values["planned"]],
+            "unreached": [UnreachedTarget(**unreached) for unreached in values["unreached"]],
+            "profile": None if profile is None else LatencyProfile.from_dict(profile),
+        }
+        return cls(**{**values, **read})
 
 
 class Deployment(EvaluationCallback):
@@ -251,11 +336,11 @@ class Deployment(EvaluationCallback):
     Args:
         variant: What to run as.
         dense_tokens: N, of the images that the variant was planned for.
-        target: Dotted path of the transformer, where there are several.
+        module_path: Dotted path of the transformer, where there are several.
     """
 
-    def __init__(self, variant: Variant, dense_tokens: int, target: str | None) -> None:
-        self.variant, self.dense_tokens, self.target = variant, dense_tokens, target
+    def __init__(self, variant: Variant, dense_tokens: int, module_path: str | None) -> None:
+        self.variant, self.dense_tokens, self.module_path = variant, dense_tokens, module_path
         self._switch: VariantSwitch | None = None
 
     def _before_batch(
@@ -264,12 +349,12 @@ class Deployment(EvaluationCallback):
         if self._switch is not None:
             return
         refuse_sharded(trainer)
-        transformer = find_vision_transformer(pl_module, self.target)
+        transformer = find_vision_transformer(pl_module, self.module_path)
         variant = self.variant
         if isinstance(variant.schedule, Schedule) and transformer.num_tokens is None:  # images of other sizes may come
             rates = KeepRates.of(variant.schedule, self.dense_tokens, transformer.num_prefix_tokens)
             variant = variant._replace(schedule=rates)
-        self._switch = VariantSwitch(transformer)  # before anything can fail: `_close` takes off what is on
+        self._switch = VariantSwitch(transformer)  # before anything can fail: `_close` restores what is changed
         self._switch.to(variant)
 
     def _figures(self) -> dict[str, float]:

@@ -19,6 +19,8 @@ class Row:
         top1_change: Difference to dense in the share of right images, on the same images.
         speedup: Dense latency over the latency of this variant, the median over rounds in which both ran.
         latency_ms: Median time of the transformer on one batch, from one interleaved run of all variants.
+        latency_p90_ms: 90th percentile of these times.
+        runtime: What executed the model, such as `torch` or `torch.compile:mode=blocks`.
         precision: Of the computation.
         int8: Whether its linear layers ran in 8 bits.
         target_speedup: The speed-up that its schedule was planned for.
@@ -52,6 +54,8 @@ class Row:
     top1_change: float | None = None
     speedup: float | None = None
     latency_ms: float | None = None
+    latency_p90_ms: float | None = None
+    runtime: str = ""
     precision: str = ""
     int8: bool = False
     target_speedup: float | None = None
@@ -86,7 +90,7 @@ class Row:
         return cls(**{**figures, **text, "int8": known["int8"] is True})
 
 
-_TEXT = ("variant", "method", "precision", "block", "device", "note")
+_TEXT = ("variant", "method", "runtime", "precision", "block", "device", "note")
 
 
 class Score(NamedTuple):

@@ -103,14 +103,21 @@ def comparison_table(rows: Sequence[Row]) -> Table:
 
 
 def remarks(document: Mapping[str, Any]) -> list[str]:
-    """What is to be said below the table: what cannot be run or reached, and where joules come from."""
+    """Lines below the table: what cannot be run or reached, why each schedule was chosen, and where joules come from.
+
+    Args:
+        document: What `compare` writes as `results.json`.
+    """
+    variants, best = document.get("variants") or {}, document.get("best")
     notes = [f"{row['variant']}: {row['note']}" for row in document["rows"] if row["note"]]
+    reasons = [f"{name}: {variant['reason']}" for name, variant in variants.items() if variant.get("reason")]
     unreached = [
         f"{entry['method']} cannot reach {entry['target_speedup']:g}x: "
         f"at most {speedup(entry['best'])} ({entry['reason']})"
         for entry in document["unreached"]
     ]
-    return [*notes, *unreached, f"energy: {document['energy']}"]
+    chosen = [f"schedule.yaml is that of {best['variant']}. {best['reason']}"] if best else []
+    return [*notes, *reasons, *unreached, f"energy: {document['energy']}", *chosen]
 
 
 def _interval(row: Row) -> str:

@@ -17,6 +17,7 @@ import lightning_prune as lp
 from lightning_prune.__main__ import main
 from lightning_prune.callbacks import TokenPruning
 from lightning_prune.cli.usage import COMMANDS
+from lightning_prune.comparison import read_results
 from lightning_prune.report.rows import Row
 
 ROOT = Path(__file__).parent.parent.parent
@@ -37,7 +38,7 @@ TINY = [
     "--prune.objective=Utility",
 ]
 COLUMNS = [
-    *("variant", "method", "top1", "top1_change", "speedup", "latency_ms", "precision"),
+    *("variant", "method", "top1", "top1_change", "speedup", "latency_ms", "latency_p90_ms", "runtime", "precision"),
     *("int8", "target_speedup", "block", "removed", "tokens", "top1_low", "top1_high", "top5", "agreement"),
     *("latency_spread", "speedup_spread", "throughput", "throughput_end_to_end"),
     *("joules_per_image", "watts", "images", "device", "batch_size", "note"),
@@ -88,35 +89,40 @@ def test_the_installed_command_is_main() -> None:
 
 
 def test_compare_writes_what_it_promises(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["compare", *TINY, f"--output={tmp_path}"]) == 0
+    words = ["--prune.method=topk", "--max-drop=1%"]
+    assert main(["compare", *TINY, *words, f"--output={tmp_path}"]) == 0
+    files = ["pareto.png", "profile.json", "profile.png", "report.html", "results.csv", "results.json"]
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        *("profile.json", "profile.png", "results.csv", "results.json", "schedule.yaml")
+        *(*files, "schedule.yaml", "schedules", "state", "tokens.png")
     ]
     with (tmp_path / "results.csv").open(newline="") as stream:
         reader = csv.DictReader(stream)
         assert reader.fieldnames == COLUMNS == list(Row.__dataclass_fields__)
         rows = list(reader)
-    assert [row["variant"] for row in rows] == ["dense", "pomt utility", "pomt budget"]
+    assert [row["variant"] for row in rows] == ["dense", "pomt utility", "topk accuracy budget"]
     assert {row["images"] for row in rows} == {"8"}
-    document = json.loads((tmp_path / "results.json").read_text())
+    document = read_results(tmp_path / "results.json")
     assert [list(row) for row in document["rows"]] == [COLUMNS] * 3
+    assert document["config"]["command_line"]["prune"]["time_limit"] == 0.5
+    assert document["config"]["command_line"]["model"]["model"] == "vit_digits_patch4_56"
     schedule = lp.Schedule.load(tmp_path / "schedule.yaml")
-    assert (schedule.depth, schedule.total_removed) == (4, int(rows[-1]["removed"]))
+    (chosen,) = (row for row in rows if row["variant"] == document["best"]["variant"])
+    assert (schedule.depth, schedule.total_removed) == (4, int(chosen["removed"]))
     assert schedule.made_on.batch_size == 4
     profile = lp.LatencyProfile.load(tmp_path / "profile.json")
     assert profile.dense_tokens == 197
     assert (tmp_path / "profile.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     told = capsys.readouterr().out
-    assert all(name in told for name in ("dense", "pomt utility", "pomt budget", "results.csv"))
+    assert all(name in told for name in ("dense", "pomt utility", "topk accuracy budget", "results.csv"))
 
 
 def test_compare_under_a_schedule_and_validate_from_its_file(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["compare", *TINY, "--prune.schedule=90", "--prune.block=2", f"--output={tmp_path}"]) == 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["results.csv", "results.json", "schedule.yaml"]
+    assert not (tmp_path / "schedule.yaml").exists()
     capsys.readouterr()
-    assert main(["validate", *TINY, f"--prune.schedule={tmp_path / 'schedule.yaml'}"]) == 0
+    assert main(["validate", *TINY, f"--prune.schedule={tmp_path / 'schedules' / 'pomt-given.yaml'}"]) == 0
     told = capsys.readouterr().out
     assert "R = 90 (pomt: 90 at block 2)" in told
     assert "197 -> 107" in told
@@ -152,7 +158,7 @@ def test_an_objective_of_the_users_choice(tmp_path: Path) -> None:
     words = ["--prune.objective=lightning_prune.planning.AccuracyBudget", "--prune.objective.init_args.max_drop=0.9"]
     assert main(["compare", *TINY, *words, f"--output={tmp_path}"]) == 0
     variants = json.loads((tmp_path / "results.json").read_text())["variants"]
-    assert [variant["objective"] for variant in variants.values()] == ["accuracy budget, at most 90% lost"]
+    assert variants["pomt accuracy budget"]["objective"] == "accuracy budget, at most 90% lost"
 
 
 @pytest.mark.parametrize(
@@ -447,11 +453,12 @@ def test_compare_in_two_processes_writes_what_one_writes(folder: Path, tmp_path:
     assert run.returncode == 0, run.stderr
     assert main(["compare", *images_of(folder), f"--output={tmp_path / 'one'}"]) == 0
     one, two = (json.loads((tmp_path / name / "results.json").read_text())["rows"] for name in ("one", "two"))
-    timed = ("latency_ms", "latency_spread", "speedup", "speedup_spread", "throughput", "throughput_end_to_end")
+    timed = ("latency_ms", "latency_p90_ms", "latency_spread", "speedup", "speedup_spread")
+    timed += ("throughput", "throughput_end_to_end")
     same = [name for name in COLUMNS if name not in timed]
     assert [[row[key] for key in same] for row in two] == [[row[key] for key in same] for row in one]
     assert [row["variant"] for row in two] == ["dense", "pomt given"]
     assert all(0 < row["top5"] < 1 for row in two)
-    schedules = [lp.Schedule.load(tmp_path / name / "schedule.yaml") for name in ("one", "two")]
+    schedules = [lp.Schedule.load(tmp_path / name / "schedules" / "pomt-given.yaml") for name in ("one", "two")]
     assert schedules[0] == schedules[1]
     assert run.stdout.count("Written: ") == 1

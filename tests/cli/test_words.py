@@ -13,9 +13,6 @@ from lightning_prune.cli.words import parser_words
         (["--speedups", "1.5", "-2"], ['--speedups=["1.5", "-2"]']),
         (["--methods=[x,y]", "--speedups", "[1.5]"], ["--methods=[x,y]", "--speedups", "[1.5]"]),
         (["--methods", "--speedups"], ["--methods", "--speedups"]),
-        (["--fresh", "--output", "x"], ["--fresh=true", "--output", "x"]),
-        (["--fresh"], ["--fresh=true"]),
-        (["--fresh", "false"], ["--fresh", "false"]),
     ],
 )
 def test_words_are_gathered(words: list[str], expected: list[str]) -> None:

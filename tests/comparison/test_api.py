@@ -1,4 +1,4 @@
-"""Methods at targets from the first word to the last row: real validations, timings replaced by fixed prices."""
+"""Methods at target speed-ups, from the arguments to the last row: real validations, latencies set by the test."""
 
 import copy
 import math
@@ -12,11 +12,10 @@ import torch
 import lightning_prune as lp
 from lightning_prune.callbacks import TokenPruning
 from lightning_prune.callbacks.first_batch import FirstBatch
-from lightning_prune.comparison import api as opening
-from lightning_prune.comparison.api import compare_methods
+from lightning_prune.comparison import setup
 from lightning_prune.comparison.paired_statistics import paired_interval
 from lightning_prune.profiling.energy_meter import EnergyReading
-from lightning_prune.reduction import POMT, RandomDrop
+from lightning_prune.reduction import POMT
 from lightning_prune.reduction.visual_words import VWTInter
 from lightning_prune.reduction.vocabulary import learn_vocabulary
 
@@ -27,13 +26,12 @@ def data() -> lp.DigitsData:
     return lp.DigitsData(batch_size=8)
 
 
-def run(module: Any, running: Any, output: Path, methods: list[str], speedups: Any, **more: Any) -> Any:
-    fresh, told = more.pop("fresh", False), more.pop("told", [])
-    trainer, pruner = running(**more)
+def run(module: Any, running: Any, output: Path | None, methods: Any, speedups: Any = None, **more: Any) -> Any:
+    arguments = {name: more.pop(name) for name in ("resume", "objective", "runtimes") if name in more}
+    messages = more.pop("messages", [])
+    trainer, _ = running(**more)
     model = module if isinstance(module, L.LightningModule) else module()
-    return compare_methods(
-        trainer, model, pruner.config, methods, speedups, output, fresh, told.append, datamodule=data()
-    )
+    return lp.compare(trainer, model, data(), methods, speedups, output=output, on_message=messages.append, **arguments)
 
 
 def test_rows_reach_their_targets_and_are_what_validation_says(module: Any, running: Any, tmp_path: Path) -> None:
@@ -60,10 +58,10 @@ def test_rows_reach_their_targets_and_are_what_validation_says(module: Any, runn
             assert row.target_speedup * 0.992 <= row.speedup < row.target_speedup * 1.03
             assert (row.tokens, row.block) == (197 - row.removed, "1")
         assert row.throughput > 0
-    assert [(each.method, each.target_speedup) for each in found.decided.unreached] == [
+    assert [(each.method, each.target_speedup) for each in found.plan.unreached] == [
         *(("pomt", 6.0), ("random", 6.0), ("pomt+int8", 6.0))
     ]
-    assert found.decided.unreached[0].best == pytest.approx(788 / (788 - 3 * 194), rel=1e-3)
+    assert found.plan.unreached[0].best == pytest.approx(788 / (788 - 3 * 194), rel=1e-3)
     (unpruned,) = L.Trainer(**_options()).validate(model, data(), verbose=False)
     assert (dense.top1, dense.top5) == (unpruned["val/top1"], unpruned["val/top5"])
     with lp.patch(model, "pomt", lp.Schedule.single(4, 1, pomt.removed)):
@@ -132,58 +130,61 @@ def test_an_interruption_loses_no_finished_row(module: Any, running: Any, tmp_pa
     whole = run(module, running, tmp_path / "whole", methods, speedups)
     model = module(Counting)
     model.fail_in = 3
-    told: list[str] = []
+    messages: list[str] = []
     with pytest.raises(Stop):
-        run(model, running, tmp_path / "cut", methods, speedups, told=told)
+        run(model, running, tmp_path / "cut", methods, speedups, messages=messages)
     assert model.runs == 3
     assert type(model.model.blocks[1]).__name__ == "Block"
-    assert told == [f"Validating {name} ({n} of 4)" for n, name in enumerate(["dense", "pomt 1.5x", "random 1.5x"], 1)]
+    names = ["dense", "pomt 1.5x", "random 1.5x"]
+    assert messages == [f"Validating {name} ({n} of 4)" for n, name in enumerate(names, 1)]
 
-    model.fail_in, model.runs, told[:] = 0, 0, []
-    again = run(model, running, tmp_path / "cut", methods, speedups, told=told)
+    model.fail_in, model.runs, messages[:] = 0, 0, []
+    again = run(model, running, tmp_path / "cut", methods, speedups, messages=messages)
     assert model.runs == 2  # random, which was cut short, and int8
-    assert "2 of 4 variants were finished before" in told[0]
-    assert told[1:] == ["Validating random 1.5x (3 of 4)", "Validating int8 (4 of 4)"]
+    assert "2 of 4 variants were finished before" in messages[0]
+    assert messages[1:] == ["Validating random 1.5x (3 of 4)", "Validating int8 (4 of 4)"]
     timeless = ("throughput", "throughput_end_to_end")
     for one, other in zip(whole.rows, again.rows, strict=True):
         same = {key: value for key, value in one.to_dict().items() if key not in timeless}
         assert same == {key: value for key, value in other.to_dict().items() if key not in timeless}
-    assert again.decided.to_dict() == again.decided.from_dict(again.decided.to_dict()).to_dict()
+    assert again.plan.to_dict() == again.plan.from_dict(again.plan.to_dict()).to_dict()
 
-    model.runs, told[:] = 0, []
-    third = run(model, running, tmp_path / "cut", methods, speedups, told=told)
+    model.runs, messages[:] = 0, []
+    third = run(model, running, tmp_path / "cut", methods, speedups, messages=messages)
     assert model.runs == 0
     assert [row.to_dict() for row in third.rows] == [row.to_dict() for row in again.rows]
-    run(model, running, tmp_path / "cut", methods, speedups, fresh=True)
+    run(model, running, tmp_path / "cut", methods, speedups, resume=False)
     assert model.runs == 4
 
 
 def test_another_question_begins_anew_and_loses_nothing(
     module: Any, running: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, told = module(Counting), []
+    model, messages = module(Counting), []
     run(model, running, tmp_path, ["random"], [1.5])
     asked = []
-    real = opening.search_methods
-    monkeypatch.setattr(opening, "search_methods", lambda *a, **k: asked.append(1) or real(*a, **k))
+    real = setup.search_methods
+    monkeypatch.setattr(setup, "search_methods", lambda *a, **k: asked.append(1) or real(*a, **k))
     run(model, running, tmp_path, ["random"], [1.5])
     assert (asked, model.runs) == ([], 2)
-    run(model, running, tmp_path, ["random"], [2.0], told=told)
+    run(model, running, tmp_path, ["random"], [2.0], messages=messages)
     assert (asked, model.runs) == ([1], 4)
-    assert told[0] == f"Starting anew beside what {tmp_path / 'state'} holds: speedups differ."
+    assert messages[0].startswith("A new comparison: speedups differ ")
+    assert str(tmp_path / "state") in messages[0]
+    bias = model.model.head.bias.detach().clone()
     with torch.no_grad():
         model.model.head.bias += 1
-    told.clear()
-    run(model, running, tmp_path, ["random"], [1.5], told=told)
-    assert "holds: weights differ." in told[0]
+    messages.clear()
+    run(model, running, tmp_path, ["random"], [1.5], messages=messages)
+    assert messages[0].startswith("A new comparison: weights differ ")
     run(model, running, tmp_path, ["random"], [1.5], block=2)
     run(model, running, tmp_path, ["random"], [1.5], limit_val_batches=3)
     assert (len(asked), model.runs) == (4, 10)
     with torch.no_grad():
-        model.model.head.bias -= 1
+        model.model.head.bias.copy_(bias)
     model.runs = 0
     run(model, running, tmp_path, ["random"], [2.0])
-    assert model.runs in (0, 2)  # the weights are the same again, unless adding and subtracting rounded
+    assert (len(asked), model.runs) == (4, 0)  # the weights are the same again
 
 
 def test_targets_of_one_schedule_are_validated_once(module: Any, running: Any, tmp_path: Path) -> None:
@@ -231,7 +232,7 @@ def test_a_method_of_which_the_images_decide_has_one_row(module: Any, running: A
     assert row.speedup == pytest.approx(197 / 100)
     assert (row.images, row.top1_low < row.top1_change < row.top1_high) == (16, True)
     assert list(found.traces) == ["vwt-inter", "random 1.5x"]
-    assert found.decided.planned[1].schedule is None
+    assert found.plan.planned[1].schedule is None
     again = run(module, running, tmp_path, ["vwt-inter", "random"], [1.5], method=VWTInter(vocabulary, threshold=0.5))
     assert again.rows[1].throughput == row.throughput
 
@@ -260,7 +261,7 @@ def test_energy_where_there_is_a_counter(
     monkeypatch.setattr("lightning_prune.comparison.method_search.measure_energy", measure)
     found = run(module, running, tmp_path, ["random", "int8"], [1.5])
     assert [(row.joules_per_image, row.watts) for row in found.rows] == [(0.25, 40.0)] * 3
-    assert found.decided.energy == "meter; the idle device draws 10.0 W"
+    assert found.plan.energy == "meter; the idle device draws 10.0 W"
 
 
 def test_pictures_are_of_one_target_that_all_reach(module: Any, running: Any, tmp_path: Path) -> None:
@@ -299,26 +300,28 @@ def test_where_the_dataset_cannot_be_sampled_the_first_batch_is_pictured(
     assert torch.equal(found.pictures, next(iter(validated.val_dataloader()))[0][:4])
 
 
+def test_the_papers_protocol_has_no_targets(module: Any, running: Any, tmp_path: Path) -> None:
+    with pytest.raises(lp.ArgumentError, match=r"`protocol` must be 'deployed' with `speedups`, got 'paper'"):
+        run(module, running, tmp_path, ["pomt"], [1.5], method="pomt", protocol="paper")
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
-    ("settings", "name"),
+    ("arguments", "message"),
     [
-        ({"schedule": 20}, "schedule"),
-        ({"objective": lp.Utility(0.3)}, "objective"),
-        ({"protocol": "paper"}, "protocol"),
+        ({"runtimes": ["torch", "torch.compile"]}, r"`runtimes` must be a list with one runtime, got \['torch', "),
+        ({"runtimes": "torch"}, "`runtimes` must be a list with one runtime, got 'torch'"),
+        ({"runtimes": ["tortch"]}, "`runtime` must be .*got 'tortch'"),
+        ({"objective": "fast"}, "`objective` must be an Objective .*got 'fast'"),
+        ({"speedups": [0.5]}, "`speedups` must be .* > 1 .*got 0.5"),
+        ({"methods": ["pomt+int8"]}, "`speedups` must be given for pomt.int8, .*got None"),
     ],
 )
-def test_settings_that_would_play_no_part(
-    settings: dict[str, Any], name: str, module: Any, running: Any, tmp_path: Path
-) -> None:
-    with pytest.raises(lp.ArgumentError, match=f"`{name}` plays no part where `methods` are compared"):
-        run(module, running, tmp_path, ["pomt"], [1.5], **settings)
-
-
-def test_a_method_that_is_not_compared_plays_no_part(module: Any, running: Any, tmp_path: Path) -> None:
-    with pytest.raises(
-        lp.ArgumentError, match=r"`method` plays no part unless `methods` name it; got RandomDrop\(seed=3"
-    ):
-        run(module, running, tmp_path, ["topk"], [1.5], method=RandomDrop(seed=3))
+def test_unusable_arguments(arguments: dict[str, Any], message: str, module: Any, running: Any, tmp_path: Path) -> None:
+    arguments = {"methods": ["pomt"], **arguments}
+    with pytest.raises(lp.ArgumentError, match=message):
+        run(module, running, tmp_path, arguments.pop("methods"), **arguments)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("limit", [0, 0.0])
@@ -328,7 +331,7 @@ def test_nothing_to_validate_is_an_error_and_leaves_the_trainer_alone(
     trainer, pruner = running(limit_val_batches=limit)
     callbacks = list(trainer.callbacks)
     with pytest.raises(lp.DataError, match=r"^The validation loader yielded no batch to compare on"):
-        compare_methods(trainer, module(), pruner.config, ["random"], None, tmp_path, datamodule=data())
+        lp.compare(trainer, module(), data(), ["random"], output=tmp_path)
     assert (trainer.callbacks, trainer.limit_val_batches, pruner.enabled) == (callbacks, 0, True)
 
 
@@ -338,6 +341,6 @@ def test_the_trainer_is_as_before_after_an_error(module: Any, running: Any, tmp_
     trainer, pruner = running()
     callbacks = list(trainer.callbacks)
     with pytest.raises(Stop):
-        compare_methods(trainer, model, pruner.config, ["random"], [1.5], tmp_path, datamodule=data())
+        lp.compare(trainer, model, data(), ["random"], [1.5], output=tmp_path)
     assert (trainer.callbacks, trainer.limit_val_batches, pruner.enabled) == (callbacks, 2, True)
     assert isinstance(pruner, TokenPruning)

@@ -35,7 +35,7 @@ METHODS = [
 def test_the_command_of_the_issue(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["compare", *TINY, *METHODS, "--output", str(tmp_path)]
     assert main(words) == 0
-    names = ["pareto.png", "report.html", "results.csv", "results.json", "schedule.yaml", "tokens.png"]
+    names = ["pareto.png", "report.html", "results.csv", "results.json", "profile.json", "profile.png", "tokens.png"]
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*names, "schedules", "state"])
     with (tmp_path / "results.csv").open(newline="") as stream:
         rows = list(csv.DictReader(stream))
@@ -81,10 +81,15 @@ def test_the_command_of_the_issue(tmp_path: Path, capsys: pytest.CaptureFixture[
         ("--methods pomt --speedups=nan", "`speedups` must be finite numbers > 1, as in --speedups 1.25 2, got 'nan'."),
         ("--methods", "methods"),
         ("--methods pomt pomt", "`methods` must differ from one another, got 'pomt' twice."),
-        ("--speedups 1.5", "`speedups` plays no part without `methods`; got speedups=[1.5]."),
-        ("--fresh", "`fresh` plays no part without `methods`; got fresh=True."),
-        ("--methods pomt --max_drop 0.1", "`max_drop` plays no part where `methods` are compared; got max_drop=0.1."),
-        ("--methods pomt --prune.schedule 20", "`schedule` plays no part where `methods` are compared"),
+        (
+            "--methods pomt+int8",
+            "`speedups` must be given for pomt+int8, which is not planned by an objective, got None.",
+        ),
+        ("--methods pomt --max-drop 200%", "`max_drop` must be a number in [0, 1), got 2.0."),
+        (
+            "--methods pomt --speedups 2 --prune.method pomt --prune.protocol paper",
+            "`protocol` must be 'deployed' with",
+        ),
     ],
 )
 def test_mistakes_are_told_in_one_line(

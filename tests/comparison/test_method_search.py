@@ -9,18 +9,15 @@ import torch
 
 import lightning_prune as lp
 from helpers.models import digits_module
-from lightning_prune.comparison.api import compare_methods
 from lightning_prune.comparison.variants import PlannedVariant, VariantRequest, read_methods, variant_of
 from lightning_prune.planning.api import AUTO_METHODS
 from lightning_prune.reduction import POMT, resolve
 
 
-def run(module: Any, running: Any, output: Path, told: list[str], **more: Any) -> Any:
-    trainer, pruner = running(calibration=8, time_limit=1, **more)
-    data = lp.DigitsData(batch_size=8)
-    return compare_methods(
-        trainer, module, pruner.config, ["auto", "random"], [1.2, 50.0], output, False, told.append, datamodule=data
-    )
+def run(module: Any, running: Any, output: Path, messages: list[str], **more: Any) -> Any:
+    trainer, _ = running(calibration=8, time_limit=1, **more)
+    data, methods = lp.DigitsData(batch_size=8), ["auto", "random"]
+    return lp.compare(trainer, module, data, methods, [1.2, 50.0], output=output, on_message=messages.append)
 
 
 @pytest.fixture
@@ -39,25 +36,25 @@ def test_auto_is_planned_validated_and_found_again(larger: Any, running: Any, tm
     assert auto.note.split("; ")[0] in AUTO_METHODS
     assert auto.images == 16
     assert auto.removed > 0
-    assert auto.speedup == pytest.approx(found.decided.planned[1].timing.ratio ** -1)
-    planned = next(each for each in found.decided.planned if each.variant == "auto 1.2x")
+    assert auto.speedup == pytest.approx(found.plan.planned[1].timing.ratio ** -1)
+    planned = next(each for each in found.plan.planned if each.variant == "auto 1.2x")
     assert str(planned.schedule.method) == planned.chosen == auto.note.split("; ")[0]
     assert planned.schedule.total_removed == auto.removed
     assert planned.schedule.tokens(197)[-1] == auto.tokens
-    (unreached,) = (each for each in found.decided.unreached if each.method == "auto")
+    (unreached,) = (each for each in found.plan.unreached if each.method == "auto")
     assert unreached.target_speedup == 50
     assert unreached.reason.startswith("timed up to Schedule(")
     assert any(name.startswith("auto") for name in found.traces)
     assert all(torch.equal(value, before[name]) for name, value in larger.state_dict().items())
 
-    told: list[str] = []
-    again = run(larger, running, tmp_path, told)
-    assert any("finished before" in line for line in told)
+    messages: list[str] = []
+    again = run(larger, running, tmp_path, messages)
+    assert any("finished before" in line for line in messages)
     assert [row.to_dict() for row in again.rows] == [row.to_dict() for row in found.rows]
-    told.clear()
-    run(larger, running, tmp_path, told, seed=1)
-    assert any("calibration differ" in line for line in told)
-    assert any(line.startswith("The latency curve that `auto` plans on was measured 20") for line in told)
+    messages.clear()
+    run(larger, running, tmp_path, messages, seed=1)
+    assert any(line.startswith("A new comparison: calibration, seed differ ") for line in messages)
+    assert any(line.startswith("The latency profile was measured 20") for line in messages)
 
 
 def test_a_plan_read_from_a_file_runs_as_the_method_that_was_chosen() -> None:

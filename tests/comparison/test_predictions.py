@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from helpers.data import noise_images
 from helpers.models import tiny_vit
-from lightning_prune.comparison.predictions import OutcomeRecorder, Outcomes, listen
+from lightning_prune.comparison.predictions import PredictionRecorder, Predictions, capture_outputs
 
 IMAGES = noise_images(10)
 LABELS = torch.arange(10) % 5
@@ -70,8 +70,8 @@ def loader(*parts: Tensor) -> DataLoader[Any]:
     return DataLoader(TensorDataset(*parts), batch_size=4)
 
 
-def recorded(module: L.LightningModule, loaders: Any = None, **options: Any) -> OutcomeRecorder:
-    recorder = OutcomeRecorder()
+def recorded(module: L.LightningModule, loaders: Any = None, **options: Any) -> PredictionRecorder:
+    recorder = PredictionRecorder()
     trainer = L.Trainer(callbacks=[recorder], **{**OPTIONS, **options})
     trainer.validate(module, loaders or loader(IMAGES, LABELS), verbose=False)
     return recorder
@@ -84,9 +84,9 @@ def test_classes_are_those_of_the_module(kind: type[Inner]) -> None:
     with torch.no_grad():
         output = module.net(IMAGES) if kind is Inner else module(IMAGES)
     expected = getattr(output, "logits", output).argmax(1).tolist()
-    assert found.outcomes == Outcomes(expected, LABELS.tolist())
-    assert found.outcomes.labelled
-    assert found.outcomes.right == [a == b for a, b in zip(expected, LABELS.tolist(), strict=True)]
+    assert found.predictions == Predictions(expected, LABELS.tolist())
+    assert found.predictions.labelled
+    assert found.predictions.correct == [a == b for a, b in zip(expected, LABELS.tolist(), strict=True)]
     assert found.images == 10
     assert not module.net._forward_hooks
     assert not module._forward_hooks
@@ -95,29 +95,29 @@ def test_classes_are_those_of_the_module(kind: type[Inner]) -> None:
 @pytest.mark.parametrize("kind", [Twice, Features])
 def test_what_cannot_be_told_is_not_guessed(kind: type[Inner]) -> None:
     found = recorded(kind())
-    assert (found.outcomes, found.images) == (None, 10)
+    assert (found.predictions, found.images) == (None, 10)
 
 
 def test_without_labels_there_are_still_classes() -> None:
     found = recorded(Inner(), loader(IMAGES))
-    assert not found.outcomes.labelled
-    assert found.outcomes.labels == [-1] * 10
-    assert len(found.outcomes.predicted) == 10
+    assert not found.predictions.labelled
+    assert found.predictions.labels == [-1] * 10
+    assert len(found.predictions.predicted) == 10
 
 
 def test_of_several_loaders_the_first_counts() -> None:
     found = recorded(Inner(), [loader(IMAGES[:6], LABELS[:6]), loader(IMAGES, LABELS)])
-    assert found.outcomes.labels == LABELS[:6].tolist()
+    assert found.predictions.labels == LABELS[:6].tolist()
     assert found.images == 6
 
 
 def test_each_run_is_recorded_by_itself() -> None:
-    recorder, module = OutcomeRecorder(), Inner()
+    recorder, module = PredictionRecorder(), Inner()
     trainer = L.Trainer(callbacks=[recorder], **OPTIONS)
     trainer.validate(module, loader(IMAGES, LABELS), verbose=False)
-    first = recorder.outcomes
+    first = recorder.predictions
     trainer.validate(module, loader(IMAGES[:4], LABELS[:4]), verbose=False)
-    assert recorder.outcomes == Outcomes(first.predicted[:4], first.labels[:4])
+    assert recorder.predictions == Predictions(first.predicted[:4], first.labels[:4])
 
 
 @pytest.mark.parametrize("how", ["in place", "wrapped"])
@@ -129,7 +129,7 @@ def test_compiled_transformers_are_heard(how: str) -> None:
     else:
         compiled = torch.compile(net, backend="eager")
     found = recorded(Inner(compiled))
-    assert found.outcomes.predicted == tiny_vit()(IMAGES).argmax(1).tolist()
+    assert found.predictions.predicted == tiny_vit()(IMAGES).argmax(1).tolist()
     if how == "in place":
         assert net._compiled_call_impl.__name__ != "told"
 
@@ -148,7 +148,7 @@ def test_listening_ends_after_an_error() -> None:
 def test_listen_passes_on_and_stops() -> None:
     heard: list[Any] = []
     module = nn.Identity()
-    stop = listen(module, heard.append)
+    stop = capture_outputs(module, heard.append)
     module(3)
     stop()
     module(4)
@@ -156,9 +156,9 @@ def test_listen_passes_on_and_stops() -> None:
 
 
 def test_images_in_another_order_each_time_are_not_paired() -> None:
-    recorder = OutcomeRecorder()
+    recorder = PredictionRecorder()
     trainer = L.Trainer(callbacks=[recorder], **OPTIONS)
     loader = DataLoader(TensorDataset(IMAGES, LABELS), batch_size=5, shuffle=True)
     with pytest.warns(UserWarning, match="The validation loader shuffles, so that images of two runs cannot be paired"):
         trainer.validate(Inner(), loader, verbose=False)
-    assert (recorder.outcomes, recorder.images) == (None, 10)
+    assert (recorder.predictions, recorder.images) == (None, 10)

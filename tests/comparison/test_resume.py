@@ -11,14 +11,14 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import lightning_prune as lp
 from lightning_prune._utils.files import slug
-from lightning_prune.comparison.predictions import Outcomes
+from lightning_prune.comparison.predictions import Predictions
 from lightning_prune.comparison.resume import (
-    State,
+    ResumeState,
     VariantResult,
-    ask,
     data_identity,
     differences,
-    question_digest,
+    fingerprint_digest,
+    fingerprint_of,
     weights_digest,
 )
 from lightning_prune.comparison.variants import (
@@ -28,13 +28,13 @@ from lightning_prune.comparison.variants import (
     VariantRequest,
     read_methods,
 )
-from lightning_prune.profiling import LatencyStats
+from lightning_prune.profiling import LatencyProfile, LatencyStats
 from lightning_prune.reduction import POMT, RandomDrop
 from lightning_prune.schedule import MeasurementSource
 
-QUESTION = {"weights": "abc", "speedups": [1.5], "methods": {"pomt": {}}}
+FINGERPRINT = {"weights": "abc", "speedups": [1.5], "methods": {"pomt": {}}}
 TIMING = LatencyStats(10.0, 0.5, 0.8, 0.01, 51)
-DECIDED = ComparisonPlan(
+PLAN = ComparisonPlan(
     planned=[
         PlannedVariant("dense", "dense", timing=TIMING),
         PlannedVariant(
@@ -46,6 +46,12 @@ DECIDED = ComparisonPlan(
             schedule=lp.Schedule.single(4, 1, 5, "tome", MeasurementSource(device="Abacus")),
             timing=TIMING,
         ),
+        PlannedVariant(
+            variant="topk utility",
+            request="topk utility",
+            keep_rates=lp.KeepRates([1, 0.5, 1, 1]),
+            plan={"reason": "Best.", "met": True},
+        ),
         PlannedVariant("int8", "int8", "int8", True, note="no int8 on abacus"),
     ],
     unreached=[UnreachedTarget("pomt", 6.0, 1.6, "timed up to 194")],
@@ -54,62 +60,73 @@ DECIDED = ComparisonPlan(
     energy="n/a",
     seconds=1.25,
     started="2026-01-02T03:04:05+00:00",
+    profile=LatencyProfile(
+        tokens=(1, 197),
+        milliseconds=(1.0, 2.0),
+        spread=(0.1, 0.1),
+        rounds=(3, 3),
+        method="random",
+        block=0,
+        depth=4,
+        context={"device": "Abacus"},
+    ),
+    calibration="8 images",
 )
-FINISHED = VariantResult({"val/top1": 0.875}, 4, Outcomes([1, 2, 3, 4], [1, 2, 0, -1]))
+RESULT = VariantResult({"val/top1": 0.875}, 4, Predictions([1, 2, 3, 4], [1, 2, 0, -1]))
 
 
 def test_everything_comes_back_as_it_was(tmp_path: Path) -> None:
-    state = State(tmp_path, QUESTION)
-    assert (state.known, state.decided(), state.finished("pomt 1.5x")) == (False, None, None)
-    state.keep_decided(DECIDED)
-    state.keep_finished("pomt 1.5x", FINISHED)
-    state.keep_finished("dense", VariantResult({}, 0, None))
-    again = State(tmp_path, QUESTION)
-    assert again.known
-    found = again.decided()
-    assert found == DECIDED
+    state = ResumeState(tmp_path, FINGERPRINT)
+    assert (state.is_known, state.plan(), state.result("pomt 1.5x")) == (False, None, None)
+    state.keep_plan(PLAN)
+    state.keep_result("pomt 1.5x", RESULT)
+    state.keep_result("dense", VariantResult({}, 0, None))
+    again = ResumeState(tmp_path, FINGERPRINT)
+    assert again.is_known
+    found = again.plan()
+    assert found == PLAN
     assert found.planned[1].schedule.made_on == MeasurementSource(device="Abacus")
-    assert again.finished("pomt 1.5x") == FINISHED
-    assert again.finished("dense") == VariantResult({}, 0, None)
-    assert again.finished("int8") is None
+    assert again.result("pomt 1.5x") == RESULT
+    assert again.result("dense") == VariantResult({}, 0, None)
+    assert again.result("int8") is None
 
 
 def test_fresh_forgets_this_question_only(tmp_path: Path) -> None:
-    other = State(tmp_path, {**QUESTION, "speedups": [2.0]})
-    other.keep_decided(DECIDED)
-    State(tmp_path, QUESTION).keep_decided(DECIDED)
-    assert State(tmp_path, QUESTION, fresh=True).decided() is None
-    assert State(tmp_path, {**QUESTION, "speedups": [2.0]}).decided() == DECIDED
+    other = ResumeState(tmp_path, {**FINGERPRINT, "speedups": [2.0]})
+    other.keep_plan(PLAN)
+    ResumeState(tmp_path, FINGERPRINT).keep_plan(PLAN)
+    assert ResumeState(tmp_path, FINGERPRINT, resume=False).plan() is None
+    assert ResumeState(tmp_path, {**FINGERPRINT, "speedups": [2.0]}).plan() == PLAN
 
 
 def test_says_what_is_new_in_a_question(tmp_path: Path) -> None:
-    assert State(tmp_path, QUESTION).news() == []
-    State(tmp_path, {**QUESTION, "weights": "def", "speedups": [3.0]})
-    assert State(tmp_path, {**QUESTION, "weights": "xyz"}).news() == ["weights"]
-    assert State(tmp_path, QUESTION).news() == []
+    assert ResumeState(tmp_path, FINGERPRINT).changed_settings() == []
+    ResumeState(tmp_path, {**FINGERPRINT, "weights": "def", "speedups": [3.0]})
+    assert ResumeState(tmp_path, {**FINGERPRINT, "weights": "xyz"}).changed_settings() == ["weights"]
+    assert ResumeState(tmp_path, FINGERPRINT).changed_settings() == []
 
 
-@pytest.mark.parametrize("name", ["decided.json", "rows/dense.json", "rows/dense.npy"])
+@pytest.mark.parametrize("name", ["plan.json", "variants/dense.json", "variants/dense.npy"])
 @pytest.mark.parametrize("damage", ["cut", "gone", "foreign"])
 def test_a_damaged_file_counts_as_not_there(name: str, damage: str, tmp_path: Path) -> None:
-    state = State(tmp_path, QUESTION)
-    state.keep_decided(DECIDED)
-    state.keep_finished("dense", FINISHED)
+    state = ResumeState(tmp_path, FINGERPRINT)
+    state.keep_plan(PLAN)
+    state.keep_result("dense", RESULT)
     path = state.folder / name
     if damage == "gone":
         path.unlink()
     else:
         path.write_bytes(path.read_bytes()[:40] if damage == "cut" else b'{"format": "lightning_prune.schedule"}')
-    again = State(tmp_path, QUESTION)
-    assert again.decided() == (None if name == "decided.json" else DECIDED)
-    assert again.finished("dense") == (FINISHED if name == "decided.json" else None)
+    again = ResumeState(tmp_path, FINGERPRINT)
+    assert again.plan() == (None if name == "plan.json" else PLAN)
+    assert again.result("dense") == (RESULT if name == "plan.json" else None)
 
 
 @pytest.mark.parametrize("damage", ["nothing", "another shape", "another number", "letters", "archive", "too large"])
 def test_damaged_outcomes_count_as_not_there(damage: str, tmp_path: Path) -> None:
-    state = State(tmp_path, QUESTION)
-    state.keep_finished("dense", FINISHED)
-    path = state.folder / "rows" / "dense.npy"
+    state = ResumeState(tmp_path, FINGERPRINT)
+    state.keep_result("dense", RESULT)
+    path = state.folder / "variants" / "dense.npy"
     whole = path.read_bytes()
     if damage == "nothing":
         path.write_bytes(b"")
@@ -122,26 +139,26 @@ def test_damaged_outcomes_count_as_not_there(damage: str, tmp_path: Path) -> Non
         shapes = {"another shape": np.zeros(2), "another number": np.zeros((2, 3)), "letters": np.full((2, 4), "a")}
         np.save(path, shapes[damage] if damage == "letters" else shapes[damage].astype(np.int32))
     assert path.read_bytes() != whole
-    assert State(tmp_path, QUESTION).finished("dense") is None
+    assert ResumeState(tmp_path, FINGERPRINT).result("dense") is None
 
 
 def test_a_file_in_the_place_of_the_folder_is_told(tmp_path: Path) -> None:
     (tmp_path / "state").write_text("mine")
     with pytest.raises(lp.ArgumentError, match="`output` must have a folder `state` that can be written to"):
-        State(tmp_path, QUESTION)
+        ResumeState(tmp_path, FINGERPRINT)
 
 
 def test_no_half_file_is_left_by_an_interruption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    state = State(tmp_path, QUESTION)
+    state = ResumeState(tmp_path, FINGERPRINT)
 
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("lightning_prune.comparison.resume.np.save", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        state.keep_finished("dense", FINISHED)
-    assert list((state.folder / "rows").iterdir()) == []
-    assert State(tmp_path, QUESTION).finished("dense") is None
+        state.keep_result("dense", RESULT)
+    assert list((state.folder / "variants").iterdir()) == []
+    assert ResumeState(tmp_path, FINGERPRINT).result("dense") is None
 
 
 @pytest.mark.parametrize(
@@ -201,33 +218,65 @@ def test_data_of_unknown_length() -> None:
 
 
 def test_tensors_that_a_method_holds_are_told_apart_everywhere() -> None:
-    def asked(held: torch.Tensor) -> dict[str, Any]:
+    def fingerprint(held: torch.Tensor) -> dict[str, Any]:
         method = RandomDrop()
         vars(method)["held"] = held
-        return ask(
-            weights="", data={}, context={}, entries=[VariantRequest("random", method, False)], speedups=[], settings={}
+        return fingerprint_of(
+            weights="",
+            data={},
+            context={},
+            requests=[VariantRequest("random", method, False)],
+            speedups=[],
+            settings={},
         )
 
     weights = torch.zeros(5000)
     changed = weights.clone()
     changed[2500] = 1
-    assert asked(weights) == asked(weights.clone())
-    assert differences(asked(weights), asked(changed)) == ["methods"]
+    assert fingerprint(weights) == fingerprint(weights.clone())
+    assert differences(fingerprint(weights), fingerprint(changed)) == ["methods"]
 
 
-def test_a_question_is_what_it_depends_on() -> None:
+def test_objectives_and_given_schedules_are_told_apart() -> None:
+    def fingerprint(**more: Any) -> dict[str, Any]:
+        requests = [VariantRequest("pomt", POMT(), False, **more)]
+        return fingerprint_of(weights="", data={}, context={}, requests=requests, speedups=[], settings={})
+
+    objectives = [lp.AccuracyBudget(0.1), lp.AccuracyBudget(0.2), lp.Utility(0.1), lp.LatencyBudget(speedup=1.1)]
+    schedules = [60, 0.5, [0, 60, 0, 0], lp.Schedule([0, 60, 0, 0]), lp.Schedule([0, 0, 60, 0]), lp.KeepRates([1, 0.5])]
+    kinds = [fingerprint(), *(fingerprint(objective=each) for each in objectives)]
+    kinds += [fingerprint(schedule=each) for each in schedules]
+    assert len({fingerprint_digest(kind) for kind in kinds}) == len(kinds)
+    assert fingerprint(objective=lp.AccuracyBudget(0.1)) == kinds[1]
+    assert fingerprint(schedule=lp.Schedule([0, 60, 0, 0])) == kinds[8]
+
+
+def test_another_release_is_not_resumed_but_named(tmp_path: Path) -> None:
+    other = ResumeState(tmp_path, {**FINGERPRINT, "speedups": [2.0]})
+    path = other.folder / "fingerprint.json"
+    path.write_text(path.read_text().replace('"version": 2', '"version": 1'))
+    (tmp_path / "state" / "earlier").mkdir()
+    (tmp_path / "state" / "earlier" / "question.json").write_text("{}")
+    state = ResumeState(tmp_path, FINGERPRINT)
+    assert state.unreadable() == sorted([other.folder, tmp_path / "state" / "earlier"])
+    assert (state.changed_settings(), state.plan(), state.result("dense")) == ([], None, None)
+
+
+def test_a_fingerprint_is_what_the_results_depend_on() -> None:
     shared: dict[str, Any] = {"weights": "a", "data": {"items": [3]}, "context": {"device": "Abacus"}}
-    first = ask(**shared, entries=read_methods(["pomt"], POMT()), speedups=[1.5], settings={"block": 0.25})
-    again = ask(**shared, entries=read_methods(["pomt"], POMT()), speedups=[1.5], settings={"block": 0.25})
-    assert question_digest(first) == question_digest(again)
+    first = fingerprint_of(**shared, requests=read_methods(["pomt"], POMT()), speedups=[1.5], settings={"block": 0.25})
+    again = fingerprint_of(**shared, requests=read_methods(["pomt"], POMT()), speedups=[1.5], settings={"block": 0.25})
+    assert fingerprint_digest(first) == fingerprint_digest(again)
     seeded = read_methods(["random"], RandomDrop(seed=1))
-    plain = ask(**shared, entries=read_methods(["random"], POMT()), speedups=[1.5], settings={})
-    assert differences(plain, ask(**shared, entries=seeded, speedups=[1.5], settings={})) == ["methods"]
+    plain = fingerprint_of(**shared, requests=read_methods(["random"], POMT()), speedups=[1.5], settings={})
+    assert differences(plain, fingerprint_of(**shared, requests=seeded, speedups=[1.5], settings={})) == ["methods"]
     for entries, speedups, block, key in [
         (["pomt", "random"], [1.5], 0.25, "methods"),
         (["pomt"], [2.0], 0.25, "speedups"),
         (["pomt"], [1.5], 3, "block"),
     ]:
-        other = ask(**shared, entries=read_methods(entries, POMT()), speedups=speedups, settings={"block": block})
+        other = fingerprint_of(
+            **shared, requests=read_methods(entries, POMT()), speedups=speedups, settings={"block": block}
+        )
         assert differences(first, other) == [key]
-        assert question_digest(first) != question_digest(other)
+        assert fingerprint_digest(first) != fingerprint_digest(other)

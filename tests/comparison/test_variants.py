@@ -53,7 +53,7 @@ def test_the_name_of_the_pruners_own_method_means_its_settings() -> None:
         (["dnse"], r"got 'dnse'\. Did you mean 'dense'\?"),
         (["dense+int8"], r"got 'dense\+int8'\. Did you mean 'int8'\?"),
         (["zzzzzz"], r"got 'zzzzzz'\.$"),
-        ([3], r"`methods` must hold names, got 3\."),
+        ([3], r"`methods` must hold names and reductions, got 3\."),
     ],
 )
 def test_names_that_are_none(methods: Any, message: str) -> None:

@@ -36,6 +36,8 @@ def row(variant: str, **facts: Any) -> dict[str, Any]:
         "top5": 0.9975,
         "agreement": None,
         "latency_ms": 106.99,
+        "latency_p90_ms": 109.5,
+        "runtime": "torch",
         "latency_spread": 1.2,
         "speedup": 1.0,
         "speedup_spread": 0.0,

@@ -1,0 +1,243 @@
+"""The results of a comparison: what is written, and which variant is the best."""
+
+import csv
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import lightning_prune as lp
+from lightning_prune.comparison import Comparison, read_results
+from lightning_prune.comparison.comparison_results import BestVariant, check_output_paths, choose_best, normalisation_of
+from lightning_prune.comparison.variants import ComparisonPlan, PlannedVariant, UnreachedTarget
+from lightning_prune.patching import TokenTrace
+from lightning_prune.planning import Objective
+from lightning_prune.profiling import LatencyProfile, LatencyStats
+from lightning_prune.report import tables
+from lightning_prune.report.rows import Row
+from lightning_prune.schedule import MeasurementSource
+
+WHERE: dict[str, Any] = {"images": 2000, "device": "Abacus", "batch_size": 16, "precision": "float32"}
+DENSE = Row(variant="dense", removed=0, tokens=197, top1=0.9725, latency_ms=106.99, latency_spread=2.2, **WHERE)
+TIMING = LatencyStats(10.0, 0.5, 0.8, 0.01, 51)
+
+
+def pruned(method: str, target: float, **more: Any) -> Row:
+    figures: dict[str, Any] = {
+        "top1": 0.956,
+        "top1_change": -0.0165,
+        "top1_low": -0.0231,
+        "top1_high": -0.0102,
+        "agreement": 0.9785,
+        "latency_ms": 106.99 / target,
+        "latency_spread": 1.1,
+        "speedup": target,
+        "speedup_spread": 0.02,
+    }
+    name = f"{method} {target:g}x"
+    cut = {"block": "3", "removed": 56, "tokens": 141}
+    return Row(
+        variant=name, method=method.removesuffix("+int8"), target_speedup=target, **cut, **{**figures, **more}, **WHERE
+    )
+
+
+ROWS = [DENSE, *(pruned(m, t) for m in ("pomt", "vwt-intra+int8", "pomt-nearest") for t in (1.25, 2.0))]
+
+
+PROFILE = LatencyProfile(
+    tokens=(1, 99, 197),
+    milliseconds=(2.0, 5.0, 10.0),
+    spread=(0.1, 0.1, 0.1),
+    rounds=(3, 3, 3),
+    method="random",
+    block=0,
+    depth=12,
+    context={"device": "Abacus", "model": "ViT", "batch_size": 16, "precision": "float32"},
+)
+
+
+def comparison(rows: list[Row] | None = None, **more: Any) -> Comparison:
+    planned = [PlannedVariant("dense", "dense", timing=TIMING)]
+    for row in (rows or ROWS)[1:]:
+        schedule = lp.Schedule.single(12, 3, row.removed or 0, made_on=MeasurementSource(device="Abacus"))
+        planned.append(
+            PlannedVariant(
+                variant=row.variant,
+                request=row.variant.split()[0],
+                method=row.method,
+                int8=row.int8,
+                target_speedup=row.target_speedup,
+                schedule=schedule,
+                timing=TIMING,
+                note=row.note,
+            )
+        )
+    unreached = [UnreachedTarget("pomt", 6.0, 1.62, "timed up to 194 removed tokens, the most that it can")]
+    context = {"device": "Abacus", "batch_size": 16, "precision": "float32"}
+    energy = "n/a (no energy counter on this device)"
+    plan = ComparisonPlan(planned, unreached, context, 197, energy, 12.34, "2026-01-02", profile=PROFILE)
+    groups = torch.arange(196).expand(2, -1)
+    trace = TokenTrace(groups, torch.ones(2, 197, dtype=torch.int64), torch.tensor([197, 197]), (14, 14))
+    shared: dict[str, Any] = {"pictures": torch.rand(2, 1, 56, 56), "traces": {"pomt 1.25x": trace}}
+    return Comparison(tuple(rows or ROWS), plan, **{**shared, **more})
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_files(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("kept")
+    best = BestVariant("pomt 2x", "It is the fastest.", True)
+    command = "lightning-prune compare --methods pomt"
+    found = comparison(best=best, command=command, config={"seed": 0}, normalisation=([0.5], [0.2]))
+    written = found.save(tmp_path)
+    names = ["results.csv", "results.json", "schedule.yaml", "profile.json", "profile.png"]
+    names += ["pareto.png", "tokens.png", "report.html"]
+    assert [path.name for path in written] == names
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*names, "schedules", "mine.txt"])
+    with written[0].open(newline="") as stream:
+        lines = list(csv.DictReader(stream))
+    assert list(lines[0]) == list(DENSE.to_dict())
+    assert (lines[0]["top1_low"], lines[1]["top1_low"]) == ("", "-0.0231")
+    document = read_results(written[1])
+    assert document == found.to_dict()
+    assert document["rows"] == [row.to_dict() for row in ROWS]
+    assert (document["command"], document["config"]) == (command, {"seed": 0})
+    assert document["versions"]["lightning_prune"] == lp.__version__
+    assert {"python", "torch", "lightning"} <= document["versions"].keys()
+    assert document["unreached"][0]["best"] == 1.62
+    for row in ROWS[1:]:
+        about = document["variants"][row.variant]
+        assert about["method"] == row.method
+        saved = lp.Schedule.load(tmp_path / about["file"])
+        assert saved.to_dict() == about["schedule"]
+    chosen = lp.Schedule.load(tmp_path / "schedule.yaml")
+    assert chosen == lp.Schedule.single(12, 3, 56)
+    assert "reason: It is the fastest." in (tmp_path / "schedule.yaml").read_text()
+    assert LatencyProfile.load(tmp_path / "profile.json") == PROFILE
+    page = (tmp_path / "report.html").read_text()
+    assert "vwt-intra+int8 2x" in page
+
+
+def test_no_schedule_where_no_objective_was_stated(tmp_path: Path) -> None:
+    comparison(best=BestVariant("pomt 2x", "It is the fastest.", True)).save(tmp_path)
+    assert "schedule.yaml" not in [path.name for path in comparison().save(tmp_path)]
+    assert not (tmp_path / "schedule.yaml").exists()
+
+
+def test_the_schedule_of_dense_removes_nothing(tmp_path: Path) -> None:
+    comparison(best=BestVariant("dense", "Nothing is gained.", True)).save(tmp_path)
+    schedule = lp.Schedule.load(tmp_path / "schedule.yaml")
+    assert (schedule.depth, schedule.total_removed) == (12, 0)
+
+
+def test_no_picture_where_patches_form_no_grid(tmp_path: Path) -> None:
+    found = comparison()
+    traces = {name: trace._replace(grid=None) for name, trace in found.traces.items()}
+    assert "tokens.png" not in [path.name for path in replace(found, traces=traces).save(tmp_path)]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_normalisation_of_other_channels_does_not_keep_the_files_from_being_written(tmp_path: Path) -> None:
+    written = comparison(normalisation=([0.5, 0.5, 0.5], [0.2, 0.2, 0.2])).save(tmp_path)
+    assert "tokens.png" in [path.name for path in written]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_file_that_fails_leaves_the_old_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    comparison().save(tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    monkeypatch.setattr(tables.csv.DictWriter, "writerows", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        comparison([DENSE, pruned("pomt", 1.5)]).save(tmp_path)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"rows": []}, "it has no format entry"),
+        ({"format": "lightning_prune.comparison", "version": 9}, "of version 9; this release reads version 1"),
+        ({"format": "lightning_prune.schedule", "version": 1}, "it has format 'lightning_prune.schedule'"),
+    ],
+)
+def test_results_of_another_release_are_refused(values: dict[str, Any], message: str, tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(values))
+    with pytest.raises(lp.FileFormatError, match=message):
+        read_results(path)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("report.html", "file"), ("schedules", "folder"), ("state", "folder")])
+def test_what_is_in_the_place_of_a_file_is_refused_before_the_work(name: str, kind: str, tmp_path: Path) -> None:
+    check_output_paths(tmp_path)
+    if kind == "file":
+        (tmp_path / name).mkdir()
+    else:
+        (tmp_path / name).write_text("mine")
+    with pytest.raises(lp.ArgumentError, match=f"`output` must have room for the {kind} {name}, got a "):
+        check_output_paths(tmp_path)
+
+
+def best_of(objective: Objective, *figures: tuple[float | None, float | None, float | None]) -> BestVariant:
+    """Of dense with 90% at 10 ms and variants with a top-1, the upper end of its interval, and a speed-up."""
+    rows = [Row(variant="dense", top1=0.9, latency_ms=10.0, speedup=1.0)]
+    for number, (top1, high, speedup) in enumerate(figures):
+        ms = 10.0 / speedup if speedup else None
+        rows.append(Row(variant=str(number), top1=top1, top1_high=high, latency_ms=ms, speedup=speedup))
+    planned = [PlannedVariant("dense", "dense")]
+    planned += [PlannedVariant(row.variant, row.variant, schedule=lp.Schedule([1, 0])) for row in rows[1:]]
+    return choose_best(rows, planned, objective)
+
+
+BUDGET = lp.AccuracyBudget(0.01)  # 89.1% of 90%
+
+
+@pytest.mark.parametrize(
+    ("objective", "figures", "variant", "met"),
+    [
+        (BUDGET, [(0.895, None, 1.2), (0.892, None, 1.5), (0.8, None, 3.0)], "1", True),
+        (BUDGET, [(0.892, None, 1.2), (0.89, 0.02, 2.0)], "0", True),  # one that meets it goes before one that may
+        (BUDGET, [(0.88, 0.02, 1.2), (0.87, 0.03, 2.0), (0.8, -0.05, 3.0)], "1", True),
+        (BUDGET, [(0.88, -0.012, 1.2)], "dense", True),
+        (BUDGET, [(None, None, 2.0), (float("nan"), None, 3.0), (0.9, None, None)], "dense", True),
+        (lp.LatencyBudget(speedup=1.5), [(0.85, 0.0, 1.5), (0.88, 0.0, 1.51), (0.9, 0.0, 1.4)], "1", True),
+        (lp.LatencyBudget(ms=5.0), [(0.7, 0.0, 2.1), (0.9, 0.0, 1.4)], "0", True),
+        (lp.LatencyBudget(speedup=4.0), [(0.7, 0.0, 2.1), (0.9, 0.0, 1.4)], "0", False),
+        (lp.Utility(0.5), [(0.8, 0.0, 2.0), (0.3, 0.0, 2.1)], "0", True),
+        (lp.Utility(0.0), [(0.8, 0.0, 2.0), (0.3, 0.0, 2.1)], "dense", True),
+        (BUDGET, [], "dense", True),
+    ],
+)
+def test_the_best_by_an_objective(objective: Objective, figures: Any, variant: str, met: bool) -> None:
+    best = best_of(objective, *figures)
+    assert (best.variant, best.met) == (variant, met)
+    assert str(objective) in best.reason
+
+
+def test_without_top1_the_agreement_with_dense_counts() -> None:
+    rows = [Row(variant="dense", latency_ms=10.0, speedup=1.0)]
+    rows += [Row(variant=str(a), agreement=a, speedup=1 / a, latency_ms=10 * a) for a in (0.9, 0.995, 0.98)]
+    planned = [PlannedVariant(row.variant, row.variant, schedule=lp.Schedule([1, 0])) for row in rows]
+    best = choose_best(rows, planned, lp.AccuracyBudget(0.03))
+    assert best.variant == "0.98"
+    assert "98.00% agreement with dense" in best.reason
+
+
+def test_a_variant_in_8_bits_has_no_schedule_to_deploy() -> None:
+    rows = [Row(variant="dense", top1=0.9, latency_ms=10.0, speedup=1.0)]
+    rows.append(Row(variant="pomt+int8 2x", top1=0.9, int8=True, latency_ms=5.0, speedup=2.0))
+    planned = [PlannedVariant(row.variant, row.variant, schedule=lp.Schedule([1, 0])) for row in rows]
+    assert choose_best(rows, planned, BUDGET).variant == "dense"
+
+
+class Configured:
+    def __init__(self, config: Any) -> None:
+        self.data_config = config
+
+
+@pytest.mark.parametrize("config", [None, "text", {}, {"mean": None, "std": None}, {"mean": 0.5, "std": 0.2}])
+def test_an_unknown_normalisation_is_none(config: Any) -> None:
+    assert normalisation_of(Configured(config)) is None
+    assert normalisation_of(Configured({"mean": [0.5], "std": (0.2,)})) == ((0.5,), (0.2,))
