@@ -80,15 +80,15 @@ def measure(model: nn.Module, images: Tensor, case: str, mode: str, args: argpar
 
     device = images.device
     with torch.inference_mode():
-        race = InterleavedTimer(switch, run, device, reference="floor")
+        timer = InterleavedTimer(switch, run, device, reference="floor")
         for variant in [] if mode == "eager" else [*forwards] * 2:  # first it is compiled, then a CUDA graph recorded
             switch(variant)
             run()
-        race.measure(["pruned"], min(FEWEST, args.rounds))
-        race.measure(["pruned"], args.rounds - FEWEST, time.perf_counter() + args.seconds)
+        timer.measure(["pruned"], min(FEWEST, args.rounds))
+        timer.measure(["pruned"], args.rounds - FEWEST, time.perf_counter() + args.seconds)
         over = InterleavedTimer(switch, run, device, reference="dense")
         over.measure(["pruned"], max(args.rounds // 3, 3), time.perf_counter() + args.seconds / 3)
-    ratio, pruned = race.result("pruned"), over.result("pruned")
+    ratio, pruned = timer.result("pruned"), over.result("pruned")
     return {
         "mode": mode,
         "case": case,

@@ -37,15 +37,15 @@ def measure(name: str, batch_size: int, rounds: int, device: torch.device) -> di
             handle.remove()
 
     with torch.inference_mode():
-        race = InterleavedTimer(prepare, lambda: model(images), device, reference="dense")
-        race.measure(["dense", "patched, R = 0", "dense again"], rounds)
+        timer = InterleavedTimer(prepare, lambda: model(images), device, reference="dense")
+        timer.measure(["dense", "patched, R = 0", "dense again"], rounds)
         context = measurement_context(model, images)
-    patched, again = race.result("patched, R = 0"), race.result("dense again")
+    patched, again = timer.result("patched, R = 0"), timer.result("dense again")
     return {
         "model": name,
         "batch_size": batch_size,
         "touched_modules": touched,
-        "dense_ms": round(race.result("dense").milliseconds, 3),
+        "dense_ms": round(timer.result("dense").milliseconds, 3),
         "patched_over_dense": round(patched.ratio, 4),
         "spread": round(patched.ratio_spread, 4),
         "again_over_dense": round(again.ratio, 4),

@@ -56,12 +56,12 @@ def simulated(seed: int) -> Row:
         return device.seconds(work, [N] * (BLOCK + 1) + [count] * (late - 1), [N] * BLOCK + [count] * late)
 
     clock, running = SimulatedClock(device), [N]
-    race = InterleavedTimer[int](
+    timer = InterleavedTimer[int](
         prepare=lambda count: running.__setitem__(0, count), run=lambda: clock.spend(seconds(running[0])),
         device=torch.device("cpu"), reference=N, clock=clock,
     )  # fmt: skip
     build = profile_builder("pomt", BLOCK, DEPTH, "deployed")
-    profile = search_counts(race, build, None, 3, N, 30.0, lambda: None, work.batch)
+    profile = search_counts(timer, build, None, 3, N, 30.0, lambda: None, work.batch)
     truth = {count: 1e3 * seconds(count) for count in range(3, N + 1)}
     cliffs = {c for c in range(N // 10, N) if truth[c + 1] - truth[c] >= 0.05 * truth[N]}
     found = {cliff.below for cliff in profile.cliffs() if cliff.above == cliff.below + 1}
@@ -78,11 +78,11 @@ def real(name: str, size: int | None, batch: int, device: str) -> tuple[Row, lp.
     model = timm.create_model(name, img_size=size).eval().to(device)
     images = torch.randn(batch, 3, size, size, device=device)
     start = time.perf_counter()
-    profile = lp.profile_latency(model, images)
+    profile = lp.profile_latency(model, images, method="pomt")
     quick = time.perf_counter() - start
     counts = range(profile.tokens[0], profile.dense_tokens)
     start = time.perf_counter()
-    every = lp.profile_latency(model, images, counts=counts, time_limit=None)
+    every = lp.profile_latency(model, images, method="pomt", counts=counts, time_limit=None)
     slow = time.perf_counter() - start
     # One noisy count must not pass for the best: the truth is the rising curve that fits all of them best.
     truth = dict(zip(every.tokens, isotonic_regression(every.milliseconds).tolist(), strict=True))

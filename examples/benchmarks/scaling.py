@@ -39,10 +39,10 @@ def measure(model_name: str, size: int, batch: int, depth: int, args: argparse.N
         handle.update(schedule) if variant == "pruned" else handle.remove()
 
     with torch.inference_mode():
-        race = InterleavedTimer(switch, lambda: model(images), torch.device(args.device), reference="dense")
-        race.measure(["pruned"], min(FEWEST, args.rounds))
-        race.measure(["pruned"], args.rounds - FEWEST, time.perf_counter() + args.seconds)
-    dense, pruned = race.result("dense"), race.result("pruned")
+        timer = InterleavedTimer(switch, lambda: model(images), torch.device(args.device), reference="dense")
+        timer.measure(["pruned"], min(FEWEST, args.rounds))
+        timer.measure(["pruned"], args.rounds - FEWEST, time.perf_counter() + args.seconds)
+    dense, pruned = timer.result("dense"), timer.result("pruned")
     # Of 12 blocks, 9 run on fewer tokens, and the reducing block's MLP: what the tokens alone would save.
     late = depth - block
     linear = 1 - (late - 1 / 3) / depth * removed / tokens

@@ -79,11 +79,11 @@ def throughput(
             model(batch)
 
     with torch.inference_mode():
-        race = InterleavedTimer(prepare, run, torch.device("cpu"), reference="dense")
-        race.measure(["dense", "words"], rounds)
+        timer = InterleavedTimer(prepare, run, torch.device("cpu"), reference="dense")
+        timer.measure(["dense", "words"], rounds)
         handle.remove()
         context = measurement_context(model, next(batches(some, size)))
-    dense, pruned = race.result("dense"), race.result("words")
+    dense, pruned = timer.result("dense"), timer.result("words")
     return {
         "batch_size": size,
         "dense_images_per_s": round(1e3 * images / dense.milliseconds, 2),

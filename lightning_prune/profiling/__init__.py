@@ -7,12 +7,13 @@ from lightning_prune.profiling.energy_meter import EnergyReading, Unavailable, f
 from lightning_prune.profiling.environment import measurement_context, profile_dependencies
 from lightning_prune.profiling.interleaved_timer import InterleavedTimer, LatencyStats
 from lightning_prune.profiling.latency_profile import CountStep, LatencyProfile
-from lightning_prune.profiling.measurement import compare_latency, profile_latency
+from lightning_prune.profiling.measurement import TOKEN_CURVE, compare_latency, profile_latency
 from lightning_prune.profiling.model_variants import DENSE, Variant, VariantSwitch
 from lightning_prune.profiling.simulation import SimulatedClock, SimulatedDevice, Workload, simulate_latency
 
 __all__ = [
     "DENSE",
+    "TOKEN_CURVE",
     "CountStep",
     "EnergyReading",
     "InterleavedTimer",

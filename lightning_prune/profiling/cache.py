@@ -19,7 +19,7 @@ from lightning_prune.patching import find_vision_transformer
 from lightning_prune.patching.schedule_forms import reducing_block
 from lightning_prune.profiling.environment import profile_dependencies, unknown_conditions
 from lightning_prune.profiling.latency_profile import LatencyProfile
-from lightning_prune.profiling.measurement import ProfilingMode, check_measurable, profile_latency
+from lightning_prune.profiling.measurement import TOKEN_CURVE, ProfilingMode, check_measurable, profile_latency
 from lightning_prune.reduction import Reduction
 
 _FORMAT, _VERSION = "lightning_prune.stored_profile", 2
@@ -203,7 +203,7 @@ def get_or_profile(
     example_inputs: Tensor,
     store: ProfileStore | None,
     *,
-    method: Reduction,
+    method: Reduction = TOKEN_CURVE,
     block: int | float = 0.25,
     protocol: ProfilingMode = "deployed",
     time_limit: float | None = 30.0,

@@ -30,14 +30,14 @@ from lightning_prune.schedule import KeepRates, Schedule
 ProfilingMode = Literal["deployed", "paper"]
 
 TOKEN_CURVE = RandomDrop(site="input")
-"""The method of a plain latency profile: random tokens are dropped before block 0, so all blocks see the same count."""
+"""Method of the profile of the token count alone: drops random tokens before block 0, so all blocks have one count."""
 
 
 def profile_latency(
     model: nn.Module,
     example_inputs: Tensor,
     *,
-    method: str | Reduction = "pomt",
+    method: str | Reduction = TOKEN_CURVE,
     block: int | float = 0.25,
     counts: Sequence[int] | None = None,
     runtime: str | Runtime | None = None,
@@ -57,7 +57,8 @@ def profile_latency(
         model: Any module that contains one Vision Transformer.
         example_inputs: (B, C, H, W) images on the device, in the size and dtype that will be used.
         method: The reduction that removes the tokens, in the form in which it is used: at `block`, or spread over the
-            blocks. Its own overhead is measured, too.
+            blocks. Its own overhead is measured, too. By default random tokens are dropped before block 0, which gives
+            the latency of the token count alone; `lightning_prune.plan` uses such a profile for all methods.
         block: Index of the reducing block, or a fraction of the depth (0.25 is the POMT paper's). For methods that
             reduce in many blocks, as ToMe, an index is the first of them and a fraction is ignored. Methods that act
             before block 0 ignore it.

@@ -17,7 +17,7 @@ from lightning_prune.profiling.count_search import profile_builder, search_count
 from lightning_prune.profiling.environment import measurement_context
 from lightning_prune.profiling.interleaved_timer import InterleavedTimer
 from lightning_prune.profiling.latency_profile import LatencyProfile
-from lightning_prune.profiling.measurement import check_measurable, ready_to_run
+from lightning_prune.profiling.measurement import TOKEN_CURVE, check_measurable, ready_to_run
 from lightning_prune.reduction import Reduction, resolve
 from lightning_prune.schedule import Schedule
 
@@ -265,7 +265,7 @@ def simulate_latency(
     example_inputs: Tensor,
     device: SimulatedDevice,
     *,
-    method: str | Reduction = "pomt",
+    method: str | Reduction = TOKEN_CURVE,
     block: int | float = 0.25,
     time_limit: float = 30.0,
     module_path: str | None = None,

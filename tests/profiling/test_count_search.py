@@ -21,9 +21,9 @@ class Bench:
     def __init__(self, seconds, seed, batch=1, time_limit=30.0, rough=None):
         self.clock = SimulatedClock(SimulatedDevice(seed=seed, **(ROUGH if rough is None else rough)))
         self.running, self.measured = N, set()
-        race = self.timer(self.prepare, lambda: self.clock.spend(seconds(self.running)), CPU, N, self.clock)
+        timer = self.timer(self.prepare, lambda: self.clock.spend(seconds(self.running)), CPU, N, self.clock)
         build = profile_builder("pomt", BLOCK, DEPTH, "deployed")
-        self.profile = search_counts(race, build, None, LOWEST, N, time_limit, lambda: None, batch)
+        self.profile = search_counts(timer, build, None, LOWEST, N, time_limit, lambda: None, batch)
 
     def prepare(self, count):
         self.running = count

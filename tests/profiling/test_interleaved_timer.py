@@ -22,15 +22,15 @@ class Bench:
         self.now += self.seconds[self.current] * self.drift(self.runs)
         self.runs += 1
 
-    def race(self, reference="dense"):
+    def timer(self, reference="dense"):
         return InterleavedTimer(self.prepare, self.run, CPU, reference, clock=lambda: self.now)
 
 
 def test_reports_median_and_quartile_spread():
     bench = Bench({"dense": 0.010, "a": 0.005})
-    race = bench.race()
-    assert race.measure(["a"], rounds=5) == 5
-    timing = race.result("a")
+    timer = bench.timer()
+    assert timer.measure(["a"], rounds=5) == 5
+    timing = timer.result("a")
     assert timing.milliseconds == pytest.approx(5.0)
     assert timing.ratio == pytest.approx(0.5)
     assert timing.spread == pytest.approx(0.0, abs=1e-9)
@@ -39,33 +39,33 @@ def test_reports_median_and_quartile_spread():
 
 def test_spread_is_half_the_distance_between_the_quartiles():
     bench = Bench({"dense": 1.0}, drift=lambda run: (0, 1, 2, 3, 4, 5)[run] or 9)  # warm-up, then 1 to 5 seconds
-    race = bench.race()
-    race.measure([], rounds=5)
-    assert race.result("dense").milliseconds == pytest.approx(3000)
-    assert race.result("dense").spread == pytest.approx(1000)
+    timer = bench.timer()
+    timer.measure([], rounds=5)
+    assert timer.result("dense").milliseconds == pytest.approx(3000)
+    assert timer.result("dense").spread == pytest.approx(1000)
 
 
 def test_drift_cancels_in_the_ratio():
     """The machine becomes four times slower while it is measured; a plain median would not notice which is faster."""
     bench = Bench({"dense": 0.010, "a": 0.008}, drift=lambda run: 1 + run / 20)
-    race = bench.race()
-    race.measure(["a"], rounds=31)
-    assert race.result("a").ratio == pytest.approx(0.8, rel=0.02)
+    timer = bench.timer()
+    timer.measure(["a"], rounds=31)
+    assert timer.result("a").ratio == pytest.approx(0.8, rel=0.02)
 
 
 def test_every_alternative_warms_up_once_and_untimed():
     bench = Bench({"dense": 1.0, "a": 1.0}, drift=lambda run: 100.0 if run < 2 else 1.0)  # the first runs are slow
-    race = bench.race()
-    race.measure(["a"], rounds=3)
-    assert race.result("dense").milliseconds == pytest.approx(1000)
-    assert race.result("a").milliseconds == pytest.approx(1000)
-    race.measure(["a"], rounds=1)
+    timer = bench.timer()
+    timer.measure(["a"], rounds=3)
+    assert timer.result("dense").milliseconds == pytest.approx(1000)
+    assert timer.result("a").milliseconds == pytest.approx(1000)
+    timer.measure(["a"], rounds=1)
     assert len(bench.order) == 2 + 3 * 2 + 2  # no second warm-up
 
 
 def test_rounds_are_shuffled_and_complete():
     bench = Bench(dict.fromkeys(["dense", "a", "b", "c"], 1.0))
-    bench.race().measure(["a", "b", "c"], rounds=6)
+    bench.timer().measure(["a", "b", "c"], rounds=6)
     rounds = [tuple(bench.order[4 + 4 * i : 8 + 4 * i]) for i in range(6)]
     assert all(sorted(order) == ["a", "b", "c", "dense"] for order in rounds)
     assert len(set(rounds)) > 1
@@ -73,21 +73,21 @@ def test_rounds_are_shuffled_and_complete():
 
 def test_deadline_drops_the_round_it_cuts_but_never_the_first():
     bench = Bench({"dense": 1.0, "a": 1.0})
-    race = bench.race()
-    assert race.measure(["a"], rounds=50, deadline=6.5) == 2  # two to warm up, two a round, the third round is cut
-    assert race.result("a").rounds == 2
-    late = bench.race()
+    timer = bench.timer()
+    assert timer.measure(["a"], rounds=50, deadline=6.5) == 2  # two to warm up, two a round, the third round is cut
+    assert timer.result("a").rounds == 2
+    late = bench.timer()
     assert late.measure(["a"], rounds=50, deadline=0.0) == 1
     assert late.result("a").rounds == 1
 
 
-def test_latecomers_are_comparable():
+def test_alternatives_that_join_later_are_comparable():
     """An alternative measured only when the machine had become slower is put on the common baseline."""
     bench = Bench({"dense": 1.0, "a": 0.5, "b": 0.5}, drift=lambda run: 1.0 if run < 20 else 3.0)
-    race = bench.race()
-    race.measure(["a"], rounds=9)  # 20 runs
-    race.measure(["b"], rounds=3)
-    assert race.result("b").milliseconds == pytest.approx(race.result("a").milliseconds)
+    timer = bench.timer()
+    timer.measure(["a"], rounds=9)  # 20 runs
+    timer.measure(["b"], rounds=3)
+    assert timer.result("b").milliseconds == pytest.approx(timer.result("a").milliseconds)
 
 
 @pytest.mark.parametrize("noise", [0.0, 1e-4, 0.02])
@@ -96,62 +96,62 @@ def test_levels_are_exact_also_where_there_is_no_noise(noise):
     seconds = {"dense": 1.0, "a": 0.9, "b": 0.8, "c": 0.7, "d": 0.6}
     random = np.random.default_rng(0)
     bench = Bench(seconds, drift=lambda run: (1.0 if run < 200 else 1.1) * np.exp(noise * random.standard_normal()))
-    race = bench.race()
-    race.measure([], rounds=2)
-    race.measure(["a", "b"], rounds=66)
-    race.measure(["c", "d"], rounds=66)
-    levels = race.levels()
+    timer = bench.timer()
+    timer.measure([], rounds=2)
+    timer.measure(["a", "b"], rounds=66)
+    timer.measure(["c", "d"], rounds=66)
+    levels = timer.levels()
     for name, exact in seconds.items():
         assert levels[name].ratio == pytest.approx(exact, rel=1e-9 + noise / 2)
         assert levels[name].spread / levels[name].milliseconds == pytest.approx(0.6745 * noise, abs=1e-9 + 0.2 * noise)
 
 
-def test_levels_do_not_heed_a_load_spike():
+def test_a_load_spike_does_not_move_the_levels():
     bench = Bench({"dense": 1.0, "a": 0.9}, drift=lambda run: 5.0 if run in (7, 12) else 1.0)
-    race = bench.race()
-    race.measure(["a"], rounds=15)
-    assert race.levels()["a"].ratio == pytest.approx(0.9, rel=1e-3)
+    timer = bench.timer()
+    timer.measure(["a"], rounds=15)
+    assert timer.levels()["a"].ratio == pytest.approx(0.9, rel=1e-3)
 
 
 def test_rounds_of_the_reference_alone_say_nothing_of_its_noise():
     """What is left of a round that was fitted to its only run is 0."""
     bench = Bench({"dense": 1.0, "a": 0.9})
-    race = bench.race()
-    race.measure([], rounds=2)
-    assert race.levels()["dense"].rounds == 2
-    race.measure(["a"], rounds=1)
-    assert {name: timing.rounds for name, timing in race.levels().items()} == {"dense": 1, "a": 1}
+    timer = bench.timer()
+    timer.measure([], rounds=2)
+    assert timer.levels()["dense"].rounds == 2
+    timer.measure(["a"], rounds=1)
+    assert {name: timing.rounds for name, timing in timer.levels().items()} == {"dense": 1, "a": 1}
 
 
 def test_some_rounds_can_be_asked_for_whatever_the_deadline():
     bench = Bench({"dense": 1.0, "a": 1.0})
-    race = bench.race()
-    assert race.measure(["a"], rounds=5, deadline=0.0, min_rounds=3) == 3
-    assert race.measure(["a"], rounds=5, deadline=0.0, min_rounds=3) == 0
+    timer = bench.timer()
+    assert timer.measure(["a"], rounds=5, deadline=0.0, min_rounds=3) == 3
+    assert timer.measure(["a"], rounds=5, deadline=0.0, min_rounds=3) == 0
 
 
 def test_the_deadline_holds_where_there_are_figures_already():
     bench = Bench({"dense": 1.0, "a": 1.0})
-    race = bench.race()
-    race.measure(["a"], rounds=1)
-    assert race.measure(["a"], rounds=5, deadline=0.0) == 0
+    timer = bench.timer()
+    timer.measure(["a"], rounds=1)
+    assert timer.measure(["a"], rounds=5, deadline=0.0) == 0
     assert len(bench.order) == 4
 
 
 def test_the_first_run_is_timed_but_counts_nowhere():
     bench = Bench({"dense": 1.0, "a": 1.0}, drift=lambda run: 50.0 if run == 0 else 1.0)
-    race = bench.race()
-    assert race.warm_up("dense") == 50.0
-    assert race.warm_up("dense") == 50.0
-    race.measure([], rounds=3)
+    timer = bench.timer()
+    assert timer.warm_up("dense") == 50.0
+    assert timer.warm_up("dense") == 50.0
+    timer.measure([], rounds=3)
     assert bench.order == ["dense"] * 4
-    assert race.result("dense").milliseconds == pytest.approx(1000)
+    assert timer.result("dense").milliseconds == pytest.approx(1000)
 
 
 def test_p90_is_of_the_same_runs_as_the_median():
     times = [1.0, 3.0, 2.0, 5.0, 4.0, 9.0, 7.0, 8.0, 6.0, 10.0, 11.0]
     bench = Bench({"dense": 1.0}, drift=lambda run: 50.0 if run == 0 else times[run - 1])
-    timer = bench.race()
+    timer = bench.timer()
     timer.measure([], rounds=len(times))
     stats = timer.result("dense")
     assert (stats.milliseconds, stats.p90_ms) == (pytest.approx(6000), pytest.approx(10_000))
@@ -161,7 +161,7 @@ def test_p90_is_of_the_same_runs_as_the_median():
 
 def test_p90_of_levels_is_free_of_drift():
     bench = Bench({"dense": 0.010, "a": 0.008}, drift=lambda run: 1 + run / 20)
-    timer = bench.race()
+    timer = bench.timer()
     timer.measure(["a"], rounds=31)
     stats = timer.levels()["a"]
     assert stats.milliseconds <= stats.p90_ms < 1.05 * stats.milliseconds

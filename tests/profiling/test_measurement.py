@@ -38,9 +38,9 @@ class Device:
         self.now += 1e-3 * self.milliseconds(self.tokens) * (1 + self.noise * self.random.standard_normal())
 
     def explore(self, time_limit, counts=None):
-        race = InterleavedTimer(self.prepare, self.run, CPU, self.n, clock=lambda: self.now)
+        timer = InterleavedTimer(self.prepare, self.run, CPU, self.n, clock=lambda: self.now)
         build = profile_builder("pomt", 3, 12, "deployed")
-        return search_counts(race, build, counts, 3, self.n, time_limit, lambda: None)
+        return search_counts(timer, build, counts, 3, self.n, time_limit, lambda: None)
 
 
 @pytest.mark.parametrize("cliffs", [(), (128,), (65, 128, 177), (192,)])
@@ -88,7 +88,7 @@ def test_profile_of_a_real_model_leaves_it_as_it_was():
     model.blocks[1].eval()
     before = model.state_dict()
     flags = [module.training for module in model.modules()]
-    profile = lp.profile_latency(model, IMAGES, block=1, time_limit=0.2, verbose=False)
+    profile = lp.profile_latency(model, IMAGES, method="pomt", block=1, time_limit=0.2, verbose=False)
     assert profile.dense_tokens == 17
     assert (profile.block, profile.depth, profile.method) == (1, 3, "pomt")
     assert profile.context["batch_size"] == 2
@@ -98,11 +98,21 @@ def test_profile_of_a_real_model_leaves_it_as_it_was():
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
 
+def test_by_default_all_blocks_see_the_same_count():
+    model = tiny_vit()
+    clock = TokenClock(model.blocks)
+    profile = lp.profile_latency(model, IMAGES, counts=[5, 9], time_limit=5, verbose=False, clock=clock)
+    assert (profile.method, profile.block) == ("random", 0)
+    assert profile.milliseconds == pytest.approx((4 * 5, 4 * 9, 4 * 17))
+
+
 def test_measures_the_cut_that_is_deployed(monkeypatch):
     """Every count asked for is what really leaves the reducing block, mean token included."""
     model, seen = tiny_vit(), set()
     model.blocks[1].mlp.register_forward_pre_hook(lambda _, args: seen.add(args[0].shape[1]))
-    profile = lp.profile_latency(model, IMAGES, block=1, counts=[5, 9, 12], time_limit=0.2, verbose=False)
+    profile = lp.profile_latency(
+        model, IMAGES, method="pomt", block=1, counts=[5, 9, 12], time_limit=0.2, verbose=False
+    )
     assert seen == {5, 9, 12, 17} == set(profile.tokens)
 
 
@@ -110,7 +120,9 @@ def test_latency_is_what_the_clock_says():
     """A millisecond for each token that leaves a block: three blocks of four after the cut, or the cut's own too."""
     model = tiny_vit()
     clock = TokenClock(model.blocks)
-    profile = lp.profile_latency(model, IMAGES, block=1, counts=[5, 9], time_limit=5, verbose=False, clock=clock)
+    profile = lp.profile_latency(
+        model, IMAGES, method="pomt", block=1, counts=[5, 9], time_limit=5, verbose=False, clock=clock
+    )
     assert profile.tokens == (5, 9, 17)
     assert profile.milliseconds == pytest.approx((17 + 3 * 5, 17 + 3 * 9, 4 * 17))
     assert profile.seconds == pytest.approx(clock.now)
@@ -132,7 +144,7 @@ def test_the_time_limit_is_on_the_clock():
 def test_paper_protocol_drops_random_tokens_before_block_0_at_every_count():
     model, seen = tiny_vit(), set()
     model.blocks[0].attn.register_forward_pre_hook(lambda _, args: seen.add(args[0].shape[1]))
-    profile = lp.profile_latency(model, IMAGES, protocol="paper", time_limit=1.0, verbose=False)
+    profile = lp.profile_latency(model, IMAGES, method="pomt", protocol="paper", time_limit=1.0, verbose=False)
     assert profile.tokens == tuple(range(3, 18)) == tuple(sorted(seen))  # 2 is more than pomt can deploy
     assert (profile.protocol, profile.method) == ("paper", "random")
 
@@ -228,7 +240,7 @@ def test_resolve_block_refuses(block):
         ({"example_inputs": [1]}, r"`example_inputs` must be images .* got list"),
         ({"time_limit": 0}, "`time_limit` must be a number > 0, got 0"),
         ({"protocol": "mine"}, "`protocol` must be 'deployed' or 'paper', got 'mine'"),
-        ({"counts": [2]}, "`counts` must lie between 3 and 17, got 2"),
+        ({"method": "pomt", "counts": [2]}, "`counts` must lie between 3 and 17, got 2"),
         ({"method": "pompt"}, "Did you mean 'pomt'"),
     ],
 )

@@ -90,8 +90,8 @@ def test_compare_latency_takes_variants_and_pairs() -> None:
 
 
 def interrupted(model: VisionTransformer) -> None:
-    with variant_timer(find_vision_transformer(model), IMAGES) as race:
-        race.prepare(VARIANTS[3])
+    with variant_timer(find_vision_transformer(model), IMAGES) as timer:
+        timer.prepare(VARIANTS[3])
         raise KeyboardInterrupt
 
 

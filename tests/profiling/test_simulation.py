@@ -141,7 +141,7 @@ def test_parse_refuses(text, message):
 def test_profile_of_a_model_is_the_exact_time_of_its_schedules():
     model, device = tiny_vit(depth=3), SimulatedDevice(multiprocessors=2, tile=4)
     images = torch.zeros(2, 3, 32, 32)
-    profile = simulate_latency(model, images, device, block=1)
+    profile = simulate_latency(model, images, device, method="pomt", block=1)
     work = Workload.of(model.blocks, 2)
     for count in profile.tokens:
         exact = simulated_seconds(device, work, lp.Schedule.single(3, 1, 17 - count), 17)
