@@ -17,7 +17,7 @@ import numpy as np
 import timm
 import torch
 from matplotlib.figure import Figure
-from sklearn.isotonic import isotonic_regression
+from scipy.optimize import isotonic_regression
 from tables import Row, context_of, print_table, write_table
 
 import lightning_prune as lp
@@ -85,7 +85,7 @@ def real(name: str, size: int | None, batch: int, device: str) -> tuple[Row, lp.
     every = lp.profile_latency(model, images, method="pomt", counts=counts, time_limit=None)
     slow = time.perf_counter() - start
     # One noisy count must not pass for the best: the truth is the rising curve that fits all of them best.
-    truth = dict(zip(every.tokens, isotonic_regression(every.milliseconds).tolist(), strict=True))
+    truth = dict(zip(every.tokens, isotonic_regression(every.milliseconds).x.tolist(), strict=True))
     row = {
         "model": name, "batch": batch, "counts": len(profile.tokens),
         "seconds": round(quick, 1), "exhaustive_counts": len(truth), "exhaustive_seconds": round(slow, 1),
