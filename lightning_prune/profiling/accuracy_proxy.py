@@ -4,15 +4,10 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from lightning_prune._utils.progress import progress_bar
 from lightning_prune.errors import ArgumentError, DataError, UnsupportedModelError
-from lightning_prune.patching import PatchHandle, VisionTransformer, find_vision_transformer
-from lightning_prune.patching.schedule_forms import allocate_schedule
-from lightning_prune.profiling.latency_profile import LatencyProfile
-from lightning_prune.profiling.measurement import check_dense, ready_to_run
-from lightning_prune.reduction import RandomDrop, Reduction, resolve
+from lightning_prune.patching import VisionTransformer
 from lightning_prune.runtimes.torch_runtime import force_eager
 
 
@@ -123,66 +118,3 @@ class Proxy:
             bad = int((~outputs.flatten(1).isfinite().all(dim=1)).sum())
             raise DataError(f"The model's outputs are not finite for {bad} of {len(outputs)} calibration images.")
         return outputs
-
-
-_BUSY = 32  # images in one pass that keep a device busy
-
-
-class ProxyCurve:
-    """The accuracy proxy at token counts, each measured once and only when it is asked for.
-
-    Args:
-        model: Any module that contains one Vision Transformer; dense and unpatched.
-        images: (images, channels, height, width) calibration images.
-        profile: The latency curve whose counts may be asked for.
-        method: The reduction.
-        labels: (images,) int64 or None; see `lightning_prune.profiling.Proxy`.
-        batch_size: Images in one forward pass. If None, the profile's, or 32 if that is less and nothing is compiled.
-        target: Dotted path of the transformer in `model`.
-        progress: Shows a bar on a terminal.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        images: Tensor,
-        profile: LatencyProfile,
-        method: str | Reduction = "pomt",
-        *,
-        labels: Tensor | None = None,
-        batch_size: int | None = None,
-        target: str | None = None,
-        progress: bool = True,
-    ) -> None:
-        check_images(images)
-        self.profile = profile
-        self.values: dict[int, float] = {profile.dense_tokens: 1.0}
-        self._transformer = find_vision_transformer(model, target)
-        check_dense(self._transformer)
-        self._reduction = RandomDrop(site="input") if profile.protocol == "paper" else resolve(method)
-        self._show = progress
-        device = next(self._transformer.root.parameters()).device
-        with ready_to_run(self._transformer), progress_bar("Running the dense model", None, progress) as tick:
-            size = batch_size or max(int(profile.context.get("batch_size", 1)), _BUSY)
-            self._proxy = Proxy(self._transformer, images, device, size, labels, tick)
-        self.name = self._proxy.name
-
-    def __call__(self, tokens: int) -> float:
-        """The proxy at one token count, relative to dense."""
-        if tokens not in self.values:
-            n, prefix = self.profile.dense_tokens, self._transformer.num_prefix_tokens
-            schedule = allocate_schedule(self._reduction, n - tokens, n, prefix, self.profile.depth, self.profile.block)
-            with (
-                ready_to_run(self._transformer),
-                progress_bar(f"Accuracy at {tokens} tokens", None, self._show),
-                PatchHandle(self._transformer, self._reduction, schedule),
-            ):
-                self.values[tokens] = self._proxy.measure()
-        return self.values[tokens]
-
-
-def check_images(images: object) -> None:
-    """Raises ArgumentError if these are no images."""
-    if not isinstance(images, Tensor) or images.ndim != 4 or not len(images):
-        came = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
-        raise ArgumentError(f"`images` must be a tensor (images, channels, height, width), got {came}.")

@@ -223,6 +223,6 @@ def test_planning(draw: Any) -> None:
     before = run(module.encoder, images)
     profile = lp.profile_latency(module, images[:4], time_limit=1, verbose=False)
     assert profile.tokens[-1] == 26
-    plan = lp.plan(module, images, labels=before.argmax(-1), profile=profile, time_limit=1, progress=False)
+    plan = lp.plan(module, images[:4], calibration=images, methods="pomt", profile=profile, time_limit=1, verbose=False)
     assert plan.schedule.depth == 4
     assert torch.equal(run(module.encoder, images), before)

@@ -16,7 +16,6 @@ from lightning_prune.patching.schedule_forms import (
     reducing_block,
     resolve_schedule,
 )
-from lightning_prune.planning import ProxyCurve
 from lightning_prune.reduction import POMT, RandomDrop, Reduction, ReductionOutput, TokenSequence
 from lightning_prune.reduction.functional import take_tokens
 
@@ -119,23 +118,6 @@ def test_methods_of_the_input_are_profiled_there_whatever_the_block() -> None:
     assert seen == {9, 17}
 
 
-def test_planning_and_the_proxy_use_the_same_form() -> None:
-    model = tiny_vit()
-    profile = lp.LatencyProfile((9, 13, 17), (1.0, 2.0, 4.0), (0.001,) * 3, (9,) * 3, "everywhere", 0, DEPTH)
-    plan = lp.plan(
-        model, IMAGES, profile=profile, method=Everywhere(), objective=lp.Utility(1.0), confirm=False, progress=False
-    )
-    assert plan.schedule.removed == (2, 2, 2, 2)
-    assert (plan.tokens, plan.block) == (9, 0)
-    curve = ProxyCurve(model, IMAGES, profile, Everywhere(), progress=False)
-    with lp.patch(model, Everywhere(), [1, 1, 1, 1]):
-        direct = model(IMAGES)
-    dense = model(IMAGES)
-    top = dense.argmax(1, keepdim=True)
-    naive = direct.softmax(1).gather(1, top).mean() / dense.softmax(1).gather(1, top).mean()
-    assert curve(13) == pytest.approx(naive.item(), rel=1e-5)
-
-
 def test_a_number_takes_the_usual_form_of_the_method() -> None:
     transformer = find_vision_transformer(tiny_vit())
     assert resolve_schedule(5, transformer, Everywhere(), 0.25, IMAGES).removed == (2, 1, 1, 1)
@@ -160,4 +142,4 @@ def test_adaptive_methods_are_refused() -> None:
     with pytest.raises(lp.ArgumentError, match=message):
         lp.profile_latency(tiny_vit(), IMAGES[:1], method=Willful(), verbose=False)
     with pytest.raises(lp.ArgumentError, match=message), warnings.catch_warnings():
-        lp.plan(tiny_vit(), IMAGES, example_inputs=IMAGES[:1], method=Willful(), progress=False)
+        lp.plan(tiny_vit(), IMAGES[:1], calibration=IMAGES, methods=Willful(), verbose=False)

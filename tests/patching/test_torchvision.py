@@ -390,6 +390,6 @@ def test_planning(draw: Callable[..., Tensor]) -> None:
     before = run(module.vit, images)
     profile = lp.profile_latency(module, images[:4], time_limit=1, verbose=False)
     assert profile.tokens[-1] == 26
-    plan = lp.plan(module, images, profile=profile, time_limit=1, progress=False)
+    plan = lp.plan(module, images[:4], calibration=images, methods="pomt", profile=profile, time_limit=1, verbose=False)
     assert plan.schedule.depth == 4
     assert torch.equal(run(module.vit, images), before)
