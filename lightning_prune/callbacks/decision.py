@@ -24,7 +24,7 @@ from lightning_prune.profiling import (
     measurement_context,
 )
 from lightning_prune.profiling.cache import CachedProfile, get_or_profile
-from lightning_prune.profiling.measurement import count_tokens, ready_to_run
+from lightning_prune.profiling.measurement import ready_to_run
 from lightning_prune.profiling.model_variants import Variant
 from lightning_prune.reduction import Reduction
 from lightning_prune.schedule import KeepRates, MeasurementSource, Schedule
@@ -152,7 +152,7 @@ def measure_given(
     """
     transformer = find_vision_transformer(model, target)
     with ready_to_run(transformer):
-        n = count_tokens(transformer, images)
+        n = transformer.count_tokens(images)
         context = measurement_context(transformer.compiled_root, images)
     rates = schedule if isinstance(schedule, KeepRates) else None
     if isinstance(schedule, KeepRates):
@@ -248,7 +248,7 @@ def measure_adaptive(
     """
     transformer = find_vision_transformer(model, target)
     with ready_to_run(transformer):
-        n = count_tokens(transformer, images)
+        n = transformer.count_tokens(images)
         left = _tokens_left(transformer, images, reduction)
         context = measurement_context(transformer.compiled_root, images)
     variants = {"dense": None, "pruned": Variant(reduction)}

@@ -21,7 +21,7 @@ from lightning_prune.patching import find_vision_transformer
 from lightning_prune.planning import PROFILE_METHOD, Plan
 from lightning_prune.profiling import LatencyProfile, SimulatedDevice, profile_latency, simulate_latency
 from lightning_prune.profiling.cache import CachedProfile
-from lightning_prune.profiling.measurement import count_tokens, ready_to_run
+from lightning_prune.profiling.measurement import ready_to_run
 from lightning_prune.reduction import tokens_per_image
 from lightning_prune.reduction.patchify import patch_side
 from lightning_prune.reduction.vocabulary import Vocabulary, WordLearner
@@ -257,7 +257,7 @@ def _patch_size(module: L.LightningModule, images: Tensor, target: str | None) -
     """The side of the transformer's patches, by how many tokens it makes of an image."""
     transformer = find_vision_transformer(module, target)
     with ready_to_run(transformer):
-        patches = count_tokens(transformer, images[:1]) - transformer.num_prefix_tokens
+        patches = transformer.count_tokens(images[:1]) - transformer.num_prefix_tokens
     return patch_side(images.shape[2], images.shape[3], patches)
 
 

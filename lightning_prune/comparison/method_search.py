@@ -30,7 +30,7 @@ from lightning_prune.planning.ordered_candidates import TARGET_TUNING, OrderedCa
 from lightning_prune.planning.results import Candidate, pareto_front
 from lightning_prune.profiling import DENSE, InterleavedTimer, LatencyStats, Variant, VariantSwitch, measurement_context
 from lightning_prune.profiling.energy_meter import NO_COUNTER, Unavailable, find_counter, measure_energy
-from lightning_prune.profiling.measurement import check_dense, count_tokens, ready_to_run
+from lightning_prune.profiling.measurement import check_dense, ready_to_run
 from lightning_prune.profiling.model_variants import variant_timer
 from lightning_prune.quantization import Int8Weights, int8_backend, int8_unavailable
 from lightning_prune.reduction import spec_of
@@ -392,7 +392,7 @@ def search_methods(
     check_dense(transformer)
     budgets = [LatencyBudget(speedup=speedup) for speedup in speedups]
     with ready_to_run(transformer):
-        n = count_tokens(transformer, images)
+        n = transformer.count_tokens(images)
         searched = [entry for entry in entries[1:] if entry.name not in fixed]
         methods = {entry.name: _Method(transformer, entry, n, block) for entry in searched}
         unusable = {name: method.unsupported_reason(images) for name, method in methods.items()}

@@ -37,7 +37,7 @@ from lightning_prune.patching.compatibility import check_depth
 from lightning_prune.patching.schedule_forms import resolve_schedule
 from lightning_prune.planning.measurements import Measurements, TimeLimit
 from lightning_prune.profiling import LatencyProfile, measurement_context
-from lightning_prune.profiling.measurement import count_tokens, ready_to_run
+from lightning_prune.profiling.measurement import ready_to_run
 from lightning_prune.reduction import Reduction
 from lightning_prune.schedule import KeepRates
 
@@ -292,7 +292,7 @@ def _given_variant(first: FirstBatch, request: VariantRequest) -> PlannedVariant
     assert request.schedule is not None
     value = resolve_schedule(request.schedule, transformer, reduction, config.place, first.images)
     with ready_to_run(transformer):
-        tokens = count_tokens(transformer, first.images)
+        tokens = transformer.count_tokens(first.images)
     if isinstance(value, KeepRates):
         check_depth(transformer, value)
         counts, rates = value.schedule(tokens, transformer.num_prefix_tokens), value

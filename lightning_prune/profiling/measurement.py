@@ -189,11 +189,6 @@ def compare_latency(
     return {name: timer.result(name) for name in variants}
 
 
-def count_tokens(transformer: VisionTransformer, images: Tensor) -> int:
-    """See `VisionTransformer.count_tokens`."""
-    return transformer.count_tokens(images)
-
-
 def _applied(runtime: str | Runtime | None, transformer: VisionTransformer) -> AbstractContextManager[None]:
     now = applied_runtime(transformer) or TorchEager()
     return (now if runtime is None else parse_runtime(runtime)).applied(transformer)

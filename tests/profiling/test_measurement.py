@@ -10,7 +10,6 @@ from helpers.models import tiny_vit
 from lightning_prune.patching.class_swap import is_patched_module
 from lightning_prune.profiling import InterleavedTimer, resolve_block
 from lightning_prune.profiling.count_search import profile_builder, search_counts
-from lightning_prune.profiling.measurement import count_tokens
 from lightning_prune.runtimes import is_compiled
 
 CPU = torch.device("cpu")
@@ -217,7 +216,7 @@ def test_compare_latency_needs_a_dense_variant_and_refers_to_it():
 def test_counts_tokens_of_the_images_at_hand():
     model = tiny_vit(dynamic_img_size=True, reg_tokens=2)
     transformer = lp.patching.find_vision_transformer(model)
-    assert count_tokens(transformer, torch.zeros(1, 3, 48, 32)) == 6 * 4 + 3
+    assert transformer.count_tokens(torch.zeros(1, 3, 48, 32)) == 6 * 4 + 3
 
 
 @pytest.mark.parametrize(
