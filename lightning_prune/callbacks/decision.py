@@ -1,4 +1,4 @@
-"""The decision of a run: its schedule, and what it is known to cost."""
+"""Decides the schedule of a run: plans one, or times the one that was given."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +19,8 @@ from lightning_prune.patching import PatchHandle, VisionTransformer, check_sched
 from lightning_prune.patching.compatibility import check_depth
 from lightning_prune.patching.schedule_forms import resolve_schedule
 from lightning_prune.planning import PROFILE_METHOD, Objective, Plan, plan_many
+from lightning_prune.planning.api import PROFILE_SHARE
+from lightning_prune.planning.measurements import TimeLimit
 from lightning_prune.profiling import (
     compare_latency,
     measurement_context,
@@ -29,6 +31,7 @@ from lightning_prune.profiling.model_variants import Variant
 from lightning_prune.reduction import Reduction
 from lightning_prune.schedule import KeepRates, MeasurementSource, Schedule
 
+_GIVEN_SHARE = 0.2  # of the time limit, for timing a schedule that is given and not planned
 _TRAVELS = ("device", "batch_size", "precision", "image_shape")  # what a schedule's latency depends on most
 
 
@@ -44,18 +47,18 @@ class Decision:
         dense_ms: Latency of the unpruned model on one batch.
         latency_ms: Latency with the schedule, measured in the same interleaved run.
         speedup: Dense over pruned, from rounds in which both ran.
-        predicted_ms: What the profile said before; None where the schedule was given.
+        predicted_ms: Latency that was predicted from the profile; None for a given schedule.
         reason: Why this schedule.
         context: Device, batch, precision and versions of the measurement.
-        seconds: What deciding took.
-        plan: The whole plan, where one was made.
-        calibration: Which images it was judged by, where a plan was made.
-        differences: How a given schedule's origin differs from this run.
-        keep_rates: The keep rates that were given; None where tokens were counted.
-        reused: When the latency profile was measured, where that was in an earlier run; empty elsewhere.
-        reduction: The method, where the planner chose it.
-        adaptive: Whether the images decide how many tokens go. The schedule is empty then, and `tokens` those of the
-            longest image of the batch that was measured.
+        seconds: Time that the decision took.
+        plan: The whole plan; None for a given schedule.
+        calibration: The images on which accuracy was estimated, in words; empty for a given schedule.
+        differences: How the place where a given schedule was made differs from this run.
+        keep_rates: The keep rates that were given; None for counts.
+        reused: When the latency profile was measured, if in an earlier run; else empty.
+        reduction: The method that the planner chose; None for a given schedule.
+        adaptive: Whether the images decide how many tokens are removed. The schedule then removes nothing, and `tokens`
+            is the count of the longest image of the batch that was measured.
     """
 
     schedule: Schedule
@@ -93,10 +96,9 @@ class Decision:
         }
 
     def deployable(self, transformer: VisionTransformer) -> Schedule | KeepRates | None:
-        """What to patch with: keep rates where they were given, or were planned and the images decide the token count.
+        """The schedule to patch with; None where the images decide how many tokens are removed.
 
-        The device and the batch were compared when this was decided; a patch need not do so again. None where the
-        images decide how many tokens go.
+        Keep rates if they were given, or if a schedule was planned for a model that takes images of several sizes.
         """
         if self.adaptive:
             return None
@@ -110,12 +112,12 @@ class Decision:
 
     @classmethod
     def from_plan(cls, plan: Plan, calibration: str, reused: bool = False) -> "Decision":
-        """What a plan says that was judged by the images of this description.
+        """The decision of a plan.
 
         Args:
             plan: The plan.
-            calibration: Which images.
-            reused: Whether its latency profile is of an earlier run.
+            calibration: The images on which accuracy was estimated, in words.
+            reused: Whether its latency profile was measured in an earlier run.
         """
         return cls(
             schedule=plan.schedule,
@@ -136,6 +138,53 @@ class Decision:
         )
 
 
+def _latency(decision: Decision) -> str:
+    dense = f"dense {decision.dense_ms:.2f} ms"
+    if not decision.prunes:
+        return dense
+    predicted = f" (predicted {decision.predicted_ms:.2f} ms)" if decision.predicted_ms is not None else ""
+    return f"{dense}, pruned {decision.latency_ms:.2f} ms{predicted}: {decision.speedup:.2f}x"
+
+
+def decision_panel(decision: Decision) -> Panel:
+    """Device, model, N, chosen R and block, predicted and measured latency, why, and how long it took."""
+    context = decision.context
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column()
+    threads = f", {context.get('threads', '?')} threads" if context.get("device_type") == "cpu" else ""
+    compiled = ", compiled" if context.get("compiled") else ""
+    parameters = f", {context['parameters'] / 1e6:.1f} M parameters" if "parameters" in context else ""
+    table.add_row("device", f"{context.get('device', '?')}{threads}")
+    table.add_row("model", f"{context.get('model', '?')}{parameters}{compiled}")
+    table.add_row("batch", f"{context.get('batch_size', '?')} images, {context.get('precision', '?')}")
+    removed = ", ".join(f"{remove} at block {block}" for block, remove in decision.schedule.reducing.items())
+    removed += " by keep rate" if removed and decision.keep_rates is not None else ""
+    table.add_row("tokens", f"{decision.dense_tokens} -> {decision.tokens}")
+    how_many = f"R = {decision.schedule.total_removed} ({decision.method}: {removed})" if removed else "R = 0"
+    table.add_row("removed", f"depends on the image ({decision.method})" if decision.adaptive else how_many)
+    table.add_row("latency", _latency(decision))
+    table.add_row("because", decision.reason)
+    if decision.calibration:
+        table.add_row("judged by", decision.calibration)
+    if decision.reused:
+        table.add_row("profile", f"of {decision.reused}, kept; `use_cache=False` measures it again")
+    table.add_row("took", f"{decision.seconds:.0f} s")
+    return Panel(table, title="Token pruning", title_align="left", expand=False)
+
+
+def print_decision(decision: Decision, console: Console | None = None) -> None:
+    """Prints the panel."""
+    (console or Console()).print(decision_panel(decision))
+
+
+def _differences(made_on: MeasurementSource | None, context: dict[str, Any], n: int) -> tuple[str, ...]:
+    if made_on is None:
+        return ()
+    here = {key: context[key] for key in _TRAVELS} | {"image_shape": tuple(context["image_shape"]), "dense_tokens": n}
+    return made_on.differences(**here)
+
+
 def measure_given(
     model: nn.Module,
     images: Tensor,
@@ -145,7 +194,7 @@ def measure_given(
     target: str | None,
     progress: bool,
 ) -> Decision:
-    """Times a schedule that the user gave beside the dense model.
+    """Times a schedule that the user gave against the dense model.
 
     Raises:
         ScheduleError: If it was made for another depth or token count, or asks a block for too much.
@@ -182,57 +231,24 @@ def measure_given(
     )
 
 
-def _differences(made_on: MeasurementSource | None, context: dict[str, Any], n: int) -> tuple[str, ...]:
-    if made_on is None:
-        return ()
-    here = {key: context[key] for key in _TRAVELS} | {"image_shape": tuple(context["image_shape"]), "dense_tokens": n}
-    return made_on.differences(**here)
-
-
-def decision_panel(decision: "Decision") -> Panel:
-    """Device, model, N, chosen R and block, predicted and measured latency, why, and how long it took."""
-    context = decision.context
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column()
-    threads = f", {context.get('threads', '?')} threads" if context.get("device_type") == "cpu" else ""
-    compiled = ", compiled" if context.get("compiled") else ""
-    parameters = f", {context['parameters'] / 1e6:.1f} M parameters" if "parameters" in context else ""
-    table.add_row("device", f"{context.get('device', '?')}{threads}")
-    table.add_row("model", f"{context.get('model', '?')}{parameters}{compiled}")
-    table.add_row("batch", f"{context.get('batch_size', '?')} images, {context.get('precision', '?')}")
-    removed = ", ".join(f"{remove} at block {block}" for block, remove in decision.schedule.reducing.items())
-    removed += " by keep rate" if removed and decision.keep_rates is not None else ""
-    table.add_row("tokens", f"{decision.dense_tokens} -> {decision.tokens}")
-    how_many = f"R = {decision.schedule.total_removed} ({decision.method}: {removed})" if removed else "R = 0"
-    table.add_row("removed", f"as each image decides ({decision.method})" if decision.adaptive else how_many)
-    table.add_row("latency", _latency(decision))
-    table.add_row("because", decision.reason)
-    if decision.calibration:
-        table.add_row("judged by", decision.calibration)
-    if decision.reused:
-        table.add_row("profile", f"of {decision.reused}, kept; `use_cache=False` measures it again")
-    table.add_row("took", f"{decision.seconds:.0f} s")
-    return Panel(table, title="Token pruning", title_align="left", expand=False)
-
-
-def print_decision(decision: "Decision", console: Console | None = None) -> None:
-    """Prints the panel."""
-    (console or Console()).print(decision_panel(decision))
-
-
-def _latency(decision: "Decision") -> str:
-    dense = f"dense {decision.dense_ms:.2f} ms"
-    if not decision.prunes:
-        return dense
-    predicted = f" (predicted {decision.predicted_ms:.2f} ms)" if decision.predicted_ms is not None else ""
-    return f"{dense}, pruned {decision.latency_ms:.2f} ms{predicted}: {decision.speedup:.2f}x"
+def _tokens_left(transformer: VisionTransformer, images: Tensor, reduction: Reduction) -> int:
+    """Tokens of the longest image that leave the first block, counted in a forward pass."""
+    handle = PatchHandle(transformer, reduction)
+    seen: list[int] = []
+    block = transformer.blocks[transformer.first_prunable_block]
+    hook = block.register_forward_hook(lambda _, args, output: seen.append(output.shape[1]))
+    try:
+        transformer.root.forward(images)  # not `root(images)`: a compiled graph would not call the hook
+    finally:
+        hook.remove()
+        handle.remove()
+    return seen[0]
 
 
 def measure_adaptive(
     model: nn.Module, images: Tensor, reduction: Reduction, time_limit: float, target: str | None, progress: bool
 ) -> Decision:
-    """Times the model with an adaptive method beside the dense one, on one batch.
+    """Times the model with an adaptive method against the dense model, on one batch.
 
     Args:
         model: Contains the Vision Transformer, which is dense.
@@ -263,24 +279,10 @@ def measure_adaptive(
         latency_ms=pruned.milliseconds,
         speedup=1 / pruned.ratio,
         predicted_ms=None,
-        reason=f"The images decide; the longest of this batch is left with {left} of {n} tokens.",
+        reason=f"The images decide; the longest of this batch keeps {left} of {n} tokens.",
         context=context,
         adaptive=True,
     )
-
-
-def _tokens_left(transformer: VisionTransformer, images: Tensor, reduction: Reduction) -> int:
-    """Tokens that leave the first block, those of the longest image; seen in a real forward pass."""
-    handle = PatchHandle(transformer, reduction)
-    seen: list[int] = []
-    block = transformer.blocks[transformer.first_prunable_block]
-    hook = block.register_forward_hook(lambda _, args, output: seen.append(output.shape[1]))
-    try:
-        transformer.root.forward(images)  # past a compiled graph, which would not see the hook
-    finally:
-        hook.remove()
-        handle.remove()
-    return seen[0]
 
 
 def profiled(
@@ -292,11 +294,13 @@ def profiled(
         config: Method, block, time limit, and where profiles are kept.
         pl_module: The module, dense.
         images: (B, C, H, W) as the transformer receives them.
-        of_method: Measures the curve of the method at its block instead, if one is given.
+        of_method: Measures the curve of the method at its block instead, if one is given, and takes all of the time
+            limit; a curve to plan on takes a share of it.
     """
     # One curve serves all methods and blocks, except that of the paper's protocol: how far it goes depends on both.
     general = config.plans_blocks or not (of_method or config.protocol == "paper")
     method, block = (PROFILE_METHOD, 0) if general else (config.reduction, config.place)
+    seconds = config.time_limit if of_method else PROFILE_SHARE * config.time_limit
     return get_or_profile(
         pl_module,
         images,
@@ -304,7 +308,7 @@ def profiled(
         method=method,
         block=block,
         protocol=config.protocol,
-        time_limit=None if config.protocol == "paper" else config.time_limit,
+        time_limit=None if config.protocol == "paper" else seconds,
         module_path=config.module_path,
         verbose=config.verbose,
     )
@@ -325,16 +329,13 @@ def check_labels(config: PruningConfig, calibration: Calibration) -> None:
         raise ArgumentError("`calibration` must have labels with protocol='paper', got batches without.")
 
 
-def planned(
-    config: PruningConfig,
-    pl_module: L.LightningModule,
-    images: Tensor,
-    calibration: Calibration,
-    profile: CachedProfile | None = None,
-) -> Decision:
-    """Plans a schedule by the objective of the config; see `planned_for`."""
-    (decision,) = planned_for(config, pl_module, images, calibration, [config.goal], profile)
-    return decision
+def _blocks(config: PruningConfig, depth: int) -> str | int | float | list[int]:
+    """The blocks that may reduce: one, unless all are searched or the method reduces in many from there on."""
+    if config.plans_blocks:
+        return "all"
+    if config.reduction.multi_block:
+        return "all" if isinstance(config.place, float) else list(range(config.place, depth))
+    return config.place
 
 
 def planned_for(
@@ -344,6 +345,7 @@ def planned_for(
     calibration: Calibration,
     objectives: Sequence[Objective],
     profile: CachedProfile | None = None,
+    limit: TimeLimit | None = None,
 ) -> list[Decision]:
     """Plans a schedule for each of several objectives, measured once for all of them.
 
@@ -354,11 +356,13 @@ def planned_for(
         calibration: Images, and labels where the protocol needs them.
         objectives: In any order.
         profile: The latency profile; that of `profiled` if None.
+        limit: The time limit, which may have begun before; that of the config, beginning now, if None.
 
     Raises:
         ArgumentError: As `check_labels`, and as `lightning_prune.plan`.
     """
     check_labels(config, calibration)
+    limit = TimeLimit(config.time_limit) if limit is None else limit
     profile = profiled(config, pl_module, images) if profile is None else profile
     plans = plan_many(
         pl_module,
@@ -368,7 +372,7 @@ def planned_for(
         methods=config.methods,
         blocks=_blocks(config, find_vision_transformer(pl_module, config.module_path).depth),
         profile=profile.profile,
-        time_limit=config.time_limit,
+        time_limit=config.time_limit if config.protocol == "paper" else limit.share(1.0),
         seed=config.seed,
         verbose=config.verbose,
         module_path=config.module_path,
@@ -378,17 +382,21 @@ def planned_for(
     return [Decision.from_plan(made, calibration.source, profile.reused) for made in plans]
 
 
-def _blocks(config: PruningConfig, depth: int) -> str | int | float | list[int]:
-    """The blocks that may reduce: one, unless all are searched or the method reduces in many from there on."""
-    if config.plans_blocks:
-        return "all"
-    if config.reduction.multi_block:
-        return "all" if isinstance(config.place, float) else list(range(config.place, depth))
-    return config.place
+def planned(
+    config: PruningConfig,
+    pl_module: L.LightningModule,
+    images: Tensor,
+    calibration: Calibration,
+    profile: CachedProfile | None = None,
+    limit: TimeLimit | None = None,
+) -> Decision:
+    """Plans a schedule by the objective of the config; see `planned_for`."""
+    (decision,) = planned_for(config, pl_module, images, calibration, [config.goal], profile, limit)
+    return decision
 
 
 def decide(first: FirstBatch) -> Decision:
-    """Decides on the first batch: plans a schedule, or times the one that was given, beside the dense model.
+    """Decides on the first batch: plans a schedule, or times the one that was given, against the dense model.
 
     Args:
         first: The batch and what was asked for.
@@ -398,14 +406,14 @@ def decide(first: FirstBatch) -> Decision:
         ScheduleError: If a given schedule does not fit the model.
         UnsupportedModelError: As `lightning_prune.patch`.
     """
-    config, module, images = first.config, first.module, first.images
+    config, module, images, limit = first.config, first.module, first.images, TimeLimit(first.config.time_limit)
     warn_if_wrapped_by_compile(module)
     if config.is_planned:
         if config.verbose and config.protocol == "deployed":
             print(f"Planning a schedule for this device and batch takes up to {config.time_limit:g} s (`time_limit`).")
-        return planned(config, module, images, first.calibration())
-    limit = config.time_limit / 3
+        return planned(config, module, images, first.calibration(), limit=limit)
+    seconds = _GIVEN_SHARE * config.time_limit
     if config.is_adaptive:
-        return measure_adaptive(module, images, config.reduction, limit, config.module_path, config.verbose)
+        return measure_adaptive(module, images, config.reduction, seconds, config.module_path, config.verbose)
     schedule = resolve_schedule(config.schedule, first.transformer, config.reduction, config.place, images)
-    return measure_given(module, images, config.reduction, schedule, limit, config.module_path, config.verbose)
+    return measure_given(module, images, config.reduction, schedule, seconds, config.module_path, config.verbose)

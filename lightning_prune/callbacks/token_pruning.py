@@ -84,8 +84,8 @@ class TokenPruning(EvaluationCallback):
         images_from_batch: A function from a batch to its images, where a batch is not a tensor, a sequence that
             begins with one, or a mapping with `image`, `images`, `pixel_values` or `inputs`. Return what the ViT
             receives: where the module resizes or normalises in its step, do so here too.
-        time_limit: Time limit of latency profiling in seconds, and again of the accuracy estimate, which always runs
-            the dense model and four token counts over the calibration images.
+        time_limit: Seconds in total for profiling, planning and timing. If the time is short, fewer images and methods
+            are used, and the best schedule that was timed is taken.
         module_path: Dotted path of the transformer in the LightningModule, where there are several.
         enabled: False leaves every run dense; can be changed between runs.
         protocol: `"paper"` profiles and estimates as POMT does; needs labels in the batches and hours on a CPU.

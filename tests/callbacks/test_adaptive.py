@@ -47,7 +47,7 @@ def test_a_run_is_pruned_as_its_images_decide_and_says_so() -> None:
     assert decision.prunes
     assert (decision.method, decision.dense_tokens) == ("vwt-inter", 17)
     assert decision.tokens < 17
-    assert f"the longest of this batch is left with {decision.tokens} of 17 tokens" in decision.reason
+    assert f"the longest of this batch keeps {decision.tokens} of 17 tokens" in decision.reason
     assert module.steps[0].tokens == decision.tokens
     assert len({step.tokens for step in module.steps}) > 1, "each batch has its own length"
     figures = running.callback_metrics
@@ -64,7 +64,7 @@ def test_the_panel_says_who_decides() -> None:
     console = Console(width=120, file=StringIO())
     console.print(decision_panel(callback.decision))
     text = console.file.getvalue()
-    assert "as each image decides (vwt-inter)" in text
+    assert "depends on the image (vwt-inter)" in text
     assert "pruned" in text
 
 
@@ -112,7 +112,7 @@ def test_planning_and_profiling_are_refused_with_the_way_out() -> None:
     method = VWTInter(words())
     for call in (
         lambda: lp.profile_latency(vit, images(), method=method, time_limit=1),
-        lambda: lp.plan(vit, images(), example_inputs=images(), method=method, time_limit=1),
+        lambda: lp.plan(vit, images(), calibration=images(), methods=method, time_limit=1),
     ):
         with pytest.raises(ArgumentError, match=r"`method` must be .* got vwt-inter"):
             call()

@@ -160,3 +160,21 @@ def test_the_callback_takes_the_settings_of_the_config() -> None:
     """Names and defaults are written twice, so that editors show them."""
     own = {name: p.default for name, p in inspect.signature(lp.TokenPruning).parameters.items() if name != "enabled"}
     assert own == {field.name: field.default for field in dataclasses.fields(PruningConfig)}
+
+
+def test_the_time_limit_is_that_of_profiling_and_planning_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lightning_prune.callbacks import decision
+
+    limits: dict[str, float] = {}
+    for name in ("get_or_profile", "plan_many"):
+        real = getattr(decision, name)
+
+        def timed(*args: Any, _real: Any = real, _name: str = name, **kwargs: Any) -> Any:
+            limits[_name] = kwargs["time_limit"]
+            return _real(*args, **kwargs)
+
+        monkeypatch.setattr(decision, name, timed)
+    callback = pruner(time_limit=2.0)
+    validated(callback)
+    assert limits["get_or_profile"] == pytest.approx(0.6)
+    assert 0 < limits["plan_many"] < 2.0

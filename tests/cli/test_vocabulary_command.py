@@ -84,7 +84,7 @@ def test_the_command_writes_the_words_that_learning_by_hand_gives(
     limits = ["--prune.method.threshold=0.2", "--prune.time_limit=0.5"]
     assert main(["validate", *TINY, *words, *limits]) == 0
     told = capsys.readouterr().out
-    assert "as each image decides (vwt-inter)" in told
+    assert "depends on the image (vwt-inter)" in told
     assert "val/top1" in told
 
 
