@@ -42,7 +42,7 @@ def plans(names: Names, tokens: list[int]) -> None:
     plan = names["plan"]
     assert plan.profile is names["profile"]
     assert lp.Schedule.load("schedule.yaml").removed == plan.schedule.removed
-    assert plan.schedule.total_removed == plan.removed == 197 - plan.tokens
+    assert plan.schedule.total_removed == plan.total_removed == 197 - plan.tokens
     assert Path("plan.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -1,6 +1,6 @@
-"""Plots of latency profiles, plans and Pareto fronts."""
+"""Plots of latency profiles and plans, and `plot`, which draws everything that has a plot."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,15 +16,15 @@ from lightning_prune.report.pareto import plot_pareto
 from lightning_prune.report.styles import line_styles, save_figure
 
 _BLUE, _RED, _GREY = "#1f5fa8", "#c0392b", "#7f8c8d"  # readable in print and with red-green blindness
-_PLAN_STYLES = (("#d35400", "o"), ("#16803c", "s"), ("#6c3483", "^"), ("#00798c", "D"))
+_ORANGE = "#d35400"
 
 
 def plot_profile(profile: LatencyProfile, eager: LatencyProfile | None = None) -> Figure:
-    """Latency against tokens with spread, cliffs, plateaus, and the straight line that hardware does not follow.
+    """Draws latency against tokens with its spread, cliffs, plateaus, and the straight line from end to end.
 
     Args:
-        profile: The curve.
-        eager: The same model without `torch.compile`, drawn beside it.
+        profile: The profile.
+        eager: The profile of the same model without `torch.compile`, drawn in the same axes.
     """
     figure = Figure(figsize=(7.5, 4.2), layout="constrained")
     axes = figure.subplots()
@@ -32,9 +32,8 @@ def plot_profile(profile: LatencyProfile, eager: LatencyProfile | None = None) -
     if eager is not None:
         tokens, latency = np.array(eager.tokens), np.array(eager.milliseconds)
         spread = np.array(eager.spread)
-        color = _PLAN_STYLES[0][0]
-        axes.fill_between(tokens, latency - spread, latency + spread, color=color, alpha=0.18, linewidth=0)
-        axes.plot(tokens, latency, color=color, marker=".", linewidth=1.4, label="measured, eager")
+        axes.fill_between(tokens, latency - spread, latency + spread, color=_ORANGE, alpha=0.18, linewidth=0)
+        axes.plot(tokens, latency, color=_ORANGE, marker=".", linewidth=1.4, label="measured, eager")
         axes.set_ylim(bottom=0, top=1.05 * max(*(latency + spread), axes.get_ylim()[1] / 1.05))
         axes.legend(fontsize=7, loc="lower right", ncols=2)
     figure.suptitle(_title(profile), fontsize=10)
@@ -73,7 +72,7 @@ def _title(profile: LatencyProfile) -> str:
 
 
 def plot_front(plan: Plan) -> Figure:
-    """Two panels: KL divergence against speed-up, and the proxy where it was measured; tokens that leave each block."""
+    """Draws the Pareto front of each method (KL divergence against speed-up) and the tokens that leave each block."""
     figure = Figure(figsize=(7.5, 6.4), layout="constrained")
     front, schedule = figure.subplots(2, 1, height_ratios=[1.5, 1])
     _draw_front(front, plan)
@@ -127,7 +126,7 @@ def _draw_schedule(axes: Axes, plan: Plan) -> None:
     axes.set_ylim(0, 1.15 * n)
     axes.set_xticks(range(depth))
     axes.set_xlabel(f"block ({plan.method})" if plan.schedule.total_removed else "block (nothing is removed)")
-    axes.set_ylabel("tokens that leave it")
+    axes.set_ylabel("tokens that leave the block")
 
 
 class _HasDocument(Protocol):
@@ -137,7 +136,7 @@ class _HasDocument(Protocol):
 
 
 def plot(
-    result: LatencyProfile | Plan | Sequence[Plan] | _HasDocument | Mapping[str, Any],
+    result: LatencyProfile | Plan | _HasDocument | Mapping[str, Any],
     path: str | Path | None = None,
     *,
     eager: LatencyProfile | None = None,
@@ -145,9 +144,8 @@ def plot(
     """Draws a latency profile, a plan, or a comparison.
 
     Args:
-        result: A profile: latency against tokens. A plan, or several that were made on one profile: what each schedule
-            costs, and the chosen one. A comparison, or the document that it writes as `results.json`: accuracy against
-            latency.
+        result: A profile: latency against tokens. A plan: the Pareto front of each method and the chosen schedule. A
+            comparison, or the document that it writes as `results.json`: accuracy against latency.
         path: File to write, in the format of its suffix; it appears whole or not at all. None: only the figure.
         eager: With a profile of a compiled model: the profile of the same model without compilation, drawn in the same
             axes.
@@ -156,7 +154,7 @@ def plot(
         The figure.
 
     Raises:
-        ArgumentError: If `result` is none of these, or `eager` comes with something else than a profile.
+        ArgumentError: If `result` is none of these, or `eager` is given with anything but a profile.
         DataError: If the document of a comparison has no rows.
 
     Example:

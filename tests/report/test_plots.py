@@ -90,7 +90,7 @@ class Result:
     ("result", "panels"),
     [
         (profile(), ["latency of a batch [ms]"]),
-        (plan(40, lp.Utility()), ["KL divergence from dense [nats]\n(dots: measured )", "tokens that leave it"]),
+        (plan(40, lp.Utility()), ["KL divergence from dense [nats]\n(dots: measured )", "tokens that leave the block"]),
         (comparison(), ["top-1 [%]"]),
         (Result(), ["top-1 [%]"]),
     ],
