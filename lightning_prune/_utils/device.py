@@ -12,9 +12,9 @@ import torch
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits until `device` has done all its work; a CPU always has.
+    """Waits until a device has finished its work; does nothing for a CPU, which works synchronously.
 
-    `torch.accelerator.synchronize` raises for a CPU, so the kind of device is asked first.
+    `torch.accelerator.synchronize` raises for a CPU, so the type of the device is checked first.
     """
     if device.type == "mps":
         torch.mps.synchronize()
@@ -24,7 +24,7 @@ def synchronize(device: torch.device) -> None:
 
 @cache
 def device_name(device: torch.device) -> str:
-    """What the maker calls the device."""
+    """The product name of a device."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type != "cpu":
@@ -37,12 +37,12 @@ def device_name(device: torch.device) -> str:
 
 @contextmanager
 def preserve_random_state() -> Iterator[None]:
-    """Whatever happens inside, also an error, the global generators of torch, NumPy and Python go on as if not.
+    """Restores the global random state of torch, NumPy and Python on exit, also after an exception.
 
-    Lightning's `isolate_rng` leaves them as they are when the block raises.
+    Lightning's `isolate_rng` does not restore it after an exception.
     """
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002  # users draw from the global one
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002  # users use the global generator
     try:
         with torch.random.fork_rng(devices):
             yield

@@ -1,4 +1,4 @@
-"""A progress bar over time, on a terminal only."""
+"""A progress bar that shows elapsed time, on terminals only."""
 
 import sys
 import time
@@ -13,14 +13,14 @@ OnStep = Callable[[], None]
 
 @contextmanager
 def progress_bar(description: str, time_limit: float | None, enabled: bool = True) -> Iterator[OnStep]:
-    """Yields a function to call now and then; the bar fills with the time spent and vanishes at the end.
+    """Yields a function to call after each step; the bar fills with the elapsed time and disappears at the end.
 
-    Written to standard error, and only if that is a terminal: tables and logs stay clean.
+    It is written to standard error, and only if that is a terminal, so tables and logs are not disturbed.
 
     Args:
-        description: What is going on.
-        time_limit: When the bar is full; None shows a pulse.
-        enabled: False shows nothing.
+        description: Text before the bar.
+        time_limit: Seconds at which the bar is full; None shows a pulse.
+        enabled: Whether to show the bar.
     """
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     quiet = not (enabled and sys.stderr.isatty())
