@@ -81,11 +81,12 @@ def run(args: list[str] | None = None) -> int:
         args: Command and options; those of the process if None.
 
     Returns:
-        Exit status: 0, or 2 after an error that the user can mend, which is printed in one line.
+        Exit status: 0; 2 after an error that the user can mend, which is printed in one line; 3 if no variant of a
+        comparison meets the budget that was stated.
     """
     _quieten()
     try:
-        PruneCLI(
+        cli = PruneCLI(
             sys.argv[1:] if args is None else args,
             model_class=ImageClassifier,
             datamodule_class=L.LightningDataModule,
@@ -103,7 +104,8 @@ def run(args: list[str] | None = None) -> int:
     except (PruneError, argparse.ArgumentError, MisconfigurationException, FileNotFoundError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    return 0
+    missed = isinstance(cli.trainer, PruneTrainer) and cli.trainer.budget_missed
+    return 3 if missed else 0
 
 
 def _quieten() -> None:

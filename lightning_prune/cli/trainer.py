@@ -30,10 +30,12 @@ class PruneTrainer(L.Trainer):
 
     Attributes:
         command: What was typed, for the report of a comparison; empty where code calls.
+        budget_missed: Whether no variant of the last comparison met the budget that was stated.
         settings: The configuration of the command line, as plain values; empty where code calls.
     """
 
     command: str = ""
+    budget_missed: bool = False
     settings: Mapping[str, Any] = MappingProxyType({})
 
     @property
@@ -131,6 +133,7 @@ class PruneTrainer(L.Trainer):
         found = compare(
             self, model, data, methods, speedups, output=output, resume=resume, command=command, settings=self.settings
         )
+        self.budget_missed = found.best is not None and not found.best.met
         if self.is_global_zero:
             console = Console(markup=False)  # names of files and methods may hold brackets
             document = found.to_dict()

@@ -26,6 +26,7 @@ from lightning_prune.report.plots import plot
 from lightning_prune.report.rows import AGREEMENT, TOP1, Row, score_of
 from lightning_prune.report.tables import write_table
 from lightning_prune.report.token_maps import save_tokens
+from lightning_prune.schedule import MeasurementSource, MethodSpec, Schedule
 
 _FORMAT, _VERSION = "lightning_prune.comparison", 1
 _FILES = (
@@ -139,9 +140,11 @@ class Comparison:
             return
         planned = {planned.variant: planned for planned in self.plan.planned}
         schedule = planned[self.best.variant].schedule
-        if schedule is None:  # dense: as of any other variant, but nothing is removed
-            schedule = next(p.schedule for p in self.plan.planned if p.schedule is not None)
-            schedule = type(schedule)([0] * schedule.depth, made_on=schedule.made_on)
+        if schedule is None:  # of dense
+            known = next(p.schedule for p in self.plan.planned if p.schedule is not None)
+            made_on = MeasurementSource.from_context(self.plan.context, dense_tokens=self.plan.dense_tokens)
+            method = known.method if isinstance(known.method, MethodSpec) else None
+            schedule = Schedule([0] * known.depth, method, made_on)
         write_document(
             stage / "schedule.yaml",
             {**schedule.to_dict(), "variant": self.best.variant, "reason": self.best.reason},
@@ -257,9 +260,10 @@ def choose_best(rows: Sequence[Row], planned: Sequence[PlannedVariant], objectiv
     values, doubtful = objective.score(latency, accuracy.copy()), objective.score(latency, highest.copy())
     if np.isfinite(values[:-1]).any() or (np.isfinite(values[-1]) and not np.isfinite(doubtful[:-1]).any()):
         row = [*candidates, dense][int(len(values) - 1 - np.argmax(values[::-1]))]
-        return BestVariant(
-            row.variant, f"The best of {len(rows)} variants by {objective}: {_figures(row, dense)}.", True
-        )
+        if row is dense:
+            return BestVariant(row.variant, f"No other variant is better than dense by {objective}.", True)
+        reason = f"The best of {len(rows)} variants by {objective}: {_figures(row, dense)}."
+        return BestVariant(row.variant, reason, True)
     if np.isfinite(doubtful[:-1]).any():
         row = candidates[int(np.argmax(doubtful[:-1]))]
         reason = f"Within the 95% interval of its accuracy the best of {len(rows)} variants by {objective}"

@@ -280,7 +280,7 @@ def _variant_of_decision(request: VariantRequest, decision: Decision) -> Planned
         chosen=chosen,
         settings={} if reduction is None else _plain_settings(reduction),
         schedule=decision.schedule,
-        note=chosen,
+        note=chosen if decision.schedule.total_removed else "",
         plan={**plan, "calibration": decision.calibration},
     )
 

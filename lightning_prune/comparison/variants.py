@@ -59,16 +59,11 @@ class VariantRequest(NamedTuple):
         return (self.label or self.name).removesuffix(_AND_INT8)
 
     @property
-    def is_free(self) -> bool:
-        """Whether it is open how many tokens are removed."""
+    def has_targets(self) -> bool:
+        """Whether it is open how many tokens are removed, so that it has a variant for each target speed-up."""
         if self.objective is not None or self.schedule is not None:
             return False
         return self.searches or (self.reduction is not None and not self.reduction.adaptive)
-
-    @property
-    def has_targets(self) -> bool:
-        """Whether it has a variant for each target speed-up."""
-        return self.is_free
 
     def planned_by(self, objective: Objective) -> "VariantRequest":
         """The one variant that an objective makes of this request."""
@@ -107,9 +102,9 @@ def read_requests(
         requests = read_methods([config.method], None)
     if speedups is None:
         for request in requests:
-            valid = not (request.is_free and request.int8)
+            valid = not (request.has_targets and request.int8)
             check("speedups", speedups, f"given for {request.name}, which is not planned by an objective", valid)
-        requests = [request.planned_by(objective) if request.is_free else request for request in requests]
+        requests = [request.planned_by(objective) if request.has_targets else request for request in requests]
     if methods is None and speedups is None and not is_given and not config.is_adaptive:
         paper = VariantRequest(POMT.name, POMT(), False).planned_by(Utility(0.5))
         if not any((each.reduction, each.objective) == (paper.reduction, paper.objective) for each in requests):

@@ -120,7 +120,9 @@ def test_compare_under_a_schedule_and_validate_from_its_file(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["compare", *TINY, "--prune.schedule=90", "--prune.block=2", f"--output={tmp_path}"]) == 0
-    assert not (tmp_path / "schedule.yaml").exists()
+    document = read_results(tmp_path / "results.json")
+    chosen = lp.Schedule.load(tmp_path / "schedule.yaml")  # since an objective is stated
+    assert chosen.total_removed == (90 if document["best"]["variant"] == "pomt given" else 0)
     capsys.readouterr()
     assert main(["validate", *TINY, f"--prune.schedule={tmp_path / 'schedules' / 'pomt-given.yaml'}"]) == 0
     told = capsys.readouterr().out
@@ -159,6 +161,15 @@ def test_an_objective_of_the_users_choice(tmp_path: Path) -> None:
     assert main(["compare", *TINY, *words, f"--output={tmp_path}"]) == 0
     variants = json.loads((tmp_path / "results.json").read_text())["variants"]
     assert variants["pomt accuracy budget"]["objective"] == "accuracy budget, at most 90% lost"
+
+
+def test_a_budget_that_no_variant_meets_is_an_exit_status(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--methods", "random", "--budget", "500x", f"--output={tmp_path}"]
+    tiny = [word for word in TINY if not word.startswith("--prune.objective")]
+    assert main(["compare", *tiny, *words]) == 3
+    best = read_results(tmp_path / "results.json")["best"]
+    assert best["met"] is False
+    assert "No variant meets the latency budget, 500x." in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize(
