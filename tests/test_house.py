@@ -43,7 +43,7 @@ SAME_NAME = {"__init__", "api", "base", "registry"}  # these mean the same in ev
 UPWARD: set[tuple[str, str]] = set()
 CIRCLES: set[frozenset[str]] = set()
 OWN_PACKAGE: set[str] = set()
-FUNCTION_NAMES: set[str] = {"reduction.pomt"}
+FUNCTION_NAMES: set[str] = set()
 
 
 def modules() -> dict[str, Path]:

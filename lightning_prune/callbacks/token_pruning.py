@@ -238,7 +238,7 @@ class TokenPruning(EvaluationCallback):
         if self.decision.prunes:
             schedule = self.decision.deployable(first.transformer)
             reduction = self.decision.reduction or self.config.reduction
-            self._handle = patch(pl_module, reduction, schedule, target=self.config.module_path)
+            self._handle = patch(pl_module, reduction, schedule, module_path=self.config.module_path)
 
     def _decide(self, first: FirstBatch) -> Decision:
         """The decision of an earlier run where it holds for this one, else a new one."""

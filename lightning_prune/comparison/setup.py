@@ -252,7 +252,7 @@ class ComparisonSetup(L.Callback):
             reduction = reduction_of(chosen, requests[name])
             assert reduction is not None  # as every request with a method and a timing has one
             path = self.settings.config.module_path
-            trace = trace_tokens(first.module, images, reduction, chosen.schedule, target=path)
+            trace = trace_tokens(first.module, images, reduction, chosen.schedule, module_path=path)
             traces[chosen.variant] = TokenTrace(trace.groups.cpu(), trace.held.cpu(), trace.tokens.cpu(), trace.grid)
         return traces
 

@@ -37,7 +37,7 @@ def patch(
     schedule: ScheduleLike | None = None,
     *,
     block: int | float = 0.25,
-    target: str | None = None,
+    module_path: str | None = None,
 ) -> "PatchHandle":
     """Makes the Vision Transformer in `model` remove tokens by a schedule, in place.
 
@@ -57,16 +57,16 @@ def patch(
             a `Plan`, the path of a saved one, a number of tokens removed in all, or the share of patch tokens that are
             left at the end. None for methods whose token count depends on the image (`VWTInter`).
         block: Where methods that reduce once do so if `schedule` is a number: an index, or a fraction of the depth.
-        target: Dotted path of the transformer in `model`, needed where there are several.
+        module_path: Dotted path of the transformer in `model`, needed where there are several.
 
     Returns:
         A handle: `handle.remove()` restores the model to the bit; it is also a context manager that does so.
 
     Raises:
-        UnsupportedModelError: If no supported transformer is found, or several and no `target`.
+        UnsupportedModelError: If no supported transformer is found, or several and no `module_path`.
         ScheduleError: If the schedule is for another depth or token count, or asks a block for more tokens than it
             can remove; names the numbers. Where images decide the token count, in forward.
-        ArgumentError: If `method` or `target` is unknown, or `method` differs from the one that the schedule names.
+        ArgumentError: If `method` or `module_path` is unknown, or `method` is not the one that the schedule names.
         FileFormatError: If a file cannot be read or holds no schedule.
 
     Example:
@@ -80,7 +80,7 @@ def patch(
         >>> handle.schedule.schedule(197).tokens(197)[-1]
         139
     """
-    transformer = find_vision_transformer(model, target)
+    transformer = find_vision_transformer(model, module_path)
     if schedule is None and _is_schedule(method):
         schedule = read_schedule(method, "method")
         if isinstance(schedule, int | float):

@@ -38,7 +38,7 @@ def trace_tokens(
     method: str | Reduction,
     schedule: Schedule | KeepRates | None = None,
     *,
-    target: str | None = None,
+    module_path: str | None = None,
 ) -> TokenTrace:
     """Runs a model with a reduction, in evaluation mode, and says where every patch of the images ended up.
 
@@ -47,7 +47,7 @@ def trace_tokens(
         images: (B, channels, height, width) on the model's device.
         method: The reduction.
         schedule: As for `lightning_prune.patch`.
-        target: Dotted path of the transformer in `model`, where there are several.
+        module_path: Dotted path of the transformer in `model`, where there are several.
 
     Returns:
         The trace.
@@ -66,7 +66,7 @@ def trace_tokens(
         >>> trace.tokens.tolist(), trace.grid
         ([141, 141], (14, 14))
     """
-    transformer = find_vision_transformer(model, target)
+    transformer = find_vision_transformer(model, module_path)
     watched = _Watched(resolve(method))
     with torch.no_grad(), eval_mode(transformer.root), PatchHandle(transformer, watched, schedule):
         transformer.root.forward(images)  # past a compiled graph, which would not be watched

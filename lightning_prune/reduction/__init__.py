@@ -3,7 +3,7 @@
 from lightning_prune.reduction.base import AttentionInputs, Reduction, ReductionOutput, TokenSequence
 from lightning_prune.reduction.cls_attention import EViT, TopK, evit, topk, topk_scores
 from lightning_prune.reduction.functional import merge_into_nearest, sources_of
-from lightning_prune.reduction.pomt import POMT, pomt, pomt_scores
+from lightning_prune.reduction.pomt import POMT, pomt_reduce, pomt_scores
 from lightning_prune.reduction.random_drop import RandomDrop
 from lightning_prune.reduction.registry import METHODS, names, resolve, spec_of
 from lightning_prune.reduction.representation_shift import RepresentationShift, shift, shift_scores
@@ -29,7 +29,7 @@ __all__ = [
     "evit",
     "merge_into_nearest",
     "names",
-    "pomt",
+    "pomt_reduce",
     "pomt_scores",
     "resolve",
     "shift",

@@ -60,7 +60,7 @@ def pomt_scores(attention: AttentionInputs, num_prefix_tokens: int) -> Tensor:
     return received + magnitude[:, num_prefix_tokens:]
 
 
-def pomt(tokens: Tensor, attention: AttentionInputs, remove: int, num_prefix_tokens: int) -> ReductionOutput:
+def pomt_reduce(tokens: Tensor, attention: AttentionInputs, remove: int, num_prefix_tokens: int) -> ReductionOutput:
     """Keeps the best N - P - R - 1 patch tokens in their order and appends the mean of the R + 1 others.
 
     Args:
@@ -74,9 +74,9 @@ def pomt(tokens: Tensor, attention: AttentionInputs, remove: int, num_prefix_tok
 
     Example:
         >>> import torch
-        >>> from lightning_prune.reduction import AttentionInputs, pomt
+        >>> from lightning_prune.reduction import AttentionInputs, pomt_reduce
         >>> q, k, v = torch.randn(3, 2, 4, 17, 8).unbind(0)
-        >>> pomt(torch.randn(2, 17, 32), AttentionInputs(q, k, v), remove=5, num_prefix_tokens=1).tokens.shape
+        >>> pomt_reduce(torch.randn(2, 17, 32), AttentionInputs(q, k, v), remove=5, num_prefix_tokens=1).tokens.shape
         torch.Size([2, 12, 32])
     """
     keep = tokens.shape[1] - num_prefix_tokens - remove - 1
@@ -129,11 +129,11 @@ class POMT(Reduction):
             self.proportional_attention = proportional_attention
 
     def reduce(self, sequence: TokenSequence, remove: int) -> ReductionOutput:
-        """See `pomt` and `merge_into_nearest`."""
+        """See `pomt_reduce` and `merge_into_nearest`."""
         attention = sequence.attention
         assert attention is not None  # the patch provides what `reads` asks for
         if self.dropped == "mean":
-            return pomt(sequence.tokens, attention, remove, sequence.num_prefix_tokens)
+            return pomt_reduce(sequence.tokens, attention, remove, sequence.num_prefix_tokens)
         scores = pomt_scores(attention, sequence.num_prefix_tokens)
         return merge_into_nearest(
             sequence.tokens, attention.key, scores, remove, sequence.num_prefix_tokens, sequence.sizes, sequence.trace

@@ -34,9 +34,9 @@ def test_two_models_at_once(build: Any, images: Tensor) -> None:
 def test_two_in_one_module(build: Any, images: Tensor) -> None:
     model = nn.ModuleDict({"student": build(seed=1), "teacher": build(seed=2)})
     dense = {name: each(images) for name, each in model.items()}
-    student = lp.patch(model, "pomt", REMOVED, target="student")
+    student = lp.patch(model, "pomt", REMOVED, module_path="student")
     assert torch.equal(model["teacher"](images), dense["teacher"])
-    teacher = lp.patch(model, "random", REMOVED, target="teacher")
+    teacher = lp.patch(model, "random", REMOVED, module_path="teacher")
     assert student.active
     student.remove()
     assert teacher.active

@@ -7,7 +7,7 @@ import torch
 
 from helpers import reference as naive
 from lightning_prune.errors import ArgumentError
-from lightning_prune.reduction import POMT, merge_into_nearest, pomt, pomt_scores
+from lightning_prune.reduction import POMT, merge_into_nearest, pomt_reduce, pomt_scores
 
 from .drawn import PRECISIONS, check_alone_and_together, check_one_graph, draw
 
@@ -150,7 +150,7 @@ def test_what_an_instance_is() -> None:
 def test_the_mean_stays_what_the_paper_says() -> None:
     sequence = draw(dtype=torch.float32)
     assert sequence.attention is not None
-    expected = pomt(sequence.tokens, sequence.attention, 4, 1)
+    expected = pomt_reduce(sequence.tokens, sequence.attention, 4, 1)
     reduced = POMT(dropped="mean").reduce(sequence, 4)
     assert torch.equal(reduced.tokens, expected.tokens)
     assert reduced.sizes is None

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from helpers import reference as naive
-from lightning_prune.reduction import POMT, AttentionInputs, TokenSequence, functional, pomt, pomt_scores
+from lightning_prune.reduction import POMT, AttentionInputs, TokenSequence, functional, pomt_reduce, pomt_scores
 
 _module = import_module("lightning_prune.reduction.pomt")  # by its path: the package calls the function so
 _AT_ONCE = _module._AT_ONCE
@@ -51,7 +51,7 @@ def test_every_number_of_removed_tokens_up_to_the_capacity(prefix: int, batch: i
     max_removed = POMT().max_removed(tokens, prefix)
     assert max_removed == 7
     for remove in range(1, max_removed + 1):
-        reduced = pomt(x, attention, remove, prefix)
+        reduced = pomt_reduce(x, attention, remove, prefix)
         assert reduced.tokens.shape == (batch, tokens - remove, x.shape[-1])
         for b in range(batch):
             expected, positions = naive.pomt(x[b], *image(attention, b), remove, prefix)
@@ -63,7 +63,7 @@ def test_every_number_of_removed_tokens_up_to_the_capacity(prefix: int, batch: i
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)], ids=["fp32", "bf16"])
 def test_lower_precisions(dtype: torch.dtype, tolerance: float) -> None:
     x, attention = draw(3, 2, 14, dtype=dtype)
-    scores, reduced = pomt_scores(attention, 1), pomt(x, attention, 6, 1)
+    scores, reduced = pomt_scores(attention, 1), pomt_reduce(x, attention, 6, 1)
     assert scores.dtype == torch.float32
     assert reduced.tokens.dtype == dtype
     for b in range(3):
@@ -84,7 +84,7 @@ def test_the_mean_of_bf16_tokens_is_summed_in_a_higher_precision() -> None:
     _, attention = draw(1, 1, 401, dtype=torch.bfloat16)
     x = torch.full((1, 401, 2), 1.0, dtype=torch.bfloat16)
     x[:, ::2] = 1.5
-    reduced = pomt(x, attention, 390, 1)
+    reduced = pomt_reduce(x, attention, 390, 1)
     dropped = [i for i in range(401) if i not in reduced.positions[0].tolist()]
     torch.testing.assert_close(reduced.tokens[0, -1].double(), x[0, dropped].double().mean(0), rtol=4e-3, atol=0)
 
@@ -92,9 +92,9 @@ def test_the_mean_of_bf16_tokens_is_summed_in_a_higher_precision() -> None:
 def test_an_image_has_the_same_outcome_alone_and_in_any_batch() -> None:
     x, attention = draw(5, 3, 21, dtype=torch.float32)
     attention = attention._replace(query=attention.query * torch.tensor([1.0, 9, 3, 0.1, 5]).view(5, 1, 1, 1))
-    together = pomt(x, attention, 8, 1)
+    together = pomt_reduce(x, attention, 8, 1)
     for b in range(5):
-        alone = pomt(x[b : b + 1], AttentionInputs(*(part[b : b + 1] for part in attention[:3])), 8, 1)
+        alone = pomt_reduce(x[b : b + 1], AttentionInputs(*(part[b : b + 1] for part in attention[:3])), 8, 1)
         assert torch.equal(alone.positions[0], together.positions[b])
         torch.testing.assert_close(alone.tokens[0], together.tokens[b], rtol=1e-5, atol=1e-6)
 
@@ -119,7 +119,7 @@ def test_the_prefix_takes_its_share_of_the_value_softmax() -> None:
 def test_the_method_is_the_function() -> None:
     x, attention = draw(2, 2, 12)
     reduced = POMT().reduce(TokenSequence(x, 1, True, attention), 4)
-    expected = pomt(x, attention, 4, 1)
+    expected = pomt_reduce(x, attention, 4, 1)
     assert torch.equal(reduced.tokens, expected.tokens)
     assert torch.equal(reduced.positions, expected.positions)
     assert reduced.sizes is None
@@ -134,8 +134,8 @@ def test_capacity(tokens: int, prefix: int, max_removed: int) -> None:
 
 def test_compiles_without_a_break_and_without_looking_at_the_data() -> None:
     x, attention = draw(2, 2, 12, dtype=torch.float32)
-    compiled = torch.compile(pomt, fullgraph=True, backend="eager")
-    assert torch.equal(compiled(x, attention, 4, 1).tokens, pomt(x, attention, 4, 1).tokens)
+    compiled = torch.compile(pomt_reduce, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(x, attention, 4, 1).tokens, pomt_reduce(x, attention, 4, 1).tokens)
 
 
 def received(attention: AttentionInputs, prefix: int) -> Tensor:

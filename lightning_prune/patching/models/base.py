@@ -1,7 +1,8 @@
 """Adapters: what patching needs to know of a kind of model."""
 
+import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
@@ -96,6 +97,22 @@ class VisionTransformer:
     def outputs(self, images: Tensor) -> Tensor:
         """Runs the transformer: (B, classes) logits or (B, C) features of (B, channels, height, width) images."""
         return self.adapter.output(self.compiled_root(images))
+
+
+def loaded_class(name: str) -> type[nn.Module] | None:
+    """The class that another library calls `name`, as in `"timm.models.eva:Eva"`.
+
+    Nothing is imported: where its module is not, no model can be of the class. None there, and where a release of the
+    library has renamed the class, which then costs the adapter that looks for it and nothing else.
+    """
+    module, _, attribute = name.partition(":")
+    kind = getattr(sys.modules.get(module), attribute, None)
+    return kind if isinstance(kind, type) else None
+
+
+def loaded_classes(names: Iterable[str]) -> tuple[type[nn.Module], ...]:
+    """Those of the classes that `loaded_class` finds."""
+    return tuple(kind for kind in map(loaded_class, names) if kind is not None)
 
 
 class SplitCheckInput(NamedTuple):

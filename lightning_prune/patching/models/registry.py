@@ -37,27 +37,27 @@ MODEL_ADAPTERS: tuple[ModelAdapter, ...] = (
 )
 
 
-def find_vision_transformer(model: nn.Module, target: str | None = None) -> VisionTransformer:
+def find_vision_transformer(model: nn.Module, module_path: str | None = None) -> VisionTransformer:
     """The one Vision Transformer in `model`, which may be the model itself or sit anywhere inside it.
 
     Args:
         model: Any module.
-        target: Dotted path of the transformer in `model`; needed where there are several.
+        module_path: Dotted path of the transformer in `model`; needed where there are several.
 
     Raises:
         UnsupportedModelError: If there is none (says what was looked for and what is there) or there are several and
-            `target` is None (lists them).
-        ArgumentError: If `target` is not the path of a module.
+            `module_path` is None (lists them).
+        ArgumentError: If `module_path` is not the path of a module.
     """
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(f"`model` must be a torch.nn.Module, got {type(model).__name__}.")
-    if target is not None:
+    if module_path is not None:
         modules = dict(model.named_modules())
-        if target not in modules:
+        if module_path not in modules:
             raise ArgumentError(
-                f"`target` must be the dotted path of a module in {type(model).__name__}, got {target!r}."
+                f"`module_path` must be the dotted path of a module in {type(model).__name__}, got {module_path!r}."
             )
-        model, prefix = modules[target], target
+        model, prefix = modules[module_path], module_path
     else:
         prefix = ""
     found: list[tuple[str, nn.Module, ModelAdapter]] = []
@@ -76,7 +76,7 @@ def find_vision_transformer(model: nn.Module, target: str | None = None) -> Visi
         raise UnsupportedModelError(f"Found no Vision Transformer. Looked for {looked}; {_contents(model)}.")
     if len(found) > 1:
         candidates = ", ".join(f"{path!r} ({original_class(module).__name__})" for path, module, _ in found)
-        raise UnsupportedModelError(f"Found {len(found)} Vision Transformers; pass `target`, one of {candidates}.")
+        raise UnsupportedModelError(f"Found {len(found)} Vision Transformers; pass `module_path`, one of {candidates}.")
     path, root, adapter = found[0]
     compiled = next((m for m in model.modules() if m is not root and getattr(m, "_orig_mod", None) is root), None)
     return replace(describe(adapter, root, path), compiled_wrapper=compiled)

@@ -4,8 +4,6 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, ClassVar
 
-from timm.models import beit
-from timm.models import vision_transformer_relpos as relpos
 from torch import Tensor, nn
 
 from lightning_prune.patching.attention_capture import Bias, CaptureSlot, SDPARecorder
@@ -23,11 +21,14 @@ class TimmRelPos(TimmAdapter):
     """
 
     name: ClassVar[str] = "timm Beit and VisionTransformerRelPos"
-    roots = (beit.Beit, relpos.VisionTransformerRelPos)
-    recipes: ClassVar[dict[type[nn.Module], AttnMlpSplit]] = {
-        beit.Block: GAMMA,
-        relpos.RelPosBlock: PRE_NORM,
-        relpos.ResPostRelPosBlock: POST_NORM,
+    roots: ClassVar[tuple[str, ...]] = (
+        "timm.models.beit:Beit",
+        "timm.models.vision_transformer_relpos:VisionTransformerRelPos",
+    )
+    recipes: ClassVar[dict[str, AttnMlpSplit]] = {
+        "timm.models.beit:Block": GAMMA,
+        "timm.models.vision_transformer_relpos:RelPosBlock": PRE_NORM,
+        "timm.models.vision_transformer_relpos:ResPostRelPosBlock": POST_NORM,
     }
 
     def describe(self, root: nn.Module, path: str) -> VisionTransformer:

@@ -4,8 +4,6 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
-from timm.models import eva, naflexvit
-from timm.models import vision_transformer as vit
 from torch import Tensor, nn
 
 from lightning_prune.errors import UnsupportedModelError
@@ -23,11 +21,11 @@ class TimmRope(TimmAdapter):
     (N - P, D), or one for each head, or one for each image.
     """
 
-    recipes: ClassVar[dict[type[nn.Module], AttnMlpSplit]] = {
-        eva.EvaBlock: GAMMA,
-        eva.EvaBlockPostNorm: POST_NORM,
-        vit.Block: PRE_NORM,
-        vit.ResPostBlock: POST_NORM,
+    recipes: ClassVar[dict[str, AttnMlpSplit]] = {
+        "timm.models.eva:EvaBlock": GAMMA,
+        "timm.models.eva:EvaBlockPostNorm": POST_NORM,
+        "timm.models.vision_transformer:Block": PRE_NORM,
+        "timm.models.vision_transformer:ResPostBlock": POST_NORM,
     }
 
     def describe(self, root: nn.Module, path: str) -> VisionTransformer:
@@ -51,7 +49,7 @@ class TimmEva(TimmRope):
     """EVA, EVA-02, Perception Encoder, DINOv3, sapiens and others on timm's `Eva`."""
 
     name: ClassVar[str] = "timm Eva"
-    roots = (eva.Eva,)
+    roots: ClassVar[tuple[str, ...]] = ("timm.models.eva:Eva",)
 
 
 class NaFlexGuard(GridGuard):
@@ -72,7 +70,7 @@ class TimmNaFlex(TimmRope):
 
     name: ClassVar[str] = "timm NaFlexVit"
     guard: ClassVar[type[PatchedModule] | None] = NaFlexGuard
-    roots = (naflexvit.NaFlexVit,)
+    roots: ClassVar[tuple[str, ...]] = ("timm.models.naflexvit:NaFlexVit",)
 
     def count(self, model: Any) -> int | None:
         """The images decide."""

@@ -4,12 +4,11 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
-from timm.models import cait, convit
 from torch import Tensor, nn
 
 from lightning_prune.patching.attention_capture import CapturedAttention
 from lightning_prune.patching.block_split import ONE_DROP, AttnMlpSplit
-from lightning_prune.patching.models.base import VisionTransformer
+from lightning_prune.patching.models.base import VisionTransformer, loaded_class
 from lightning_prune.patching.models.timm_vit import TimmAdapter
 from lightning_prune.reduction.base import AttentionInputs
 
@@ -52,22 +51,23 @@ class TimmUnfused(TimmAdapter):
     """Attention is read from what goes into it: one projection more than the block itself, in reducing blocks only."""
 
     supports_key_bias: ClassVar[bool] = False
-    captured_classes: ClassVar[dict[type[nn.Module], type[CapturedAttention]]] = {
-        cait.TalkingHeadAttn: CapturedTalkingHeads,
-        convit.MHSA: CapturedSelfAttention,
+    captured_classes: ClassVar[dict[str, type[CapturedAttention]]] = {
+        "timm.models.cait:TalkingHeadAttn": CapturedTalkingHeads,
+        "timm.models.convit:MHSA": CapturedSelfAttention,
     }
 
     def unfused_attention(self, block: nn.Module) -> dict[nn.Module, type[CapturedAttention]]:
         """The block's attention, where it is of a kind that is known."""
-        return {m: self.captured_classes[type(m)] for m in block.modules() if type(m) in self.captured_classes}
+        kinds = {loaded_class(name): mixin for name, mixin in self.captured_classes.items()}
+        return {module: kinds[type(module)] for module in block.modules() if type(module) in kinds}
 
 
 class TimmCait(TimmUnfused):
     """CaiT: the CLS token joins in blocks of its own after those that can reduce."""
 
     name: ClassVar[str] = "timm Cait"
-    roots = (cait.Cait,)
-    recipes: ClassVar[dict[type[nn.Module], AttnMlpSplit]] = {cait.LayerScaleBlock: ONE_DROP}
+    roots: ClassVar[tuple[str, ...]] = ("timm.models.cait:Cait",)
+    recipes: ClassVar[dict[str, AttnMlpSplit]] = {"timm.models.cait:LayerScaleBlock": ONE_DROP}
 
     def describe(self, root: nn.Module, path: str) -> VisionTransformer:
         """See `ModelAdapter.describe`."""
@@ -86,8 +86,8 @@ class TimmConVit(TimmUnfused):
     """ConViT: its first blocks attend by place on the whole grid; the CLS token joins after them."""
 
     name: ClassVar[str] = "timm ConVit"
-    roots = (convit.ConVit,)
-    recipes: ClassVar[dict[type[nn.Module], AttnMlpSplit]] = {convit.Block: ONE_DROP}
+    roots: ClassVar[tuple[str, ...]] = ("timm.models.convit:ConVit",)
+    recipes: ClassVar[dict[str, AttnMlpSplit]] = {"timm.models.convit:Block": ONE_DROP}
 
     def describe(self, root: nn.Module, path: str) -> VisionTransformer:
         """See `ModelAdapter.describe`."""

@@ -3,18 +3,22 @@
 from collections.abc import Callable
 from typing import Any, ClassVar
 
-from timm.layers import AttentionRope
-from timm.models import vision_transformer as vit
-from timm.models.eva import EvaAttention
 from torch import nn
 
 from lightning_prune.errors import UnsupportedModelError
 from lightning_prune.patching.block_split import PARALLEL, POST_NORM, PRE_NORM, AttnMlpSplit, runs
 from lightning_prune.patching.class_swap import PatchedModule, RootPatch
-from lightning_prune.patching.models.base import ModelAdapter, Setting, VisionTransformer
+from lightning_prune.patching.models.base import ModelAdapter, Setting, VisionTransformer, loaded_class, loaded_classes
 
-# As timm defines them: whoever replaces one later does so with something that nobody knows.
-_MASK_PASSING_FORWARDS = tuple(kind.forward for kind in (vit.Attention, AttentionRope, EvaAttention))
+# The functions of timm's own attention modules that pass `attn_mask` to their fused call. A function that somebody put
+# in place of one has another name, or is from elsewhere.
+_MASK_PASSING_FORWARDS = frozenset(
+    {
+        ("timm.layers.attention", "Attention.forward"),
+        ("timm.layers.attention", "AttentionRope.forward"),
+        ("timm.models.eva", "EvaAttention.forward"),
+    }
+)
 
 
 class GridGuard(PatchedModule):
@@ -36,18 +40,22 @@ class GridGuard(PatchedModule):
 
 
 class TimmAdapter(ModelAdapter):
-    """Models of timm that say themselves how many prefix tokens they have (0, 1, 2, 5, ...).
+    """Models of timm, which have their number of prefix tokens (0, 1, 2, 5, ...) as an attribute.
 
-    A CLS token is asked for by name: 24 of timm's names have prefix tokens but no CLS. Tested with timm 1.0.31.
+    The CLS token is looked up by name: 24 of timm's names have prefix tokens but no CLS. Tested with timm 1.0.31.
+
+    Attributes:
+        roots: Classes of the models, as `loaded_class` reads them; subclasses count.
+        recipes: Class of a block -> how it comes apart.
     """
 
     guard: ClassVar[type[PatchedModule] | None] = GridGuard
-    roots: ClassVar[tuple[type[nn.Module], ...]]
-    recipes: ClassVar[dict[type[nn.Module], AttnMlpSplit]]
+    roots: ClassVar[tuple[str, ...]]
+    recipes: ClassVar[dict[str, AttnMlpSplit]]
 
     def matches(self, module: nn.Module) -> bool:
         """Subclasses count: users write their own."""
-        return isinstance(module, self.roots)
+        return isinstance(module, loaded_classes(self.roots))
 
     def describe(self, root: nn.Module, path: str) -> VisionTransformer:
         """See `ModelAdapter.describe`."""
@@ -88,12 +96,18 @@ class TimmAdapter(ModelAdapter):
 
     def attn_mlp_split(self, block: nn.Module) -> AttnMlpSplit | None:
         """By the known class whose forward the block runs; a subclass with one of its own is cut after."""
-        return next((recipe for kind, recipe in self.recipes.items() if runs(block, kind)), None)
+        for name, recipe in self.recipes.items():
+            kind = loaded_class(name)
+            if kind is not None and runs(block, kind):
+                return recipe
+        return None
 
     def mask_passthrough(self, block: nn.Module) -> Callable[..., Any] | None:
         """Known blocks do, with the attention that timm builds them with."""
         forward: Callable[..., Any] | None = getattr(type(getattr(block, "attn", None)), "forward", None)
-        return forward if forward in _MASK_PASSING_FORWARDS and self.attn_mlp_split(block) is not None else None
+        name = getattr(forward, "__module__", None), getattr(forward, "__qualname__", None)
+        passes = name in _MASK_PASSING_FORWARDS
+        return forward if passes and self.attn_mlp_split(block) is not None else None
 
     def force_fused(self, block: nn.Module) -> list[Setting]:
         """`fused_attn` is an attribute of each attention module, set when the model was built."""
@@ -107,9 +121,9 @@ class TimmVisionTransformer(TimmAdapter):
     """DeiT, ViT, DINOv2, CLIP and SigLIP towers and their kin, hybrids included: positions are added to the tokens."""
 
     name: ClassVar[str] = "timm VisionTransformer"
-    roots = (vit.VisionTransformer,)
-    recipes: ClassVar[dict[type[nn.Module], AttnMlpSplit]] = {
-        vit.Block: PRE_NORM,
-        vit.ResPostBlock: POST_NORM,
-        vit.ParallelThingsBlock: PARALLEL,
+    roots: ClassVar[tuple[str, ...]] = ("timm.models.vision_transformer:VisionTransformer",)
+    recipes: ClassVar[dict[str, AttnMlpSplit]] = {
+        "timm.models.vision_transformer:Block": PRE_NORM,
+        "timm.models.vision_transformer:ResPostBlock": POST_NORM,
+        "timm.models.vision_transformer:ParallelThingsBlock": PARALLEL,
     }

@@ -4,12 +4,13 @@ from typing import Any, ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models import vision_transformer as vit
 
 from lightning_prune.patching.attention_capture import CapturedAttention
 from lightning_prune.patching.block_split import MULTIHEAD, AttnMlpSplit, runs
-from lightning_prune.patching.models.base import ModelAdapter, VisionTransformer
+from lightning_prune.patching.models.base import ModelAdapter, VisionTransformer, loaded_class, loaded_classes
 from lightning_prune.reduction.base import AttentionInputs
+
+_MODULE = "torchvision.models.vision_transformer"
 
 
 class CapturedMultihead(CapturedAttention):
@@ -39,7 +40,7 @@ class TorchvisionVisionTransformer(ModelAdapter):
 
     def matches(self, module: nn.Module) -> bool:
         """Subclasses count: users write their own."""
-        return isinstance(module, vit.VisionTransformer)
+        return isinstance(module, loaded_classes((f"{_MODULE}:VisionTransformer",)))
 
     def describe(self, root: nn.Module, path: str) -> VisionTransformer:
         """See `ModelAdapter.describe`."""
@@ -59,7 +60,8 @@ class TorchvisionVisionTransformer(ModelAdapter):
 
     def attn_mlp_split(self, block: nn.Module) -> AttnMlpSplit | None:
         """A subclass with a forward of its own is cut after."""
-        return MULTIHEAD if runs(block, vit.EncoderBlock) else None
+        kind = loaded_class(f"{_MODULE}:EncoderBlock")
+        return MULTIHEAD if kind is not None and runs(block, kind) else None
 
     def attention_unsupported_reason(self, transformer: VisionTransformer) -> str | None:
         """Only a self-attention as torchvision builds it is what `CapturedMultihead` reads."""

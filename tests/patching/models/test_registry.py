@@ -1,3 +1,6 @@
+import importlib
+import subprocess
+import sys
 from collections import OrderedDict
 from typing import Any
 
@@ -9,6 +12,8 @@ from torch import Tensor, nn
 import lightning_prune as lp
 from lightning_prune.errors import ArgumentError
 from lightning_prune.patching import find_vision_transformer
+from lightning_prune.patching.models import MODEL_ADAPTERS
+from lightning_prune.patching.models.base import loaded_class
 
 REMOVED = [0, 6, 5, 0]
 
@@ -109,7 +114,7 @@ class TestFinding:
         student, teacher = build(), build(seed=1)
         model = Wrapper(student=student, teacher=teacher)
         classes = [type(b) for b in student.blocks]
-        with lp.patch(model, "pomt", REMOVED, target="teacher") as handle:
+        with lp.patch(model, "pomt", REMOVED, module_path="teacher") as handle:
             assert handle.transformer.root is teacher
             assert handle.transformer.path == "teacher"
             assert [type(b) for b in student.blocks] == classes
@@ -117,7 +122,7 @@ class TestFinding:
     def test_a_target_above_the_transformer(self, build: Any) -> None:
         teacher = build()
         model = Wrapper(student=build(), rest=nn.Sequential(teacher))
-        found = find_vision_transformer(model, target="rest")
+        found = find_vision_transformer(model, module_path="rest")
         assert found.root is teacher
         assert found.path == "rest.0"
 
@@ -149,23 +154,23 @@ class TestErrors:
     def test_two_transformers_are_listed(self, build: Any) -> None:
         model = Wrapper(student=build(), teacher=build("distilled"))
         message = (
-            r"Found 2 Vision Transformers; pass `target`, one of 'student' \(VisionTransformer\), "
+            r"Found 2 Vision Transformers; pass `module_path`, one of 'student' \(VisionTransformer\), "
             r"'teacher' \(VisionTransformerDistilled\)\."
         )
         with pytest.raises(lp.UnsupportedModelError, match=message):
             lp.patch(model, "pomt", REMOVED)
-        lp.patch(model, "pomt", REMOVED, target="student")
+        lp.patch(model, "pomt", REMOVED, module_path="student")
         with pytest.raises(lp.UnsupportedModelError, match=message):
             lp.patch(model, "pomt", REMOVED)
 
     def test_an_unknown_target(self, build: Any) -> None:
-        message = r"`target` must be the dotted path of a module in Wrapper, got 'nett'\."
+        message = r"`module_path` must be the dotted path of a module in Wrapper, got 'nett'\."
         with pytest.raises(ArgumentError, match=message):
-            lp.patch(Wrapper(net=build()), "pomt", REMOVED, target="nett")
+            lp.patch(Wrapper(net=build()), "pomt", REMOVED, module_path="nett")
 
     def test_a_target_without_a_transformer(self, build: Any) -> None:
         with pytest.raises(lp.UnsupportedModelError, match=r"Found no Vision Transformer\..*Linear holds no modules"):
-            lp.patch(Wrapper(net=build(), head=nn.Linear(2, 2)), "pomt", REMOVED, target="head")
+            lp.patch(Wrapper(net=build(), head=nn.Linear(2, 2)), "pomt", REMOVED, module_path="head")
 
     def test_patch_dropout_while_training(self, build: Any) -> None:
         model = build("patch-drop").train()
@@ -230,3 +235,42 @@ def test_a_block_used_at_several_depths(build: Any) -> None:
     model.blocks[2] = model.blocks[1]
     with pytest.raises(lp.UnsupportedModelError, match="one block at several depths"):
         lp.patch(model, "pomt", [0, 2, 0, 0])
+
+
+@pytest.mark.parametrize(
+    ("module", "removed", "adapter"),
+    [
+        ("timm.models.cait", ["Cait"], "timm Cait"),
+        ("timm.models.cait", ["TalkingHeadAttn"], "timm Cait"),
+        ("timm.models.eva", ["Eva", "EvaAttention", "EvaBlock"], "timm Eva"),
+        ("timm.models.naflexvit", ["NaFlexVit"], "timm NaFlexVit"),
+        ("timm.models.beit", ["Beit", "Block"], "timm Beit and VisionTransformerRelPos"),
+        ("torchvision.models.vision_transformer", ["VisionTransformer"], "torchvision VisionTransformer"),
+    ],
+)
+def test_a_class_that_is_renamed_costs_its_adapter_alone(module: str, removed: list[str], adapter: str) -> None:
+    """Of other libraries, whose classes no file of ours imports."""
+    code = f"""
+import {module} as renamed
+for name in {removed!r}:
+    delattr(renamed, name)
+import timm, torch
+import lightning_prune as lp
+model = timm.create_model("vit_tiny_patch16_224", depth=2, img_size=32).eval()
+with lp.patch(model, "tome", 2) as handle:
+    assert model(torch.randn(1, 3, 32, 32)).shape == (1, 1000)
+    print(handle.transformer.adapter.name)
+print([adapter.name for adapter in lp.patching.models.MODEL_ADAPTERS])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    used, known = done.stdout.splitlines()
+    assert used == "timm VisionTransformer"
+    assert adapter in known
+
+
+@pytest.mark.parametrize(
+    "name", [name for each in MODEL_ADAPTERS for name in getattr(each, "roots", ()) if ":" in name]
+)
+def test_classes_that_adapters_look_for_exist(name: str) -> None:
+    importlib.import_module(name.partition(":")[0])
+    assert loaded_class(name) is not None

@@ -92,8 +92,8 @@ class TestConVit:
     def test_profile_and_plan(self, model: nn.Module) -> None:
         """A fraction of the depth means the first block that can reduce, where it falls before that."""
         images = torch.randn(4, 3, 80, 80)
-        plan = lp.plan(model, images, example_inputs=images, time_limit=1, progress=False)
-        assert plan.block == 2
+        plan = lp.plan(model, images, calibration=images, methods="topk", time_limit=1, verbose=False)
+        assert all(block >= 2 for block in plan.schedule.reducing)
         assert plan.profile.dense_tokens == 26
         with pytest.raises(lp.ScheduleError, match="Block 1 of this ConVit"):
             lp.profile_latency(model, images, block=1, time_limit=1, verbose=False)
