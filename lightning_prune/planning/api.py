@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
@@ -21,6 +22,8 @@ from lightning_prune.planning.results import Candidate, Plan
 from lightning_prune.profiling import LatencyProfile, profile_latency, resolve_block
 from lightning_prune.profiling.measurement import ProfilingMode, check_measurable
 from lightning_prune.reduction import RandomDrop, Reduction, resolve
+from lightning_prune.runtimes.base import Runtime
+from lightning_prune.runtimes.registry import parse_runtime
 from lightning_prune.schedule import Schedule
 
 AUTO_METHODS = ("tome", "pomt-nearest", "topk", "random")
@@ -42,7 +45,7 @@ def plan(
     blocks: Blocks = "all",
     objective: Objective | None = None,
     profile: LatencyProfile | None = None,
-    runtime: str = "torch",
+    runtime: str | Runtime | None = None,
     proxy: str = "auto",
     time_limit: float | None = 60.0,
     seed: int = 0,
@@ -75,7 +78,8 @@ def plan(
         objective: `AccuracyBudget(0.005)` if None.
         profile: A latency curve of this model; measured if None. If it is of another device, nothing is timed here
             and the methods are taken to have no overhead.
-        runtime: What executes the model; `"torch"`.
+        runtime: What executes the model: `"torch"`, or `"torch.compile:mode=..."`. None keeps a runtime that is applied
+            to the model already, else `"torch"`.
         proxy: Estimate of accuracy: `"auto"` is soft agreement with the dense model, or cosine similarity of features.
         time_limit: Seconds in total, profiling included; None for no limit. Measurements are shortened to fit: fewer
             calibration images, then fewer methods. At least one candidate is timed.
@@ -134,7 +138,7 @@ def plan_many(  # noqa: D417  all other arguments are those of `plan`
     methods: Methods = "auto",
     blocks: Blocks = "all",
     profile: LatencyProfile | None = None,
-    runtime: str = "torch",
+    runtime: str | Runtime | None = None,
     proxy: str = "auto",
     time_limit: float | None = 60.0,
     seed: int = 0,
@@ -156,43 +160,31 @@ def plan_many(  # noqa: D417  all other arguments are those of `plan`
     """
     limit = TimeLimit(time_limit, clock)
     transformer = find_vision_transformer(model, module_path)
-    _check_arguments(transformer, example_inputs, calibration, objectives, runtime, proxy, time_limit, protocol)
+    _check_arguments(transformer, example_inputs, calibration, objectives, proxy, time_limit, protocol)
     usable = usable_methods(methods, blocks, transformer)
     if profile is not None:
         check_profile(profile, transformer, protocol)
-    if protocol == "paper":
-        return plan_by_paper(
-            model,
-            transformer,
-            example_inputs,
-            objectives,
-            calibration,
-            labels,
-            usable,
-            profile,
-            limit,
-            module_path,
-            verbose,
-        )
-    is_foreign = profile is not None and is_other_environment(profile, transformer, example_inputs)
-    if profile is None:
-        profile = profile_latency(
-            model,
-            example_inputs,
-            method=PROFILE_METHOD,
-            time_limit=limit.share(PROFILE_SHARE),
-            module_path=module_path,
-            verbose=verbose,
-        )
-    images = shuffled(calibration, seed)
-    measured = Measurements(
-        model, transformer, images, example_inputs, profile, is_foreign, limit, module_path, verbose
-    )
-    flat = dense_reason(profile)
-    if flat is not None:
-        plans = [_dense_plan(usable, objective, profile, flat, is_foreign) for objective in objectives]
-    else:
-        plans = _searched(measured, usable, objectives)
+    with nullcontext() if runtime is None else parse_runtime(runtime).applied(transformer):
+        if protocol == "paper":
+            common = model, transformer, example_inputs, objectives, calibration
+            return plan_by_paper(*common, labels, usable, profile, limit, module_path, verbose)
+        is_foreign = profile is not None and is_other_environment(profile, transformer, example_inputs)
+        if profile is None:
+            profile = profile_latency(
+                model,
+                example_inputs,
+                method=PROFILE_METHOD,
+                time_limit=limit.share(PROFILE_SHARE),
+                module_path=module_path,
+                verbose=verbose,
+            )
+        flat = dense_reason(profile)
+        if flat is not None:
+            plans = [_dense_plan(usable, objective, profile, flat, is_foreign) for objective in objectives]
+        else:
+            images = shuffled(calibration, seed)
+            where = model, transformer, images, example_inputs, profile, is_foreign
+            plans = _searched(Measurements(*where, limit, module_path, verbose), usable, objectives)
     return [replace(made, seconds=limit.elapsed).or_dense_if_slower() for made in plans]
 
 
@@ -225,9 +217,13 @@ def _searched(
             search.next_candidates(limit.deadline(), limit.clock)
     else:
         run_searches(searches, measured.time_candidates, limit.deadline(), TUNING.proxy_share, limit.clock)
+    labels = {front.label for front in fronts}
+    left_out = [label for label in methods if label not in labels]
     plans = []
     for search in searches:
         candidate, met, reason, dense = search.result()
+        if left_out:
+            reason = f"{reason} Not searched for lack of time: {', '.join(left_out)}."
         chosen = next(front for front in fronts if front.label == candidate.method)
         entries = [front.all_candidates(candidate if front is chosen else None) for front in fronts]
         made = Plan.of(
@@ -342,7 +338,6 @@ def _check_arguments(
     example_inputs: object,
     calibration: object,
     objectives: Sequence[object],
-    runtime: str,
     proxy: str,
     time_limit: float | None,
     protocol: str,
@@ -359,7 +354,5 @@ def _check_arguments(
     for objective in objectives:
         if not isinstance(objective, Objective):
             raise ArgumentError(f"`objective` must be an Objective such as AccuracyBudget(0.005), got {objective!r}.")
-    if runtime != "torch":
-        raise ArgumentError(f"`runtime` must be 'torch', got {runtime!r}.")
     if proxy != "auto":
         raise ArgumentError(f"`proxy` must be 'auto', got {proxy!r}.")

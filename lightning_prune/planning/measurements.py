@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune._utils.progress import progress_bar
+from lightning_prune.errors import ArgumentError
 from lightning_prune.patching import PatchHandle, VisionTransformer
 from lightning_prune.planning.candidate_search import Timings
 from lightning_prune.planning.latency_model import LatencyModel, probe_schedules, token_levels
@@ -33,7 +34,7 @@ class MeasurementTuning:
         timing_share: Time limit of each timing run.
         sensitivity_counts: Token counts at which a block is measured.
         batch_images: Images in one pass of the proxy and the sensitivity, at most or if the user's batch is larger.
-        first_images: Images in the first batch of the sensitivity, which is measured whatever time it takes.
+        first_images: Images in the first batch of the sensitivity, unless there is time for fewer only.
         min_images: Calibration images that the proxy is measured on, whatever time it takes.
         passes_per_method: Passes over the calibration images that one method is expected to need.
     """
@@ -121,6 +122,7 @@ class Measurements:
     sensitivity_seconds: float = 0.0
     dense_ms: float = field(init=False)
     _proxy: Proxy | None = None
+    _seconds_per_image: float = 0.0
 
     def __post_init__(self) -> None:
         """Takes the dense latency of the curve until it is timed."""
@@ -153,23 +155,27 @@ class Measurements:
         return timings["dense"], {c.key: timings[str(number)] for number, c in enumerate(candidates)}
 
     def fronts(self, methods: Mapping[str, tuple[Reduction, Sequence[int]]]) -> list[MethodFront]:
-        """The front of each method.
+        """The front of each method; if time is short, of the first ones only.
 
         Args:
             methods: Label -> the method and the blocks that may reduce.
         """
         self._limit_images(len(methods))
         prefix, depth = self.transformer.num_prefix_tokens, self.transformer.depth
-        workload = Workload.of(self.transformer.blocks, len(self.example_inputs))
+        try:
+            workload = Workload.of(self.transformer.blocks, len(self.example_inputs))
+        except ArgumentError:  # such as a quantized block, whose weights cannot be read
+            workload = Workload.plain(len(self.example_inputs))
         share = attention_share(workload, self.profile.dense_tokens)
         latency = LatencyModel.from_profile(self.profile, share, token_levels(self.profile))
         levels = [int(level) for level in latency.levels]
         probed = {} if self.is_foreign else self._time_probes(methods)
         sensitivities = self._measure_sensitivities(methods)
         fronts = []
-        for label, (reduction, _) in methods.items():
+        for label, sensitivity in sensitivities.items():
+            reduction = methods[label][0]
             max_removed = lambda tokens, reduction=reduction: reduction.max_removed(tokens, prefix)  # noqa: E731
-            costs = sensitivities[label].costs(levels, depth, max_removed)
+            costs = sensitivity.costs(levels, depth, max_removed)
             # Before block 0, nothing of a block runs on the tokens that are removed.
             own = replace(latency, attention_share=0.0) if reduction.site == "input" else latency
             fronts.append(
@@ -199,6 +205,7 @@ class Measurements:
                 start = self.limit.clock()
                 Proxy(self.transformer, self.images[:size], device, size)
                 seconds = (self.limit.clock() - start) / min(size, len(self.images))
+        self._seconds_per_image = seconds
         passes = 1 + methods * TUNING.passes_per_method
         affordable = int(TUNING.proxy_share * self.limit.left() / (passes * max(seconds, 1e-9)))
         self.images = self.images[: max(affordable, TUNING.min_images)]
@@ -224,9 +231,10 @@ class Measurements:
         }
 
     def _measure_sensitivities(self, methods: Mapping[str, tuple[Reduction, Sequence[int]]]) -> dict[str, Sensitivity]:
-        """The sensitivities to every method, on the same images: as many as the time allows, at least the first batch.
+        """The sensitivities to the methods, on the same images: as many as the time allows.
 
-        All methods get a batch before any gets the next, and its size follows from the time of the last one.
+        All methods get a batch before any gets the next, and its size follows from the time of the last one. The first
+        method is measured whatever time it takes; others are left out if there is no time for their first batch.
         """
         transformer, clock = self.transformer, self.limit.clock
         began, deadline = clock(), self.limit.deadline(TUNING.sensitivity_share)
@@ -235,7 +243,7 @@ class Measurements:
         device = self.example_inputs.device
         dtype = self.images.dtype if torch.is_autocast_enabled(device.type) else weight.dtype
         text = f"Sensitivity of the blocks to {', '.join(methods)}"
-        seen, size = 0, TUNING.first_images
+        seen, size = 0, self._first_images(methods, deadline - began)
         with (
             ready_to_run(transformer),
             progress_bar(text, self.limit.share(TUNING.sensitivity_share), self.verbose) as on_step,
@@ -243,14 +251,26 @@ class Measurements:
             while size and seen < len(self.images):
                 started = clock()
                 images = self.images[seen : seen + size].to(device, dtype)
-                for table in tables.values():
-                    table.add(images, on_step)
+                for number, (label, table) in enumerate(list(tables.items())):
+                    if number and not seen and clock() >= deadline:
+                        del tables[label]
+                    else:
+                        table.add(images, on_step)
                 seen += len(images)
                 now = clock()
                 affordable = len(images) * max(deadline - now, 0.0) / max(now - started, 1e-9)
                 size = int(min(affordable, TUNING.batch_images)) // TUNING.first_images * TUNING.first_images
         self.sensitivity_images, self.sensitivity_seconds = seen, clock() - began
         return tables
+
+    def _first_images(self, methods: Mapping[str, tuple[Reduction, Sequence[int]]], seconds: float) -> int:
+        """Images in the first batch of the sensitivity: fewer than usual if even that would take too long."""
+        depth = self.transformer.depth
+        passes = sum(
+            1 + TUNING.sensitivity_counts * sum(1 - block / depth for block in blocks) for _, blocks in methods.values()
+        )
+        affordable = seconds / max(passes * self._seconds_per_image, 1e-9)
+        return int(min(max(affordable, 1), TUNING.first_images))
 
     def _sensitivity(self, reduction: Reduction, blocks: Sequence[int]) -> Sensitivity:
         n = self.profile.dense_tokens

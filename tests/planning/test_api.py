@@ -17,6 +17,7 @@ import lightning_prune as lp
 from lightning_prune.patching import find_vision_transformer
 from lightning_prune.patching.class_swap import is_patched_module
 from lightning_prune.planning import AUTO_METHODS, plan_many
+from lightning_prune.planning.api import method_labels
 from lightning_prune.planning.measurements import Measurements
 from lightning_prune.planning.sensitivity import Sensitivity
 from lightning_prune.profiling import LatencyStats
@@ -477,3 +478,47 @@ def test_the_time_limit_is_a_total_and_the_best_timed_candidate_is_taken(monkeyp
     assert made.met
     assert made.seconds == clock.now
     assert made.front[0].method == "tome"  # the preferred method is always searched
+
+
+def test_methods_that_there_is_no_time_for_are_named(monkeypatch):
+    clock = SlowClock(monkeypatch, sensitivity=100.0)
+    made = planned(methods=["topk", "tome", "pomt"], objective=lp.LatencyBudget(speedup=1.5), clock=clock)
+    assert made.met
+    assert {candidate.method for candidate in made.front} == {"topk"}
+    assert clock.images.keys() == {"topk"}
+    assert made.reason.endswith("Not searched for lack of time: tome, pomt.")
+
+
+def test_a_runtime_is_applied_while_planning_and_undone():
+    model = vit()
+    made = planned(model, methods="topk", runtime="torch.compile:mode=blocks", time_limit=5)
+    assert made.profile.context["runtime"] == "torch.compile:mode=blocks"
+    assert not any(module._compiled_call_impl for module in model.modules())
+
+
+class Silent(Reduction):
+    """Does not say in its settings what distinguishes it."""
+
+    name = "silent"
+
+    def __init__(self, secret):
+        self.secret = secret
+
+    def max_removed(self, tokens, prefix_tokens):
+        return 1
+
+    def reduce(self, sequence, remove):
+        raise AssertionError("labels are made without reducing anything")
+
+    def settings(self):
+        return {}
+
+
+def test_methods_are_labelled_by_name_and_what_differs():
+    assert list(method_labels([ToMe(), resolve("pomt"), resolve("pomt-nearest")]).values()) == [
+        "tome",
+        "pomt",
+        "pomt-nearest",
+    ]
+    labels = method_labels([Silent(1), resolve("topk"), Silent(2), Silent(3)])
+    assert list(labels.values()) == ["silent", "topk", "silent #2", "silent #3"]
