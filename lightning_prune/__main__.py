@@ -3,7 +3,7 @@
 import sys
 
 from lightning_prune import __version__
-from lightning_prune.cli.usage import usage
+from lightning_prune.cli.usage import help_text
 
 
 def main(args: list[str] | None = None) -> int:
@@ -17,7 +17,7 @@ def main(args: list[str] | None = None) -> int:
     """
     words = sys.argv[1:] if args is None else args
     if not words or words[0] in ("-h", "--help"):
-        print(usage(), end="")
+        print(help_text(), end="")
         return 0 if words else 2
     if words[0] == "--version":
         print(f"lightning-prune {__version__}")

@@ -1,24 +1,17 @@
 """Schedules: how many tokens each block of a Vision Transformer removes, and by which method."""
 
-import operator
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from numbers import Real
 from os import PathLike
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 from lightning_prune._utils.files import SavedDocument, load_saved
+from lightning_prune._utils.measurement_source import MeasurementSource
 from lightning_prune._utils.spec import Spec
+from lightning_prune._utils.validation import as_int
 from lightning_prune.errors import ArgumentError, ScheduleError
-
-
-def _as_int(value: Any) -> int | None:
-    """A whole number of any library as an int; None for everything else, bool included."""
-    try:
-        return None if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        return None
 
 
 class MethodSpec(Spec):
@@ -29,97 +22,6 @@ class MethodSpec(Spec):
         >>> MethodSpec("tome", {"proportional_attention": False})
         MethodSpec('tome:proportional_attention=False')
     """
-
-
-@dataclass(frozen=True, kw_only=True)
-class MeasurementSource:
-    """Where a schedule's latency was measured. It never changes what a schedule does; elsewhere it leads to a warning.
-
-    Attributes:
-        device: Name of the device.
-        batch_size: Images in a batch.
-        precision: Such as `"float32"` or `"bf16-mixed"`.
-        image_shape: (channels, height, width).
-        runtime: What ran the model, such as `"torch"`.
-        dense_tokens: N, tokens that entered block 0, prefix tokens included.
-        objective: What the schedule was optimised for.
-        details: Everything else: versions, threads, ...; plain values that YAML and JSON can hold.
-
-    Example:
-        >>> from lightning_prune.schedule import MeasurementSource
-        >>> MeasurementSource(device="Jetson Orin", batch_size=1).differences(device="Jetson Orin", batch_size=8)
-        ('batch_size 1 there, 8 here',)
-    """
-
-    device: str | None = None
-    batch_size: int | None = None
-    precision: str | None = None
-    image_shape: tuple[int, ...] | None = None
-    runtime: str | None = None
-    dense_tokens: int | None = None
-    objective: str | None = None
-    details: Mapping[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        """Raises ScheduleError if an entry is of the wrong type."""
-        for name in ("device", "precision", "runtime", "objective"):
-            if not isinstance(getattr(self, name), str | None):
-                raise ScheduleError(f"`made_on.{name}` must be text or None, got {getattr(self, name)!r}.")
-        for name in ("batch_size", "dense_tokens"):
-            if getattr(self, name) is not None and _as_int(getattr(self, name)) is None:
-                raise ScheduleError(f"`made_on.{name}` must be a whole number or None, got {getattr(self, name)!r}.")
-        if not isinstance(self.image_shape, list | tuple | None):
-            raise ScheduleError(f"`made_on.image_shape` must be three whole numbers or None, got {self.image_shape!r}.")
-        if not isinstance(self.details, Mapping):
-            raise ScheduleError(f"`made_on.details` must be a mapping, got {self.details!r}.")
-        object.__setattr__(self, "image_shape", None if self.image_shape is None else tuple(self.image_shape))
-        object.__setattr__(self, "details", dict(self.details))
-
-    def __hash__(self) -> int:
-        return hash((self.device, self.batch_size, self.precision, self.image_shape, self.runtime, self.dense_tokens))
-
-    @classmethod
-    def from_context(cls, context: Mapping[str, Any], **more: Any) -> "MeasurementSource":
-        """From the context of a measurement; entries without a field of their own become `details`.
-
-        Args:
-            context: As `lightning_prune.profiling.measurement_context` returns it.
-            **more: Further entries, which take precedence.
-        """
-        entries = {**context, **more}
-        own = {f.name: entries.pop(f.name) for f in fields(cls) if f.name != "details" and f.name in entries}
-        details = entries.pop("details", {})
-        return cls(**own, details={**details, **entries} if isinstance(details, Mapping) else details)
-
-    def differences(self, **here: Any) -> tuple[str, ...]:
-        """What differs from the values given by field name, in words. Fields that are None here or there are left out.
-
-        Args:
-            **here: Field -> value of the present run.
-        """
-        pairs = ((name, getattr(self, name), value) for name, value in here.items())
-        return tuple(
-            f"{name} {there} there, {value} here"
-            for name, there, value in pairs
-            if there is not None and value is not None and there != value
-        )
-
-    def to_plain(self) -> dict[str, Any]:
-        """The entries that are known, as YAML and JSON hold them."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        plain = {name: list(v) if isinstance(v, tuple) else v for name, v in values.items() if v is not None}
-        return plain if plain["details"] else {name: v for name, v in plain.items() if name != "details"}
-
-    @classmethod
-    def from_plain(cls, values: Any) -> "MeasurementSource":
-        """The inverse of `to_plain`; unknown entries become `details`.
-
-        Raises:
-            ScheduleError: If `values` is no mapping, or an entry is of the wrong type.
-        """
-        if not isinstance(values, Mapping):
-            raise ScheduleError(f"`made_on` must be a mapping, got {values!r}.")
-        return cls.from_context(values)
 
 
 Method: TypeAlias = MethodSpec | Mapping[str, Any] | str
@@ -258,7 +160,7 @@ class Schedule(_BlockSchedule):
             raise ScheduleError("`removed` must hold one number for each block, got an empty list.")
         numbers = []
         for block, entry in enumerate(entries):
-            number = _as_int(entry)
+            number = as_int(entry)
             if number is None or number < 0:
                 raise ScheduleError(f"`removed` must hold whole numbers >= 0, got {entry!r} for block {block}.")
             numbers.append(number)
@@ -286,7 +188,7 @@ class Schedule(_BlockSchedule):
         Raises:
             ScheduleError: If `block` is not one of the `depth` blocks or `remove` is not a whole number >= 0.
         """
-        blocks, reducing = _as_int(depth), _as_int(block)
+        blocks, reducing = as_int(depth), as_int(block)
         if blocks is None or blocks < 1:
             raise ScheduleError(f"`depth` must be a whole number >= 1, got {depth!r}.")
         if reducing is None or not 0 <= reducing < blocks:
@@ -315,7 +217,7 @@ class Schedule(_BlockSchedule):
             ScheduleError: If `n` is not a whole number >= 1, or a block would be left without a token; names block,
                 tokens there and tokens asked.
         """
-        tokens = _as_int(n)
+        tokens = as_int(n)
         if tokens is None or tokens < 1:
             raise ScheduleError(f"`n` must be a whole number >= 1, got {n!r}.")
         leaving = []
@@ -580,7 +482,7 @@ def read_schedule(value: ScheduleLike, name: str = "schedule") -> Schedule | Kee
     if isinstance(value, PlannedSchedule):
         return read_schedule(value.schedule, name)
     number: Any = value
-    count = _as_int(number)
+    count = as_int(number)
     if count is not None and count >= 0:
         return count
     if count is None and not isinstance(number, bool) and isinstance(number, Real):

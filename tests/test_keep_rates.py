@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 import lightning_prune as lp
+from lightning_prune._utils.measurement_source import MeasurementSource
 from lightning_prune.errors import FileFormatError, ScheduleError
-from lightning_prune.schedule import KeepRates, MeasurementSource
+from lightning_prune.schedule import KeepRates
 
 COUNTS = (17, 26, 50, 197, 257, 577, 1025)
 

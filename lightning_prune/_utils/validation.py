@@ -1,5 +1,6 @@
 """Checks of arguments, all with one grammar: "`name` must be A, got B."."""
 
+import operator
 from collections.abc import Collection
 from typing import Any
 
@@ -27,6 +28,14 @@ def check(name: str, value: object, expected: str, valid: bool) -> None:
     """
     if not valid:
         raise ArgumentError(f"`{name}` must be {expected}, got {value!r}.")
+
+
+def as_int(value: Any) -> int | None:
+    """A whole number of any library as an int; None for everything else, bool included."""
+    try:
+        return None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return None
 
 
 def is_int(value: object, minimum: int) -> bool:

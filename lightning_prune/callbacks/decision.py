@@ -11,6 +11,7 @@ from rich.panel import Panel
 from rich.table import Table
 from torch import Tensor, nn
 
+from lightning_prune._utils.measurement_source import MeasurementSource
 from lightning_prune.callbacks.batches import Calibration
 from lightning_prune.callbacks.config import PruningConfig
 from lightning_prune.callbacks.first_batch import FirstBatch
@@ -29,7 +30,7 @@ from lightning_prune.profiling.cache import CachedProfile, get_or_profile
 from lightning_prune.profiling.measurement import ready_to_run
 from lightning_prune.profiling.model_variants import Variant
 from lightning_prune.reduction import Reduction
-from lightning_prune.schedule import KeepRates, MeasurementSource, Schedule
+from lightning_prune.schedule import KeepRates, Schedule
 
 _GIVEN_SHARE = 0.2  # of the time limit, for timing a schedule that is given and not planned
 _TRAVELS = ("device", "batch_size", "precision", "image_shape")  # what a schedule's latency depends on most

@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 class FirstBatch:
-    """The first batch of an evaluation loop, with what is measured on it; `first_batch` makes one.
+    """The first batch of an evaluation loop, with what is measured on it; `open_first_batch` makes one.
 
     Attributes:
         trainer: Whose loop runs.
@@ -92,7 +92,7 @@ class FirstBatch:
 
 
 @contextmanager
-def first_batch(
+def open_first_batch(
     trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, config: PruningConfig
 ) -> Iterator[FirstBatch]:
     """Measuring in the middle of a loop: the random state is preserved and the trainer's precision is in force.
@@ -124,7 +124,7 @@ class _FirstBatchCallback(L.Callback, Generic[T]):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         if not self.results:
-            with first_batch(trainer, pl_module, batch, self.config) as first:
+            with open_first_batch(trainer, pl_module, batch, self.config) as first:
                 self.results.append(first.on_rank_zero(lambda: self.work(first)))
 
 

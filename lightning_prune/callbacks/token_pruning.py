@@ -18,7 +18,7 @@ from lightning_prune.callbacks.batches import BatchShape, batch_shape
 from lightning_prune.callbacks.compiled_run import CompiledRun
 from lightning_prune.callbacks.config import PruningConfig
 from lightning_prune.callbacks.decision import Decision, decide, print_decision
-from lightning_prune.callbacks.first_batch import FirstBatch, first_batch
+from lightning_prune.callbacks.first_batch import FirstBatch, open_first_batch
 from lightning_prune.callbacks.hooks import EvaluationCallback, is_command_run, trainer_callbacks
 from lightning_prune.errors import ArgumentError, UnsupportedModelError
 from lightning_prune.patching import PatchHandle, patch, unpatch
@@ -232,7 +232,7 @@ class TokenPruning(EvaluationCallback):
 
     def _open(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any) -> None:
         self._saw_batch = True
-        with first_batch(trainer, pl_module, batch, self.config) as first:
+        with open_first_batch(trainer, pl_module, batch, self.config) as first:
             self.decision = first.on_rank_zero(lambda: self._decide(first))
         self._shape, self._running = batch_shape(batch, self.config.images_from_batch), ref(trainer)
         if self.decision.prunes:

@@ -51,7 +51,7 @@ examples:
 """
 
 
-def usage() -> str:
+def help_text() -> str:
     """The text of `lightning-prune --help`."""
     return _USAGE.format(commands=_table(COMMANDS, 10), options=_table(_OPTIONS, 24))
 

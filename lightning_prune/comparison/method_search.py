@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_prune._utils.measurement_source import MeasurementSource
 from lightning_prune._utils.progress import OnStep, progress_bar
 from lightning_prune.comparison.variants import (
     ComparisonPlan,
@@ -34,7 +35,7 @@ from lightning_prune.profiling.measurement import check_dense, ready_to_run
 from lightning_prune.profiling.model_variants import variant_timer
 from lightning_prune.quantization import Int8Weights, int8_backend, int8_unavailable
 from lightning_prune.reduction import spec_of
-from lightning_prune.schedule import MeasurementSource, Schedule
+from lightning_prune.schedule import Schedule
 
 
 @dataclass(frozen=True)

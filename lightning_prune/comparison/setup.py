@@ -15,7 +15,7 @@ from torch import Tensor
 from lightning_prune.callbacks import PruningConfig
 from lightning_prune.callbacks.batches import Calibration
 from lightning_prune.callbacks.decision import Decision, planned_for, profiled
-from lightning_prune.callbacks.first_batch import FirstBatch, first_batch
+from lightning_prune.callbacks.first_batch import FirstBatch, open_first_batch
 from lightning_prune.comparison.method_search import search_methods
 from lightning_prune.comparison.resume import (
     ResumeState,
@@ -93,7 +93,7 @@ class ComparisonSetup(L.Callback):
     ) -> None:
         """Plans, once."""
         if self.plan is None and not dataloader_idx:
-            with first_batch(trainer, pl_module, batch, self.settings.config) as first:
+            with open_first_batch(trainer, pl_module, batch, self.settings.config) as first:
                 self.plan, self.results = first.on_rank_zero(lambda: self._set_up(first))
 
     def _set_up(self, first: FirstBatch) -> tuple[ComparisonPlan, dict[str, VariantResult]]:

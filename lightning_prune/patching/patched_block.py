@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_prune._utils.device import device_name
+from lightning_prune._utils.measurement_source import MeasurementSource
 from lightning_prune.errors import ArgumentError, ScheduleError, UnsupportedModelError
 from lightning_prune.patching.attention_capture import CaptureSlot, RecordingMask, mask_supported, stack_heads
 from lightning_prune.patching.block_split import AttnMlpSplit
@@ -18,7 +19,7 @@ from lightning_prune.patching.models.base import ModelAdapter, Setting
 from lightning_prune.patching.token_state import PerThread, TokenState, attach_state, get_state, next_token_state
 from lightning_prune.reduction.base import AttentionInputs, Reduction, TokenSequence
 from lightning_prune.reduction.functional import take_tokens
-from lightning_prune.schedule import MeasurementSource, Rate
+from lightning_prune.schedule import Rate
 
 
 def warn_elsewhere(made_on: MeasurementSource, x: Tensor) -> None:

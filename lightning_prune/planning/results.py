@@ -7,12 +7,13 @@ from typing import Any, Self, TypeVar
 
 from torch import nn
 
+from lightning_prune._utils.measurement_source import MeasurementSource
 from lightning_prune.planning.objectives import Objective
 from lightning_prune.profiling import LatencyProfile, LatencyStats, Variant
 from lightning_prune.profiling.latency_profile import SAVING
 from lightning_prune.profiling.model_variants import WeightTransform
 from lightning_prune.reduction import Reduction, spec_of
-from lightning_prune.schedule import MeasurementSource, Schedule
+from lightning_prune.schedule import Schedule
 
 T = TypeVar("T")
 

@@ -10,8 +10,8 @@ import pytest
 import lightning_prune as lp
 from helpers.data import loader
 from helpers.models import DEPTH, TOKENS
+from lightning_prune._utils.measurement_source import MeasurementSource
 from lightning_prune.callbacks import PruningConfig
-from lightning_prune.schedule import MeasurementSource
 
 from .tiny import Snapshot, Tiny, pruner, trainer, validated
 

@@ -11,8 +11,8 @@ from torch.utils.data import DataLoader
 import lightning_prune as lp
 from helpers.data import loader
 from helpers.models import DEPTH, TOKENS
+from lightning_prune._utils.measurement_source import MeasurementSource
 from lightning_prune.callbacks.batches import BatchShape, batch_shape
-from lightning_prune.schedule import MeasurementSource
 
 from .tiny import Snapshot, Tiny, pruner, trainer, validated
 

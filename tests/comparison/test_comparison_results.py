@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import lightning_prune as lp
+from lightning_prune._utils.measurement_source import MeasurementSource
 from lightning_prune.comparison import Comparison, read_results
 from lightning_prune.comparison.comparison_results import BestVariant, check_output_paths, choose_best, normalisation_of
 from lightning_prune.comparison.variants import ComparisonPlan, PlannedVariant, UnreachedTarget
@@ -18,7 +19,6 @@ from lightning_prune.planning import Objective
 from lightning_prune.profiling import LatencyProfile, LatencyStats
 from lightning_prune.report import tables
 from lightning_prune.report.rows import Row
-from lightning_prune.schedule import MeasurementSource
 
 WHERE: dict[str, Any] = {"images": 2000, "device": "Abacus", "batch_size": 16, "precision": "float32"}
 DENSE = Row(variant="dense", removed=0, tokens=197, top1=0.9725, latency_ms=106.99, latency_spread=2.2, **WHERE)

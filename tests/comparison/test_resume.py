@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import lightning_prune as lp
 from lightning_prune._utils.files import slug
+from lightning_prune._utils.measurement_source import MeasurementSource
 from lightning_prune.comparison.predictions import Predictions
 from lightning_prune.comparison.resume import (
     ResumeState,
@@ -30,7 +31,6 @@ from lightning_prune.comparison.variants import (
 )
 from lightning_prune.profiling import LatencyProfile, LatencyStats
 from lightning_prune.reduction import POMT, RandomDrop
-from lightning_prune.schedule import MeasurementSource
 
 FINGERPRINT = {"weights": "abc", "speedups": [1.5], "methods": {"pomt": {}}}
 TIMING = LatencyStats(10.0, 0.5, 0.8, 0.01, 51)

@@ -8,7 +8,7 @@ import torch
 
 import lightning_prune as lp
 from lightning_prune._utils.device import device_name
-from lightning_prune.schedule import MeasurementSource
+from lightning_prune._utils.measurement_source import MeasurementSource
 
 HERE = device_name(torch.device("cpu"))
 
