@@ -1,0 +1,99 @@
+"""Where something was measured: device, batch, precision, runtime."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from lightning_prune._utils.validation import as_int
+from lightning_prune.errors import ScheduleError
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasurementSource:
+    """Where a schedule's latency was measured. It never changes what a schedule does; elsewhere it leads to a warning.
+
+    Attributes:
+        device: Name of the device.
+        batch_size: Images in a batch.
+        precision: Such as `"float32"` or `"bf16-mixed"`.
+        image_shape: (channels, height, width).
+        runtime: What ran the model, such as `"torch"`.
+        dense_tokens: N, tokens that entered block 0, prefix tokens included.
+        objective: What the schedule was optimised for.
+        details: Everything else: versions, threads, ...; plain values that YAML and JSON can hold.
+
+    Example:
+        >>> from lightning_prune._utils.measurement_source import MeasurementSource
+        >>> MeasurementSource(device="Jetson Orin", batch_size=1).differences(device="Jetson Orin", batch_size=8)
+        ('batch_size 1 there, 8 here',)
+    """
+
+    device: str | None = None
+    batch_size: int | None = None
+    precision: str | None = None
+    image_shape: tuple[int, ...] | None = None
+    runtime: str | None = None
+    dense_tokens: int | None = None
+    objective: str | None = None
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Raises ScheduleError if an entry is of the wrong type."""
+        for name in ("device", "precision", "runtime", "objective"):
+            if not isinstance(getattr(self, name), str | None):
+                raise ScheduleError(f"`made_on.{name}` must be text or None, got {getattr(self, name)!r}.")
+        for name in ("batch_size", "dense_tokens"):
+            if getattr(self, name) is not None and as_int(getattr(self, name)) is None:
+                raise ScheduleError(f"`made_on.{name}` must be a whole number or None, got {getattr(self, name)!r}.")
+        if not isinstance(self.image_shape, list | tuple | None):
+            raise ScheduleError(f"`made_on.image_shape` must be three whole numbers or None, got {self.image_shape!r}.")
+        if not isinstance(self.details, Mapping):
+            raise ScheduleError(f"`made_on.details` must be a mapping, got {self.details!r}.")
+        object.__setattr__(self, "image_shape", None if self.image_shape is None else tuple(self.image_shape))
+        object.__setattr__(self, "details", dict(self.details))
+
+    def __hash__(self) -> int:
+        return hash((self.device, self.batch_size, self.precision, self.image_shape, self.runtime, self.dense_tokens))
+
+    @classmethod
+    def from_context(cls, context: Mapping[str, Any], **more: Any) -> "MeasurementSource":
+        """From the context of a measurement; entries without a field of their own become `details`.
+
+        Args:
+            context: As `lightning_prune.profiling.measurement_context` returns it.
+            **more: Further entries, which take precedence.
+        """
+        entries = {**context, **more}
+        own = {f.name: entries.pop(f.name) for f in fields(cls) if f.name != "details" and f.name in entries}
+        details = entries.pop("details", {})
+        return cls(**own, details={**details, **entries} if isinstance(details, Mapping) else details)
+
+    def differences(self, **here: Any) -> tuple[str, ...]:
+        """What differs from the values given by field name, in words. Fields that are None here or there are left out.
+
+        Args:
+            **here: Field -> value of the present run.
+        """
+        pairs = ((name, getattr(self, name), value) for name, value in here.items())
+        return tuple(
+            f"{name} {there} there, {value} here"
+            for name, there, value in pairs
+            if there is not None and value is not None and there != value
+        )
+
+    def to_plain(self) -> dict[str, Any]:
+        """The entries that are known, as YAML and JSON hold them."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        plain = {name: list(v) if isinstance(v, tuple) else v for name, v in values.items() if v is not None}
+        return plain if plain["details"] else {name: v for name, v in plain.items() if name != "details"}
+
+    @classmethod
+    def from_plain(cls, values: Any) -> "MeasurementSource":
+        """The inverse of `to_plain`; unknown entries become `details`.
+
+        Raises:
+            ScheduleError: If `values` is no mapping, or an entry is of the wrong type.
+        """
+        if not isinstance(values, Mapping):
+            raise ScheduleError(f"`made_on` must be a mapping, got {values!r}.")
+        return cls.from_context(values)
