@@ -150,7 +150,9 @@ def _blocks(row: Row) -> str:
     return f"block {blocks[0]}" if len(blocks) == 1 else f"{len(blocks)} blocks"
 
 
-def _columns(dense: Row | None) -> list[Column]:
+def _columns(rows: Sequence[Row], dense: Row | None) -> list[Column]:
+    several = len({row.runtime for row in rows}) > 1  # one runtime is a fact of the whole page
+
     def speedup(row: Row) -> Cell:
         spread = None if row is dense else row.speedup_spread
         return _with_spread(formatting.speedup(row.speedup), row.speedup is not None, spread)
@@ -167,6 +169,12 @@ def _columns(dense: Row | None) -> list[Column]:
         Column("change, points", "95% interval", lambda row: _change(row, dense)),
         Column("speed-up", "", speedup),
         Column("latency", "ms a batch", latency),
+        Column(
+            "p90",
+            "ms a batch",
+            lambda row: Cell("" if row.latency_p90_ms is None else formatting.milliseconds(row.latency_p90_ms)),
+        ),
+        Column("runtime", "", lambda row: Cell(row.runtime if several else "")),
         Column("tokens", "left", lambda row: Cell(_digits(row.tokens))),
         Column("tokens", "removed", lambda row: Cell(_digits(row.removed), _blocks(row))),
         Column("same class", "as dense", lambda row: _share(row.agreement)),
@@ -304,7 +312,7 @@ def _page(document: Mapping[str, Any], folder: Path) -> str:
     dense, score, summary = dense_of(rows), score_of(rows), summarise(document)
     context = document.get("context") or {}
     model, device = str(context.get("model") or "model"), str(context.get("device") or rows[0].device or "?")
-    columns = [column for column in _columns(dense) if any(column.cell(row).text for row in rows)]
+    columns = [column for column in _columns(rows, dense) if any(column.cell(row).text for row in rows)]
     environment = Environment(
         loader=PackageLoader("lightning_prune.report"),
         autoescape=True,

@@ -28,17 +28,17 @@ _BARS = {
     "agreement": "bars: half the distance between the quartiles of the latency",
 }
 _GREY, _INK = "#7f8c8d", "#222222"
-_WIDE = 6.0  # points below dense from which on a second panel shows what is near dense, which the first presses flat
-_SLOW = 1.25  # times the latency of dense: what is slower would press all that is of interest into a corner
+_WIDE = 6.0  # points below dense from which a second panel shows the rows near dense, which the first one flattens
+_SLOW = 1.25  # times the latency of dense: slower rows would compress the others into a corner
 
 
 def plot_pareto(document: Mapping[str, Any]) -> Figure:
-    """Top-1 against measured latency: every method a line, dense and int8 points, what was measured with its spread.
+    """Draws top-1 against measured latency: a line for each method, points for dense and int8.
 
-    Bars: horizontally half the distance between the quartiles of the latency, vertically the 95% interval of the
-    paired difference to dense. A broad grey line joins the rows that no other row beats in both. Where the module logs
-    no accuracy the agreement with dense takes its place, and where that is not known either the plot says so. Rows that
-    take more than 1.25 times as long as dense have no place in the plot; a line below names them.
+    Horizontal bars are half the distance between the quartiles of the latency, vertical bars the 95% interval of the
+    paired difference to dense. A broad grey line is the Pareto front. If the module logs no accuracy, the agreement
+    with dense is drawn instead; if that is unknown too, the plot says so. Rows that take more than 1.25 times as long
+    as dense are not drawn but named below.
 
     Args:
         document: What `compare` writes as `results.json`.
@@ -68,7 +68,7 @@ def plot_pareto(document: Mapping[str, Any]) -> Figure:
     panels[-1].set_xlabel("latency of a batch [ms], faster to the left")
     below = [] if score is None else [_BARS[score.key]]
     if slow:
-        below.append(fill(f"Off the chart: {'; '.join(_said(row, score) for row in slow)}.", 105))
+        below.append(fill(f"Off the chart: {'; '.join(_in_words(row, score) for row in slow)}.", 105))
     if below:
         figure.supxlabel("\n".join(below), fontsize=8, color=_INK)
     if dense is not None and dense.latency_ms:
@@ -85,7 +85,7 @@ def _draw(axes: Axes, rows: Sequence[Row], dense: Row | None, score: Score | Non
     if dense is not None and dense.latency_ms is not None:
         _mark_dense(axes, dense, dense.latency_ms, score)
     if score is None:
-        _say_what_is_missing(axes)
+        _note_unknown_accuracy(axes)
     else:
         _draw_front(axes, rows, score)
         _draw_lines(axes, series(rows), score)
@@ -95,21 +95,21 @@ def _draw(axes: Axes, rows: Sequence[Row], dense: Row | None, score: Score | Non
 
 
 def _slow(rows: Sequence[Row], dense: Row | None) -> list[Row]:
-    """The rows so much slower than dense that they are told instead of drawn."""
+    """The rows that are too slow to be drawn."""
     limit = None if dense is None else dense.latency_ms
     if limit is None:
         return []
     return [row for row in rows if (row.latency_ms or 0.0) > _SLOW * limit]
 
 
-def _said(row: Row, score: Score | None) -> str:
+def _in_words(row: Row, score: Score | None) -> str:
     share = None if score is None else score.of(row)
     known = "" if share is None or score is None else f", {percent(share)} {score.label}"
     return f"{row.variant}, {milliseconds(row.latency_ms)} ms{known}"
 
 
 def _zoom(rows: Sequence[Row], dense: Row | None, score: Score | None) -> tuple[float, float] | None:
-    """The heights that a second panel shows: the best quarter of a wide range; None where few rows are in it."""
+    """The y-limits of a second panel: the best quarter of a wide range; None if few rows are in it."""
     best = None if dense is None else _share(dense, score)
     if best is None or score is None:
         return None
@@ -163,7 +163,7 @@ def _draw_lines(axes: Axes, lines: Mapping[str, Sequence[Row]], score: Score) ->
 
 
 def _intervals(rows: Sequence[Row], score: Score) -> np.ndarray | None:
-    """Distances (2, rows) from the heights down and up to the ends of the interval, in points; None: not known."""
+    """Distances (2, rows) from each point to the ends of its interval, in points; None if unknown."""
     if score.key != "top1" or all(interval_of(row) is None for row in rows):
         return None
     ends = []
@@ -188,11 +188,11 @@ def _draw_front(axes: Axes, rows: Sequence[Row], score: Score) -> None:
             linewidth=6,
             solid_capstyle="round",
             zorder=1,
-            label="beaten by no other",
+            label="Pareto front",
         )
 
 
-def _say_what_is_missing(axes: Axes) -> None:
+def _note_unknown_accuracy(axes: Axes) -> None:
     message = "No accuracy to show: the module logs no val/top1,\nand no agreement with dense was measured."
     axes.text(0.5, 0.5, message, transform=axes.transAxes, ha="center", va="center", color=_INK)
     axes.set_yticks([])

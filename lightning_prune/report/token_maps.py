@@ -1,4 +1,4 @@
-"""Pictures of where the tokens of an image went."""
+"""Token maps: which patches of an image each method keeps, merges and drops."""
 
 from collections.abc import Mapping, Sequence
 from math import ceil
@@ -26,16 +26,19 @@ if TYPE_CHECKING:
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
-TINTS = ((0.96, 0.55, 0.05), (0.45, 0.25, 0.75), (0.0, 0.55, 0.55))  # of tokens that hold what is left over
-_PAPER = 0.93  # what dropped patches fade to
+_INCHES = 1.75  # side of a picture
+_ENTRY = 2.8  # width of an entry of the legend in inches
+TINTS = ((0.96, 0.55, 0.05), (0.45, 0.25, 0.75), (0.0, 0.55, 0.55))  # of tokens that hold the dropped patches
+_PAPER = 0.93  # grey value that dropped patches fade to
 _FADED = 0.80
 _TINTED = 0.55
-_LENT = 0.6  # how much of a lent hue goes into a group of a grey picture
-_GOLDEN = 0.618034  # steps of this part of the circle of hues keep neighbours apart, however many follow
+_LENT = 0.6  # share of the added hue in a merged token of a grey picture
+_LEFT_OVER = len(TINTS)  # up to so many shared tokens hold the dropped patches; more of them hold similar patches
+_GOLDEN = 0.618034  # steps by this part of the circle of hues keep neighbouring hues apart
 
 
 def shared(groups: Ints) -> Ints:
-    """The tokens that hold two or more patches of this image, those that hold most first.
+    """The tokens that hold two or more patches of this image, largest first.
 
     Args:
         groups: (patches,) the token that each patch went into, -1 where it was dropped.
@@ -46,20 +49,19 @@ def shared(groups: Ints) -> Ints:
 
 
 def paint(picture: Floats, groups: Ints, grid: tuple[int, int], tinted: bool) -> Floats:
-    """Paints what became of the patches over the picture.
+    """Paints over the picture what happened to its patches.
 
-    Dropped patches fade to grey paper. Patches that are one token get one translucent tint where `tinted`, and else
-    the mean colour of their pixels; grey pictures, whose mean colours look alike, are lent a hue for each token.
-    Patches that are kept as they are keep their pixels.
+    Dropped patches fade to grey. Patches that share a token get a translucent tint if `tinted`, else the mean colour of
+    their pixels, with a hue of its own for each token if the picture is grey. Patches that are kept stay as they are.
 
     Args:
-        picture: (height, width, 3), 0 to 1.
+        picture: `(H, W, 3)` in [0, 1].
         groups: (rows * columns,) the token that each patch went into, -1 where it was dropped.
         grid: Rows and columns of patches.
-        tinted: Whether the tokens of this picture hold what is left over, so that their pixels have little in common.
+        tinted: Whether shared tokens hold the dropped patches, whose pixels have little in common.
 
     Returns:
-        (height, width, 3), 0 to 1.
+        `(H, W, 3)` in [0, 1].
 
     Example:
         >>> picture = np.zeros((2, 4, 3))
@@ -119,7 +121,7 @@ def borders(groups: Ints, grid: tuple[int, int], size: tuple[int, int]) -> Float
 
 
 def strokes(groups: Ints, grid: tuple[int, int], size: tuple[int, int]) -> Floats:
-    """(dropped, 2, 2): a line across each dropped patch, which tells it from pixels that are pale; as `borders`."""
+    """(dropped, 2, 2): a line across each dropped patch, as it could be taken for a pale one; see `borders`."""
     down, across = size[0] / grid[0], size[1] / grid[1]
     row, column = np.nonzero(groups.reshape(grid) < 0)
     start, end = np.stack([column, row + 1], -1), np.stack([column + 1, row], -1)
@@ -127,15 +129,10 @@ def strokes(groups: Ints, grid: tuple[int, int], size: tuple[int, int]) -> Float
 
 
 def _hue(number: int) -> Floats:
-    """A soft colour, far on the circle of hues from those just before."""
+    """A soft colour, far from the previous ones on the circle of hues."""
     turn = 6 * ((0.55 + number * _GOLDEN) % 1.0)
     bright: Floats = np.clip(np.abs((turn + np.array([0.0, 4.0, 2.0])) % 6 - 3) - 1, 0, 1)
     return 0.42 + 0.48 * bright
-
-
-_INCHES = 1.75  # a side of a picture
-_ENTRY = 2.8  # width of an entry of the legend in inches
-_LEFT_OVER = len(TINTS)  # so many shared tokens or fewer are left-overs put together; more are alike patches merged
 
 
 def plot_tokens(
@@ -144,23 +141,22 @@ def plot_tokens(
     mean: float | Sequence[float] | None = None,
     std: float | Sequence[float] | None = None,
 ) -> Figure:
-    r"""A row for each image: the picture, and for each method what became of its patches.
+    r"""Draws a row for each image: the image, and for each method what happened to its patches.
 
-    Dropped patches fade to grey and are crossed out. The token that pruning methods make of what is left over gets
-    one translucent tint; patches that were merged, because they are alike, the mean colour of their pixels, with a
-    border around each token. Grey pictures, whose mean colours look alike, are lent a hue for each merged token.
-    Patches that are kept as they are keep their pixels.
+    Dropped patches fade to grey and are crossed out. The token that holds all dropped patches (POMT, EViT) gets a
+    translucent tint. Merged patches get the mean colour of their pixels, with a border around each token, and a hue for
+    each token if the image is grey. Patches that are kept stay as they are.
 
     Args:
-        images: (B, 1 or 3, height, width) as the model receives them; all are shown, so give a few.
-        traces: Title of a column, such as `pomt 1.5x` -> what `trace_tokens` says of these images.
-        mean: What was subtracted from the pixels to normalise them, a number or one for each channel. None: every
-            image is shown with its own darkest pixel black and its brightest white.
-        std: What they were divided by; given if and only if `mean` is.
+        images: `(B, 1 or 3, H, W)` as the model receives them; all are drawn, so give a few.
+        traces: Title of a column, such as `pomt 1.5x` -> the result of `trace_tokens` for these images.
+        mean: Mean by which the images were normalised, a number or one for each channel. None: each image is scaled
+            to its own darkest and brightest pixel.
+        std: Standard deviation by which they were normalised; given if and only if `mean` is.
 
     Raises:
-        ArgumentError: If the images are not such a batch, `mean` and `std` do not fit them, there is no trace, or a
-            trace is of other images or of patches that form no grid.
+        ArgumentError: If `images` has another shape, `mean` and `std` do not fit it, `traces` is empty, or a trace is
+            of other images or of patches that form no grid.
 
     Example:
         >>> import timm
@@ -271,9 +267,9 @@ def _legend(kinds: set[str]) -> list[Patch]:
 
 
 def _pictures(images: Tensor, mean: float | Sequence[float] | None, std: float | Sequence[float] | None) -> Floats:
-    """(B, height, width, 3), 0 to 1."""
+    """`(B, H, W, 3)` in [0, 1]."""
     if images.ndim != 4 or images.shape[1] not in (1, 3) or not len(images):
-        raise ArgumentError(f"`images` must be (B, 1 or 3, height, width), got {tuple(images.shape)}.")
+        raise ArgumentError(f"`images` must be of shape (B, 1 or 3, H, W), got {tuple(images.shape)}.")
     pixels = images.detach().cpu().double()
     if mean is not None and std is not None:
         pixels = pixels * _channels("std", std, pixels) + _channels("mean", mean, pixels)

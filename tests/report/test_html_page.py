@@ -137,7 +137,7 @@ def test_table_has_every_row_under_its_target(tmp_path: Path) -> None:
     ]
     tome = rows[first.index("tome 1.5x")]
     assert tome[:5] == ["tome 1.5x", "92.30%", "\u22120.80 \u22121.28 to \u22120.32", "1.53x ±0.01", "69.93 ±0.78"]
-    assert tome[6] == "89 12 blocks"
+    assert tome[5:8] == ["109.5", "108", "89 12 blocks"]
     assert rows[first.index("dense")][2:4] == ["-", "1.00x"]
 
 
@@ -170,6 +170,18 @@ def test_warnings_name_the_variants_with_their_figures(words: str, entry: str, t
 def test_a_comparison_without_warnings_has_no_such_heading(tmp_path: Path) -> None:
     found = page({"rows": [row("dense"), pruned("tome", 1.5, 0.1)]}, tmp_path)
     assert "Warnings" not in found.headings
+
+
+def test_runtimes_have_a_column_where_there_are_several(tmp_path: Path) -> None:
+    document = comparison()
+    assert "runtime" not in results(page(document, tmp_path))[0]
+    first, *others = document["rows"]
+    rows = results(
+        page(document | {"rows": [first, *(each | {"runtime": "torch.compile"} for each in others)]}, tmp_path)
+    )
+    column = rows[0].index("runtime")
+    found = {cells[0]: cells[column] for cells in rows[1:] if len(cells) > column}
+    assert (found["dense"], found["tome 1.5x"]) == ("torch", "torch.compile")
 
 
 def test_the_best_of_a_target_is_marked(tmp_path: Path) -> None:

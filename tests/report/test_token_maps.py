@@ -77,7 +77,7 @@ def test_counts_that_differ_are_said_of_each_image() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"images": torch.rand(2, 4, 8, 8)}, "`images` must be (B, 1 or 3, height, width), got (2, 4, 8, 8)"),
+        ({"images": torch.rand(2, 4, 8, 8)}, "`images` must be of shape (B, 1 or 3, H, W), got (2, 4, 8, 8)"),
         ({"images": torch.rand(3, 8, 8)}, "got (3, 8, 8)"),
         ({"images": torch.rand(0, 3, 8, 8)}, "got (0, 3, 8, 8)"),
         ({"traces": {}}, "`traces` must hold the trace of one method or more, got none"),
