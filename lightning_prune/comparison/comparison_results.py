@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lightning_prune import __version__
 from lightning_prune._utils.files import read_document, slug, write_document
+from lightning_prune._utils.measurement_source import MeasurementSource
 from lightning_prune.comparison.paired_statistics import agreement, paired_difference
 from lightning_prune.comparison.predictions import Predictions
 from lightning_prune.comparison.resume import VariantResult
@@ -26,7 +27,7 @@ from lightning_prune.report.plots import plot
 from lightning_prune.report.rows import AGREEMENT, TOP1, Row, score_of
 from lightning_prune.report.tables import write_table
 from lightning_prune.report.token_maps import save_tokens
-from lightning_prune.schedule import MeasurementSource, MethodSpec, Schedule
+from lightning_prune.schedule import MethodSpec, Schedule
 
 _FORMAT, _VERSION = "lightning_prune.comparison", 1
 _FILES = (
