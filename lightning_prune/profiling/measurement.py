@@ -95,6 +95,8 @@ def profile_latency(
     check_measurable(transformer, example_inputs, time_limit, protocol)
     requested = resolve(method)
     refuse_adaptive(requested)
+    if requested == TOKEN_CURVE and transformer.first_prunable_block:  # no token may go before block 0
+        requested, block = RandomDrop(), transformer.first_prunable_block
     reduction = TOKEN_CURVE if protocol == "paper" else requested
     index = 0 if protocol == "paper" else reducing_block(requested, block, transformer)
     depth, prefix = transformer.depth, transformer.num_prefix_tokens

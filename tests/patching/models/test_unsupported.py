@@ -90,13 +90,13 @@ class TestConVit:
             lp.patch(model, RandomDrop(site="input"), [3, 0, 0, 0])
 
     def test_profile_and_plan(self, model: nn.Module) -> None:
-        """A fraction of the depth means the first block that can reduce, where it falls before that."""
+        """The curve of the token count is measured at the first block that can reduce, where block 0 cannot."""
         images = torch.randn(4, 3, 80, 80)
         plan = lp.plan(model, images, calibration=images, methods="topk", time_limit=1, verbose=False)
         assert all(block >= 2 for block in plan.schedule.reducing)
-        assert plan.profile.dense_tokens == 26
+        assert (plan.profile.dense_tokens, plan.profile.block) == (26, 2)
         with pytest.raises(lp.ScheduleError, match="Block 1 of this ConVit"):
-            lp.profile_latency(model, images, block=1, time_limit=1, verbose=False)
+            lp.profile_latency(model, images, method="pomt", block=1, time_limit=1, verbose=False)
 
 
 class Weighing(POMT):
