@@ -171,7 +171,7 @@ def _profile(first: FirstBatch, simulated: SimulatedDevice | None, of_method: bo
     return CachedProfile(profile, reused=False)
 
 
-_SHOWN = 64  # of the images that were learned from, how many have their tokens counted for the report
+_SHOWN = 64  # images whose tokens are counted for the report
 _THRESHOLDS = (0.1, 0.2)
 
 
@@ -185,16 +185,16 @@ def learn_words(
     seed: int,
     **data: Any,
 ) -> Vocabulary:
-    """Streams the prediction loader past k-means, saves the vocabulary and says how long images would be.
+    """Learns visual words by k-means on the prediction loader, saves them and prints how many tokens images would keep.
 
-    The module's own steps do not run, but its hooks do, so that the images are those that its transformer sees.
+    The module's own steps do not run, but its hooks do, so that the images are those that its transformer receives.
 
     Args:
-        trainer: Whose prediction loop runs, in one process.
-        model: Contains the Vision Transformer; it has its patch size, and perhaps a `data_config` with mean and std.
+        trainer: Its prediction loop runs, in one process.
+        model: Contains the Vision Transformer. A `data_config` with mean and std is used if it has one.
         config: Says which transformer, and where the images of a batch are.
         output: The file, `.safetensors`.
-        words: How many.
+        words: Number of words.
         limit: How many images to learn from; None for all.
         seed: Of k-means.
         data: `datamodule` or `dataloaders`, as `Trainer.predict` takes them.
@@ -216,7 +216,7 @@ def learn_words(
     finally:
         del vars(model)["predict_step"]
     if reader.learner is None:
-        raise DataError("The prediction loader yielded no batch to learn words from.")
+        raise DataError("The prediction loader must yield at least one batch, got none.")
     with Console(stderr=True).status(f"Learning the last of {words} words"):
         vocabulary = reader.learner.finish(*_normalisation(model, config.module_path, reader.last.shape[1]))
     path = vocabulary.save(output)
@@ -225,7 +225,7 @@ def learn_words(
 
 
 class _Reader(L.Callback):
-    """Learns from every batch of a prediction run, and ends the run when it has enough."""
+    """Learns from the batches of a prediction run, and ends the run at the limit of images."""
 
     def __init__(self, config: PruningConfig, words: int, limit: int | None, seed: int) -> None:
         self.config, self.words, self.limit, self.seed = config, words, limit, seed
@@ -246,7 +246,7 @@ class _Reader(L.Callback):
         same = self.last.shape[1:] == images.shape[1:]
         self.last = torch.cat((self.last, images))[-_SHOWN:] if same else images[-_SHOWN:]
         if self.learner.images == self.limit:
-            raise StopIteration  # which is how Lightning's loop is told that there is no more
+            raise StopIteration  # Lightning's loop ends as if the loader had no more batches
 
 
 def _no_step(*args: Any, **kwargs: Any) -> tuple[()]:
@@ -254,7 +254,7 @@ def _no_step(*args: Any, **kwargs: Any) -> tuple[()]:
 
 
 def _patch_size(module: L.LightningModule, images: Tensor, target: str | None) -> int:
-    """The side of the transformer's patches, by how many tokens it makes of an image."""
+    """The side of the transformer's patches, computed from the number of tokens of an image."""
     transformer = find_vision_transformer(module, target)
     with ready_to_run(transformer):
         patches = transformer.count_tokens(images[:1]) - transformer.num_prefix_tokens
@@ -262,9 +262,9 @@ def _patch_size(module: L.LightningModule, images: Tensor, target: str | None) -
 
 
 def _normalisation(module: L.LightningModule, target: str | None, channels: int) -> tuple[Any, Any]:
-    """Mean and std of each channel, of the module's data config or its transformer's; None where neither says.
+    """Mean and std of each channel by the data config of the module, or else of its transformer; None if unknown.
 
-    Nor do they say it of a model for other channels than those of the weights that timm's config is about.
+    They are unknown, too, if the config is for another number of channels.
     """
     transformer: Any = find_vision_transformer(module, target).root
     config = getattr(module, "data_config", None) or getattr(transformer, "pretrained_cfg", None) or {}

@@ -1,4 +1,4 @@
-"""A Lightning Trainer with four more verbs: profile, plan, compare and vocabulary."""
+"""A Lightning Trainer with the methods profile, plan, compare and vocabulary."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -29,9 +29,9 @@ class PruneTrainer(L.Trainer):
         >>> # trainer.compare(ImageClassifier("vit_digits_patch4_56"), datamodule=DigitsData(), output="results")
 
     Attributes:
-        command: What was typed, for the report of a comparison; empty where code calls.
+        command: The command line, for the report of a comparison; empty if called from Python.
         budget_missed: Whether no variant of the last comparison met the budget that was stated.
-        settings: The configuration of the command line, as plain values; empty where code calls.
+        settings: The configuration of the command line, as plain values; empty if called from Python.
     """
 
     command: str = ""
@@ -77,10 +77,10 @@ class PruneTrainer(L.Trainer):
         profile: str | None = None,
         device: str | None = None,
     ) -> Plan:
-        """Plan a schedule, also for a device that is elsewhere; writes schedule.yaml, plan.json and plan.png.
+        """Plan a schedule, also for another device; writes schedule.yaml, plan.json and plan.png.
 
-        Accuracy is estimated here, on images of the validation data; latency is measured here too, or taken from a
-        profile that was measured where the schedule is to be used, or simulated.
+        Accuracy is estimated here, on images of the validation data. Latency is measured here, or simulated, or read
+        from a profile that was measured on the device where the schedule will be used.
 
         Args:
             model: The module that contains the Vision Transformer.
@@ -92,7 +92,7 @@ class PruneTrainer(L.Trainer):
 
         Raises:
             ArgumentError: As `profile`, if both `profile` and `device` are given, or if the pruner has a schedule.
-            FileFormatError: If `profile` is no profile.
+            FileFormatError: If `profile` does not hold a profile.
         """
         data = {"dataloaders": dataloaders, "datamodule": datamodule}
         return run_plan(self, model, self.config, output, profile, device, **data)

@@ -142,7 +142,7 @@ def test_an_output_that_cannot_be_written_is_told_before_any_image_is_read(tmp_p
 
 def test_a_loader_without_a_batch(tmp_path: Path) -> None:
     trainer = PruneTrainer(limit_predict_batches=0, **OPTIONS)
-    with pytest.raises(DataError, match="The prediction loader yielded no batch"):
+    with pytest.raises(DataError, match="The prediction loader must yield at least one batch"):
         trainer.vocabulary(Theirs(), loader(), output=str(tmp_path / "words.safetensors"))
 
 
