@@ -3,7 +3,7 @@
     python examples/train_cifar10.py --data DIR
 
 `DIR` holds the image folders `train/<class>/*` and `val/<class>/*`; where it does not, torchvision downloads CIFAR-10
-into it. Written are the weights and, beside them, a JSON with the figures and with how they came about. With
+into it. It writes the weights, and a JSON file with the figures and the settings. With
 `--checkpoints FOLDER` an interrupted run goes on where it was.
 
 What makes it affordable: a small convolutional network learns first and teaches the ViT, what it says of each image as
@@ -188,11 +188,11 @@ class Cifar10Training(ImageClassifier):
         side = next(side for side, end in zip(self.sides, self.ends, strict=True) if self.global_step < end)
         with torch.no_grad():
             maps = self.teacher.seen(images)
-            told = (4 * self.teacher.said(maps[1])).softmax(1)
+            target = (4 * self.teacher.said(maps[1])).softmax(1)
         logits = self(resized(self.normalise(images), side))
         self.seen.append((logits.detach().argmax(1) == labels).float().mean())
         guidance = sum(self.guided(*each) for each in zip(GUIDED, self.guides, maps, strict=True))
-        return 0.5 * F.cross_entropy(logits, told) + 0.5 * F.cross_entropy(logits, labels) + guidance
+        return 0.5 * F.cross_entropy(logits, target) + 0.5 * F.cross_entropy(logits, labels) + guidance
 
     def guided(self, block: int, guide: nn.Module, seen: Tensor) -> Tensor:
         """How far the tokens of a block are from saying what the teacher sees where they stand."""
@@ -245,7 +245,9 @@ def trainer(checkpoints: Path | None, **kwargs: Any) -> L.Trainer:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="folder of CIFAR-10")
-    parser.add_argument("--output", type=Path, default=WEIGHTS, help="the .safetensors; the .json lies beside it")
+    parser.add_argument(
+        "--output", type=Path, default=WEIGHTS, help="the .safetensors; the .json is in the same folder"
+    )
     parser.add_argument("--checkpoints", type=Path, help="folder; a run goes on from the last checkpoint there")
     parser.add_argument("--stages", nargs="+", default=[f"{s.side}:{s.epochs}" for s in STAGES], help="SIDE:EPOCHS")
     parser.add_argument("--teacher-epochs", type=int, default=TEACHER_EPOCHS)

@@ -2,7 +2,7 @@
 
     python examples/train_digits.py
 
-writes the weights and, beside them, a JSON with the figures and with how they came about. It takes about an hour on
+writes the weights, and a JSON file with the figures and the settings. It takes about an hour on
 two cores. With `--checkpoints DIR` an interrupted run goes on where it was.
 
 Attention over all 196 patches is dear on a CPU. So most epochs look at windows of 8 x 8 patches around the digit, cut
@@ -153,9 +153,11 @@ def figures(weights: Path) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--epochs", type=int, default=EPOCHS)
-    parser.add_argument("--window-epochs", type=int, default=WINDOW_EPOCHS, help="so many of them look at windows only")
     parser.add_argument(
-        "--output", type=Path, default=DIGITS_WEIGHTS, help="the .safetensors; the .json lies beside it"
+        "--window-epochs", type=int, default=WINDOW_EPOCHS, help="number of epochs that train on windows only"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=DIGITS_WEIGHTS, help="the .safetensors; the .json is in the same folder"
     )
     parser.add_argument(
         "--checkpoints", type=Path, help="folder for checkpoints; a run goes on from the last one there"

@@ -164,8 +164,8 @@ def main() -> None:
                     rows.append({"model": name, "precision": precision, "batch": batch, **row})
                     write_table(args.output / "floor.csv", rows, context)
                     if args.trace and mode == "eager":
-                        told = f"trace_{name}_{precision}_{batch}_{case.split(',')[0]}.txt"
-                        (args.output / told).write_text(trace(model, images, case))
+                        name_of_trace = f"trace_{name}_{precision}_{batch}_{case.split(',')[0]}.txt"
+                        (args.output / name_of_trace).write_text(trace(model, images, case))
     shown = ("model", "precision", "mode", "batch", "case", "pruned_over_floor", "error", "limit")
     print_table(f"Over the floor, {context['device']}", rows, *shown)
     draw(rows, args.output / "floor.png")

@@ -98,9 +98,9 @@ def draw(profile: lp.LatencyProfile, every: lp.LatencyProfile, path: Path) -> No
     """The curve of the search on that of all counts."""
     figure = Figure(figsize=(7.5, 4.2), layout="constrained")
     axes = figure.subplots()
-    told = f"every count: {len(every.tokens)} counts, {every.seconds:.0f} s"
-    axes.plot(every.tokens, np.array(every.milliseconds) / every.dense_ms, ".", ms=3, color="#7f8c8d", label=told)
-    told = f"the search: {len(profile.tokens)} counts, {profile.seconds:.0f} s"
+    label = f"every count: {len(every.tokens)} counts, {every.seconds:.0f} s"
+    axes.plot(every.tokens, np.array(every.milliseconds) / every.dense_ms, ".", ms=3, color="#7f8c8d", label=label)
+    label = f"the search: {len(profile.tokens)} counts, {profile.seconds:.0f} s"
     axes.plot(
         profile.tokens,
         np.array(profile.milliseconds) / profile.dense_ms,
@@ -108,7 +108,7 @@ def draw(profile: lp.LatencyProfile, every: lp.LatencyProfile, path: Path) -> No
         ms=4,
         lw=1.2,
         color="#1f5fa8",
-        label=told,
+        label=label,
     )
     axes.set_ylim(bottom=0)
     axes.set_xlabel("tokens that leave the reducing block")

@@ -33,7 +33,7 @@ _PAPER = 0.93  # grey value that dropped patches fade to
 _FADED = 0.80
 _TINTED = 0.55
 _LENT = 0.6  # share of the added hue in a merged token of a grey picture
-_LEFT_OVER = len(TINTS)  # up to so many shared tokens hold the dropped patches; more of them hold similar patches
+_LEFT_OVER = len(TINTS)  # up to this number, shared tokens hold the dropped patches; more of them hold similar patches
 _GOLDEN = 0.618034  # steps by this part of the circle of hues keep neighbouring hues apart
 
 
@@ -108,9 +108,9 @@ def borders(groups: Ints, grid: tuple[int, int], size: tuple[int, int]) -> Float
     tokens = groups.reshape(grid)
     bounded = np.isin(tokens, shared(groups)) | (tokens < 0)
     down, across = size[0] / grid[0], size[1] / grid[1]
-    beside = (tokens[:, 1:] != tokens[:, :-1]) & (bounded[:, 1:] | bounded[:, :-1])
+    upright_edges = (tokens[:, 1:] != tokens[:, :-1]) & (bounded[:, 1:] | bounded[:, :-1])
     below = (tokens[1:] != tokens[:-1]) & (bounded[1:] | bounded[:-1])
-    row, column = np.nonzero(beside)
+    row, column = np.nonzero(upright_edges)
     x, y = (column + 1) * across, row * down
     upright = np.stack([np.stack([x, y], -1), np.stack([x, y + down], -1)], 1)
     row, column = np.nonzero(below)
@@ -187,11 +187,11 @@ def plot_tokens(
     for column, (name, trace) in enumerate(traces.items(), start=1):
         kinds |= _draw_method(list(panels[:, column]), pictures, name, trace, grids[name])
     legend = _legend(kinds)
-    beside = max(1, min(len(legend), int(width / _ENTRY)))
-    figure.legend(handles=legend, loc="outside lower center", ncols=beside, fontsize=9, frameon=False)
+    columns = max(1, min(len(legend), int(width / _ENTRY)))
+    figure.legend(handles=legend, loc="outside lower center", ncols=columns, fontsize=9, frameon=False)
     titles = max(panel.get_title().count("\n") + 1 for panel in panels[0])
     labels = len(pictures) * any(panel.get_xlabel() for panel in panels[0])
-    lines = titles + labels + ceil(len(legend) / beside)
+    lines = titles + labels + ceil(len(legend) / columns)
     figure.set_size_inches(width, _INCHES * tall * len(pictures) + 0.175 * lines + 0.12)
     return figure
 
