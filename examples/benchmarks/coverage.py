@@ -194,7 +194,7 @@ def check(model: nn.Module, images: Tensor) -> dict[str, Any]:
         pruned = model(images)
         alone = torch.cat([model(image[None]) for image in images])
         hook.remove()
-        halved = all(attn_mlp_split is not None for attn_mlp_split in handle._halves.values())
+        halved = all(split is not None for split in handle._splits.values())
     after = model.state_dict()
     with transformer_tokens(transformer) as entered:
         removal = torch.equal(model(images), before)

@@ -163,6 +163,17 @@ def compare_latency(
     Raises:
         ArgumentError: If no variant is dense, or the model is patched.
         ScheduleError: If a schedule does not fit.
+
+    Example:
+        >>> import timm
+        >>> import torch
+        >>> import lightning_prune as lp
+        >>> model = timm.create_model("vit_tiny_patch16_224", depth=2).eval()
+        >>> pruned = ("topk", lp.Schedule.single(depth=2, block=0, remove=98))
+        >>> variants = {"dense": None, "half": pruned}
+        >>> stats = lp.compare_latency(model, torch.randn(1, 3, 224, 224), variants, time_limit=1, verbose=False)
+        >>> stats["dense"].ratio
+        1.0
     """
     transformer = find_vision_transformer(model, module_path)
     check_measurable(transformer, example_inputs, time_limit)
