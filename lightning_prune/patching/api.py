@@ -27,7 +27,7 @@ from lightning_prune.reduction import Reduction, resolve
 from lightning_prune.schedule import KeepRates, MethodSpec, Rate, Schedule, ScheduleLike, read_schedule
 
 _log = logging.getLogger(__name__)
-# Model -> classes of blocks of which it was said that they are cut after the MLP: a search patches hundreds of times.
+# Model -> classes of blocks for which the warning was given: a search patches hundreds of times.
 _warned_cut_after: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
 
 

@@ -16,7 +16,7 @@ from lightning_prune.reduction.base import AttentionInputs
 
 
 class CaptureRequest(NamedTuple):
-    """What an attention module is asked to tell while its block runs.
+    """What an attention module records while its block runs.
 
     Attributes:
         calls: Where to record.
@@ -29,7 +29,7 @@ class CaptureRequest(NamedTuple):
 
 @dataclass(eq=False)
 class CaptureSlot:
-    """Where an attention module that makes no fused call finds what it is asked; nothing while nobody listens."""
+    """Per-thread slot through which an unfused attention module receives a capture request; empty when idle."""
 
     request: PerThread[CaptureRequest] = field(default_factory=PerThread)
 
@@ -48,7 +48,7 @@ class Capturing:
 
 
 class CapturedAttention(PatchedModule):
-    """Mixin over the class of an attention module without a fused call: says what it computes from.
+    """Mixin over the class of an attention module without a fused call: records what it computes from.
 
     A subclass for each kind says how to read query, key and value from what goes into it.
     """
@@ -146,12 +146,12 @@ class RecordingMask:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What attention asks first that is not fused, or no longer since the patch was made."""
+        """Unfused attention reads `mask.dtype` first; raise here."""
         raise UnsupportedModelError(_NOT_FUSED)
 
 
 def mask_supported(x: Tensor) -> bool:
-    """Whether an `RecordingMask` works here: no graph is being made, and nobody else looks at function calls."""
+    """Whether a `RecordingMask` works here: nothing is being traced, and no other mode overrides functions."""
     return not torch.compiler.is_compiling() and not has_torch_function((x,))
 
 

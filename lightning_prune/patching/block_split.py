@@ -103,7 +103,7 @@ def _tower_mlp(block: Any, x: Tensor) -> Tensor:
 
 
 def _first(result: Any) -> Tensor:
-    """Attention alone: most modules of transformers return the weights, or None, beside it."""
+    """Attention's output: most modules of transformers return it with the weights, or None."""
     attention: Tensor = result[0] if isinstance(result, tuple) else result
     return attention
 

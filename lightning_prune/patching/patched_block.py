@@ -113,7 +113,7 @@ class BlockPatch:
         return type(block.attn).forward is self.mask_passthrough and "forward" not in block.attn.__dict__
 
     def arriving_state(self, x: Tensor) -> TokenState | None:
-        """Who is left after the blocks before this one; None where all are, or nobody needs to know.
+        """State of the tokens that the blocks before this one left; None where all are left, or none is tracked.
 
         Raises:
             UnsupportedModelError: If that cannot be said of the tokens that arrive.

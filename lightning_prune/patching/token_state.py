@@ -15,8 +15,8 @@ T = TypeVar("T")
 class PerThread(Generic[T]):
     """A value that each thread sets and gets for itself; None where it has set none. Left out of copies and pickles.
 
-    `threading.local` would do, but `torch.compile` does not trace it. Within a compiled graph threads need not be told
-    apart: what is read there was set there.
+    `threading.local` would do, but `torch.compile` does not trace it. A compiled graph needs no
+    distinction of threads: it reads what it has set.
     """
 
     def __init__(self) -> None:

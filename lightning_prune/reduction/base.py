@@ -29,7 +29,7 @@ class TokenSequence(NamedTuple):
     sizes: Tensor | None = None  # (B, N) how many patches each token stands for, where an earlier block merged some
     entering: Tensor | None = None  # (B, N, C) the tokens as they entered the block
     pixels: Tensor | None = None  # (B, channels, height, width) the images, where the reduction reads "pixels"
-    trace: bool = False  # whether `ReductionOutput.sources` is wanted, for which nobody pays otherwise
+    trace: bool = False  # whether `ReductionOutput.sources` is wanted, which costs time
 
 
 class ReductionOutput(NamedTuple):

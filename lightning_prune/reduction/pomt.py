@@ -49,7 +49,7 @@ def pomt_scores(attention: AttentionInputs, num_prefix_tokens: int) -> Tensor:
     """
     precise = torch.promote_types(attention.value.dtype, torch.float32)
     if is_half_on_cpu(attention):
-        attention = attention._replace(key=attention.key.float().contiguous())  # which each chunk would do anew
+        attention = attention._replace(key=attention.key.float().contiguous())  # once, and not in each chunk
     chunks = [
         attention_probabilities(attention, queries).amax(dim=1)[:, :, num_prefix_tokens:].sum(dim=1, dtype=precise)
         for queries in _chunks(attention.query, num_prefix_tokens)

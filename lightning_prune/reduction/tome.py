@@ -57,10 +57,10 @@ def tome_schedule(
 def allocate_tokens(
     remove: int, tokens: int, num_prefix_tokens: int, depth: int, first: int, inflection: float = 0.0
 ) -> list[int]:
-    """`remove` tokens in all, in the form of `tome_schedule`: the first blocks merge the odd ones more.
+    """Distributes `remove` tokens over the blocks by the weights of `tome_schedule`; the remainder goes to the first.
 
-    What a block cannot merge, because that were more than half of the patch tokens that it finds, goes in the others,
-    by their weights: the schedule is that of the smallest r (in parts of a block) with which `remove` tokens go.
+    A block merges at most half of its patch tokens; what exceeds that goes to the others by their weights. The schedule
+    is that of the smallest r (in parts of a block) that removes `remove` tokens.
 
     Args:
         remove: Tokens that go in all.
@@ -118,7 +118,7 @@ def max_allocatable(tokens: int, num_prefix_tokens: int, depth: int, first: int,
 
 
 def _halved(wanted: list[int], patches: int) -> list[int]:
-    """What blocks merge of which each merges half of the patch tokens that it finds at most."""
+    """Tokens that each block merges if none merges more than half of its patch tokens."""
     removed = []
     for each in wanted:
         removed.append(min(each, patches // 2))

@@ -26,7 +26,7 @@ def patch_variances(pixels: Tensor, patches: int) -> Tensor:
         (B, patches), float32 (float64 where the pixels are).
 
     Raises:
-        UnsupportedModelError: If so many patches are no grid of the image.
+        UnsupportedModelError: If that number of patches does not form a grid of the image.
     """
     precise = torch.promote_types(pixels.dtype, torch.float32)
     return cut_like(pixels, patches).to(precise).var(dim=-1, correction=0)
@@ -144,7 +144,7 @@ def group_by_word(pixels: Tensor, patches: int, vocabulary: Vocabulary, threshol
         threshold: Largest cosine distance at which a patch is a word.
 
     Raises:
-        UnsupportedModelError: If so many patches are no grid of the image.
+        UnsupportedModelError: If that number of patches does not form a grid of the image.
         ArgumentError: If the vocabulary is of another patch size or channel count.
     """
     cells = cut_like(pixels, patches)

@@ -30,8 +30,7 @@ def is_compiled(model: nn.Module) -> bool:
 def applied_runtime(transformer: VisionTransformer) -> Runtime | None:
     """The runtime that `Runtime.applied` applies to a transformer now.
 
-    None where the model runs as the user made it: eagerly, or compiled by the user (`is_compiled`), of which nobody but
-    the user knows how.
+    None where the model runs as the user made it: eagerly, or compiled by the user (`is_compiled`) in some mode.
     """
     return runtime_of(transformer.compiled_root)
 

@@ -189,17 +189,14 @@ class ModelAdapter(ABC):
         Args:
             calls: Where to record.
             log_sizes: (B, 1, 1, N) to be added to the logits of every key, or None.
-            arrived: Who is left after earlier reductions; None where that plays no part.
+            arrived: State of the tokens that earlier reductions left; None where all tokens are left.
             num_prefix_tokens: P.
             capture_slot: The slot of the block's `unfused_attention` modules; None where it has none.
         """
         return SDPARecorder(calls, log_sizes) if capture_slot is None else Capturing(capture_slot, calls, log_sizes)
 
     def mask_passthrough(self, block: nn.Module) -> Callable[..., Any] | None:
-        """The `forward` of `block.attn`, if it hands what the block is given as `attn_mask` to its one fused call.
-
-        None where something else becomes of a mask, or nobody knows.
-        """
+        """Returns `block.attn.forward` if it passes `attn_mask` unchanged to its one fused call, else None."""
         return None
 
     @property
