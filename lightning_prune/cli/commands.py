@@ -26,7 +26,7 @@ from lightning_prune.reduction import tokens_per_image
 from lightning_prune.reduction.patchify import patch_side
 from lightning_prune.reduction.vocabulary import Vocabulary, WordLearner
 from lightning_prune.report.plots import plot
-from lightning_prune.report.tables import beside_eager, profile_table, shape_of
+from lightning_prune.report.tables import against_eager, profile_table, shape_of
 from lightning_prune.runtimes.torch_runtime import is_compiled, uncompiled
 
 
@@ -71,7 +71,7 @@ def run_profile(
             when = profile.context.get("measured", "before")
             console.print(f"Measured {when} and kept; --prune.use_cache false measures it again.", soft_wrap=True)
         if eager is not None:
-            console.print(beside_eager(profile, eager))
+            console.print(against_eager(profile, eager))
         console.print(f"{shape_of(profile)} Written: {', '.join(map(str, paths))}", soft_wrap=True)
     return profile
 

@@ -42,7 +42,7 @@ def shape_of(profile: LatencyProfile) -> str:
     return f"Cliffs: {cliffs}. Plateaus: {plateaus}. {took}"
 
 
-def beside_eager(compiled: LatencyProfile, eager: LatencyProfile) -> str:
+def against_eager(compiled: LatencyProfile, eager: LatencyProfile) -> str:
     """What compiling brings with all tokens, and what pruning brings under each of the two."""
     fewest = compiled.tokens[0]
     best = [profile.dense_ms / min(profile.milliseconds) for profile in (compiled, eager)]

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_prune._utils.files import atomic_write, read_document, write_document
+from lightning_prune._utils.files import atomic_write, ensure_output_dir, read_document, write_document
 from lightning_prune.errors import ArgumentError, FileFormatError
 
 KIND = "lightning_prune.note"
@@ -157,3 +157,12 @@ def test_python_objects_are_refused_and_nothing_runs(tmp_path: Path, tag: str) -
     with pytest.raises(FileFormatError, match="could not determine a constructor for the tag"):
         read_document(path, KIND, 3)
     assert not there.exists()
+
+
+def test_an_output_folder_is_made_and_checked(tmp_path: Path) -> None:
+    assert ensure_output_dir(tmp_path / "a" / "b") == tmp_path / "a" / "b"
+    assert list((tmp_path / "a" / "b").iterdir()) == []
+    (tmp_path / "file").write_text("old")
+    with pytest.raises(ArgumentError, match=r"^`output` must be a folder that can be written to, got .*file"):
+        ensure_output_dir(tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "old"
