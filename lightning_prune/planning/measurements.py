@@ -46,7 +46,7 @@ class MeasurementTuning:
     sensitivity_counts: int = 8
     batch_images: int = 32
     first_images: int = 8
-    min_images: int = 64
+    min_images: int = 32
     passes_per_method: int = 6
 
 
@@ -199,7 +199,7 @@ class Measurements:
         """Takes as many calibration images as there is time to measure the proxies on."""
         if self.limit.seconds is None:
             return
-        device, size = self.example_inputs.device, max(len(self.example_inputs), TUNING.batch_images)
+        device, size = self.example_inputs.device, TUNING.first_images
         with ready_to_run(self.transformer):
             for _ in range(2):  # the first pass is slow
                 start = self.limit.clock()

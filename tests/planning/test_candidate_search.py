@@ -238,3 +238,57 @@ def test_random_errors_of_predictions_never_break_a_budget():
         assert best.candidate.schedule.depth == DEPTH
     assert missed == 0
     assert worse == 0
+
+
+def fixed(label, *accuracies, ratio=0.5):
+    return Fixed(
+        label, *(Candidate(label, None, Schedule([n, 0]), ratio, accuracy=a) for n, a in enumerate(accuracies, 1))
+    )
+
+
+def searched(objective, *sources, ratio=0.5, dense_ms=100.0):
+    """The result of a search in which every candidate takes the same time, and the number of its runs."""
+    search, runs = CandidateSearch(objective, sources, 100.0), []
+
+    def time_candidates(candidates):
+        runs.append([c.method for c in candidates])
+        timings = {c.key: LatencyStats(ratio * dense_ms, 1, ratio, 0, 9) for c in candidates}
+        return LatencyStats(dense_ms, 1, 1, 0, 9), timings
+
+    run_searches([search], time_candidates, float("inf"))
+    return search.result(), len(runs)
+
+
+@pytest.mark.parametrize(("gain", "runs"), [(0.001, 1), (0.01, 2)])
+def test_a_little_more_accuracy_is_not_worth_another_run(gain, runs):
+    assert searched(lp.LatencyBudget(speedup=1.5), fixed("one", 0.9, 0.9 + gain))[1] == runs
+
+
+def test_a_candidate_that_missed_the_budget_is_not_timed_again():
+    best, runs = searched(lp.LatencyBudget(speedup=1.5), fixed("one", 0.9), ratio=0.7)
+    assert (best.met, runs) == (False, 1)
+
+
+def test_a_candidate_slower_than_dense_is_not_chosen():
+    best, _ = searched(lp.AccuracyBudget(0.5), fixed("one", 0.9), ratio=1.05)
+    assert best.candidate.is_dense
+    assert best.met
+
+
+def test_the_number_of_runs_is_bounded_if_every_proposal_promises_more():
+    best, runs = searched(lp.LatencyBudget(speedup=1.5), fixed("one", *(0.5 + 0.01 * n for n in range(40))))
+    assert runs == TUNING.max_runs
+    assert best.candidate.accuracy == pytest.approx(0.5 + 0.01 * (runs - 1))
+
+
+def test_a_budget_in_milliseconds_is_judged_by_the_dense_latency_of_now():
+    best, _ = searched(lp.LatencyBudget(ms=60), fixed("one", 0.9), dense_ms=50.0)
+    assert best.candidate.is_dense
+    assert best.met
+
+
+def test_a_source_without_gain_does_not_meet_the_budget_of_another():
+    weak = Fixed("weak", Candidate("weak", None, Schedule([0, 0]), 1.0, accuracy=1.0))
+    search = CandidateSearch(lp.LatencyBudget(speedup=1.5), [weak, fixed("one", 0.9)], 100.0)
+    search.next_candidates(float("inf"))
+    assert search.result().candidate.method == "one"
