@@ -156,7 +156,7 @@ def test_of_two_the_target_is_pruned_and_the_other_is_not(second: Any, schedule:
     module = Placed(Twice(second))
     inner = "network.other.teacher._orig_mod" if second is compiled else "network.other.teacher"
     message = (
-        r"^Found 2 Vision Transformers; pass `target`, one of 'network.student' \(VisionTransformer\), "
+        r"^Found 2 Vision Transformers; pass `module_path`, one of 'network.student' \(VisionTransformer\), "
         rf"'{inner}' \(VisionTransformer\)\.$"
     )
     with pytest.raises(lp.UnsupportedModelError, match=message):

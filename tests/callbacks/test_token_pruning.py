@@ -440,14 +440,14 @@ class Two(Tiny):
 
 
 def test_two_transformers_need_a_target() -> None:
-    with pytest.raises(lp.UnsupportedModelError, match="Found 2 Vision Transformers; pass `target`, one of 'vit'"):
+    with pytest.raises(lp.UnsupportedModelError, match="Found 2 Vision Transformers; pass `module_path`, one of 'vit'"):
         validated(pruner(), Two())
     callback = pruner(module_path="vit")
     module, _ = validated(callback, Two())
     assert module.tokens() == {callback.decision.tokens} != {TOKENS}
     module, _ = validated(pruner(module_path="teacher"), Two())
     assert module.tokens() == {TOKENS}
-    with pytest.raises(lp.ArgumentError, match=r"`target` must be the dotted path .* got 'student'"):
+    with pytest.raises(lp.ArgumentError, match=r"`module_path` must be the dotted path .* got 'student'"):
         validated(pruner(module_path="student"), Two())
 
 

@@ -187,7 +187,7 @@ def test_a_budget_that_no_variant_meets_is_an_exit_status(tmp_path: Path, capsys
         (["--prune.schedule=197"], "Block 1 is asked to remove 197 tokens, but of the 197 that enter it"),
         (["--prune.schedule=[1,2]"], "The schedule is for 2 blocks; this model has 4."),
         (["--prune.schedule=nowhere.yaml"], "Cannot read nowhere.yaml: No such file or directory."),
-        (["--prune.module_path=vit"], "`target` must be the dotted path of a module in ImageClassifier, got 'vit'."),
+        (["--prune.module_path=vit"], "must be the dotted path of a module in ImageClassifier, got 'vit'."),
         (["--prune.keep=3"], "unrecognized arguments: --prune.keep=3"),
         (["--model.num_classes=5"], "`model` must have 10 classes for DigitsData, got 5."),
         (["--config=nowhere.yaml"], "nowhere.yaml"),
