@@ -174,6 +174,10 @@ def token_levels(profile: LatencyProfile) -> list[int]:
     return sorted(edges | {others[place] for place in places})
 
 
+PROBES = 4
+"""Schedules that `probe_schedules` returns."""
+
+
 def probe_schedules(
     reduction: Reduction, tokens: int, num_prefix_tokens: int, blocks: Sequence[int], depth: int
 ) -> list[Schedule]:

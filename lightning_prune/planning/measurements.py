@@ -12,7 +12,7 @@ from lightning_prune._utils.progress import progress_bar
 from lightning_prune.errors import ArgumentError
 from lightning_prune.patching import PatchHandle, VisionTransformer
 from lightning_prune.planning.candidate_search import Timings
-from lightning_prune.planning.latency_model import LatencyModel, probe_schedules, token_levels
+from lightning_prune.planning.latency_model import PROBES, LatencyModel, probe_schedules, token_levels
 from lightning_prune.planning.method_front import MethodFront
 from lightning_prune.planning.results import Candidate
 from lightning_prune.planning.sensitivity import Sensitivity
@@ -37,6 +37,9 @@ class MeasurementTuning:
         first_images: Images in the first batch of the sensitivity, unless there is time for fewer only.
         min_images: Calibration images that the proxy is measured on, whatever time it takes.
         passes_per_method: Passes over the calibration images that one method is expected to need.
+        min_runs_per_probe: Runs of each schedule from which an overhead follows, warm-up included, whatever time it
+            takes.
+        min_proxies: Proxies that one method needs at least, on `min_images` images.
     """
 
     overhead_share: float = 0.2
@@ -48,6 +51,8 @@ class MeasurementTuning:
     first_images: int = 8
     min_images: int = 32
     passes_per_method: int = 6
+    min_runs_per_probe: int = 3
+    min_proxies: int = 2
 
 
 TUNING = MeasurementTuning()
@@ -161,6 +166,7 @@ class Measurements:
             methods: Label -> the method and the blocks that may reduce.
         """
         self._limit_images(len(methods))
+        methods = self._affordable(methods)
         prefix, depth = self.transformer.num_prefix_tokens, self.transformer.depth
         try:
             workload = Workload.of(self.transformer.blocks, len(self.example_inputs))
@@ -209,6 +215,27 @@ class Measurements:
         passes = 1 + methods * TUNING.passes_per_method
         affordable = int(TUNING.proxy_share * self.limit.left() / (passes * max(seconds, 1e-9)))
         self.images = self.images[: max(affordable, TUNING.min_images)]
+
+    def _affordable(
+        self, methods: Mapping[str, tuple[Reduction, Sequence[int]]]
+    ) -> Mapping[str, tuple[Reduction, Sequence[int]]]:
+        """The first methods, at least one, for whose least work there is time: each is measured whole or not at all."""
+        if self.limit.seconds is None:
+            return methods
+        left, kept = self.limit.left(), {}
+        for label, (reduction, blocks) in methods.items():
+            probes = 0 if self.is_foreign else PROBES * TUNING.min_runs_per_probe
+            images = self._passes(blocks) + TUNING.min_proxies * min(TUNING.min_images, len(self.images))
+            left -= probes * self.dense_ms / 1e3 + images * self._seconds_per_image
+            if kept and left < 0:
+                break
+            kept[label] = reduction, blocks
+        return kept
+
+    def _passes(self, blocks: Sequence[int]) -> float:
+        """Forward passes of the whole model that the sensitivity of one image takes."""
+        depth = self.transformer.depth
+        return 1 + TUNING.sensitivity_counts * sum(1 - block / depth for block in blocks)
 
     def _time_probes(
         self, methods: Mapping[str, tuple[Reduction, Sequence[int]]]
@@ -265,10 +292,7 @@ class Measurements:
 
     def _first_images(self, methods: Mapping[str, tuple[Reduction, Sequence[int]]], seconds: float) -> int:
         """Images in the first batch of the sensitivity: fewer than usual if even that would take too long."""
-        depth = self.transformer.depth
-        passes = sum(
-            1 + TUNING.sensitivity_counts * sum(1 - block / depth for block in blocks) for _, blocks in methods.values()
-        )
+        passes = sum(self._passes(blocks) for _, blocks in methods.values())
         affordable = seconds / max(passes * self._seconds_per_image, 1e-9)
         return int(min(max(affordable, 1), TUNING.first_images))
 

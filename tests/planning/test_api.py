@@ -18,6 +18,7 @@ from lightning_prune.patching import find_vision_transformer
 from lightning_prune.patching.class_swap import is_patched_module
 from lightning_prune.planning import AUTO_METHODS, plan_many
 from lightning_prune.planning.api import method_labels
+from lightning_prune.planning.latency_model import PROBES, probe_schedules
 from lightning_prune.planning.measurements import Measurements
 from lightning_prune.planning.sensitivity import Sensitivity
 from lightning_prune.profiling import LatencyStats
@@ -487,6 +488,31 @@ def test_methods_that_there_is_no_time_for_are_named(monkeypatch):
     assert {candidate.method for candidate in made.front} == {"topk"}
     assert clock.images.keys() == {"topk"}
     assert made.reason.endswith("Not searched for lack of time: tome, pomt.")
+
+
+@pytest.mark.parametrize(("pass_seconds", "searched"), [(1e-3, 3), (0.03, 2), (0.1, 1), (10.0, 1)])
+def test_no_method_is_begun_that_there_is_no_time_for(monkeypatch, pass_seconds, searched):
+    """Before anything is probed: the least work of a method follows from one pass of the dense model."""
+    begun = []
+    probes = Measurements._time_probes
+    monkeypatch.setattr(
+        Measurements, "_time_probes", lambda self, methods: begun.append(list(methods)) or probes(self, methods)
+    )
+
+    def limit_images(self, methods):
+        self._seconds_per_image = pass_seconds  # of one image
+
+    monkeypatch.setattr(Measurements, "_limit_images", limit_images)
+    made = planned(methods=["tome", "topk", "pomt"], time_limit=8, clock=SlowClock(monkeypatch))
+    # Each method takes 21 passes for the sensitivity (1 + 8 counts * 2.5 blocks) and 2 * 24 for proxies, and 12 runs.
+    assert begun == [["tome", "topk", "pomt"][:searched]]
+    assert ("Not searched for lack of time" in made.reason) == (searched < 3)
+
+
+def test_probes_are_as_many_as_are_counted_on():
+    assert {len(probe_schedules(resolve("tome"), N, 1, blocks, DEPTH)) for blocks in ([0], [1, 3], range(4))} == {
+        PROBES
+    }
 
 
 def test_a_runtime_is_applied_while_planning_and_undone():
