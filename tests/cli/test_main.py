@@ -14,10 +14,12 @@ import pytest
 import yaml
 
 import lightning_prune as lp
+from helpers.clock import set_latency
 from lightning_prune.__main__ import main
 from lightning_prune.callbacks import TokenPruning
 from lightning_prune.cli.usage import COMMANDS
 from lightning_prune.comparison import read_results
+from lightning_prune.profiling.model_variants import Variant, VariantSwitch
 from lightning_prune.report.rows import Row
 
 ROOT = Path(__file__).parent.parent.parent
@@ -88,7 +90,24 @@ def test_the_installed_command_is_main() -> None:
     assert point.load() is main
 
 
-def test_compare_writes_what_it_promises(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_compare_writes_what_it_promises(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    current: list[Variant] = []
+    switch = VariantSwitch.to
+
+    def to(self: VariantSwitch, variant: Variant) -> None:
+        switch(self, variant)
+        current[:] = [variant]
+
+    def seconds(alternative: Any) -> float:  # a millisecond for each token that leaves a block: pruning always pays
+        if isinstance(alternative, int):
+            return 4e-3 * alternative
+        schedule = current[0].schedule
+        return 1e-3 * sum(schedule.tokens(197) if isinstance(schedule, lp.Schedule) else [197] * 4)
+
+    monkeypatch.setattr(VariantSwitch, "to", to)
+    set_latency(monkeypatch, seconds)
     words = ["--prune.method=topk", "--max-drop=1%"]
     assert main(["compare", *TINY, *words, f"--output={tmp_path}"]) == 0
     files = ["pareto.png", "profile.json", "profile.png", "report.html", "results.csv", "results.json"]
