@@ -222,7 +222,8 @@ class Measurements:
         """The first methods, at least one, for whose least work there is time: each is measured whole or not at all."""
         if self.limit.seconds is None:
             return methods
-        left, kept = self.limit.left(), {}
+        left = self.limit.left()
+        kept: dict[str, tuple[Reduction, Sequence[int]]] = {}
         for label, (reduction, blocks) in methods.items():
             probes = 0 if self.is_foreign else PROBES * TUNING.min_runs_per_probe
             images = self._passes(blocks) + TUNING.min_proxies * min(TUNING.min_images, len(self.images))
