@@ -19,10 +19,11 @@ from lightning_prune.errors import ArgumentError
 from lightning_prune.patching import PatchHandle, VisionTransformer, check_schedule, find_vision_transformer
 from lightning_prune.patching.compatibility import check_depth
 from lightning_prune.patching.schedule_forms import resolve_schedule
-from lightning_prune.planning import PROFILE_METHOD, Objective, Plan, plan_many
+from lightning_prune.planning import Objective, Plan, plan_many
 from lightning_prune.planning.api import PROFILE_SHARE
 from lightning_prune.planning.measurements import TimeLimit
 from lightning_prune.profiling import (
+    TOKEN_CURVE,
     compare_latency,
     measurement_context,
 )
@@ -300,7 +301,7 @@ def profiled(
     """
     # One curve serves all methods and blocks, except that of the paper's protocol: how far it goes depends on both.
     general = config.plans_blocks or not (of_method or config.protocol == "paper")
-    method, block = (PROFILE_METHOD, 0) if general else (config.reduction, config.place)
+    method, block = (TOKEN_CURVE, 0) if general else (config.reduction, config.place)
     seconds = config.time_limit if of_method else PROFILE_SHARE * config.time_limit
     return get_or_profile(
         pl_module,

@@ -18,8 +18,8 @@ from lightning_prune.callbacks.first_batch import FirstBatch, on_first_batch
 from lightning_prune.callbacks.hooks import command_run
 from lightning_prune.errors import DataError
 from lightning_prune.patching import find_vision_transformer
-from lightning_prune.planning import PROFILE_METHOD, Plan
-from lightning_prune.profiling import LatencyProfile, SimulatedDevice, profile_latency, simulate_latency
+from lightning_prune.planning import Plan
+from lightning_prune.profiling import TOKEN_CURVE, LatencyProfile, SimulatedDevice, profile_latency, simulate_latency
 from lightning_prune.profiling.cache import CachedProfile
 from lightning_prune.profiling.measurement import ready_to_run
 from lightning_prune.reduction import tokens_per_image
@@ -142,7 +142,7 @@ def _eager_profile(first: FirstBatch, compiled: LatencyProfile) -> LatencyProfil
         return profile_latency(
             first.module,
             first.images,
-            method=PROFILE_METHOD if config.plans_blocks else config.reduction,
+            method=TOKEN_CURVE if config.plans_blocks else config.reduction,
             block=0 if config.plans_blocks else config.place,
             counts=compiled.tokens[:-1],
             time_limit=config.time_limit,
@@ -158,7 +158,7 @@ def _profile(first: FirstBatch, simulated: SimulatedDevice | None, of_method: bo
         return profiled(config, first.module, first.images, of_method)
     # The latencies of a method in one block are known exactly, its overhead included, and can be planned on.
     general = config.plans_blocks or (config.reduction.multi_block and not of_method)
-    method, block = (PROFILE_METHOD, 0) if general else (config.reduction, config.place)
+    method, block = (TOKEN_CURVE, 0) if general else (config.reduction, config.place)
     profile = simulate_latency(
         first.module,
         first.images,

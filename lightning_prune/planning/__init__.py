@@ -1,12 +1,11 @@
 """How many tokens to remove, in which blocks, and by which method: from measurements to a schedule."""
 
-from lightning_prune.planning.api import AUTO_METHODS, PROFILE_METHOD, plan, plan_many
+from lightning_prune.planning.api import AUTO_METHODS, plan, plan_many
 from lightning_prune.planning.objectives import AccuracyBudget, LatencyBudget, Objective, Utility
 from lightning_prune.planning.results import Candidate, Plan
 
 __all__ = [
     "AUTO_METHODS",
-    "PROFILE_METHOD",
     "AccuracyBudget",
     "Candidate",
     "LatencyBudget",

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,17 +20,15 @@ from lightning_prune.planning.objectives import AccuracyBudget, Objective
 from lightning_prune.planning.paper_protocol import plan_by_paper
 from lightning_prune.planning.profile_validation import check_profile, is_other_environment, nothing_timed
 from lightning_prune.planning.results import Candidate, Plan
-from lightning_prune.profiling import LatencyProfile, profile_latency, resolve_block
+from lightning_prune.profiling import TOKEN_CURVE, LatencyProfile, profile_latency, resolve_block
 from lightning_prune.profiling.measurement import ProfilingMode, check_measurable
-from lightning_prune.reduction import RandomDrop, Reduction, resolve
+from lightning_prune.reduction import Reduction, resolve
 from lightning_prune.runtimes.base import Runtime
 from lightning_prune.runtimes.registry import parse_runtime
 from lightning_prune.schedule import Schedule
 
 AUTO_METHODS = ("tome", "pomt-nearest", "topk", "random")
 """What `methods="auto"` searches: the two that lose the least accuracy and the two that cost the least latency."""
-PROFILE_METHOD = RandomDrop(site="input")
-"""The method of the latency curve that is measured: all tokens are removed before block 0, so it serves all methods."""
 PROFILE_SHARE = 0.3  # of the time limit, for measuring the latency curve
 
 Methods = str | Reduction | Sequence[str | Reduction]
@@ -173,7 +172,7 @@ def plan_many(  # noqa: D417  all other arguments are those of `plan`
             profile = profile_latency(
                 model,
                 example_inputs,
-                method=PROFILE_METHOD,
+                method=TOKEN_CURVE,
                 time_limit=limit.share(PROFILE_SHARE),
                 module_path=module_path,
                 verbose=verbose,
@@ -259,14 +258,14 @@ def usable_methods(
         UnsupportedModelError: If none can be used.
     """
     wanted = AUTO_METHODS if isinstance(methods, str) and methods == "auto" else methods
-    listed = list(wanted) if isinstance(wanted, list | tuple) else [wanted]
+    listed: list[Any] = list(wanted) if isinstance(wanted, list | tuple) else [wanted]
     if not listed:
         raise ArgumentError('`methods` must be "auto", a method, or a list of at least one, got an empty list.')
     allowed = allowed_blocks(blocks, transformer)
     found: dict[Reduction, tuple[int, ...]] = {}
     reasons: list[str] = []
     for method in listed:
-        reduction = resolve(method)  # type: ignore[arg-type]
+        reduction = resolve(method)
         refuse_adaptive(reduction)
         try:
             is_known = reduction in found
@@ -298,10 +297,10 @@ def allowed_blocks(blocks: Blocks, transformer: VisionTransformer) -> tuple[int,
     depth, first = transformer.depth, transformer.first_prunable_block
     if isinstance(blocks, str) and blocks == "all":
         return tuple(range(first, depth))
-    listed = blocks if isinstance(blocks, list | tuple | range) else [blocks]
+    listed: Sequence[Any] = blocks if isinstance(blocks, list | tuple | range) else [blocks]
     if not listed or any(isinstance(block, str) for block in listed):
         raise ArgumentError(f'`blocks` must be "all", a block, or a list of at least one, got {blocks!r}.')
-    return tuple(sorted({resolve_block(block, depth, first) for block in listed}))  # type: ignore[arg-type]
+    return tuple(sorted({resolve_block(block, depth, first) for block in listed}))
 
 
 def method_labels(reductions: Sequence[Reduction]) -> dict[Reduction, str]:
@@ -335,7 +334,7 @@ def shuffled(images: Tensor, seed: int) -> Tensor:
 
 def _check_arguments(
     transformer: VisionTransformer,
-    example_inputs: object,
+    example_inputs: Tensor,
     calibration: object,
     objectives: Sequence[object],
     proxy: str,
@@ -343,11 +342,10 @@ def _check_arguments(
     protocol: str,
 ) -> None:
     """Raises ArgumentError before anything is measured if an argument cannot be used."""
-    check_measurable(transformer, example_inputs, time_limit, protocol)  # type: ignore[arg-type]
+    check_measurable(transformer, example_inputs, time_limit, protocol)
     if not isinstance(calibration, Tensor) or calibration.ndim != 4 or not len(calibration):
         got = tuple(calibration.shape) if isinstance(calibration, Tensor) else type(calibration).__name__
         raise ArgumentError(f"`calibration` must be images (images, C, H, W), got {got}.")
-    assert isinstance(example_inputs, Tensor)
     if calibration.shape[1:] != example_inputs.shape[1:]:
         size, got = tuple(example_inputs.shape[1:]), tuple(calibration.shape[1:])
         raise ArgumentError(f"`calibration` must be of the size of `example_inputs`, {size}, got {got}.")

@@ -219,7 +219,7 @@ def test_a_plateau_is_not_pruned_for_nothing(elsewhere):
 
 def test_a_given_profile_is_planned_on_and_not_measured_again(monkeypatch):
     model = vit()
-    profile = lp.profile_latency(model, IMAGES[:2], method=lp.planning.PROFILE_METHOD, time_limit=1, verbose=False)
+    profile = lp.profile_latency(model, IMAGES[:2], method=lp.profiling.TOKEN_CURVE, time_limit=1, verbose=False)
     monkeypatch.setattr("lightning_prune.planning.api.profile_latency", None)
     made = planned(model, methods="topk", profile=profile, objective=lp.LatencyBudget(speedup=1.5))
     assert made.profile is profile
