@@ -1,5 +1,6 @@
 """Schedules: how many tokens each block of a Vision Transformer removes, and by which method."""
 
+from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
@@ -65,8 +66,9 @@ class _BlockSchedule(SavedDocument):
         found = {block: specs.get(block, self.method) for block in self._reducing_blocks()}
         return {block: spec for block, spec in found.items() if isinstance(spec, MethodSpec)}
 
+    @abstractmethod
     def _reducing_blocks(self) -> tuple[int, ...]:
-        raise NotImplementedError
+        """Indices of the blocks that remove tokens."""
 
     def _set_method(self, method: Any, depth: int, made_on: MeasurementSource | None) -> None:
         if not isinstance(made_on, MeasurementSource | None):

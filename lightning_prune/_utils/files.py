@@ -5,6 +5,7 @@ import json
 import os
 import re
 import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from os import PathLike
@@ -113,10 +114,10 @@ def read_document(
     return document
 
 
-class SavedDocument:
-    """What can be saved as YAML or JSON and loaded again: plain values under a format and a version.
+class SavedDocument(ABC):
+    """Base of classes that can be saved as YAML or JSON and loaded again: plain values with a format and a version.
 
-    A subclass says how it becomes plain values and back; `load_saved` reads it from a file.
+    A subclass converts itself to plain values and back; `load_saved` reads it from a file.
 
     Attributes:
         FORMAT: The format that the document names.
@@ -126,14 +127,14 @@ class SavedDocument:
     FORMAT: ClassVar[str]
     VERSIONS: ClassVar[tuple[int, ...]] = (1,)
 
+    @abstractmethod
     def _to_values(self) -> dict[str, Any]:
         """The entries without format and version, as plain values."""
-        raise NotImplementedError
 
     @classmethod
+    @abstractmethod
     def _from_values(cls: type[D], values: Mapping[str, Any], version: int) -> D:
-        """The inverse of `_to_values`, also of earlier versions. Raises a PruneError where the values are unusable."""
-        raise NotImplementedError
+        """The inverse of `_to_values`, also for earlier versions. Raises a PruneError if the values are invalid."""
 
     def to_dict(self) -> dict[str, Any]:
         """The document as plain values, as `save` writes them."""

@@ -8,7 +8,8 @@ import lightning as L
 from rich.console import Console
 
 from lightning_prune.callbacks import PruningConfig, config_of
-from lightning_prune.cli.commands import learn_words, run_plan, run_profile
+from lightning_prune.cli.plan_commands import run_plan, run_profile
+from lightning_prune.cli.vocabulary_command import learn_words
 from lightning_prune.comparison.api import compare
 from lightning_prune.comparison.comparison_results import Comparison
 from lightning_prune.planning import Plan

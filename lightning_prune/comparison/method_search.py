@@ -33,7 +33,8 @@ from lightning_prune.profiling import DENSE, InterleavedTimer, LatencyStats, Var
 from lightning_prune.profiling.energy_meter import NO_COUNTER, Unavailable, find_counter, measure_energy
 from lightning_prune.profiling.measurement import check_dense, ready_to_run
 from lightning_prune.profiling.model_variants import variant_timer
-from lightning_prune.quantization import Int8Weights, int8_backend, int8_unavailable
+from lightning_prune.quantization import Int8Weights, int8_backend
+from lightning_prune.quantization import unsupported_reason as int8_unsupported_reason
 from lightning_prune.reduction import spec_of
 from lightning_prune.schedule import Schedule
 
@@ -239,7 +240,7 @@ class _Method:
                 return str(error)
             return None
         if self.entry.int8:
-            reason = int8_unavailable(images.device, root, images)
+            reason = int8_unsupported_reason(images.device, root, images)
             if reason is not None:
                 return reason
             self.note = "; ".join(filter(None, (self.note, f"8 bits by {int8_backend(images.device)}")))

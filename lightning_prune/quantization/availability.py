@@ -10,7 +10,7 @@ _ROWS = 32  # CUDA's int8 matrix product needs more than 16
 _TOLERANCE = 0.1  # relative to the float result; 8 bits are off by 1 to 2 hundredths, saturated sums by far more
 
 
-def int8_unavailable(
+def unsupported_reason(
     device: torch.device | str, model: nn.Module | None = None, images: Tensor | None = None
 ) -> str | None:
     """Returns why a device cannot run int8, or None where it can; tries it.
@@ -26,10 +26,10 @@ def int8_unavailable(
         None where it works, else the reason.
 
     Example:
-        >>> from lightning_prune.quantization import int8_unavailable
-        >>> int8_unavailable("cpu") is None
+        >>> from lightning_prune.quantization import unsupported_reason
+        >>> unsupported_reason("cpu") is None
         True
-        >>> int8_unavailable("mps")
+        >>> unsupported_reason("mps")
         'no int8 matrix product on mps'
     """
     device = torch.device(device)

@@ -82,7 +82,7 @@ class Int8Weights:
         found: dict[str, nn.Linear] = {}
         self.kept: dict[str, str] = {}
         for path, part in _matrices(module):
-            reason = why_float(part)
+            reason = layer_unsupported_reason(part)
             if reason is None and isinstance(part, nn.Linear):
                 found[path] = part
             elif reason is not None:
@@ -162,8 +162,8 @@ def is_quantized(weight: object) -> bool:
     return any(base.__name__ in ("CPUInt8Weight", "TorchAOBaseTensor") for base in type(weight).__mro__)
 
 
-def why_float(module: nn.Module) -> str | None:
-    """Why a layer that multiplies by a matrix stays in float; None where it can be int8."""
+def layer_unsupported_reason(module: nn.Module) -> str | None:
+    """Why a layer that multiplies by a matrix stays in float; None if it can be quantized."""
     weight = module._parameters.get("weight")
     if isinstance(module, nn.MultiheadAttention):
         return "its projections are read by one native call of nn.MultiheadAttention"

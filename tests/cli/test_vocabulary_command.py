@@ -1,5 +1,6 @@
 """`lightning-prune vocabulary`: what it learns from, what it writes and how it leaves."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,41 @@ def test_the_limit_counts_images(limit: int, seen: int, tmp_path: Path) -> None:
     path = tmp_path / "words.safetensors"
     learned = trainer.vocabulary(Theirs(), loader(), output=str(path), words=4, limit=limit)
     assert learned.patches == 16 * seen
+
+
+class CountedLoader:
+    """A loader without a length that counts the batches that are read from it."""
+
+    def __init__(self) -> None:
+        self.read = 0
+
+    def __iter__(self) -> Iterator[list[Tensor]]:
+        for batch in loader():
+            self.read += 1
+            yield batch
+
+
+def test_loaders_are_read_up_to_the_limit_and_one_batch_ahead(tmp_path: Path) -> None:
+    loaders = [CountedLoader(), CountedLoader()]
+    path = tmp_path / "words.safetensors"
+    learned = PruneTrainer(**OPTIONS).vocabulary(Theirs(), loaders, output=str(path), words=4, limit=3)
+    assert learned.patches == 16 * 3
+    assert loaders[0].read + loaders[1].read <= 2
+
+
+class OwnLoader(Theirs):
+    """A module that has its own prediction loader."""
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        return loader()
+
+
+def test_loader_of_the_module_is_limited_and_restored(tmp_path: Path) -> None:
+    module = OwnLoader()
+    learned = PruneTrainer(**OPTIONS).vocabulary(module, output=str(tmp_path / "w.safetensors"), words=4, limit=5)
+    assert learned.patches == 16 * 5
+    assert not {"predict_step", "predict_dataloader"} & set(vars(module))
+    assert sum(len(batch[0]) for batch in module.predict_dataloader()) == 12
 
 
 @pytest.mark.parametrize(

@@ -240,7 +240,8 @@ def test_a_method_of_which_the_images_decide_has_one_row(module: Any, running: A
 def test_a_device_without_int8_says_so_in_the_row(
     module: Any, running: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lightning_prune.comparison.method_search.int8_unavailable", lambda *_: "no int8 on abacus")
+    unsupported_reason = "lightning_prune.comparison.method_search.int8_unsupported_reason"
+    monkeypatch.setattr(unsupported_reason, lambda *_: "no int8 on abacus")
     found = run(module, running, tmp_path, ["int8", "random", "random+int8"], [1.5])
     assert [(row.variant, row.note) for row in found.rows if row.int8] == [
         *(("int8", "no int8 on abacus"), ("random+int8", "no int8 on abacus"))

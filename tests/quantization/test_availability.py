@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.errors import ArgumentError
-from lightning_prune.quantization import Int8Weights, availability, backend, int8_backend, int8_unavailable, onednn
+from lightning_prune.quantization import Int8Weights, availability, backend, int8_backend, onednn, unsupported_reason
 
 
 def model() -> nn.Module:
@@ -21,26 +21,26 @@ def model() -> nn.Module:
 def test_it_works_here(dtype: torch.dtype) -> None:
     network = model().to(dtype)
     parameters, numbers = list(network.parameters()), torch.random.get_rng_state()
-    assert int8_unavailable("cpu") is None
-    assert int8_unavailable(torch.device("cpu"), network, torch.ones(4, 16, dtype=dtype)) is None
+    assert unsupported_reason("cpu") is None
+    assert unsupported_reason(torch.device("cpu"), network, torch.ones(4, 16, dtype=dtype)) is None
     assert all(one is other for one, other in zip(parameters, network.parameters(), strict=True))
     assert torch.equal(torch.random.get_rng_state(), numbers)
 
 
 @pytest.mark.parametrize("kind", ["mps", "meta"])
 def test_devices_without(kind: str) -> None:
-    assert int8_unavailable(kind, model()) == f"no int8 matrix product on {kind}"
+    assert unsupported_reason(kind, model()) == f"no int8 matrix product on {kind}"
 
 
 def test_a_device_that_is_not_there_says_why() -> None:
-    reason = int8_unavailable(torch.device("xpu", 0))
+    reason = unsupported_reason(torch.device("xpu", 0))
     assert reason is not None
     assert reason.startswith("int8 failed in a trial on xpu:0: ")
     assert "\n" not in reason
 
 
 def test_a_model_without_such_layers_says_why() -> None:
-    assert int8_unavailable("cpu", nn.Linear(3, 5)) == (
+    assert unsupported_reason("cpu", nn.Linear(3, 5)) == (
         "Linear has no linear layer that can be quantized: Linear: 3 -> 5: sizes must be multiples of 8"
     )
 
@@ -55,7 +55,7 @@ def test_wrong_results_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
             return self
 
     monkeypatch.setattr(availability, "Int8Weights", Off)
-    assert int8_unavailable("cpu") == "int8 is wrong on cpu: a layer 64 -> 64 is off by 100%"
+    assert unsupported_reason("cpu") == "int8 is wrong on cpu: a layer 64 -> 64 is off by 100%"
 
 
 class Odd(nn.Module):
@@ -72,8 +72,8 @@ class Odd(nn.Module):
 def test_a_failing_run_of_the_model_is_the_reason() -> None:
     network = Odd()
     weight = network.layer.weight
-    assert int8_unavailable("cpu", network) is None
-    reason = int8_unavailable("cpu", network, torch.zeros(2, 16))
+    assert unsupported_reason("cpu", network) is None
+    reason = unsupported_reason("cpu", network, torch.zeros(2, 16))
     assert reason is not None
     assert reason.startswith("int8 failed in a trial on cpu: ")
     assert network.layer.weight is weight
@@ -100,12 +100,12 @@ def without_torchao(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
 )
 def test_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, error: Exception, reason: str) -> None:
     without_torchao(monkeypatch, error)
-    assert int8_unavailable("cpu", model()) is None or onednn.weight_limit() is None
+    assert unsupported_reason("cpu", model()) is None or onednn.weight_limit() is None
     monkeypatch.setattr(onednn, "weight_limit", lambda: None)
     assert int8_backend("cpu") == "torchao"
     with pytest.raises(ArgumentError, match=rf"^int8: {reason}; pip install 'lightning-prune\[int8\]'$"):
         Int8Weights(model())
-    found = int8_unavailable("cpu", model())
+    found = unsupported_reason("cpu", model())
     assert found is not None
     assert found.endswith("; pip install 'lightning-prune[int8]'")
 
