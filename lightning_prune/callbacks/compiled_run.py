@@ -4,6 +4,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_prune.callbacks.batches import images_from_batch
 from lightning_prune.callbacks.config import PruningConfig
@@ -63,3 +64,12 @@ class CompiledRun:
         if self._run is not None:
             self._run.close()
             self._run = None
+
+
+def warn_if_wrapped_by_compile(pl_module: L.LightningModule) -> None:
+    """Warns where the LightningModule itself is compiled: what is measured is not what will run."""
+    if getattr(pl_module, "_compiler_ctx", None) is not None:
+        rank_zero_warn(
+            "The whole LightningModule is compiled, but latency is measured on its Vision Transformer alone, which is "
+            "not. Compile the transformer instead, as in `module.vit.compile()`."
+        )

@@ -15,13 +15,16 @@ from torch import Tensor, nn
 from lightning_prune._utils.trees import tree_leaves
 from lightning_prune._utils.validation import check_bool
 from lightning_prune.callbacks.batches import BatchShape, batch_shape
-from lightning_prune.callbacks.compiled_run import CompiledRun
+from lightning_prune.callbacks.compiled_run import CompiledRun, warn_if_wrapped_by_compile
 from lightning_prune.callbacks.config import PruningConfig
-from lightning_prune.callbacks.decision import Decision, decide, print_decision
+from lightning_prune.callbacks.decision import Decision
+from lightning_prune.callbacks.decision_panel import print_decision
 from lightning_prune.callbacks.first_batch import FirstBatch, open_first_batch
+from lightning_prune.callbacks.given_schedule import time_adaptive, time_given
 from lightning_prune.callbacks.hooks import EvaluationCallback, is_command_run, trainer_callbacks
+from lightning_prune.callbacks.planned_schedule import planned
 from lightning_prune.errors import ArgumentError, UnsupportedModelError
-from lightning_prune.patching import PatchHandle, patch, unpatch
+from lightning_prune.patching import PatchHandle, unpatch
 from lightning_prune.patching.class_swap import is_patched_module
 from lightning_prune.planning import Objective
 from lightning_prune.profiling import measurement_context
@@ -70,10 +73,10 @@ class TokenPruning(EvaluationCallback):
             such as `VWTInter`, nothing is planned: it is applied, and timed against dense.
         schedule: `"auto"` plans one. A `Schedule`, `KeepRates`, a `Plan` or the path of a saved one is used as it is; a
             list has one number for each block; R removes R tokens in all and 0.7 keeps 70% of the patch tokens, in the
-            usual form of the method: at `block`, or spread over the blocks. What does not name its method is ToMe's
-            unless `method` is given. A given schedule is timed against dense, and `objective`, `calibration` and
-            `protocol` have no effect. Where images come in several sizes, a planned schedule and keep rates hold for
-            all; counts hold for the first only.
+            usual form of the method: at `block`, or spread over the blocks. A schedule that names its method, or one
+            for each block, is run with these; what names none is ToMe's unless `method` is given. A given schedule is
+            timed against dense, and `objective`, `calibration` and `protocol` have no effect. Where images come in
+            several sizes, a planned schedule and keep rates hold for all; counts hold for the first only.
         objective: What to optimise; `AccuracyBudget(0.005)` if None. The POMT paper's computation is
             `TokenPruning(method="pomt", objective=Utility(0.5))`.
         block: The reducing block of a given method: an index, or a fraction of the depth (0.25 is the POMT paper's);
@@ -237,8 +240,7 @@ class TokenPruning(EvaluationCallback):
         self._shape, self._running = batch_shape(batch, self.config.images_from_batch), ref(trainer)
         if self.decision.prunes:
             schedule = self.decision.deployable(first.transformer)
-            reduction = self.decision.reduction or self.config.reduction
-            self._handle = patch(pl_module, reduction, schedule, module_path=self.config.module_path)
+            self._handle = PatchHandle(first.transformer, self.decision.reduction, schedule)
 
     def _decide(self, first: FirstBatch) -> Decision:
         """The decision of an earlier run where it holds for this one, else a new one."""
@@ -249,10 +251,20 @@ class TokenPruning(EvaluationCallback):
         holds_for = (ref(first.transformer.root), measurement_context(first.transformer.compiled_root, first.images))
         if self.decision is not None and self._decided_for in (None, holds_for):
             return self.decision
-        decision = replace(decide(first), seconds=perf_counter() - start)
+        warn_if_wrapped_by_compile(first.module)
+        decision = replace(self._decide_anew(first), seconds=perf_counter() - start)
         self._decided_for = holds_for
         self._report(decision)
         return decision
+
+    def _decide_anew(self, first: FirstBatch) -> Decision:
+        """Plans a schedule, or times what was given, against the dense model."""
+        config = self._config
+        if not config.is_planned:
+            return time_adaptive(first) if config.is_adaptive else time_given(first)
+        if config.verbose and config.protocol == "deployed":
+            print(f"Planning a schedule for this device and batch takes up to {config.time_limit:g} s (`time_limit`).")
+        return planned(first)
 
     def _check_shape(self, batch: Any, batch_idx: int) -> None:
         shape = batch_shape(batch, self.config.images_from_batch) if self._shape else None

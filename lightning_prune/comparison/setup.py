@@ -14,8 +14,9 @@ from torch import Tensor
 
 from lightning_prune.callbacks import PruningConfig
 from lightning_prune.callbacks.batches import Calibration
-from lightning_prune.callbacks.decision import Decision, planned_for, profiled
+from lightning_prune.callbacks.decision import Decision
 from lightning_prune.callbacks.first_batch import FirstBatch, open_first_batch
+from lightning_prune.callbacks.planned_schedule import planned_for, profiled
 from lightning_prune.comparison.method_search import search_methods
 from lightning_prune.comparison.resume import (
     ResumeState,

@@ -10,7 +10,7 @@ import lightning as L
 
 from lightning_prune._utils.validation import check
 from lightning_prune.callbacks import PruningConfig
-from lightning_prune.callbacks.distributed import refuse_sharded
+from lightning_prune.callbacks.first_batch import refuse_sharded
 from lightning_prune.callbacks.hooks import EvaluationCallback
 from lightning_prune.errors import ArgumentError
 from lightning_prune.patching import find_vision_transformer

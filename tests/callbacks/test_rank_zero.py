@@ -12,7 +12,7 @@ from lightning.pytorch.strategies import (
 
 import lightning_prune as lp
 from helpers.data import noise_images
-from lightning_prune.callbacks.distributed import decide_on_rank_zero, refuse_sharded
+from lightning_prune.callbacks.first_batch import decide_on_rank_zero, refuse_sharded
 
 from .tiny import Tiny, pruner, trainer
 

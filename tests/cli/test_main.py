@@ -151,6 +151,16 @@ def test_compare_under_a_schedule_and_validate_from_its_file(
     assert "pruning/speedup" in told
 
 
+def test_validate_with_a_saved_schedule_of_several_methods(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = lp.Schedule([90, 0, 5, 0], ["tome", None, "topk", None]).save(tmp_path / "mixed.yaml")
+    tiny = [word for word in TINY if not word.startswith(("--prune.method", "--prune.objective"))]
+    assert main(["validate", *tiny, f"--prune.schedule={path}"]) == 0
+    told = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "R = 95 (mixed: block 0: tome: 90, block 2: topk: 5)" in told
+    assert "197 -> 102" in told
+    assert "`method`" in fails(capsys, "validate", *TINY, f"--prune.schedule={path}")
+
+
 @pytest.mark.parametrize("value", ["auto", "12", "0.5", "[3,0,4,0]"])
 def test_every_form_of_a_schedule_is_taken(value: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["test", *TINY, f"--prune.schedule={value}"]) == 0
