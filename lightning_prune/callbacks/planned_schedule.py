@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import lightning as L
 from torch import Tensor
 
+from lightning_prune._utils.time_limit import TimeLimit
 from lightning_prune.callbacks.batches import Calibration
 from lightning_prune.callbacks.config import PruningConfig
 from lightning_prune.callbacks.decision import Decision
@@ -13,7 +14,6 @@ from lightning_prune.errors import ArgumentError
 from lightning_prune.patching import find_vision_transformer
 from lightning_prune.planning import Objective, plan_many
 from lightning_prune.planning.api import PROFILE_SHARE
-from lightning_prune.planning.measurements import TimeLimit
 from lightning_prune.profiling import TOKEN_CURVE
 from lightning_prune.profiling.cache import CachedProfile, get_or_profile
 

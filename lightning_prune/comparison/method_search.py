@@ -22,10 +22,10 @@ from lightning_prune.comparison.variants import (
 from lightning_prune.errors import ArgumentError, DataError, ScheduleError, UnsupportedModelError
 from lightning_prune.patching import PatchHandle, VisionTransformer
 from lightning_prune.patching.schedule_forms import allocate_schedule, reducing_block
-from lightning_prune.planning.api import usable_methods
 from lightning_prune.planning.candidate_search import CandidateSearch, CandidateSource, Timings, run_searches
 from lightning_prune.planning.measurements import Measurements
 from lightning_prune.planning.method_front import MethodFront
+from lightning_prune.planning.method_selection import usable_methods
 from lightning_prune.planning.objectives import RATIO_TOLERANCE, LatencyBudget
 from lightning_prune.planning.ordered_candidates import TARGET_TUNING, OrderedCandidates, amount_grid
 from lightning_prune.planning.results import Candidate, pareto_front

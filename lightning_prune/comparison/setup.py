@@ -12,6 +12,7 @@ from typing import Any
 import lightning as L
 from torch import Tensor
 
+from lightning_prune._utils.time_limit import TimeLimit
 from lightning_prune.callbacks import PruningConfig
 from lightning_prune.callbacks.batches import Calibration
 from lightning_prune.callbacks.decision import Decision
@@ -36,7 +37,7 @@ from lightning_prune.errors import DataError
 from lightning_prune.patching import TokenTrace, check_schedule, trace_tokens
 from lightning_prune.patching.compatibility import check_depth
 from lightning_prune.patching.schedule_forms import resolve_schedule
-from lightning_prune.planning.measurements import Measurements, TimeLimit
+from lightning_prune.planning.measurements import Measurements
 from lightning_prune.profiling import LatencyProfile, measurement_context
 from lightning_prune.profiling.measurement import ready_to_run
 from lightning_prune.reduction import Reduction

@@ -15,7 +15,7 @@ from lightning_prune.callbacks.hooks import EvaluationCallback
 from lightning_prune.errors import ArgumentError
 from lightning_prune.patching import find_vision_transformer
 from lightning_prune.planning import Objective, Utility
-from lightning_prune.planning.api import AUTO_METHODS
+from lightning_prune.planning.method_selection import AUTO_METHODS
 from lightning_prune.profiling import LatencyProfile, LatencyStats, Variant, VariantSwitch
 from lightning_prune.quantization import Int8Weights
 from lightning_prune.reduction import POMT, Reduction, names, resolve

@@ -10,7 +10,7 @@ import torch
 import lightning_prune as lp
 from helpers.models import digits_module
 from lightning_prune.comparison.variants import PlannedVariant, VariantRequest, read_methods, variant_of
-from lightning_prune.planning.api import AUTO_METHODS
+from lightning_prune.planning.method_selection import AUTO_METHODS
 from lightning_prune.reduction import POMT, resolve
 
 
