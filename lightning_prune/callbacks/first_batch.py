@@ -35,35 +35,6 @@ def refuse_sharded(trainer: L.Trainer) -> None:
         )
 
 
-def decide_on_rank_zero(trainer: L.Trainer, decide: Callable[[], T]) -> T:
-    """Returns on every rank what `decide` returns on rank 0; an error there is raised on every rank.
-
-    If the error were raised on rank 0 only, the other ranks would wait until the process group times out and would
-    then report a closed connection.
-
-    Args:
-        trainer: Its strategy broadcasts.
-        decide: Called on rank 0 only; its result must be picklable.
-
-    Raises:
-        PruneError: On the other ranks, with the message of the error that rank 0 raises as it is.
-    """
-    result: T | None = None
-    error: Exception | None = None
-    if trainer.is_global_zero:
-        try:
-            result = decide()
-        except Exception as caught:
-            error = caught
-    message = f"{type(error).__name__} on rank 0: {error}" if error else None
-    result, message = trainer.strategy.broadcast((result, message))
-    if error is not None:
-        raise error
-    if message is not None:
-        raise PruneError(message)
-    return cast(T, result)
-
-
 class FirstBatch:
     """The first batch of an evaluation loop, with what is measured on it; `open_first_batch` makes one.
 
@@ -126,13 +97,29 @@ class FirstBatch:
     def on_rank_zero(self, decide: Callable[[], T]) -> T:
         """Returns on every rank what `decide` returns on rank 0; an error there is raised on every rank.
 
+        If the error were raised on rank 0 only, the other ranks would wait until the process group times out and would
+        then report a closed connection.
+
         Args:
             decide: Called on rank 0 only; its result must be picklable.
 
         Raises:
             PruneError: On the other ranks, with the message of the error that rank 0 raises as it is.
         """
-        return decide_on_rank_zero(self.trainer, decide)
+        result: T | None = None
+        error: Exception | None = None
+        if self.trainer.is_global_zero:
+            try:
+                result = decide()
+            except Exception as caught:
+                error = caught
+        message = f"{type(error).__name__} on rank 0: {error}" if error else None
+        result, message = self.trainer.strategy.broadcast((result, message))
+        if error is not None:
+            raise error
+        if message is not None:
+            raise PruneError(message)
+        return cast(T, result)
 
 
 @contextmanager
