@@ -4,6 +4,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_prune.callbacks.batches import images_from_batch
 from lightning_prune.callbacks.config import PruningConfig
@@ -19,16 +20,19 @@ class CompiledRun:
     """
 
     def __init__(self) -> None:
-        self._run: ExitStack | None = None
-        self._batch = ExitStack()
+        self._run: ExitStack | None = None  # undoes the compilation; None between runs
+        self._batch = ExitStack()  # ends the eager execution of a short batch
+        self._compiles = False
         self._size = 0
 
     def __getstate__(self) -> dict[str, object]:
         """Without the current run."""
-        return {**vars(self), "_run": None, "_batch": ExitStack()}
+        return {**vars(self), "_run": None, "_batch": ExitStack(), "_compiles": False}
 
     def before_batch(self, config: PruningConfig, pl_module: L.LightningModule, batch: Any, first: bool) -> None:
         """Compiles at the first batch of a run; a batch that is smaller than the first of its loader runs eagerly.
+
+        What it begins for a batch lasts until the next one, or until `end`.
 
         Args:
             config: Says how to compile, which transformer, and where images are.
@@ -39,27 +43,36 @@ class CompiledRun:
         Raises:
             ArgumentError: If the transformer is compiled already.
         """
-        self.after_batch()
-        runtime = parse_runtime(config.runtime)
-        if not runtime.compiles:
-            return
         if self._run is None:
-            transformer = find_vision_transformer(pl_module, config.module_path)
-            with ExitStack() as stack:
-                stack.enter_context(runtime.applied(transformer))
-                self._run = stack.pop_all()
+            self._begin(config, pl_module)
+        if not self._compiles:
+            return
+        self._batch.close()
         size = len(images_from_batch(batch, config.images_from_batch))
         self._size = size if first else self._size
         if size < self._size:
             self._batch.enter_context(force_eager())
-
-    def after_batch(self) -> None:
-        """Ends what `before_batch` began for one batch."""
-        self._batch.close()
 
     def end(self) -> None:
         """Restores the transformer."""
         self._batch.close()
         if self._run is not None:
             self._run.close()
-            self._run = None
+        self._run, self._compiles = None, False
+
+    def _begin(self, config: PruningConfig, pl_module: L.LightningModule) -> None:
+        runtime = parse_runtime(config.runtime)
+        with ExitStack() as stack:
+            if runtime.compiles:
+                transformer = find_vision_transformer(pl_module, config.module_path)
+                stack.enter_context(runtime.applied(transformer))
+            self._run, self._compiles = stack.pop_all(), runtime.compiles
+
+
+def warn_if_wrapped_by_compile(pl_module: L.LightningModule) -> None:
+    """Warns where the LightningModule itself is compiled: what is measured is not what will run."""
+    if getattr(pl_module, "_compiler_ctx", None) is not None:
+        rank_zero_warn(
+            "The whole LightningModule is compiled, but latency is measured on its Vision Transformer alone, which is "
+            "not. Compile the transformer instead, as in `module.vit.compile()`."
+        )

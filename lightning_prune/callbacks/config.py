@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_prune._utils.validation import check, check_bool, check_choice, check_int, check_positive, is_int
 from lightning_prune.errors import ArgumentError
+from lightning_prune.patching.schedule_forms import check_named_method, reductions_of
 from lightning_prune.planning import AUTO_METHODS, AccuracyBudget, Objective
 from lightning_prune.profiling import ProfileStore
 from lightning_prune.profiling.measurement import ProfilingMode
@@ -87,13 +88,14 @@ class PruningConfig:
         """The method: the one that was stated, else that of the given schedule, else ToMe for counts without a method.
 
         Raises:
-            ArgumentError: If several methods are searched.
+            ArgumentError: If several methods are searched, or the schedule names several.
         """
         if isinstance(self.method, Reduction):
             return self.method
         if self.schedule == "auto":
             raise ArgumentError("`method` must be one method here, got 'auto', which only planning can use.")
-        named = self.schedule.method if isinstance(self.schedule, Schedule | KeepRates) else None
+        named = self._named
+        check("schedule", self.schedule, "one with the same method in all blocks here", not isinstance(named, tuple))
         return resolve(_FALLBACK if named is None else cast(MethodSpec, named))
 
     @property
@@ -103,8 +105,10 @@ class PruningConfig:
 
     @property
     def label(self) -> str:
-        """Name of the method, or `"auto"`."""
-        return "auto" if self._searches_methods else self.reduction.name
+        """Name of the method; `"auto"` where methods are searched, `"mixed"` where the schedule names several."""
+        if self._searches_methods:
+            return "auto"
+        return "mixed" if self.is_mixed else self.reduction.name
 
     @property
     def place(self) -> int | float:
@@ -125,9 +129,19 @@ class PruningConfig:
         return self._searches_methods or self.block == "auto"
 
     @property
+    def uses_token_curve(self) -> bool:
+        """Whether latency is profiled against the token count alone, since there is no single method and block."""
+        return self.plans_blocks or self.is_mixed
+
+    @property
     def is_adaptive(self) -> bool:
         """Whether the images decide how many tokens are removed, so that there is nothing to plan."""
         return isinstance(self.method, Reduction) and self.method.adaptive
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether the given schedule names different methods for its blocks."""
+        return isinstance(self._named, tuple)
 
     @property
     def is_planned(self) -> bool:
@@ -137,6 +151,11 @@ class PruningConfig:
     def store(self) -> ProfileStore | None:
         """Where latency profiles are kept; None where they are not."""
         return ProfileStore(self.cache_dir) if self.use_cache else None
+
+    @property
+    def _named(self) -> MethodSpec | tuple[MethodSpec | None, ...] | None:
+        """The method that the given schedule names, or one for each block where they differ."""
+        return self.schedule.method if isinstance(self.schedule, Schedule | KeepRates) else None
 
     @property
     def _searches_methods(self) -> bool:
@@ -156,15 +175,24 @@ class PruningConfig:
         valid = value == "auto" or is_int(value, 0) or (isinstance(value, float) and 0 <= value < 1)
         check("block", value, "an index >= 0, a fraction of the depth in [0, 1) or 'auto'", valid)
 
+    def _check_named_methods(self) -> None:
+        """Refuses a schedule that names an unknown method, or another one than `method`."""
+        if not isinstance(self.schedule, Schedule | KeepRates) or self.schedule.method is None:
+            return
+        if not isinstance(self.method, Reduction):
+            reductions_of(self.schedule)
+        elif not self.method.adaptive:
+            check_named_method(self.schedule, self.method)
+
     def _check_together(self) -> None:
         """Refuses settings that have no effect together."""
         block, schedule = self.block, self.schedule
-        named = schedule.method if isinstance(schedule, Schedule | KeepRates) else None
-        check("schedule", schedule, "one with the same method in all blocks", not isinstance(named, tuple))
+        self._check_named_methods()
         if self._searches_methods:
             valid = block in (_BLOCK, "auto")
             check("block", block, "left out with method='auto', which searches all blocks", valid)
         elif block == "auto":
+            check("block", block, "left out with a schedule that names several methods", not self.is_mixed)
             method = self.reduction
             valid = method.site == "block" and not method.adaptive
             check("block", block, f"left out with {method.name}, which does not act in blocks that are searched", valid)

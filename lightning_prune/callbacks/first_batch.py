@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 import lightning as L
 from torch import Tensor
@@ -11,13 +11,28 @@ from torch import Tensor
 from lightning_prune._utils.device import preserve_random_state
 from lightning_prune.callbacks.batches import Calibration, calibration_images, images_from_batch
 from lightning_prune.callbacks.config import PruningConfig
-from lightning_prune.callbacks.distributed import decide_on_rank_zero, refuse_sharded
 from lightning_prune.callbacks.hooks import command_run
-from lightning_prune.errors import DataError
+from lightning_prune.errors import DataError, PruneError, UnsupportedModelError
 from lightning_prune.patching import VisionTransformer, find_vision_transformer
 from lightning_prune.planning.paper_protocol import PAPER_IMAGES
 
 T = TypeVar("T")
+
+
+def refuse_sharded(trainer: L.Trainer) -> None:
+    """Raises if the model is sharded: a forward pass on rank 0 alone would wait for the other ranks.
+
+    Raises:
+        UnsupportedModelError: On every rank.
+    """
+    strategy = trainer.strategy
+    names = {kind.__name__ for kind in type(strategy).__mro__}  # names, because pytorch_lightning has its own classes
+    is_whole = "DDPStrategy" in names and "DeepSpeedStrategy" not in names  # the latter is derived from the former
+    if trainer.world_size > 1 and not is_whole:
+        raise UnsupportedModelError(
+            f"TokenPruning needs the whole model in each process, which {type(strategy).__name__} with "
+            f"{trainer.world_size} processes does not promise; evaluate with strategy='ddp' or on one device."
+        )
 
 
 class FirstBatch:
@@ -82,13 +97,29 @@ class FirstBatch:
     def on_rank_zero(self, decide: Callable[[], T]) -> T:
         """Returns on every rank what `decide` returns on rank 0; an error there is raised on every rank.
 
+        If the error were raised on rank 0 only, the other ranks would wait until the process group times out and would
+        then report a closed connection.
+
         Args:
             decide: Called on rank 0 only; its result must be picklable.
 
         Raises:
             PruneError: On the other ranks, with the message of the error that rank 0 raises as it is.
         """
-        return decide_on_rank_zero(self.trainer, decide)
+        result: T | None = None
+        error: Exception | None = None
+        if self.trainer.is_global_zero:
+            try:
+                result = decide()
+            except Exception as caught:
+                error = caught
+        message = f"{type(error).__name__} on rank 0: {error}" if error else None
+        result, message = self.trainer.strategy.broadcast((result, message))
+        if error is not None:
+            raise error
+        if message is not None:
+            raise PruneError(message)
+        return cast(T, result)
 
 
 @contextmanager

@@ -1,14 +1,19 @@
-"""The hooks of Lightning's evaluation loops, and runs in which commands take the place of `TokenPruning`."""
+"""Lightning's hooks in evaluation loops and checkpoints, and the runs of commands, in which `TokenPruning` is idle."""
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
 import lightning as L
+from torch import nn
 
+from lightning_prune._utils.trees import tree_leaves
 from lightning_prune.callbacks.compiled_run import CompiledRun
 from lightning_prune.callbacks.config import PruningConfig
+from lightning_prune.patching import unpatch
+from lightning_prune.patching.class_swap import is_patched_module
 
 
 def trainer_callbacks(trainer: L.Trainer) -> list[L.Callback]:
@@ -27,9 +32,6 @@ class EvaluationCallback(L.Callback, ABC):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int
     ) -> None:
         """Called with each batch: it is on the device in its dtype, and its step has not run."""
-
-    def _after_batch(self) -> None:
-        """Called when the step of a batch has run."""
 
     @abstractmethod
     def _figures(self) -> dict[str, float]:
@@ -56,18 +58,6 @@ class EvaluationCallback(L.Callback, ABC):
     ) -> None:
         """See `on_validation_batch_start`."""
         self._before_batch(trainer, pl_module, batch, batch_idx, dataloader_idx)
-
-    def on_validation_batch_end(self, *_: Any) -> None:
-        """Acts after the step."""
-        self._after_batch()
-
-    def on_test_batch_end(self, *_: Any) -> None:
-        """See `on_validation_batch_end`."""
-        self._after_batch()
-
-    def on_predict_batch_end(self, *_: Any) -> None:
-        """See `on_validation_batch_end`."""
-        self._after_batch()
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Logs the figures."""
@@ -120,9 +110,6 @@ class CommandRun(EvaluationCallback):
     ) -> None:
         self._compiled.before_batch(self.config, pl_module, batch, first=batch_idx == 0)
 
-    def _after_batch(self) -> None:
-        self._compiled.after_batch()
-
     def _figures(self) -> dict[str, float]:
         return {}
 
@@ -161,3 +148,24 @@ def command_run(
         trainer.limit_val_batches = limit
         for callback in added:
             trainer_callbacks(trainer).remove(callback)
+
+
+def unpatch_hyperparameters(checkpoint: dict[str, Any]) -> None:
+    """Replaces patched modules among the hyperparameters of a checkpoint by unpatched copies, in place.
+
+    Weights are the same with and without a patch, but a module that was passed to a LightningModule may be one of its
+    hyperparameters, and is pickled as it is.
+
+    Args:
+        checkpoint: As `on_save_checkpoint` receives it.
+    """
+    for key in ("hyper_parameters", "datamodule_hyper_parameters"):
+        for name, value in dict(checkpoint.get(key, {})).items():
+            if any(map(_is_patched, tree_leaves(value))):
+                checkpoint[key][name] = dense = copy.deepcopy(value)
+                for leaf in filter(_is_patched, tree_leaves(dense)):
+                    unpatch(leaf)
+
+
+def _is_patched(value: Any) -> bool:
+    return isinstance(value, nn.Module) and any(is_patched_module(module) for module in value.modules())

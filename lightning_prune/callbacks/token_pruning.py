@@ -1,6 +1,5 @@
 """The callback that profiles, plans and patches: one line in an existing validation loop."""
 
-import copy
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,42 +9,30 @@ from weakref import ReferenceType, ref
 
 import lightning as L
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import Tensor, nn
+from torch import Tensor
 
-from lightning_prune._utils.trees import tree_leaves
 from lightning_prune._utils.validation import check_bool
 from lightning_prune.callbacks.batches import BatchShape, batch_shape
-from lightning_prune.callbacks.compiled_run import CompiledRun
+from lightning_prune.callbacks.compiled_run import CompiledRun, warn_if_wrapped_by_compile
 from lightning_prune.callbacks.config import PruningConfig
-from lightning_prune.callbacks.decision import Decision, decide, print_decision
+from lightning_prune.callbacks.decision import Decision
+from lightning_prune.callbacks.decision_panel import print_decision
 from lightning_prune.callbacks.first_batch import FirstBatch, open_first_batch
-from lightning_prune.callbacks.hooks import EvaluationCallback, is_command_run, trainer_callbacks
+from lightning_prune.callbacks.given_schedule import time_adaptive, time_given
+from lightning_prune.callbacks.hooks import (
+    EvaluationCallback,
+    is_command_run,
+    trainer_callbacks,
+    unpatch_hyperparameters,
+)
+from lightning_prune.callbacks.planned_schedule import planned
 from lightning_prune.errors import ArgumentError, UnsupportedModelError
-from lightning_prune.patching import PatchHandle, patch, unpatch
-from lightning_prune.patching.class_swap import is_patched_module
+from lightning_prune.patching import PatchHandle
 from lightning_prune.planning import Objective
 from lightning_prune.profiling import measurement_context
 from lightning_prune.profiling.measurement import ProfilingMode, check_dense
 from lightning_prune.reduction import Reduction
 from lightning_prune.schedule import KeepRates, Schedule
-
-
-def _make_dense(checkpoint: dict[str, Any]) -> None:
-    """Replaces patched modules among the hyperparameters of a checkpoint by unpatched copies, in place.
-
-    Weights are the same with and without a patch, but a module that was passed to a LightningModule may be one of its
-    hyperparameters, and is pickled as it is.
-    """
-    for key in ("hyper_parameters", "datamodule_hyper_parameters"):
-        for name, value in dict(checkpoint.get(key, {})).items():
-            if any(map(_is_patched, tree_leaves(value))):
-                checkpoint[key][name] = dense = copy.deepcopy(value)
-                for leaf in filter(_is_patched, tree_leaves(dense)):
-                    unpatch(leaf)
-
-
-def _is_patched(value: Any) -> bool:
-    return isinstance(value, nn.Module) and any(is_patched_module(module) for module in value.modules())
 
 
 class TokenPruning(EvaluationCallback):
@@ -70,10 +57,10 @@ class TokenPruning(EvaluationCallback):
             such as `VWTInter`, nothing is planned: it is applied, and timed against dense.
         schedule: `"auto"` plans one. A `Schedule`, `KeepRates`, a `Plan` or the path of a saved one is used as it is; a
             list has one number for each block; R removes R tokens in all and 0.7 keeps 70% of the patch tokens, in the
-            usual form of the method: at `block`, or spread over the blocks. What does not name its method is ToMe's
-            unless `method` is given. A given schedule is timed against dense, and `objective`, `calibration` and
-            `protocol` have no effect. Where images come in several sizes, a planned schedule and keep rates hold for
-            all; counts hold for the first only.
+            usual form of the method: at `block`, or spread over the blocks. A schedule that names its method, or one
+            for each block, is run with these; what names none is ToMe's unless `method` is given. A given schedule is
+            timed against dense, and `objective`, `calibration` and `protocol` have no effect. Where images come in
+            several sizes, a planned schedule and keep rates hold for all; counts hold for the first only.
         objective: What to optimise; `AccuracyBudget(0.005)` if None. The POMT paper's computation is
             `TokenPruning(method="pomt", objective=Utility(0.5))`.
         block: The reducing block of a given method: an index, or a fraction of the depth (0.25 is the POMT paper's);
@@ -160,6 +147,7 @@ class TokenPruning(EvaluationCallback):
         self._handle: PatchHandle | None = None
         self._shape: BatchShape | None = None  # of the run's first batch; None where unknown, or after a warning
         self._running: ReferenceType[L.Trainer] | None = None  # whose run is pruned
+        self._is_idle = False  # whether the run is that of a command
         self._saw_batch = False
 
     @property
@@ -185,7 +173,8 @@ class TokenPruning(EvaluationCallback):
         other = self._running() if self._running is not None else None
         if other not in (None, trainer):
             raise ArgumentError("This TokenPruning is at work in the run of another Trainer; give each its own.")
-        if not is_command_run(trainer):
+        self._is_idle = is_command_run(trainer)
+        if not self._is_idle:
             # First, because Lightning stops at the first callback whose on_exception fails and calls no other hook.
             callbacks.insert(0, callbacks.pop(callbacks.index(self)))
         self._saw_batch = False
@@ -193,13 +182,13 @@ class TokenPruning(EvaluationCallback):
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Called when a run ends. Restores the model if that was not done; warns where there was nothing to prune."""
         super().teardown(trainer, pl_module, stage)
-        if self.enabled and stage != "fit" and not self._saw_batch and not is_command_run(trainer):
+        if self.enabled and stage != "fit" and not self._saw_batch and not self._is_idle:
             rank_zero_warn("TokenPruning saw no batch: nothing was measured and nothing pruned.")
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Called when a checkpoint is saved, perhaps during a validation. Keeps the patch out of it."""
         if self._handle is not None:
-            _make_dense(checkpoint)
+            unpatch_hyperparameters(checkpoint)
 
     def use(self, decision: Decision) -> None:
         """Makes the next runs use an earlier decision, without measuring again.
@@ -212,9 +201,9 @@ class TokenPruning(EvaluationCallback):
     def _before_batch(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int
     ) -> None:
-        if trainer.sanity_checking or is_command_run(trainer):
+        if self._is_idle or trainer.sanity_checking:
             return
-        self._compiled.before_batch(self.config, pl_module, batch, first=batch_idx == 0)
+        self._compiled.before_batch(self._config, pl_module, batch, first=batch_idx == 0)
         if not self.enabled:
             return
         if self._running is None:
@@ -224,11 +213,8 @@ class TokenPruning(EvaluationCallback):
                 f"The patch of this run was removed or replaced before batch {batch_idx}; leave it in place until the "
                 "run ends."
             )
-        elif dataloader_idx == 0:
-            self._check_shape(batch, batch_idx)
-
-    def _after_batch(self) -> None:
-        self._compiled.after_batch()
+        elif self._shape is not None and dataloader_idx == 0:
+            self._check_shape(self._shape, batch, batch_idx)
 
     def _open(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any) -> None:
         self._saw_batch = True
@@ -237,8 +223,7 @@ class TokenPruning(EvaluationCallback):
         self._shape, self._running = batch_shape(batch, self.config.images_from_batch), ref(trainer)
         if self.decision.prunes:
             schedule = self.decision.deployable(first.transformer)
-            reduction = self.decision.reduction or self.config.reduction
-            self._handle = patch(pl_module, reduction, schedule, module_path=self.config.module_path)
+            self._handle = PatchHandle(first.transformer, self.decision.reduction, schedule)
 
     def _decide(self, first: FirstBatch) -> Decision:
         """The decision of an earlier run where it holds for this one, else a new one."""
@@ -249,19 +234,30 @@ class TokenPruning(EvaluationCallback):
         holds_for = (ref(first.transformer.root), measurement_context(first.transformer.compiled_root, first.images))
         if self.decision is not None and self._decided_for in (None, holds_for):
             return self.decision
-        decision = replace(decide(first), seconds=perf_counter() - start)
+        warn_if_wrapped_by_compile(first.module)
+        decision = replace(self._decide_anew(first), seconds=perf_counter() - start)
         self._decided_for = holds_for
         self._report(decision)
         return decision
 
-    def _check_shape(self, batch: Any, batch_idx: int) -> None:
-        shape = batch_shape(batch, self.config.images_from_batch) if self._shape else None
-        difference = self._shape.difference(shape) if self._shape and shape else None
-        if difference is not None:
-            rank_zero_warn(
-                f"Batch {batch_idx} {difference}. Pruning goes on, but its measured latency is for that size."
-            )
-            self._shape = None
+    def _decide_anew(self, first: FirstBatch) -> Decision:
+        """Plans a schedule, or times what was given, against the dense model."""
+        config = self._config
+        if not config.is_planned:
+            return time_adaptive(first) if config.is_adaptive else time_given(first)
+        if config.verbose and config.protocol == "deployed":
+            print(f"Planning a schedule for this device and batch takes up to {config.time_limit:g} s (`time_limit`).")
+        return planned(first)
+
+    def _check_shape(self, measured: BatchShape, batch: Any, batch_idx: int) -> None:
+        shape = batch_shape(batch, self._config.images_from_batch)
+        if shape is None or shape == measured:
+            return
+        rank_zero_warn(
+            f"Batch {batch_idx} {measured.difference(shape)}. Pruning goes on, but its measured latency is for that "
+            "size."
+        )
+        self._shape = None
 
     def _figures(self) -> dict[str, float]:
         return self.decision.metrics() if self._running is not None and self.decision is not None else {}

@@ -8,8 +8,10 @@ from rich.console import Console
 from lightning_prune._utils.files import ensure_output_dir, write_document
 from lightning_prune._utils.validation import check
 from lightning_prune.callbacks import PruningConfig
-from lightning_prune.callbacks.decision import Decision, planned, print_decision, profiled
+from lightning_prune.callbacks.decision import Decision
+from lightning_prune.callbacks.decision_panel import print_decision
 from lightning_prune.callbacks.first_batch import FirstBatch, on_first_batch
+from lightning_prune.callbacks.planned_schedule import planned, profiled
 from lightning_prune.planning import Plan
 from lightning_prune.profiling import TOKEN_CURVE, LatencyProfile, SimulatedDevice, profile_latency, simulate_latency
 from lightning_prune.profiling.cache import CachedProfile
@@ -99,7 +101,7 @@ def run_plan(
 
     def work(first: FirstBatch) -> Decision:
         latency = _profile(first, simulated) if given is None else given
-        return planned(config, first.module, first.images, first.calibration(), latency)
+        return planned(first, latency)
 
     decision = on_first_batch(trainer, model, config, work, **data)
     made = decision.plan
@@ -130,8 +132,8 @@ def _eager_profile(first: FirstBatch, compiled: LatencyProfile) -> LatencyProfil
         return profile_latency(
             first.module,
             first.images,
-            method=TOKEN_CURVE if config.plans_blocks else config.reduction,
-            block=0 if config.plans_blocks else config.place,
+            method=TOKEN_CURVE if config.uses_token_curve else config.reduction,
+            block=0 if config.uses_token_curve else config.place,
             counts=compiled.tokens[:-1],
             time_limit=config.time_limit,
             protocol=config.protocol,
@@ -145,7 +147,7 @@ def _profile(first: FirstBatch, simulated: SimulatedDevice | None, of_method: bo
     if simulated is None:
         return profiled(config, first.module, first.images, of_method)
     # The latencies of a method in one block are known exactly, its overhead included, and can be planned on.
-    general = config.plans_blocks or (config.reduction.multi_block and not of_method)
+    general = config.uses_token_curve or (config.reduction.multi_block and not of_method)
     method, block = (TOKEN_CURVE, 0) if general else (config.reduction, config.place)
     profile = simulate_latency(
         first.module,

@@ -1,8 +1,9 @@
-"""Where tokens go: opens a model's blocks to a reduction and closes them again, bit-exactly."""
+"""Where in the model tokens are removed: patches the blocks of a Vision Transformer, and restores them to the bit."""
 
-from lightning_prune.patching.api import PatchHandle, patch, unpatch
+from lightning_prune.patching.api import patch
 from lightning_prune.patching.compatibility import check_schedule
 from lightning_prune.patching.models import VisionTransformer, find_vision_transformer
+from lightning_prune.patching.patch_handle import PatchHandle, unpatch
 from lightning_prune.patching.schedule_forms import allocate_schedule, resolve_schedule
 from lightning_prune.patching.token_map import TokenTrace, trace_tokens
 

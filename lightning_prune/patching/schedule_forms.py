@@ -133,12 +133,12 @@ def resolve_schedule(
     found = read_schedule(value)
     if isinstance(found, int | float):
         found = _usual_form(found, transformer, reduction, block, example_inputs)
-    _check_method(found, reduction)
+    check_named_method(found, reduction)
     return found.with_method(spec_of(reduction))
 
 
-def _check_method(schedule: Schedule | KeepRates, reduction: Reduction) -> None:
-    """Raises ArgumentError if the schedule was made for another method."""
+def check_named_method(schedule: Schedule | KeepRates, reduction: Reduction) -> None:
+    """Raises ArgumentError if the schedule names another method than `reduction`, or several."""
     if isinstance(schedule.method, tuple):
         named = ", ".join(sorted({str(spec) for spec in schedule.methods.values()}))
         raise ArgumentError(

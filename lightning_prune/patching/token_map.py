@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.errors import ArgumentError
-from lightning_prune.patching.api import PatchHandle
 from lightning_prune.patching.block_split import eval_mode
 from lightning_prune.patching.models import find_vision_transformer
+from lightning_prune.patching.patch_handle import PatchHandle
 from lightning_prune.reduction import Reduction, ReductionOutput, TokenSequence, resolve
 from lightning_prune.reduction.functional import sources_of
 from lightning_prune.schedule import KeepRates, Schedule

@@ -4,35 +4,29 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.errors import ArgumentError, UnsupportedModelError
+from lightning_prune._utils.time_limit import TimeLimit
+from lightning_prune.errors import ArgumentError
 from lightning_prune.patching import VisionTransformer, find_vision_transformer
-from lightning_prune.patching.compatibility import check_reduction
-from lightning_prune.patching.schedule_forms import refuse_adaptive
 from lightning_prune.planning.candidate_search import CandidateSearch, run_searches
-from lightning_prune.planning.measurements import TUNING, Measurements, TimeLimit
+from lightning_prune.planning.measurements import TUNING, Measurements
 from lightning_prune.planning.method_front import dense_reason, missed_budget
+from lightning_prune.planning.method_selection import Blocks, Methods, usable_methods
 from lightning_prune.planning.objectives import AccuracyBudget, Objective
 from lightning_prune.planning.paper_protocol import plan_by_paper
 from lightning_prune.planning.profile_validation import check_profile, is_other_environment, nothing_timed
 from lightning_prune.planning.results import Candidate, Plan
-from lightning_prune.profiling import TOKEN_CURVE, LatencyProfile, profile_latency, resolve_block
+from lightning_prune.profiling import TOKEN_CURVE, LatencyProfile, profile_latency
 from lightning_prune.profiling.measurement import ProfilingMode, check_measurable
-from lightning_prune.reduction import Reduction, resolve
+from lightning_prune.reduction import Reduction
 from lightning_prune.runtimes.base import Runtime
 from lightning_prune.runtimes.registry import parse_runtime
 from lightning_prune.schedule import Schedule
 
-AUTO_METHODS = ("tome", "pomt-nearest", "topk", "random")
-"""What `methods="auto"` searches: the two that lose the least accuracy and the two that cost the least latency."""
 PROFILE_SHARE = 0.3  # of the time limit, for measuring the latency curve
-
-Methods = str | Reduction | Sequence[str | Reduction]
-Blocks = str | int | float | Sequence[int | float]
 
 
 def plan(
@@ -87,7 +81,7 @@ def plan(
         module_path: Dotted path of the transformer in `model`, needed if there are several.
         protocol: `"paper"` is POMT's computation (arXiv 2407.05941, section 3.2); see `plan_by_paper`.
         labels: (images,) int64 labels of the calibration images; needed by `protocol="paper"`, unused otherwise.
-        clock: Seconds, of the time limit.
+        clock: Seconds: what latencies and the time limit are measured with.
 
     Returns:
         The plan.
@@ -176,6 +170,7 @@ def plan_many(  # noqa: D417  all other arguments are those of `plan`
                 time_limit=limit.share(PROFILE_SHARE),
                 module_path=module_path,
                 verbose=verbose,
+                clock=clock,
             )
         flat = dense_reason(profile)
         if flat is not None:
@@ -241,90 +236,6 @@ def _searched(
         )
         plans.append(made)
     return plans
-
-
-def usable_methods(
-    methods: Methods, blocks: Blocks, transformer: VisionTransformer
-) -> dict[str, tuple[Reduction, tuple[int, ...]]]:
-    """The methods that can be used with this model, by label, and the blocks in which each may reduce; at least one.
-
-    Args:
-        methods: As `plan` takes them.
-        blocks: As `plan` takes them.
-        transformer: The Vision Transformer.
-
-    Raises:
-        ArgumentError: If the images decide how many tokens a method removes, two are the same, or `blocks` is unusable.
-        UnsupportedModelError: If none can be used.
-    """
-    wanted = AUTO_METHODS if isinstance(methods, str) and methods == "auto" else methods
-    listed: list[Any] = list(wanted) if isinstance(wanted, list | tuple) else [wanted]
-    if not listed:
-        raise ArgumentError('`methods` must be "auto", a method, or a list of at least one, got an empty list.')
-    allowed = allowed_blocks(blocks, transformer)
-    found: dict[Reduction, tuple[int, ...]] = {}
-    reasons: list[str] = []
-    for method in listed:
-        reduction = resolve(method)
-        refuse_adaptive(reduction)
-        try:
-            is_known = reduction in found
-        except TypeError as error:
-            raise ArgumentError(f"`methods` must be hashable, got {reduction!r}: {error}.") from error
-        if is_known:
-            raise ArgumentError(f"`methods` must differ from one another, got {reduction!r} twice.")
-        own = (0,) if reduction.site == "input" else allowed
-        try:
-            check_reduction(transformer, reduction, at=None if reduction.site == "input" else own[0])
-            found[reduction] = own
-        except UnsupportedModelError as error:
-            reasons.append(f"{reduction.name}: {error}")
-    if not found:
-        raise UnsupportedModelError(f"None of the methods can be used with this model. {' '.join(reasons)}")
-    return {label: (reduction, found[reduction]) for reduction, label in method_labels(list(found)).items()}
-
-
-def allowed_blocks(blocks: Blocks, transformer: VisionTransformer) -> tuple[int, ...]:
-    """The indices of the blocks that may reduce, ascending.
-
-    Args:
-        blocks: As `plan` takes them.
-        transformer: The Vision Transformer.
-
-    Raises:
-        ArgumentError: If it is neither `"all"`, a block, nor a list of blocks.
-    """
-    depth, first = transformer.depth, transformer.first_prunable_block
-    if isinstance(blocks, str) and blocks == "all":
-        return tuple(range(first, depth))
-    listed: Sequence[Any] = blocks if isinstance(blocks, list | tuple | range) else [blocks]
-    if not listed or any(isinstance(block, str) for block in listed):
-        raise ArgumentError(f'`blocks` must be "all", a block, or a list of at least one, got {blocks!r}.')
-    return tuple(sorted({resolve_block(block, depth, first) for block in listed}))
-
-
-def method_labels(reductions: Sequence[Reduction]) -> dict[Reduction, str]:
-    """A label for each method: its name, and if several have it the settings in which they differ.
-
-    Args:
-        reductions: Different ones.
-
-    Example:
-        >>> from lightning_prune.planning.api import method_labels
-        >>> from lightning_prune.reduction import RandomDrop, TopK
-        >>> list(method_labels([TopK(), RandomDrop(), RandomDrop(seed=3)]).values())
-        ['topk', 'random (seed=0)', 'random (seed=3)']
-    """
-    labels: dict[Reduction, str] = {}
-    for reduction in reductions:
-        others = [other.settings() for other in reductions if other.name == reduction.name]
-        settings = reduction.settings()
-        differing = [key for key in settings if any(other.get(key) != settings[key] for other in others)]
-        text = ", ".join(f"{key}={settings[key]!r}" for key in differing)
-        label = f"{reduction.name} ({text})" if text else reduction.name
-        same = sum(other.split(" #")[0] == label for other in labels.values())
-        labels[reduction] = f"{label} #{same + 1}" if same else label  # what differs is not among the settings
-    return labels
 
 
 def shuffled(images: Tensor, seed: int) -> Tensor:

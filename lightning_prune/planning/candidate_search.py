@@ -153,7 +153,7 @@ class CandidateSearch:
         """The candidates to time next, with their sources; none if the search is over.
 
         Args:
-            deadline: No source is asked after it, except the first one for its first proposal.
+            deadline: After it no source makes a proposal, except the first one its first.
             clock: Seconds.
         """
         if self._runs and (self._runs >= self.tuning.max_runs or clock() >= deadline):
@@ -188,7 +188,7 @@ class CandidateSearch:
         if place < len(eligible):
             best = eligible[place]
             return self._choice(
-                best.candidate, best.source, True, self._praise(best.candidate, best.source), best.dense
+                best.candidate, best.source, True, self._success_reason(best.candidate, best.source), best.dense
             )
         fastest = {t.source.label: t.timing.ratio for t in sorted(self.timed, key=lambda t: -t.timing.ratio)}
         speedups = ", ".join(f"{label} {1 / ratio:.2f}x" for label, ratio in fastest.items())
@@ -206,7 +206,7 @@ class CandidateSearch:
         source, (candidate, reason, _) = self._feasible[int(np.argmax(values))]
         if candidate.is_dense:
             return Choice(candidate, dense_is_feasible, reason)
-        return self._choice(candidate, source, True, self._praise(candidate, source))
+        return self._choice(candidate, source, True, self._success_reason(candidate, source))
 
     def _closest(self) -> Choice:
         """The timed candidate that misses the budget by the least."""
@@ -224,7 +224,7 @@ class CandidateSearch:
     ) -> Choice:
         return Choice(replace(candidate, accuracy=source.accuracy(candidate)), met, reason, dense)
 
-    def _praise(self, candidate: Candidate, source: CandidateSource) -> str:
+    def _success_reason(self, candidate: Candidate, source: CandidateSource) -> str:
         saved, kept = 100 * (1 - candidate.latency_ratio), 100 * source.accuracy(candidate)
         return f"Best by {self.objective}: {saved:.1f}% less latency, {kept:.2f}% of the dense {self._proxy}."
 

@@ -35,7 +35,7 @@ TUNING = LatencyModelTuning()
 
 
 class ReductionOverhead(NamedTuple):
-    """Latency that a method adds besides that of the tokens, in milliseconds per batch.
+    """Latency that a method adds to that of the tokens, in milliseconds per batch.
 
     Attributes:
         per_block: Of each reducing block, whatever the number of tokens: small operations take as long for few.

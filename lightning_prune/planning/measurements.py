@@ -1,7 +1,6 @@
 """The measurements that planning needs, within a time limit: overheads, sensitivities, proxies and timings."""
 
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -9,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune._utils.progress import progress_bar
+from lightning_prune._utils.time_limit import TimeLimit
 from lightning_prune.errors import ArgumentError
 from lightning_prune.patching import PatchHandle, VisionTransformer
 from lightning_prune.planning.candidate_search import Timings
@@ -59,43 +59,8 @@ TUNING = MeasurementTuning()
 
 
 @dataclass
-class TimeLimit:
-    """A time limit in seconds, from now on.
-
-    Args:
-        seconds: The limit; None for none.
-        clock: Seconds.
-    """
-
-    seconds: float | None
-    clock: Callable[[], float] = time.perf_counter
-    start: float = field(init=False)
-
-    def __post_init__(self) -> None:
-        """Starts the clock."""
-        self.start = self.clock()
-
-    @property
-    def elapsed(self) -> float:
-        """Seconds since the start."""
-        return self.clock() - self.start
-
-    def left(self) -> float:
-        """Seconds that are left."""
-        return float("inf") if self.seconds is None else max(self.seconds - self.elapsed, 0.0)
-
-    def share(self, share: float) -> float | None:
-        """A share of the seconds that are left, at least a millisecond; None without a limit."""
-        return None if self.seconds is None else max(share * self.left(), 1e-3)
-
-    def deadline(self, share: float = 1.0) -> float:
-        """The time on the clock when a share of what is left now has passed."""
-        return self.clock() + share * self.left()
-
-
-@dataclass
 class Measurements:
-    """Measures what planning asks for, of one model on one device.
+    """Measures what planning needs, of one model on one device.
 
     Args:
         model: The module that contains the transformer, dense.

@@ -43,7 +43,7 @@ TUNING = FrontTuning()
 
 
 class MethodFront:
-    """Schedules of one method by predicted latency, and the proxy of those that were asked for.
+    """Schedules of one method by predicted latency, and the proxy of those for which it was measured.
 
     Timings correct the predictions: they improve the estimate of the method's overhead, and the ratio of measured to
     predicted latency is interpolated between the schedules that were timed.

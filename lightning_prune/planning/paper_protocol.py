@@ -7,10 +7,11 @@ import numpy as np
 from torch import Tensor, nn
 
 from lightning_prune._utils.progress import progress_bar
+from lightning_prune._utils.time_limit import TimeLimit
 from lightning_prune.errors import ArgumentError
 from lightning_prune.patching import PatchHandle, VisionTransformer
 from lightning_prune.patching.schedule_forms import allocate_schedule
-from lightning_prune.planning.measurements import TUNING, Measurements, TimeLimit
+from lightning_prune.planning.measurements import TUNING, Measurements
 from lightning_prune.planning.method_front import dense_reason, missed_budget
 from lightning_prune.planning.objectives import RATIO_TOLERANCE, Objective
 from lightning_prune.planning.results import Candidate, Plan

@@ -177,7 +177,7 @@ def divergence_at(counts: Sequence[int], divergence: Table, wanted: Table) -> Ta
     proportional to that number; above the largest it follows the power law of the last two counts, at most squared.
 
     Args:
-        counts: Measured counts, ascending, N last; at least one besides N.
+        counts: Measured counts, ascending, N last; at least one other than N.
         divergence: (counts,) of each; 0 at N.
         wanted: Counts up to N, of any shape.
     """

@@ -134,7 +134,7 @@ def profile_latency(
 def compare_latency(
     model: nn.Module,
     example_inputs: Tensor,
-    variants: Mapping[str, Variant | tuple[str | Reduction, Schedule | KeepRates] | None],
+    variants: Mapping[str, Variant | tuple[str | Reduction | None, Schedule | KeepRates] | None],
     *,
     rounds: int = 31,
     runtime: str | Runtime | None = None,
@@ -149,7 +149,7 @@ def compare_latency(
         model: Any module that contains one Vision Transformer.
         example_inputs: (B, C, H, W) images on the device.
         variants: Name -> (method, schedule), a `lightning_prune.profiling.Variant`, or None for the dense model. One
-            must be None: ratios refer to it.
+            must be None: ratios refer to it. The method is None for a schedule that names one for each block.
         rounds: Measurements of each variant, if time allows.
         runtime: What executes the model, as in `profile_latency`.
         time_limit: Seconds, or None. One round is completed even after the limit.

@@ -29,8 +29,9 @@ class Variant(NamedTuple):
     """One way to run a model.
 
     Attributes:
-        reduction: The method, by name or as an instance; None removes no tokens.
-        schedule: The tokens to remove; None without a method, or where the images decide.
+        reduction: The method, by name or as an instance; None for those that the schedule names, one for each block.
+        schedule: The tokens to remove; None where the images decide. Without a reduction and a schedule no tokens are
+            removed.
         weights: Makes the weights to run with, such as `lightning_prune.quantization.Int8Weights`; None keeps the
             model's own.
     """
@@ -53,7 +54,8 @@ class VariantSwitch:
 
     def __init__(self, transformer: VisionTransformer) -> None:
         self._transformer = transformer
-        self._handles: list[tuple[Reduction, PatchHandle]] = []  # not a dict: a user's method may not be hashable
+        # Not a dict: a user's method may not be hashable.
+        self._handles: list[tuple[Reduction | None, PatchHandle]] = []
         self._transforms: dict[Callable[[nn.Module], WeightTransform], WeightTransform] = {}
 
     def to(self, variant: Variant) -> None:
@@ -62,14 +64,14 @@ class VariantSwitch:
         Raises:
             ScheduleError: As `lightning_prune.patch`.
             UnsupportedModelError: As `lightning_prune.patch`.
-            ArgumentError: If this device cannot run the weights.
+            ArgumentError: If this device cannot run the weights, or no method is named.
         """
         self._exchange_weights(variant.weights)
-        if variant.reduction is None:
+        schedule = variant.schedule
+        if variant.reduction is None and schedule is None:
             unpatch(self._transformer.root)
             return
-        reduction = resolve(variant.reduction)
-        schedule = variant.schedule
+        reduction = None if variant.reduction is None else resolve(variant.reduction)
         for known, handle in self._handles:
             if known == reduction:
                 handle.update(schedule)

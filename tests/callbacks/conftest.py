@@ -20,17 +20,15 @@ def clockwork(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def decisions(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What was measured in the test: one entry for every profile and every timing of a given schedule."""
-    from lightning_prune.callbacks import decision
+    from lightning_prune.callbacks import planned_schedule, token_pruning
 
     made: list[str] = []
-    for name in ("profiled", "measure_given"):
-        real = getattr(decision, name)
+    for module, name, entry in ((planned_schedule, "profiled", "plan"), (token_pruning, "time_given", "given")):
+        real = getattr(module, name)
 
-        def counted(
-            *args: Any, _real: Any = real, _name: str = {"profiled": "plan"}.get(name, name), **kwargs: Any
-        ) -> Any:
-            made.append(_name)
+        def counted(*args: Any, _real: Any = real, _entry: str = entry, **kwargs: Any) -> Any:
+            made.append(_entry)
             return _real(*args, **kwargs)
 
-        monkeypatch.setattr(decision, name, counted)
+        monkeypatch.setattr(module, name, counted)
     return made

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 import lightning_prune as lp
 from lightning_prune.callbacks import TokenPruning
-from lightning_prune.callbacks.decision import decision_panel
+from lightning_prune.callbacks.decision_panel import panel_of
 from lightning_prune.errors import ArgumentError
 from lightning_prune.reduction.visual_words import VWTInter
 from lightning_prune.reduction.vocabulary import Vocabulary
@@ -62,7 +62,7 @@ def test_the_panel_says_who_decides() -> None:
     trainer(callback).validate(Tiny(), data(), verbose=False)
     assert callback.decision is not None
     console = Console(width=120, file=StringIO())
-    console.print(decision_panel(callback.decision))
+    console.print(panel_of(callback.decision))
     text = console.file.getvalue()
     assert "depends on the image (vwt-inter)" in text
     assert "pruned" in text

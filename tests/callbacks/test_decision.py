@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import lightning_prune as lp
-from helpers.data import loader
+from helpers.data import loader, noise_images
 from helpers.models import DEPTH, TOKENS
 from lightning_prune._utils.measurement_source import MeasurementSource
-from lightning_prune.callbacks import PruningConfig
+from lightning_prune.callbacks import PruningConfig, TokenPruning
 
 from .tiny import Snapshot, Tiny, pruner, trainer, validated
 
@@ -36,7 +37,7 @@ def test_given_schedules_are_deployed_and_timed(
 ) -> None:
     callback = pruner(schedule=schedule, block=block)
     module, running = validated(callback)
-    assert decisions == ["measure_given"]
+    assert decisions == ["given"]
     decision = callback.decision
     assert decision.schedule == expected.with_method("pomt")
     assert module.tokens() == {TOKENS - expected.total_removed} == {decision.tokens}
@@ -48,8 +49,8 @@ def test_given_schedules_are_deployed_and_timed(
 
 def test_a_schedule_of_another_method_is_refused(tmp_path: Path) -> None:
     path = lp.Schedule.single(DEPTH, 1, 5, "random").save(tmp_path / "schedule.yaml")
-    with pytest.raises(lp.ArgumentError, match="`method` must be that of the schedule, random, got pomt"):
-        validated(pruner(method="pomt", schedule=path))
+    with pytest.raises(lp.ArgumentError, match=r"`method` .* random, got pomt"):
+        pruner(method="pomt", schedule=path)
 
 
 @pytest.mark.parametrize("name", ["schedule.yaml", "schedule.json"])
@@ -152,8 +153,63 @@ def test_a_schedule_that_names_its_method_is_used_by_it(tmp_path: Path) -> None:
     callback = pruner(method="auto", schedule=path)
     validated(callback)
     assert callback.decision.schedule == lp.Schedule.single(DEPTH, 1, 5, "topk")
-    with pytest.raises(lp.ArgumentError, match="`schedule` must be one with the same method in all blocks, got Sched"):
-        pruner(method="auto", schedule=lp.Schedule([1, 0, 1, 0], ["tome", None, "topk", None]))
+
+
+MIXED = [
+    lp.Schedule([4, 0, 5, 0], ["tome", None, "topk", None]),
+    lp.KeepRates([1, 0.7, 0.5, 1], [None, "topk", "evit", None]),
+]
+
+
+@pytest.mark.parametrize("schedule", MIXED, ids=["counts", "keep rates"])
+@pytest.mark.parametrize("is_saved", [False, True])
+def test_a_schedule_of_several_methods_runs_as_lp_patch_does(
+    schedule: Any, is_saved: bool, tmp_path: Path, decisions: list[str]
+) -> None:
+    callback, module = (
+        pruner(method="auto", schedule=schedule.save(tmp_path / "s.yaml") if is_saved else schedule),
+        Tiny(),
+    )
+    before = Snapshot(module)
+    predicted = trainer(callback).predict(module, loader(8))
+    before.assert_unchanged()
+    assert decisions == ["given"]
+    reference = Tiny().eval()
+    counts = schedule if isinstance(schedule, lp.Schedule) else schedule.schedule(TOKENS)
+    with torch.no_grad(), lp.patch(reference, schedule):
+        assert all(
+            torch.equal(a, reference(b)) for a, b in zip(predicted, noise_images(8, seed=1).split(4), strict=True)
+        )
+    decision = callback.decision
+    assert module.tokens("predict") == {TOKENS - counts.total_removed} == {decision.tokens}
+    assert (decision.method, decision.reduction, decision.plan) == ("mixed", None, None)
+    assert decision.schedule == counts
+    assert decision.speedup == pytest.approx(1.5)
+
+
+@pytest.mark.parametrize("schedule", MIXED, ids=["counts", "keep rates"])
+def test_several_methods_of_a_schedule_and_one_of_the_callback_contradict(schedule: Any) -> None:
+    with pytest.raises(lp.ArgumentError, match=r"`method` .*topk.* got pomt"):
+        pruner(method="pomt", schedule=schedule)
+    with pytest.raises(lp.ArgumentError, match=r"`block` .* got 'auto'"):
+        pruner(method="auto", block="auto", schedule=schedule)
+
+
+def test_a_schedule_that_names_an_unknown_method_is_refused_at_once() -> None:
+    with pytest.raises(lp.ArgumentError, match=r"`method` .* got 'pompt'"):
+        pruner(method="auto", schedule=lp.Schedule([1, 0, 1, 0], ["tome", None, "pompt", None]))
+
+
+def test_the_decision_of_another_callback_is_used_with_its_own_method(decisions: list[str]) -> None:
+    """Whatever the method of the callback that takes it over."""
+    for schedule in (MIXED[0], lp.Schedule([0, 3, 0, 0], "topk")):
+        first = pruner(method="auto", schedule=schedule)
+        validated(first)
+        second = TokenPruning(verbose=False)
+        second.use(first.decision)
+        module, _ = validated(second)
+        assert module.tokens() == {first.decision.tokens}
+    assert decisions == ["given", "given"]
 
 
 def test_the_callback_takes_the_settings_of_the_config() -> None:
@@ -163,17 +219,17 @@ def test_the_callback_takes_the_settings_of_the_config() -> None:
 
 
 def test_the_time_limit_is_that_of_profiling_and_planning_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lightning_prune.callbacks import decision
+    from lightning_prune.callbacks import planned_schedule
 
     limits: dict[str, float] = {}
     for name in ("get_or_profile", "plan_many"):
-        real = getattr(decision, name)
+        real = getattr(planned_schedule, name)
 
         def timed(*args: Any, _real: Any = real, _name: str = name, **kwargs: Any) -> Any:
             limits[_name] = kwargs["time_limit"]
             return _real(*args, **kwargs)
 
-        monkeypatch.setattr(decision, name, timed)
+        monkeypatch.setattr(planned_schedule, name, timed)
     callback = pruner(time_limit=2.0)
     validated(callback)
     assert limits["get_or_profile"] == pytest.approx(0.6)

@@ -1,4 +1,4 @@
-"""Two processes: one decides, both do the same; and what `decide_on_rank_zero` promises."""
+"""Two processes: one decides, both do the same; and what `FirstBatch.on_rank_zero` promises."""
 
 import json
 import os
@@ -47,7 +47,7 @@ def counted(found: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
 
 
 def test_rank_zero_alone_measures_and_both_do_the_same(ranks: list[dict[str, Any]]) -> None:
-    for name, what in (("planned", "plan_many"), ("given", "measure_given")):
+    for name, what in (("planned", "plan_many"), ("given", "time_given")):
         first, second = (rank[name] for rank in ranks)
         assert (first["rank"], second["rank"]) == (0, 1)
         assert (first["measured"], second["measured"]) == ([what], [])

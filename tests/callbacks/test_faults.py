@@ -311,19 +311,21 @@ def test_a_fault_inside_profiling(
     account = Account(module, bystanders)
     with interrupted(error):
         trainer(pruner(schedule=schedule)).validate(module, loader(), verbose=False)
-    assert decisions == ["plan" if schedule == "auto" else "measure_given"]
+    assert decisions == ["plan" if schedule == "auto" else "given"]
     assert module.steps == []
     assert [*account.problems()] == []
 
 
-@pytest.mark.parametrize("name", ["calibration_images", "plan_many", "find_vision_transformer", "patch", "replace"])
+@pytest.mark.parametrize(
+    "name", ["calibration_images", "plan_many", "find_vision_transformer", "PatchHandle", "replace"]
+)
 def test_a_fault_in_what_the_callback_calls(name: str, bystanders: Bystanders, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lightning_prune.callbacks import decision, first_batch, token_pruning
+    from lightning_prune.callbacks import first_batch, planned_schedule, token_pruning
 
     def fail(*_: Any, **__: Any) -> Any:
         raise Fault(name)
 
-    home = next(module for module in (token_pruning, first_batch, decision) if hasattr(module, name))
+    home = next(module for module in (token_pruning, first_batch, planned_schedule) if hasattr(module, name))
     monkeypatch.setattr(home, name, fail)
     module = Tiny()
     account = Account(module, bystanders)

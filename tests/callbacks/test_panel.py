@@ -6,7 +6,8 @@ import pytest
 from rich.console import Console
 
 import lightning_prune as lp
-from lightning_prune.callbacks.decision import Decision, print_decision
+from lightning_prune.callbacks.decision import Decision
+from lightning_prune.callbacks.decision_panel import print_decision
 
 CONTEXT: dict[str, Any] = {
     "device": "Abacus",
@@ -63,6 +64,12 @@ def test_a_dense_decision_claims_no_speed_up() -> None:
     dense = replace(DECISION, schedule=lp.Schedule([0] * 4), tokens=197, reason="The curve is flat.")
     said = rows(dense)
     assert (said["removed"], said["latency"], said["tokens"]) == ("R = 0", "dense 20.00 ms", "197 -> 197")
+
+
+def test_methods_that_differ_stand_beside_their_blocks() -> None:
+    schedule = lp.Schedule([0, 30, 0, 26], [None, "tome:order=concatenated", None, "topk"])
+    mixed = replace(DECISION, schedule=schedule, method="mixed", reduction=None)
+    assert rows(mixed)["removed"] == "R = 56 (mixed: block 1: tome:order=concatenated: 30, block 3: topk: 26)"
 
 
 def test_a_given_schedule_was_neither_predicted_nor_judged() -> None:

@@ -12,21 +12,26 @@ from lightning.pytorch.strategies import (
 
 import lightning_prune as lp
 from helpers.data import noise_images
-from lightning_prune.callbacks.distributed import decide_on_rank_zero, refuse_sharded
+from lightning_prune.callbacks import PruningConfig
+from lightning_prune.callbacks.first_batch import FirstBatch, refuse_sharded
 
 from .tiny import Tiny, pruner, trainer
 
 
+def first_batch() -> FirstBatch:
+    return FirstBatch(trainer(), Tiny(), noise_images(4, seed=1), PruningConfig())
+
+
 def test_a_single_process_gets_its_own_decision_and_its_own_error() -> None:
     value = object()
-    assert decide_on_rank_zero(trainer(), lambda: value) is value
-    assert decide_on_rank_zero(trainer(), lambda: None) is None
+    assert first_batch().on_rank_zero(lambda: value) is value
+    assert first_batch().on_rank_zero(lambda: None) is None
 
     def fail() -> None:
         raise KeyError("as it was")
 
     with pytest.raises(KeyError, match="as it was"):
-        decide_on_rank_zero(trainer(), fail)
+        first_batch().on_rank_zero(fail)
 
 
 def test_ctrl_c_is_not_held_back() -> None:
@@ -34,7 +39,7 @@ def test_ctrl_c_is_not_held_back() -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        decide_on_rank_zero(trainer(), interrupt)
+        first_batch().on_rank_zero(interrupt)
 
 
 def running(kind: type, ranks: int) -> Any:

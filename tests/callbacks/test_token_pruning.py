@@ -20,6 +20,7 @@ import lightning_prune as lp
 from helpers.data import loader, noise_images
 from helpers.models import TOKENS, tiny_vit
 from lightning_prune.callbacks import TokenPruning
+from lightning_prune.runtimes import parse_runtime
 
 from .tiny import Snapshot, Stream, Tiny, pruner, trainer, validated
 
@@ -285,6 +286,21 @@ def test_a_copy_decides_for_the_model_it_meets(copied: Any, decisions: list[str]
     kept.use(callback.decision)
     validated(copied(kept), module)
     assert decisions == ["plan", "plan"]
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_the_runtime_is_parsed_once_a_run(enabled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    parsed: list[str] = []
+
+    def parse(spec: str) -> Any:
+        parsed.append(spec)
+        return parse_runtime(spec)
+
+    monkeypatch.setattr("lightning_prune.callbacks.compiled_run.parse_runtime", parse)
+    module, running = validated(pruner(schedule=5, enabled=enabled))
+    running.validate(module, loader(), verbose=False)
+    assert len(module.steps) == 12
+    assert parsed == ["torch", "torch"]
 
 
 def test_use_takes_a_decision_over(decisions: list[str]) -> None:

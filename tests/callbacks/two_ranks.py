@@ -26,8 +26,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from helpers.data import loader, noise_images
 from helpers.models import TOKENS, tiny_vit
 from lightning_prune import ImageClassifier
-from lightning_prune.callbacks import TokenPruning
-from lightning_prune.callbacks import decision as deciding
+from lightning_prune.callbacks import TokenPruning, planned_schedule, token_pruning
 from lightning_prune.patching.class_swap import is_patched_module
 
 
@@ -48,14 +47,15 @@ class Scored(Tiny):
 def run(callback: TokenPruning, **options: Any) -> dict[str, Any]:
     """One validation: what was decided, seen and logged; `measured` counts what this process measured."""
     measured: list[str] = []
-    real = {name: getattr(deciding, name) for name in ("plan_many", "measure_given")}
-    for name in real:
+    places: dict[str, Any] = {"plan_many": planned_schedule, "time_given": token_pruning}
+    real = {name: getattr(place, name) for name, place in places.items()}
+    for name, place in places.items():
 
         def counted(*args: Any, _name: str = name, **kwargs: Any) -> Any:
             measured.append(_name)
             return real[_name](*args, **kwargs)
 
-        setattr(deciding, name, counted)
+        setattr(place, name, counted)
     module = Scored()
     trainer = L.Trainer(callbacks=[callback], **{**OPTIONS, **options})
     error = None
@@ -64,7 +64,7 @@ def run(callback: TokenPruning, **options: Any) -> dict[str, Any]:
     except Exception as caught:
         error = f"{type(caught).__name__}: {caught}"
     for name, function in real.items():
-        setattr(deciding, name, function)
+        setattr(places[name], name, function)
     decision = callback.decision
     return {
         "rank": trainer.global_rank,
@@ -174,9 +174,9 @@ def main(path: Path) -> None:
     found |= {"planned": run(pruner(), **ddp), "given": run(pruner(schedule=6), **ddp)}
     found["dense"] = run(pruner(enabled=False), **ddp)
     found["refused"] = run(pruner(schedule=TOKENS), **ddp)
-    real, deciding.plan_many = deciding.plan_many, unlucky
+    real, planned_schedule.plan_many = planned_schedule.plan_many, unlucky
     found["failed"] = run(pruner(), **ddp)
-    deciding.plan_many = real
+    planned_schedule.plan_many = real
     found["unreadable"] = run(pruner(images_from_batch=only_unlucky_on(0)), **ddp)
     found["tolerated"] = run(pruner(schedule=6, images_from_batch=only_unlucky_on(1)), **ddp)
     for name, data in LOADERS.items():

@@ -15,7 +15,7 @@ from lightning_prune import DigitsData, ImageClassifier, TokenPruning
 from lightning_prune._utils.device import device_name
 from lightning_prune.cli.main import run
 from lightning_prune.cli.trainer import PruneTrainer
-from lightning_prune.planning.api import AUTO_METHODS
+from lightning_prune.planning.method_selection import AUTO_METHODS
 from lightning_prune.profiling import DENSE, SimulatedDevice, Workload
 from lightning_prune.profiling.simulation import simulated_seconds
 

@@ -108,7 +108,7 @@ def test_compare_writes_what_it_promises(
 
     monkeypatch.setattr(VariantSwitch, "to", to)
     set_latency(monkeypatch, seconds)
-    words = ["--prune.method=topk", "--max-drop=1%", "--prune.time_limit=20"]  # time enough on a busy machine, too
+    words = ["--prune.method=topk", "--max-drop=1%"]
     assert main(["compare", *TINY, *words, f"--output={tmp_path}"]) == 0
     files = ["pareto.png", "profile.json", "profile.png", "report.html", "results.csv", "results.json"]
     assert sorted(path.name for path in tmp_path.iterdir()) == [
@@ -122,7 +122,7 @@ def test_compare_writes_what_it_promises(
     assert {row["images"] for row in rows} == {"8"}
     document = read_results(tmp_path / "results.json")
     assert [list(row) for row in document["rows"]] == [COLUMNS] * 3
-    assert document["config"]["command_line"]["prune"]["time_limit"] == 20
+    assert document["config"]["command_line"]["prune"]["time_limit"] == 0.5
     assert document["config"]["command_line"]["model"]["model"] == "vit_digits_patch4_56"
     schedule = lp.Schedule.load(tmp_path / "schedule.yaml")
     (chosen,) = (row for row in rows if row["variant"] == document["best"]["variant"])
@@ -149,6 +149,16 @@ def test_compare_under_a_schedule_and_validate_from_its_file(
     assert "197 -> 107" in told
     assert "val/top1" in told
     assert "pruning/speedup" in told
+
+
+def test_validate_with_a_saved_schedule_of_several_methods(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = lp.Schedule([90, 0, 5, 0], ["tome", None, "topk", None]).save(tmp_path / "mixed.yaml")
+    tiny = [word for word in TINY if not word.startswith(("--prune.method", "--prune.objective"))]
+    assert main(["validate", *tiny, f"--prune.schedule={path}"]) == 0
+    told = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "R = 95 (mixed: block 0: tome: 90, block 2: topk: 5)" in told
+    assert "197 -> 102" in told
+    assert "`method`" in fails(capsys, "validate", *TINY, f"--prune.schedule={path}")
 
 
 @pytest.mark.parametrize("value", ["auto", "12", "0.5", "[3,0,4,0]"])

@@ -14,12 +14,13 @@ import yaml
 from timm.models.vision_transformer import Block
 
 import lightning_prune as lp
+from helpers.clock import TokenClock
 from lightning_prune.patching import find_vision_transformer
 from lightning_prune.patching.class_swap import is_patched_module
 from lightning_prune.planning import AUTO_METHODS, plan_many
-from lightning_prune.planning.api import method_labels
 from lightning_prune.planning.latency_model import PROBES, probe_schedules
 from lightning_prune.planning.measurements import Measurements
+from lightning_prune.planning.method_selection import method_labels
 from lightning_prune.planning.sensitivity import Sensitivity
 from lightning_prune.profiling import LatencyStats
 from lightning_prune.profiling.interleaved_timer import InterleavedTimer
@@ -426,6 +427,17 @@ def test_the_prediction_is_a_share_of_dense():
     made = planned(methods="topk", objective=lp.LatencyBudget(speedup=1.5))
     half = replace(made, dense=LatencyStats(2 * made.dense_ms, 0.1, 1.0, 0.0, 31))
     assert half.predicted_ms == pytest.approx(2 * made.predicted_ms)
+
+
+@pytest.mark.parametrize("time_limit", [30.0, 60.0, 240.0])
+def test_profile_probes_sensitivity_proxies_and_timings_fit_into_the_time_limit(time_limit):
+    """A block takes a millisecond for each token of a batch, in whatever measurement it runs."""
+    model = vit()
+    clock = TokenClock(model.blocks)
+    made = lp.plan(model, IMAGES[:2], calibration=IMAGES, time_limit=time_limit, verbose=False, clock=clock)
+    assert made.seconds == pytest.approx(clock.now)
+    assert clock.now <= time_limit
+    assert made.pruned is not None  # timed against dense
 
 
 class SlowClock:

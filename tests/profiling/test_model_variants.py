@@ -31,6 +31,8 @@ def expected(variant: Variant) -> torch.Tensor:
         variant.weights(model).apply()
     if variant.reduction is not None:
         lp.patch(model, variant.reduction, variant.schedule)
+    elif variant.schedule is not None:
+        lp.patch(model, variant.schedule)
     return model(IMAGES)
 
 
@@ -40,6 +42,8 @@ VARIANTS = [
     Variant(weights=Int8Weights),
     Variant(POMT(), FIVE, weights=Int8Weights),
     Variant(RandomDrop(), lp.KeepRates.single(3, 1, 0.5)),
+    Variant(None, lp.Schedule([3, 0, 4], ["tome", None, "topk"])),
+    Variant(None, lp.Schedule([0, 4, 3], [None, "evit", "pomt"]), Int8Weights),
     DENSE,
     Variant(weights=Int8Weights),
     Variant("pomt", lp.Schedule.single(3, 1, 9)),
@@ -74,6 +78,11 @@ def test_a_schedule_that_does_not_fit_leaves_what_can_be_taken_off() -> None:
     assert torch.equal(model(IMAGES), vit()(IMAGES))
 
 
+def test_a_variant_without_a_method_is_refused() -> None:
+    with pytest.raises(lp.ArgumentError, match="`method`"):
+        VariantSwitch(find_vision_transformer(vit())).to(Variant(None, FIVE))
+
+
 def test_compare_latency_takes_variants_and_pairs() -> None:
     model = vit()
     variants = {
@@ -81,6 +90,7 @@ def test_compare_latency_takes_variants_and_pairs() -> None:
         "pomt": ("pomt", FIVE),
         "int8": Variant(weights=Int8Weights),
         "both": Variant("pomt", FIVE, Int8Weights),
+        "mixed": (None, lp.Schedule([3, 0, 4], ["tome", None, "topk"])),
     }
     timings = lp.compare_latency(model, IMAGES, variants, rounds=2, time_limit=None, verbose=False)
     assert list(timings) == list(variants)

@@ -188,6 +188,9 @@ def test_a_run_is_profiled_planned_and_validated_compiled(counter: Any) -> None:
     assert [compiled for compiled, _ in seen] == [True] * 3
     assert len({count for _, count in seen}) == 1  # what ran was what had been timed, and no graph was made of 2 images
     assert [dict(vars(each)) for each in module.model.modules()] == before
+    frames = counter.frame_count
+    torch.compile(lambda x: -x, backend=counter)(torch.ones(3))
+    assert counter.frame_count == frames + 1  # the last batch ran eagerly; what comes after the run is compiled again
     pruner.enabled = False
     seen.clear()
     trainer.validate(module, loader, verbose=False)

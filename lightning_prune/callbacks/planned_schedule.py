@@ -1,0 +1,122 @@
+"""Planning the schedule of a run: the latency profile, and the plans of one or several objectives."""
+
+from collections.abc import Sequence
+
+import lightning as L
+from torch import Tensor
+
+from lightning_prune._utils.time_limit import TimeLimit
+from lightning_prune.callbacks.batches import Calibration
+from lightning_prune.callbacks.config import PruningConfig
+from lightning_prune.callbacks.decision import Decision
+from lightning_prune.callbacks.first_batch import FirstBatch
+from lightning_prune.errors import ArgumentError
+from lightning_prune.patching import find_vision_transformer
+from lightning_prune.planning import Objective, plan_many
+from lightning_prune.planning.api import PROFILE_SHARE
+from lightning_prune.profiling import TOKEN_CURVE
+from lightning_prune.profiling.cache import CachedProfile, get_or_profile
+
+
+def profiled(
+    config: PruningConfig, pl_module: L.LightningModule, images: Tensor, of_method: bool = False
+) -> CachedProfile:
+    """The latency curve to plan on; to be called under the trainer's precision.
+
+    Args:
+        config: Method, block, time limit, and where profiles are kept.
+        pl_module: The module, dense.
+        images: (B, C, H, W) as the transformer receives them.
+        of_method: Measures the curve of the method at its block instead, if one is given, and takes all of the time
+            limit; a curve to plan on takes a share of it.
+    """
+    # One curve serves all methods and blocks, except that of the paper's protocol: how far it goes depends on both.
+    general = config.uses_token_curve or not (of_method or config.protocol == "paper")
+    method, block = (TOKEN_CURVE, 0) if general else (config.reduction, config.place)
+    seconds = config.time_limit if of_method else PROFILE_SHARE * config.time_limit
+    return get_or_profile(
+        pl_module,
+        images,
+        config.store(),
+        method=method,
+        block=block,
+        protocol=config.protocol,
+        time_limit=None if config.protocol == "paper" else seconds,
+        module_path=config.module_path,
+        verbose=config.verbose,
+    )
+
+
+def check_labels(config: PruningConfig, calibration: Calibration) -> None:
+    """Raises ArgumentError where the paper's protocol has no labels, before hours of profiling."""
+    if config.protocol == "paper" and calibration.labels is None:
+        raise ArgumentError("`calibration` must have labels with protocol='paper', got batches without.")
+
+
+def _blocks(config: PruningConfig, depth: int) -> str | int | float | list[int]:
+    """The blocks that may reduce: one, unless all are searched or the method reduces in many from there on."""
+    if config.plans_blocks:
+        return "all"
+    if config.reduction.multi_block:
+        return "all" if isinstance(config.place, float) else list(range(config.place, depth))
+    return config.place
+
+
+def planned_for(
+    config: PruningConfig,
+    pl_module: L.LightningModule,
+    images: Tensor,
+    calibration: Calibration,
+    objectives: Sequence[Objective],
+    profile: CachedProfile | None = None,
+    limit: TimeLimit | None = None,
+) -> list[Decision]:
+    """Plans a schedule for each of several objectives, measured once for all of them.
+
+    Args:
+        config: What was asked for; its objective is not used.
+        pl_module: The module, dense.
+        images: (B, C, H, W) as the transformer receives them.
+        calibration: Images, and labels where the protocol needs them.
+        objectives: In any order.
+        profile: The latency profile; that of `profiled` if None.
+        limit: The time limit, which may have begun before; that of the config, beginning now, if None.
+
+    Raises:
+        ArgumentError: As `check_labels`, and as `lightning_prune.plan`.
+    """
+    check_labels(config, calibration)
+    limit = TimeLimit(config.time_limit) if limit is None else limit
+    profile = profiled(config, pl_module, images) if profile is None else profile
+    plans = plan_many(
+        pl_module,
+        images,
+        objectives,
+        calibration=calibration.images,
+        methods=config.methods,
+        blocks=_blocks(config, find_vision_transformer(pl_module, config.module_path).depth),
+        profile=profile.profile,
+        time_limit=config.time_limit if config.protocol == "paper" else limit.share(1.0),
+        seed=config.seed,
+        verbose=config.verbose,
+        module_path=config.module_path,
+        protocol=config.protocol,
+        labels=calibration.labels if config.protocol == "paper" else None,
+    )
+    return [Decision.from_plan(made, calibration.source, profile.reused) for made in plans]
+
+
+def planned(first: FirstBatch, profile: CachedProfile | None = None) -> Decision:
+    """Plans a schedule by the objective of the config; the time limit includes sampling the calibration images.
+
+    Args:
+        first: The batch to plan on.
+        profile: The latency profile; that of `profiled` if None.
+
+    Raises:
+        ArgumentError: As `planned_for`, and if a batch holds no images.
+        DataError: If there are no calibration images, or they have several sizes.
+    """
+    config, limit = first.config, TimeLimit(first.config.time_limit)
+    (decision,) = planned_for(config, first.module, first.images, first.calibration(), [config.goal], profile, limit)
+    return decision
