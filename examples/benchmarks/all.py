@@ -49,7 +49,7 @@ QUICK = {
         "--seconds",
         "3",
     ],
-    "methods": ["--methods", "dense", "auto", "tome", "random", "--speedups", "1.25", "--prune.time_limit", "5"],
+    "methods": ["--methods", "dense", "auto", "tome", "random", "--speedups", "1.25", "--prune.time_limit", "60"],
 }
 
 

@@ -102,6 +102,7 @@ def planned_for(
         module_path=config.module_path,
         protocol=config.protocol,
         labels=calibration.labels if config.protocol == "paper" else None,
+        clock=limit.clock,
     )
     return [Decision.from_plan(made, calibration.source, profile.reused) for made in plans]
 

@@ -1,5 +1,6 @@
 """Comparing dense with pruned: methods, objectives, target speed-ups and given schedules on the same images."""
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -13,22 +14,15 @@ from lightning_prune._utils.files import ensure_output_dir
 from lightning_prune._utils.validation import check
 from lightning_prune.callbacks import config_of
 from lightning_prune.callbacks.hooks import command_run
-from lightning_prune.comparison.comparison_results import (
-    Comparison,
-    check_output_paths,
-    choose_best,
-    flat_metrics,
-    normalisation_of,
-    row_of,
-)
-from lightning_prune.comparison.method_search import check_speedups
-from lightning_prune.comparison.predictions import PredictionRecorder
-from lightning_prune.comparison.resume import VariantResult
-from lightning_prune.comparison.setup import ComparisonSettings, ComparisonSetup
-from lightning_prune.comparison.variants import Deployment, PlannedVariant, VariantRequest, read_requests, variant_of
+from lightning_prune.comparison.best_variant import choose_best
+from lightning_prune.comparison.comparison_results import Comparison, check_output_paths, normalisation_of
+from lightning_prune.comparison.planned_variants import plain_value
+from lightning_prune.comparison.requests import ComparisonSettings, check_speedups, read_requests
+from lightning_prune.comparison.setup import ComparisonSetup
+from lightning_prune.comparison.variant_rows import row_of
+from lightning_prune.comparison.variant_runs import validate_variants
 from lightning_prune.errors import DataError
 from lightning_prune.planning import Objective
-from lightning_prune.profiling import Variant
 from lightning_prune.reduction import Reduction
 
 
@@ -46,6 +40,7 @@ def compare(
     command: str = "",
     settings: Mapping[str, Any] | None = None,
     on_message: Callable[[str], None] | None = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> Comparison:
     """Validates the module dense and pruned, with everything else alike.
 
@@ -53,13 +48,17 @@ def compare(
     target speed-up or, without `speedups`, by the objective. Without `methods` the method of the trainer's
     `TokenPruning` is compared with the POMT paper's own choice; if that callback has a schedule, it is a variant, too.
 
+    The `time_limit` of the settings is that of planning and timing all variants together; validation, windows in which
+    energy is measured and the paper's protocol are not part of it. What is left is divided among what is still to do. A
+    method that there is no time for is not planned, and its row says so. The least work is done whatever time it takes:
+    the first method is planned, and each variant timed in three rounds.
+
     With `output`, the plan and each finished variant are kept under `output/state`: the same comparison, started again,
     goes on from there.
 
     Args:
         trainer: Runs all validations. Settings come from its `TokenPruning`, which is idle meanwhile, or are the
-            defaults of `PruningConfig`; its `time_limit` is that of planning each method, and the final run gets as
-            much for each again.
+            defaults of `PruningConfig`.
         module: Contains one Vision Transformer; dense again afterwards.
         data: A LightningDataModule, or the validation loaders.
         methods: Reductions and names: of reductions, `"auto"`, `"int8"`, and of reductions with `+int8`; dense is
@@ -74,6 +73,7 @@ def compare(
         settings: More settings for `results.json`, as plain values.
         on_message: Called with lines about the progress, on rank 0; they are printed if None and the settings are
             verbose.
+        clock: Seconds, of the time limit.
 
     Returns:
         The rows, and what they were made from.
@@ -105,13 +105,13 @@ def compare(
     asked = ComparisonSettings(config, requests, targets, folder, resume, trainer.limit_val_batches)
     report = rank_zero_only(on_message or (_print_line if config.verbose else _ignore))
     loaders = {"datamodule" if isinstance(data, L.LightningDataModule) else "dataloaders": data}
-    setup = ComparisonSetup(asked, report)
+    setup = ComparisonSetup(asked, report, clock)
     with command_run(trainer, config, setup, one_batch=True):
         trainer.validate(module, verbose=False, **loaders)
     if setup.plan is None:
         raise DataError("The validation loader yielded no batch to compare on.")
-    results = _validate_all(trainer, module, loaders, asked, setup, report)
     plan = setup.plan
+    results = validate_variants(trainer, module, loaders, asked, plan, setup.results, setup.state, report)
     rows = tuple(row_of(planned, plan, results) for planned in plan.planned)
     is_stated = objective is not None or config.objective is not None
     is_by_objective = is_stated or any(request.objective is not None for request in requests)
@@ -130,43 +130,6 @@ def compare(
     return found
 
 
-def _validate_all(
-    trainer: L.Trainer,
-    module: L.LightningModule,
-    loaders: dict[str, Any],
-    settings: ComparisonSettings,
-    setup: ComparisonSetup,
-    report: Callable[[str], Any],
-) -> dict[str, VariantResult]:
-    """Validates every variant that can be run and has no result yet; variants that run alike are validated once."""
-    assert setup.plan is not None
-    plan, results, config = setup.plan, dict(setup.results), settings.config
-    requests = {request.name: request for request in settings.requests}
-    runs = {p.variant: _run_as(p, requests[p.request]) for p in plan.planned if p.timing is not None}
-    for number, (name, variant) in enumerate(runs.items(), 1):
-        if name in results:
-            continue
-        alike = next((other for other in results if runs[other] == variant), None)
-        if alike is not None:
-            results[name] = results[alike]
-        else:
-            report(f"Validating {name} ({number} of {len(runs)})")
-            deployment = Deployment(variant, plan.dense_tokens, config.module_path)
-            recorder = PredictionRecorder(config.module_path, config.images_from_batch)
-            with command_run(trainer, config, deployment, recorder):
-                metrics = trainer.validate(module, verbose=False, **loaders)
-            results[name] = VariantResult(flat_metrics(metrics), recorder.images, recorder.predictions)
-        if setup.state is not None:
-            setup.state.keep_result(name, results[name])
-    return results
-
-
-def _run_as(planned: PlannedVariant, request: VariantRequest) -> Variant:
-    """What a validation runs as: keep rates hold for images of all sizes."""
-    variant = variant_of(planned, request)
-    return variant if planned.keep_rates is None else variant._replace(schedule=planned.keep_rates)
-
-
 def _plain_config(settings: ComparisonSettings, goal: Objective, trainer: L.Trainer) -> dict[str, Any]:
     """Everything that was asked for, as plain values."""
     config = settings.config
@@ -174,7 +137,7 @@ def _plain_config(settings: ComparisonSettings, goal: Objective, trainer: L.Trai
         "methods": [request.name for request in settings.requests],
         "speedups": list(settings.speedups),
         "objective": str(goal),
-        "pruning": {each.name: _plain(getattr(config, each.name)) for each in fields(config)},
+        "pruning": {each.name: plain_value(getattr(config, each.name)) for each in fields(config)},
         "trainer": {
             "accelerator": type(trainer.accelerator).__name__,
             "strategy": type(trainer.strategy).__name__,
@@ -183,11 +146,6 @@ def _plain_config(settings: ComparisonSettings, goal: Objective, trainer: L.Trai
             "limit_val_batches": trainer.limit_val_batches,
         },
     }
-
-
-def _plain(value: Any) -> Any:
-    plain = isinstance(value, bool | int | float | str) or value is None
-    return value if plain else " ".join(repr(value).split())[:500]
 
 
 def _print_line(text: str) -> None:

@@ -8,23 +8,19 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
 from lightning_prune import __version__
 from lightning_prune._utils.files import read_document, slug, write_document
 from lightning_prune._utils.measurement_source import MeasurementSource
-from lightning_prune.comparison.paired_statistics import agreement, paired_difference
-from lightning_prune.comparison.predictions import Predictions
-from lightning_prune.comparison.resume import VariantResult
-from lightning_prune.comparison.variants import DENSE_NAME, INT8_NAME, ComparisonPlan, PlannedVariant
+from lightning_prune.comparison.best_variant import BestVariant
+from lightning_prune.comparison.planned_variants import ComparisonPlan, PlannedVariant
+from lightning_prune.comparison.requests import DENSE_NAME
 from lightning_prune.errors import ArgumentError
 from lightning_prune.patching import TokenTrace
-from lightning_prune.planning import Objective
-from lightning_prune.profiling import LatencyStats
 from lightning_prune.report.html_page import write_page
 from lightning_prune.report.plots import plot
-from lightning_prune.report.rows import AGREEMENT, TOP1, Row, score_of
+from lightning_prune.report.rows import Row
 from lightning_prune.report.tables import write_table
 from lightning_prune.report.token_maps import save_tokens
 from lightning_prune.schedule import MethodSpec, Schedule
@@ -37,21 +33,6 @@ _FILES = (
 _PACKAGES = ("torch", "lightning", "timm", "torchvision", "transformers", "numpy")
 
 Normalisation = tuple[Sequence[float], Sequence[float]]
-
-
-@dataclass(frozen=True)
-class BestVariant:
-    """The variant to deploy.
-
-    Attributes:
-        variant: Its name.
-        reason: Why it is the best, or that none meets the budget.
-        met: Whether it meets the objective.
-    """
-
-    variant: str
-    reason: str
-    met: bool
 
 
 @dataclass(frozen=True)
@@ -187,97 +168,6 @@ def check_output_paths(folder: Path) -> None:
             raise ArgumentError(f"`output` must have room for the folder {path.name}, got a file of that name: {path}")
 
 
-def row_of(planned: PlannedVariant, plan: ComparisonPlan, results: Mapping[str, VariantResult]) -> Row:
-    """The row of a variant.
-
-    Args:
-        planned: The variant.
-        plan: The plan that it is part of.
-        results: Variant -> result of its validation, dense included.
-    """
-    result, dense = results.get(planned.variant), results[DENSE_NAME]
-    figures: dict[str, Any] = {**_schedule_columns(planned, plan.dense_tokens), **_latency_columns(planned.timing)}
-    if result is not None:
-        figures |= _logged_columns(result.metrics)
-        if planned.variant != DENSE_NAME:
-            figures |= paired_columns(dense.predictions, result.predictions)
-    return Row(
-        variant=planned.variant,
-        method=planned.method,
-        int8=planned.int8,
-        target_speedup=planned.target_speedup,
-        **figures,
-        joules_per_image=planned.joules_per_image,
-        watts=planned.watts,
-        note=planned.note,
-        images=result.images if result is not None else 0,
-        **{name: plan.context[name] for name in ("device", "batch_size", "precision")},
-        runtime=plan.context.get("runtime", ""),
-    )
-
-
-def paired_columns(dense: Predictions | None, variant: Predictions | None) -> dict[str, float]:
-    """The columns that compare a variant with dense image by image; empty where that cannot be done.
-
-    Args:
-        dense: Predictions of the dense model, or None where they are not known.
-        variant: Predictions of the variant.
-    """
-    if dense is None or variant is None or dense.labels != variant.labels:
-        return {}
-    columns = {"agreement": agreement(dense.predicted, variant.predicted)}
-    if dense.labelled:
-        change, low, high = paired_difference(dense.correct, variant.correct)
-        columns |= {"top1_change": change, "top1_low": low, "top1_high": high}
-    return columns
-
-
-def choose_best(rows: Sequence[Row], planned: Sequence[PlannedVariant], objective: Objective) -> BestVariant:
-    """The best variant by an objective, from measured latencies and validated accuracies.
-
-    A variant that misses an accuracy budget, but whose 95% interval reaches it, is chosen only if no other variant
-    meets the budget. If neither a variant nor dense does, the fastest is chosen.
-
-    Args:
-        rows: Dense first.
-        planned: The same variants.
-        objective: What was stated.
-    """
-    schedules = {each.variant: each.schedule for each in planned}
-    dense, score = rows[0], score_of(rows) or AGREEMENT
-    whole = (dense.top1 if score == TOP1 else 1.0) or 1.0
-    candidates = [
-        row
-        for row in rows[1:]
-        if row.speedup and not row.int8 and schedules[row.variant] is not None and score.of(row) is not None
-    ]
-    dense_ms = dense.latency_ms or 0.0
-    latency = np.array([*(dense_ms / (row.speedup or 1.0) for row in candidates), dense_ms])
-    accuracy = np.array([*((score.of(row) or 0.0) / whole for row in candidates), 1.0])
-    highest = accuracy.copy()
-    for number, row in enumerate(candidates):
-        if score == TOP1 and row.top1_high is not None and dense.top1 is not None:
-            highest[number] = max(accuracy[number], (dense.top1 + row.top1_high) / whole)
-    values, doubtful = objective.score(latency, accuracy.copy()), objective.score(latency, highest.copy())
-    if np.isfinite(values[:-1]).any() or (np.isfinite(values[-1]) and not np.isfinite(doubtful[:-1]).any()):
-        row = [*candidates, dense][int(len(values) - 1 - np.argmax(values[::-1]))]
-        if row is dense:
-            return BestVariant(row.variant, f"No other variant is better than dense by {objective}.", True)
-        reason = f"The best of {len(rows)} variants by {objective}: {_figures(row, dense)}."
-        return BestVariant(row.variant, reason, True)
-    if np.isfinite(doubtful[:-1]).any():
-        row = candidates[int(np.argmax(doubtful[:-1]))]
-        reason = f"Within the 95% interval of its accuracy the best of {len(rows)} variants by {objective}"
-        return BestVariant(row.variant, f"{reason}: {_figures(row, dense)}.", True)
-    row = max([dense, *candidates], key=lambda row: row.speedup or 1.0)
-    return BestVariant(row.variant, f"No variant meets the {objective}. The fastest is {_figures(row, dense)}.", False)
-
-
-def flat_metrics(metrics: Any) -> dict[str, float]:
-    """What `trainer.validate` returned, as plain numbers; of several dataloaders the first counts."""
-    return {name: float(value) for name, value in dict(metrics[0]).items()} if metrics else {}
-
-
 def normalisation_of(module: Any) -> Normalisation | None:
     """Mean and standard deviation by which images are normalised, where the module has a timm `data_config`."""
     config: Any = getattr(module, "data_config", None)
@@ -286,45 +176,6 @@ def normalisation_of(module: Any) -> Normalisation | None:
     except (KeyError, TypeError, ValueError):
         return None
     return mean, std
-
-
-def _figures(row: Row, dense: Row) -> str:
-    speedup = f"{row.variant}, {row.speedup or 1.0:.2f}x"
-    score = TOP1 if row.top1 is not None else AGREEMENT
-    share = 1.0 if row is dense and score == AGREEMENT else score.of(row)
-    if share is None:
-        return speedup
-    against = (
-        f" ({100 * dense.top1:.2f}% dense)" if score == TOP1 and dense.top1 is not None and row is not dense else ""
-    )
-    return f"{speedup}, {100 * share:.2f}% {score.label}{against}"
-
-
-def _schedule_columns(planned: PlannedVariant, dense_tokens: int) -> dict[str, Any]:
-    schedule = planned.schedule
-    if schedule is not None:
-        block = " ".join(map(str, schedule.reducing))
-        return {"block": block, "removed": schedule.total_removed, "tokens": schedule.tokens(dense_tokens)[-1]}
-    if planned.method in ("", INT8_NAME) and planned.timing is not None:
-        return {"removed": 0, "tokens": dense_tokens}
-    return {}
-
-
-def _latency_columns(timing: LatencyStats | None) -> dict[str, float | None]:
-    if timing is None:
-        return {}
-    return {
-        "latency_ms": timing.milliseconds,
-        "latency_p90_ms": timing.p90_ms,
-        "latency_spread": timing.spread,
-        "speedup": 1 / timing.ratio,
-        "speedup_spread": timing.ratio_spread / timing.ratio**2,
-    }
-
-
-def _logged_columns(metrics: Mapping[str, float]) -> dict[str, float | None]:
-    names = ("top1", "top5", "throughput", "throughput_end_to_end")
-    return {name: metrics.get(f"val/{name}") for name in names}
 
 
 def _described(planned: PlannedVariant) -> dict[str, Any]:

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from lightning_prune import __version__
 from lightning_prune._utils.files import SavedDocument, atomic_write, read_document, slug, write_document
 from lightning_prune._utils.trees import tree_flatten, tree_leaves
+from lightning_prune.comparison.planned_variants import ComparisonPlan
 from lightning_prune.comparison.predictions import Predictions
-from lightning_prune.comparison.variants import ComparisonPlan, VariantRequest
+from lightning_prune.comparison.requests import VariantRequest
 from lightning_prune.errors import ArgumentError, FileFormatError, PruneError
 
 

@@ -108,7 +108,7 @@ def test_compare_writes_what_it_promises(
 
     monkeypatch.setattr(VariantSwitch, "to", to)
     set_latency(monkeypatch, seconds)
-    words = ["--prune.method=topk", "--max-drop=1%"]
+    words = ["--prune.method=topk", "--max-drop=1%", "--prune.time_limit=20"]  # time enough on a busy machine, too
     assert main(["compare", *TINY, *words, f"--output={tmp_path}"]) == 0
     files = ["pareto.png", "profile.json", "profile.png", "report.html", "results.csv", "results.json"]
     assert sorted(path.name for path in tmp_path.iterdir()) == [
@@ -122,7 +122,7 @@ def test_compare_writes_what_it_promises(
     assert {row["images"] for row in rows} == {"8"}
     document = read_results(tmp_path / "results.json")
     assert [list(row) for row in document["rows"]] == [COLUMNS] * 3
-    assert document["config"]["command_line"]["prune"]["time_limit"] == 0.5
+    assert document["config"]["command_line"]["prune"]["time_limit"] == 20
     assert document["config"]["command_line"]["model"]["model"] == "vit_digits_patch4_56"
     schedule = lp.Schedule.load(tmp_path / "schedule.yaml")
     (chosen,) = (row for row in rows if row["variant"] == document["best"]["variant"])

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 import lightning_prune as lp
+from helpers.clock import TickingClock
 from lightning_prune.callbacks import TokenPruning
 from lightning_prune.callbacks.first_batch import FirstBatch
-from lightning_prune.comparison import setup
+from lightning_prune.comparison.comparison_planning import ComparisonPlanner
 from lightning_prune.comparison.paired_statistics import paired_interval
 from lightning_prune.profiling.energy_meter import EnergyReading
 from lightning_prune.reduction import POMT
@@ -31,7 +32,8 @@ def run(module: Any, running: Any, output: Path | None, methods: Any, speedups: 
     messages = more.pop("messages", [])
     trainer, _ = running(**more)
     model = module if isinstance(module, L.LightningModule) else module()
-    return lp.compare(trainer, model, data(), methods, speedups, output=output, on_message=messages.append, **arguments)
+    options = {"output": output, "on_message": messages.append, "clock": TickingClock(), **arguments}
+    return lp.compare(trainer, model, data(), methods, speedups, **options)
 
 
 def test_rows_reach_their_targets_and_are_what_validation_says(module: Any, running: Any, tmp_path: Path) -> None:
@@ -163,8 +165,8 @@ def test_another_question_begins_anew_and_loses_nothing(
     model, messages = module(Counting), []
     run(model, running, tmp_path, ["random"], [1.5])
     asked = []
-    real = setup.search_methods
-    monkeypatch.setattr(setup, "search_methods", lambda *a, **k: asked.append(1) or real(*a, **k))
+    real = ComparisonPlanner.plan
+    monkeypatch.setattr(ComparisonPlanner, "plan", lambda self: asked.append(1) or real(self))
     run(model, running, tmp_path, ["random"], [1.5])
     assert (asked, model.runs) == ([], 2)
     run(model, running, tmp_path, ["random"], [2.0], messages=messages)
@@ -240,7 +242,7 @@ def test_a_method_of_which_the_images_decide_has_one_row(module: Any, running: A
 def test_a_device_without_int8_says_so_in_the_row(
     module: Any, running: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    unsupported_reason = "lightning_prune.comparison.method_search.int8_unsupported_reason"
+    unsupported_reason = "lightning_prune.comparison.compared_method.int8_unsupported_reason"
     monkeypatch.setattr(unsupported_reason, lambda *_: "no int8 on abacus")
     found = run(module, running, tmp_path, ["int8", "random", "random+int8"], [1.5])
     assert [(row.variant, row.note) for row in found.rows if row.int8] == [
@@ -258,8 +260,8 @@ def test_energy_where_there_is_a_counter(
         run()
         return EnergyReading(2.0 / images, 0.0, 40.0, 10.0, 1.0, images, 1, "meter")
 
-    monkeypatch.setattr("lightning_prune.comparison.method_search.find_counter", lambda _: Meter())
-    monkeypatch.setattr("lightning_prune.comparison.method_search.measure_energy", measure)
+    monkeypatch.setattr("lightning_prune.comparison.final_run.find_counter", lambda _: Meter())
+    monkeypatch.setattr("lightning_prune.comparison.final_run.measure_energy", measure)
     found = run(module, running, tmp_path, ["random", "int8"], [1.5])
     assert [(row.joules_per_image, row.watts) for row in found.rows] == [(0.25, 40.0)] * 3
     assert found.plan.energy == "meter; the idle device draws 10.0 W"

@@ -11,34 +11,20 @@ import pytest
 import torch
 
 import lightning_prune as lp
-from helpers.clock import TokenClock, set_latency
+from helpers.clock import TickingClock, set_latency
 from helpers.models import digits_module
 from lightning_prune.callbacks import TokenPruning
+from lightning_prune.comparison.comparison_planning import ComparisonPlanner
 from lightning_prune.planning import Objective
-from lightning_prune.profiling import InterleavedTimer, LatencyProfile
+from lightning_prune.profiling import LatencyProfile
 from lightning_prune.schedule import KeepRates
 
-from .conftest import OPTIONS
+from .conftest import OPTIONS, clock_of
 
 
 @pytest.fixture
-def module(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """Models whose blocks take a millisecond for each token that leaves them, whatever they are timed as."""
-
-    def make(kind: type[lp.ImageClassifier] = lp.ImageClassifier) -> lp.ImageClassifier:
-        model: lp.ImageClassifier = digits_module(kind)
-        clock = TokenClock(model.model.blocks)
-
-        def once(self: InterleavedTimer[Any], alternative: Any) -> float:
-            self.prepare(alternative)
-            start = clock()
-            self.run()
-            return clock() - start
-
-        monkeypatch.setattr(InterleavedTimer, "once", once)
-        return model
-
-    return make
+def module(clocked_module: Callable[..., Any]) -> Callable[..., Any]:
+    return clocked_module
 
 
 def data() -> lp.DigitsData:
@@ -49,7 +35,7 @@ def run(module: Any, running: Any, output: Path | None = None, **more: Any) -> A
     arguments = {name: more.pop(name) for name in ("methods", "objective", "resume", "on_message") if name in more}
     trainer, _ = running(**{"calibration": 8, "method": "pomt", **more})
     model = module if isinstance(module, L.LightningModule) else module()
-    return lp.compare(trainer, model, data(), output=output, **arguments)
+    return lp.compare(trainer, model, data(), output=output, clock=clock_of(model), **arguments)
 
 
 class DenseOnly(Objective):
@@ -97,7 +83,8 @@ def test_the_objective_of_the_callback_and_the_papers_own_choice(module: Any, ru
 def test_the_callback_is_not_touched(module: Any, running: Any) -> None:
     trainer, pruner = running(calibration=8, method="pomt", objective=lp.Utility(0.5))
     callbacks, config = list(trainer.callbacks), pruner.config
-    found = lp.compare(trainer, module(), data())
+    model = module()
+    found = lp.compare(trainer, model, data(), clock=clock_of(model))
     assert [row.variant for row in found.rows] == ["dense", "pomt utility"]  # the paper's choice is this one
     assert trainer.callbacks == callbacks
     assert (pruner.config, pruner.enabled, pruner.decision) == (config, True, None)
@@ -106,7 +93,8 @@ def test_the_callback_is_not_touched(module: Any, running: Any) -> None:
 def test_without_a_callback_the_defaults_are_compared(module: Any) -> None:
     trainer = L.Trainer(**OPTIONS)
     before = list(trainer.callbacks)
-    lp.compare(trainer, module(), data(), ["random"], [1.5], on_message=lambda _: None)
+    model = module()
+    lp.compare(trainer, model, data(), ["random"], [1.5], on_message=lambda _: None, clock=clock_of(model))
     assert trainer.callbacks == before
 
 
@@ -150,13 +138,13 @@ def test_a_variant_that_removes_nothing_is_dense(module: Any, running: Any) -> N
 def test_a_variant_that_is_not_faster_in_the_run_of_all_removes_nothing(
     module: Any, running: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, final = lp.comparison.setup.search_methods, []
+    real, final = ComparisonPlanner._time_all, []
 
-    def search(*args: Any, **more: Any) -> Any:
+    def time_all(self: ComparisonPlanner) -> Any:
         set_latency(monkeypatch, lambda _: 0.2, runs=False)
-        return final.append(1) or real(*args, **more)
+        return final.append(1) or real(self)
 
-    monkeypatch.setattr(lp.comparison.setup, "search_methods", search)
+    monkeypatch.setattr(ComparisonPlanner, "_time_all", time_all)
     found = run(module, running)
     assert final
     assert [(row.removed, row.tokens, row.speedup) for row in found.rows] == [(0, 197, 1.0)] * len(found.rows)
@@ -184,15 +172,32 @@ def test_a_given_schedule_is_the_only_variant(
 
 def test_a_given_schedule_among_methods_at_targets(module: Any, running: Any, tmp_path: Path) -> None:
     trainer, _ = running(method="pomt", schedule=60)
-    found = lp.compare(trainer, module(), data(), ["random", "int8"], [1.25], output=tmp_path)
-    assert [row.variant for row in found.rows] == ["dense", "random 1.25x", "int8", "pomt given"]
+    model = module()
     messages: list[str] = []
-    lp.compare(trainer, module(), data(), ["random", "int8"], [1.25], output=tmp_path, on_message=messages.append)
+    shared: dict[str, Any] = {"output": tmp_path, "on_message": messages.append, "clock": clock_of(model)}
+    found = lp.compare(trainer, model, data(), ["random", "int8"], [1.25], **shared)
+    assert [row.variant for row in found.rows] == ["dense", "random 1.25x", "int8", "pomt given"]
+    messages.clear()
+    lp.compare(trainer, model, data(), ["random", "int8"], [1.25], **shared)
     assert "4 of 4 variants were finished before" in messages[0]
     other, _ = running(method="pomt", schedule=61)
     messages.clear()
-    lp.compare(other, module(), data(), ["random", "int8"], [1.25], output=tmp_path, on_message=messages.append)
+    lp.compare(other, model, data(), ["random", "int8"], [1.25], **shared)
     assert messages[0].startswith("A new comparison: methods differ ")
+
+
+def test_a_kept_latency_profile_is_named(running: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_latency(
+        monkeypatch, lambda alternative: 1e-3 * alternative if isinstance(alternative, int) else 0.2, runs=False
+    )
+    said = []
+    for _ in range(2):
+        messages: list[str] = []
+        trainer, _ = running(calibration=8, objective=lp.LatencyBudget(speedup=1.2))
+        options: dict[str, Any] = {"on_message": messages.append, "clock": TickingClock()}
+        lp.compare(trainer, digits_module(), data(), ["random"], **options)
+        said.append(sum(line.startswith("The latency profile was measured 20") for line in messages))
+    assert said == [0, 1]
 
 
 def test_objectives_are_resumed_and_told_apart(module: Any, running: Any, tmp_path: Path) -> None:
@@ -216,7 +221,7 @@ def test_objectives_are_resumed_and_told_apart(module: Any, running: Any, tmp_pa
     [(lp.LatencyBudget(speedup=1.5), "latency budget"), (DenseOnly(), "dense only"), (lp.Utility(0.3), "utility")],
 )
 def test_variants_are_named_after_their_objectives(objective: Objective, name: str, running: Any) -> None:
-    from lightning_prune.comparison.variants import read_requests
+    from lightning_prune.comparison.requests import read_requests
 
     _, pruner = running(method="tome")
     names = [request.name for request in read_requests(pruner.config, None, None, objective)]
@@ -244,7 +249,7 @@ def test_an_error_leaves_trainer_callback_and_model_as_they_were(module: Any, ru
     trainer, pruner = running(calibration=8, method="pomt")
     callbacks, config = list(trainer.callbacks), pruner.config
     with pytest.raises(Stop):
-        lp.compare(trainer, model, data())
+        lp.compare(trainer, model, data(), clock=clock_of(model))
     assert model.runs == 3
     assert trainer.callbacks == callbacks
     assert (pruner.config, pruner.enabled, pruner.decision) == (config, True, None)
@@ -276,6 +281,7 @@ def test_loaders_serve_as_data(module: Any, running: Any) -> None:
     digits = data()
     digits.setup("validate")
     trainer, _ = running(method="pomt")
-    found = lp.compare(trainer, module(), digits.val_dataloader(), ["random"], [1.5])
+    model = module()
+    found = lp.compare(trainer, model, digits.val_dataloader(), ["random"], [1.5], clock=clock_of(model))
     assert [row.images for row in found.rows] == [16, 16]
     assert found.plan.seconds > 0

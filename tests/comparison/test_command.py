@@ -22,7 +22,7 @@ TINY = [
     "--trainer.accelerator=cpu",
     "--trainer.enable_progress_bar=false",
     "--trainer.limit_val_batches=2",
-    "--prune.time_limit=1",
+    "--prune.time_limit=60",
 ]
 METHODS = [
     *("--methods", "dense", "pomt", "tome", "topk", "evit", "random", "vwt-intra", "int8"),

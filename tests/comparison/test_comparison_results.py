@@ -12,8 +12,9 @@ import torch
 import lightning_prune as lp
 from lightning_prune._utils.measurement_source import MeasurementSource
 from lightning_prune.comparison import Comparison, read_results
-from lightning_prune.comparison.comparison_results import BestVariant, check_output_paths, choose_best, normalisation_of
-from lightning_prune.comparison.variants import ComparisonPlan, PlannedVariant, UnreachedTarget
+from lightning_prune.comparison.best_variant import BestVariant, choose_best
+from lightning_prune.comparison.comparison_results import check_output_paths, normalisation_of
+from lightning_prune.comparison.planned_variants import ComparisonPlan, PlannedVariant, UnreachedTarget
 from lightning_prune.patching import TokenTrace
 from lightning_prune.planning import Objective
 from lightning_prune.profiling import LatencyProfile, LatencyStats

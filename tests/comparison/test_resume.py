@@ -12,7 +12,9 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 import lightning_prune as lp
 from lightning_prune._utils.files import slug
 from lightning_prune._utils.measurement_source import MeasurementSource
+from lightning_prune.comparison.planned_variants import ComparisonPlan, PlannedVariant, UnreachedTarget
 from lightning_prune.comparison.predictions import Predictions
+from lightning_prune.comparison.requests import VariantRequest, read_methods
 from lightning_prune.comparison.resume import (
     ResumeState,
     VariantResult,
@@ -21,13 +23,6 @@ from lightning_prune.comparison.resume import (
     fingerprint_digest,
     fingerprint_of,
     weights_digest,
-)
-from lightning_prune.comparison.variants import (
-    ComparisonPlan,
-    PlannedVariant,
-    UnreachedTarget,
-    VariantRequest,
-    read_methods,
 )
 from lightning_prune.profiling import LatencyProfile, LatencyStats
 from lightning_prune.reduction import POMT, RandomDrop

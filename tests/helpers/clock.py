@@ -31,6 +31,22 @@ class TokenClock:
         self.now += self.seconds * output.shape[1]
 
 
+class TickingClock:
+    """A clock for the `clock` argument that goes on by a little at each look: loops end, and nothing takes long.
+
+    Args:
+        seconds: For each look.
+    """
+
+    def __init__(self, seconds: float = 1e-3) -> None:
+        self.now, self.seconds = 0.0, seconds
+
+    def __call__(self) -> float:
+        """Seconds."""
+        self.now += self.seconds
+        return self.now
+
+
 def set_latency(monkeypatch: pytest.MonkeyPatch, seconds: Callable[[Any], float], runs: bool = True) -> None:
     """Makes every timed run take what `seconds` says of its alternative, where no `clock` can be handed in.
 

@@ -1,25 +1,20 @@
-"""The variants of a comparison: as requested, as planned, and as a validation runs them."""
+"""What a comparison is asked for: the variants that are wanted, read from names of methods, targets and objectives."""
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Sequence
+from dataclasses import dataclass
 from difflib import get_close_matches
+from math import isfinite
+from pathlib import Path
 from typing import Any, NamedTuple, cast
-
-import lightning as L
 
 from lightning_prune._utils.validation import check
 from lightning_prune.callbacks import PruningConfig
-from lightning_prune.callbacks.first_batch import refuse_sharded
-from lightning_prune.callbacks.hooks import EvaluationCallback
 from lightning_prune.errors import ArgumentError
-from lightning_prune.patching import find_vision_transformer
 from lightning_prune.planning import Objective, Utility
 from lightning_prune.planning.method_selection import AUTO_METHODS
-from lightning_prune.profiling import LatencyProfile, LatencyStats, Variant, VariantSwitch
-from lightning_prune.quantization import Int8Weights
 from lightning_prune.reduction import POMT, Reduction, names, resolve
-from lightning_prune.schedule import KeepRates, Schedule, ScheduleLike
+from lightning_prune.schedule import ScheduleLike
 
 DENSE_NAME, INT8_NAME, AUTO_NAME = "dense", "int8", "auto"
 _AND_INT8 = "+int8"
@@ -68,6 +63,27 @@ class VariantRequest(NamedTuple):
     def planned_by(self, objective: Objective) -> "VariantRequest":
         """The one variant that an objective makes of this request."""
         return self._replace(name=f"{self.name} {_kind_of(objective)}", objective=objective, label=self.name)
+
+
+@dataclass(frozen=True)
+class ComparisonSettings:
+    """What was asked for.
+
+    Attributes:
+        config: All settings of pruning.
+        requests: What is compared, dense first.
+        speedups: The targets, ascending; empty where there are none.
+        output: Folder for what is written; None where nothing is.
+        resume: Whether to go on from what is known there.
+        limit_val_batches: Of the trainer.
+    """
+
+    config: PruningConfig
+    requests: Sequence[VariantRequest]
+    speedups: Sequence[float]
+    output: Path | None
+    resume: bool
+    limit_val_batches: int | float | None
 
 
 def read_requests(
@@ -183,179 +199,23 @@ def _kind_of(objective: Objective) -> str:
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", type(objective).__name__).lower()
 
 
-@dataclass(frozen=True)
-class PlannedVariant:
-    """A variant of a comparison with its schedule and its latency, before it is validated.
-
-    Attributes:
-        variant: Its name: `dense`, `pomt 1.25x`, `int8`.
-        request: The name of its request.
-        method: The method, as the table calls it.
-        int8: Whether it runs in 8 bits.
-        target_speedup: The speed-up that it was planned for.
-        settings: Of the reduction.
-        schedule: What it removes; None for dense, int8, and where the images decide.
-        timing: Of the interleaved run of all variants; None where it cannot be run.
-        note: A remark, such as why it cannot be run.
-        joules_per_image: Energy; None where there is no counter.
-        watts: Mean power.
-        chosen: Name of the reduction that `auto` chose; empty where the request says it.
-        keep_rates: The keep rates that were given; None where tokens were counted.
-        plan: How an objective led to the schedule, as plain values; None where none did.
-    """
-
-    variant: str
-    request: str
-    method: str = ""
-    int8: bool = False
-    target_speedup: float | None = None
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    schedule: Schedule | None = None
-    timing: LatencyStats | None = None
-    note: str = ""
-    joules_per_image: float | None = None
-    watts: float | None = None
-    chosen: str = ""
-    keep_rates: KeepRates | None = None
-    plan: Mapping[str, Any] | None = None
-
-    @property
-    def reason(self) -> str:
-        """Why it has this schedule, where an objective led to it."""
-        return "" if self.plan is None else str(self.plan["reason"])
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values."""
-        return {
-            **{each.name: getattr(self, each.name) for each in fields(self)},
-            "settings": dict(self.settings),
-            "schedule": None if self.schedule is None else self.schedule.to_dict(),
-            "keep_rates": None if self.keep_rates is None else self.keep_rates.to_dict(),
-            "timing": None if self.timing is None else asdict(self.timing),
-        }
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "PlannedVariant":
-        """The inverse of `to_dict`."""
-        schedule, rates, timing = values["schedule"], values["keep_rates"], values["timing"]
-        read = {
-            "schedule": None if schedule is None else Schedule.from_dict(schedule),
-            "keep_rates": None if rates is None else KeepRates.from_dict(rates),
-            "timing": None if timing is None else LatencyStats(**timing),
-        }
-        return cls(**{**values, **read})
-
-
-def reduction_of(planned: PlannedVariant, request: VariantRequest) -> Reduction | None:
-    """The method of a planned variant; None where no token is removed. Those that `auto` chooses from have names."""
-    return resolve(planned.chosen) if planned.chosen else request.reduction
-
-
-def variant_of(planned: PlannedVariant, request: VariantRequest) -> Variant:
-    """What a planned variant runs as."""
-    reduction = reduction_of(planned, request)
-    weights = Int8Weights if request.int8 else None
-    if reduction is None or (planned.schedule is not None and not planned.schedule.total_removed):
-        return Variant(weights=weights)
-    return Variant(reduction, planned.schedule, weights)
-
-
-@dataclass(frozen=True)
-class UnreachedTarget:
-    """A target that a method cannot reach.
-
-    Attributes:
-        method: The method, as the user calls it.
-        target_speedup: The speed-up.
-        best: The largest that was measured.
-        reason: Why, in a sentence.
-    """
-
-    method: str
-    target_speedup: float
-    best: float
-    reason: str
-
-
-@dataclass(frozen=True)
-class ComparisonPlan:
-    """All variants with their schedules and latencies, before any is validated.
-
-    Attributes:
-        planned: The variants, dense first.
-        unreached: Target speed-ups without a variant.
-        context: Device, batch, precision and versions.
-        dense_tokens: N.
-        energy: Where joules come from, or why there are none.
-        seconds: What planning and timing took.
-        started: When, as an ISO date.
-        profile: Latency against the number of tokens.
-        calibration: Which images the accuracy was estimated on; empty where it was not.
-    """
-
-    planned: list[PlannedVariant]
-    unreached: list[UnreachedTarget]
-    context: Mapping[str, Any]
-    dense_tokens: int
-    energy: str
-    seconds: float
-    started: str
-    profile: LatencyProfile | None = None
-    calibration: str = ""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values."""
-        return {
-            **{each.name: getattr(self, each.name) for each in fields(self)},
-            "planned": [planned.to_dict() for planned in self.planned],
-            "unreached": [asdict(unreached) for unreached in self.unreached],
-            "context": dict(self.context),
-            "profile": None if self.profile is None else self.profile.to_dict(),
-        }
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "ComparisonPlan":
-        """The inverse of `to_dict`."""
-        profile = values["profile"]
-        read = {
-            "planned": [PlannedVariant.from_dict(planned) for planned in values["planned"]],
-            "unreached": [UnreachedTarget(**unreached) for unreached in values["unreached"]],
-            "profile": None if profile is None else LatencyProfile.from_dict(profile),
-        }
-        return cls(**{**values, **read})
-
-
-class Deployment(EvaluationCallback):
-    """Makes the Vision Transformer of a LightningModule run as a variant from the first batch to the end of a run.
+def check_speedups(speedups: Sequence[float]) -> list[float]:
+    """The target speed-ups in ascending order.
 
     Args:
-        variant: What to run as.
-        dense_tokens: N, of the images that the variant was planned for.
-        module_path: Dotted path of the transformer, where there are several.
+        speedups: Dense latency over wanted latency, each > 1.
+
+    Raises:
+        ArgumentError: If there is none, one is not a finite number > 1 (1 is the dense model), or one occurs twice.
     """
-
-    def __init__(self, variant: Variant, dense_tokens: int, module_path: str | None) -> None:
-        self.variant, self.dense_tokens, self.module_path = variant, dense_tokens, module_path
-        self._switch: VariantSwitch | None = None
-
-    def _before_batch(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int
-    ) -> None:
-        if self._switch is not None:
-            return
-        refuse_sharded(trainer)
-        transformer = find_vision_transformer(pl_module, self.module_path)
-        variant = self.variant
-        if isinstance(variant.schedule, Schedule) and transformer.num_tokens is None:  # images of other sizes may come
-            rates = KeepRates.of(variant.schedule, self.dense_tokens, transformer.num_prefix_tokens)
-            variant = variant._replace(schedule=rates)
-        self._switch = VariantSwitch(transformer)  # before anything can fail: `_close` restores what is changed
-        self._switch.to(variant)
-
-    def _figures(self) -> dict[str, float]:
-        return {}
-
-    def _close(self, trainer: L.Trainer) -> None:
-        switch, self._switch = self._switch, None
-        if switch is not None:
-            switch.off()
+    if not isinstance(speedups, list | tuple) or not speedups:
+        raise ArgumentError(f"`speedups` must be a list of numbers > 1, got {speedups!r}.")
+    for value in speedups:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not isfinite(value) or value <= 1:
+            raise ArgumentError(f"`speedups` must be finite numbers > 1 (1 is the dense model), got {value!r}.")
+    names = [f"{value:g}" for value in speedups]  # as variants are called
+    repeated = next((name for name in names if names.count(name) > 1), None)
+    if repeated is not None:
+        raise ArgumentError(f"`speedups` must differ from one another, got {repeated} twice.")
+    return sorted(float(value) for value in speedups)

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 import lightning_prune as lp
-from lightning_prune.comparison.variants import VariantRequest, read_methods
+from lightning_prune.comparison.requests import VariantRequest, read_methods
 from lightning_prune.reduction import POMT, RandomDrop, names, resolve
 
 

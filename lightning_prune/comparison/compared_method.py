@@ -1,0 +1,140 @@
+"""One method of a comparison: whether a model can be pruned by it, and the variants that it makes."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from lightning_prune._utils.measurement_source import MeasurementSource
+from lightning_prune.comparison.final_run import Target
+from lightning_prune.comparison.planned_variants import PlannedVariant, plain_settings
+from lightning_prune.comparison.requests import VariantRequest
+from lightning_prune.errors import ScheduleError, UnsupportedModelError
+from lightning_prune.patching import PatchHandle, VisionTransformer
+from lightning_prune.patching.schedule_forms import allocate_schedule, reducing_block
+from lightning_prune.planning.method_selection import usable_methods
+from lightning_prune.planning.ordered_candidates import OrderedCandidates
+from lightning_prune.planning.results import Candidate
+from lightning_prune.profiling import LatencyStats, Variant
+from lightning_prune.quantization import Int8Weights, int8_backend
+from lightning_prune.quantization import unsupported_reason as int8_unsupported_reason
+from lightning_prune.reduction import spec_of
+from lightning_prune.schedule import Schedule
+
+
+class ComparedMethod:
+    """One method of a comparison: what it can do with one model.
+
+    Args:
+        transformer: The Vision Transformer, dense.
+        request: What was asked for.
+        tokens: N.
+        block: The reducing block of methods that reduce once.
+    """
+
+    def __init__(
+        self, transformer: VisionTransformer, request: VariantRequest, tokens: int, block: int | float
+    ) -> None:
+        self.transformer, self.request, self.tokens = transformer, request, tokens
+        self.depth, self.prefix = transformer.depth, transformer.num_prefix_tokens
+        self.note = ""
+        self.weights = Int8Weights if request.int8 else None
+        reduction = request.reduction
+        self.block = 0 if reduction is None else reducing_block(reduction, block, transformer)
+        self.largest = 0
+        if reduction is not None and reduction.adaptive:
+            self.note = "the images decide how many tokens go"
+        elif reduction is not None:
+            self.largest = reduction.max_total_removed(tokens, self.prefix, self.depth, self.block)
+
+    def unsupported_reason(self, images: Tensor) -> str | None:
+        """Why the method cannot be used with this model on this device; None if it can."""
+        root, reduction = self.transformer.root, self.request.reduction
+        if self.request.searches:
+            try:
+                usable_methods(list(self.request.searched), "all", self.transformer)
+            except UnsupportedModelError as error:
+                return str(error)
+            return None
+        if self.request.int8:
+            reason = int8_unsupported_reason(images.device, root, images)
+            if reason is not None:
+                return reason
+            self.note = "; ".join(filter(None, (self.note, f"8 bits by {int8_backend(images.device)}")))
+        if reduction is None:
+            return None
+        try:
+            if not reduction.adaptive and self.largest < 1:
+                return f"{reduction.name} can remove none of the {self.tokens} tokens"
+            schedule = None if reduction.adaptive else self._candidate(1).schedule
+            with PatchHandle(self.transformer, reduction, schedule):
+                root.forward(images)  # past a compiled graph: this is about whether it runs, not how fast
+        except (UnsupportedModelError, ScheduleError) as error:
+            return str(error)
+        return None
+
+    def variant(self) -> Variant:
+        """The only variant of a method without targets."""
+        return Variant(self.request.reduction, None, self.weights)
+
+    def source(self) -> OrderedCandidates:
+        """The amounts of a method in its usual form: tokens that it removes."""
+        return OrderedCandidates(self.request.name, self._candidate, 0 if self.request.int8 else 1, self.largest)
+
+    def _candidate(self, amount: int) -> Candidate:
+        reduction = self.request.reduction
+        assert reduction is not None
+        counts = (self.tokens, self.prefix, self.depth, self.block)
+        schedule = allocate_schedule(reduction, amount, *counts)
+        return Candidate(self.request.name, reduction, schedule, 1.0, weights=self.weights)
+
+    def planned(self, timing: LatencyStats | None = None, note: str = "") -> PlannedVariant:
+        """The only variant of a method without targets, or of one that cannot be used.
+
+        Args:
+            timing: Of the final run; None if it was not part of it.
+            note: A remark.
+        """
+        request = self.request
+        return PlannedVariant(
+            variant=request.name,
+            request=request.name,
+            method=request.method,
+            int8=request.int8,
+            settings=plain_settings(request.reduction),
+            timing=timing,
+            note=note,
+        )
+
+    def planned_for(self, target: Target, timing: LatencyStats, context: Mapping[str, Any]) -> PlannedVariant:
+        """The variant of a target speed-up.
+
+        Args:
+            target: With a candidate.
+            timing: Of the final run.
+            context: What the schedule was made on.
+        """
+        request, candidate, speedup = self.request, target.candidate, target.budget.speedup
+        assert candidate is not None
+        reduction, counts = candidate.reduction, candidate.schedule
+        chosen = "" if reduction is None or reduction is request.reduction else reduction.name
+        made_on = MeasurementSource.from_context(
+            context, dense_tokens=self.tokens, int8=request.int8, target_speedup=speedup
+        )
+        shortfall = ""
+        if not counts.total_removed:
+            shortfall = "8 bits alone reach it"
+        elif not target.reached:
+            shortfall = f"short of its target: {1 / timing.ratio:.2f}x when planning ended"
+        return PlannedVariant(
+            variant=f"{request.name} {speedup:g}x",
+            request=request.name,
+            method=request.method,
+            int8=request.int8,
+            chosen=chosen,
+            target_speedup=speedup,
+            settings=plain_settings(reduction),
+            schedule=Schedule(counts.removed, None if reduction is None else spec_of(reduction), made_on),
+            timing=timing,
+            note="; ".join(filter(None, (chosen, shortfall))),
+        )

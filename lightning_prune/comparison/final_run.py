@@ -1,0 +1,133 @@
+"""The run in which all variants of a comparison are timed together, and the energy of each."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from lightning_prune._utils.progress import OnStep, progress_bar
+from lightning_prune.comparison.planned_variants import PlannedVariant, UnreachedTarget, variant_of
+from lightning_prune.comparison.requests import VariantRequest
+from lightning_prune.comparison.target_search import TUNING, VariantTimer
+from lightning_prune.errors import DataError
+from lightning_prune.patching import VisionTransformer
+from lightning_prune.planning.candidate_search import CandidateSearch, Timings, run_searches
+from lightning_prune.planning.objectives import LatencyBudget
+from lightning_prune.planning.ordered_candidates import OrderedCandidates
+from lightning_prune.planning.results import Candidate
+from lightning_prune.profiling import DENSE, InterleavedTimer, Variant, VariantSwitch
+from lightning_prune.profiling.energy_meter import NO_COUNTER, Unavailable, find_counter, measure_energy
+
+
+@dataclass
+class Target:
+    """A target speed-up of one method, with what was found for it.
+
+    Attributes:
+        budget: The target.
+        source: The amounts of the method.
+        search: The search of the final run.
+        candidate: The candidate that reaches the target, or comes nearest.
+        reached: Whether it does.
+        exhausted: Whether the largest amount does not reach it.
+        best_speedup: The largest speed-up that was timed.
+    """
+
+    budget: LatencyBudget
+    source: OrderedCandidates
+    search: CandidateSearch
+    candidate: Candidate | None = None
+    reached: bool = False
+    exhausted: bool = False
+    best_speedup: float = 0.0
+
+    def unreached(self, method: str) -> UnreachedTarget:
+        """What is said of the target if no amount reaches it.
+
+        Args:
+            method: The method, as the user calls it.
+        """
+        reason = f"timed up to {self.source.fastest().schedule}, the most that the method can remove"
+        return UnreachedTarget(method, float(self.budget.speedup or 1), self.best_speedup, reason)
+
+
+def verify_targets(
+    timer: InterleavedTimer[Variant],
+    targets: Sequence[Target],
+    others: Sequence[Variant],
+    rounds: int,
+    time_limit: float,
+    on_step: OnStep,
+) -> None:
+    """Times all variants in one interleaved run; a target that is missed moves on to another amount.
+
+    Args:
+        timer: A fresh one: the timings of the search chose the amounts, and so speak too well of them.
+        targets: Changed in place; their sources must be restarted.
+        others: Variants without a target.
+        rounds: Rounds of each variant, if time allows.
+        time_limit: Seconds; three rounds of each variant are completed all the same.
+        on_step: Called after every run.
+    """
+    deadline = timer.clock() + time_limit
+    timing = VariantTimer(timer, rounds, deadline, on_step, TUNING.min_final_rounds)
+    untimed = list(others)
+
+    def time_candidates(candidates: Sequence[Candidate]) -> Timings:
+        timing.time_variants(list(dict.fromkeys([*untimed, *(candidate.variant for candidate in candidates)])))
+        untimed.clear()
+        return timer.result(DENSE), {c.key: timer.result(c.variant) for c in candidates}
+
+    run_searches([target.search for target in targets], time_candidates, deadline, clock=timer.clock)
+    if untimed:
+        timing.time_variants(untimed)
+    for target in targets:
+        choice = target.search.result()
+        target.candidate, target.reached = choice.candidate, choice.met
+        fails = target.source.reaches(target.source.largest, target.budget, 1.0) is False
+        target.exhausted = not choice.met and fails
+        target.best_speedup = max(1 / timed.timing.ratio for timed in target.search.timed)
+
+
+def with_energy(
+    transformer: VisionTransformer,
+    images: Tensor,
+    planned: Sequence[PlannedVariant],
+    requests: Mapping[str, VariantRequest],
+    progress: bool = True,
+) -> tuple[list[PlannedVariant], str]:
+    """Measures what an image costs as each variant, in windows of a second or more.
+
+    To be used inside `ready_to_run`.
+
+    Args:
+        transformer: The Vision Transformer, dense; so it is afterwards.
+        images: (B, channels, height, width) on its device.
+        planned: The variants.
+        requests: Name -> request.
+        progress: Shows a bar on a terminal.
+
+    Returns:
+        The variants with their energy, and where that comes from; as they were, and why, where there is no counter.
+    """
+    counter = find_counter(images.device)
+    if isinstance(counter, Unavailable):
+        return list(planned), counter.text
+    switch, found, idle = VariantSwitch(transformer), [], 0.0
+    try:
+        with progress_bar("Measuring energy", None, progress) as tick:
+            for each in planned:
+                if each.timing is not None:
+                    switch.to(variant_of(each, requests[each.request]))
+                    reading = measure_energy(
+                        lambda: transformer.compiled_root(images), len(images), images.device, counter
+                    )
+                    each = replace(each, joules_per_image=reading.joules_per_image, watts=reading.watts)
+                    idle = reading.idle_watts
+                    tick()
+                found.append(each)
+    except DataError as error:  # the counter stands still under load: what it says is no energy
+        return list(planned), f"{NO_COUNTER}: {error}"
+    finally:
+        switch.off()
+    return found, f"{counter.name}; the idle device draws {idle:.1f} W"

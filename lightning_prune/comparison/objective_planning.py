@@ -1,0 +1,154 @@
+"""Variants whose schedule follows from an objective, or was given: planned together where they measure the same."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from lightning_prune.callbacks import PruningConfig
+from lightning_prune.callbacks.decision import Decision
+from lightning_prune.callbacks.first_batch import FirstBatch
+from lightning_prune.comparison.planned_variants import PlannedVariant, plain_settings
+from lightning_prune.comparison.requests import VariantRequest
+from lightning_prune.patching import check_schedule
+from lightning_prune.patching.compatibility import check_depth
+from lightning_prune.patching.schedule_forms import resolve_schedule
+from lightning_prune.planning import Objective
+from lightning_prune.profiling.measurement import ready_to_run
+from lightning_prune.reduction import Reduction
+from lightning_prune.schedule import KeepRates
+
+
+class ObjectiveGroup(NamedTuple):
+    """Requests that differ in their objective only, so that one measurement serves all.
+
+    Attributes:
+        config: The settings with which `TokenPruning` would plan them.
+        requests: The requests, each with an objective.
+    """
+
+    config: PruningConfig
+    requests: list[VariantRequest]
+
+    @property
+    def name(self) -> str:
+        """The names of its requests."""
+        return ", ".join(request.name for request in self.requests)
+
+    @property
+    def objectives(self) -> list[Objective]:
+        """The objectives of its requests."""
+        return [request.objective for request in self.requests if request.objective is not None]
+
+
+def objective_groups(config: PruningConfig, requests: Sequence[VariantRequest]) -> list[ObjectiveGroup]:
+    """The requests with an objective, in groups of the same methods, blocks and protocol, in the order of the first.
+
+    Args:
+        config: All settings of pruning.
+        requests: What is compared.
+    """
+    groups: list[ObjectiveGroup] = []
+    for request in requests:
+        if request.objective is None:
+            continue
+        own = _config_of(config, request)
+        group = next((g for g in groups if _measured_by(g.config) == _measured_by(own)), None)
+        if group is None:
+            groups.append(ObjectiveGroup(own, [request]))
+        else:
+            group.requests.append(request)
+    return groups
+
+
+def variant_of_decision(request: VariantRequest, decision: Decision) -> PlannedVariant:
+    """The variant that a plan by an objective makes.
+
+    Args:
+        request: What was asked for.
+        decision: With a plan.
+    """
+    assert decision.plan is not None
+    chosen = decision.reduction.name if request.searches and decision.reduction is not None else ""
+    reduction = decision.reduction if request.searches else request.reduction
+    plan: Mapping[str, Any] = json.loads(json.dumps(decision.plan.to_dict()))  # as it will be read back
+    return PlannedVariant(
+        variant=request.name,
+        request=request.name,
+        method=request.method,
+        chosen=chosen,
+        settings=plain_settings(reduction),
+        schedule=decision.schedule,
+        note=chosen if decision.schedule.total_removed else "",
+        plan={**plan, "calibration": decision.calibration},
+    )
+
+
+def given_variant(first: FirstBatch, request: VariantRequest) -> PlannedVariant:
+    """The variant of a schedule that was given, checked against the model.
+
+    Args:
+        first: The first batch.
+        request: With a schedule.
+
+    Raises:
+        ScheduleError: If the schedule does not fit the model.
+    """
+    transformer, reduction, config = first.transformer, request.reduction, first.config
+    assert reduction is not None
+    assert request.schedule is not None
+    value = resolve_schedule(request.schedule, transformer, reduction, config.place, first.images)
+    with ready_to_run(transformer):
+        tokens = transformer.count_tokens(first.images)
+    if isinstance(value, KeepRates):
+        check_depth(transformer, value)
+        counts, rates = value.schedule(tokens, transformer.num_prefix_tokens), value
+    else:
+        counts, rates = value, None
+    check_schedule(transformer, reduction, counts)
+    return PlannedVariant(
+        variant=request.name,
+        request=request.name,
+        method=request.method,
+        settings=plain_settings(reduction),
+        schedule=counts,
+        keep_rates=rates,
+    )
+
+
+def dense_if_slower(planned: PlannedVariant, decision: Decision | None, dense: PlannedVariant) -> PlannedVariant:
+    """A variant of an objective; one that removes nothing if it is not faster than dense in the run of all variants.
+
+    Args:
+        planned: The variant, with its timing of that run.
+        decision: What planned it; None where no objective did.
+        dense: The dense model in that run.
+    """
+    if decision is None or decision.plan is None or planned.timing is None or planned.plan is None:
+        return planned
+    made = replace(decision.plan, dense=dense.timing, pruned=planned.timing).or_dense_if_slower()
+    if made.schedule == planned.schedule:
+        return planned
+    return replace(
+        planned,
+        schedule=made.schedule,
+        timing=dense.timing,
+        joules_per_image=dense.joules_per_image,
+        watts=dense.watts,
+        note="nothing is gained",
+        plan={**planned.plan, "reason": made.reason},
+    )
+
+
+def _config_of(config: PruningConfig, request: VariantRequest) -> PruningConfig:
+    """The settings with which `TokenPruning` would plan a request."""
+    method: str | Reduction = request.reduction if request.reduction is not None else "auto"
+    block: Any = config.block
+    if not isinstance(method, Reduction) or (block == "auto" and method.site != "block"):
+        block = 0.25
+    protocol: Any = config.protocol if method == config.method else "deployed"
+    return replace(config, method=method, block=block, objective=request.objective, schedule="auto", protocol=protocol)
+
+
+def _measured_by(config: PruningConfig) -> tuple[Any, ...]:
+    return config.method, config.block, config.protocol

@@ -1,0 +1,165 @@
+"""The search for the schedules with which a method reaches target speed-ups."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from lightning_prune._utils.progress import OnStep
+from lightning_prune.comparison.requests import VariantRequest
+from lightning_prune.patching import VisionTransformer
+from lightning_prune.planning.candidate_search import CandidateSearch, Timings, run_searches
+from lightning_prune.planning.measurements import Measurements
+from lightning_prune.planning.method_front import MethodFront
+from lightning_prune.planning.method_selection import usable_methods
+from lightning_prune.planning.objectives import RATIO_TOLERANCE, LatencyBudget
+from lightning_prune.planning.ordered_candidates import TARGET_TUNING, OrderedCandidates, amount_grid
+from lightning_prune.planning.results import Candidate, pareto_front
+from lightning_prune.profiling import DENSE, InterleavedTimer, Variant
+from lightning_prune.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class SearchTuning:
+    """Constants of the search for target speed-ups, and of the final run.
+
+    Attributes:
+        grid_points: Fewest and most amounts of the first grid.
+        grid_rounds: Rounds of the first grid.
+        search_rounds: Rounds of each run of the search; what it finds is verified by many more.
+        final_rounds: Rounds of the run of all variants, if there is time.
+        min_final_rounds: Rounds of that run in any case.
+        slow_ratio: A variant slower than this, over dense, is timed in fewer rounds, so that it leaves time for others.
+    """
+
+    grid_points: tuple[int, int] = (4, 16)
+    grid_rounds: int = 3
+    search_rounds: int = 9
+    final_rounds: int = 51
+    min_final_rounds: int = 3
+    slow_ratio: float = 3.0
+
+
+TUNING = SearchTuning()
+
+
+class VariantTimer:
+    """Times candidates in rounds of one interleaved run.
+
+    Args:
+        timer: The interleaved timer; its reference is dense.
+        rounds: Rounds of each candidate, if there is time.
+        deadline: On the timer's clock.
+        on_step: Called after every run.
+        min_rounds: Rounds of each candidate in any case.
+    """
+
+    def __init__(
+        self, timer: InterleavedTimer[Variant], rounds: int, deadline: float, on_step: OnStep, min_rounds: int = 1
+    ) -> None:
+        self.timer, self.rounds, self.deadline, self.on_step = timer, rounds, deadline, on_step
+        self.min_rounds = min(min_rounds, rounds)
+
+    def time_variants(self, variants: Sequence[Variant]) -> None:
+        """Times variants together with dense, slow ones in fewer rounds, in half of the time that is left."""
+        start = self.timer.clock()
+        self.timer.measure(variants, self.min_rounds, on_step=self.on_step)
+        slow = [v for v in variants if self.timer.result(v).ratio > TUNING.slow_ratio]
+        fast = [v for v in variants if v not in slow]
+        until = start + (self.deadline - start) / 10
+        few, more = min(self.rounds, TUNING.search_rounds) - self.min_rounds, self.rounds - self.min_rounds
+        self.timer.measure(slow, max(few, 0), until, self.on_step)
+        self.timer.measure(fast, more, (self.timer.clock() + self.deadline) / 2, self.on_step)
+
+    def __call__(self, candidates: Sequence[Candidate]) -> Timings:
+        """Times candidates; their timings and that of dense."""
+        self.time_variants([candidate.variant for candidate in candidates])
+        return self.timer.result(DENSE), {c.key: self.timer.result(c.variant) for c in candidates}
+
+
+def search_targets(
+    timer: InterleavedTimer[Variant],
+    source: OrderedCandidates,
+    budgets: Sequence[LatencyBudget],
+    time_limit: float,
+    on_step: OnStep,
+) -> dict[LatencyBudget, int]:
+    """The smallest amount of a method that reaches each target, as short runs show; to be verified.
+
+    Args:
+        timer: Times variants; the time limit is on its clock.
+        source: The amounts of the method. If it has no `start`, a grid over all amounts is timed first.
+        budgets: The targets.
+        time_limit: Seconds; one round is completed all the same.
+        on_step: Called after every run.
+    """
+    deadline = timer.clock() + time_limit
+    if not source.start:
+        timer.measure([], 1, on_step=on_step)
+        seconds = timer.result(DENSE).milliseconds / 1e3
+        fewest, most = TUNING.grid_points
+        points = int(0.5 * time_limit / (seconds * (TUNING.grid_rounds + 1)))
+        amounts = amount_grid(source.smallest, source.largest, max(fewest, min(most, points)))
+        grid = [source.candidate(amount) for amount in amounts]
+        timer.measure([c.variant for c in grid], TUNING.grid_rounds, deadline, on_step)
+        for candidate in grid:
+            source.observe(candidate, timer.result(candidate.variant))
+    searches = {budget: CandidateSearch(budget, [source], 1.0, tuning=TARGET_TUNING) for budget in budgets}
+    timing = VariantTimer(timer, TUNING.search_rounds, deadline, on_step)
+    run_searches(list(searches.values()), timing, deadline, clock=timer.clock)
+    dense_ms = timer.result(DENSE).milliseconds
+    return {budget: source.amount(source.propose(budget, dense_ms, deadline).candidate) for budget in budgets}
+
+
+def merged_front(fronts: Sequence[MethodFront], chosen: Sequence[Candidate]) -> list[Candidate]:
+    """The candidates of all methods from the slowest to the fastest, none beaten in both latency and proxy.
+
+    Args:
+        fronts: Of the methods.
+        chosen: Timed candidates with their proxies; no candidate that is merely predicted displaces one of them.
+    """
+
+    def key(candidate: Candidate) -> tuple[float, float]:
+        return candidate.latency_ratio, -(candidate.accuracy or 0.0)
+
+    def beats(one: Candidate, other: Candidate) -> bool:
+        return all(a <= b for a, b in zip(key(one), key(other), strict=True))
+
+    timed = pareto_front([candidate for candidate in chosen if not candidate.is_dense], key)
+    predicted = [
+        replace(candidate, accuracy=front.estimate(candidate))
+        for front in fronts
+        for candidate in front.candidates
+        if not candidate.is_dense
+    ]
+    fitting = [c for c in predicted if not any(beats(c, other) or beats(other, c) for other in timed)]
+    return pareto_front([*timed, *fitting], key)[::-1]
+
+
+def auto_source(
+    request: VariantRequest, measured: Measurements, transformer: VisionTransformer, budgets: Sequence[LatencyBudget]
+) -> OrderedCandidates:
+    """The merged front of all methods, with the position from which each target starts.
+
+    Args:
+        request: `auto`.
+        measured: What planning measures.
+        transformer: The Vision Transformer.
+        budgets: The targets.
+    """
+    fronts = measured.fronts(usable_methods(list(request.searched), "all", transformer))
+    searches = [CandidateSearch(budget, fronts, measured.dense_ms, measured.proxy.name) for budget in budgets]
+    limit = measured.limit
+    run_searches(searches, measured.time_candidates, limit.deadline(), 0.6, limit.clock)
+    choices = {search.objective: search.result() for search in searches}
+    front = merged_front(fronts, [choice.candidate for choice in choices.values() if choice.candidate.timing])
+    start = {}
+    for budget in budgets:
+        own = [p for p, c in enumerate(front, 1) if c.key == choices[budget].candidate.key and choices[budget].met]
+        wanted = (1 + RATIO_TOLERANCE) * budget.limit_ms(1.0)
+        near = [position for position, candidate in enumerate(front, 1) if candidate.latency_ratio <= wanted]
+        start[budget] = next(iter(own or near), len(front))
+    dense = Candidate(request.name, None, Schedule([0] * transformer.depth), 1.0)
+
+    def candidate_of(position: int) -> Candidate:
+        return dense if not position else replace(front[position - 1], timing=None)
+
+    return OrderedCandidates(request.name, candidate_of, min(1, len(front)), len(front), start)

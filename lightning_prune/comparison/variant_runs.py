@@ -1,0 +1,106 @@
+"""Validating the variants of a comparison, each as it will run, and those that run alike once."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import lightning as L
+
+from lightning_prune.callbacks.first_batch import refuse_sharded
+from lightning_prune.callbacks.hooks import EvaluationCallback, command_run
+from lightning_prune.comparison.planned_variants import ComparisonPlan, PlannedVariant, variant_of
+from lightning_prune.comparison.predictions import PredictionRecorder
+from lightning_prune.comparison.requests import ComparisonSettings, VariantRequest
+from lightning_prune.comparison.resume import ResumeState, VariantResult
+from lightning_prune.patching import find_vision_transformer
+from lightning_prune.profiling import Variant, VariantSwitch
+from lightning_prune.schedule import KeepRates, Schedule
+
+
+class Deployment(EvaluationCallback):
+    """Makes the Vision Transformer of a LightningModule run as a variant from the first batch to the end of a run.
+
+    Args:
+        variant: What to run as.
+        dense_tokens: N, of the images that the variant was planned for.
+        module_path: Dotted path of the transformer, where there are several.
+    """
+
+    def __init__(self, variant: Variant, dense_tokens: int, module_path: str | None) -> None:
+        self.variant, self.dense_tokens, self.module_path = variant, dense_tokens, module_path
+        self._switch: VariantSwitch | None = None
+
+    def _before_batch(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int
+    ) -> None:
+        if self._switch is not None:
+            return
+        refuse_sharded(trainer)
+        transformer = find_vision_transformer(pl_module, self.module_path)
+        variant = self.variant
+        if isinstance(variant.schedule, Schedule) and transformer.num_tokens is None:  # images of other sizes may come
+            rates = KeepRates.of(variant.schedule, self.dense_tokens, transformer.num_prefix_tokens)
+            variant = variant._replace(schedule=rates)
+        self._switch = VariantSwitch(transformer)  # before anything can fail: `_close` restores what is changed
+        self._switch.to(variant)
+
+    def _figures(self) -> dict[str, float]:
+        return {}
+
+    def _close(self, trainer: L.Trainer) -> None:
+        switch, self._switch = self._switch, None
+        if switch is not None:
+            switch.off()
+
+
+def validate_variants(
+    trainer: L.Trainer,
+    module: L.LightningModule,
+    loaders: dict[str, Any],
+    settings: ComparisonSettings,
+    plan: ComparisonPlan,
+    known: Mapping[str, VariantResult],
+    state: ResumeState | None,
+    report: Callable[[str], Any],
+) -> dict[str, VariantResult]:
+    """Validates every variant that can be run and has no result yet; variants that run alike are validated once.
+
+    Args:
+        trainer: Runs the validations.
+        module: Contains the Vision Transformer; dense again afterwards.
+        loaders: As `Trainer.validate` takes them.
+        settings: What was asked for.
+        plan: The variants.
+        known: Variant -> result of an earlier run.
+        state: Where results are kept; None where they are not.
+        report: Called with lines about the progress.
+    """
+    results, config = dict(known), settings.config
+    requests = {request.name: request for request in settings.requests}
+    runs = {p.variant: _run_as(p, requests[p.request]) for p in plan.planned if p.timing is not None}
+    for number, (name, variant) in enumerate(runs.items(), 1):
+        if name in results:
+            continue
+        alike = next((other for other in results if runs[other] == variant), None)
+        if alike is not None:
+            results[name] = results[alike]
+        else:
+            report(f"Validating {name} ({number} of {len(runs)})")
+            deployment = Deployment(variant, plan.dense_tokens, config.module_path)
+            recorder = PredictionRecorder(config.module_path, config.images_from_batch)
+            with command_run(trainer, config, deployment, recorder):
+                metrics = trainer.validate(module, verbose=False, **loaders)
+            results[name] = VariantResult(flat_metrics(metrics), recorder.images, recorder.predictions)
+        if state is not None:
+            state.keep_result(name, results[name])
+    return results
+
+
+def flat_metrics(metrics: Any) -> dict[str, float]:
+    """What `trainer.validate` returned, as plain numbers; of several dataloaders the first counts."""
+    return {name: float(value) for name, value in dict(metrics[0]).items()} if metrics else {}
+
+
+def _run_as(planned: PlannedVariant, request: VariantRequest) -> Variant:
+    """What a validation runs as: keep rates hold for images of all sizes."""
+    variant = variant_of(planned, request)
+    return variant if planned.keep_rates is None else variant._replace(schedule=planned.keep_rates)
