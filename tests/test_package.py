@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import lightning_prune
+from helpers.fresh import run_fresh
 
 PACKAGE = Path(lightning_prune.__file__).parent
 ROOT = Path(__file__).parent.parent
@@ -69,8 +70,8 @@ assert torch.equal(model(images), before)
 heavy = {"lightning", "pytorch_lightning", "torchmetrics", "jsonargparse", "sklearn", "matplotlib", "transformers"}
 print(sorted(heavy & set(sys.modules)))
 """
-    command = [sys.executable, "-c", code, str(tmp_path / "schedule.yaml")]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    done = run_fresh(code, str(tmp_path / "schedule.yaml"))
+    assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[]"
 
 

@@ -67,7 +67,7 @@ def context_line(context: Mapping[str, Any]) -> str:
     threads, batch = context.get("threads"), context.get("batch_size")
     parts = [
         context.get("device"),
-        f"{threads} threads" if threads and context.get("device_type") == "cpu" else None,
+        f"{threads} thread{'s' * (threads != 1)}" if threads and context.get("device_type") == "cpu" else None,
         f"batch {batch}" if batch else None,
         context.get("precision"),
         "compiled" if context.get("compiled") else None,

@@ -2,14 +2,13 @@
 
 import re
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 import lightning_prune as lp
+from helpers.fresh import run_fresh
 from lightning_prune.reduction import TokenSequence, resolve
 
 ROOT = Path(__file__).parents[2]
@@ -17,7 +16,8 @@ EXAMPLE = ROOT / "examples" / "custom_reduction.py"
 
 
 def test_it_runs() -> None:
-    done = subprocess.run([sys.executable, EXAMPLE], capture_output=True, text=True, check=True, cwd=ROOT)
+    done = run_fresh("import runpy, sys; runpy.run_path(sys.argv[1], run_name='__main__')", str(EXAMPLE))
+    assert done.returncode == 0, done.stderr
     left = ", ".join(["197"] * 3 + ["141"] * 9)
     assert done.stdout == f"Norm(): logits (2, 1000), tokens ({left})\n"
 

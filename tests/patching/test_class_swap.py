@@ -1,8 +1,6 @@
 import copy
 import io
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import lightning_prune as lp
+from helpers.fresh import run_fresh
 from lightning_prune.patching.class_swap import (
     PatchedModule,
     is_patched_module,
@@ -143,7 +142,5 @@ def test_in_a_fresh_interpreter(build: Any, images: Tensor, tmp_path: Path) -> N
     lp.patch(model, "pomt", REMOVED)
     with torch.no_grad():
         torch.save((model, images, model(images)), tmp_path / "model.pt")
-    command = [sys.executable, "-c", PROGRAM, str(tmp_path / "model.pt")]
-    root = Path(lp.__file__).parents[1]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120)
+    done = run_fresh(PROGRAM, str(tmp_path / "model.pt"))
     assert done.returncode == 0, done.stderr

@@ -33,11 +33,10 @@ def row(request: pytest.FixtureRequest) -> dict[str, str]:
     return found
 
 
-def small(row: dict[str, str]) -> tuple[Any, torch.Tensor]:
+def small(row: dict[str, str], **more: int) -> tuple[Any, torch.Tensor]:
     """A model of the kind and images for it."""
-    model = coverage.stir(
-        coverage.build_small(row["name"], **({"local_up_to_layer": 2} if "ConV" in row["model"] else {}))
-    )
+    more |= {"local_up_to_layer": 2} if "ConV" in row["model"] else {}
+    model = coverage.stir(coverage.build_small(row["name"], **more))
     return model, torch.randn(2, 3, *coverage.image_size(model), generator=torch.Generator().manual_seed(0))
 
 
@@ -107,7 +106,7 @@ def test_half_precision_and_autocast(row: dict[str, str]) -> None:
 
 def test_one_graph(row: dict[str, str]) -> None:
     """Also for export, of one model of each class: it traces the same code."""
-    model, images = small(row)
+    model, images = small(row, depth=3)  # one block that reduces nothing and two that do
     torch._dynamo.reset()
     with lp.patch(model, "pomt", removed(model)), torch.no_grad():
         expected = model(images)

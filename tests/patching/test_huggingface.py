@@ -2,8 +2,6 @@
 
 import copy
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 import lightning_prune as lp
 from helpers import reference as naive
+from helpers.fresh import run_fresh
 from helpers.models import disturb
 from lightning_prune.patching import find_vision_transformer
 
@@ -127,7 +126,7 @@ class TestFacts:
             "else:\n    raise SystemExit('found one')\n"
             "raise SystemExit('imported' if 'transformers.models' in sys.modules else 0)"
         )
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        done = run_fresh(code)
         assert done.returncode == 0, done.stderr
 
 

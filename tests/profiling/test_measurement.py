@@ -183,9 +183,9 @@ def test_a_compiled_model_is_profiled_compiled():
         graphs.append(graph)
         return graph.forward
 
-    compiled = torch.compile(tiny_vit(), backend=backend)
-    lp.profile_latency(nn.Sequential(compiled), IMAGES, counts=list(range(5, 17)), time_limit=0.1, verbose=False)
-    assert len(graphs) >= 13  # one for each count: more than dynamo allows by itself
+    compiled = torch.compile(tiny_vit(depth=1), backend=backend)
+    lp.profile_latency(nn.Sequential(compiled), IMAGES, counts=list(range(8, 17)), time_limit=0.1, verbose=False)
+    assert len(graphs) >= 10  # one for each count: more than the 8 that dynamo allows by itself
 
 
 def test_a_model_compiled_in_place_is_profiled_compiled():

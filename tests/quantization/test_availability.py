@@ -1,6 +1,5 @@
 import builtins
 import logging
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from helpers.fresh import run_fresh
 from lightning_prune.errors import ArgumentError
 from lightning_prune.quantization import Int8Weights, availability, backend, int8_backend, onednn, unsupported_reason
 
@@ -134,7 +134,7 @@ model = torch.nn.Linear(16, 16)
 Int8Weights(model).apply()
 print(int8_backend("cpu"), known(), hasattr(torch.ops.lightning_prune, "int8_product"))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = run_fresh(code)
     assert done.returncode == 0, done.stderr
     expected = "oneDNN ['CPUInt8Weight'] True" if onednn.weight_limit() else "torchao [] True"
     assert done.stdout.strip() == expected
@@ -154,6 +154,6 @@ except Exception as error:
 allow_checkpoints()
 print(type(torch.load(sys.argv[1], weights_only=True)["weight"]).__name__)
 """
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "int8.pt")], capture_output=True, text=True)
+    done = run_fresh(code, str(tmp_path / "int8.pt"))
     if onednn.weight_limit():
         assert done.stdout.split() == ["UnpicklingError", "CPUInt8Weight"], done.stderr

@@ -1,6 +1,5 @@
 """Methods of other packages: distributions that are made up in a folder on the path."""
 
-import subprocess
 import sys
 import warnings
 from collections.abc import Callable
@@ -12,6 +11,7 @@ import timm
 import torch
 
 import lightning_prune as lp
+from helpers.fresh import run_fresh
 from lightning_prune.errors import ArgumentError
 from lightning_prune.reduction import METHODS, POMT, RandomDrop, TokenSequence, names, resolve
 
@@ -94,8 +94,7 @@ try:
 except SystemExit:
     print("seen")
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "seen\n", "")
+    assert run_fresh(code) == (0, "seen\n", "")
 
 
 @pytest.mark.parametrize(

@@ -36,8 +36,7 @@ def plan(tokens: int, objective: Any) -> lp.Plan:
 
 
 def labels(axes: Axes) -> list[str]:
-    legend = axes.get_legend()
-    return [text.get_text() for text in legend.get_texts()] if legend else []
+    return [text.get_text() for legend in axes.get_figure().legends for text in legend.get_texts()]
 
 
 def spans(axes: Axes, color: str) -> list[tuple[float, float]]:
@@ -52,24 +51,58 @@ def test_profile_shows_curve_spread_cliff_and_plateau() -> None:
     (axes,) = plot_profile(profile()).axes
     curve = next(line for line in axes.lines if line.get_label() == "measured")
     assert dict(zip(curve.get_xdata().tolist(), curve.get_ydata().tolist(), strict=True)) == CURVE
-    assert labels(axes) == ["spread", "measured", "if it were a straight line", "cliff", "plateau"]
+    assert labels(axes) == [
+        "measured",
+        "half the interquartile range",
+        "straight line between the ends",
+        "cliff",
+        "plateau",
+    ]
     assert spans(axes, plots._RED) == [(100, 120)]
     assert spans(axes, plots._GREY) == [(120, 197)]
-    assert axes.get_xlabel() == "tokens that leave the reducing block"
-    assert axes.get_ylabel() == "latency of a batch [ms]"
+    assert axes.get_xlabel() == "tokens that leave the last reducing block"
+    assert axes.get_ylabel() == "latency of a batch [ms], measured"
     assert axes.get_ylim()[0] == 0
 
 
 def test_profile_says_what_was_measured_and_where() -> None:
-    assert plot_profile(profile()).get_suptitle() == "VisionTransformer, pomt at block 3\nAbacus, batch 4, float32"
-    paper = plot_profile(profile(protocol="paper", context={}))
-    assert paper.get_suptitle() == "model, random drop before block 0\n"
+    of_method = plot_profile(profile())
+    assert of_method.get_suptitle() == "VisionTransformer: latency with pomt from block 3\nAbacus, batch 4, float32"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"protocol": "paper"},
+        {"method": "random", "block": 0},
+        {"method": "random", "block": 0, "context": {**CONTEXT, "method_settings": {"site": "'input'"}}},
+    ],
+    ids=["paper", "of an earlier release", "token curve"],
+)
+def test_token_curve_is_named_as_what_it_is(changes: dict[str, Any]) -> None:
+    figure = plot_profile(profile(**changes))
+    title = figure.get_suptitle().splitlines()[0]
+    assert title == "VisionTransformer: latency against token count (random tokens dropped before block 0)"
+    assert figure.axes[0].get_xlabel() == "tokens in every block"
+
+
+def test_random_tokens_dropped_between_attention_and_mlp_are_no_token_curve() -> None:
+    context = {**CONTEXT, "method_settings": {"site": "'block'"}}
+    title = plot_profile(profile(method="random", block=0, context=context)).get_suptitle()
+    assert title.startswith("VisionTransformer: latency with random from block 0")
+
+
+def test_simulated_profile_is_named_as_such() -> None:
+    (axes,) = plot_profile(profile(context={**CONTEXT, "device_type": "simulated"})).axes
+    assert "simulated" in labels(axes)
+    assert "measured" not in labels(axes)
+    assert axes.get_ylabel() == "latency of a batch [ms], simulated"
 
 
 def test_a_single_point_can_be_drawn() -> None:
     short = lp.LatencyProfile((197,), (1.0,), (0.1,), (3,), "pomt", 3, 12, context=CONTEXT)
     (axes,) = plot_profile(short).axes
-    assert labels(axes) == ["spread", "measured"]
+    assert labels(axes) == ["measured", "half the interquartile range"]
 
 
 @pytest.mark.parametrize("suffix", ["png", "pdf", "svg"])
@@ -89,8 +122,8 @@ class Result:
 @pytest.mark.parametrize(
     ("result", "panels"),
     [
-        (profile(), ["latency of a batch [ms]"]),
-        (plan(40, lp.Utility()), ["KL divergence from dense [nats]\n(dots: measured )", "tokens that leave the block"]),
+        (profile(), ["latency of a batch [ms], measured"]),
+        (plan(40, lp.Utility()), ["proxy, measured\n[% of dense]", "KL divergence from dense,\npredicted [nats]"]),
         (comparison(), ["top-1 [%]"]),
         (Result(), ["top-1 [%]"]),
     ],

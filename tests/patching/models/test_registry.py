@@ -1,6 +1,4 @@
 import importlib
-import subprocess
-import sys
 from collections import OrderedDict
 from typing import Any
 
@@ -10,6 +8,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import lightning_prune as lp
+from helpers.fresh import run_fresh
 from lightning_prune.errors import ArgumentError
 from lightning_prune.patching import find_vision_transformer
 from lightning_prune.patching.models import MODEL_ADAPTERS
@@ -262,7 +261,8 @@ with lp.patch(model, "tome", 2) as handle:
     print(handle.transformer.adapter.name)
 print([adapter.name for adapter in lp.patching.models.MODEL_ADAPTERS])
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = run_fresh(code)
+    assert done.returncode == 0, done.stderr
     used, known = done.stdout.splitlines()
     assert used == "timm VisionTransformer"
     assert adapter in known
