@@ -1,4 +1,4 @@
-"""Lightning callbacks: what users touch first."""
+"""Lightning callbacks: `TokenPruning` and its settings."""
 
 from lightning_prune.callbacks.config import PruningConfig
 from lightning_prune.callbacks.token_pruning import TokenPruning, config_of

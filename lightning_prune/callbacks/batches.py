@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Subset
 
 from lightning_prune._utils.trees import tree_flatten
+from lightning_prune.callbacks.config import PruningConfig
 from lightning_prune.errors import ArgumentError, DataError
 
 Extract = Callable[[Any], Tensor]
@@ -98,7 +99,7 @@ class BatchShape(NamedTuple):
     width: int
 
     def difference(self, other: "BatchShape") -> str | None:
-        """How another batch differs, as the predicate of a sentence about it; None where it does not."""
+        """How another batch differs from this one, as the rest of a sentence about it; None if it does not."""
         if other.images != self.images:
             return f"has {other.images} images; the profile was made at a batch size of {self.images}"
         if other != self:
@@ -217,10 +218,9 @@ def calibration_images(
     trainer: L.Trainer,
     pl_module: L.LightningModule,
     loaders: Any,
+    first_batch: Any,
+    config: PruningConfig,
     calibration: int | Tensor | Iterable[Any],
-    first: Any,
-    extract: Extract | None = None,
-    seed: int = 0,
     minimum: int = 0,
 ) -> Calibration:
     """Samples the first dataset of a loop by a loader of its own, so that the running loader loses no batch.
@@ -229,16 +229,16 @@ def calibration_images(
         trainer: Its precision and device are used.
         pl_module: Its batch-transfer hooks are applied, as in the loop.
         loaders: The loop's loaders, in any nesting.
+        first_batch: The first batch of the loop, used where the dataset cannot be sampled.
+        config: Its `images_from_batch` and `seed` are used.
         calibration: How many images to sample, or the images themselves, or a loader of batches.
-        first: The first batch of the loop, used where the dataset cannot be sampled.
-        extract: See `images_from_batch`.
-        seed: Of the sample.
         minimum: How many images there are at least, if the dataset has as many.
 
     Raises:
         ArgumentError: If there are no images in a batch.
         DataError: If there are no batches, or images of several sizes.
     """
+    extract = config.images_from_batch
     if isinstance(calibration, Tensor):
         images = images_from_batch(trainer.precision_plugin.convert_input(calibration)).cpu()
         return Calibration(images, None, f"{len(images)} images given")
@@ -247,10 +247,10 @@ def calibration_images(
         count = max(_IMAGES_FROM_LOADER, minimum)
         return Calibration(*_join(batches, count, extract), "the loader given as `calibration`")
     count = max(calibration, minimum)
-    loader = sampling_loader(loaders, count, seed)
+    loader = sampling_loader(loaders, count, config.seed)
     sampled = iter(()) if loader is None else _transferred(trainer, pl_module, loader)
     begin = next(sampled, None)
-    if begin is None or not _same_structure(begin, first):
-        return Calibration(*_join([first], None, extract), "the first batch, since the dataset cannot be sampled")
+    if begin is None or not _same_structure(begin, first_batch):
+        return Calibration(*_join([first_batch], None, extract), "the first batch, since the dataset cannot be sampled")
     images, labels = _join(chain([begin], sampled), count, extract)
-    return Calibration(images, labels, f"{len(images)} images sampled from the dataset, seed {seed}")
+    return Calibration(images, labels, f"{len(images)} images sampled from the dataset, seed {config.seed}")

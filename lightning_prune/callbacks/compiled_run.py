@@ -35,9 +35,9 @@ class CompiledRun:
         What it begins for a batch lasts until the next one, or until `end`.
 
         Args:
-            config: Says how to compile, which transformer, and where images are.
+            config: Its `runtime`, `module_path` and `images_from_batch` are used.
             pl_module: Contains the transformer.
-            batch: As the step will receive it.
+            batch: As the step receives it.
             first: Whether it is the first batch of its loader.
 
         Raises:

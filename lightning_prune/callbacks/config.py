@@ -21,12 +21,12 @@ from lightning_prune.schedule import KeepRates, MethodSpec, Schedule, ScheduleLi
 DEFAULT_OBJECTIVE = AccuracyBudget(0.005)
 
 _BLOCK = 0.25  # of the depth: the POMT paper's block
-_FALLBACK = "tome"  # the method of counts that come without one
+_FALLBACK = "tome"  # the method of counts that name none
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PruningConfig:
-    """What a `TokenPruning` callback was asked for; see there for the arguments.
+    """The settings of a `TokenPruning` callback; see there for the arguments.
 
     After construction `method` is `"auto"` or a `Reduction`, and `schedule` is `"auto"`, a number, a `Schedule` or
     `KeepRates`: names are resolved and files are read. `runtime` is the canonical spec.
@@ -80,12 +80,12 @@ class PruningConfig:
 
     @property
     def goal(self) -> Objective:
-        """The objective to plan by: the one that was stated, or the default, a budget of half a percent."""
+        """The objective to plan by: the stated one, or the default, a budget of half a percent."""
         return DEFAULT_OBJECTIVE if self.objective is None else self.objective
 
     @property
     def reduction(self) -> Reduction:
-        """The method: the one that was stated, else that of the given schedule, else ToMe for counts without a method.
+        """The stated method, else that of the given schedule, else ToMe, for counts that name no method.
 
         Raises:
             ArgumentError: If several methods are searched, or the schedule names several.

@@ -1,4 +1,4 @@
-"""Work on the first batch of an evaluation loop: what has to hold while a model is measured there."""
+"""Measuring on the first batch of an evaluation loop: images, precision, random state, and rank 0 deciding for all."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,7 +20,10 @@ T = TypeVar("T")
 
 
 def refuse_sharded(trainer: L.Trainer) -> None:
-    """Raises if the model is sharded: a forward pass on rank 0 alone would wait for the other ranks.
+    """Refuses strategies that shard the model: a forward pass on rank 0 alone would wait for the other ranks.
+
+    Args:
+        trainer: Whose strategy it is.
 
     Raises:
         UnsupportedModelError: On every rank.
@@ -42,7 +45,7 @@ class FirstBatch:
         trainer: Whose loop runs.
         module: The module, dense.
         batch: As the step will receive it.
-        config: What was asked for.
+        config: The settings.
     """
 
     def __init__(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, config: PruningConfig) -> None:
@@ -53,8 +56,8 @@ class FirstBatch:
         """(B, C, H, W), as the transformer receives them.
 
         Raises:
-            ArgumentError: If there are none in the batch. Ask for them in `on_rank_zero`: an error that only one rank
-                raises leaves the others waiting.
+            ArgumentError: If there are none in the batch. Read them inside `on_rank_zero`: if only one rank raises, the
+                others wait.
         """
         return images_from_batch(self.batch, self.config.images_from_batch)
 
@@ -68,7 +71,7 @@ class FirstBatch:
         return find_vision_transformer(self.module, self.config.module_path)
 
     def calibration(self) -> Calibration:
-        """The calibration images of the running loop, as the config says.
+        """The calibration images that the config asks for, from the running loop.
 
         Raises:
             ArgumentError: If a batch holds no images.
@@ -91,8 +94,7 @@ class FirstBatch:
         loaders = trainer.val_dataloaders if trainer.validating else None
         if loaders is None:
             loaders = trainer.test_dataloaders if trainer.testing else trainer.predict_dataloaders
-        extract, seed = self.config.images_from_batch, self.config.seed
-        return calibration_images(trainer, self.module, loaders, calibration, self.batch, extract, seed, minimum)
+        return calibration_images(trainer, self.module, loaders, self.batch, self.config, calibration, minimum)
 
     def on_rank_zero(self, decide: Callable[[], T]) -> T:
         """Returns on every rank what `decide` returns on rank 0; an error there is raised on every rank.
@@ -126,15 +128,15 @@ class FirstBatch:
 def open_first_batch(
     trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, config: PruningConfig
 ) -> Iterator[FirstBatch]:
-    """Measuring in the middle of a loop: the random state is preserved and the trainer's precision is in force.
+    """A context for measuring in the middle of a loop: preserves the random state and applies the trainer's precision.
 
-    To be entered on every rank, in `on_*_batch_start`.
+    Enter it on every rank, in `on_*_batch_start`.
 
     Args:
         trainer: Whose loop runs.
         pl_module: The module.
         batch: The batch that the hook receives.
-        config: What was asked for.
+        config: The settings.
 
     Raises:
         UnsupportedModelError: If the strategy shards the model.
@@ -168,13 +170,13 @@ def on_first_batch(
     dataloaders: Any = None,
     datamodule: L.LightningDataModule | None = None,
 ) -> T:
-    """Runs one dense validation batch and returns what `work` returns of it on rank 0, on every rank.
+    """Runs one dense validation batch and returns on every rank what `work` returns on rank 0.
 
     Args:
         trainer: Whose validation loop runs.
         model: The module.
-        config: What was asked for. A `TokenPruning` of the trainer is idle meanwhile.
-        work: What to do; called in `first_batch`.
+        config: The settings. A `TokenPruning` of the trainer is idle meanwhile.
+        work: Called with the first batch, on rank 0, inside `open_first_batch`.
         dataloaders: As `Trainer.validate` takes them.
         datamodule: As `Trainer.validate` takes it.
 

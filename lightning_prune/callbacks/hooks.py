@@ -25,7 +25,7 @@ def trainer_callbacks(trainer: L.Trainer) -> list[L.Callback]:
 
 
 class EvaluationCallback(L.Callback, ABC):
-    """Does before a batch, at the end of an epoch and at the end of a run what a subclass says, in all three loops."""
+    """Base of callbacks that act before a batch, at the end of an epoch and at the end of a run, in all three loops."""
 
     @abstractmethod
     def _before_batch(
@@ -35,16 +35,16 @@ class EvaluationCallback(L.Callback, ABC):
 
     @abstractmethod
     def _figures(self) -> dict[str, float]:
-        """What to log at the end of an epoch; may be empty."""
+        """Metrics to log at the end of an epoch; may be empty."""
 
     @abstractmethod
     def _close(self, trainer: L.Trainer) -> None:
-        """Called when a run of `trainer` ends, by whatever cause and perhaps more than once."""
+        """Called when a run of `trainer` ends, also by an error, and perhaps more than once."""
 
     def on_validation_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Acts on the batch before its step."""
+        """Calls `_before_batch`."""
         self._before_batch(trainer, pl_module, batch, batch_idx, dataloader_idx)
 
     def on_test_batch_start(
@@ -60,45 +60,45 @@ class EvaluationCallback(L.Callback, ABC):
         self._before_batch(trainer, pl_module, batch, batch_idx, dataloader_idx)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Logs the figures."""
+        """Logs the metrics."""
         pl_module.log_dict(self._figures(), sync_dist=True, add_dataloader_idx=False)
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Logs the figures."""
+        """Logs the metrics."""
         pl_module.log_dict(self._figures(), sync_dist=True, add_dataloader_idx=False)
 
     def on_predict_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Hands the figures to the loggers themselves: `log` is not to be had in predict."""
+        """Passes the metrics to the loggers directly, since `log` cannot be called in predict."""
         figures = self._figures()
         for logger in trainer.loggers if figures else ():
             logger.log_metrics(figures, step=trainer.global_step)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Closes the run."""
+        """Ends the run."""
         self._close(trainer)
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Closes the run."""
+        """Ends the run."""
         self._close(trainer)
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Closes the run."""
+        """Ends the run."""
         self._close(trainer)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Closes the run: after an exception or Ctrl-C this is called and `teardown` may not be."""
+        """Ends the run: after an exception or Ctrl-C Lightning calls this, and not always `teardown`."""
         self._close(trainer)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Closes the run, if nothing has before."""
+        """Ends the run, unless an earlier hook has."""
         self._close(trainer)
 
 
 class CommandRun(EvaluationCallback):
-    """Marks the runs of a command, in which `TokenPruning` is idle; the runtime's compilation holds in them.
+    """Marks the runs of a command, in which `TokenPruning` is idle; the transformer is compiled in them as usual.
 
     Args:
-        config: Says how the transformer is compiled.
+        config: Its `runtime` is what runs the transformer.
     """
 
     def __init__(self, config: PruningConfig) -> None:
@@ -133,7 +133,7 @@ def command_run(
 
     Args:
         trainer: Whose runs they are.
-        config: What was asked for.
+        config: The settings.
         callbacks: What takes part in these runs.
         one_batch: Whether a validation has one batch; it has none where the user limited it to none.
     """

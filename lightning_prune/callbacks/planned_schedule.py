@@ -21,16 +21,16 @@ from lightning_prune.profiling.cache import CachedProfile, get_or_profile
 def profiled(
     config: PruningConfig, pl_module: L.LightningModule, images: Tensor, of_method: bool = False
 ) -> CachedProfile:
-    """The latency curve to plan on; to be called under the trainer's precision.
+    """The latency profile to plan on, measured or read from the cache; call it inside `open_first_batch`.
 
     Args:
         config: Method, block, time limit, and where profiles are kept.
         pl_module: The module, dense.
         images: (B, C, H, W) as the transformer receives them.
-        of_method: Measures the curve of the method at its block instead, if one is given, and takes all of the time
-            limit; a curve to plan on takes a share of it.
+        of_method: Measures the latency of the method at its block instead, if one is given, and uses the whole time
+            limit instead of the share that planning leaves for it.
     """
-    # One curve serves all methods and blocks, except that of the paper's protocol: how far it goes depends on both.
+    # One curve is used for all methods and blocks, except in the paper's protocol, whose lowest count depends on both.
     general = config.uses_token_curve or not (of_method or config.protocol == "paper")
     method, block = (TOKEN_CURVE, 0) if general else (config.reduction, config.place)
     seconds = config.time_limit if of_method else PROFILE_SHARE * config.time_limit
@@ -74,7 +74,7 @@ def planned_for(
     """Plans a schedule for each of several objectives, measured once for all of them.
 
     Args:
-        config: What was asked for; its objective is not used.
+        config: The settings; its objective is not used.
         pl_module: The module, dense.
         images: (B, C, H, W) as the transformer receives them.
         calibration: Images, and labels where the protocol needs them.

@@ -1,4 +1,4 @@
-"""The callback that profiles, plans and patches: one line in an existing validation loop."""
+"""`TokenPruning`, the callback that profiles, plans and patches in a Trainer's evaluation loops."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -87,8 +87,8 @@ class TokenPruning(EvaluationCallback):
         verbose: Prints a panel with the decision, and progress on a terminal.
 
     Attributes:
-        config: What was asked for. Frozen; set another one, as in `pruner.config = replace(pruner.config, seed=1)`, to
-            have the next run decide again.
+        config: The settings. Frozen; assign another one, as in `pruner.config = replace(pruner.config, seed=1)`, and
+            the next run decides again.
         decision: What was decided last: schedule, latencies, reason, and the whole plan.
 
     Raises:
@@ -152,7 +152,7 @@ class TokenPruning(EvaluationCallback):
 
     @property
     def config(self) -> PruningConfig:
-        """What was asked for."""
+        """The settings."""
         return self._config
 
     @config.setter
@@ -160,7 +160,7 @@ class TokenPruning(EvaluationCallback):
         self._config, self._decided_for = config, ()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the current run and the model that was measured: a copy decides again, for the model it meets."""
+        """Without the current run and the measured model: a copy decides again, for the model of its own runs."""
         idle = {"_handle": None, "_shape": None, "_running": None}
         return {**vars(self), **idle, "_decided_for": None if self._decided_for is None else ()}
 
@@ -172,7 +172,7 @@ class TokenPruning(EvaluationCallback):
             raise ArgumentError(f"A Trainer can have one TokenPruning callback, got {len(pruners)}.")
         other = self._running() if self._running is not None else None
         if other not in (None, trainer):
-            raise ArgumentError("This TokenPruning is at work in the run of another Trainer; give each its own.")
+            raise ArgumentError("This TokenPruning is in use in a run of another Trainer; use one for each Trainer.")
         self._is_idle = is_command_run(trainer)
         if not self._is_idle:
             # First, because Lightning stops at the first callback whose on_exception fails and calls no other hook.
@@ -226,11 +226,11 @@ class TokenPruning(EvaluationCallback):
             self._handle = PatchHandle(first.transformer, self.decision.reduction, schedule)
 
     def _decide(self, first: FirstBatch) -> Decision:
-        """The decision of an earlier run where it holds for this one, else a new one."""
+        """The decision of an earlier run if it holds for this one, else a new one."""
         start = perf_counter()
-        check_dense(first.transformer)  # also where nothing is measured: the patch of the user would be replaced
-        # Models of one shape differ in what a schedule costs, so the model is part of it while it lives; not its
-        # weights, which training changes from one validation to the next.
+        check_dense(first.transformer)  # also if nothing is measured: a patch of the user would be replaced
+        # Schedules cost models of one shape different amounts of accuracy, so a decision holds for one model object;
+        # its weights are left out, since training changes them between validations.
         holds_for = (ref(first.transformer.root), measurement_context(first.transformer.compiled_root, first.images))
         if self.decision is not None and self._decided_for in (None, holds_for):
             return self.decision

@@ -12,11 +12,11 @@ RUNTIMES: dict[str, str] = {
     "torch": "lightning_prune.runtimes.torch_runtime:TorchEager",
     "torch.compile": "lightning_prune.runtimes.torch_runtime:TorchCompile",
 }
-"""Name -> module and class, imported when asked for: most runtimes need a package that is not installed everywhere."""
+"""Name -> module and class, imported at first use: most runtimes need a package that is not installed everywhere."""
 
 
 def parse_runtime(runtime: str | Runtime) -> Runtime:
-    """The runtime of a spec `name[:key=value,...]`; a runtime stands for itself.
+    """The runtime of a spec `name[:key=value,...]`; a `Runtime` is returned as it is.
 
     Args:
         runtime: The spec, such as `"torch"` or `"torch.compile:mode=blocks"`.

@@ -18,7 +18,7 @@ Mode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cu
 """As `torch.compile` has them; `blocks` compiles each block by itself, which takes a fraction of the time."""
 
 _WITH_CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
-# Not an attribute of the module: copies and pickles of a model are not compiled, so they must not say so.
+# Not an attribute of the module: copies and pickles of a compiled model are not compiled.
 _compiled: "WeakKeyDictionary[nn.Module, Runtime]" = WeakKeyDictionary()
 
 
@@ -56,7 +56,7 @@ class Compiled:
 
     def __init__(self, root: nn.Module, mode: Mode, blocks: list[nn.Module] | None = None) -> None:
         if is_compiled(root):
-            raise ArgumentError(f"The model is compiled already; leave out `compile`, got {mode!r}.")
+            raise ArgumentError(f"`mode` must be left out for a model that is compiled already, got {mode!r}.")
         self._modules = (blocks or []) if mode == "blocks" else [root]
         for module in self._modules:
             module.compile(mode=None if mode in ("default", "blocks") else mode, dynamic=False)

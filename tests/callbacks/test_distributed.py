@@ -46,7 +46,7 @@ def counted(found: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
     return found["counted"]
 
 
-def test_rank_zero_alone_measures_and_both_do_the_same(ranks: list[dict[str, Any]]) -> None:
+def test_only_rank_zero_measures_and_both_ranks_use_its_schedule(ranks: list[dict[str, Any]]) -> None:
     for name, what in (("planned", "plan_many"), ("given", "time_given")):
         first, second = (rank[name] for rank in ranks)
         assert (first["rank"], second["rank"]) == (0, 1)
@@ -56,14 +56,14 @@ def test_rank_zero_alone_measures_and_both_do_the_same(ranks: list[dict[str, Any
         assert first["images"] == second["images"] == 16
 
 
-def test_figures_are_the_same_on_both_ranks(ranks: list[dict[str, Any]]) -> None:
+def test_metrics_are_the_same_on_both_ranks(ranks: list[dict[str, Any]]) -> None:
     for name in ("planned", "given"):
         first, second = (rank[name]["metrics"] for rank in ranks)
         assert first == second
         assert first["pruning/removed"] == sum(ranks[0][name]["removed"])
 
 
-def test_two_ranks_find_what_one_process_finds(ranks: list[dict[str, Any]]) -> None:
+def test_two_ranks_log_what_one_process_logs(ranks: list[dict[str, Any]]) -> None:
     alone, together = ranks[0]["alone"], ranks[1]["given"]
     assert alone["error"] is None
     assert alone["images"] == 32
@@ -87,7 +87,7 @@ def test_two_ranks_find_what_one_process_finds(ranks: list[dict[str, Any]]) -> N
         ("unreadable", "ValueError", "no images on rank 0"),
     ],
 )
-def test_an_error_of_rank_zero_is_raised_on_both(
+def test_an_error_on_rank_zero_is_raised_on_both_ranks(
     ranks: list[dict[str, Any]], name: str, kind: str, message: str
 ) -> None:
     first, second = (rank[name] for rank in ranks)
@@ -128,7 +128,7 @@ def test_no_image_is_counted_twice(counted: list[dict[str, Any]], data: str, var
 
 
 @pytest.mark.parametrize("variant", ["dense", "pruned"])
-def test_images_that_may_be_counted_twice_are_told_by_rank_zero(counted: list[dict[str, Any]], variant: str) -> None:
+def test_rank_zero_warns_of_images_that_may_be_counted_twice(counted: list[dict[str, Any]], variant: str) -> None:
     alone = counted[0]["one"]["own batches"][variant]
     for name, of in (("own batches", [rank["two"]["own batches"] for rank in counted]), ("own shards", None)):
         first, second = of or [rank[name] for rank in counted]

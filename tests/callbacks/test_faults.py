@@ -197,7 +197,7 @@ def bystanders() -> Bystanders:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_fault_in_any_hook_leaves_no_trace(
+def test_an_error_in_any_hook_leaves_the_model_as_it_was(
     stage: str, decision: Decision, bystanders: Bystanders, tmp_path: Path
 ) -> None:
     whole = Run(stage, decision, bystanders, tmp_path)
@@ -234,7 +234,7 @@ ERRORS = pytest.mark.parametrize("error", [Fault(), KeyboardInterrupt(), SystemE
 
 @ERRORS
 @pytest.mark.parametrize("where", ["module.validation_step", "callback.on_validation_batch_end", "data.item"])
-def test_ctrl_c_and_the_like_leave_no_trace(
+def test_ctrl_c_and_system_exit_leave_the_model_as_it_was(
     where: str, error: BaseException, decision: Decision, bystanders: Bystanders, tmp_path: Path
 ) -> None:
     run = Run("validate", decision, bystanders, tmp_path)
@@ -247,7 +247,7 @@ def test_ctrl_c_and_the_like_leave_no_trace(
 
 @pytest.mark.parametrize("part", ["callback", "data"])
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_fault_while_lightning_tells_of_a_fault(
+def test_an_error_in_on_exception_leaves_the_model_as_it_was(
     stage: str, part: str, decision: Decision, bystanders: Bystanders, tmp_path: Path
 ) -> None:
     """Lightning then calls no further hook of anyone."""
@@ -287,7 +287,7 @@ class Fragile(Tiny):
 @pytest.mark.parametrize(
     "part", ["patch_embed", "blocks.1", "blocks.1.norm1", "blocks.1.attn.proj", "blocks.1.mlp", "blocks.2.attn", "head"]
 )
-def test_a_fault_inside_the_transformer(
+def test_an_error_inside_the_transformer_leaves_the_model_as_it_was(
     part: str, error: BaseException, decision: Decision, bystanders: Bystanders
 ) -> None:
     """Also where the block's attention is being watched."""
@@ -304,7 +304,7 @@ def test_a_fault_inside_the_transformer(
 @pytest.mark.parametrize("error", [Fault(), KeyboardInterrupt()], ids=repr)
 @pytest.mark.parametrize("schedule", ["auto", 6])
 @pytest.mark.parametrize("time", [1, 2, 11])
-def test_a_fault_inside_profiling(
+def test_an_error_while_profiling_leaves_the_model_as_it_was(
     time: int, schedule: Any, error: BaseException, bystanders: Bystanders, decisions: list[str]
 ) -> None:
     module = Fragile("blocks.1.attn.proj", time, error)
@@ -319,7 +319,9 @@ def test_a_fault_inside_profiling(
 @pytest.mark.parametrize(
     "name", ["calibration_images", "plan_many", "find_vision_transformer", "PatchHandle", "replace"]
 )
-def test_a_fault_in_what_the_callback_calls(name: str, bystanders: Bystanders, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_in_a_function_of_the_callback_leaves_the_model_as_it_was(
+    name: str, bystanders: Bystanders, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from lightning_prune.callbacks import first_batch, planned_schedule, token_pruning
 
     def fail(*_: Any, **__: Any) -> Any:
@@ -365,7 +367,9 @@ def torn_collate(items: Any) -> Any:
     ],
     ids=["item", "worker", "generator", "collate"],
 )
-def test_a_fault_in_the_data(make: Any, steps: int, message: str, decision: Decision, bystanders: Bystanders) -> None:
+def test_an_error_of_the_loader_leaves_the_model_as_it_was(
+    make: Any, steps: int, message: str, decision: Decision, bystanders: Bystanders
+) -> None:
     module = Tiny()
     account = Account(module, bystanders)
     pruning = pruner()
@@ -376,7 +380,7 @@ def test_a_fault_in_the_data(make: Any, steps: int, message: str, decision: Deci
     assert [*account.problems()] == []
 
 
-def test_the_callback_and_the_trainer_go_on_after_a_fault(decision: Decision, bystanders: Bystanders) -> None:
+def test_callback_and_trainer_can_be_used_again_after_an_error(decision: Decision, bystanders: Bystanders) -> None:
     module = Fragile("blocks.1.mlp", 2, Fault())
     pruning = pruner()
     pruning.use(decision)
@@ -402,7 +406,7 @@ class During(L.Callback):
             self.action()
 
 
-def test_two_runs_at_once_prune_their_own_models(bystanders: Bystanders) -> None:
+def test_a_run_inside_another_prunes_its_own_model(bystanders: Bystanders) -> None:
     """Two Trainers, modules, data and callbacks, one run inside the other's; and both restored."""
     inner, outer = Tiny(), Tiny()
     accounts = [Account(inner, bystanders), Account(outer, bystanders)]
@@ -415,7 +419,7 @@ def test_two_runs_at_once_prune_their_own_models(bystanders: Bystanders) -> None
     assert [*accounts[0].problems(), *accounts[1].problems()] == []
 
 
-def test_a_run_that_fails_inside_another_leaves_that_pruned(bystanders: Bystanders) -> None:
+def test_a_failing_run_inside_another_leaves_the_outer_model_pruned(bystanders: Bystanders) -> None:
     inner, outer = Fragile("blocks.1.mlp", 5, Fault()), Tiny()
     accounts = [Account(inner, bystanders), Account(outer, bystanders)]
 
@@ -428,13 +432,12 @@ def test_a_run_that_fails_inside_another_leaves_that_pruned(bystanders: Bystande
     assert [*accounts[0].problems(), *accounts[1].problems()] == []
 
 
-def test_a_callback_in_two_runs_at_once_is_refused(bystanders: Bystanders) -> None:
+def test_a_callback_in_the_runs_of_two_trainers_at_once_is_refused(bystanders: Bystanders) -> None:
     shared, inner, outer = pruner(schedule=6), Tiny(), Tiny()
     accounts = [Account(inner, bystanders), Account(outer, bystanders)]
 
     def again() -> None:
-        message = r"^This TokenPruning is at work in the run of another Trainer; give each its own\.$"
-        with pytest.raises(lp.ArgumentError, match=message):
+        with pytest.raises(lp.ArgumentError, match=r"TokenPruning .* another Trainer"):
             trainer(shared).validate(inner, loader(), verbose=False)
         assert is_patched_module(outer.vit.blocks[1])  # the refused run has not ended this one
 
@@ -448,7 +451,7 @@ def test_a_callback_in_two_runs_at_once_is_refused(bystanders: Bystanders) -> No
     assert [*accounts[0].problems(), *accounts[1].problems()] == []
 
 
-def test_a_copy_that_is_made_during_a_run_is_at_work_in_none(bystanders: Bystanders) -> None:
+def test_a_copy_made_during_a_run_can_be_used_in_another_run(bystanders: Bystanders) -> None:
     import copy
 
     callback, module, copies = pruner(schedule=6), Tiny(), []
@@ -460,7 +463,7 @@ def test_a_copy_that_is_made_during_a_run_is_at_work_in_none(bystanders: Bystand
 
 
 @pytest.mark.parametrize("replaced", [False, True])
-def test_a_patch_that_is_taken_off_during_a_run_is_told(
+def test_a_patch_removed_or_replaced_during_a_run_is_an_error(
     replaced: bool, decision: Decision, bystanders: Bystanders
 ) -> None:
     """The rest of the run would be dense, or pruned otherwise, in silence."""
@@ -474,7 +477,7 @@ def test_a_patch_that_is_taken_off_during_a_run_is_told(
         if not replaced:
             mine.pop().remove()
 
-    message = "before batch 2; leave it in place until the run ends"
+    message = "patch of this run .* batch 2"
     with pytest.raises(lp.UnsupportedModelError, match=message):
         trainer(pruning, During(meddle)).validate(module, loader(), verbose=False)
     assert len(module.steps) == 2
@@ -485,12 +488,12 @@ def test_a_patch_that_is_taken_off_during_a_run_is_told(
 
 
 @pytest.mark.parametrize("decided", [False, True])
-def test_a_model_that_is_patched_already_is_refused(decided: bool, decision: Decision) -> None:
+def test_a_patched_model_is_refused(decided: bool, decision: Decision) -> None:
     module, pruning = Tiny(), pruner(schedule=3)
     if decided:
         pruning.use(decision)
     with lp.patch(module, "pomt", [0, 0, 2, 0]) as mine:
-        with pytest.raises(lp.ArgumentError, match=r"^`model` must be dense, got a patched model; "):
+        with pytest.raises(lp.ArgumentError, match=r"`model` .* got a patched model"):
             trainer(pruning).validate(module, loader(), verbose=False)
         assert mine.active
     assert module.steps == []

@@ -37,13 +37,13 @@ def probe(images_from_batch: Any = None) -> _FirstBatchCallback[int]:
     return _FirstBatchCallback(config, lambda first: len(first.images))
 
 
-def test_a_model_that_is_spread_over_processes_is_refused() -> None:
+def test_a_sharded_model_is_refused() -> None:
     trainer = running(object.__new__(FSDPStrategy), rank=0)
-    with pytest.raises(lp.UnsupportedModelError, match="which FSDPStrategy with 2 processes does not promise"):
+    with pytest.raises(lp.UnsupportedModelError, match="FSDPStrategy with 2 processes"):
         probe().on_validation_batch_start(trainer, L.LightningModule(), torch.zeros(2, 3, 8, 8), 0)
 
 
-def test_images_that_rank_0_cannot_find_are_an_error_on_every_rank() -> None:
+def test_an_error_of_images_from_batch_on_rank_0_is_raised_on_every_rank() -> None:
     """A rank that fails by itself would leave the others waiting."""
     asked: list[Any] = []
 
@@ -57,7 +57,7 @@ def test_images_that_rank_0_cannot_find_are_an_error_on_every_rank() -> None:
     assert not asked
 
 
-def test_the_other_ranks_are_told_the_result() -> None:
+def test_the_other_ranks_receive_the_result_of_rank_0() -> None:
     other = probe()
     other.on_validation_batch_start(running(Broadcasting((7, None)), rank=1), L.LightningModule(), {}, 0)
     assert other.results == [7]

@@ -115,7 +115,7 @@ def say(network: nn.Module) -> Tensor:
 @pytest.mark.parametrize(
     ("place", "schedule"), [(place, way) for place in PLACES for way in (6, "auto") if (place, way) != SLOW]
 )
-def test_it_is_found_pruned_and_restored(place: str, schedule: Any) -> None:
+def test_a_transformer_is_pruned_and_restored_wherever_the_module_holds_it(place: str, schedule: Any) -> None:
     torch._dynamo.reset()
     network = PLACES[place]()
     dense = say(network)
@@ -151,7 +151,7 @@ class Twice(nn.Module):
     [(tiny_vit, 6), (tiny_vit, "auto"), (lambda: copy.deepcopy(tiny_vit()), 6), (compiled, [6, 0])],
     ids=["own", "auto", "copy", "compiled"],
 )
-def test_of_two_the_target_is_pruned_and_the_other_is_not(second: Any, schedule: Any) -> None:
+def test_module_path_chooses_one_of_two_transformers(second: Any, schedule: Any) -> None:
     torch._dynamo.reset()
     module = Placed(Twice(second))
     inner = "network.other.teacher._orig_mod" if second is compiled else "network.other.teacher"

@@ -66,7 +66,7 @@ def clean() -> bool:
 
 @PRECISIONS
 @pytest.mark.parametrize("schedule", [6, "auto"])
-def test_a_run_is_pruned_and_measured_in_its_precision(schedule: Any, options: dict[str, Any], told: str) -> None:
+def test_logits_and_measured_precision_are_those_of_the_run(schedule: Any, options: dict[str, Any], told: str) -> None:
     module, callback = Told(), brief(schedule=schedule)
     dense = torch.cat(running(**options).predict(module, loader(8)))
     before = module.state_dict()
@@ -90,7 +90,7 @@ def test_a_run_is_pruned_and_measured_in_its_precision(schedule: Any, options: d
     assert clean()
 
 
-def test_what_lightning_makes_of_16_mixed_on_a_cpu_is_what_is_reported() -> None:
+def test_16_mixed_on_a_cpu_is_reported_as_bf16_mixed() -> None:
     callback = brief(schedule=6)
     with pytest.warns(UserWarning, match="AMP with fp16 is not supported on CPU. Using `precision='bf16-mixed'`"):
         run = trainer(callback, precision="16-mixed")
@@ -143,7 +143,7 @@ class Halved(Tiny):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("schedule", [6, "auto"])
-def test_a_module_in_half_precision_of_the_users_own(schedule: Any, dtype: torch.dtype) -> None:
+def test_a_module_converted_to_half_precision_by_the_user_is_pruned(schedule: Any, dtype: torch.dtype) -> None:
     module = Halved(dtype)
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     callback = brief(schedule=schedule, images_from_batch=module.images)
@@ -156,7 +156,7 @@ def test_a_module_in_half_precision_of_the_users_own(schedule: Any, dtype: torch
     )
 
 
-def test_a_module_that_casts_in_its_step_says_what_it_needs() -> None:
+def test_a_step_that_casts_its_images_needs_images_from_batch() -> None:
     module = Halved()
     message = (
         r"^The Vision Transformer cannot run on images \(4, 3, 32, 32\), torch.float32: .*Give those that it receives "
@@ -167,7 +167,7 @@ def test_a_module_that_casts_in_its_step_says_what_it_needs() -> None:
     assert module.steps == []
 
 
-def test_half_of_a_module_in_half_precision() -> None:
+def test_an_autocast_inside_the_step_is_pruned() -> None:
     """The transformer under an autocast of the step's own, in a module of float32."""
 
     class Autocasting(Told):

@@ -42,7 +42,9 @@ def run(**kwargs: Any) -> lp.TokenPruning:
     return callback
 
 
-def test_a_later_run_finds_the_profile_and_says_so(measured: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_later_run_reuses_the_profile_and_prints_its_date(
+    measured: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     first, second = run(), run(verbose=True)
     assert measured == ["profile"]
     assert first.decision.reused == ""
@@ -52,7 +54,7 @@ def test_a_later_run_finds_the_profile_and_says_so(measured: list[str], capsys: 
     assert f"of {second.decision.reused}, kept; `use_cache=False` measures it again" in said
 
 
-def test_without_the_cache_nothing_is_read_or_kept(measured: list[str]) -> None:
+def test_use_cache_false_neither_reads_nor_keeps_profiles(measured: list[str]) -> None:
     run()
     assert run(use_cache=False).decision.reused == ""
     assert measured == ["profile"] * 2
@@ -60,7 +62,7 @@ def test_without_the_cache_nothing_is_read_or_kept(measured: list[str]) -> None:
     assert measured == ["profile"] * 2
 
 
-def test_another_config_between_runs_decides_again_once(measured: list[str]) -> None:
+def test_another_config_makes_the_next_run_decide_again_once(measured: list[str]) -> None:
     callback, module = pruner(), unhooked()
     validate = lambda: trainer(callback).validate(module, loader(8), verbose=False)  # noqa: E731
     validate()
@@ -74,14 +76,14 @@ def test_another_config_between_runs_decides_again_once(measured: list[str]) -> 
     assert measured == ["profile"] * 2
 
 
-def test_a_folder_keeps_profiles(measured: list[str], tmp_path: Path) -> None:
+def test_cache_dir_is_where_profiles_are_kept(measured: list[str], tmp_path: Path) -> None:
     for _ in range(2):
         run(cache_dir=tmp_path / "mine")
     assert measured == ["profile"]
     assert len(list((tmp_path / "mine").iterdir())) == 1
 
 
-def test_another_batch_size_is_measured_and_another_block_is_not(measured: list[str]) -> None:
+def test_another_batch_size_needs_another_profile_and_another_block_does_not(measured: list[str]) -> None:
     """One curve of the token count serves all blocks."""
     run()
     run(block=2)
@@ -91,8 +93,8 @@ def test_another_batch_size_is_measured_and_another_block_is_not(measured: list[
 
 
 @pytest.mark.parametrize("value", [3, False])
-def test_what_is_no_folder_is_refused(value: Any) -> None:
-    with pytest.raises(lp.ArgumentError, match=f"`cache_dir` must be a folder or None, got {value}"):
+def test_a_cache_dir_that_is_no_path_is_refused(value: Any) -> None:
+    with pytest.raises(lp.ArgumentError, match=rf"`cache_dir` .* got {value}"):
         pruner(cache_dir=value)
 
 

@@ -21,7 +21,7 @@ def draw() -> tuple[float, float, float]:
 
 
 @pytest.mark.parametrize("error", [None, ValueError("inside"), KeyboardInterrupt()])
-def test_numbers_go_on_as_if_nothing_had_been(error: BaseException | None) -> None:
+def test_preserve_random_state_restores_all_generators(error: BaseException | None) -> None:
     L.seed_everything(5)
     expected = draw()
     L.seed_everything(5)
@@ -32,7 +32,7 @@ def test_numbers_go_on_as_if_nothing_had_been(error: BaseException | None) -> No
     assert draw() == expected
 
 
-def test_an_error_while_deciding_leaves_them_alone() -> None:
+def test_an_error_while_deciding_restores_all_generators() -> None:
     def unlucky() -> Any:
         yield noise_images(4, seed=1)
         draw()

@@ -22,7 +22,7 @@ def first_batch() -> FirstBatch:
     return FirstBatch(trainer(), Tiny(), noise_images(4, seed=1), PruningConfig())
 
 
-def test_a_single_process_gets_its_own_decision_and_its_own_error() -> None:
+def test_on_rank_zero_in_one_process_returns_the_result_or_raises_the_error() -> None:
     value = object()
     assert first_batch().on_rank_zero(lambda: value) is value
     assert first_batch().on_rank_zero(lambda: None) is None
@@ -34,7 +34,7 @@ def test_a_single_process_gets_its_own_decision_and_its_own_error() -> None:
         first_batch().on_rank_zero(fail)
 
 
-def test_ctrl_c_is_not_held_back() -> None:
+def test_on_rank_zero_lets_keyboard_interrupt_pass() -> None:
     def interrupt() -> None:
         raise KeyboardInterrupt
 
@@ -48,13 +48,13 @@ def running(kind: type, ranks: int) -> Any:
 
 
 @pytest.mark.parametrize("kind", [FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy])
-def test_strategies_that_spread_the_model_are_refused_before_it_runs(kind: type) -> None:
+def test_sharded_strategies_are_refused_before_the_model_runs(kind: type) -> None:
     module = Tiny()
-    with pytest.raises(lp.UnsupportedModelError, match=f"which {kind.__name__} with 2 processes does not promise"):
+    with pytest.raises(lp.UnsupportedModelError, match=f"{kind.__name__} with 2 processes"):
         pruner().on_validation_batch_start(running(kind, 2), module, noise_images(4, seed=1), 0)
     assert module.forwards == 0
 
 
 @pytest.mark.parametrize(("kind", "ranks"), [(DDPStrategy, 2), (SingleDeviceStrategy, 1), (FSDPStrategy, 1)])
-def test_strategies_with_whole_models_are_not(kind: type, ranks: int) -> None:
+def test_strategies_with_whole_models_are_accepted(kind: type, ranks: int) -> None:
     refuse_sharded(running(kind, ranks))

@@ -34,7 +34,7 @@ class TestKeepRates:
             (lp.KeepRates([1, 0.5, 1, 0.7]), [TOKENS, 9, 9, 7]),
         ],
     )
-    def test_on_images_of_one_size(self, schedule: Any, left: list[int]) -> None:
+    def test_on_images_of_one_size_rates_become_counts(self, schedule: Any, left: list[int]) -> None:
         callback = pruner(schedule=schedule)
         module, _ = validated(callback)
         assert callback.decision.schedule.tokens(TOKENS) == tuple(left)
@@ -42,7 +42,7 @@ class TestKeepRates:
         assert callback.decision.keep_rates is not None
 
     @pytest.mark.parametrize("name", ["rates.yaml", "rates.json"])
-    def test_from_a_file(self, name: str, tmp_path: Path) -> None:
+    def test_from_a_file_made_elsewhere_warns(self, name: str, tmp_path: Path) -> None:
         path = lp.KeepRates([1, 0.5, 1, 1], made_on=MeasurementSource(device="Abacus", batch_size=4)).save(
             tmp_path / name
         )
@@ -51,27 +51,27 @@ class TestKeepRates:
         assert module.tokens() == {9}
 
     @pytest.mark.parametrize("rate", [0.0, -0.5, 1.0, 1.5])
-    def test_no_rate(self, rate: float) -> None:
+    def test_a_rate_outside_0_and_1_is_refused(self, rate: float) -> None:
         with pytest.raises(lp.ArgumentError, match=rf"share of the patch tokens in \(0, 1\), got {rate}"):
             pruner(schedule=rate)
 
-    def test_for_another_depth(self) -> None:
+    def test_rates_for_another_depth_are_refused(self) -> None:
         module = Tiny()
         before = Snapshot(module)
-        with pytest.raises(lp.ScheduleError, match="The schedule is for 3 blocks; this model has 4"):
+        with pytest.raises(lp.ScheduleError, match=r"3 blocks; .* 4"):
             trainer(pruner(schedule=lp.KeepRates([1, 0.5, 1]))).validate(module, loader(), verbose=False)
         before.assert_unchanged()
 
 
 class TestSeveralSizes:
     @pytest.mark.parametrize("schedule", [0.5, lp.KeepRates.single(DEPTH, 1, 0.5)])
-    def test_by_keep_rates(self, schedule: Any) -> None:
+    def test_keep_rates_hold_at_every_size(self, schedule: Any) -> None:
         module = Tiny(dynamic_img_size=True)
-        with pytest.warns(UserWarning, match=r"Batch 1 has images of 48 x 48; the profile was made for 32 x 32\. Prun"):
+        with pytest.warns(UserWarning, match=r"Batch 1 .* 48 x 48; .* 32 x 32"):
             trainer(pruner(schedule=schedule)).validate(module, batches(*SIZES), verbose=False)
         assert [step.tokens for step in module.steps] == [1 + (patches + 1) // 2 for patches in SIZES.values()]
 
-    def test_by_what_was_planned(self) -> None:
+    def test_a_planned_schedule_keeps_the_same_share_at_every_size(self) -> None:
         """A plan is made for the first size; at others the same share of the tokens stays."""
         module, callback = Tiny(dynamic_img_size=True), pruner(calibration=batches(32))
         with pytest.warns(UserWarning, match="Batch 1 has images of 48 x 48"):
@@ -99,7 +99,7 @@ class TestSeveralSizes:
             assert callback.decision.dense_tokens == tokens
 
 
-def test_forms() -> None:
+def test_batch_shapes_and_their_differences() -> None:
     form = BatchShape(4, 32, 48)
     assert batch_shape(torch.zeros(4, 3, 32, 48), None) == form
     assert batch_shape({"labels": 1}, None) is None

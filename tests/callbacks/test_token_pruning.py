@@ -240,7 +240,7 @@ def test_decision_is_kept_for_a_second_run(decisions: list[str]) -> None:
 
 
 @pytest.mark.parametrize("change", ["batch", "precision", "schedule", "objective", "block", "model"])
-def test_decision_is_made_anew_where_it_would_not_hold(change: str, decisions: list[str]) -> None:
+def test_a_changed_batch_model_or_setting_makes_the_next_run_decide_again(change: str, decisions: list[str]) -> None:
     callback = pruner(schedule=5) if change == "block" else pruner()
     module, running = validated(callback)
     data = loader()
@@ -262,7 +262,7 @@ def test_decision_is_made_anew_where_it_would_not_hold(change: str, decisions: l
     assert len(decisions) == 2
 
 
-def test_a_decision_dies_with_its_model(decisions: list[str]) -> None:
+def test_a_decision_keeps_no_model_alive_and_does_not_hold_for_the_next(decisions: list[str]) -> None:
     """The callback keeps no model alive, and decides again for an equal one, which may be at the same address."""
     callback = pruner()
     module, running = validated(callback)
@@ -275,7 +275,7 @@ def test_a_decision_dies_with_its_model(decisions: list[str]) -> None:
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda callback: pickle.loads(pickle.dumps(callback))])
-def test_a_copy_decides_for_the_model_it_meets(copied: Any, decisions: list[str]) -> None:
+def test_a_copy_of_the_callback_decides_again(copied: Any, decisions: list[str]) -> None:
     callback = pruner()
     module, _ = validated(callback)
     again = copied(callback)
@@ -303,7 +303,7 @@ def test_the_runtime_is_parsed_once_a_run(enabled: bool, monkeypatch: pytest.Mon
     assert parsed == ["torch", "torch"]
 
 
-def test_use_takes_a_decision_over(decisions: list[str]) -> None:
+def test_use_runs_an_earlier_decision(decisions: list[str]) -> None:
     first = pruner()
     module, _ = validated(first)
     second = pruner()
@@ -314,7 +314,7 @@ def test_use_takes_a_decision_over(decisions: list[str]) -> None:
     assert running.callback_metrics["pruning/removed"] == first.decision.schedule.total_removed
 
 
-def test_metrics_reach_callback_metrics_and_loggers(tmp_path: Path) -> None:
+def test_metrics_are_logged_to_callback_metrics_and_loggers(tmp_path: Path) -> None:
     callback = pruner()
     for stage in ("validate", "test", "predict"):
         logger = CSVLogger(tmp_path, name=stage, version=0)
@@ -335,13 +335,13 @@ def test_metrics_of_several_loaders_keep_their_names() -> None:
     assert set(running.callback_metrics) >= METRICS
 
 
-def test_fit_logs_the_figures(tmp_path: Path) -> None:
+def test_fit_logs_the_metrics(tmp_path: Path) -> None:
     running = trainer(pruner(), max_epochs=1, logger=CSVLogger(tmp_path, version=0), log_every_n_steps=1)
     running.fit(Tiny(), loader(8), loader(8))
     assert set(running.callback_metrics) >= METRICS
 
 
-def test_panel_says_what_was_decided(capsys: pytest.CaptureFixture[str]) -> None:
+def test_verbose_prints_the_panel(capsys: pytest.CaptureFixture[str]) -> None:
     callback = pruner(verbose=True)
     validated(callback)
     told = capsys.readouterr().out
@@ -358,7 +358,7 @@ def test_panel_says_what_was_decided(capsys: pytest.CaptureFixture[str]) -> None
     assert "took" in told
 
 
-def test_quiet_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+def test_verbose_false_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     validated(pruner())
     assert "pruning" not in capsys.readouterr().out
 
@@ -402,7 +402,7 @@ def test_a_batch_without_images_is_left_to_the_step() -> None:
 
 @pytest.mark.parametrize("stage", ["validate", "test", "predict"])
 @pytest.mark.parametrize("data", [loader(0), iter(())], ids=["length 0", "no length"])
-def test_a_run_without_batches_is_told(stage: str, data: Any, recwarn: pytest.WarningsRecorder) -> None:
+def test_a_run_without_batches_warns(stage: str, data: Any, recwarn: pytest.WarningsRecorder) -> None:
     callback = pruner()
     running = trainer(callback)
     module = Tiny()
@@ -422,9 +422,9 @@ def test_a_run_without_batches_is_told(stage: str, data: Any, recwarn: pytest.Wa
     assert told() == []
 
 
-def test_a_second_pruner_is_refused() -> None:
+def test_a_second_token_pruning_in_a_trainer_is_refused() -> None:
     module = Tiny()
-    with pytest.raises(lp.ArgumentError, match=r"^A Trainer can have one TokenPruning callback, got 2\.$"):
+    with pytest.raises(lp.ArgumentError, match="TokenPruning callback, got 2"):
         trainer(pruner(), pruner(schedule=3)).validate(module, loader(), verbose=False)
     assert module.steps == []
 
@@ -442,7 +442,7 @@ def test_bf16_true_is_profiled_as_it_runs() -> None:
     assert TOKENS not in module.tokens()
 
 
-def test_features_are_judged_by_cosine_similarity() -> None:
+def test_the_proxy_of_a_feature_extractor_is_cosine_similarity() -> None:
     callback = pruner()
     validated(callback, Tiny(num_classes=0))
     assert callback.decision.plan.proxy == "cosine similarity of features"
@@ -455,8 +455,8 @@ class Two(Tiny):
         self.teacher = tiny_vit().train()
 
 
-def test_two_transformers_need_a_target() -> None:
-    with pytest.raises(lp.UnsupportedModelError, match="Found 2 Vision Transformers; pass `module_path`, one of 'vit'"):
+def test_two_transformers_need_module_path() -> None:
+    with pytest.raises(lp.UnsupportedModelError, match=r"2 Vision Transformers; .*`module_path`, one of 'vit'"):
         validated(pruner(), Two())
     callback = pruner(module_path="vit")
     module, _ = validated(callback, Two())
@@ -485,12 +485,12 @@ def test_outputs_that_are_not_finite_are_refused() -> None:
     module = Tiny()
     with torch.no_grad():
         module.vit.head.bias[0] = float("nan")
-    with pytest.raises(lp.DataError, match="outputs are not finite for 8 of 8 calibration images"):
+    with pytest.raises(lp.DataError, match="not finite for 8 of 8"):
         validated(pruner(), module)
     assert type(module.vit.blocks[1]).__name__ == "Block"
 
 
-def test_accuracy_budget() -> None:
+def test_an_accuracy_budget_is_met() -> None:
     callback = pruner(objective=lp.AccuracyBudget(0.5))
     validated(callback)
     decision = callback.decision
@@ -533,17 +533,15 @@ def test_accuracy_budget() -> None:
         ({"schedule": 1.0}, "`schedule` must be .* got 1.0; write 0 to keep all tokens, 1 to remove one"),
     ],
 )
-def test_bad_arguments_are_refused_at_once(options: dict[str, Any], message: str) -> None:
+def test_unusable_arguments_are_refused_when_the_callback_is_made(options: dict[str, Any], message: str) -> None:
     with pytest.raises(lp.ArgumentError, match=message):
         TokenPruning(**options)
 
 
-def test_a_block_too_deep_is_refused_when_the_model_is_known() -> None:
+def test_a_block_beyond_the_depth_is_refused_in_the_run() -> None:
     module = Tiny()
     before = Snapshot(module)
-    with pytest.raises(
-        lp.ArgumentError, match=r"`block` must be an index from 0 to 3 or a fraction in \[0, 1\), got 4"
-    ):
+    with pytest.raises(lp.ArgumentError, match=r"`block` .* 0 to 3 .* got 4"):
         validated(pruner(block=4), module)
     assert module.steps == []
     before.assert_unchanged()
@@ -590,7 +588,7 @@ def test_a_compiled_model_is_pruned_inside_its_compiled_graph() -> None:
     assert torch.equal(before.before["output"], before._look()["output"])
 
 
-def test_a_compiled_module_is_told_to_compile_its_transformer(recwarn: pytest.WarningsRecorder) -> None:
+def test_a_compiled_lightning_module_warns(recwarn: pytest.WarningsRecorder) -> None:
     torch._dynamo.reset()
     module = Tiny()
     module.vit.norm._forward_pre_hooks.clear()  # as above
@@ -626,7 +624,7 @@ class Watching(L.Callback):
         self._look("teardown", pl_module)
 
 
-def test_wherever_it_stands_other_callbacks_see_the_same() -> None:
+def test_the_callback_moves_to_the_front_and_the_others_keep_their_hooks() -> None:
     """It moves to the front; they keep their order, and miss no hook and get none twice."""
     callback, others = pruner(schedule=5), [Watching(), Watching(), Watching()]
     running = trainer(others[0], others[1], callback, others[2])

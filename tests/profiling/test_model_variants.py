@@ -53,7 +53,7 @@ VARIANTS = [
 
 
 @torch.no_grad()
-def test_every_variant_after_every_other_is_what_it_is_alone() -> None:
+def test_switching_gives_each_variant_the_outputs_that_it_has_alone() -> None:
     model = vit()
     before = copy.deepcopy(model.state_dict())
     parameters = [id(p) for p in model.parameters()]
@@ -69,7 +69,7 @@ def test_every_variant_after_every_other_is_what_it_is_alone() -> None:
     assert not any(map(is_patched_module, model.modules()))
 
 
-def test_a_schedule_that_does_not_fit_leaves_what_can_be_taken_off() -> None:
+def test_off_restores_the_model_after_a_schedule_that_does_not_fit() -> None:
     model = vit()
     switch = VariantSwitch(find_vision_transformer(model))
     with pytest.raises(lp.ScheduleError, match="at most 14"):
@@ -105,7 +105,7 @@ def interrupted(model: VisionTransformer) -> None:
         raise KeyboardInterrupt
 
 
-def test_a_race_restores_the_model_after_an_error() -> None:
+def test_variant_timer_restores_the_model_after_an_error() -> None:
     model = vit()
     with pytest.raises(KeyboardInterrupt):
         interrupted(model)

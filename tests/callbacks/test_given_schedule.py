@@ -98,7 +98,7 @@ def test_a_schedule_from_elsewhere_is_deployed_with_a_warning_that_names_the_dif
         ([0, -1, 0, 0], "whole number.* >= 0, got -1"),
     ],
 )
-def test_schedules_that_do_not_fit_are_refused(schedule: Any, message: str) -> None:
+def test_a_schedule_that_does_not_fit_the_model_is_refused(schedule: Any, message: str) -> None:
     module = Tiny()
     before = Snapshot(module)
     with pytest.raises(lp.ScheduleError, match=message):
@@ -107,7 +107,7 @@ def test_schedules_that_do_not_fit_are_refused(schedule: Any, message: str) -> N
     before.assert_unchanged()
 
 
-def test_files_that_are_no_schedules_are_refused_at_once(tmp_path: Path) -> None:
+def test_files_without_a_schedule_are_refused_when_the_callback_is_made(tmp_path: Path) -> None:
     missing, cut, foreign = (tmp_path / f"{name}.yaml" for name in ("missing", "cut", "foreign"))
     text = SINGLE.save(cut).read_text()
     cut.write_text(text[: text.index("removed") + 11])
@@ -124,7 +124,7 @@ def test_files_that_are_no_schedules_are_refused_at_once(tmp_path: Path) -> None
             pruner(schedule=path)
 
 
-def test_lists_that_are_no_schedules_are_refused_at_once() -> None:
+def test_lists_that_are_no_schedule_are_refused_when_the_callback_is_made() -> None:
     with pytest.raises(lp.ScheduleError, match="whole numbers >= 0, got -2 for block 1"):
         pruner(schedule=[1, -2, 0, 0])
     with pytest.raises(lp.ScheduleError, match="got an empty list"):
@@ -141,14 +141,14 @@ def test_the_default_plans_all_methods_within_half_a_percent_of_accuracy() -> No
 
 
 @pytest.mark.parametrize("schedule", [8, 0.5, [2, 2, 2, 2], lp.Schedule([2, 2, 2, 2])])
-def test_what_is_given_without_a_method_is_tomes(schedule: Any) -> None:
+def test_a_schedule_without_a_method_is_run_with_tome(schedule: Any) -> None:
     callback = pruner(method="auto", schedule=schedule)
     validated(callback)
     assert callback.decision.method == "tome"
     assert callback.decision.schedule.removed == (2, 2, 2, 2)
 
 
-def test_a_schedule_that_names_its_method_is_used_by_it(tmp_path: Path) -> None:
+def test_a_schedule_that_names_its_method_is_run_with_it(tmp_path: Path) -> None:
     path = lp.Schedule.single(DEPTH, 1, 5, "topk").save(tmp_path / "schedule.yaml")
     callback = pruner(method="auto", schedule=path)
     validated(callback)
@@ -188,14 +188,14 @@ def test_a_schedule_of_several_methods_runs_as_lp_patch_does(
 
 
 @pytest.mark.parametrize("schedule", MIXED, ids=["counts", "keep rates"])
-def test_several_methods_of_a_schedule_and_one_of_the_callback_contradict(schedule: Any) -> None:
+def test_method_and_block_with_a_schedule_of_several_methods_are_refused(schedule: Any) -> None:
     with pytest.raises(lp.ArgumentError, match=r"`method` .*topk.* got pomt"):
         pruner(method="pomt", schedule=schedule)
     with pytest.raises(lp.ArgumentError, match=r"`block` .* got 'auto'"):
         pruner(method="auto", block="auto", schedule=schedule)
 
 
-def test_a_schedule_that_names_an_unknown_method_is_refused_at_once() -> None:
+def test_a_schedule_that_names_an_unknown_method_is_refused_when_the_callback_is_made() -> None:
     with pytest.raises(lp.ArgumentError, match=r"`method` .* got 'pompt'"):
         pruner(method="auto", schedule=lp.Schedule([1, 0, 1, 0], ["tome", None, "pompt", None]))
 
@@ -212,13 +212,13 @@ def test_the_decision_of_another_callback_is_used_with_its_own_method(decisions:
     assert decisions == ["given", "given"]
 
 
-def test_the_callback_takes_the_settings_of_the_config() -> None:
+def test_callback_and_config_have_the_same_arguments_and_defaults() -> None:
     """Names and defaults are written twice, so that editors show them."""
     own = {name: p.default for name, p in inspect.signature(lp.TokenPruning).parameters.items() if name != "enabled"}
     assert own == {field.name: field.default for field in dataclasses.fields(PruningConfig)}
 
 
-def test_the_time_limit_is_that_of_profiling_and_planning_together(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_time_limit_covers_profiling_and_planning_together(monkeypatch: pytest.MonkeyPatch) -> None:
     from lightning_prune.callbacks import planned_schedule
 
     limits: dict[str, float] = {}

@@ -46,7 +46,7 @@ def rows(decision: Decision, width: int = 100) -> dict[str, str]:
     return {pair[0]: pair[1].strip() for pair in pairs if len(pair) == 2}
 
 
-def test_everything_is_said() -> None:
+def test_the_panel_of_a_plan() -> None:
     assert rows(DECISION) == {
         "device": "Abacus, 3 threads",
         "model": "VisionTransformer, 22.1 M parameters",
@@ -60,30 +60,30 @@ def test_everything_is_said() -> None:
     }
 
 
-def test_a_dense_decision_claims_no_speed_up() -> None:
+def test_the_panel_of_a_dense_decision_has_no_speed_up() -> None:
     dense = replace(DECISION, schedule=lp.Schedule([0] * 4), tokens=197, reason="The curve is flat.")
     said = rows(dense)
     assert (said["removed"], said["latency"], said["tokens"]) == ("R = 0", "dense 20.00 ms", "197 -> 197")
 
 
-def test_methods_that_differ_stand_beside_their_blocks() -> None:
+def test_the_panel_of_several_methods_lists_block_method_and_count() -> None:
     schedule = lp.Schedule([0, 30, 0, 26], [None, "tome:order=concatenated", None, "topk"])
     mixed = replace(DECISION, schedule=schedule, method="mixed", reduction=None)
     assert rows(mixed)["removed"] == "R = 56 (mixed: block 1: tome:order=concatenated: 30, block 3: topk: 26)"
 
 
-def test_a_given_schedule_was_neither_predicted_nor_judged() -> None:
+def test_the_panel_of_a_given_schedule_has_no_prediction_and_no_calibration() -> None:
     said = rows(replace(DECISION, predicted_ms=None, calibration=""))
     assert said["latency"] == "dense 20.00 ms, pruned 15.50 ms: 1.29x"
     assert "judged by" not in said
 
 
-def test_threads_are_said_of_a_cpu_only_and_compilation_where_it_is() -> None:
+def test_the_panel_shows_threads_on_a_cpu_only_and_compilation() -> None:
     said = rows(replace(DECISION, context={**CONTEXT, "device_type": "cuda", "compiled": True}))
     assert said["device"] == "Abacus"
     assert said["model"].endswith("parameters, compiled")
 
 
 @pytest.mark.parametrize("width", [40, 60])
-def test_a_narrow_terminal_wraps(width: int) -> None:
+def test_the_panel_wraps_in_a_narrow_terminal(width: int) -> None:
     assert set(rows(DECISION, width)) >= {"device", "model", "took"}
