@@ -74,21 +74,26 @@ def images_from_batch(batch: Any, extract: Extract | None = None) -> Tensor:
     )
 
 
-def labels_from_batch(batch: Any) -> Tensor | None:
-    """Returns the labels of a batch: its second element, or its entry of a usual name; None without.
+def targets_from_batch(batch: Any) -> Tensor | None:
+    """Returns the targets of a batch: its second element, or its entry of a usual name; None without.
 
     Args:
         batch: What the loader yields. The entries are `label`, `labels`, `target` and `targets`.
 
     Returns:
-        (B,) integers.
+        (B, ...) of any type.
     """
     if isinstance(batch, Mapping):
-        labels = next((batch[key] for key in _LABEL_KEYS if key in batch), None)
+        targets = next((batch[key] for key in _LABEL_KEYS if key in batch), None)
     else:
-        labels = batch[1] if isinstance(batch, Sequence) and len(batch) > 1 else None
-    valid = isinstance(labels, Tensor) and labels.ndim == 1 and not labels.is_floating_point()
-    return labels if valid else None
+        targets = batch[1] if isinstance(batch, Sequence) and len(batch) > 1 else None
+    return targets if isinstance(targets, Tensor) and targets.ndim else None
+
+
+def labels_from_batch(batch: Any) -> Tensor | None:
+    """Returns the labels of a batch, (B,) integers: its targets, if they are that; else None."""
+    targets = targets_from_batch(batch)
+    return targets if targets is not None and targets.ndim == 1 and not targets.is_floating_point() else None
 
 
 class BatchShape(NamedTuple):
@@ -124,11 +129,13 @@ class Calibration(NamedTuple):
         images: (images, C, H, W), on the CPU.
         labels: (images,) int64, or None where the batches hold none.
         source: Where they come from, for the panel.
+        targets: (B, ...) of the first batch of the loop, in any form; None where it holds none.
     """
 
     images: Tensor
     labels: Tensor | None
     source: str
+    targets: Tensor | None = None
 
 
 def _class_name(sampler: Any) -> str:
@@ -238,19 +245,21 @@ def calibration_images(
         ArgumentError: If there are no images in a batch.
         DataError: If there are no batches, or images of several sizes.
     """
-    extract = config.images_from_batch
+    extract, targets = config.images_from_batch, targets_from_batch(first_batch)
     if isinstance(calibration, Tensor):
         images = images_from_batch(trainer.precision_plugin.convert_input(calibration)).cpu()
-        return Calibration(images, None, f"{len(images)} images given")
+        return Calibration(images, None, f"{len(images)} images given", targets)
     if not isinstance(calibration, int):
         batches = _transferred(trainer, pl_module, calibration)
         count = max(_IMAGES_FROM_LOADER, minimum)
-        return Calibration(*_join(batches, count, extract), "the loader given as `calibration`")
+        return Calibration(*_join(batches, count, extract), "the loader given as `calibration`", targets)
     count = max(calibration, minimum)
     loader = sampling_loader(loaders, count, config.seed)
     sampled = iter(()) if loader is None else _transferred(trainer, pl_module, loader)
     begin = next(sampled, None)
     if begin is None or not _same_structure(begin, first_batch):
-        return Calibration(*_join([first_batch], None, extract), "the first batch, since the dataset cannot be sampled")
+        source = "the first batch, since the dataset cannot be sampled"
+        return Calibration(*_join([first_batch], None, extract), source, targets)
     images, labels = _join(chain([begin], sampled), count, extract)
-    return Calibration(images, labels, f"{len(images)} images sampled from the dataset, seed {config.seed}")
+    source = f"{len(images)} images sampled from the dataset, seed {config.seed}"
+    return Calibration(images, labels, source, targets)

@@ -14,6 +14,7 @@ from lightning_prune.patching.schedule_forms import check_named_method, reductio
 from lightning_prune.planning import AUTO_METHODS, AccuracyBudget, Objective
 from lightning_prune.profiling import ProfileStore
 from lightning_prune.profiling.measurement import ProfilingMode
+from lightning_prune.profiling.output_kinds import PROXIES
 from lightning_prune.reduction import Reduction, resolve
 from lightning_prune.runtimes import parse_runtime
 from lightning_prune.schedule import KeepRates, MethodSpec, Schedule, ScheduleLike, read_schedule
@@ -52,6 +53,7 @@ class PruningConfig:
     images_from_batch: Callable[[Any], Tensor] | None = None
     time_limit: float = 60.0
     module_path: str | None = None
+    proxy: str = "auto"
     protocol: ProfilingMode = "deployed"
     use_cache: bool = True
     cache_dir: str | Path | None = None
@@ -65,6 +67,7 @@ class PruningConfig:
         check_int("seed", self.seed, 0)
         check_bool("use_cache", self.use_cache)
         check_bool("verbose", self.verbose)
+        check_choice("proxy", self.proxy, PROXIES)
         check_choice("protocol", self.protocol, get_args(ProfilingMode))
         path, folder, extract = self.module_path, self.cache_dir, self.images_from_batch
         check("module_path", path, "a dotted path or None", path is None or isinstance(path, str))

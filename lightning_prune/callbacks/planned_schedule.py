@@ -16,6 +16,7 @@ from lightning_prune.planning import Objective, plan_many
 from lightning_prune.planning.api import PROFILE_SHARE
 from lightning_prune.profiling import TOKEN_CURVE
 from lightning_prune.profiling.cache import CachedProfile, get_or_profile
+from lightning_prune.profiling.output_kinds import proxy_of_targets
 
 
 def profiled(
@@ -88,19 +89,22 @@ def planned_for(
     check_labels(config, calibration)
     limit = TimeLimit(config.time_limit) if limit is None else limit
     profile = profiled(config, pl_module, images) if profile is None else profile
+    transformer = find_vision_transformer(pl_module, config.module_path)
+    proxy = config.proxy if config.proxy != "auto" else proxy_of_targets(calibration.targets, transformer.num_classes)
     plans = plan_many(
         pl_module,
         images,
         objectives,
         calibration=calibration.images,
         methods=config.methods,
-        blocks=_blocks(config, find_vision_transformer(pl_module, config.module_path).depth),
+        blocks=_blocks(config, transformer.depth),
         profile=profile.profile,
         time_limit=config.time_limit if config.protocol == "paper" else limit.share(1.0),
         seed=config.seed,
         verbose=config.verbose,
         module_path=config.module_path,
         protocol=config.protocol,
+        proxy=proxy,
         labels=calibration.labels if config.protocol == "paper" else None,
         clock=limit.clock,
     )

@@ -75,6 +75,9 @@ class TokenPruning(EvaluationCallback):
             are used, and the best schedule that was timed is taken.
         module_path: Dotted path of the transformer in the LightningModule, where there are several.
         enabled: False leaves every run dense; can be changed between runs.
+        proxy: What the accuracy is estimated by: `"soft_agreement"` for classes, `"tag_agreement"` for independent
+            tags, `"r2"` for numbers, `"cosine"` for features. `"auto"` chooses by the outputs, the targets in the
+            batches, and the losses and metrics of the module.
         protocol: `"paper"` profiles and estimates as POMT does; needs labels in the batches and hours on a CPU.
         use_cache: False neither reads nor keeps latency profiles of other runs.
         cache_dir: Folder of the latency profiles; None for the user's cache folder (see
@@ -115,6 +118,7 @@ class TokenPruning(EvaluationCallback):
         time_limit: float = 60.0,
         module_path: str | None = None,
         enabled: bool = True,
+        proxy: str = "auto",
         protocol: ProfilingMode = "deployed",
         use_cache: bool = True,
         cache_dir: str | Path | None = None,
@@ -133,6 +137,7 @@ class TokenPruning(EvaluationCallback):
             images_from_batch=images_from_batch,
             time_limit=time_limit,
             module_path=module_path,
+            proxy=proxy,
             protocol=protocol,
             use_cache=use_cache,
             cache_dir=cache_dir,

@@ -21,6 +21,7 @@ from lightning_prune.planning.profile_validation import check_profile, is_other_
 from lightning_prune.planning.results import Candidate, Plan
 from lightning_prune.profiling import TOKEN_CURVE, LatencyProfile, profile_latency
 from lightning_prune.profiling.measurement import ProfilingMode, check_measurable
+from lightning_prune.profiling.output_kinds import choose_proxy
 from lightning_prune.reduction import Reduction
 from lightning_prune.runtimes.base import Runtime
 from lightning_prune.runtimes.registry import parse_runtime
@@ -52,7 +53,7 @@ def plan(
 
     1. The latency curve: latency of the model against its number of tokens.
     2. The overhead of each method, from a few of its schedules, timed in one run.
-    3. The sensitivity of each block to each method: KL divergence from the dense outputs when only it reduces.
+    3. The sensitivity of each block to each method: divergence from the dense outputs when only it reduces.
     4. A dynamic programme finds, for each method, the Pareto front of all schedules, since latencies and divergences
        of the blocks add up.
     5. The best candidate of each method, by the objective and the measured proxy, is timed against the dense model.
@@ -73,7 +74,9 @@ def plan(
             and the methods are taken to have no overhead.
         runtime: What executes the model: `"torch"`, or `"torch.compile:mode=..."`. None keeps a runtime that is applied
             to the model already, else `"torch"`.
-        proxy: Estimate of accuracy: `"auto"` is soft agreement with the dense model, or cosine similarity of features.
+        proxy: Estimate of accuracy, by what the outputs are: `"soft_agreement"` for classes, `"tag_agreement"` for
+            independent tags, `"r2"` for numbers, `"cosine"` for features. `"auto"` chooses by the number of outputs,
+            the configuration of a Hugging Face model, and the losses and metrics in `model`; `Plan.proxy` says which.
         time_limit: Seconds in total, profiling included; None for no limit. Measurements are shortened to fit: fewer
             calibration images, then fewer methods. At least one candidate is timed.
         seed: Of the choice of calibration images, if there is not time for all.
@@ -178,7 +181,11 @@ def plan_many(  # noqa: D417  all other arguments are those of `plan`
         else:
             images = shuffled(calibration, seed)
             where = model, transformer, images, example_inputs, profile, is_foreign
-            plans = _searched(Measurements(*where, limit, module_path, verbose), usable, objectives)
+            plans = _searched(
+                Measurements(*where, limit, module_path, verbose, proxy),
+                usable,
+                objectives,
+            )
     return [replace(made, seconds=limit.elapsed).or_dense_if_slower() for made in plans]
 
 
@@ -263,5 +270,4 @@ def _check_arguments(
     for objective in objectives:
         if not isinstance(objective, Objective):
             raise ArgumentError(f"`objective` must be an Objective such as AccuracyBudget(0.005), got {objective!r}.")
-    if proxy != "auto":
-        raise ArgumentError(f"`proxy` must be 'auto', got {proxy!r}.")
+    choose_proxy(transformer.root, transformer, proxy)  # raises where it does not fit

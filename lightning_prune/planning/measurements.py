@@ -18,6 +18,7 @@ from lightning_prune.planning.results import Candidate
 from lightning_prune.planning.sensitivity import Sensitivity
 from lightning_prune.profiling import LatencyProfile, LatencyStats, Proxy, Variant, Workload, compare_latency
 from lightning_prune.profiling.measurement import ready_to_run
+from lightning_prune.profiling.output_kinds import choose_proxy
 from lightning_prune.profiling.simulation import attention_share
 from lightning_prune.reduction import Reduction
 from lightning_prune.schedule import Schedule
@@ -72,6 +73,7 @@ class Measurements:
         limit: The time limit.
         module_path: Dotted path of the transformer in the model.
         verbose: Shows progress bars on a terminal.
+        proxy_name: What is estimated; see `lightning_prune.profiling.output_kinds.choose_proxy`.
 
     Attributes:
         sensitivity_images: Number of images that the sensitivities were measured on.
@@ -88,6 +90,7 @@ class Measurements:
     limit: TimeLimit
     module_path: str | None
     verbose: bool
+    proxy_name: str = "auto"
     sensitivity_images: int = 0
     sensitivity_seconds: float = 0.0
     dense_ms: float = field(init=False)
@@ -95,8 +98,9 @@ class Measurements:
     _seconds_per_image: float = 0.0
 
     def __post_init__(self) -> None:
-        """Takes the dense latency of the curve until it is timed."""
+        """Takes the dense latency of the curve until it is timed, and chooses the proxy."""
         self.dense_ms = self.profile.dense_ms
+        self.proxy_name = choose_proxy(self.model, self.transformer, self.proxy_name)
 
     @property
     def proxy(self) -> Proxy:
@@ -105,7 +109,7 @@ class Measurements:
             size = max(len(self.example_inputs), TUNING.batch_images)
             device = self.example_inputs.device
             with ready_to_run(self.transformer), progress_bar("Running the dense model", None, self.verbose) as on_step:
-                self._proxy = Proxy(self.transformer, self.images, device, size, None, on_step)
+                self._proxy = Proxy(self.transformer, self.images, device, size, None, on_step, self.proxy_name)
         return self._proxy
 
     def accuracy(self, reduction: Reduction, schedule: Schedule) -> float:
@@ -175,7 +179,7 @@ class Measurements:
         with ready_to_run(self.transformer):
             for _ in range(2):  # the first pass is slow
                 start = self.limit.clock()
-                Proxy(self.transformer, self.images[:size], device, size)
+                Proxy(self.transformer, self.images[:size], device, size, None, proxy="cosine")  # only its time matters
                 seconds = (self.limit.clock() - start) / min(size, len(self.images))
         self._seconds_per_image = seconds
         passes = 1 + methods * TUNING.passes_per_method
@@ -267,4 +271,4 @@ class Measurements:
         n = self.profile.dense_tokens
         fewest = max(n - reduction.max_removed(n, self.transformer.num_prefix_tokens), n // 10)
         counts = np.linspace(fewest, n, TUNING.sensitivity_counts + 1).round().astype(int).tolist()
-        return Sensitivity(self.transformer, reduction, blocks, counts, n)
+        return Sensitivity(self.transformer, reduction, blocks, counts, n, self.proxy_name)

@@ -48,7 +48,7 @@ class Candidate:
         reduction: The method; None if no token is removed.
         schedule: Tokens that each block removes.
         ratio: Predicted latency over that of the dense model.
-        cost: Predicted KL divergence from the dense outputs, in nats per image; 0 where it is not predicted.
+        cost: Predicted divergence from the dense outputs, per image; 0 where it is not predicted.
         accuracy: The proxy relative to dense, if it was measured.
         timing: The latency, if it was measured in a run together with the dense model.
         weights: Makes the weights to run with; None keeps the model's own.

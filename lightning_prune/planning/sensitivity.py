@@ -1,4 +1,4 @@
-"""Sensitivity of each block: KL divergence from the dense outputs when only that block reduces.
+"""Sensitivity of each block: divergence from the dense outputs when only that block reduces.
 
 From it follows what a step from one token count to another costs at a block, which the dynamic programme adds up.
 """
@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -16,6 +15,7 @@ from lightning_prune._utils.progress import OnStep
 from lightning_prune.errors import DataError
 from lightning_prune.patching import PatchHandle, VisionTransformer
 from lightning_prune.planning.activation_cache import recorded, replayed
+from lightning_prune.profiling.output_kinds import OUTPUT_KINDS, choose_proxy
 from lightning_prune.reduction import Reduction
 from lightning_prune.runtimes.torch_runtime import force_eager
 from lightning_prune.schedule import Schedule
@@ -40,7 +40,9 @@ TUNING = SensitivityTuning()
 
 
 class Sensitivity:
-    """KL divergence of the pruned outputs from the dense ones when only one block reduces, in nats per image.
+    """Divergence of the pruned outputs from the dense ones when only one block reduces, per image.
+
+    KL divergence in nats for classes and tags; half a squared relative distance for numbers and features.
 
     Measured at some counts of each block, with one dense pass per batch: every other pass starts from the recorded
     input of the block. Images are added batch by batch, so that the time can be limited; the table is their mean.
@@ -51,6 +53,7 @@ class Sensitivity:
         blocks: Blocks to measure.
         counts: Tokens that leave the block; counts that the method cannot reach are left out.
         tokens: N.
+        proxy: Says how outputs are compared; see `lightning_prune.profiling.output_kinds.choose_proxy`.
 
     Attributes:
         blocks: The measured blocks, ascending.
@@ -77,17 +80,20 @@ class Sensitivity:
         blocks: Sequence[int],
         counts: Sequence[int],
         tokens: int,
+        proxy: str = "auto",
     ) -> None:
         self._transformer, self._reduction, self._n = transformer, reduction, tokens
         fewest = tokens - reduction.max_removed(tokens, transformer.num_prefix_tokens)
         self.blocks = sorted(blocks)
         self.counts = sorted({count for count in counts if fewest <= count < tokens} | {tokens})
         self.images = 0
+        self._kind = OUTPUT_KINDS[choose_proxy(transformer.root, transformer, proxy)]
+        self._scale: Tensor | None = None  # typical size of each output, in the first batch
         self._sum = np.zeros((len(self.blocks), len(self.counts)))
 
     @property
     def table(self) -> Table:
-        """(blocks, counts) mean KL divergence; the last column, dense, is 0."""
+        """(blocks, counts) mean divergence; the last column, dense, is 0."""
         return self._sum / max(self.images, 1)
 
     def add(self, images: Tensor, on_step: OnStep = lambda: None) -> None:
@@ -104,6 +110,8 @@ class Sensitivity:
         with torch.no_grad(), force_eager():  # without compiling: each count runs a few times only
             with recorded(self._transformer.blocks) as outputs:
                 dense = family.output(root.forward(images)).cpu().double()
+            if self._scale is None:
+                self._scale = dense.square().mean(0).sqrt().clamp_min(1e-12)
             on_step()
             found = np.zeros_like(self._sum)
             for row, block in enumerate(self.blocks):
@@ -115,7 +123,7 @@ class Sensitivity:
                     for column, count in enumerate(self.counts[:-1]):
                         handle.update(Schedule.single(self._transformer.depth, block, self._n - count))
                         pruned = family.output(root.forward(images)).cpu().double()
-                        found[row, column] = _divergence(dense, pruned, self._transformer.num_classes)
+                        found[row, column] = self._kind.divergence(dense, pruned, self._scale)
                         on_step()
         if not np.isfinite(found).all():
             raise DataError(f"The model's outputs are not finite for some of {len(images)} calibration images.")
@@ -189,11 +197,3 @@ def divergence_at(counts: Sequence[int], divergence: Table, wanted: Table) -> Ta
     above = np.exp(logs[-1]) * (np.maximum(gone, removed[-1]) / removed[-1]) ** min(power, TUNING.max_power)
     between = np.exp(np.interp(gone, removed, logs))
     return np.where(gone < removed[0], below, np.where(gone > removed[-1], above, between))
-
-
-def _divergence(dense: Tensor, pruned: Tensor, classes: int) -> float:
-    """KL(dense || pruned) of logits, summed over the images; for features half their relative squared distance."""
-    if classes:
-        return float(F.kl_div(pruned.log_softmax(-1), dense.log_softmax(-1), reduction="sum", log_target=True))
-    dense, pruned = dense.flatten(1), pruned.flatten(1)
-    return float(((dense - pruned).square().sum(1) / dense.square().sum(1).clamp_min(1e-12)).sum() / 2)

@@ -1,7 +1,7 @@
 """What tokens cost, and what they are worth, on this device: latency profiles and accuracy proxies."""
 
 from lightning_prune.patching.schedule_forms import reducing_block, resolve_block
-from lightning_prune.profiling.accuracy_proxy import Proxy, soft_agreement
+from lightning_prune.profiling.accuracy_proxy import Proxy
 from lightning_prune.profiling.cache import ProfileStore
 from lightning_prune.profiling.energy_meter import EnergyReading, Unavailable, find_counter, measure_energy
 from lightning_prune.profiling.environment import measurement_context, profile_dependencies
@@ -9,6 +9,7 @@ from lightning_prune.profiling.interleaved_timer import InterleavedTimer, Latenc
 from lightning_prune.profiling.latency_profile import CountStep, LatencyProfile
 from lightning_prune.profiling.measurement import TOKEN_CURVE, compare_latency, profile_latency
 from lightning_prune.profiling.model_variants import DENSE, Variant, VariantSwitch
+from lightning_prune.profiling.output_kinds import soft_agreement
 from lightning_prune.profiling.simulation import SimulatedClock, SimulatedDevice, Workload, simulate_latency
 
 __all__ = [

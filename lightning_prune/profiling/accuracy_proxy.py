@@ -3,32 +3,12 @@
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_prune.errors import ArgumentError, DataError, UnsupportedModelError
 from lightning_prune.patching import VisionTransformer
+from lightning_prune.profiling.output_kinds import OUTPUT_KINDS, choose_proxy
 from lightning_prune.runtimes.torch_runtime import force_eager
-
-
-def soft_agreement(dense: Tensor, pruned: Tensor) -> float:
-    """Mean probability that the pruned model gives to the dense model's top-1 class, relative to dense.
-
-    It needs no labels and followed true accuracy best of the proxies that were tried. 1 for the dense model itself.
-
-    Args:
-        dense: (B, K) logits of the dense model.
-        pruned: (B, K) logits of the pruned model for the same images.
-    """
-    top1_class = dense.argmax(dim=-1, keepdim=True)
-    pruned_probability = pruned.float().softmax(dim=-1).gather(1, top1_class).mean()
-    dense_probability = dense.float().softmax(dim=-1).gather(1, top1_class).mean()
-    return float(pruned_probability / dense_probability)
-
-
-def feature_similarity(dense: Tensor, pruned: Tensor) -> float:
-    """Mean cosine similarity of the features (B, ...) of the same images, for models that return no logits."""
-    return float(F.cosine_similarity(dense.float().flatten(1), pruned.float().flatten(1), dim=1).mean())
 
 
 def top1(labels: Tensor, logits: Tensor) -> float:
@@ -46,9 +26,9 @@ class Proxy:
         images: (B, C, H, W); moved to the device batch by batch.
         device: Device of the transformer.
         batch_size: Images in one forward pass.
-        labels: (B,) int64. With labels the proxy is top-1 accuracy relative to dense. Without, it is soft agreement
-            where the model returns logits and cosine similarity where it returns features.
+        labels: (B,) int64. With labels the proxy is top-1 accuracy relative to dense.
         on_step: Called after every batch.
+        proxy: What is estimated without labels; see `lightning_prune.profiling.output_kinds.choose_proxy`.
 
     Attributes:
         name: What the values mean.
@@ -67,6 +47,7 @@ class Proxy:
         batch_size: int,
         labels: Tensor | None = None,
         on_step: Callable[[], None] = lambda: None,
+        proxy: str = "auto",
     ) -> None:
         if images.ndim != 4 or not len(images):
             raise ArgumentError(f"`images` must be (B, C, H, W), got {tuple(images.shape)}.")
@@ -75,13 +56,15 @@ class Proxy:
         self._labels = None if labels is None else labels.cpu()
         weight = next((p for p in transformer.root.parameters() if p.is_floating_point()), images)
         self._dtype = images.dtype if torch.is_autocast_enabled(device.type) else weight.dtype
+        self._kind = OUTPUT_KINDS[choose_proxy(transformer.root, transformer, proxy)]
         self._dense = self._outputs()
         self.name = self._choose(labels)
 
     def _choose(self, labels: Tensor | None) -> str:
         num_classes = self._transformer.num_classes
         if labels is None:
-            return "soft agreement" if num_classes else "cosine similarity of features"
+            self._kind.agreement(self._dense, self._dense)  # raises where the outputs say nothing
+            return self._kind.label
         if not num_classes:
             raise ArgumentError("`labels` must be None for a model that returns features, got labels.")
         if len(labels) != len(self._images):
@@ -99,8 +82,7 @@ class Proxy:
         outputs = self._outputs()
         if self._labels is not None:
             return top1(self._labels, outputs) / top1(self._labels, self._dense)
-        compare = soft_agreement if self._transformer.num_classes else feature_similarity
-        return compare(self._dense, outputs)
+        return self._kind.agreement(self._dense, outputs)
 
     def _outputs(self) -> Tensor:
         collected = []
