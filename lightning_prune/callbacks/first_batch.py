@@ -15,6 +15,7 @@ from lightning_prune.callbacks.hooks import command_run
 from lightning_prune.errors import DataError, PruneError, UnsupportedModelError
 from lightning_prune.patching import VisionTransformer, find_vision_transformer
 from lightning_prune.planning.paper_protocol import PAPER_IMAGES
+from lightning_prune.profiling import measurement_context
 
 T = TypeVar("T")
 
@@ -69,6 +70,11 @@ class FirstBatch:
             UnsupportedModelError: If there is none, or several and the config names none.
         """
         return find_vision_transformer(self.module, self.config.module_path)
+
+    @cached_property
+    def context(self) -> dict[str, Any]:
+        """What a latency measured on this batch depends on; see `lightning_prune.profiling.measurement_context`."""
+        return measurement_context(self.transformer.compiled_root, self.images)
 
     def calibration(self) -> Calibration:
         """The calibration images that the config asks for, from the running loop.

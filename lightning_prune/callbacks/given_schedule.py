@@ -11,7 +11,7 @@ from lightning_prune.callbacks.first_batch import FirstBatch
 from lightning_prune.patching import PatchHandle, VisionTransformer, check_schedule
 from lightning_prune.patching.compatibility import check_depth
 from lightning_prune.patching.schedule_forms import reductions_of, resolve_schedule
-from lightning_prune.profiling import compare_latency, measurement_context
+from lightning_prune.profiling import compare_latency
 from lightning_prune.profiling.interleaved_timer import LatencyStats
 from lightning_prune.profiling.measurement import ready_to_run
 from lightning_prune.profiling.model_variants import Variant
@@ -33,11 +33,10 @@ def time_given(first: FirstBatch) -> Decision:
         ScheduleError: If it was made for another depth or token count, or a block cannot remove that many tokens.
         UnsupportedModelError: As `lightning_prune.patch`.
     """
-    transformer, images = first.transformer, first.images
+    transformer = first.transformer
     reduction, schedule = _method_and_schedule(first)
     with ready_to_run(transformer):
-        n = transformer.count_tokens(images)
-        context = measurement_context(transformer.compiled_root, images)
+        n = transformer.count_tokens(first.images)
     rates = schedule if isinstance(schedule, KeepRates) else None
     if isinstance(schedule, KeepRates):
         check_depth(transformer, schedule)
@@ -57,8 +56,8 @@ def time_given(first: FirstBatch) -> Decision:
         speedup=1 / pruned.ratio,
         predicted_ms=None,
         reason="The schedule was given.",
-        context=context,
-        differences=_differences(schedule.made_on, context, n),
+        context=dict(first.context),
+        differences=_differences(schedule.made_on, first.context, n),
         keep_rates=rates,
         reduction=reduction,
     )
@@ -78,7 +77,6 @@ def time_adaptive(first: FirstBatch) -> Decision:
     with ready_to_run(transformer):
         n = transformer.count_tokens(images)
         left = _tokens_left(transformer, images, reduction)
-        context = measurement_context(transformer.compiled_root, images)
     timings = _time(first, Variant(reduction))
     dense, pruned = timings["dense"], timings["pruned"]
     return Decision(
@@ -91,7 +89,7 @@ def time_adaptive(first: FirstBatch) -> Decision:
         speedup=1 / pruned.ratio,
         predicted_ms=None,
         reason=f"The images decide; the longest of this batch keeps {left} of {n} tokens.",
-        context=context,
+        context=dict(first.context),
         reduction=reduction,
         adaptive=True,
     )

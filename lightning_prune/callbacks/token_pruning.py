@@ -29,7 +29,6 @@ from lightning_prune.callbacks.planned_schedule import planned
 from lightning_prune.errors import ArgumentError, UnsupportedModelError
 from lightning_prune.patching import PatchHandle
 from lightning_prune.planning import Objective
-from lightning_prune.profiling import measurement_context
 from lightning_prune.profiling.measurement import ProfilingMode, check_dense
 from lightning_prune.reduction import Reduction
 from lightning_prune.schedule import KeepRates, Schedule
@@ -236,7 +235,7 @@ class TokenPruning(EvaluationCallback):
         check_dense(first.transformer)  # also if nothing is measured: a patch of the user would be replaced
         # Schedules cost models of one shape different amounts of accuracy, so a decision holds for one model object;
         # its weights are left out, since training changes them between validations.
-        holds_for = (ref(first.transformer.root), measurement_context(first.transformer.compiled_root, first.images))
+        holds_for = (ref(first.transformer.root), first.context)
         if self.decision is not None and self._decided_for in (None, holds_for):
             return self.decision
         warn_if_wrapped_by_compile(first.module)
