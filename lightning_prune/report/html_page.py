@@ -1,29 +1,26 @@
 """The HTML report of a comparison: one file without scripts, links or other files."""
 
 import base64
-from collections.abc import Callable, Mapping, Sequence
+import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup, escape
 
 from lightning_prune._utils import formatting
 from lightning_prune._utils.files import atomic_write
-from lightning_prune.report.rows import (
-    TOP1,
-    Row,
-    Score,
-    by_target,
-    change_of,
-    dense_of,
-    interval_of,
-    missed,
-    number,
-    rows_of,
-    score_of,
+from lightning_prune.report.html_table import (
+    breakable,
+    columns_of,
+    interval_text,
+    legend_of,
+    points,
+    ratio,
+    sections_of,
 )
+from lightning_prune.report.rows import TOP1, Row, change_of, dense_of, interval_of, number, rows_of, score_of
 from lightning_prune.report.summary import Summary, UnreachedTarget, summarise
 
 _TEMPLATE = "comparison.html"
@@ -32,7 +29,7 @@ _TEMPLATE = "comparison.html"
 _PICTURES = {
     "pareto.png": (
         "Accuracy against latency",
-        "Plot of accuracy against measured latency with a line for each method; the table has the same figures.",
+        "Plot of accuracy against measured latency with a line for each method; the table has its figures and colours.",
         "Up and to the left is better. The dotted lines cross at the dense model.",
     ),
     "tokens.png": (
@@ -46,37 +43,6 @@ _PICTURES = {
         "",
     ),
 }
-
-
-class Cell(NamedTuple):
-    """A figure of a row, with a small second line and a CSS class; an empty text is an unknown figure."""
-
-    text: str
-    below: str = ""
-    kind: str = ""
-
-
-class Column(NamedTuple):
-    """A column of figures: its heading, the heading of the second line, and the cell of a row."""
-
-    heading: str
-    below: str
-    cell: Callable[[Row], Cell]
-
-
-class Line(NamedTuple):
-    """A row of the table."""
-
-    name: str
-    best: bool
-    cells: list[Cell]
-
-
-class Section(NamedTuple):
-    """The rows of one target."""
-
-    title: str
-    lines: list[Line]
 
 
 class Picture(NamedTuple):
@@ -98,114 +64,8 @@ class SavedSchedule(NamedTuple):
     text: str
 
 
-def _minus(text: str) -> str:
-    """With a minus that is as wide as the plus."""
-    return text.replace("-", "\u2212")
-
-
-def _points(change: float | None) -> str:
-    return "-" if change is None else _minus(formatting.points(change))
-
-
-def _interval(interval: tuple[float, float] | None) -> str:
-    return "-" if interval is None else f"{_points(interval[0])} to {_points(interval[1])}"
-
-
-def _ratio(speedup: float | None) -> str:
-    """A target, with as many digits as were given."""
-    return "-" if speedup is None else f"{speedup:g}x"
-
-
-def _breakable(name: str) -> Markup:
-    """A name that may be broken after each plus."""
-    return escape(name).replace("+", Markup("+<wbr>"))
-
-
-def _digits(value: float | None, digits: int = 0) -> str:
-    return "" if value is None else f"{value:.{digits}f}"
-
-
-def _share(share: float | None) -> Cell:
-    return Cell("" if share is None else formatting.percent(share))
-
-
-def _change(row: Row, dense: Row | None) -> Cell:
-    change, interval = change_of(row, dense), interval_of(row)
-    if row is dense or change is None:
-        return Cell("")
-    if interval is None:
-        return Cell(_points(change))
-    kind = "even" if interval[0] <= 0 <= interval[1] else "less" if interval[1] < 0 else "more"
-    return Cell(_points(change), _interval(interval), kind)
-
-
-def _with_spread(text: str, known: bool, spread: float | None) -> Cell:
-    return Cell(text, f"±{spread:.2f}" if spread is not None else "") if known else Cell("")
-
-
-def _blocks(row: Row) -> str:
-    blocks = row.block.split()
-    if not blocks:
-        return ""
-    return f"block {blocks[0]}" if len(blocks) == 1 else f"{len(blocks)} blocks"
-
-
-def _columns(rows: Sequence[Row], dense: Row | None) -> list[Column]:
-    several = len({row.runtime for row in rows}) > 1  # one runtime is a fact of the whole page
-
-    def speedup(row: Row) -> Cell:
-        spread = None if row is dense else row.speedup_spread
-        return _with_spread(formatting.speedup(row.speedup), row.speedup is not None, spread)
-
-    def latency(row: Row) -> Cell:
-        return _with_spread(formatting.milliseconds(row.latency_ms), row.latency_ms is not None, row.latency_spread)
-
-    def rate(row: Row) -> Cell:
-        whole = _digits(row.throughput_end_to_end)
-        return Cell(_digits(row.throughput), f"({whole})" if whole else "")
-
-    return [
-        Column("top-1", "", lambda row: _share(row.top1)),
-        Column("change, points", "95% interval", lambda row: _change(row, dense)),
-        Column("speed-up", "", speedup),
-        Column("latency", "ms a batch", latency),
-        Column(
-            "p90",
-            "ms a batch",
-            lambda row: Cell("" if row.latency_p90_ms is None else formatting.milliseconds(row.latency_p90_ms)),
-        ),
-        Column("runtime", "", lambda row: Cell(row.runtime if several else "")),
-        Column("tokens", "left", lambda row: Cell(_digits(row.tokens))),
-        Column("tokens", "removed", lambda row: Cell(_digits(row.removed), _blocks(row))),
-        Column("same class", "as dense", lambda row: _share(row.agreement)),
-        Column("top-5", "", lambda row: _share(row.top5)),
-        Column("images/s", "end to end", rate),
-        Column("J/image", "watts", lambda row: Cell(_digits(row.joules_per_image, 3), _digits(row.watts, 1))),
-    ]
-
-
-def _section(target: float | None, group: Sequence[Row], columns: Sequence[Column], score: Score | None) -> Section:
-    reached = [row for row in group if not missed(row)]
-    figures = [figure for row in reached if score is not None and (figure := score.of(row)) is not None]
-    lines = []
-    for row in group:
-        figure = None if score is None or target is None or missed(row) else score.of(row)
-        best = figure is not None and figure == max(figures)
-        lines.append(Line(row.variant or "?", best, [column.cell(row) for column in columns]))
-    return Section("No target" if target is None else f"Target {_ratio(target)}", lines)
-
-
-def _legend(rows: Sequence[Row]) -> list[str]:
-    lines = ["±: half the distance between the quartiles."]
-    if score_of(rows) == TOP1 and any(row.target_speedup is not None for row in rows):
-        lines.append("Bold: the best top-1 of the variants that reach the target.")
-    if any(interval_of(row) for row in rows):
-        lines.append("Grey change: the 95% interval holds 0.")
-    return lines
-
-
 def _unreached_target(entry: UnreachedTarget) -> str:
-    target = f" {_ratio(entry.target)}" if entry.target is not None else ""
+    target = f" {ratio(entry.target)}" if entry.target is not None else ""
     best = f": at most {formatting.speedup(entry.best)}" if entry.best is not None else ""
     reason = f" ({entry.reason.rstrip('.')})" if entry.reason else ""
     return f"{entry.method}{target}{best}{reason}"
@@ -237,15 +97,54 @@ def _best_of(summary: Summary, dense: Row | None) -> list[dict[str, Any]]:
     """The table of the best variants: for each target its names and figures."""
     return [
         {
-            "target": _ratio(target.speedup),
+            "target": ratio(target.speedup),
             "best": ", ".join(row.variant for row in target.best),
             "score": formatting.percent(None if summary.score is None else summary.score.of(target.best[0])),
-            "change": _points(change_of(target.best[0], dense)),
-            "interval": _interval(interval_of(target.best[0])),
+            "change": points(change_of(target.best[0], dense)),
+            "interval": interval_text(interval_of(target.best[0])),
             "overlapping": ", ".join(row.variant for row in target.overlapping) or "-",
         }
         for target in summary.targets
     ]
+
+
+class Deployed(NamedTuple):
+    """The variant to deploy, and how to run it from the folder of the report."""
+
+    heading: str
+    variant: str
+    reason: str
+    command: str
+
+
+_KEPT_OPTIONS = ("--config", "--model", "--data", "--trainer")  # of a comparison: they hold for its best variant too
+
+
+def _deployed(document: Mapping[str, Any]) -> Deployed | None:
+    """The best variant by the objective that was stated; None where none was stated."""
+    best = document.get("best")
+    if not best:
+        return None
+    heading = "Deploy this one" if best.get("met", True) else "No variant meets the objective"
+    command = _deploying(str(document.get("command") or ""))
+    return Deployed(heading, str(best.get("variant") or ""), str(best.get("reason") or ""), command)
+
+
+def _deploying(command: str) -> str:
+    """The command that validates `schedule.yaml` with the model and data of a comparison; else the line of Python."""
+    try:
+        words = shlex.split(command)
+    except ValueError:  # a quotation mark that is never closed
+        words = []
+    if words[:2] != ["lightning-prune", "compare"]:
+        return 'lightning_prune.patch(model, "schedule.yaml")'
+    kept, keep = [], False
+    for word in words[2:]:
+        if word.startswith("-"):
+            keep = word.startswith(_KEPT_OPTIONS)
+        if keep:
+            kept.append(word)
+    return shlex.join(["lightning-prune", "validate", *kept, "--prune.schedule", "schedule.yaml"])
 
 
 def _facts(document: Mapping[str, Any], first: Row) -> str:
@@ -312,7 +211,7 @@ def _page(document: Mapping[str, Any], folder: Path) -> str:
     dense, score, summary = dense_of(rows), score_of(rows), summarise(document)
     context = document.get("context") or {}
     model, device = str(context.get("model") or "model"), str(context.get("device") or rows[0].device or "?")
-    columns = [column for column in _columns(rows, dense) if any(column.cell(row).text for row in rows)]
+    columns = columns_of(rows, dense)
     environment = Environment(
         loader=PackageLoader("lightning_prune.report"),
         autoescape=True,
@@ -326,13 +225,14 @@ def _page(document: Mapping[str, Any], folder: Path) -> str:
         facts=_facts(document, rows[0]),
         score=score,
         top1=TOP1,
+        deployed=_deployed(document),
         best_of=_best_of(summary, dense),
         warnings=_warnings(summary, len(rows) - (dense is not None)),
         columns=columns,
-        sections=[_section(target, group, columns, score) for target, group in by_target(rows, score).items()],
-        breakable=_breakable,
+        sections=sections_of(rows, columns, score),
+        breakable=breakable,
         notes=[(row.variant, row.note) for row in rows if row.note],
-        legend=_legend(rows),
+        legend=legend_of(rows),
         pictures=_pictures(folder),
         schedules=_schedules(document),
         schedules_folder=(folder / "schedules").is_dir(),
@@ -342,7 +242,7 @@ def _page(document: Mapping[str, Any], folder: Path) -> str:
 
 
 def write_page(document: Mapping[str, Any], folder: str | Path) -> Path:
-    """Writes `report.html`: the best variants, the table, plots, schedules, the command and what was measured on.
+    """Writes `report.html`: what to deploy, the best variants, table, plots, schedules, the command and the context.
 
     `pareto.png`, `tokens.png` and `profile.png` become part of the page if the folder has them. The page appears whole
     or not at all.

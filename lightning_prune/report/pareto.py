@@ -21,13 +21,14 @@ from lightning_prune.report.rows import (
     score_of,
     series,
 )
-from lightning_prune.report.styles import add_speedups, line_styles
+from lightning_prune.report.styles import INK, add_speedups, line_styles
 
 _BARS = {
     "top1": "bars: half the distance between the quartiles of the latency; 95% interval of the change against dense",
     "agreement": "bars: half the distance between the quartiles of the latency",
 }
-_GREY, _INK = "#7f8c8d", "#222222"
+_GREY = "#7f8c8d"
+_Styles = Mapping[str, tuple[str, str, bool]]
 _WIDE = 6.0  # points below dense from which a second panel shows the rows near dense, which the first one flattens
 _SLOW = 1.25  # times the latency of dense: slower rows would compress the others into a corner
 
@@ -60,8 +61,9 @@ def plot_pareto(document: Mapping[str, Any]) -> Figure:
     zoom = _zoom(rows, dense, score)
     figure = Figure(figsize=(8.4, 5.2 if zoom is None else 8.6), layout="constrained")
     panels = [figure.subplots()] if zoom is None else list(figure.subplots(2, 1, sharex=True))
+    styles = line_styles(list(series(all_rows)))  # of all rows, as in the table, also those that are not drawn
     for axes in panels:
-        _draw(axes, rows, dense, score)
+        _draw(axes, rows, dense, score, styles)
     if zoom is not None:
         panels[1].set_ylim(zoom)
         panels[1].set_title("the same, near dense", fontsize=9, loc="left")
@@ -69,26 +71,35 @@ def plot_pareto(document: Mapping[str, Any]) -> Figure:
     below = [] if score is None else [_BARS[score.key]]
     if slow:
         below.append(fill(f"Off the chart: {'; '.join(_in_words(row, score) for row in slow)}.", 105))
-    if below:
-        figure.supxlabel("\n".join(below), fontsize=8, color=_INK)
     if dense is not None and dense.latency_ms:
         add_speedups(panels[0], dense.latency_ms)
     handles, labels = panels[0].get_legend_handles_labels()
     if labels:
         plain = [handle[0] if isinstance(handle, ErrorbarContainer) else handle for handle in handles]
-        figure.legend(plain, labels, loc="outside right upper", fontsize=8, frameon=False)
+        figure.legend(
+            plain,
+            labels,
+            title="\n".join(below),  # above the entries: the layout would put a label of the figure on top of them
+            title_fontsize=8,
+            loc="outside lower center",
+            ncols=6,
+            fontsize=8,
+            frameon=False,
+        )
+    elif below:
+        figure.supxlabel("\n".join(below), fontsize=8, color=INK)
     figure.suptitle(_title(document, rows), fontsize=10)
     return figure
 
 
-def _draw(axes: Axes, rows: Sequence[Row], dense: Row | None, score: Score | None) -> None:
+def _draw(axes: Axes, rows: Sequence[Row], dense: Row | None, score: Score | None, styles: _Styles) -> None:
     if dense is not None and dense.latency_ms is not None:
         _mark_dense(axes, dense, dense.latency_ms, score)
     if score is None:
         _note_unknown_accuracy(axes)
     else:
         _draw_front(axes, rows, score)
-        _draw_lines(axes, series(rows), score)
+        _draw_lines(axes, series(rows), score, styles)
         axes.set_ylabel(f"{score.label} [%]")
     axes.margins(0.06)
     axes.grid(alpha=0.25)
@@ -130,11 +141,10 @@ def _mark_dense(axes: Axes, dense: Row, latency: float, score: Score | None) -> 
         return
     axes.axhline(height, color=_GREY, linewidth=0.8, linestyle=":")
     spread = dense.latency_spread or 0.0
-    axes.errorbar(latency, height, xerr=spread, color=_INK, fmt="*", markersize=13, label="dense", zorder=5)
+    axes.errorbar(latency, height, xerr=spread, color=INK, fmt="*", markersize=13, label="dense", zorder=5)
 
 
-def _draw_lines(axes: Axes, lines: Mapping[str, Sequence[Row]], score: Score) -> None:
-    styles = line_styles(list(lines))
+def _draw_lines(axes: Axes, lines: Mapping[str, Sequence[Row]], score: Score, styles: _Styles) -> None:
     for name, all_rows in lines.items():
         rows = sorted((row for row in all_rows if placed(row, score)), key=lambda row: -(row.latency_ms or 0.0))
         if not rows:
@@ -194,7 +204,7 @@ def _draw_front(axes: Axes, rows: Sequence[Row], score: Score) -> None:
 
 def _note_unknown_accuracy(axes: Axes) -> None:
     message = "No accuracy to show: the module logs no val/top1,\nand no agreement with dense was measured."
-    axes.text(0.5, 0.5, message, transform=axes.transAxes, ha="center", va="center", color=_INK)
+    axes.text(0.5, 0.5, message, transform=axes.transAxes, ha="center", va="center", color=INK)
     axes.set_yticks([])
 
 

@@ -11,9 +11,9 @@ from matplotlib.ticker import MaxNLocator
 from lightning_prune._utils.formatting import context_line, percent, speedup
 from lightning_prune.planning.objectives import AccuracyBudget, LatencyBudget
 from lightning_prune.planning.results import Candidate, Plan
-from lightning_prune.report.styles import PointLabel, line_styles, place_labels
+from lightning_prune.report.styles import INK, PointLabel, line_styles, place_labels
 
-_BLUE, _RED, _GREY, _INK = "#1f5fa8", "#c0392b", "#7f8c8d", "#222222"
+_BLUE, _RED, _GREY = "#1f5fa8", "#c0392b", "#7f8c8d"
 _MANY_BLOCKS = 16  # beyond which figures above the bars are written upright, as they are wider than the bars
 _Styles = dict[str, tuple[str, str, bool]]
 
@@ -66,7 +66,7 @@ def _draw_accuracy(axes: Axes, plan: Plan, styles: _Styles) -> None:
         for candidate, place in zip(candidates, places, strict=True):
             filled = candidate.is_dense or candidate.timing is not None
             axes.plot(*place, marker, color=color, markersize=5, markerfacecolor=color if filled else "white")
-    axes.plot(plan.speedup, 100 * plan.accuracy, "*", color=_INK, markersize=14, fillstyle="none", zorder=5)
+    axes.plot(plan.speedup, 100 * plan.accuracy, "*", color=INK, markersize=14, fillstyle="none", zorder=5)
     axes.set_ylabel(f"{plan.proxy or 'proxy'}, measured\n[% of dense]")
     axes.margins(0.08, 0.15)
     axes.grid(alpha=0.25)
@@ -78,7 +78,7 @@ def _draw_divergence(axes: Axes, plan: Plan, styles: _Styles) -> None:
         axes.plot([1 / each.ratio for each in candidates], [each.cost for each in candidates], color=color)
     chosen = _chosen(plan)
     if chosen is not None:
-        axes.plot(1 / chosen.ratio, chosen.cost, "*", color=_INK, markersize=14, fillstyle="none", zorder=5)
+        axes.plot(1 / chosen.ratio, chosen.cost, "*", color=INK, markersize=14, fillstyle="none", zorder=5)
     axes.set_ylabel("KL divergence from dense,\npredicted [nats]")
     axes.margins(0.08)
     axes.set_ylim(bottom=-0.04 * axes.get_ylim()[1])
@@ -133,7 +133,7 @@ def _labels(plan: Plan, styles: _Styles) -> list[PointLabel]:
     """The chosen candidate, then the next slower and the next faster one of its method."""
     chosen = _chosen(plan)
     text = f"{speedup(plan.speedup)}, {percent(plan.accuracy, 1)}"
-    labels = [PointLabel(text, plan.speedup, 100 * plan.accuracy, _INK)]
+    labels = [PointLabel(text, plan.speedup, 100 * plan.accuracy, INK)]
     if chosen is None:
         return labels
     others = [each for each in _measured(plan, chosen.method) if each.key != chosen.key]
@@ -150,7 +150,7 @@ def _legend(plan: Plan, styles: _Styles) -> list[Line2D]:
     """The methods, the chosen candidate, the budget, and what filled and hollow markers mean."""
     handles = [Line2D([], [], color=color, marker=marker, label=name) for name, (color, marker, _) in styles.items()]
     chosen = plan.method if plan.schedule.total_removed else "dense"
-    star: dict[str, Any] = {"color": _INK, "marker": "*", "markersize": 11, "fillstyle": "none", "linestyle": "none"}
+    star: dict[str, Any] = {"color": INK, "marker": "*", "markersize": 11, "fillstyle": "none", "linestyle": "none"}
     handles.append(Line2D([], [], label=f"chosen: {chosen}", **star))
     if isinstance(plan.objective, AccuracyBudget | LatencyBudget):
         handles.append(Line2D([], [], color=_RED, linestyle=":", label=f"{plan.objective}"))

@@ -27,6 +27,8 @@ _STYLES = (
     ("#7b3f00", ">"),
     ("#00798c", "h"),
 )
+INK = "#222222"
+"""Of text, and of the dense model."""
 _FLOOR = ("#6b7280", ".")  # of `random`, the floor that every method must beat
 _SPEEDUPS = (0.5, 0.67, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0, 5.0, 7.0, 10.0, 20.0, 50.0)
 

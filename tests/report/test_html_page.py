@@ -8,6 +8,7 @@ import yaml
 
 from lightning_prune.errors import DataError
 from lightning_prune.report.html_page import write_page
+from lightning_prune.report.pareto import plot_pareto
 
 from .made_up import comparison, planned, pruned, row, without_accuracy
 
@@ -139,6 +140,71 @@ def test_table_has_every_row_under_its_target(tmp_path: Path) -> None:
     assert tome[:5] == ["tome 1.5x", "92.30%", "\u22120.80 \u22121.28 to \u22120.32", "1.53x ±0.01", "69.93 ±0.78"]
     assert tome[5:8] == ["109.5", "108", "89 12 blocks"]
     assert rows[first.index("dense")][2:4] == ["-", "1.00x"]
+
+
+BEST = {"variant": "tome 1.5x", "reason": "The best of 32 variants by accuracy budget.", "met": True}
+
+
+def test_the_variant_to_deploy_and_its_command_come_first(tmp_path: Path) -> None:
+    found = page(comparison() | {"best": BEST}, tmp_path)
+    assert found.headings[1] == "Deploy this one"
+    top = found.text.partition("Best at each speed-up")[0]
+    assert "tome 1.5x. The best of 32 variants by accuracy budget." in top
+    assert "lightning-prune validate --config configs/cifar10.yaml --prune.schedule schedule.yaml" in top
+
+
+@pytest.mark.parametrize(
+    ("command", "deploying"),
+    [
+        (
+            "lightning-prune compare --model.model=vit --data ImageFolderData --data.root 'my data' --output out",
+            "lightning-prune validate --model.model=vit --data ImageFolderData --data.root 'my data' "
+            "--prune.schedule schedule.yaml",
+        ),
+        ("lightning_prune.compare(...)", 'lightning_prune.patch(model, "schedule.yaml")'),
+        ("lightning-prune compare --config 'open", 'lightning_prune.patch(model, "schedule.yaml")'),
+    ],
+)
+def test_deploying_keeps_the_options_of_model_and_data(command: str, deploying: str, tmp_path: Path) -> None:
+    found = page(comparison() | {"best": BEST, "command": command}, tmp_path)
+    assert deploying in found.text.partition("Best at each speed-up")[0]
+
+
+def test_missed_objective_is_the_heading(tmp_path: Path) -> None:
+    found = page(comparison() | {"best": BEST | {"met": False}}, tmp_path)
+    assert found.headings[1] == "No variant meets the objective"
+
+
+def test_without_an_objective_the_page_says_how_to_choose(tmp_path: Path) -> None:
+    found = page(comparison(), tmp_path)
+    assert "Deploy this one" not in found.headings
+    assert "--max-drop" in found.text.partition("Best at each speed-up")[0]
+
+
+def test_rows_have_the_colours_of_the_plot(tmp_path: Path) -> None:
+    document = comparison()
+    document["rows"].insert(1, row("lazy 1.1x", method="lazy", latency_ms=500.0, top1=0.9))  # too slow to be drawn
+    found = page(document, tmp_path)
+    swatches = [each["style"] for tag, each in found.tags if (each.get("class") or "").startswith("swatch")]
+    variants = {each["variant"] for each in document["rows"]}
+    names = [cells[0] for cells in results(found) if cells[0] in variants]
+    colors = {name: (style or "").removeprefix("color: ") for name, style in zip(names, swatches, strict=True)}
+    drawn = {each.get_label(): each[0].get_color() for each in plot_pareto(document).axes[0].containers}
+    assert len(drawn) > 8
+    for variant, color in colors.items():
+        line = variant.partition(" ")[0]
+        assert color == drawn.get(line, color)
+    assert len(set(colors.values())) > 8
+
+
+def test_every_figure_names_its_column_where_rows_are_stacked(tmp_path: Path) -> None:
+    """On a narrow screen the heading of a column is not shown, but the label of each figure."""
+    found = page(comparison(), tmp_path)
+    labels = [each["data-label"] for tag, each in found.tags if tag == "td" and "data-label" in each]
+    columns = results(found)[0][1:]
+    assert labels[-len(columns) :] == columns
+    text = (tmp_path / "report.html").read_text()
+    assert "content: attr(data-label)" in text.partition("(max-width: 640px)")[2]
 
 
 def test_the_best_of_each_target_has_a_table_of_its_own(tmp_path: Path) -> None:

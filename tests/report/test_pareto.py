@@ -4,6 +4,7 @@ from typing import Any
 import pytest
 from matplotlib.axes import Axes
 from matplotlib.container import ErrorbarContainer
+from matplotlib.figure import Figure
 
 from lightning_prune.errors import DataError
 from lightning_prune.report.pareto import plot_pareto
@@ -19,6 +20,11 @@ def lines(axes: Axes) -> dict[str, ErrorbarContainer]:
 
 def points(line: ErrorbarContainer) -> list[tuple[float, float]]:
     return [(float(x), float(y)) for x, y in zip(*line[0].get_data(), strict=True)]
+
+
+def notes(figure: Figure) -> str:
+    """What stands below the axes."""
+    return str(figure.legends[0].get_title().get_text() if figure.legends else figure.get_supxlabel())
 
 
 def test_every_method_is_a_line_at_its_figures() -> None:
@@ -59,7 +65,7 @@ def test_a_second_panel_shows_what_is_near_dense_only_where_the_range_is_wide() 
 
 def test_speed_ups_stand_above_their_latency() -> None:
     figure = plot_pareto(comparison())
-    figure.canvas.draw()
+    figure.draw_without_rendering()
     above = figure.axes[0].child_axes[0]
     ticks = {
         label.get_text(): float(place) for place, label in zip(above.get_xticks(), above.get_xticklabels(), strict=True)
@@ -94,6 +100,16 @@ def test_rows_that_were_not_measured_have_no_place() -> None:
     assert set(lines(figure.axes[0])) == {"dense", "pomt"}
 
 
+@pytest.mark.parametrize("document", [comparison(), planned(), without_accuracy(comparison())])
+def test_legend_is_below_the_axes_and_covers_no_text(document: dict[str, Any]) -> None:
+    figure = plot_pareto(document)
+    figure.draw_without_rendering()
+    legend = figure.legends[0].get_window_extent()
+    assert legend.x0 >= 0
+    assert legend.x1 <= figure.bbox.width
+    assert legend.y1 <= min(axes.xaxis.label.get_window_extent().y0 for axes in figure.axes if axes.get_xlabel())
+
+
 def test_no_rows_are_refused() -> None:
     with pytest.raises(DataError, match="'rows'"):
         plot_pareto({"rows": []})
@@ -122,7 +138,7 @@ def test_what_is_far_slower_than_dense_sets_no_axis_and_is_told_below() -> None:
     figure = plot_pareto({**document, "rows": [*document["rows"], int8]})
     assert set(lines(figure.axes[0])) == {"dense", *LOST}
     assert figure.axes[0].get_xlim()[1] < 1.25 * 106.99
-    assert figure.get_supxlabel().endswith("\nOff the chart: int8, 1659 ms, 93.00% top-1.")
-    assert "Off the chart" not in plot_pareto(comparison()).get_supxlabel()
+    assert notes(figure).endswith("\nOff the chart: int8, 1659 ms, 93.00% top-1.")
+    assert "Off the chart" not in notes(plot_pareto(comparison()))
     unknown = without_accuracy({"rows": [document["rows"][0], int8]}, "agreement")
-    assert plot_pareto(unknown).get_supxlabel() == "Off the chart: int8, 1659 ms."
+    assert notes(plot_pareto(unknown)) == "Off the chart: int8, 1659 ms."

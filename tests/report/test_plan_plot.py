@@ -72,7 +72,7 @@ def tick_labels(axes: Axes) -> list[Text]:
 
 def overlapping(figure: Figure) -> list[tuple[str, str]]:
     """Pairs of texts whose boxes overlap where the figure is drawn."""
-    figure.canvas.draw()
+    figure.draw_without_rendering()
     texts = [*figure.texts, *figure.legends[0].get_texts()]
     for axes in figure.axes:
         texts += [*axes.texts, *tick_labels(axes), axes.xaxis.label, axes.yaxis.label, axes.title]

@@ -1,0 +1,190 @@
+"""The table of the HTML report: its columns, the text of each cell, and the colour that a variant has in the plot."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+from markupsafe import Markup, escape
+
+from lightning_prune._utils import formatting
+from lightning_prune.report.rows import (
+    TOP1,
+    Row,
+    Score,
+    by_target,
+    change_of,
+    interval_of,
+    missed,
+    score_of,
+    series,
+    series_name,
+)
+from lightning_prune.report.styles import INK, line_styles
+
+
+class Cell(NamedTuple):
+    """A figure of a row, with a small second line and a CSS class; an empty text is an unknown figure."""
+
+    text: str
+    below: str = ""
+    kind: str = ""
+
+
+class Column(NamedTuple):
+    """A column of figures: its heading, the heading of the second line, and the cell of a row."""
+
+    heading: str
+    below: str
+    cell: Callable[[Row], Cell]
+
+    @property
+    def label(self) -> str:
+        """The heading in a line, for narrow screens, where it stands before each figure."""
+        return f"{self.heading} {self.below}".strip()
+
+
+class Line(NamedTuple):
+    """A row of the table; `color` and `hollow` are those of its markers in `pareto.png`."""
+
+    name: str
+    color: str
+    hollow: bool
+    best: bool
+    cells: list[Cell]
+
+
+class Section(NamedTuple):
+    """The rows of one target."""
+
+    title: str
+    lines: list[Line]
+
+
+def points(change: float | None) -> str:
+    """A change in points, with a minus that is as wide as the plus; a dash where it is not known."""
+    return "-" if change is None else formatting.points(change).replace("-", "\u2212")
+
+
+def interval_text(interval: tuple[float, float] | None) -> str:
+    """An interval of a change in points; a dash where it is not known."""
+    return "-" if interval is None else f"{points(interval[0])} to {points(interval[1])}"
+
+
+def ratio(speedup: float | None) -> str:
+    """A target speed-up, with as many digits as were given; a dash where it is not known."""
+    return "-" if speedup is None else f"{speedup:g}x"
+
+
+def breakable(name: str) -> Markup:
+    """A name that may be broken after each plus."""
+    return escape(name).replace("+", Markup("+<wbr>"))
+
+
+def _digits(value: float | None, digits: int = 0) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def _share(share: float | None) -> Cell:
+    return Cell("" if share is None else formatting.percent(share))
+
+
+def _change(row: Row, dense: Row | None) -> Cell:
+    change, interval = change_of(row, dense), interval_of(row)
+    if row is dense or change is None:
+        return Cell("")
+    if interval is None:
+        return Cell(points(change))
+    kind = "even" if interval[0] <= 0 <= interval[1] else "less" if interval[1] < 0 else "more"
+    return Cell(points(change), interval_text(interval), kind)
+
+
+def _with_spread(text: str, known: bool, spread: float | None) -> Cell:
+    return Cell(text, f"±{spread:.2f}" if spread is not None else "") if known else Cell("")
+
+
+def _blocks(row: Row) -> str:
+    blocks = row.block.split()
+    if not blocks:
+        return ""
+    return f"block {blocks[0]}" if len(blocks) == 1 else f"{len(blocks)} blocks"
+
+
+def columns_of(rows: Sequence[Row], dense: Row | None) -> list[Column]:
+    """The columns in which at least one row has a figure.
+
+    Args:
+        rows: All rows of the table.
+        dense: The row that changes are relative to.
+    """
+    several = len({row.runtime for row in rows}) > 1  # one runtime is a fact of the whole page
+
+    def speedup(row: Row) -> Cell:
+        spread = None if row is dense else row.speedup_spread
+        return _with_spread(formatting.speedup(row.speedup), row.speedup is not None, spread)
+
+    def latency(row: Row) -> Cell:
+        return _with_spread(formatting.milliseconds(row.latency_ms), row.latency_ms is not None, row.latency_spread)
+
+    def rate(row: Row) -> Cell:
+        whole = _digits(row.throughput_end_to_end)
+        return Cell(_digits(row.throughput), f"({whole})" if whole else "")
+
+    columns = [
+        Column("top-1", "", lambda row: _share(row.top1)),
+        Column("change, points", "95% interval", lambda row: _change(row, dense)),
+        Column("speed-up", "", speedup),
+        Column("latency", "ms a batch", latency),
+        Column(
+            "p90",
+            "ms a batch",
+            lambda row: Cell("" if row.latency_p90_ms is None else formatting.milliseconds(row.latency_p90_ms)),
+        ),
+        Column("runtime", "", lambda row: Cell(row.runtime if several else "")),
+        Column("tokens", "left", lambda row: Cell(_digits(row.tokens))),
+        Column("tokens", "removed", lambda row: Cell(_digits(row.removed), _blocks(row))),
+        Column("same class", "as dense", lambda row: _share(row.agreement)),
+        Column("top-5", "", lambda row: _share(row.top5)),
+        Column("images/s", "end to end", rate),
+        Column("J/image", "watts", lambda row: Cell(_digits(row.joules_per_image, 3), _digits(row.watts, 1))),
+    ]
+    return [column for column in columns if any(column.cell(row).text for row in rows)]
+
+
+def sections_of(rows: Sequence[Row], columns: Sequence[Column], score: Score | None) -> list[Section]:
+    """The rows under their targets; those without a target come first.
+
+    Args:
+        rows: All rows of the table.
+        columns: The columns.
+        score: The figure that ranks the rows of a target.
+    """
+    styles = {**line_styles(list(series(rows))), "": (INK, "*", False)}
+    return [_section(target, group, columns, score, styles) for target, group in by_target(rows, score).items()]
+
+
+def _section(
+    target: float | None,
+    group: Sequence[Row],
+    columns: Sequence[Column],
+    score: Score | None,
+    styles: Mapping[str, tuple[str, str, bool]],
+) -> Section:
+    reached = [row for row in group if not missed(row)]
+    figures = [figure for row in reached if score is not None and (figure := score.of(row)) is not None]
+    lines = []
+    for row in group:
+        figure = None if score is None or target is None or missed(row) else score.of(row)
+        best = figure is not None and figure == max(figures)
+        cells = [column.cell(row) for column in columns]
+        color, _, hollow = styles[series_name(row)]
+        lines.append(Line(row.variant or "?", color, hollow, best, cells))
+    return Section("No target" if target is None else f"Target {ratio(target)}", lines)
+
+
+def legend_of(rows: Sequence[Row]) -> list[str]:
+    """The sentences below the table."""
+    lines = ["±: half the distance between the quartiles."]
+    if score_of(rows) == TOP1 and any(row.target_speedup is not None for row in rows):
+        lines.append("Bold: the best top-1 of the variants that reach the target.")
+    if any(interval_of(row) for row in rows):
+        lines.append("Grey change: the 95% interval holds 0.")
+    return lines
