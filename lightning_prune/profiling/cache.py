@@ -6,6 +6,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,9 +20,32 @@ from lightning_prune.patching import find_vision_transformer
 from lightning_prune.patching.schedule_forms import reducing_block
 from lightning_prune.profiling.environment import profile_dependencies, unknown_conditions
 from lightning_prune.profiling.latency_profile import LatencyProfile
-from lightning_prune.profiling.measurement import TOKEN_CURVE, ProfilingMode, check_measurable, profile_latency
+from lightning_prune.profiling.measurement import (
+    TOKEN_CURVE,
+    ProfilingMode,
+    check_measurable,
+    compare_latency,
+    profile_latency,
+)
 from lightning_prune.reduction import Reduction
 
+
+@dataclass(frozen=True)
+class CheckTuning:
+    """Constants of the check of a kept profile.
+
+    Attributes:
+        rounds: Runs of the dense model.
+        time_share: Share of the time limit that they may take.
+        max_ratio: A profile whose dense latency is off by more than this factor does not hold any more.
+    """
+
+    rounds: int = 5
+    time_share: float = 0.1
+    max_ratio: float = 1.5
+
+
+_CHECK = CheckTuning()
 _FORMAT, _VERSION = "lightning_prune.stored_profile", 2
 _FOLDER_VARIABLE = "LIGHTNING_PRUNE_CACHE"
 # Conditions that the profile itself names, too; they must be those of its key.
@@ -51,7 +75,11 @@ class ProfileStore:
     """
 
     def __init__(self, folder: str | Path | None = None) -> None:
-        self.folder = Path(folder).expanduser() if folder is not None else _default_folder()
+        self.folder: Path | None = None
+        try:
+            self.folder = Path(folder).expanduser() if folder is not None else _default_folder()
+        except RuntimeError as error:  # no HOME, and no entry in the user database
+            warnings.warn(f"Latency profiles are not kept: {error}", stacklevel=2)
 
     def get(self, dependencies: Mapping[str, Any], time_limit: float | None = None) -> LatencyProfile | None:
         """Returns the profile that was measured under exactly these conditions, or None.
@@ -61,15 +89,17 @@ class ProfileStore:
             time_limit: Seconds that a new measurement would have. A kept profile that had less, and had not converged,
                 is skipped.
         """
-        path = self._path(dependencies)
-        if unknown_conditions(dependencies) or not path.exists():
+        if self.folder is None or unknown_conditions(dependencies):
             return None
         try:
-            entry = _read_entry(path, dependencies)
+            entry = _find_entry(self._path(self.folder, dependencies), dependencies)
         except FileFormatError as error:
             warnings.warn(f"A kept profile is skipped and will be measured again and replaced: {error}", stacklevel=2)
             return None
-        return entry.profile if _suffices(entry, time_limit) else None
+        except OSError as error:  # a home that belongs to another user, for example
+            warnings.warn(f"Kept profiles cannot be read in {self.folder}: {error.strerror or error}", stacklevel=2)
+            return None
+        return entry.profile if entry is not None and _suffices(entry, time_limit) else None
 
     def put(
         self, dependencies: Mapping[str, Any], profile: LatencyProfile, time_limit: float | None = None
@@ -88,12 +118,12 @@ class ProfileStore:
         Returns:
             The file; None where nothing was written.
         """
-        if unknown_conditions(dependencies):
+        if self.folder is None or unknown_conditions(dependencies):
             return None
-        path = self._path(dependencies)
+        path = self._path(self.folder, dependencies)
         try:
-            present = _read_entry(path, dependencies) if path.exists() else None
-        except FileFormatError:
+            present = _find_entry(path, dependencies)
+        except (FileFormatError, OSError):  # damaged, or the folder cannot be searched, as writing will say
             present = None
         if present is not None and _rank(present) > _rank(_Entry(profile, time_limit)):
             warnings.warn(
@@ -117,9 +147,10 @@ class ProfileStore:
             warnings.warn(f"The profile cannot be written to {self.folder}: {reason}", stacklevel=2)
             return None
 
-    def _path(self, dependencies: Mapping[str, Any]) -> Path:
+    @staticmethod
+    def _path(folder: Path, dependencies: Mapping[str, Any]) -> Path:
         text = json.dumps(_plain(dependencies), sort_keys=True)
-        return self.folder / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.json"
+        return folder / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.json"
 
 
 class _Entry(NamedTuple):
@@ -138,6 +169,16 @@ def _suffices(entry: _Entry, time_limit: float | None) -> bool:
 
 def _rank(entry: _Entry) -> tuple[bool, float]:
     return (True, 0.0) if entry.profile.converged else (False, -1.0 if entry.time_limit is None else entry.time_limit)
+
+
+def _find_entry(path: Path, dependencies: Mapping[str, Any]) -> _Entry | None:
+    """The entry of these conditions; None where there is none.
+
+    Raises:
+        FileFormatError: As `_read_entry`.
+        OSError: If the folder cannot be searched.
+    """
+    return _read_entry(path, dependencies) if path.exists() else None
 
 
 def _read_entry(path: Path, dependencies: Mapping[str, Any]) -> _Entry:
@@ -186,6 +227,40 @@ def _plain(dependencies: Mapping[str, Any]) -> dict[str, Any]:
     return plain
 
 
+def _still_holds(
+    profile: LatencyProfile,
+    model: nn.Module,
+    example_inputs: Tensor,
+    time_limit: float | None,
+    module_path: str | None,
+    clock: Callable[[], float],
+) -> bool:
+    """Whether the dense model takes about as long as when a profile was measured; warns if it does not.
+
+    The conditions of a profile do not include the load of the machine, its clock rate or its memory allocator.
+    """
+    seconds = None if time_limit is None else _CHECK.time_share * time_limit
+    now = compare_latency(
+        model,
+        example_inputs,
+        {"dense": None},
+        rounds=_CHECK.rounds,
+        time_limit=seconds,
+        module_path=module_path,
+        verbose=False,
+        clock=clock,
+    )["dense"]
+    ratio = now.milliseconds / profile.dense_ms
+    if 1 / _CHECK.max_ratio <= ratio <= _CHECK.max_ratio:
+        return True
+    warnings.warn(
+        f"The kept latency profile is measured again: it says that the dense model takes {profile.dense_ms:.3g} ms, "
+        f"which now takes {now.milliseconds:.3g} ms.",
+        stacklevel=3,
+    )
+    return False
+
+
 class CachedProfile(NamedTuple):
     """A profile and where it is from.
 
@@ -213,7 +288,9 @@ def get_or_profile(
 ) -> CachedProfile:
     """Returns the kept profile of exactly these conditions, or measures one and keeps it.
 
-    Inconclusive profiles are not kept, as the machine was busy. Nor are profiles of a model with an unknown condition,
+    A kept profile is only reused if the dense model takes about as long as it did when the profile was measured: it is
+    timed a few times, and a warning says so where it does not. Inconclusive profiles are not kept, as the machine was
+    busy. Nor are profiles of a model with an unknown condition,
     such as one that the user compiled; a warning says so.
 
     Args:
@@ -239,7 +316,7 @@ def get_or_profile(
         index = reducing_block(method, block, transformer)
         dependencies = profile_dependencies(transformer, example_inputs, method, index, protocol)
         kept = store.get(dependencies, time_limit)
-        if kept is not None:
+        if kept is not None and _still_holds(kept, model, example_inputs, time_limit, module_path, clock):
             return CachedProfile(kept, reused=True)
         unknown = unknown_conditions(dependencies)
         if unknown:

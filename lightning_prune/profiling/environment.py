@@ -153,8 +153,12 @@ def structure(model: nn.Module) -> str:
         for name, module in model.named_modules()
     ]
     tensors = [*model.named_parameters(), *model.named_buffers()]
-    shapes = [(name, tuple(t.shape), str(t.dtype), t.is_contiguous()) for name, t in tensors]
+    shapes = [(name, tuple(t.shape), str(t.dtype), str(t.layout), _is_contiguous(t)) for name, t in tensors]
     return hashlib.sha256(repr((parts, shapes)).encode()).hexdigest()[:24]
+
+
+def _is_contiguous(tensor: Tensor) -> bool:
+    return tensor.layout is torch.strided and tensor.is_contiguous()  # sparse layouts have no strides
 
 
 def _plain_settings(module: nn.Module) -> Iterator[tuple[str, Any]]:

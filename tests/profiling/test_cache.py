@@ -7,11 +7,14 @@ import sys
 import warnings
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import lightning_prune as lp
+from helpers.clock import set_latency
 from helpers.data import noise_images
 from helpers.models import tiny_hugging_face_vit, tiny_torchvision_vit, tiny_vit
 from lightning_prune.patching import find_vision_transformer
@@ -393,12 +396,71 @@ def measure(store, model=None, **kwargs):
     )
 
 
-def test_the_second_time_nothing_is_measured(tmp_path, monkeypatch):
-    monkeypatch.setattr(LatencyProfile, "is_inconclusive", False)  # however busy the machine is that tests
+@pytest.fixture
+def speed(monkeypatch):
+    """Milliseconds that a token takes in all blocks; every timed alternative is noted in `timed`."""
+    state = SimpleNamespace(ms=4.0, timed=[])
+
+    def seconds(alternative):
+        state.timed.append(alternative)
+        return 1e-3 * state.ms * (alternative if isinstance(alternative, int) else 17)
+
+    set_latency(monkeypatch, seconds)
+    return state
+
+
+def test_the_second_time_only_the_dense_model_is_timed(tmp_path, speed):
     first = measure(ProfileStore(tmp_path))
     assert not first.reused
-    monkeypatch.setattr(cache, "profile_latency", lambda *_, **__: pytest.fail("measured"))
+    speed.timed.clear()
     assert measure(ProfileStore(tmp_path)) == (first.profile, True)
+    assert speed.timed == ["dense"] * 6  # the first of them warms up
+
+
+@pytest.mark.parametrize(("factor", "reused"), [(0.5, False), (0.7, True), (1.4, True), (1.6, False)])
+def test_a_profile_is_measured_again_where_dense_takes_much_longer_or_shorter(tmp_path, recwarn, speed, factor, reused):
+    first = measure(ProfileStore(tmp_path))
+    speed.ms *= factor
+    again = measure(ProfileStore(tmp_path))
+    assert again.reused == reused
+    assert again.profile.dense_ms == pytest.approx(first.profile.dense_ms * (1 if reused else factor))
+    lines = [str(warning.message) for warning in recwarn if "measured again" in str(warning.message)]
+    assert len(lines) == (not reused)
+    assert all("68 ms" in line and f"{68 * factor:.3g} ms" in line for line in lines)
+    if not reused:  # and the new one is kept in its place
+        assert measure(ProfileStore(tmp_path)) == (again.profile, True)
+
+
+def test_without_a_home_profiles_are_measured_and_not_kept(monkeypatch):
+    def no_home(*_, **__):
+        raise RuntimeError("could not determine the home directory")
+
+    monkeypatch.delenv("LIGHTNING_PRUNE_CACHE", raising=False)
+    monkeypatch.setattr(cache, "user_cache_path", no_home)
+    monkeypatch.setattr(cache, "profile_latency", lambda *_, **__: profile())
+    with pytest.warns(UserWarning, match="not kept: could not determine the home directory"):
+        store = ProfileStore()
+    for _ in range(2):
+        assert measure(store) == (profile(), False)
+
+
+def test_a_folder_that_cannot_be_searched_does_not_end_a_run(tmp_path, monkeypatch):
+    def denied(self, **_):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(cache, "profile_latency", lambda *_, **__: profile())
+    monkeypatch.setattr(Path, "exists", denied)
+    monkeypatch.setattr(cache, "write_document", lambda path, _: denied(path))
+    with pytest.warns(UserWarning, match="Permission denied") as told:
+        assert measure(ProfileStore(tmp_path)) == (profile(), False)
+    assert len(told) == 2  # reading and writing
+
+
+def test_sparse_weights_are_part_of_the_structure():
+    model, sparse = tiny_vit(), tiny_vit()
+    weight = sparse.blocks[0].mlp.fc1.weight
+    sparse.blocks[0].mlp.fc1.weight = torch.nn.Parameter(weight.detach().to_sparse_csr(), requires_grad=False)
+    assert dependencies(model)["structure"] != dependencies(sparse)["structure"]
 
 
 def test_what_a_busy_machine_said_is_not_kept(tmp_path, monkeypatch):
