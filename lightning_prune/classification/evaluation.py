@@ -15,7 +15,8 @@ from lightning_prune._utils.sampler_shares import SamplerShare, shares_of
 from lightning_prune.errors import DataError
 from lightning_prune.metrics import Energy, Latency, StepTimer, Throughput, drop_warmup
 from lightning_prune.metrics.energy import QUANTITIES
-from lightning_prune.profiling.energy_meter import SHORTEST_WINDOW, EnergyCounter, Unavailable, device_counter
+from lightning_prune.profiling.energy_counter import EnergyCounter, Unavailable, device_counter
+from lightning_prune.profiling.energy_meter import SHORTEST_WINDOW
 
 _WINDOW = "evaluation"  # name of the counter's window
 

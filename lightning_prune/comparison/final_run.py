@@ -16,7 +16,8 @@ from lightning_prune.planning.objectives import LatencyBudget
 from lightning_prune.planning.ordered_candidates import OrderedCandidates
 from lightning_prune.planning.results import Candidate
 from lightning_prune.profiling import DENSE, InterleavedTimer, Variant, VariantSwitch
-from lightning_prune.profiling.energy_meter import NO_COUNTER, Unavailable, find_counter, measure_energy
+from lightning_prune.profiling.energy_counter import NO_COUNTER, Unavailable, find_counter
+from lightning_prune.profiling.energy_meter import measure_energy
 
 
 @dataclass

@@ -19,7 +19,7 @@ from lightning_prune.planning.sensitivity import Sensitivity
 from lightning_prune.profiling import LatencyProfile, LatencyStats, Proxy, Variant, Workload, compare_latency
 from lightning_prune.profiling.measurement import ready_to_run
 from lightning_prune.profiling.output_kinds import choose_proxy
-from lightning_prune.profiling.simulation import attention_share
+from lightning_prune.profiling.simulated_device import attention_share
 from lightning_prune.reduction import Reduction
 from lightning_prune.schedule import Schedule
 

@@ -3,14 +3,16 @@
 from lightning_prune.patching.schedule_forms import reducing_block, resolve_block
 from lightning_prune.profiling.accuracy_proxy import Proxy
 from lightning_prune.profiling.cache import ProfileStore
-from lightning_prune.profiling.energy_meter import EnergyReading, Unavailable, find_counter, measure_energy
+from lightning_prune.profiling.energy_counter import Unavailable, find_counter
+from lightning_prune.profiling.energy_meter import EnergyReading, measure_energy
 from lightning_prune.profiling.environment import measurement_context, profile_dependencies
 from lightning_prune.profiling.interleaved_timer import InterleavedTimer, LatencyStats
 from lightning_prune.profiling.latency_profile import CountStep, LatencyProfile
 from lightning_prune.profiling.measurement import TOKEN_CURVE, compare_latency, profile_latency
 from lightning_prune.profiling.model_variants import DENSE, Variant, VariantSwitch
 from lightning_prune.profiling.output_kinds import soft_agreement
-from lightning_prune.profiling.simulation import SimulatedClock, SimulatedDevice, Workload, simulate_latency
+from lightning_prune.profiling.simulated_device import SimulatedDevice, Workload
+from lightning_prune.profiling.simulation import SimulatedClock, simulate_latency
 
 __all__ = [
     "DENSE",

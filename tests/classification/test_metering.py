@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_prune import ImageClassifier
 from lightning_prune.classification import evaluation as metering
 from lightning_prune.classification.evaluation import EnergyMeter
-from lightning_prune.profiling.energy_meter import NO_COUNTER, Unavailable
+from lightning_prune.profiling.energy_counter import NO_COUNTER, Unavailable
 
 WATTS = 20.0
 

@@ -68,12 +68,12 @@ def test_the_floor_of_a_schedule_does_what_the_model_does_on_as_many_tokens(prog
 def test_the_floor_is_compiled_as_the_patched_model_is(program: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    floor, asked = program("floor"), []
-    monkeypatch.setattr(torch, "compile", lambda forward, **options: asked.append(options) or forward)
+    floor, commands = program("floor"), []
+    monkeypatch.setattr(torch, "compile", lambda forward, **options: commands.append(options) or forward)
     model, images = floor.prepare("deit_tiny_patch16_224", "fp32", 1, "cpu")
     before = {name: value.data_ptr() for name, value in model.state_dict().items()}
     forwards = floor.contenders(model, "pomt", "reduce-overhead")
-    assert asked == [{"mode": "reduce-overhead", "dynamic": False}] * 3
+    assert commands == [{"mode": "reduce-overhead", "dynamic": False}] * 3
     assert {name: value.data_ptr() for name, value in forwards["pruned"].state_dict().items()} == before
     with torch.inference_mode():
         assert torch.equal(forwards["dense"](images), model(images))
@@ -105,16 +105,18 @@ def test_profile_cost(program: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert (tmp_path / "batch_1.png").stat().st_size > 10_000
 
 
-def test_methods_asks_the_command_line(program: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_methods_benchmark_runs_the_compare_command(
+    program: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     methods = program("methods")
-    asked: list[list[str]] = []
-    monkeypatch.setattr(methods, "run", lambda words: asked.append(words) or 3)
+    commands: list[list[str]] = []
+    monkeypatch.setattr(methods, "run", lambda words: commands.append(words) or 3)
     with pytest.raises(SystemExit, match="3"):
         run(methods, monkeypatch, "--speedups", "1.5", "--output", str(tmp_path), "--prune.time_limit", "5")
-    assert asked[0][:4] == ["compare", "--config", "configs/digits.yaml", "--methods"]
-    assert "auto" in asked[0]
-    assert asked[0][-6:] == ["--speedups", "1.5", "--output", str(tmp_path), "--prune.time_limit", "5"]
-    assert "--methods" in " ".join(parser_words(asked[0]))
+    assert commands[0][:4] == ["compare", "--config", "configs/digits.yaml", "--methods"]
+    assert "auto" in commands[0]
+    assert commands[0][-6:] == ["--speedups", "1.5", "--output", str(tmp_path), "--prune.time_limit", "5"]
+    assert "--methods" in " ".join(parser_words(commands[0]))
 
 
 def test_all_runs_every_one_and_says_which_failed(

@@ -15,14 +15,14 @@ ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "custom_reduction.py"
 
 
-def test_it_runs() -> None:
+def test_example_runs() -> None:
     done = run_fresh("import runpy, sys; runpy.run_path(sys.argv[1], run_name='__main__')", str(EXAMPLE))
     assert done.returncode == 0, done.stderr
     left = ", ".join(["197"] * 3 + ["141"] * 9)
     assert done.stdout == f"Norm(): logits (2, 1000), tokens ({left})\n"
 
 
-def test_it_keeps_what_it_says() -> None:
+def test_example_keeps_the_patch_tokens_of_largest_norm() -> None:
     method = runpy.run_path(str(EXAMPLE))["Norm"]()
     x = torch.randn(3, 12, 8, generator=torch.Generator().manual_seed(0))
     reduced = method.reduce(TokenSequence(x, 1, True), 4)
@@ -31,7 +31,7 @@ def test_it_keeps_what_it_says() -> None:
         assert reduced.positions[b].tolist() == [0, *sorted(longest)]
 
 
-def test_the_lines_that_it_shows_make_it_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_entry_point_of_the_docstring_registers_the_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     section, line = re.findall(
         r'^    (\[project\.entry-points."(?:.*)"\]|norm = .*)$', EXAMPLE.read_text(), re.MULTILINE
     )

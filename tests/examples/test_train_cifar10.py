@@ -97,7 +97,7 @@ def test_attention_starts_with_the_products_of_the_paper(script: Any) -> None:
     assert through == pytest.approx(-0.4, abs=0.02)
 
 
-def test_the_weights_beside_it_are_of_the_model_and_small_enough_to_be_kept() -> None:
+def test_committed_weights_fit_the_model_and_are_at_most_12_mib() -> None:
     path = Path(__file__).parents[2] / "examples" / "weights" / f"{CIFAR_MODEL}.safetensors"
     module = ImageClassifier(CIFAR_MODEL, pretrained=False, weights=str(path))  # refuses weights of another model
     assert path.stat().st_size <= 12 * 2**20

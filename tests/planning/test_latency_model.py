@@ -8,7 +8,7 @@ import pytest
 from lightning_prune import LatencyProfile, Schedule
 from lightning_prune.planning.latency_model import LatencyModel, ReductionOverhead
 from lightning_prune.profiling import SimulatedDevice, Workload
-from lightning_prune.profiling.simulation import attention_share
+from lightning_prune.profiling.simulated_device import attention_share
 
 N, DEPTH = 197, 12
 

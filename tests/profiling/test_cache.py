@@ -52,7 +52,7 @@ def dependencies(model=None, images=IMAGES, method=POMT, block=1):
     return profile_dependencies(find_vision_transformer(model), images, method, block)
 
 
-def test_what_is_put_is_found_again_under_the_same_conditions(tmp_path):
+def test_profile_is_found_again_under_the_same_conditions(tmp_path):
     store = ProfileStore(tmp_path / "new" / "folder")
     assert store.get(dependencies()) is None
     store.put(dependencies(), profile())
@@ -124,7 +124,7 @@ def test_any_other_state_of_torch_is_another_profile(tmp_path, other):
     assert store.get(dependencies()) is not None
 
 
-def test_the_newer_form_of_a_switch_is_no_reason_to_fail(monkeypatch):
+def test_switch_used_in_its_newer_form_is_read_as_unknown(monkeypatch):
     """Torch refuses to say the older form once the newer was used."""
 
     def mixed():
@@ -187,7 +187,9 @@ def test_each_mode_of_compilation_is_another_profile(tmp_path):
         (lambda: hooked("register_forward_pre_hook"), "hooks"),
     ],
 )
-def test_what_the_user_compiled_or_hooked_is_neither_kept_nor_reused(tmp_path, monkeypatch, build, condition):
+def test_profile_of_a_model_with_the_users_compilation_or_hooks_is_neither_kept_nor_reused(
+    tmp_path, monkeypatch, build, condition
+):
     """Torch does not tell how a module was compiled, and a hook may take any time."""
     store, model = ProfileStore(tmp_path), build()
     assert unknown_conditions(dependencies(model)) == [condition]
@@ -235,7 +237,7 @@ def test_a_method_without_source_is_measured_every_time(tmp_path):
     assert dependencies(method=nowhere)["method_class"] == "unknown"
 
 
-def test_weights_do_not_count_but_classes_do():
+def test_profile_depends_on_classes_and_not_on_weights():
     model, trained = tiny_vit(), tiny_vit()
     with torch.no_grad():
         trained.head.weight.add_(1.0)
@@ -246,7 +248,7 @@ def test_weights_do_not_count_but_classes_do():
     assert structure(model) != structure(trained)
 
 
-def test_the_configuration_of_hugging_face_counts() -> None:
+def test_profile_depends_on_the_configuration_of_hugging_face() -> None:
     import transformers
 
     plain = structure(tiny_hugging_face_vit())
@@ -329,7 +331,7 @@ def changed(text, **entries):
         lambda text: changed(text, seconds="x"),
     ],
 )
-def test_a_damaged_or_foreign_entry_is_passed_over_with_a_line(tmp_path, damage):
+def test_damaged_or_foreign_entry_is_skipped_with_a_warning(tmp_path, damage):
     store = ProfileStore(tmp_path)
     path = store.put(dependencies(), profile())
     path.write_text(damage(path.read_text()))
@@ -339,7 +341,7 @@ def test_a_damaged_or_foreign_entry_is_passed_over_with_a_line(tmp_path, damage)
     assert store.get(dependencies()) == profile()
 
 
-def test_a_folder_that_cannot_be_written_to_is_no_reason_to_fail(tmp_path):
+def test_folder_that_cannot_be_written_to_leads_to_a_warning(tmp_path):
     (tmp_path / "file").write_text("")
     store = ProfileStore(tmp_path / "file")
     with pytest.warns(UserWarning, match="cannot be written to .*file"):
@@ -463,7 +465,7 @@ def test_sparse_weights_are_part_of_the_structure():
     assert dependencies(model)["structure"] != dependencies(sparse)["structure"]
 
 
-def test_what_a_busy_machine_said_is_not_kept(tmp_path, monkeypatch):
+def test_inconclusive_profile_is_not_kept(tmp_path, monkeypatch):
     noisy = LatencyProfile((9, 17), (1.0, 2.0), (3.0, 3.0), (5, 5), "pomt", 1, 4)
     assert noisy.is_inconclusive
     monkeypatch.setattr(cache, "profile_latency", lambda *_, **__: noisy)
@@ -498,7 +500,7 @@ def test_without_a_store_every_time_is_measured(tmp_path, monkeypatch):
         (lambda: tiny_hugging_face_vit("ViTModel"), {"transformers"}),
     ],
 )
-def test_only_the_library_of_the_model_is_named(build, libraries):
+def test_versions_are_those_of_the_libraries_of_the_model(build, libraries):
     context = measurement_context(build(), IMAGES)
     assert {"timm", "torchvision", "transformers"} & set(context) == libraries
     assert all(context[name] == importlib.metadata.version(name) for name in libraries)

@@ -74,7 +74,7 @@ def test_every_planted_cliff_is_found_to_the_token_and_no_other(seed, slope):
 
 @pytest.mark.parametrize("noise", [0.0, 0.001])
 @pytest.mark.parametrize("seed", range(5))
-def test_quiet_hardware_hides_no_cliff_either(seed, noise):
+def test_cliffs_are_found_without_noise(seed, noise):
     cliffs, seconds = planted(seed, slope=0.4)
     bench = Bench(seconds, seed, rough={"noise": noise})
     assert bench.found() == [(cliff + 1, cliff) for cliff in cliffs[::-1]]
@@ -86,7 +86,7 @@ def test_quiet_hardware_hides_no_cliff_either(seed, noise):
 
 
 @pytest.mark.parametrize("seconds_a_run", [0.5, 1.0, 2.0, 4.0])
-def test_few_rounds_of_a_slow_model_do_not_pass_for_certainty(seconds_a_run):
+def test_few_rounds_of_a_slow_model_rarely_show_cliffs_or_gains(seconds_a_run):
     line = [Bench(lambda count: seconds_a_run * (0.6 + 0.4 * count / N), seed).profile for seed in range(20)]
     assert sum(bool(curve.cliffs()) for curve in line) <= 2
     flat = [Bench(lambda _: seconds_a_run, seed).profile for seed in range(20)]
@@ -130,7 +130,7 @@ def test_compilation_is_part_of_the_time_limit(compiling: float, least: int, mos
     assert min(bench.profile.rounds) >= 3
 
 
-def test_what_is_settled_is_said_to_be():
+def test_profile_that_more_time_would_not_change_has_converged():
     _, seconds = planted(0, slope=0.4)
     assert Bench(seconds, 0).profile.converged
     assert not Bench(seconds, 0, time_limit=2.0).profile.converged
@@ -155,7 +155,7 @@ def test_cliffs_of_waves_are_found_with_at_most_40_counts(wave_benches):
     assert missed <= 1  # forty counts do not always suffice for seven cliffs among smaller ones
 
 
-def test_what_is_no_cliff_is_not_called_one(wave_benches):
+def test_curves_without_cliffs_have_none(wave_benches):
     for bench, exact in wave_benches:
         for above, below in bench.found():
             assert exact[above] - exact[below] > 0.005 * exact[N]

@@ -113,7 +113,7 @@ def test_a_load_spike_does_not_move_the_levels():
     assert timer.levels()["a"].ratio == pytest.approx(0.9, rel=1e-3)
 
 
-def test_rounds_of_the_reference_alone_say_nothing_of_its_noise():
+def test_rounds_of_the_reference_alone_are_left_out_of_the_levels():
     """What is left of a round that was fitted to its only run is 0."""
     bench = Bench({"dense": 1.0, "a": 0.9})
     timer = bench.timer()

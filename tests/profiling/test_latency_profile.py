@@ -33,7 +33,7 @@ def test_dense_is_the_largest_count():
     assert (curve.dense_tokens, curve.dense_ms, curve.latency_ms(150)) == (197, 10, 9)
 
 
-def test_at_interpolates_nothing():
+def test_latency_of_a_count_that_was_not_measured_is_refused():
     with pytest.raises(ArgumentError, match=r"`tokens` must be one of the measured counts \(100, 197\), got 150"):
         profile({100: 7, 197: 10}).latency_ms(150)
 
@@ -50,7 +50,7 @@ def test_plateaus_lie_between_the_cliffs():
     assert CountStep(128, 65, 0.0) in curve.plateaus()
 
 
-def test_a_straight_line_has_neither():
+def test_straight_line_has_neither_cliffs_nor_plateaus():
     curve = profile({count: 1 + 0.05 * count for count in range(20, 198)})
     assert curve.cliffs() == []
     assert curve.plateaus() == []
@@ -63,14 +63,14 @@ def test_noise_is_no_cliff():
     assert profile(points, spread=2.0).cliffs() == []
 
 
-def test_saves_needs_more_than_noise_and_more_than_two_percent():
+def test_faster_than_dense_means_beyond_noise_and_by_two_percent():
     curve = profile({100: 8.0, 150: 9.81, 197: 10.0})
     assert curve.is_faster_than_dense(100)
     assert not curve.is_faster_than_dense(150)
     assert not profile({100: 8.0, 197: 10.0}, spread=3.0).is_faster_than_dense(100)
 
 
-def test_one_round_proves_nothing():
+def test_one_round_has_an_infinite_standard_error():
     """A single measurement has no spread; that must not pass for certainty."""
     curve = profile({100: 5.0, 197: 10.0}, spread=0.0, rounds=1)
     assert curve.stderr_ms(100) == float("inf")
@@ -78,7 +78,7 @@ def test_one_round_proves_nothing():
     assert curve.cliffs() == []
 
 
-def test_noise_is_known_only_if_most_counts_were_measured_thrice():
+def test_standard_error_is_infinite_unless_most_counts_have_three_rounds():
     """Dense is in all rounds, and so in more than any other count."""
     curve = LatencyProfile((32, 64, 197), (5.0, 6.0, 10.0), (0.0,) * 3, (1, 1, 3), "pomt", 3, 12)
     assert curve.stderr_ms(197) == float("inf")
@@ -99,7 +99,7 @@ def test_error_is_that_of_the_median_however_few_the_rounds(rounds):
     assert curve.stderr_ms(197) == pytest.approx(1.2533 / rounds**0.5, rel=0.12)
 
 
-def test_where_a_slope_begins_there_is_no_cliff():
+def test_beginning_of_a_slope_is_no_cliff():
     curve = profile({20: 20.0, 40: 30.0, 70: 45.0, 100: 60.0, 120: 60.5, 150: 61.0, 180: 61.5})
     assert curve.cliffs() == []
 
@@ -193,6 +193,6 @@ def test_impossible_measurements_are_refused(points, message):
 
 def test_plot_marks_cliffs_and_plateaus(tmp_path):
     figure = plot(profile(stairs(200, step=64, height=4.0)), tmp_path / "profile.png")
-    labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
     assert {"cliff", "plateau", "measured"} <= set(labels)
     assert (tmp_path / "profile.png").read_bytes().startswith(b"\x89PNG")

@@ -115,7 +115,7 @@ def test_measures_the_cut_that_is_deployed(monkeypatch):
     assert seen == {5, 9, 12, 17} == set(profile.tokens)
 
 
-def test_latency_is_what_the_clock_says():
+def test_latency_follows_the_clock():
     """A millisecond for each token that leaves a block: three blocks of four after the cut, or the cut's own too."""
     model = tiny_vit()
     clock = TokenClock(model.blocks)

@@ -35,7 +35,7 @@ def test_no_kernel_takes_less_than_its_launch():
     assert device.seconds(work, [197] * 2) == device.seconds(work, [20] * 2) == pytest.approx(2 * 9 * 1e-5)
 
 
-def test_a_block_that_reduces_pays_for_it():
+def test_reducing_block_has_an_overhead():
     device = SimulatedDevice(multiprocessors=1000, gigaflops=1e9, launch=1e-5)
     work = Workload.plain(batch=1, depth=2)
     assert device.seconds(work, [197, 197], [197, 100]) > device.seconds(work, [197, 197])
@@ -54,7 +54,7 @@ def test_workload_is_read_from_the_blocks_of_any_family(depth):
     assert Workload.of(lp.patching.find_vision_transformer(model).blocks, 7) == separate
 
 
-def test_blocks_that_do_not_say_enough_are_refused():
+def test_blocks_without_heads_or_weights_are_refused():
     block = tiny_vit().blocks[0]
     del block.attn.num_heads
     with pytest.raises(lp.ArgumentError, match="A Block cannot be simulated: its attention has no num_heads"):
@@ -96,7 +96,7 @@ def test_parse_is_the_inverse_of_str():
     "exact",
     [{"seed": 1234567}, {"gigaflops": 1234567.5}, {"multiprocessors": 1000001}, {"launch": 1.23456789e-6}],
 )
-def test_no_digit_is_lost_in_words(exact):
+def test_text_of_a_device_keeps_all_digits(exact):
     device = SimulatedDevice(**exact)
     assert SimulatedDevice.parse(str(device)) == device
 
@@ -109,7 +109,7 @@ def test_no_digit_is_lost_in_words(exact):
         ({"noise": "2%"}, "`noise` of a simulated device must be a number, got '2%'"),
     ],
 )
-def test_numbers_are_checked(wrong, message):
+def test_numbers_out_of_range_are_refused(wrong, message):
     with pytest.raises(lp.ArgumentError, match=message):
         SimulatedDevice(**wrong)
 

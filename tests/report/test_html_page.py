@@ -75,7 +75,7 @@ def page(document: dict[str, Any], folder: Path) -> Page:
     return Page(path.read_text(encoding="utf-8"))
 
 
-def test_what_stands_on_it_and_in_which_order(tmp_path: Path) -> None:
+def test_page_has_its_headings_in_order(tmp_path: Path) -> None:
     for name in ("pareto.png", "tokens.png", "profile.png"):
         (tmp_path / name).write_bytes(PIXEL)
     found = page(comparison(), tmp_path)
@@ -97,7 +97,7 @@ def test_what_stands_on_it_and_in_which_order(tmp_path: Path) -> None:
     assert "n/a (no energy counter on this device)" in found.text
 
 
-def test_nothing_is_fetched_and_nothing_runs(tmp_path: Path) -> None:
+def test_page_has_no_scripts_and_loads_no_files(tmp_path: Path) -> None:
     for name in ("pareto.png", "tokens.png"):
         (tmp_path / name).write_bytes(PIXEL)
     found = page(comparison(), tmp_path)
@@ -110,7 +110,7 @@ def test_nothing_is_fetched_and_nothing_runs(tmp_path: Path) -> None:
     assert "http" not in (tmp_path / "report.html").read_text()
 
 
-def test_accessible(tmp_path: Path) -> None:
+def test_page_has_a_language_alternative_texts_and_scopes(tmp_path: Path) -> None:
     (tmp_path / "pareto.png").write_bytes(PIXEL)
     found = page(comparison(), tmp_path)
     attributes = dict(found.tags)

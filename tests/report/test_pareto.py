@@ -74,7 +74,7 @@ def test_speed_ups_stand_above_their_latency() -> None:
     assert ticks["2x"] == pytest.approx(106.99 / 2)
 
 
-def test_the_front_joins_what_is_beaten_by_no_other() -> None:
+def test_front_line_joins_the_rows_that_no_other_beats() -> None:
     (front,) = [line for line in plot_pareto(comparison()).axes[0].lines if line.get_label() == "Pareto front"]
     heights = [float(height) for height in front.get_ydata()]
     assert heights == pytest.approx([88.8, 92.3, 92.95, 93.15])  # dense is both slower and below tome at 1.1x
@@ -88,13 +88,13 @@ def test_agreement_takes_the_place_of_an_accuracy_that_is_not_logged() -> None:
     assert len(found) == 2 + len(LOST)
 
 
-def test_what_is_missing_is_said() -> None:
+def test_unknown_accuracy_is_stated_in_the_plot() -> None:
     axes = plot_pareto(without_accuracy(comparison(), "agreement")).axes[0]
     assert "the module logs no val/top1" in axes.texts[0].get_text()
     assert not lines(axes)
 
 
-def test_rows_that_were_not_measured_have_no_place() -> None:
+def test_rows_without_figures_are_not_drawn() -> None:
     refused = row("shift 2x", method="shift", target_speedup=2.0, latency_ms=None, top1=None, note="No such layer.")
     figure = plot_pareto({"rows": [*planned()["rows"], refused]})
     assert set(lines(figure.axes[0])) == {"dense", "pomt"}
@@ -132,7 +132,7 @@ def test_saved_whole(document: dict[str, Any], tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["pareto.png"]
 
 
-def test_what_is_far_slower_than_dense_sets_no_axis_and_is_told_below() -> None:
+def test_variants_far_slower_than_dense_are_named_below_the_plot() -> None:
     document = comparison()
     int8 = document["rows"].pop() | {"latency_ms": 1658.7, "speedup": 0.065}
     figure = plot_pareto({**document, "rows": [*document["rows"], int8]})

@@ -30,7 +30,7 @@ def test_a_document_without_rows_is_refused(document: dict[str, Any]) -> None:
         ({"method": "pomt+int8", "int8": True}, "pomt+int8"),
     ],
 )
-def test_the_line_that_a_row_is_on(row: dict[str, Any], name: str) -> None:
+def test_series_name_is_the_method_and_int8(row: dict[str, Any], name: str) -> None:
     assert reading.series_name(Row.from_dict(row)) == name
 
 
@@ -48,7 +48,7 @@ def test_lines_and_groups_of_a_comparison() -> None:
         assert shares == sorted(shares, reverse=True)
 
 
-def test_what_ranks_the_rows() -> None:
+def test_score_is_top1_if_known_and_else_agreement() -> None:
     document = comparison()
     assert reading.score_of(reading.rows_of(document)) == TOP1
     assert reading.score_of(reading.rows_of(without_accuracy(document))) == AGREEMENT
@@ -62,7 +62,7 @@ def test_rows_without_the_figure_come_last_as_they_came() -> None:
 
 
 @pytest.mark.parametrize("value", [None, "", "1", True, math.nan, math.inf])
-def test_no_figure(value: Any) -> None:
+def test_value_that_is_no_number_is_none(value: Any) -> None:
     assert reading.number(value) is None
     read = Row.from_dict({"variant": "pomt", "top1": value, "removed": value})
     assert (read.top1, read.removed) == (None, None)
@@ -75,7 +75,7 @@ def test_a_row_is_read_as_it_was_written() -> None:
     assert Row.from_dict({"variant": "dense", "method": None, "unknown": 3}) == Row(variant="dense")
 
 
-def test_front_is_what_no_other_row_beats() -> None:
+def test_front_holds_the_rows_that_no_other_beats() -> None:
     draw = random.Random(0)
     points = [(draw.randint(1, 9), draw.randint(1, 9) / 10) for _ in range(40)]
     rows = [Row(latency_ms=latency, top1=share) for latency, share in points]

@@ -88,7 +88,7 @@ def test_schedules_without_targets_have_no_best() -> None:
 
 
 @pytest.mark.parametrize(("unknown", "score"), [((), AGREEMENT), (("agreement",), None)])
-def test_what_ranks_without_accuracy(unknown: tuple[str, ...], score: object) -> None:
+def test_without_accuracy_agreement_is_the_score(unknown: tuple[str, ...], score: object) -> None:
     summary = summarise(without_accuracy(comparison(), *unknown))
     assert summary.score == score
     assert bool(summary.targets) is (score is not None)
@@ -98,7 +98,7 @@ def test_what_ranks_without_accuracy(unknown: tuple[str, ...], score: object) ->
 
 @pytest.mark.parametrize("column", ["top1_change", "top1_low", "top1_high", "top1", "speedup", "speedup_spread"])
 @pytest.mark.parametrize("value", [None, math.nan])
-def test_any_figure_may_be_missing(column: str, value: Any) -> None:
+def test_summary_works_without_any_one_figure(column: str, value: Any) -> None:
     document = comparison()
     summary = summarise(document | {"rows": [each | {column: value} for each in document["rows"]]})
     assert len(summary.targets) == 4

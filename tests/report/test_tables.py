@@ -52,7 +52,7 @@ def test_table_has_a_line_for_each_row_fits_eighty_columns_and_cuts_nothing() ->
     assert line == [*("vwt-intra+int8", "1.25x", "141", "95.60%", "-1.65", "-2.31", "-1.02", "97.9%", "85.59", "1.25x")]
 
 
-def test_joules_take_a_place_where_they_are_known() -> None:
+def test_energy_has_a_column_if_it_is_known() -> None:
     lines = printed([replace(row, joules_per_image=0.1234) for row in ROWS])
     assert max(map(len, lines)) <= 80
     assert any("J/im." in line for line in lines)

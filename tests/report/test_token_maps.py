@@ -68,7 +68,7 @@ def test_grey_images_and_unknown_normalisation(dtype: torch.dtype) -> None:
     assert np.isfinite(shown(plot_tokens(torch.zeros(1, 1, 8, 8), {"tome": one}), 0)).all()
 
 
-def test_counts_that_differ_are_said_of_each_image() -> None:
+def test_token_counts_that_differ_are_given_for_each_image() -> None:
     figure = plot_tokens(torch.rand(2, 3, 16, 16), {"vwt-inter": trace("merged", tokens=(9, 13))})
     assert figure.axes[1].get_title() == "vwt-inter\n9 to 13 tokens left"
     assert [figure.axes[panel].get_xlabel() for panel in (1, 3)] == ["9", "13"]
@@ -87,7 +87,7 @@ def test_counts_that_differ_are_said_of_each_image() -> None:
         ({"mean": [0.5, 0.5], "std": 1.0}, "`mean` must be one number or 3, one a channel, got [0.5, 0.5]"),
     ],
 )
-def test_what_cannot_be_drawn_is_refused(changes: dict[str, Any], message: str) -> None:
+def test_arguments_that_cannot_be_drawn_are_refused(changes: dict[str, Any], message: str) -> None:
     arguments = {"images": torch.rand(2, 3, 8, 8), "traces": {"pomt": trace("fused")}} | changes
     with pytest.raises(ArgumentError, match=re.escape(message)):
         plot_tokens(**arguments)

@@ -243,5 +243,5 @@ def test_profile_shows_the_eager_curve_beside_the_compiled_one(counter: Any, tmp
     assert (tmp_path / "profile.png").stat().st_size > 10_000
     assert " ms compiled and " in capsys.readouterr().out
     assert not is_compiled(module)
-    labels = [text.get_text() for text in plot(profile, eager=eager).axes[0].get_legend().get_texts()]
+    labels = [text.get_text() for text in plot(profile, eager=eager).legends[0].get_texts()]
     assert {"measured, compiled", "measured, eager"} <= set(labels)
