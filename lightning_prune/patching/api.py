@@ -6,7 +6,7 @@ from typing import TypeGuard
 from torch import nn
 
 from lightning_prune.errors import ArgumentError
-from lightning_prune.patching.models import find_vision_transformer
+from lightning_prune.patching.models import VisionTransformer, find_vision_transformer
 from lightning_prune.patching.patch_handle import PatchHandle
 from lightning_prune.patching.schedule_forms import reductions_of, resolve_schedule
 from lightning_prune.reduction import Reduction, resolve
@@ -62,21 +62,42 @@ def patch(
         >>> handle.schedule.schedule(197).tokens(197)[-1]
         139
     """
-    transformer = find_vision_transformer(model, module_path)
+    return make_handle(find_vision_transformer(model, module_path), method, schedule, block, warns=True)
+
+
+def make_handle(
+    transformer: VisionTransformer,
+    method: str | MethodSpec | Reduction | ScheduleLike,
+    schedule: ScheduleLike | None = None,
+    block: int | float = 0.25,
+    warns: bool = False,
+) -> PatchHandle:
+    """Patches a transformer that was found, with the arguments of `patch`.
+
+    Args:
+        transformer: The Vision Transformer.
+        method: See `patch`.
+        schedule: See `patch`.
+        block: See `patch`.
+        warns: Whether a schedule that was made elsewhere leads to a warning.
+
+    Raises:
+        ArgumentError, FileFormatError, ScheduleError, UnsupportedModelError: As `patch`.
+    """
     if schedule is None and _is_schedule(method):
         schedule = read_schedule(method, "method")
         if isinstance(schedule, int | float):
             raise ArgumentError(f"`method` must be a method, or a schedule that names one, got {method!r}.")
         named = reductions_of(schedule)
         if not isinstance(named, Reduction):
-            return PatchHandle(transformer, None, schedule, warns=True)
+            return PatchHandle(transformer, None, schedule, warns)
         method = named
     if not isinstance(method, str | MethodSpec | Reduction):
         raise ArgumentError(f"`method` must be a method's name, a MethodSpec or a Reduction, got {method!r}.")
     reduction = resolve(method)
     if schedule is not None and not reduction.adaptive:
         schedule = resolve_schedule(schedule, transformer, reduction, block)
-    return PatchHandle(transformer, reduction, schedule, warns=True)
+    return PatchHandle(transformer, reduction, schedule, warns)
 
 
 def _is_schedule(value: str | MethodSpec | Reduction | ScheduleLike) -> TypeGuard[ScheduleLike]:

@@ -1,4 +1,4 @@
-"""Where every patch of an image ends up: what a reduction keeps, merges and drops, for pictures and for tests."""
+"""Traces which patches of an image a reduction keeps, merges and drops."""
 
 from math import isqrt
 from typing import Any, NamedTuple
@@ -7,23 +7,24 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.errors import ArgumentError
+from lightning_prune.patching.api import make_handle
 from lightning_prune.patching.block_split import eval_mode
 from lightning_prune.patching.models import find_vision_transformer
-from lightning_prune.patching.patch_handle import PatchHandle
-from lightning_prune.reduction import Reduction, ReductionOutput, TokenSequence, resolve
+from lightning_prune.patching.patched_block import BlockPatch
+from lightning_prune.reduction import Reduction, ReductionOutput, TokenSequence
 from lightning_prune.reduction.functional import sources_of
-from lightning_prune.schedule import KeepRates, Schedule
+from lightning_prune.schedule import MethodSpec, ScheduleLike
 
 
 class TokenTrace(NamedTuple):
-    """What became of the patches of some images.
+    """The assignment of patches to the tokens that are left after the last block.
 
     Attributes:
-        groups: (B, patches) int64: index, among the tokens that are left in the end, of the one that each patch went
-            into; -1 where it was dropped. Patches with the same index are one token.
-        held: (B, K) int64: how many patches each token that is left holds; prefix tokens and padding hold none.
-        tokens: (B,) int64: tokens that are left of each image, prefix included, padding not.
-        grid: Rows and columns of the patches; None where they form no grid.
+        groups: (B, patches) int64, index of the final token that each patch became part of; -1 if it was dropped.
+            Patches with the same index were merged.
+        held: (B, K) int64, number of patches in each final token; 0 for prefix tokens and padding.
+        tokens: (B,) int64, number of final tokens of each image, with prefix tokens and without padding.
+        grid: Rows and columns of the patches; None if they form no grid.
     """
 
     groups: Tensor
@@ -35,26 +36,26 @@ class TokenTrace(NamedTuple):
 def trace_tokens(
     model: nn.Module,
     images: Tensor,
-    method: str | Reduction,
-    schedule: Schedule | KeepRates | None = None,
+    method: str | MethodSpec | Reduction | ScheduleLike,
+    schedule: ScheduleLike | None = None,
     *,
     module_path: str | None = None,
 ) -> TokenTrace:
-    """Runs a model with a reduction, in evaluation mode, and says where every patch of the images ended up.
+    """Runs a model with a reduction, in evaluation mode, and traces every patch of the images.
 
     Args:
-        model: Any module that contains one Vision Transformer; afterwards as before, and without a patch.
+        model: Any module that contains one Vision Transformer. It is restored afterwards; an existing patch is removed.
         images: (B, channels, height, width) on the model's device.
-        method: The reduction.
-        schedule: As for `lightning_prune.patch`.
-        module_path: Dotted path of the transformer in `model`, where there are several.
+        method: See `lightning_prune.patch`; left out where the schedule names its method, or one for each block.
+        schedule: See `lightning_prune.patch`.
+        module_path: Dotted path of the transformer in `model`, if there are several.
 
     Returns:
         The trace.
 
     Raises:
-        ArgumentError: If nothing is removed, so that there is nothing to trace.
-        UnsupportedModelError, ScheduleError: As `lightning_prune.patch`.
+        ArgumentError: If the schedule removes nothing.
+        UnsupportedModelError, ScheduleError: See `lightning_prune.patch`.
 
     Example:
         >>> import timm
@@ -67,42 +68,46 @@ def trace_tokens(
         ([141, 141], (14, 14))
     """
     transformer = find_vision_transformer(model, module_path)
-    watched = _Watched(resolve(method))
-    with torch.no_grad(), eval_mode(transformer.root), PatchHandle(transformer, watched, schedule):
-        transformer.root.forward(images)  # past a compiled graph, which would not be watched
-    if not watched.seen:
-        raise ArgumentError("`schedule` removes nothing, so there is nothing to trace.")
-    sources, sizes = watched.seen[0][0], watched.seen[-1][1]
-    for later, _ in watched.seen[1:]:
+    outputs: list[tuple[Tensor, Tensor]] = []
+    with torch.no_grad(), eval_mode(transformer.root), make_handle(transformer, method, schedule) as handle:
+        for block in transformer.blocks:
+            block_patch = vars(block).get("_prune_patch")
+            if isinstance(block_patch, BlockPatch):
+                block_patch.reduction = _RecordingReduction(block_patch.reduction, outputs)
+        transformer.root.forward(images)  # not a compiled graph, which would not call the recorder
+    if not outputs:
+        raise ArgumentError(f"`schedule` must remove tokens to be traced, got {handle.schedule!r}.")
+    sources, sizes = outputs[0][0], outputs[-1][1]
+    for later, _ in outputs[1:]:
         sources = torch.where(sources < 0, -1, later.gather(1, sources.clamp(min=0)))
     return _trace(sources[:, transformer.num_prefix_tokens :], sizes, transformer.num_prefix_tokens, images)
 
 
 def _trace(groups: Tensor, sizes: Tensor, num_prefix_tokens: int, images: Tensor) -> TokenTrace:
     left = sizes.shape[1]
-    ends = torch.where(groups < 0, left, groups)  # dropped ones are counted past the end
+    columns = torch.where(groups < 0, left, groups)  # dropped patches are counted in an extra column
     held = torch.zeros(len(groups), left + 1, dtype=torch.int64, device=groups.device)
-    held = held.scatter_add(1, ends, torch.ones_like(ends))[:, :left]
+    held = held.scatter_add(1, columns, torch.ones_like(columns))[:, :left]
     patches, (height, width) = groups.shape[1], images.shape[-2:]
     rows = isqrt(patches * height // width)
     grid = (rows, patches // rows) if rows and rows * (patches // rows) == patches else None
     return TokenTrace(groups, held, (sizes > 0).sum(dim=1), grid)
 
 
-class _Watched(Reduction):
-    """A reduction that remembers what it did, block after block."""
+class _RecordingReduction(Reduction):
+    """Wraps a reduction and records the sources and sizes of its outputs in every block."""
 
-    def __init__(self, reduction: Reduction) -> None:
+    def __init__(self, reduction: Reduction, outputs: list[tuple[Tensor, Tensor]]) -> None:
         self.inner = reduction
-        vars(self).update(name=reduction.name, reads=reduction.reads)  # which belong to the classes of others
+        vars(self).update(name=reduction.name, reads=reduction.reads)  # class attributes in other reductions
         self.site, self.adaptive, self.is_lossless = reduction.site, reduction.adaptive, reduction.is_lossless
         self.tracks_sizes, self.proportional_attention = reduction.tracks_sizes, reduction.proportional_attention
-        self.seen: list[tuple[Tensor, Tensor]] = []
+        self.outputs = outputs
 
     def reduce(self, sequence: TokenSequence, remove: int) -> ReductionOutput:
         reduced = self.inner.reduce(sequence._replace(trace=True), remove)
-        present = torch.ones_like(reduced.positions) if reduced.sizes is None else reduced.sizes
-        self.seen.append((sources_of(reduced, sequence.tokens.shape[1]), present))
+        sizes = torch.ones_like(reduced.positions) if reduced.sizes is None else reduced.sizes
+        self.outputs.append((sources_of(reduced, sequence.tokens.shape[1]), sizes))
         return reduced
 
     def max_removed(self, tokens: int, num_prefix_tokens: int) -> int:

@@ -195,6 +195,15 @@ def test_method_and_block_with_a_schedule_of_several_methods_are_refused(schedul
         pruner(method="auto", block="auto", schedule=schedule)
 
 
+def test_a_config_with_several_methods_has_no_method_of_its_own() -> None:
+    config = PruningConfig(schedule=MIXED[0])
+    assert (config.label, config.is_mixed, config.is_planned, config.uses_token_curve) == ("mixed", True, False, True)
+    with pytest.raises(lp.ArgumentError, match=r"`schedule` .* got Schedule\(depth=4"):
+        _ = config.reduction
+    one = PruningConfig(schedule=lp.Schedule([1, 0, 1, 0], ["topk", None, "topk", None]))
+    assert (one.label, one.is_mixed, one.reduction.name) == ("topk", False, "topk")
+
+
 def test_a_schedule_that_names_an_unknown_method_is_refused_when_the_callback_is_made() -> None:
     with pytest.raises(lp.ArgumentError, match=r"`method` .* got 'pompt'"):
         pruner(method="auto", schedule=lp.Schedule([1, 0, 1, 0], ["tome", None, "pompt", None]))

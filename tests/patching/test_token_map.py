@@ -1,4 +1,4 @@
-"""What became of each patch."""
+"""The token of each patch."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ from .test_pooling import Merged
 
 
 class Seen(POMT):
-    """POMT and what it returned."""
+    """POMT, which records its outputs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -26,7 +26,7 @@ class Seen(POMT):
         return self.returned[-1]
 
 
-def test_tokens_fused_twice(build: Any, images: Tensor) -> None:
+def test_tokens_fused_in_two_blocks(build: Any, images: Tensor) -> None:
     model, method = build("dinov2-registers"), Seen()
     dense = model(images)
     trace = trace_tokens(model, images, method, [0, 6, 0, 5])
@@ -45,28 +45,41 @@ def test_tokens_fused_twice(build: Any, images: Tensor) -> None:
     assert torch.equal(model(images), dense)
 
 
-def test_merged_in_pairs(build: Any, images: Tensor) -> None:
+def test_merged_tokens_share_a_group(build: Any, images: Tensor) -> None:
     trace = trace_tokens(build(), images, Merged(), [0, 3, 2, 0])
     assert trace.groups[0].tolist() == [1, 1, 1, 1, 2, 2, 2, *range(3, 21)]
     assert trace.held[1].tolist()[:4] == [0, 4, 3, 1]
     assert (trace.groups >= 0).all()
 
 
-def test_dropped(build: Any, images: Tensor) -> None:
+def test_dropped_tokens_have_no_group(build: Any, images: Tensor) -> None:
     trace = trace_tokens(build(), images, RandomDrop(), [0, 6, 4, 0])
     assert (trace.groups < 0).sum(1).tolist() == [10, 10]
     kept = trace.groups[0][trace.groups[0] >= 0]
     assert kept.tolist() == list(range(1, 16)), "those that stay keep their order"
 
 
-def test_a_grid_that_is_not_square(build: Any) -> None:
+def test_non_square_grid(build: Any) -> None:
     model = build(img_size=(12, 20))
     trace = trace_tokens(model, torch.randn(1, 3, 12, 20), "random", lp.Schedule.single(4, 1, 5))
     assert trace.grid == (3, 5)
 
 
-def test_nothing_to_trace(build: Any, images: Tensor) -> None:
+def test_an_empty_schedule_is_rejected(build: Any, images: Tensor) -> None:
     model = build()
-    with pytest.raises(ArgumentError, match="`schedule` removes nothing, so there is nothing to trace"):
+    with pytest.raises(ArgumentError, match="`schedule` must remove tokens to be traced, got"):
         trace_tokens(model, images, "pomt", [0, 0, 0, 0])
     assert not any("_prune_patch" in vars(block) for block in find_vision_transformer(model).blocks)
+
+
+def test_a_schedule_of_several_methods(build: Any, images: Tensor) -> None:
+    """As one method after the other: the tokens of the first are the patches of the second."""
+    trace = trace_tokens(build(), images, lp.Schedule([0, 6, 4, 0], [None, "tome", "random", None]))
+    merged = trace_tokens(build(), images, "tome", [0, 6, 0, 0])
+    assert trace.tokens.tolist() == [16, 16]
+    assert ((trace.groups < 0).sum(1) >= 4).all(), "random drops four tokens, some of several patches"
+    for image in range(len(images)):
+        together = merged.groups[image]
+        for token in together.unique():
+            assert len(trace.groups[image][together == token].unique()) == 1, "what is merged stays together"
+    assert len(trace.groups[0].unique()) == 16  # 15 patch tokens that are left, and -1
