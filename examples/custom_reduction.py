@@ -1,9 +1,9 @@
-"""A reduction of your own: the patch tokens with the largest norm stay, the others are dropped.
+"""A reduction of your own: it keeps the patch tokens with the largest norm and drops the others.
 
     python examples/custom_reduction.py
 
-A package of yours makes it known by name to `lp.patch`, `TokenPruning` and `lightning-prune --prune.method norm` with
-two lines in its pyproject.toml (`my_package.reductions` being the module that holds the class):
+Your package can register it by name for `lp.patch`, `TokenPruning` and `lightning-prune --prune.method norm` with two
+lines in its pyproject.toml, where `my_package.reductions` is the module that defines the class:
 
     [project.entry-points."lightning_prune.reductions"]
     norm = "my_package.reductions:Norm"

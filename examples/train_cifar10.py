@@ -2,14 +2,15 @@
 
     python examples/train_cifar10.py --data DIR
 
-`DIR` holds the image folders `train/<class>/*` and `val/<class>/*`; where it does not, torchvision downloads CIFAR-10
-into it. It writes the weights, and a JSON file with the figures and the settings. With
-`--checkpoints FOLDER` an interrupted run goes on where it was.
+`DIR` holds the image folders `train/<class>/*` and `val/<class>/*`; if it does not, torchvision downloads CIFAR-10
+into it. The script writes the weights, and a JSON file with the figures and the settings. With `--checkpoints FOLDER` an
+interrupted run continues from the last checkpoint.
 
-What makes it affordable: a small convolutional network learns first and teaches the ViT, what it says of each image as
-in DeiT (arXiv 2012.12877), softly, and what it sees at each place (locality guidance, arXiv 2207.10026); attention is
-started as in arXiv 2305.09828; and most images are seen small, with 25 or 49 tokens, by position embeddings resampled
-from those of all 196. No token is ever dropped or merged.
+Three things make this affordable. A small convolutional network is trained first and teaches the ViT: its class
+probabilities are soft targets, as in DeiT (arXiv 2012.12877), and its feature maps are targets for the tokens of two
+blocks (locality guidance, arXiv 2207.10026). The attention weights are initialised as in arXiv 2305.09828. Most images
+are scaled down to 25 or 49 tokens, with position embeddings resampled from those of all 196. No token is ever dropped or
+merged.
 """
 
 import argparse
@@ -37,11 +38,11 @@ from lightning_prune.classification.demo_models import CIFAR_MODEL
 
 WEIGHTS = Path(__file__).parent / "weights" / f"{CIFAR_MODEL}.safetensors"
 BATCH, PAD, CLASSES = 64, 4, 10
-SEEN, GUIDED = (128, 256), (4, 8)  # channels of the teacher's last two stages; the blocks that learn to see the same
+CHANNELS, GUIDED = (128, 256), (4, 8)  # of the teacher's last two stages; the blocks whose tokens learn to predict them
 
 
 class Stage(NamedTuple):
-    """Part of the training: images of `side` pixels, `epochs` of them."""
+    """Part of the training: `epochs` epochs on images of `side` pixels."""
 
     side: int
     epochs: float
@@ -49,7 +50,7 @@ class Stage(NamedTuple):
 
 STAGES = (Stage(20, 5), Stage(28, 6), Stage(56, 0.6))
 TEACHER_EPOCHS = 6
-STEADY = 0.6  # share of the steps before the rate begins to fall; a run can be made longer while it has not
+STEADY = 0.6  # share of the steps before the learning rate begins to fall; until then a run can be made longer
 
 
 def images_of(root: Path, part: str) -> TensorDataset:
@@ -101,40 +102,40 @@ def convolution(before: int, after: int, stride: int = 1) -> nn.Sequential:
 
 
 class Teacher(L.LightningModule):
-    """A small residual network, which learns in minutes what a ViT needs hours for."""
+    """A small residual network, which trains in minutes where a ViT takes hours."""
 
     def __init__(self, epochs: int) -> None:
         super().__init__()
         self.epochs, self.normalise = epochs, Normalise()
         self.body = nn.ModuleList([
             nn.Sequential(convolution(3, 32), convolution(32, 64, 2), Residual(convolution(64, 64))),
-            nn.Sequential(convolution(64, SEEN[0], 2), Residual(convolution(SEEN[0], SEEN[0]))),
-            nn.Sequential(convolution(SEEN[0], SEEN[1], 2), Residual(convolution(SEEN[1], SEEN[1]))),
+            nn.Sequential(convolution(64, CHANNELS[0], 2), Residual(convolution(CHANNELS[0], CHANNELS[0]))),
+            nn.Sequential(convolution(CHANNELS[0], CHANNELS[1], 2), Residual(convolution(CHANNELS[1], CHANNELS[1]))),
         ]).to(memory_format=torch.channels_last)  # fmt: skip
-        self.head = nn.Sequential(nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(SEEN[1], CLASSES))
-        self.right: list[Tensor] = []
+        self.head = nn.Sequential(nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(CHANNELS[1], CLASSES))
+        self.correct: list[Tensor] = []
 
-    def seen(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """The maps of its last two stages, (B, SEEN, rows, columns)."""
+    def feature_maps(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The maps of the last two stages, (B, C, rows, columns) each."""
         middle = self.body[1](self.body[0](self.normalise(images)))
         return middle, self.body[2](middle)
 
-    def said(self, last: Tensor) -> Tensor:
+    def classify(self, last: Tensor) -> Tensor:
         return 0.25 * self.head(last)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.said(self.seen(images)[1])
+        return self.classify(self.feature_maps(images)[1])
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         images, labels = batch
         return F.cross_entropy(self(augmented(images)), labels, label_smoothing=0.1)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self.right.append((self(batch[0]).argmax(1) == batch[1]).float())
+        self.correct.append((self(batch[0]).argmax(1) == batch[1]).float())
 
     def on_validation_epoch_end(self) -> None:
-        print(f"{time.strftime('%H:%M:%S')}  teacher  val/top1 {torch.cat(self.right).mean():.4f}", flush=True)
-        self.right.clear()
+        print(f"{time.strftime('%H:%M:%S')}  teacher  val/top1 {torch.cat(self.correct).mean():.4f}", flush=True)
+        self.correct.clear()
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.SGD(self.parameters(), lr=0.2, momentum=0.9, nesterov=True, weight_decay=5e-4)
@@ -144,7 +145,7 @@ class Teacher(L.LightningModule):
 
 
 def start_attention(attention: Any) -> None:
-    """Each token begins by attending to itself and to what is like it (arXiv 2305.09828, section 4)."""
+    """Initialises attention so that each token attends to itself and to similar tokens (arXiv 2305.09828, section 4)."""
     heads, size = attention.num_heads, attention.head_dim
     width = heads * size
     query, key, value = attention.qkv.weight.view(3, width, width)
@@ -163,22 +164,22 @@ class Cifar10Training(ImageClassifier):
 
     def __init__(self, teacher: Teacher, stages: tuple[Stage, ...], batches: int, rate: float) -> None:
         super().__init__(CIFAR_MODEL, pretrained=False, model_kwargs={"dynamic_img_size": True})
-        self.hparams.clear()  # a teacher is none that a checkpoint read without pickle could hold
+        self.hparams.clear()  # the teacher is a module, which a checkpoint that is read without pickle cannot hold
         self.normalise, self.rate = Normalise(), rate
         self.ends = [round(batches * sum(stage.epochs for stage in stages[: i + 1])) for i in range(len(stages))]
         self.sides = [stage.side for stage in stages]
         self.teacher = teacher.eval().requires_grad_(False)
-        self.model.init_weights("jax")  # timm's default is for widths of 768: at 128 it leaves branches near zero
+        self.model.init_weights("jax")  # timm's default suits widths of 768; at 128 the branches start near zero
         with torch.no_grad():
             self.model.pos_embed[:, 1:] = 0.5 * build_sincos2d_pos_embed([14, 14], self.model.embed_dim)
             for block in self.model.blocks:
                 start_attention(block.attn)
         width = self.model.embed_dim
-        self.guides = nn.ModuleList(nn.Sequential(nn.LayerNorm(width), nn.Linear(width, size)) for size in SEEN)
+        self.guides = nn.ModuleList(nn.Sequential(nn.LayerNorm(width), nn.Linear(width, size)) for size in CHANNELS)
         self.tokens: dict[int, Tensor] = {}
         for index in GUIDED:
             self.model.blocks[index].register_forward_hook(lambda _, __, x, index=index: self.tokens.update({index: x}))
-        self.seen: list[Tensor] = []
+        self.correct: list[Tensor] = []
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         self.teacher.eval()
@@ -187,25 +188,25 @@ class Cifar10Training(ImageClassifier):
         images, labels = augmented(batch[0]), batch[1]
         side = next(side for side, end in zip(self.sides, self.ends, strict=True) if self.global_step < end)
         with torch.no_grad():
-            maps = self.teacher.seen(images)
-            target = (4 * self.teacher.said(maps[1])).softmax(1)
+            maps = self.teacher.feature_maps(images)
+            target = (4 * self.teacher.classify(maps[1])).softmax(1)
         logits = self(resized(self.normalise(images), side))
-        self.seen.append((logits.detach().argmax(1) == labels).float().mean())
-        guidance = sum(self.guided(*each) for each in zip(GUIDED, self.guides, maps, strict=True))
+        self.correct.append((logits.detach().argmax(1) == labels).float().mean())
+        guidance = sum(self.guidance_loss(*each) for each in zip(GUIDED, self.guides, maps, strict=True))
         return 0.5 * F.cross_entropy(logits, target) + 0.5 * F.cross_entropy(logits, labels) + guidance
 
-    def guided(self, block: int, guide: nn.Module, seen: Tensor) -> Tensor:
-        """How far the tokens of a block are from saying what the teacher sees where they stand."""
+    def guidance_loss(self, block: int, guide: nn.Module, target: Tensor) -> Tensor:
+        """Squared error of the teacher's feature map as it is predicted from the tokens of a block."""
         tokens = guide(self.tokens.pop(block)[:, self.model.num_prefix_tokens :])
         side = math.isqrt(tokens.shape[1])
-        seen = F.interpolate(seen, size=(side, side), mode="bilinear", align_corners=False, antialias=True)
-        seen = F.batch_norm(seen, None, None, training=True)  # every channel counts as much
-        return F.mse_loss(tokens, seen.flatten(2).transpose(1, 2))
+        target = F.interpolate(target, size=(side, side), mode="bilinear", align_corners=False, antialias=True)
+        target = F.batch_norm(target, None, None, training=True)  # gives every channel the same weight
+        return F.mse_loss(tokens, target.flatten(2).transpose(1, 2))
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self.global_step % 100 == 0:
-            top1 = torch.stack(self.seen).mean()
-            self.seen.clear()
+            top1 = torch.stack(self.correct).mean()
+            self.correct.clear()
             print(f"{time.strftime('%H:%M:%S')}  step {self.global_step}  train/top1 {top1:.4f}", flush=True)
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -248,7 +249,7 @@ def main() -> None:
     parser.add_argument(
         "--output", type=Path, default=WEIGHTS, help="the .safetensors; the .json is in the same folder"
     )
-    parser.add_argument("--checkpoints", type=Path, help="folder; a run goes on from the last checkpoint there")
+    parser.add_argument("--checkpoints", type=Path, help="folder; a run continues from the last checkpoint in it")
     parser.add_argument("--stages", nargs="+", default=[f"{s.side}:{s.epochs}" for s in STAGES], help="SIDE:EPOCHS")
     parser.add_argument("--teacher-epochs", type=int, default=TEACHER_EPOCHS)
     parser.add_argument("--rate", type=float, default=1e-3, help="the highest learning rate")

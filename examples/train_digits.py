@@ -2,13 +2,13 @@
 
     python examples/train_digits.py
 
-writes the weights, and a JSON file with the figures and the settings. It takes about an hour on
-two cores. With `--checkpoints DIR` an interrupted run goes on where it was.
+The script writes the weights, and a JSON file with the figures and the settings. It takes about an hour on two cores.
+With `--checkpoints DIR` an interrupted run continues from the last checkpoint.
 
-Attention over all 196 patches is dear on a CPU. So most epochs look at windows of 8 x 8 patches around the digit, cut
-from the same canvases and with the position embeddings of the place that they were cut from, and the last ones look at
-whole canvases. No token is ever dropped at random. The clutter fades in over the first epochs until it is as bright as
-the digits, and goes back to the contrast of the held-out part for the last ones.
+Attention over all 196 patches is slow on a CPU. Most epochs therefore train on windows of 8 x 8 patches around the
+digit, cut from the same canvases, with the position embeddings of the patches that they were cut from; the last epochs
+train on whole canvases. No token is ever dropped at random. The contrast of the clutter rises over the first epochs to
+that of the digits, and returns to that of the held-out part for the last epochs.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from lightning_prune.classification.digits import ClutteredDigits, EpochSampler
 
 PATCH, GRID, WINDOW = 4, 14, 8  # pixels per patch; patches per side of a canvas, and of a window
 EPOCHS, WINDOW_EPOCHS, STEADY_EPOCHS = 108, 80, 40
-FADE_EPOCHS, CLUTTERED_EPOCHS = 4, 85  # per quarter of the clutter's contrast; until it goes back to the usual
+FADE_EPOCHS, CLUTTERED_EPOCHS = 4, 85  # per quarter of the clutter's contrast; until the contrast is the usual again
 BATCH, RATE, WARMUP, DECAY, SMOOTHING = 32, 1e-3, 100, 0.05, 0.05
 VALIDATE_EVERY = 4
 AVERAGING = 0.995  # the weights that are kept are a running average over about 200 steps, five epochs
@@ -54,7 +54,7 @@ class LocatedDigits(Dataset[Sample]):
         return len(self.usual)
 
     def __getitem__(self, index: int) -> Sample:
-        epoch = index // len(self)  # FreshPlacements counts on through the epochs
+        epoch = index // len(self)  # EpochSampler continues to count through the epochs
         digits = self.levels[min(4, epoch // FADE_EPOCHS)] if epoch < CLUTTERED_EPOCHS else self.usual
         image, label = digits[index]
         _, (top, left, side) = digits.render(index)
@@ -75,7 +75,7 @@ class DigitsTraining(ImageClassifier):
     def __init__(self, epochs: int, window_epochs: int, output: str) -> None:
         super().__init__(DIGITS_MODEL, pretrained=False)
         self.epochs, self.window_epochs, self.output = epochs, window_epochs, output
-        # timm's default initialisation is for widths of 768; at 96 it leaves every branch near zero for long.
+        # timm's default initialisation suits widths of 768; at 96 every branch stays near zero for long.
         self.model.init_weights("jax")
         with torch.no_grad():
             self.model.pos_embed[:, 1:] = 0.5 * build_sincos2d_pos_embed([GRID, GRID], self.model.embed_dim)
@@ -115,7 +115,7 @@ class DigitsTraining(ImageClassifier):
 
     def on_validation_epoch_end(self) -> None:
         super().on_validation_epoch_end()
-        # Always the newest: choosing the best epoch by the held-out part would flatter the figure.
+        # Always the newest: choosing the best epoch by the held-out part would make its figure too high.
         with atomic_write(self.output) as temporary:
             save_file({key: value.contiguous() for key, value in self.averaged.module.state_dict().items()}, temporary)
 
@@ -138,7 +138,7 @@ class DigitsTraining(ImageClassifier):
 
 
 def figures(weights: Path) -> dict[str, Any]:
-    """Validates the written weights as any user would."""
+    """Validates the written weights as a user would."""
     trainer = L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
     data = DigitsData(batch_size=50)
     (found,) = trainer.validate(ImageClassifier(DIGITS_MODEL, weights=str(weights)), data, verbose=False)
@@ -160,7 +160,7 @@ def main() -> None:
         "--output", type=Path, default=DIGITS_WEIGHTS, help="the .safetensors; the .json is in the same folder"
     )
     parser.add_argument(
-        "--checkpoints", type=Path, help="folder for checkpoints; a run goes on from the last one there"
+        "--checkpoints", type=Path, help="folder for checkpoints; a run continues from the last one in it"
     )
     args = parser.parse_args()
 

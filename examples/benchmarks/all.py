@@ -1,6 +1,6 @@
-"""All benchmarks, one after the other: CSVs with the context that they were measured in, and pictures.
+"""Runs all benchmarks one after the other; writes CSV files with the context of the measurement, and pictures.
 
-Nothing else should run meanwhile. On two cores it takes about an hour; `--quick` takes minutes, for a first look.
+Nothing else should run meanwhile. On two cores this takes about an hour; `--quick` takes minutes, for a first look.
 
     python examples/benchmarks/all.py --output results/benchmarks
     python examples/benchmarks/all.py --output results/benchmarks --quick
@@ -65,11 +65,11 @@ def main() -> None:
         more = (QUICK if args.quick else FULL)[name]
         device = ["--trainer.accelerator", "gpu" if args.device.startswith("cuda") else args.device]
         device = device if name == "methods" else ["--device", args.device]
-        if name == "floor" and not args.quick:  # many CPUs only emulate bf16, which would take hours
+        if name == "floor" and not args.quick:  # many CPUs only emulate bf16, which takes hours
             more = [*more, "--precisions", "fp32"] if args.device == "cpu" else [*more, "--modes", *ON_GPUS]
         command = [sys.executable, str(HERE / f"{name}.py"), "--output", str(args.output / name), *device, *more]
         print(f"== {name}", flush=True)
-        if subprocess.run(command, check=False).returncode:  # a process of its own: nothing of one is left for the next
+        if subprocess.run(command, check=False).returncode:  # in a process of its own, so that no state is shared
             failed.append(name)
     if failed:
         sys.exit(f"Failed: {', '.join(failed)}")

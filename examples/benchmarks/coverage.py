@@ -1,4 +1,4 @@
-"""Checks pruning on a small model of every isotropic transformer name of timm, and writes what came out as CSV.
+"""Checks pruning on a small model of every isotropic transformer of timm, and writes the results as CSV.
 
     python examples/benchmarks/coverage.py --output examples/results/coverage_timm.csv
     python examples/benchmarks/coverage.py --names 'vit_*dinov3*' 'beit*'
@@ -9,8 +9,8 @@ channels), shallow (4 blocks) and for small images, with weights that are far fr
 - `parity`: with a schedule that removes nothing the output has the same bits;
 - `removal`: after `remove()` the output has the same bits, the state dict the same keys and values, and no module
   another class;
-- `oracle`: pruning random tokens, once and in two blocks, gives what the unpatched model gives when no later block may
-  look at the pruned tokens and nothing after the blocks sees them: their keys are masked to -inf in its own attention.
+- `oracle`: pruning random tokens, in one block and in two, gives the output of the unpatched model in which no later
+  block attends to the pruned tokens and nothing after the blocks reads them: their keys are masked to -inf.
   The figure is the largest relative error, in float64;
 - `pomt`: two reductions in a row with a fused token leave the right counts, a finite output, and for an image alone the
   same as in a batch.
@@ -48,7 +48,7 @@ COLUMNS += ("oracle", "pomt", "note")
 def build_small(name: str, **more: Any) -> nn.Module:
     """The model of that name in small: the same classes and options, fewer channels, blocks and tokens.
 
-    Options that a model has none of are dropped; where its parts only fit its own width, that stays.
+    Options that a model does not have are dropped; a model whose parts fit only its own width keeps it.
     """
     entry = timm.model_entrypoint(name)
     patch = re.search(r"patch(\d+)", name)
@@ -96,8 +96,8 @@ def image_size(model: nn.Module) -> tuple[int, int]:
 
 
 class MaskedKeys(TorchFunctionMode):
-    """Forbids all queries of a block to look at some keys: in fused attention, in softmax over (B, H, N, N), and in
-    what goes on to the values, since talking heads add a bias to it.
+    """Keeps all queries of a block from attending to some keys: in fused attention, in softmax over (B, H, N, N), and in
+    the weights of the values, since talking heads add a bias to them.
     """
 
     def __init__(self, dropped: Tensor) -> None:
@@ -120,7 +120,7 @@ class MaskedKeys(TorchFunctionMode):
 
 @contextmanager
 def masked(transformer: VisionTransformer, images: Tensor, removed: list[int], seed: int) -> Iterator[None]:
-    """Makes an unpatched model do what random pruning amounts to, without shortening a sequence inside its blocks."""
+    """Makes an unpatched model compute the result of random pruning without shortening the sequence in its blocks."""
     counts: list[int] = []
     hook = transformer.blocks[transformer.first_prunable_block].register_forward_pre_hook(
         lambda _, args: counts.append(args[0].shape[1])
@@ -224,7 +224,7 @@ def transformer_tokens(transformer: VisionTransformer) -> Iterator[list[int]]:
 
 
 def positions(model: nn.Module) -> str:
-    """The form of positions, by what the model is made of."""
+    """The form of positions, from the classes of the model's modules."""
     names = {type(module).__name__ for module in model.modules()}
     parts = [n for n in sorted(names) if re.search(r"rot|rope|relpos|relative|gpsa", n.lower()) and "Block" not in n]
     parts = [n for n in parts if "Attention" not in n and n != type(model).__name__]
@@ -236,7 +236,7 @@ def positions(model: nn.Module) -> str:
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
-    """What distinguishes a model from others of its class."""
+    """The properties in which models of one class differ."""
     block = next(iter(model.blocks)) if isinstance(getattr(model, "blocks", None), nn.Module) else nn.Identity()
     if hasattr(model, "local_up_to_layer"):
         block = model.blocks[-1]
@@ -263,12 +263,14 @@ def row(name: str) -> dict[str, Any]:
     expected = {"pruning only": "yes", "from block 10": "from block 2"}  # of the small model
     agree = found["reducible"] == expected.get(support.reducible, support.reducible)
     if not agree:
-        raise AssertionError(f"the catalogue says {support.reducible}, the model {found['reducible']}")
+        raise AssertionError(
+            f"`reducible` must be {support.reducible!r} as in the catalogue, got {found['reducible']!r}"
+        )
     return {**found, "reducible": support.reducible, "note": support.reason}
 
 
 def passed(result: dict[str, Any]) -> bool:
-    """Whether a row shows nothing wrong."""
+    """Whether all checks of a row passed."""
     if result["reducible"] == "no":
         return True
     return result.get("parity") is result.get("removal") is result.get("pomt") is True and result["oracle"] < 1e-10

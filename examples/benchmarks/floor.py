@@ -1,13 +1,13 @@
-"""How near a patched model comes to its floor: the same dense blocks, run on a mere slice of the tokens.
+"""How close a patched model comes to its floor: the same dense blocks, run on a slice of the tokens.
 
-The floor knows for nothing which tokens to keep, so measured / floor is the price of the method and of the machinery
-around it. Pruned and floor run in turn, in one interleaved run; ratios are medians over rounds.
+The floor does not spend any time on choosing tokens, so measured / floor is the cost of the method and of the patch.
+Pruned and floor are timed alternately in one interleaved run; ratios are medians over rounds.
 
     python examples/benchmarks/floor.py --output results/floor
     python examples/benchmarks/floor.py --models deit_small_patch16_224 --batch-sizes 1 --trace --output results/floor
     python examples/benchmarks/floor.py --modes eager default reduce-overhead --device cuda --output results/floor
 
-`--modes` other than eager compile the floor as well as the patched model; reduce-overhead is with CUDA graphs.
+`--modes` other than eager compile both the floor and the patched model; reduce-overhead uses CUDA graphs.
 """
 
 import argparse
@@ -37,7 +37,7 @@ MODES = ("eager", "default", "reduce-overhead", "max-autotune")
 
 
 def floor_forward(model: nn.Module, images: Tensor, removed: dict[int, int]) -> Tensor:
-    """The model's own forward, cut by a slice between attention and MLP of some blocks; no patch is on."""
+    """The forward of the unpatched model, with a slice of the tokens between attention and MLP of some blocks."""
     x = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
     for index, layer in enumerate(model.blocks):
         if index in removed:
@@ -56,7 +56,7 @@ def prepare(name: str, precision: str, batch: int, device: str) -> tuple[nn.Modu
 
 
 def contenders(model: nn.Module, case: str, mode: str) -> dict[str, Callable[[Tensor], Tensor]]:
-    """Dense, pruned and the floor, on the same weights; compiled, each has a graph of its own."""
+    """Dense, pruned and the floor on the same weights; if compiled, each has a graph of its own."""
     method, removed, _ = CASES[case]
     weights = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     pruned, floor = copy.deepcopy(model, dict(weights)), copy.deepcopy(model, dict(weights))
@@ -64,7 +64,7 @@ def contenders(model: nn.Module, case: str, mode: str) -> dict[str, Callable[[Te
     found = {"dense": model, "pruned": pruned, "floor": lambda images: floor_forward(floor, images, removed)}
     if mode == "eager":
         return found
-    torch._dynamo.reset()  # what was compiled of other cases counts against the limit of recompilations
+    torch._dynamo.reset()  # graphs of other cases count towards the limit of recompilations
     return {name: torch.compile(forward, mode=mode, dynamic=False) for name, forward in found.items()}
 
 
@@ -81,7 +81,9 @@ def measure(model: nn.Module, images: Tensor, case: str, mode: str, args: argpar
     device = images.device
     with torch.inference_mode():
         timer = InterleavedTimer(switch, run, device, reference="floor")
-        for variant in [] if mode == "eager" else [*forwards] * 2:  # first it is compiled, then a CUDA graph recorded
+        for variant in (
+            [] if mode == "eager" else [*forwards] * 2
+        ):  # the first run compiles, the second records a CUDA graph
             switch(variant)
             run()
         timer.measure(["pruned"], min(FEWEST, args.rounds))
@@ -104,7 +106,7 @@ def measure(model: nn.Module, images: Tensor, case: str, mode: str, args: argpar
 
 
 def trace(model: nn.Module, images: Tensor, case: str) -> str:
-    """Where the time of a pruned run goes, by operator, as torch's profiler has it."""
+    """The time of each operator in a pruned run, from torch's profiler."""
     method, removed, _ = CASES[case]
     schedule = lp.Schedule([removed.get(block, 0) for block in range(len(model.blocks))])
     with lp.patch(model, method, schedule), torch.inference_mode():
@@ -118,7 +120,7 @@ def trace(model: nn.Module, images: Tensor, case: str) -> str:
 
 
 def draw(rows: list[Row], path: Path) -> None:
-    """A dot for each case with twice its standard error, and the ratios to stay below."""
+    """Draws a dot for each case with twice its standard error, and the ratios to stay below."""
     figure = Figure(figsize=(8, 0.28 * len(rows) + 1.4), layout="constrained")
     axes = figure.subplots()
     colors = dict(zip(CASES, ("#1f5fa8", "#16803c", "#d35400"), strict=True))
@@ -150,7 +152,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=101)
     parser.add_argument("--seconds", type=float, default=15.0, help="limit of each case")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--trace", action="store_true", help="write a profiler's table of each case, too")
+    parser.add_argument("--trace", action="store_true", help="also write a profiler's table of each case")
     parser.add_argument("--output", type=Path, required=True, help="folder")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)

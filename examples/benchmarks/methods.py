@@ -1,7 +1,7 @@
-"""Accuracy at latency: every method at every speed-up that it reaches, and the planner's own choice.
+"""Accuracy against latency: every method at every speed-up that it attains, and the planner's choice.
 
-Runs `lightning-prune compare --methods`, which plans, times and validates in one go; by default on the embedded digits
-model, which needs no file from elsewhere.
+Runs `lightning-prune compare --methods`, which plans, times and validates; by default on the embedded digits model,
+which needs no other files.
 
     python examples/benchmarks/methods.py --output results/methods
     python examples/benchmarks/methods.py --config configs/cifar10.yaml --output results/methods
@@ -22,8 +22,8 @@ def main() -> None:
     parser.add_argument("--speedups", nargs="+", default=["1.1", "1.25", "1.5", "2"])
     parser.add_argument("--output", required=True, help="folder")
     args, more = parser.parse_known_args()
-    asked = ["--methods", *args.methods, "--speedups", *args.speedups, "--output", args.output]
-    sys.exit(run(["compare", "--config", args.config, *asked, *more]))
+    options = ["--methods", *args.methods, "--speedups", *args.speedups, "--output", args.output]
+    sys.exit(run(["compare", "--config", args.config, *options, *more]))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""What a patch costs that removes nothing: dense, patched with R = 0, and dense again, in one interleaved run.
+"""The overhead of a patch that removes nothing: dense, patched with R = 0, and dense again, in one interleaved run.
 
-A patch touches the blocks that reduce and no other, so with R = 0 nothing is left of it; the second dense run shows how
-far two runs of the same thing lie apart.
+A patch changes only the blocks that reduce, so with R = 0 it changes none; the second dense run shows how much two runs
+of the same model differ.
 
     python examples/benchmarks/overhead.py --models deit_tiny_patch16_224 vit_small_patch16_dinov3
 """

@@ -1,12 +1,12 @@
-"""What finding the best cut costs: the default search against every token count, on simulated and on real devices.
+"""The cost of finding the best cut: the default search against every token count, on simulated and real devices.
 
     python examples/benchmarks/profile_cost.py --simulated 50 --output examples/results/profile_cost
     python examples/benchmarks/profile_cost.py --model vit_tiny_patch16_224 --output examples/results/profile_cost
 
-On simulated devices every latency is known, so the gap is exact: by how much the utility of the count that the search
-leads to falls short of the best of all counts, for three ways in which accuracy may fall. On a real one both the search
-and the exhaustive protocol are measured, one after the other, so that each is drawn over its own dense latency; the
-latter is what the POMT paper does (arXiv 2407.05941, section 3.2).
+On simulated devices every latency is known, so the gap is exact: the utility of the best of all counts minus that of the
+count that the search leads to, for three ways in which accuracy may fall. On a real device the search and the exhaustive
+protocol of the POMT paper (arXiv 2407.05941, section 3.2) are measured one after the other, and each is drawn relative to
+its own dense latency.
 """
 
 import argparse
@@ -29,7 +29,7 @@ DEPTH, BLOCK, N = 12, 3, 197
 
 
 def gap(chosen_on: lp.LatencyProfile, truth: dict[int, float]) -> float:
-    """Of the utility, relative, in the worst of the three ways."""
+    """The relative gap of the utility, for the worst of the three ways."""
     n, counts = chosen_on.dense_tokens, [count for count in truth if count >= chosen_on.tokens[0]]
     gaps = []
     for loss, power in LOSSES:
@@ -73,7 +73,7 @@ def simulated(seed: int) -> Row:
 
 
 def real(name: str, size: int | None, batch: int, device: str) -> tuple[Row, lp.LatencyProfile, lp.LatencyProfile]:
-    """The default search and every count, one after the other, on a model with random weights."""
+    """Measures by the default search and then every count, on a model with random weights."""
     size = size or timm.get_pretrained_cfg(name).input_size[-1]
     model = timm.create_model(name, img_size=size).eval().to(device)
     images = torch.randn(batch, 3, size, size, device=device)
@@ -84,7 +84,7 @@ def real(name: str, size: int | None, batch: int, device: str) -> tuple[Row, lp.
     start = time.perf_counter()
     every = lp.profile_latency(model, images, method="pomt", counts=counts, time_limit=None)
     slow = time.perf_counter() - start
-    # One noisy count must not pass for the best: the truth is the rising curve that fits all of them best.
+    # A noisy count must not be taken for the best, so the reference is the rising curve that fits all counts best.
     truth = dict(zip(every.tokens, isotonic_regression(every.milliseconds).x.tolist(), strict=True))
     row = {
         "model": name, "batch": batch, "counts": len(profile.tokens),
@@ -95,7 +95,7 @@ def real(name: str, size: int | None, batch: int, device: str) -> tuple[Row, lp.
 
 
 def draw(profile: lp.LatencyProfile, every: lp.LatencyProfile, path: Path) -> None:
-    """The curve of the search on that of all counts."""
+    """Draws the curve of the search over that of all counts."""
     figure = Figure(figsize=(7.5, 4.2), layout="constrained")
     axes = figure.subplots()
     label = f"every count: {len(every.tokens)} counts, {every.seconds:.0f} s"

@@ -1,7 +1,7 @@
-"""When fewer tokens are faster: by how many there are, by batch size and by depth.
+"""The speed-up of pruning against the number of tokens, the batch size and the depth.
 
-From a base (ViT-Ti at 224 pixels, batch 1) one thing at a time is varied, and each time POMT keeps 70% of the tokens
-from a quarter of the depth on. Dense and pruned run in turn, in one interleaved run.
+One of the three is varied at a time, from ViT-Ti at 224 pixels and batch 1, while POMT keeps 70% of the tokens from a
+quarter of the depth on. Dense and pruned are timed alternately in one interleaved run.
 
     python examples/benchmarks/scaling.py --output results/scaling
 """
@@ -43,7 +43,7 @@ def measure(model_name: str, size: int, batch: int, depth: int, args: argparse.N
         timer.measure(["pruned"], min(FEWEST, args.rounds))
         timer.measure(["pruned"], args.rounds - FEWEST, time.perf_counter() + args.seconds)
     dense, pruned = timer.result("dense"), timer.result("pruned")
-    # Of 12 blocks, 9 run on fewer tokens, and the reducing block's MLP: what the tokens alone would save.
+    # If latency were proportional to tokens: of 12 blocks, 8 and the MLP of the reducing one run on fewer tokens.
     late = depth - block
     linear = 1 - (late - 1 / 3) / depth * removed / tokens
     return {
@@ -56,7 +56,7 @@ def measure(model_name: str, size: int, batch: int, depth: int, args: argparse.N
 
 
 def draw(tables: dict[str, list[Row]], title: str, path: Path) -> None:
-    """Speed-up against each of the three, with what it would be in proportion to the tokens."""
+    """Draws the speed-up against each of the three, and what it would be in proportion to the tokens."""
     figure = Figure(figsize=(10, 3.4), layout="constrained")
     for axes, (name, rows) in zip(figure.subplots(1, 3, sharey=True), tables.items(), strict=True):
         at, ratio = [row[name] for row in rows], [row["pruned_over_dense"] for row in rows]

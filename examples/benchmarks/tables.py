@@ -1,4 +1,4 @@
-"""What the benchmarks share: tables with the context that they were measured in."""
+"""Tables of benchmarks, with the context of the measurement."""
 
 import csv
 import shlex
@@ -20,7 +20,7 @@ Row = dict[str, Any]
 
 
 def context_of(device: str) -> dict[str, str]:
-    """What every figure depends on, whichever it is."""
+    """Device, threads, versions, date and command, on which every figure depends."""
     return {
         "device": device_name(torch.device(device)),
         "threads": str(torch.get_num_threads()),
@@ -50,7 +50,7 @@ def read_table(path: Path) -> list[dict[str, str]]:
 
 
 def print_table(title: str, rows: Sequence[Row], *columns: str) -> None:
-    """Shows some columns of a table, or all."""
+    """Prints some columns of a table, or all."""
     table = Table(title=title, title_justify="left")
     for name in columns or rows[0]:
         table.add_column(name.replace("_", " "), justify="left" if isinstance(rows[0][name], str) else "right")

@@ -1,8 +1,8 @@
-"""How many tokens photographs are left with by their visual words (vwt-inter), and what that brings.
+"""The number of tokens that visual words (vwt-inter) leave of photographs, and the throughput that this gives.
 
-Words are learned from every other image of a folder (patches of 16 x 16 pixels, resized and normalised as DeiT-S wants
-them), and the tokens of the others are counted; no weights are needed for that. With `--throughput`, photographs are
-also read, decoded and run through a DeiT-S of random weights, dense and with words, in turn.
+Words are learned from every other image of a folder (patches of 16 x 16 pixels, resized and normalised as for DeiT-S),
+and the tokens of the other images are counted; no weights are needed for that. With `--throughput`, photographs are also
+read, decoded and run through a DeiT-S with random weights, alternately dense and with words.
 
     python examples/benchmarks/words.py --root path/to/photographs --output examples/results/imagenet_words
 """
@@ -57,14 +57,14 @@ def lengths(
 
 
 def longest(counts: Tensor, batch: int) -> float:
-    """What the images of a batch are padded to, on average."""
+    """The length to which the images of a batch are padded, on average."""
     return torch.stack([part.max() for part in counts.split(batch)]).mean().item()
 
 
 def throughput(
     model: nn.Module, held_out: Dataset[Any], method: VWTInter, size: int, images: int, rounds: int
 ) -> dict[str, object]:
-    """Images per second from the file to the logits, dense and with words in turn, on the same images."""
+    """Images per second from the file to the logits, alternately dense and with words, on the same images."""
     some = Subset(held_out, range(images))
     handle = lp.patch(model, method)
 

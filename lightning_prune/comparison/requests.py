@@ -149,7 +149,7 @@ def read_methods(methods: Sequence[str | Reduction], own: Reduction | None) -> l
             with dense.
 
     Example:
-        >>> from lightning_prune.comparison.variants import read_methods
+        >>> from lightning_prune.comparison.requests import read_methods
         >>> [request.name for request in read_methods(["pomt+int8", "int8"], own=None)]
         ['dense', 'pomt+int8', 'int8']
     """

@@ -1,4 +1,4 @@
-"""Latency profiles on disk: a profile is measured once and then found under everything that it depends on."""
+"""Latency profiles on disk: a profile is measured once and read again under the same conditions."""
 
 import hashlib
 import json
@@ -191,7 +191,7 @@ def _read_entry(path: Path, dependencies: Mapping[str, Any]) -> _Entry:
     time_limit = document.get("time_limit")
     values = document.get("profile")
     if document.get("dependencies") != _plain(dependencies):
-        raise FileFormatError(f"{path} was measured under other conditions than its name says.")
+        raise FileFormatError(f"{path} must be of the conditions of its name, got others.")
     if time_limit is not None and (isinstance(time_limit, bool) or not isinstance(time_limit, int | float)):
         raise FileFormatError(f"`time_limit` in {path} must be a number or null, got {time_limit!r}.")
     if not isinstance(values, dict):

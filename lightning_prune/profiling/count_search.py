@@ -116,7 +116,7 @@ def search_counts(
         time_limit: Seconds, or None for 20 rounds. A few rounds over `counts`, or over a few counts of the grid, are
             completed even after the limit.
         on_step: Called after every run.
-        batch_size: Decides where the tiles of the hardware may end.
+        batch_size: Images in a batch, from which the counts follow at which tiles may end.
     """
     start = timer.clock()
     deadline = start + time_limit if time_limit is not None else float("inf")
@@ -145,7 +145,7 @@ def search_counts(
         new = search.next_counts(profile, affordable)
         imprecise = [count for count in imprecise_counts(profile) if count not in new]
         if new:
-            # Together with the neighbours, so that their difference is free of what changes between rounds.
+            # Together with the neighbours, so that their difference does not contain changes between rounds.
             adjacent = {neighbour for count in new for neighbour in neighbours(profile.tokens, count)}
             grid = sorted({*grid, *new})
             timer.measure(sorted({*new, *adjacent}), _GRID.rounds, deadline, on_step)
@@ -213,7 +213,7 @@ def _affordable_grid(dense_seconds: float, time_limit: float | None) -> int:
 
 @dataclass
 class CliffSearch:
-    """Decides which token counts to measure next, so that no step hides a cliff.
+    """Chooses the token counts to measure next, until no step may contain an unseen cliff.
 
     Attributes:
         grid: The coarse grid, which lies where tiles may end.
@@ -265,9 +265,9 @@ class CliffSearch:
 
 
 def hides_cliff(profile: LatencyProfile, step: CountStep) -> bool | None:
-    """Whether a step may hide a cliff, as a single token may make all of its saving; None where noise leaves it open.
+    """Whether a step may contain a cliff, that is, all of its saving at a single token; None if noise leaves this open.
 
-    After many rounds an open case counts as True: one count too many costs less than a missed cliff.
+    After many rounds an open case counts as True: a needless count costs less than a missed cliff.
     """
     excess, noise = step.saved - _CLIFFS.min_drop * profile.dense_ms, profile.step_stderr(step)
     decisive = min(_rounds(profile, step)) >= _CLIFFS.decisive_rounds
@@ -287,7 +287,7 @@ def imprecise_counts(profile: LatencyProfile) -> list[int]:
     cliffs = profile.cliffs()
     for step in profile.steps():
         if step in cliffs and min(_rounds(profile, step)) < _CLIFFS.decisive_rounds:
-            undecided = True  # a few lucky rounds may have made it
+            undecided = True  # in few rounds it may be chance
         elif step.above - step.below > 1:
             undecided = hides_cliff(profile, step) is None
         else:

@@ -50,7 +50,7 @@ class Unavailable:
 
     Attributes:
         text: What tables show instead of a figure; `str` returns it, too.
-        reason: What was looked for and what was found.
+        reason: What was searched for, and what was found.
     """
 
     text: str
@@ -61,7 +61,7 @@ class Unavailable:
 
 
 class NoCounterError(Exception):
-    """Why a device has no counter. It never leaves this file.
+    """A device has no counter, for a reason. `find_counter` catches it.
 
     Args:
         reason: In words.
@@ -85,7 +85,7 @@ class ZeusCounter:
         device: A CUDA device, the CPU, or Apple's GPU.
 
     Raises:
-        NoCounterError: If zeus is not installed or knows no counter of this device.
+        NoCounterError: If zeus is not installed or has no counter of this device.
     """
 
     resolution = 0.1  # NVIDIA documents none; 20 to 100 ms are observed
@@ -133,7 +133,7 @@ class ZeusCounter:
         return float(sum((measured.gpu_energy or measured.cpu_energy or {}).values()))
 
     def _select(self, devices: Any, device: torch.device) -> tuple[str, list[int], list[int]]:
-        """The name of the counter, and the GPUs and processor packages that zeus shall read."""
+        """The name of the counter, and the GPUs and processor packages to read."""
         try:
             chip = devices.get_soc()
         except self._error:  # the usual case: no such chip
@@ -147,11 +147,11 @@ class ZeusCounter:
             if not packages:
                 raise NoCounterError("RAPL has no processor package")
             return "zeus (processor packages)", [], packages
-        raise NoCounterError(f"zeus knows no counter of {device.type}")
+        raise NoCounterError(f"zeus has no counter of {device.type}")
 
 
 def _gpu_index(gpus: Any, device: torch.device) -> int:
-    """The position of a device in zeus's list, which is in bus order; torch's is in order of speed."""
+    """The position of a device in zeus's list, which is in bus order; that of torch is in order of speed."""
     index = device.index or 0
     if not torch.version.hip:
         uuid = f"GPU-{str(torch.cuda.get_device_properties(device).uuid).removeprefix('GPU-')}"
@@ -184,7 +184,7 @@ def find_counter(
 ) -> EnergyCounter | Unavailable:
     """Finds the energy counter of a device.
 
-    A counter that stands still, as some virtual machines show, is none.
+    A counter that does not change, as on some virtual machines, counts as none.
 
     Args:
         device: The device that computes.
@@ -197,14 +197,14 @@ def find_counter(
     """
     device = torch.device(device)
     if device.type not in ("cuda", "cpu", "mps"):
-        return Unavailable(NO_COUNTER, f"none is known for {device.type} devices")
+        return Unavailable(NO_COUNTER, f"there is none for {device.type} devices")
     try:
         counter = ZeusCounter(device)
         counter.begin("search")
         sleep(2 * counter.resolution)
         if counter.end("search") > 0:
             return counter
-        return Unavailable(NO_COUNTER, f"{counter.name} stands still")
+        return Unavailable(NO_COUNTER, f"{counter.name} does not change")
     except NoCounterError as error:
         return Unavailable(NOT_READABLE if error.exists else NO_COUNTER, str(error))
     except DataError as error:
@@ -213,5 +213,5 @@ def find_counter(
 
 @cache
 def device_counter(device: torch.device) -> EnergyCounter | Unavailable:
-    """The counter of a device, looked for once per process."""
+    """The counter of a device, searched for once per process."""
     return find_counter(device)

@@ -53,15 +53,15 @@ def measure_energy(
 ) -> EnergyReading:
     """Measures energy per image and power in the same windows.
 
-    First comes an idle window, then one run that is not counted, then the windows: runs one after another, with the
-    device synchronised after each. A counter counts everything that its part of the machine does, so nothing else
-    should run meanwhile.
+    An idle window is measured first, then one run that is not counted, then the windows: runs one after another, with
+    the device synchronised after each. A counter includes everything that its part of the machine does, so nothing
+    else should run meanwhile.
 
     Args:
         run: Does the work once.
         images: Images in one run.
         device: The device that computes; it is synchronised.
-        counter: The counter to read; None looks for one with `find_counter`.
+        counter: The counter to read; None takes that of `find_counter`.
         min_seconds: Shortest window; at least 1 second and ten updates of the counter.
         windows: Number of windows.
         idle_seconds: Length of the idle window, bounded as `min_seconds`.
@@ -73,7 +73,7 @@ def measure_energy(
 
     Raises:
         ArgumentError: If a number is out of range, or the device has no counter.
-        DataError: If the counter did not move during a window, or went back.
+        DataError: If the counter did not rise during a window.
 
     Example:
         >>> from lightning_prune.profiling.energy_meter import measure_energy
@@ -142,5 +142,5 @@ def _window(
         runs += 1
     joules, seconds = counter.end("measure"), clock() - start
     if not joules > 0:
-        raise DataError(f"The energy counter {counter.name} must count, got {joules:g} J in {seconds:.3g} s.")
+        raise DataError(f"The energy counter {counter.name} must rise, got {joules:g} J in {seconds:.3g} s.")
     return joules, seconds, runs

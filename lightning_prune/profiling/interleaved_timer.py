@@ -220,7 +220,7 @@ def _fit_two_way(logs: np.ndarray, known: np.ndarray) -> tuple[np.ndarray, np.nd
         total = weights.sum(1, keepdims=True)
         matrix = np.diag(weights.sum(0)) - weights.T @ (weights / total)
         target = (weights * (logs - (weights * logs).sum(1, keepdims=True) / total)).sum(0)
-        effects = np.linalg.solve(matrix + 1.0, target)  # adding 1 fixes the sum, which the equations leave open, to 0
+        effects = np.linalg.solve(matrix + 1.0, target)  # adding 1 makes the sum 0, which the equations leave open
         round_effects = (weights * (logs - effects)).sum(1) / total[:, 0]
         residuals = np.abs(logs - round_effects[:, None] - effects)
         sigma = max(float(np.median(residuals[known])) / NORMAL_QUARTILE, _FIT.min_sigma)

@@ -117,7 +117,7 @@ class LatencyProfile(SavedDocument):
     def stderr_ms(self, tokens: int) -> float:
         """Standard error of the median at a measured count, in milliseconds, from the quartiles and the rounds.
 
-        No count is assumed to be less noisy than the median count: the quartiles of a few lucky rounds say little.
+        No count is assumed to be less noisy than the median count: the quartiles of few rounds may be small by chance.
         """
         index = self.tokens.index(tokens)
         noise = max(self._relative_spreads[index] or 0.0, self._typical_relative_spread)
@@ -208,7 +208,7 @@ class LatencyProfile(SavedDocument):
     def plateaus(self) -> list[CountStep]:
         """Stretches of at least a twentieth of the tokens over which pruning saves next to nothing.
 
-        They save less than a quarter of the mean per token, and what they lack is beyond noise.
+        They save less than a quarter of the mean per token, and the difference is beyond noise.
         """
         stretches: list[CountStep] = []
         for step in self.steps():

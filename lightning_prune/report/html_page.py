@@ -25,7 +25,7 @@ from lightning_prune.report.summary import Summary, UnreachedTarget, summarise
 
 _TEMPLATE = "comparison.html"
 
-# File in the folder -> its heading, its description for readers who do not see it, and a caption.
+# File in the folder -> its heading, its alternative text, and its caption.
 _PICTURES = {
     "pareto.png": (
         "Accuracy against latency",

@@ -1,4 +1,4 @@
-"""The picture of a comparison: what each method keeps of the accuracy at which measured latency."""
+"""The plot of a comparison: accuracy of each method against measured latency."""
 
 from collections.abc import Mapping, Sequence
 from textwrap import fill
@@ -29,7 +29,7 @@ _BARS = {
 }
 _GREY = "#7f8c8d"
 _Styles = Mapping[str, tuple[str, str, bool]]
-_WIDE = 6.0  # points below dense from which a second panel shows the rows near dense, which the first one flattens
+_WIDE = 6.0  # points below dense from which a second panel shows the rows near dense, which lie too close in the first
 _SLOW = 1.25  # times the latency of dense: slower rows would compress the others into a corner
 
 
@@ -70,7 +70,7 @@ def plot_pareto(document: Mapping[str, Any]) -> Figure:
     panels[-1].set_xlabel("latency of a batch [ms], faster to the left")
     below = [] if score is None else [_BARS[score.key]]
     if slow:
-        below.append(fill(f"Off the chart: {'; '.join(_in_words(row, score) for row in slow)}.", 105))
+        below.append(fill(f"Off the chart: {'; '.join(_describe(row, score) for row in slow)}.", 105))
     if dense is not None and dense.latency_ms:
         add_speedups(panels[0], dense.latency_ms)
     handles, labels = panels[0].get_legend_handles_labels()
@@ -113,7 +113,7 @@ def _slow(rows: Sequence[Row], dense: Row | None) -> list[Row]:
     return [row for row in rows if (row.latency_ms or 0.0) > _SLOW * limit]
 
 
-def _in_words(row: Row, score: Score | None) -> str:
+def _describe(row: Row, score: Score | None) -> str:
     share = None if score is None else score.of(row)
     known = "" if share is None or score is None else f", {percent(share)} {score.label}"
     return f"{row.variant}, {milliseconds(row.latency_ms)} ms{known}"
@@ -128,10 +128,10 @@ def _zoom(rows: Sequence[Row], dense: Row | None, score: Score | None) -> tuple[
     if len(heights) < 4 or best - min(heights) < _WIDE:
         return None
     top = max(*heights, best)
-    reach = (top - min(heights)) / 4
-    if 2 * sum(height >= top - reach for height in heights) < len(heights):
+    span = (top - min(heights)) / 4
+    if 2 * sum(height >= top - span for height in heights) < len(heights):
         return None
-    return top - reach, top + 0.2 * reach
+    return top - span, top + 0.2 * span
 
 
 def _mark_dense(axes: Axes, dense: Row, latency: float, score: Score | None) -> None:

@@ -29,11 +29,11 @@ Ints = NDArray[np.int64]
 _INCHES = 1.75  # side of a picture
 _ENTRY = 2.8  # width of an entry of the legend in inches
 TINTS = ((0.96, 0.55, 0.05), (0.45, 0.25, 0.75), (0.0, 0.55, 0.55))  # of tokens that hold the dropped patches
-_PAPER = 0.93  # grey value that dropped patches fade to
+_BACKGROUND = 0.93  # grey value that dropped patches fade to
 _FADED = 0.80
 _TINTED = 0.55
-_LENT = 0.6  # share of the added hue in a merged token of a grey picture
-_LEFT_OVER = len(TINTS)  # up to this number, shared tokens hold the dropped patches; more of them hold similar patches
+_HUE_SHARE = 0.6  # of the added hue in a merged token of a grey picture
+_MAX_FUSED = len(TINTS)  # up to this number, shared tokens hold the dropped patches; more of them hold similar ones
 _GOLDEN = 0.618034  # steps by this part of the circle of hues keep neighbouring hues apart
 
 
@@ -49,7 +49,7 @@ def shared(groups: Ints) -> Ints:
 
 
 def paint(picture: Floats, groups: Ints, grid: tuple[int, int], tinted: bool) -> Floats:
-    """Paints over the picture what happened to its patches.
+    """Shows in a picture what happened to its patches.
 
     Dropped patches fade to grey. Patches that share a token get a translucent tint if `tinted`, else the mean colour of
     their pixels, with a hue of its own for each token if the picture is grey. Patches that are kept stay as they are.
@@ -74,7 +74,7 @@ def paint(picture: Floats, groups: Ints, grid: tuple[int, int], tinted: bool) ->
     painted = picture.copy()
     luma = picture @ np.array([0.299, 0.587, 0.114])
     dropped = where < 0
-    painted[dropped] = (_FADED * _PAPER + (1 - _FADED) * luma[dropped])[:, None]
+    painted[dropped] = (_FADED * _BACKGROUND + (1 - _FADED) * luma[dropped])[:, None]
     grey = bool(np.ptp(picture, axis=2).max() < 0.02)
     for number, token in enumerate(shared(groups).tolist()):
         inside = where == token
@@ -83,7 +83,7 @@ def paint(picture: Floats, groups: Ints, grid: tuple[int, int], tinted: bool) ->
             painted[inside] = _TINTED * tint + (1 - _TINTED) * picture[inside]
             continue
         mean = picture[inside].mean(axis=0)
-        painted[inside] = (1 - _LENT) * mean + _LENT * _hue(number) if grey else mean
+        painted[inside] = (1 - _HUE_SHARE) * mean + _HUE_SHARE * _hue(number) if grey else mean
     return painted
 
 
@@ -121,7 +121,7 @@ def borders(groups: Ints, grid: tuple[int, int], size: tuple[int, int]) -> Float
 
 
 def strokes(groups: Ints, grid: tuple[int, int], size: tuple[int, int]) -> Floats:
-    """(dropped, 2, 2): a line across each dropped patch, as it could be taken for a pale one; see `borders`."""
+    """(dropped, 2, 2): a line across each dropped patch, which tells it from a pale one; see `borders`."""
     down, across = size[0] / grid[0], size[1] / grid[1]
     row, column = np.nonzero(groups.reshape(grid) < 0)
     start, end = np.stack([column, row + 1], -1), np.stack([column + 1, row], -1)
@@ -230,7 +230,7 @@ def _draw_method(
     same = len(set(left)) == 1
     counts = f"{left[0]} tokens left" if same else f"{min(left)} to {max(left)} tokens left"
     panels[0].set_title(f"{fill(name, 20)}\n{counts}", fontsize=10)
-    tinted = max(len(shared(groups)) for groups in all_groups) <= _LEFT_OVER
+    tinted = max(len(shared(groups)) for groups in all_groups) <= _MAX_FUSED
     for panel, picture, groups, tokens in zip(panels, pictures, all_groups, left, strict=True):
         _show(panel, paint(picture, groups, grid, tinted))
         crossed = strokes(groups, grid, picture.shape[:2])

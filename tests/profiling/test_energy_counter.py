@@ -188,7 +188,7 @@ def test_a_chip_without_a_total_is_no_counter(zeus: FakeZeus) -> None:
 
 def test_a_counter_that_stands_still_is_none(zeus: FakeZeus) -> None:
     zeus.watts = 0.0
-    assert find_counter("cuda", zeus.sleep) == Unavailable(NO_COUNTER, "zeus (GPU board) stands still")
+    assert find_counter("cuda", zeus.sleep) == Unavailable(NO_COUNTER, "zeus (GPU board) does not change")
     assert zeus.now == pytest.approx(2 * ZeusCounter.resolution)
 
 
@@ -201,8 +201,8 @@ def test_a_counter_that_stands_still_is_none(zeus: FakeZeus) -> None:
         ("cpu", {"packages": FakeZeusError("RAPL unavailable")}, NO_COUNTER, "zeus: RAPL unavailable"),
         ("cpu", {"packages": FakeZeusNoPermissionError("root only")}, NOT_READABLE, "zeus: root only"),
         ("cpu", {"packages": []}, NO_COUNTER, "RAPL has no processor package"),
-        ("mps", {}, NO_COUNTER, "zeus knows no counter of mps"),
-        ("meta", {}, NO_COUNTER, "none is known for meta devices"),
+        ("mps", {}, NO_COUNTER, "zeus has no counter of mps"),
+        ("meta", {}, NO_COUNTER, "there is none for meta devices"),
         ("cuda", {"broken": True}, NO_COUNTER, "The energy counter cannot be read any more: GPU is lost"),
     ],
 )
@@ -272,7 +272,7 @@ def test_zeus_itself_has_what_is_used() -> None:
     assert all(isinstance(vars(group)[name], property) for group, name in ((CPUs, "cpus"), (GPUs, "gpus")))
     assert issubclass(ZeusCPUNoPermissionError, ZeusBaseError)
     assert all(map(callable, (get_cpus, get_gpus, get_soc)))
-    assert find_counter("meta") == Unavailable(NO_COUNTER, "none is known for meta devices")
+    assert find_counter("meta") == Unavailable(NO_COUNTER, "there is none for meta devices")
     found = find_counter("cpu")
     if isinstance(found, Unavailable):
         assert "not installed" not in found.reason

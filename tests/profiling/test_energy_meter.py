@@ -130,7 +130,7 @@ def test_a_slow_counter_wants_longer_windows() -> None:
 def test_a_counter_that_stands_still() -> None:
     machine = Machine()
     vars(machine)["end"] = lambda window: 0.0
-    with pytest.raises(DataError, match=r"fake must count, got 0 J in 1 s"):
+    with pytest.raises(DataError, match=r"fake must rise, got 0 J in 1 s"):
         machine.measure()
 
 
