@@ -39,7 +39,7 @@ _HOME = {
     "WeightsError": "errors",
     "compare": "comparison",
     "compare_latency": "profiling.measurement",
-    "learn_vocabulary": "reduction.vocabulary",
+    "learn_vocabulary": "reduction.word_learning",
     "patch": "patching",
     "plan": "planning.api",
     "profile_latency": "profiling.measurement",
@@ -99,7 +99,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors, which cannot 
     from lightning_prune.profiling.measurement import compare_latency as compare_latency
     from lightning_prune.profiling.measurement import profile_latency as profile_latency
     from lightning_prune.reduction.vocabulary import Vocabulary as Vocabulary
-    from lightning_prune.reduction.vocabulary import learn_vocabulary as learn_vocabulary
+    from lightning_prune.reduction.word_learning import learn_vocabulary as learn_vocabulary
     from lightning_prune.schedule import KeepRates as KeepRates
     from lightning_prune.schedule import Schedule as Schedule
 

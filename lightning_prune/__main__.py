@@ -1,4 +1,4 @@
-"""Entry point of `lightning-prune` and `python -m lightning_prune`: answers the cheap questions without torch."""
+"""Entry point of `lightning-prune` and `python -m lightning_prune`: `--help` and `--version` need no torch."""
 
 import sys
 

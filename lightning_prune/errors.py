@@ -1,29 +1,29 @@
-"""Errors that lightning_prune raises on purpose.
+"""Errors that lightning_prune raises deliberately.
 
-All derive from `PruneError`, so one `except` catches them, and each also derives from the built-in that fits,
-so code that knows nothing of this package still catches it. A message names the argument or file, says what was
-expected and what came.
+All derive from `PruneError`, so that one `except` catches them. Each also derives from the matching built-in error, so
+that code written without this package in mind catches it too. A message names the argument or file, what was expected
+and what was passed.
 """
 
 
 class PruneError(Exception):
-    """Base of every error that lightning_prune raises on purpose."""
+    """Base of every error that lightning_prune raises deliberately."""
 
 
 class UnsupportedModelError(PruneError, TypeError):
-    """The model has no Vision Transformer that can be pruned, or several and none was named."""
+    """The model contains no Vision Transformer that can be pruned, or contains several and none was selected."""
 
 
 class ScheduleError(PruneError, ValueError):
-    """A schedule is malformed, or does not fit the model that it is applied to."""
+    """A schedule is malformed, or does not fit the model to which it is applied."""
 
 
 class ArgumentError(PruneError, ValueError):
-    """An argument has a value that cannot be used."""
+    """An argument has an invalid value."""
 
 
 class FileFormatError(PruneError, ValueError):
-    """A file is unreadable, truncated, or not of the expected kind."""
+    """A file is unreadable or truncated, or does not have the expected format."""
 
 
 class WeightsError(PruneError, RuntimeError):
@@ -31,12 +31,12 @@ class WeightsError(PruneError, RuntimeError):
 
 
 class DataError(PruneError, ValueError):
-    """Input data cannot be used: an empty loader, labels out of range, non-finite outputs."""
+    """The data are invalid: an empty loader, labels out of range, non-finite outputs."""
 
 
 class ExportError(PruneError, RuntimeError):
-    """A model cannot be exported, or the exported model does not compute what the model does."""
+    """A model cannot be exported, or the exported model gives other outputs than the model."""
 
 
 class RuntimeUnavailableError(PruneError, ImportError):
-    """A runtime needs a package that is not installed here."""
+    """A runtime needs a package that is not installed."""

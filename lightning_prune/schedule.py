@@ -16,7 +16,7 @@ from lightning_prune.errors import ArgumentError, ScheduleError
 
 
 class MethodSpec(Spec):
-    """A reduction method as plain data: what `lightning_prune.reduction.resolve` makes a method of.
+    """A reduction method as plain data; `lightning_prune.reduction.resolve` turns it into a `Reduction`.
 
     Example:
         >>> from lightning_prune.schedule import MethodSpec
@@ -32,14 +32,14 @@ Method: TypeAlias = MethodSpec | Mapping[str, Any] | str
 def _normalised(
     method: Method | Iterable[Method | None] | None, depth: int, reducing: Iterable[int]
 ) -> MethodSpec | tuple[MethodSpec | None, ...] | None:
-    """One spec where all reducing blocks have the same, so that schedules that behave alike are equal."""
+    """A single spec if all reducing blocks have the same method, so that schedules with the same effect are equal."""
     if method is None:
         return None
     if isinstance(method, MethodSpec | Mapping | str) or not isinstance(method, Iterable):
         return MethodSpec.of(method, "method")
     specs = [None if entry is None else MethodSpec.of(entry, "method") for entry in method]
     if len(specs) != depth:
-        raise ScheduleError(f"`method` must be one for each of the {depth} blocks, got {len(specs)}.")
+        raise ScheduleError(f"`method` must have an entry for each of the {depth} blocks, got {len(specs)}.")
     blocks = set(reducing)
     for block in sorted(blocks):
         if specs[block] is None:
@@ -52,14 +52,14 @@ def _normalised(
 
 
 class _BlockSchedule(SavedDocument):
-    """What `Schedule` and `KeepRates` have in common: a method for each block, and where they were made."""
+    """Base of `Schedule` and `KeepRates`: the method of each block, and what the schedule was measured on."""
 
     method: MethodSpec | tuple[MethodSpec | None, ...] | None
     made_on: MeasurementSource | None
 
     @property
     def methods(self) -> dict[int, MethodSpec]:
-        """Reducing block -> its method; empty where `method` is None."""
+        """Reducing block -> its method; empty if `method` is None."""
         if self.method is None:
             return {}
         specs = dict(enumerate(self.method)) if isinstance(self.method, tuple) else {}
@@ -99,7 +99,7 @@ def _saved_method_and_source(values: Mapping[str, Any], version: int) -> tuple[A
 
 
 def _from_provenance(provenance: Any) -> tuple[MethodSpec | None, MeasurementSource | None]:
-    """Method and source out of the one mapping that documents of version 1 kept everything in."""
+    """Method and source from the entry `provenance`, which documents of version 1 have instead of the two."""
     if provenance is None:
         return None, None
     if not isinstance(provenance, Mapping):
@@ -117,18 +117,19 @@ def _from_provenance(provenance: Any) -> tuple[MethodSpec | None, MeasurementSou
 class Schedule(_BlockSchedule):
     """Tokens removed by each block; immutable, comparable, hashable.
 
-    Block `b` removes its tokens between its attention (with the residual) and its MLP, so attention of block `b` still
-    sees them all and its MLP, and every later block, does not. Equal schedules do the same.
+    Block `b` removes its tokens between its attention (with the residual) and its MLP, so its attention processes all
+    of them, and its MLP and all later blocks do not. Equal schedules have the same effect.
 
     Args:
-        removed: Tokens that each block removes, one whole number >= 0 a block, in order of the blocks.
-        method: The reduction that removes them: a name (`"tome"`), name and settings (`"tome:order=kept"`, a
-            `MethodSpec` or a mapping), or one of these for each block. None leaves it to whoever uses the schedule.
-        made_on: Where its latency was measured. It is saved, but takes no part in equality and changes nothing but a
-            warning where the schedule is used elsewhere.
+        removed: Number of tokens that each block removes, an integer >= 0, in the order of the blocks.
+        method: The reduction that removes them: a name (`"tome"`), a name with settings (`"tome:order=kept"`, a
+            `MethodSpec` or a mapping), or one of these for each block. If None, the method is chosen where the schedule
+            is used.
+        made_on: What its latency was measured on. It is saved, but comparisons for equality ignore it. A schedule that
+            is used on something else leads to a warning.
 
     Raises:
-        ScheduleError: If `removed` is empty or holds anything but whole numbers >= 0, or `method` is of another form.
+        ScheduleError: If `removed` is empty or holds anything but integers >= 0, or `method` has another form.
 
     Example:
         >>> from lightning_prune import Schedule
@@ -157,14 +158,14 @@ class Schedule(_BlockSchedule):
         try:
             entries = tuple(removed)
         except TypeError:
-            raise ScheduleError(f"`removed` must be a list with one number a block, got {removed!r}.") from None
+            raise ScheduleError(f"`removed` must be a list with one number per block, got {removed!r}.") from None
         if not entries:
-            raise ScheduleError("`removed` must hold one number for each block, got an empty list.")
+            raise ScheduleError("`removed` must hold one number per block, got an empty list.")
         numbers = []
         for block, entry in enumerate(entries):
             number = as_int(entry)
             if number is None or number < 0:
-                raise ScheduleError(f"`removed` must hold whole numbers >= 0, got {entry!r} for block {block}.")
+                raise ScheduleError(f"`removed` must hold integers >= 0, got {entry!r} for block {block}.")
             numbers.append(number)
         object.__setattr__(self, "removed", tuple(numbers))
         self._set_method(method, len(numbers), made_on)
@@ -178,54 +179,54 @@ class Schedule(_BlockSchedule):
         method: Method | None = None,
         made_on: MeasurementSource | None = None,
     ) -> "Schedule":
-        """Removes `remove` tokens in one block and none elsewhere: the form of the POMT paper.
+        """Creates a schedule that removes `remove` tokens in one block, as in the POMT paper.
 
         Args:
-            depth: Blocks of the model.
+            depth: Number of blocks of the model.
             block: Index of the reducing block, from 0.
-            remove: Tokens that it removes.
+            remove: Number of tokens that it removes.
             method: See the class.
             made_on: See the class.
 
         Raises:
-            ScheduleError: If `block` is not one of the `depth` blocks or `remove` is not a whole number >= 0.
+            ScheduleError: If `block` is not a block index below `depth`, or `remove` is not an integer >= 0.
         """
         blocks, reducing = as_int(depth), as_int(block)
         if blocks is None or blocks < 1:
-            raise ScheduleError(f"`depth` must be a whole number >= 1, got {depth!r}.")
+            raise ScheduleError(f"`depth` must be an integer >= 1, got {depth!r}.")
         if reducing is None or not 0 <= reducing < blocks:
             raise ScheduleError(f"`block` must be a block index from 0 to {blocks - 1}, got {block!r}.")
         return cls([remove if index == reducing else 0 for index in range(blocks)], method, made_on)
 
     @property
     def depth(self) -> int:
-        """Blocks that the schedule is made for."""
+        """Number of blocks."""
         return len(self.removed)
 
     @property
     def total_removed(self) -> int:
-        """Tokens removed by all blocks together."""
+        """Number of tokens removed by all blocks together."""
         return sum(self.removed)
 
     @property
     def reducing(self) -> dict[int, int]:
-        """The blocks that remove tokens: index of the block -> tokens removed."""
+        """Index of each block that removes tokens -> number of tokens removed."""
         return {block: remove for block, remove in enumerate(self.removed) if remove}
 
     def tokens(self, n: int) -> tuple[int, ...]:
-        """Tokens that leave each block when `n` (prefix tokens included) enter block 0.
+        """Number of tokens that leave each block if `n` (prefix tokens included) enter block 0.
 
         Raises:
-            ScheduleError: If `n` is not a whole number >= 1, or a block would be left without a token; names block,
-                tokens there and tokens asked.
+            ScheduleError: If `n` is not an integer >= 1, or no token would leave a block; names the block, the tokens
+                that enter it and the tokens that it should remove.
         """
         tokens = as_int(n)
         if tokens is None or tokens < 1:
-            raise ScheduleError(f"`n` must be a whole number >= 1, got {n!r}.")
+            raise ScheduleError(f"`n` must be an integer >= 1, got {n!r}.")
         leaving = []
         for block, remove in enumerate(self.removed):
             if remove and remove >= tokens:
-                raise ScheduleError(f"Block {block} is asked to remove {remove} tokens, but only {tokens} enter it.")
+                raise ScheduleError(f"`removed` must be < {tokens}, the tokens that enter block {block}, got {remove}.")
             tokens -= remove
             leaving.append(tokens)
         return tuple(leaving)
@@ -241,21 +242,21 @@ class Schedule(_BlockSchedule):
         return tuple(self.reducing)
 
     def _to_values(self) -> dict[str, Any]:
-        # The method comes first: a file that was cut off after `removed` is then still the same schedule.
+        # The method comes first, so that a file truncated after `removed` still holds the same schedule.
         return {**self._method_values(), "removed": list(self.removed), **self._source_values()}
 
     @classmethod
     def _from_values(cls, values: Mapping[str, Any], version: int) -> "Schedule":
         removed = values.get("removed")
         if not isinstance(removed, list):
-            raise ScheduleError(f"`removed` must be a list with one number a block, got {removed!r}.")
+            raise ScheduleError(f"`removed` must be a list with one number per block, got {removed!r}.")
         return cls(removed, *_saved_method_and_source(values, version))
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> "Schedule | KeepRates":
-        """Reads what `Schedule.save`, `KeepRates.save` or `Plan.save` wrote, without executing anything in it.
+        """Reads a file written by `Schedule.save`, `KeepRates.save` or `Plan.save`, without executing anything in it.
 
-        Files of earlier releases load, too.
+        Files of earlier releases can be read too.
 
         Raises:
             FileFormatError: If the file cannot be read or holds no schedule; names the file.
@@ -266,13 +267,13 @@ class Schedule(_BlockSchedule):
 
 
 class Rate(NamedTuple):
-    """A keep rate as a ratio of whole numbers: exact, and traceable where token counts are symbolic."""
+    """A keep rate as a ratio of integers: exact, and traceable with symbolic token counts."""
 
     numerator: int
     denominator: int
 
     def removes(self, tokens: int, num_prefix_tokens: int) -> int:
-        """Tokens removed of `tokens`; the patch tokens that stay are rounded up."""
+        """Number of tokens to remove from `tokens`; the number of patch tokens kept is rounded up."""
         patches = tokens - num_prefix_tokens
         return patches + (-self.numerator * patches // self.denominator)
 
@@ -285,18 +286,17 @@ def _is_rate(value: Any) -> bool:
 class KeepRates(_BlockSchedule):
     """Keep rate of each block; immutable, comparable, hashable.
 
-    Where `Schedule` counts tokens, which fits images of one size, keep rates are resolved for each size by itself: of
-    the M patch tokens that enter block b, ceil(rate * M) leave it, fused tokens counted. Prefix tokens are not counted
-    and stay.
+    A `Schedule` holds numbers of tokens, which fit one image size. Keep rates are converted to a schedule for each
+    image size: of the M patch tokens that enter block b, ceil(rate * M) leave it, fused tokens counted. Prefix tokens
+    are not counted, and all of them are kept.
 
     Args:
-        rates: Keep rate of each block, in (0, 1], in order of the blocks. Decimals are taken as they are written: 0.7
-            is seven tenths.
-        method: As of `Schedule`.
-        made_on: As of `Schedule`.
+        rates: Keep rate of each block, in (0, 1], in the order of the blocks. Decimals are exact: 0.7 is 7 / 10.
+        method: See `Schedule`.
+        made_on: See `Schedule`.
 
     Raises:
-        ScheduleError: If `rates` is empty or holds anything but numbers in (0, 1], or `method` is of another form.
+        ScheduleError: If `rates` is empty or holds anything but numbers in (0, 1], or `method` has another form.
 
     Example:
         >>> from lightning_prune import KeepRates
@@ -323,9 +323,9 @@ class KeepRates(_BlockSchedule):
         try:
             entries = tuple(rates)
         except TypeError:
-            raise ScheduleError(f"`rates` must be a list with one keep rate a block, got {rates!r}.") from None
+            raise ScheduleError(f"`rates` must be a list with one keep rate per block, got {rates!r}.") from None
         if not entries:
-            raise ScheduleError("`rates` must hold one keep rate for each block, got an empty list.")
+            raise ScheduleError("`rates` must hold one keep rate per block, got an empty list.")
         for block, entry in enumerate(entries):
             if not _is_rate(entry):
                 raise ScheduleError(f"`rates` must hold keep rates in (0, 1], got {entry!r} for block {block}.")
@@ -341,55 +341,55 @@ class KeepRates(_BlockSchedule):
         method: Method | None = None,
         made_on: MeasurementSource | None = None,
     ) -> "KeepRates":
-        """Keeps `rate` of the patch tokens in one block and all elsewhere.
+        """Creates keep rates of `rate` in one block and 1 in all others.
 
         Raises:
-            ScheduleError: If `block` is not one of the `depth` blocks or `rate` is not in (0, 1].
+            ScheduleError: If `block` is not a block index below `depth`, or `rate` is not in (0, 1].
         """
-        reducing = Schedule.single(depth, block, 1).reducing  # the same checks of depth and block
+        reducing = Schedule.single(depth, block, 1).reducing  # checks `depth` and `block`
         return cls([rate if index in reducing else 1.0 for index in range(depth)], method, made_on)
 
     @classmethod
     def of(cls, schedule: Schedule, tokens: int, num_prefix_tokens: int = 1) -> "KeepRates":
-        """The keep rates of a schedule at `tokens`; at that count they give exactly this schedule back.
+        """Converts a schedule for `tokens` to keep rates; for the same `tokens` they give the same schedule.
 
         Args:
-            schedule: Tokens removed by each block.
+            schedule: The schedule.
             tokens: N, tokens that enter block 0, prefix tokens included.
             num_prefix_tokens: P.
 
         Raises:
-            ScheduleError: If a block would be left without a patch token.
+            ScheduleError: If no patch token would leave a block.
         """
         rates = []
         for block, (remove, left) in enumerate(zip(schedule.removed, schedule.tokens(tokens), strict=True)):
             patches = left - num_prefix_tokens
             if patches < 1:
-                raise ScheduleError(f"Block {block} would be left without a patch token of {tokens} tokens.")
+                raise ScheduleError(f"`schedule` must leave a patch token of {tokens}, got none after block {block}.")
             rates.append(patches / (patches + remove))
         made_on = schedule.made_on
         return cls(rates, schedule.method, None if made_on is None else replace(made_on, dense_tokens=None))
 
     @property
     def depth(self) -> int:
-        """Blocks that the keep rates are made for."""
+        """Number of blocks."""
         return len(self.rates)
 
     @property
     def reducing(self) -> dict[int, float]:
-        """The blocks that remove tokens: index of the block -> keep rate."""
+        """Index of each block that removes tokens -> keep rate."""
         return {block: rate for block, rate in enumerate(self.rates) if rate < 1}
 
     def exact(self, block: int) -> Rate:
-        """The keep rate of a block as a ratio."""
-        written = Fraction(repr(self.rates[block]))
-        ratio = written.limit_denominator(1_000_000)  # 0.3333333333333333 stands for a third
-        if abs(ratio - written) > Fraction(1, 10**15):
-            ratio = written
+        """The keep rate of a block as a ratio of integers."""
+        decimal = Fraction(repr(self.rates[block]))
+        ratio = decimal.limit_denominator(1_000_000)  # 0.3333333333333333 becomes 1 / 3
+        if abs(ratio - decimal) > Fraction(1, 10**15):
+            ratio = decimal
         return Rate(ratio.numerator, ratio.denominator)
 
     def schedule(self, tokens: int, num_prefix_tokens: int = 1) -> Schedule:
-        """Tokens that each block removes when `tokens` enter block 0.
+        """The schedule of these keep rates if `tokens` enter block 0.
 
         Args:
             tokens: N, prefix tokens included.
@@ -399,7 +399,7 @@ class KeepRates(_BlockSchedule):
             ScheduleError: If there is no patch token.
         """
         if tokens <= num_prefix_tokens:
-            raise ScheduleError(f"`tokens` must be more than the {num_prefix_tokens} prefix tokens, got {tokens}.")
+            raise ScheduleError(f"`tokens` must be > {num_prefix_tokens}, the number of prefix tokens, got {tokens}.")
         removed, count = [], tokens
         for block in range(self.depth):
             removed.append(self.exact(block).removes(count, num_prefix_tokens))
@@ -423,12 +423,12 @@ class KeepRates(_BlockSchedule):
     def _from_values(cls, values: Mapping[str, Any], version: int) -> "KeepRates":
         rates = values.get("rates")
         if not isinstance(rates, list):
-            raise ScheduleError(f"`rates` must be a list with one keep rate a block, got {rates!r}.")
+            raise ScheduleError(f"`rates` must be a list with one keep rate per block, got {rates!r}.")
         return cls(rates, *_saved_method_and_source(values, version))
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> "KeepRates":
-        """Reads keep rates that `save` wrote, YAML or JSON, without executing anything in it.
+        """Reads keep rates written by `save`, YAML or JSON, without executing anything in the file.
 
         Raises:
             FileFormatError: If the file cannot be read or holds no keep rates; names the file.
@@ -438,16 +438,16 @@ class KeepRates(_BlockSchedule):
 
 @runtime_checkable
 class PlannedSchedule(Protocol):
-    """What a `Plan` is to the rooms below the planner: a schedule that says its method, and why it was chosen."""
+    """Protocol of a `Plan`, for packages that `planning` imports: a schedule with a method, and why it was chosen."""
 
     @property
     def schedule(self) -> Schedule | KeepRates:
-        """The schedule; it says its method."""
+        """The schedule, which names its method."""
         ...
 
     @property
     def reason(self) -> str:
-        """Why this schedule."""
+        """Why this schedule was chosen."""
         ...
 
 
@@ -456,20 +456,20 @@ ScheduleLike: TypeAlias = Schedule | KeepRates | PlannedSchedule | Sequence[int]
 
 
 def read_schedule(value: ScheduleLike, name: str = "schedule") -> Schedule | KeepRates | int | float:
-    """Reads a schedule as far as that needs no model; `lightning_prune.patching.resolve_schedule` does the rest.
+    """Reads a schedule in any form. Numbers are returned as they are; `patching.resolve_schedule` resolves them.
 
     Args:
-        value: A `Schedule`; `KeepRates`; a `Plan`; a list with the tokens that each block removes; an int, tokens
-            removed in all; a float in (0, 1), the share of patch tokens that are left at the end; or the path of a file
-            that `Schedule.save`, `KeepRates.save` or `Plan.save` wrote.
-        name: The argument that messages name.
+        value: A `Schedule`; `KeepRates`; a `Plan`; a list of the numbers of tokens that the blocks remove; an int, the
+            total number of tokens to remove; a float in (0, 1), the share of patch tokens that are left at the end; or
+            the path of a file written by `Schedule.save`, `KeepRates.save` or `Plan.save`.
+        name: Name of the argument in error messages.
 
     Returns:
         The schedule, or the number.
 
     Raises:
         ArgumentError: If `value` has none of these forms.
-        ScheduleError: If it is a list that is no schedule.
+        ScheduleError: If it is a list but not a valid schedule.
         FileFormatError: If the file cannot be read or holds no schedule.
 
     Example:
@@ -490,13 +490,11 @@ def read_schedule(value: ScheduleLike, name: str = "schedule") -> Schedule | Kee
     if count is None and not isinstance(number, bool) and isinstance(number, Real):
         if 0 < float(number) < 1:
             return float(number)
-        hint = (
-            "write 0 to keep all tokens, 1 to remove one" if value == 1 else "write an int to remove that many tokens"
-        )
-        raise ArgumentError(f"`{name}` must be a share of the patch tokens in (0, 1), got {value!r}; {hint}.")
+        hint = "Write 0 to keep all tokens, 1 to remove one" if value == 1 else "Write an int for a number of tokens"
+        raise ArgumentError(f"`{name}` must be a share of the patch tokens in (0, 1), got {value!r}. {hint}.")
     if isinstance(value, Iterable) and not isinstance(value, bytes | Mapping):
         return Schedule(value)
     raise ArgumentError(
-        f"`{name}` must be a Schedule, KeepRates, a Plan, a list with one number a block, a number of tokens >= 0, a "
+        f"`{name}` must be a Schedule, KeepRates, a Plan, a list with one number per block, a number of tokens >= 0, a "
         f"share of the patch tokens in (0, 1) or the path of a saved schedule, got {value!r}."
     )

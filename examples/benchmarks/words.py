@@ -24,7 +24,7 @@ import lightning_prune as lp
 from lightning_prune.profiling import InterleavedTimer, measurement_context
 from lightning_prune.reduction import VWTInter
 from lightning_prune.reduction.visual_words import group_by_word
-from lightning_prune.reduction.vocabulary import WordLearner
+from lightning_prune.reduction.word_learning import WordLearner
 
 
 def batches(dataset: Dataset[Any], size: int = 16, workers: int = 0) -> Iterator[Tensor]:

@@ -1,1 +1,1 @@
-"""Small tools that know nothing of pruning."""
+"""Small tools that are independent of pruning."""

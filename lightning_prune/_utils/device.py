@@ -1,4 +1,4 @@
-"""Device names and synchronisation, and the state of the global random generators."""
+"""Device names, synchronisation of devices, and the state of the global random generators."""
 
 import platform
 import random
@@ -12,9 +12,9 @@ import torch
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits until a device has finished its work; does nothing for a CPU, which works synchronously.
+    """Waits until a device has finished its work. Does nothing on a CPU, which runs synchronously.
 
-    `torch.accelerator.synchronize` raises for a CPU, so the type of the device is checked first.
+    `torch.accelerator.synchronize` raises for a CPU, so the device type is checked first.
     """
     if device.type == "mps":
         torch.mps.synchronize()

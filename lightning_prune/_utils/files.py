@@ -1,4 +1,4 @@
-"""Small documents on disk, written whole or not at all and read without executing anything, and names for files."""
+"""Files: written completely or not at all, read without executing anything; and file names."""
 
 import hashlib
 import json
@@ -17,14 +17,14 @@ import yaml
 from lightning_prune.errors import ArgumentError, FileFormatError, PruneError
 
 D = TypeVar("D", bound="SavedDocument")
-_UNFIT = (TypeError, yaml.YAMLError)  # what json and yaml raise at values that they cannot write
+_NOT_PLAIN = (TypeError, yaml.YAMLError)  # raised by json and yaml for values that they cannot write
 
 
 @contextmanager
 def atomic_write(path: str | PathLike[str]) -> Iterator[Path]:
-    """Yields a temporary path beside `path` that takes its place when the block ends well, and vanishes otherwise.
+    """Yields a temporary path in the folder of `path`. The file replaces `path` on success and is deleted on failure.
 
-    The temporary name keeps the suffix, from which writers such as matplotlib choose the format.
+    The temporary name keeps the suffix, because writers such as matplotlib choose the format by it.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -35,24 +35,24 @@ def atomic_write(path: str | PathLike[str]) -> Iterator[Path]:
         yield temporary
         umask = os.umask(0)
         os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp makes private files; these are for sharing
+        temporary.chmod(0o666 & ~umask)  # mkstemp creates private files
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def write_document(path: str | PathLike[str], document: Mapping[str, Any]) -> Path:
-    """Writes plain values as JSON where `path` ends in `.json` and as YAML elsewhere; returns the path.
+    """Writes plain values as JSON if `path` ends in `.json`, else as YAML; returns the path.
 
     Raises:
-        ArgumentError: If an entry is of a type that such a file cannot hold; names it. An old file stays.
+        ArgumentError: If an entry has a type that cannot be written; names the entry. An existing file is kept.
     """
     target = Path(path)
     dump = _json if target.suffix == ".json" else _yaml
     try:
         text = dump(dict(document))
-    except _UNFIT as error:
-        raise ArgumentError(f"{target} can hold plain values only, got {_culprit(document, dump)}.") from error
+    except _NOT_PLAIN as error:
+        raise ArgumentError(f"{target} can hold plain values only, got {_invalid_entry(document, dump)}.") from error
     with atomic_write(target) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return target
@@ -66,15 +66,15 @@ def _yaml(value: Any) -> str:
     return yaml.safe_dump(value, sort_keys=False, default_flow_style=None, width=100)
 
 
-def _culprit(value: Any, dump: Callable[[Any], str], place: str = "") -> str:
-    """The type of the innermost entry that cannot be dumped, and its place."""
+def _invalid_entry(value: Any, dump: Callable[[Any], str], path: str = "") -> str:
+    """The type of the innermost entry that cannot be dumped, and its path."""
     inner = dict(enumerate(value)) if isinstance(value, list | tuple) else value if isinstance(value, Mapping) else {}
     for key, entry in inner.items():
         try:
             dump(entry)
-        except _UNFIT:
-            return _culprit(entry, dump, f"{place}.{key}" if place else str(key))
-    return f"{type(value).__name__} for `{place}`"
+        except _NOT_PLAIN:
+            return _invalid_entry(entry, dump, f"{path}.{key}" if path else str(key))
+    return f"{type(value).__name__} for `{path}`"
 
 
 def read_document(
@@ -84,11 +84,11 @@ def read_document(
 
     Args:
         path: The file.
-        kind: The format, or several of which it may be any.
+        kind: The expected format, or several, any of which is accepted.
         version: The version that can be read, or several.
 
     Raises:
-        FileFormatError: If the file is missing, unreadable, truncated, of another kind or of a newer version.
+        FileFormatError: If the file is missing, unreadable or truncated, or has another format or version.
     """
     source = Path(path)
     kinds = (kind,) if isinstance(kind, str) else kind
@@ -98,7 +98,7 @@ def read_document(
         document = json.loads(text) if source.suffix == ".json" else yaml.safe_load(text)
     except OSError as error:
         raise FileFormatError(f"Cannot read {source}: {error.strerror or error}.") from error
-    except Exception as error:  # of damage PyYAML makes KeyError, IndexError, RecursionError, ...
+    except Exception as error:  # PyYAML raises KeyError, IndexError, RecursionError, ... for damaged files
         reason = " ".join(str(error).split())
         raise FileFormatError(f"{source} is damaged or not a {named} file: {reason}") from error
     found = document.get("format") if isinstance(document, dict) else None
@@ -120,8 +120,8 @@ class SavedDocument(ABC):
     A subclass converts itself to plain values and back; `load_saved` reads it from a file.
 
     Attributes:
-        FORMAT: The format that the document names.
-        VERSIONS: The versions that can be read, ascending; the last is written.
+        FORMAT: Name of the format, stored in the document.
+        VERSIONS: The versions that can be read, ascending; the last one is written.
     """
 
     FORMAT: ClassVar[str]
@@ -137,34 +137,34 @@ class SavedDocument(ABC):
         """The inverse of `_to_values`, also for earlier versions. Raises a PruneError if the values are invalid."""
 
     def to_dict(self) -> dict[str, Any]:
-        """The document as plain values, as `save` writes them."""
+        """The document as plain values, as written by `save`."""
         return {"format": self.FORMAT, "version": self.VERSIONS[-1], **self._to_values()}
 
     @classmethod
     def from_dict(cls: type[D], document: Mapping[str, Any]) -> D:
-        """The inverse of `to_dict`, also of documents of earlier versions.
+        """The inverse of `to_dict`, also for documents of earlier versions.
 
         Raises:
-            PruneError: If an entry is missing or unusable.
+            PruneError: If an entry is missing or invalid.
         """
         return cls._from_values(document, document.get("version", cls.VERSIONS[-1]))
 
     def save(self, path: str | PathLike[str]) -> Path:
-        """Writes JSON where `path` ends in `.json` and YAML elsewhere; returns the path.
+        """Writes JSON if `path` ends in `.json`, else YAML; returns the path.
 
-        The file appears whole or not at all.
+        The file is written completely or not at all.
 
         Raises:
-            ArgumentError: If an entry cannot be held by such a file; names it.
+            ArgumentError: If an entry has a type that cannot be written; names the entry.
         """
         return write_document(path, self.to_dict())
 
 
 def load_saved(path: str | PathLike[str], *kinds: type[D]) -> D:
-    """Reads a file that `save` of one of the classes wrote, without executing anything in it.
+    """Reads a file written by `save` of one of the classes, without executing anything in it.
 
     Raises:
-        FileFormatError: If the file cannot be read or is of another kind; names the file.
+        FileFormatError: If the file cannot be read or has another format; names the file.
     """
     versions = tuple(sorted({version for kind in kinds for version in kind.VERSIONS}))
     document = read_document(path, tuple(kind.FORMAT for kind in kinds), versions)
@@ -176,10 +176,10 @@ def load_saved(path: str | PathLike[str], *kinds: type[D]) -> D:
 
 
 def ensure_output_dir(output: str | Path) -> Path:
-    """The output folder, made if need be, checked before hours of work rather than after.
+    """Creates the output folder if it does not exist, and checks that it is writable before any work begins.
 
     Raises:
-        ArgumentError: If it cannot be made or written to.
+        ArgumentError: If it cannot be created or written to.
     """
     folder = Path(output)
     try:
@@ -187,14 +187,14 @@ def ensure_output_dir(output: str | Path) -> Path:
         with tempfile.TemporaryFile(dir=folder):
             return folder
     except OSError as error:
-        raise ArgumentError(f"`output` must be a folder that can be written to, got {folder}: {error}") from error
+        raise ArgumentError(f"`output` must be a writable folder, got {folder}: {error}") from error
 
 
-_LONGEST = 180  # bytes; file systems take 255, and temporary names are longer
+_MAX_BYTES = 180  # file systems allow 255, and temporary names are longer
 
 
 def slug(variant: str) -> str:
-    """A variant's name as that of a file.
+    """Turns the name of a variant into a file name.
 
     Example:
         >>> from lightning_prune._utils.files import slug
@@ -202,6 +202,6 @@ def slug(variant: str) -> str:
         'pomt+int8-1.25x'
     """
     name = re.sub(r"[^\w.+-]+", "-", variant)
-    if len(name.encode()) <= _LONGEST:
+    if len(name.encode()) <= _MAX_BYTES:
         return name
-    return f"{name[: _LONGEST // 4]}-{hashlib.sha256(variant.encode()).hexdigest()[:12]}"
+    return f"{name[: _MAX_BYTES // 4]}-{hashlib.sha256(variant.encode()).hexdigest()[:12]}"

@@ -1,4 +1,4 @@
-"""How figures are written for people: shares, differences of shares, latencies, speed-ups and what was measured on."""
+"""Formats shares, differences of shares, latencies, speed-ups and measurement contexts as text."""
 
 from collections.abc import Mapping
 from math import isfinite
@@ -8,7 +8,7 @@ _UNKNOWN = "-"
 
 
 def percent(share: float | None, digits: int = 2) -> str:
-    """A share as a percentage; a dash where it is not known.
+    """A share as a percentage; a dash if it is unknown.
 
     Example:
         >>> percent(0.931), percent(0.9314, digits=1), percent(None)
@@ -18,7 +18,7 @@ def percent(share: float | None, digits: int = 2) -> str:
 
 
 def points(change: float | None) -> str:
-    """A difference of two shares in percentage points, signed; a dash where it is not known.
+    """A difference of two shares in percentage points, signed; a dash if it is unknown.
 
     Example:
         >>> points(0.012), points(-0.0055), points(0.0)
@@ -26,11 +26,11 @@ def points(change: float | None) -> str:
     """
     if change is None or not isfinite(change):
         return _UNKNOWN
-    return f"{100 * change:+.2f}".replace("-0.00", "+0.00")  # what rounds to zero has no direction
+    return f"{100 * change:+.2f}".replace("-0.00", "+0.00")  # zero has no sign
 
 
 def milliseconds(latency: float | None) -> str:
-    """A latency in milliseconds without its unit, about five characters wide; a dash where it is not known.
+    """A latency in milliseconds, without the unit, about five characters wide; a dash if it is unknown.
 
     Example:
         >>> milliseconds(7.853), milliseconds(141.34), milliseconds(1234.5), milliseconds(None)
@@ -43,7 +43,7 @@ def milliseconds(latency: float | None) -> str:
 
 
 def speedup(ratio: float | None) -> str:
-    """A speed-up over dense; a dash where it is not known.
+    """A speed-up over dense; a dash if it is unknown.
 
     Example:
         >>> speedup(1.5), speedup(None)
@@ -53,10 +53,10 @@ def speedup(ratio: float | None) -> str:
 
 
 def context_line(context: Mapping[str, Any]) -> str:
-    """What figures were measured on, in a line; parts that the context does not have are left out.
+    """A measurement context on one line; entries that are missing are left out.
 
     Args:
-        context: That of a profile or a comparison.
+        context: The context of a profile or a comparison.
 
     Example:
         >>> context_line({"device": "AMD EPYC", "device_type": "cpu", "threads": 2, "batch_size": 16})

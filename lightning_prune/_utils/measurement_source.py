@@ -1,4 +1,4 @@
-"""Where something was measured: device, batch, precision, runtime."""
+"""What a schedule was measured on: device, batch size, precision, runtime."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -10,17 +10,19 @@ from lightning_prune.errors import ScheduleError
 
 @dataclass(frozen=True, kw_only=True)
 class MeasurementSource:
-    """Where a schedule's latency was measured. It never changes what a schedule does; elsewhere it leads to a warning.
+    """What a schedule's latency was measured on.
+
+    It never changes what a schedule does. A schedule that is used on something else leads to a warning.
 
     Attributes:
         device: Name of the device.
-        batch_size: Images in a batch.
-        precision: Such as `"float32"` or `"bf16-mixed"`.
+        batch_size: Number of images in a batch.
+        precision: For example `"float32"` or `"bf16-mixed"`.
         image_shape: (channels, height, width).
-        runtime: What ran the model, such as `"torch"`.
+        runtime: The runtime, such as `"torch"`.
         dense_tokens: N, tokens that entered block 0, prefix tokens included.
-        objective: What the schedule was optimised for.
-        details: Everything else: versions, threads, ...; plain values that YAML and JSON can hold.
+        objective: The objective that the schedule was optimised for.
+        details: Everything else, such as versions and threads; plain values that YAML and JSON can hold.
 
     Example:
         >>> from lightning_prune._utils.measurement_source import MeasurementSource
@@ -38,15 +40,15 @@ class MeasurementSource:
     details: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Raises ScheduleError if an entry is of the wrong type."""
+        """Raises ScheduleError if an entry has the wrong type."""
         for name in ("device", "precision", "runtime", "objective"):
             if not isinstance(getattr(self, name), str | None):
                 raise ScheduleError(f"`made_on.{name}` must be text or None, got {getattr(self, name)!r}.")
         for name in ("batch_size", "dense_tokens"):
             if getattr(self, name) is not None and as_int(getattr(self, name)) is None:
-                raise ScheduleError(f"`made_on.{name}` must be a whole number or None, got {getattr(self, name)!r}.")
+                raise ScheduleError(f"`made_on.{name}` must be an integer or None, got {getattr(self, name)!r}.")
         if not isinstance(self.image_shape, list | tuple | None):
-            raise ScheduleError(f"`made_on.image_shape` must be three whole numbers or None, got {self.image_shape!r}.")
+            raise ScheduleError(f"`made_on.image_shape` must be three integers or None, got {self.image_shape!r}.")
         if not isinstance(self.details, Mapping):
             raise ScheduleError(f"`made_on.details` must be a mapping, got {self.details!r}.")
         object.__setattr__(self, "image_shape", None if self.image_shape is None else tuple(self.image_shape))
@@ -57,10 +59,10 @@ class MeasurementSource:
 
     @classmethod
     def from_context(cls, context: Mapping[str, Any], **more: Any) -> "MeasurementSource":
-        """From the context of a measurement; entries without a field of their own become `details`.
+        """Creates a source from a measurement context; entries that are not fields become `details`.
 
         Args:
-            context: As `lightning_prune.profiling.measurement_context` returns it.
+            context: As returned by `lightning_prune.profiling.measurement_context`.
             **more: Further entries, which take precedence.
         """
         entries = {**context, **more}
@@ -69,10 +71,10 @@ class MeasurementSource:
         return cls(**own, details={**details, **entries} if isinstance(details, Mapping) else details)
 
     def differences(self, **here: Any) -> tuple[str, ...]:
-        """What differs from the values given by field name, in words. Fields that are None here or there are left out.
+        """Describes the fields whose values differ from the given ones. Fields that are None in either are left out.
 
         Args:
-            **here: Field -> value of the present run.
+            **here: Field -> its value in the current run.
         """
         pairs = ((name, getattr(self, name), value) for name, value in here.items())
         return tuple(
@@ -82,7 +84,7 @@ class MeasurementSource:
         )
 
     def to_plain(self) -> dict[str, Any]:
-        """The entries that are known, as YAML and JSON hold them."""
+        """The known entries as plain values."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         plain = {name: list(v) if isinstance(v, tuple) else v for name, v in values.items() if v is not None}
         return plain if plain["details"] else {name: v for name, v in plain.items() if name != "details"}
@@ -92,7 +94,7 @@ class MeasurementSource:
         """The inverse of `to_plain`; unknown entries become `details`.
 
         Raises:
-            ScheduleError: If `values` is no mapping, or an entry is of the wrong type.
+            ScheduleError: If `values` is not a mapping, or an entry has the wrong type.
         """
         if not isinstance(values, Mapping):
             raise ScheduleError(f"`made_on` must be a mapping, got {values!r}.")

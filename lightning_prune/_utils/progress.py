@@ -13,13 +13,13 @@ OnStep = Callable[[], None]
 
 @contextmanager
 def progress_bar(description: str, time_limit: float | None, enabled: bool = True) -> Iterator[OnStep]:
-    """Yields a function to call after each step; the bar fills with the elapsed time and disappears at the end.
+    """Yields a function to call after each step. The bar shows the elapsed time and disappears at the end.
 
-    It is written to standard error, and only if that is a terminal, so tables and logs are not disturbed.
+    It is written to standard error if that is a terminal, so it does not mix with tables and logs.
 
     Args:
-        description: Text before the bar.
-        time_limit: Seconds at which the bar is full; None shows a pulse.
+        description: Text to the left of the bar.
+        time_limit: Seconds at which the bar is full; None for a bar without an end.
         enabled: Whether to show the bar.
     """
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())

@@ -1,4 +1,4 @@
-"""Which images of a batch are repeated, where several processes share a dataset that does not come out even."""
+"""Finds images that a distributed sampler repeats, because the dataset cannot be divided evenly among the processes."""
 
 from typing import Any, NamedTuple
 
@@ -12,15 +12,15 @@ from lightning_prune._utils.trees import tree_flatten
 
 
 class SamplerShare(NamedTuple):
-    """What one process gets of a dataset that is dealt out to several.
+    """The part of a dataset that one of several processes gets.
 
-    A DistributedSampler deals the items out in turn, and repeats some from the start where they do not come out even,
-    so that all processes run as many batches. The repeated ones stand at the end.
+    A DistributedSampler assigns the items to the processes in turn. If they cannot be divided evenly, it repeats items
+    from the start of the dataset, so that all processes run the same number of batches. Repeated items come last.
 
     Attributes:
-        items: Items that this process gets, repeated ones included.
-        distinct: How many of them are not repeated.
-        batch_size: Of the loader.
+        items: Number of items that this process gets, repeated ones included.
+        distinct: Number of items that are not repeated.
+        batch_size: Batch size of the loader.
     """
 
     items: int
@@ -28,17 +28,17 @@ class SamplerShare(NamedTuple):
     batch_size: int
 
     def counted(self, batch_idx: int, size: int) -> int:
-        """How many images at the start of a batch count; the others are repeated."""
+        """Number of images at the start of a batch that are not repeated."""
         begin = batch_idx * self.batch_size
         if size != min(self.batch_size, self.items - begin):
-            return size  # collated to other images than the sampler dealt out
+            return size  # collated to a different number of images than the sampler provided
         return min(size, max(0, self.distinct - begin))
 
 
 def share_of(loader: Any) -> SamplerShare | None:
-    """This process's share of a loader's dataset; None where nothing is repeated, or that cannot be said.
+    """This process's share of a loader's dataset; None if no item is repeated, or if it is unknown which ones are.
 
-    The latter is told by a warning, where the number of items suggests that some are repeated.
+    Warns in the latter case.
     """
     if not isinstance(loader, DataLoader):
         return None
@@ -57,12 +57,12 @@ def share_of(loader: Any) -> SamplerShare | None:
         if 0 < repeated < world:
             rank_zero_warn(
                 f"{type(sampler).__name__} repeats {repeated} of {len(dataset)} items so that {world} processes get "
-                "as many each, and in which batches cannot be said: accuracy and loss count them twice."
+                "the same number, and it is unknown in which batches: accuracy and loss count these items twice."
             )
     return None
 
 
 def shares_of(trainer: L.Trainer) -> list[SamplerShare | None]:
-    """The shares of the loaders that a running validation or test goes through."""
+    """The shares of the loaders of a running validation or test."""
     loaders = trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders
     return [share_of(loader) for loader in tree_flatten(loaders)[0]]

@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 import yaml
 
+from lightning_prune._utils.validation import check
 from lightning_prune.errors import ArgumentError
 
 S = TypeVar("S", bound="Spec")
@@ -13,14 +14,14 @@ S = TypeVar("S", bound="Spec")
 
 @dataclass(frozen=True, repr=False)
 class Spec:
-    """A name and the settings that differ from its defaults; immutable, comparable, hashable.
+    """A name with settings; immutable, comparable, hashable.
 
     Attributes:
-        name: What the settings belong to.
-        settings: Key -> a value that YAML and JSON can hold.
+        name: The name.
+        settings: Key -> value. Settings with default values are left out; values are those that YAML and JSON can hold.
 
     Raises:
-        ArgumentError: If `name` is no text or `settings` no mapping.
+        ArgumentError: If `name` is not a text or `settings` is not a mapping.
 
     Example:
         >>> from lightning_prune._utils.spec import Spec
@@ -34,10 +35,8 @@ class Spec:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.name, str) or not self.name:
-            raise ArgumentError(f"`name` must be a name, got {self.name!r}.")
-        if not isinstance(self.settings, Mapping):
-            raise ArgumentError(f"`settings` must be a mapping from names to values, got {self.settings!r}.")
+        check("name", self.name, "a name", isinstance(self.name, str) and bool(self.name))
+        check("settings", self.settings, "a mapping from names to values", isinstance(self.settings, Mapping))
         object.__setattr__(self, "settings", dict(self.settings))
 
     def __hash__(self) -> int:
@@ -52,13 +51,13 @@ class Spec:
 
     @classmethod
     def of(cls: type[S], value: object, argument: str = "spec") -> S:
-        """Reads a spec from itself, from text `name[:key=value,...]`, or from a mapping with `name` and `settings`.
+        """Reads a spec from a spec, from text `name[:key=value,...]`, or from a mapping with `name` and `settings`.
 
-        Values in text are read as YAML reads them: `2`, `0.5` and `true` are a number, a number and a bool.
+        Values in text are parsed as YAML, so `2` and `0.5` are numbers and `true` is a bool.
 
         Args:
             value: The spec.
-            argument: What messages call it.
+            argument: Name of the argument in error messages.
 
         Raises:
             ArgumentError: If `value` has none of these forms.
@@ -72,7 +71,7 @@ class Spec:
         raise ArgumentError(f"`{argument}` must be a name or `name:key=value,...`, got {value!r}.")
 
     def to_plain(self) -> str | dict[str, Any]:
-        """The name, or a mapping with name and settings where there are some, as YAML and JSON hold them."""
+        """The name if there are no settings, else a mapping with `name` and `settings`."""
         return {"name": self.name, "settings": dict(self.settings)} if self.settings else self.name
 
 

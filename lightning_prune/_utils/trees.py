@@ -1,4 +1,4 @@
-"""Nested containers as flat lists: the one place that reads `torch.utils._pytree`, which is not public."""
+"""Functions on nested containers. Only this file imports `torch.utils._pytree`, which is not public."""
 
 from torch.utils._pytree import tree_flatten as tree_flatten
 from torch.utils._pytree import tree_leaves as tree_leaves

@@ -1,8 +1,8 @@
-"""Checks of arguments, all with one grammar: "`name` must be A, got B."."""
+"""Checks of arguments. All messages have the form "`name` must be A, got B."."""
 
 import operator
 from collections.abc import Collection
-from typing import Any
+from typing import Any, TypeGuard
 
 from lightning_prune.errors import ArgumentError
 
@@ -13,11 +13,11 @@ def check(name: str, value: object, expected: str, valid: bool) -> None:
     Args:
         name: The argument.
         value: What was passed.
-        expected: What it must be, as the end of "must be ...".
-        valid: Whether `value` is that.
+        expected: What was expected; completes the sentence "must be ...".
+        valid: Whether `value` is as expected.
 
     Raises:
-        ArgumentError: Names the argument, what it must be and what was passed.
+        ArgumentError: If not `valid`; names the argument, what was expected and what was passed.
 
     Example:
         >>> from lightning_prune._utils.validation import check
@@ -31,7 +31,7 @@ def check(name: str, value: object, expected: str, valid: bool) -> None:
 
 
 def as_int(value: Any) -> int | None:
-    """A whole number of any library as an int; None for everything else, bool included."""
+    """An integer of any library, such as NumPy, as an int; None for anything else, including a bool."""
     try:
         return None if isinstance(value, bool) else operator.index(value)
     except TypeError:
@@ -39,26 +39,34 @@ def as_int(value: Any) -> int | None:
 
 
 def is_int(value: object, minimum: int) -> bool:
-    """Whether `value` is an integer >= `minimum`; a bool is not one."""
+    """Whether `value` is an int >= `minimum` and not a bool."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= minimum
 
 
 def check_int(name: str, value: object, minimum: int, unit: str = "an integer") -> None:
-    """Raises ArgumentError unless `value` is an integer >= `minimum`.
+    """Raises ArgumentError unless `value` is an int >= `minimum`.
 
     Args:
         name: The argument.
         value: What was passed.
-        minimum: The smallest that is valid.
-        unit: What it counts, as in "a number of images".
+        minimum: The smallest valid value.
+        unit: What it counts, such as "a number of images".
     """
     check(name, value, f"{unit} >= {minimum}", is_int(value, minimum))
 
 
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def check_positive(name: str, value: object, unit: str = "a number") -> None:
     """Raises ArgumentError unless `value` is an int or float > 0; NaN is not."""
-    valid = isinstance(value, int | float) and not isinstance(value, bool) and value > 0
-    check(name, value, f"{unit} > 0", valid)
+    check(name, value, f"{unit} > 0", _is_number(value) and value > 0)
+
+
+def check_between(name: str, value: object, low: float, high: float, unit: str = "a number") -> None:
+    """Raises ArgumentError unless `value` is an int or float in [`low`, `high`]; NaN is not."""
+    check(name, value, f"{unit} in [{low}, {high}]", _is_number(value) and low <= value <= high)
 
 
 def check_bool(name: str, value: object) -> None:

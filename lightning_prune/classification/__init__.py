@@ -1,6 +1,6 @@
-"""An image classifier as a LightningModule, its data and its checkpoints.
+"""An image classifier as a LightningModule, with its data and its checkpoints.
 
-Names are resolved on first use: the root of the package imports `demo_models`, which must not import Lightning.
+Names are resolved on first use, because the package root imports `demo_models`, which must not import Lightning.
 """
 
 from importlib import import_module

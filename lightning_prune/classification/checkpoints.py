@@ -1,4 +1,4 @@
-"""Reads weights files of all usual kinds without pickle, and loads them into a model."""
+"""Reads weights files of all common formats without pickle, and loads them into a model."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -9,17 +9,17 @@ from torch import Tensor, nn
 
 from lightning_prune.errors import FileFormatError, WeightsError
 
-_SHOWN = 3
-# Keys under which training scripts save the weights. Averaged weights come first: their accuracy is the reported one.
+_SHOWN = 3  # keys in an error message
+# Keys under which training scripts save weights. Averaged weights come first, because their accuracy is reported.
 _HOLDERS = ("state_dict_ema", "model_ema", "state_dict", "model")
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:
-    """Loads a weights file into a model; if it does not fit, the model stays unchanged.
+    """Loads a weights file into a model. If it does not fit, the model is not changed.
 
     Args:
         model: The model.
-        path: A file as for `read_weights`.
+        path: See `read_weights`.
 
     Raises:
         FileFormatError: If the file cannot be read.
@@ -59,7 +59,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         The tensors by key.
 
     Raises:
-        FileFormatError: If the file is missing or truncated, holds anything but tensors, or has no weights.
+        FileFormatError: If the file is missing or truncated, or holds no tensors or other objects.
     """
     source = Path(path)
     if not source.is_file():
@@ -71,10 +71,10 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             content: Any = load_file(source)
         else:
             content = torch.load(source, map_location="cpu", weights_only=True)
-    except Exception as error:  # the readers raise a dozen types for a damaged file
+    except Exception as error:  # the readers raise many types for damaged files
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise FileFormatError(
-            f"`weights` must be an intact file of plain tensors (nothing else is unpickled), got {source}: {reason}"
+            f"`weights` must be a valid file of tensors (nothing else is unpickled), got {source}: {reason}"
         ) from error
     for holder in _HOLDERS:
         if isinstance(content, Mapping) and isinstance(content.get(holder), Mapping):

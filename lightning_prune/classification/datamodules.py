@@ -10,14 +10,15 @@ from timm.data.dataset_factory import create_dataset
 from timm.data.transforms_factory import create_transform
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_prune._utils.validation import check, check_int
 from lightning_prune.classification.digits import CANVAS, CLASSES, ClutteredDigits, EpochSampler
-from lightning_prune.errors import ArgumentError, DataError
+from lightning_prune.errors import DataError
 
 _PARTS = {"train", "training", "val", "valid", "validation", "eval", "evaluation", "test", "testing"}
 
 
 def open_dataset(root: str, split: str, name: str = "", class_map: str | None = None, **options: Any) -> Dataset[Any]:
-    """Opens a folder of images, a tar, or a dataset by timm's name.
+    """Opens a folder of images, a tar file, or a dataset by timm's name.
 
     Args:
         root: The folder or the tar.
@@ -38,16 +39,16 @@ def open_dataset(root: str, split: str, name: str = "", class_map: str | None = 
         options["class_map"] = class_map
     try:
         dataset: Dataset[Any] = create_dataset(name, str(root), split, **options)
-    except Exception as error:  # each reader raises its own types, also RuntimeError and AssertionError
+    except Exception as error:  # each reader raises other types, including RuntimeError and AssertionError
         reason = str(error) or type(error).__name__
         raise DataError(f"`root` must hold a dataset that timm can open, got {root}: {reason}") from error
     if isinstance(dataset, Sized) and not len(dataset):
         raise DataError(f"`root` must hold images in one subfolder per class, got {root} with none.")
-    # For a split that does not exist timm silently takes the whole root, with the training images.
-    taken = Path(getattr(getattr(dataset, "reader", None), "root", ""))
-    if not name and taken == Path(root) and taken.is_dir():
-        parts = sorted(child.name for child in taken.iterdir() if child.is_dir())
-        if parts and set(parts) <= _PARTS:  # one class may be called "train", but hardly all of them
+    # If the split does not exist, timm silently uses the whole root, including training images.
+    opened = Path(getattr(getattr(dataset, "reader", None), "root", ""))
+    if not name and opened == Path(root) and opened.is_dir():
+        parts = sorted(child.name for child in opened.iterdir() if child.is_dir())
+        if parts and set(parts) <= _PARTS:  # a class may be called "train", but hardly all classes
             raise DataError(f"`split` must be one of {', '.join(parts)} in {root}, got {split!r}.")
     return dataset
 
@@ -66,23 +67,21 @@ def class_count(dataset: Dataset[Any]) -> int | None:
 
 
 class _EvaluationData(L.LightningDataModule):
-    """One dataset that is validated, tested and predicted on, whole and in order."""
+    """A dataset for validation, test and prediction, complete and in order."""
 
     dataset: Dataset[Any]
 
     def __init__(self, batch_size: int, num_workers: int) -> None:
         super().__init__()
-        if batch_size < 1:
-            raise ArgumentError(f"`batch_size` must be 1 or more, got {batch_size}.")
-        if num_workers < 0:
-            raise ArgumentError(f"`num_workers` must be 0 or more, got {num_workers}.")
+        check_int("batch_size", batch_size, 1, "a number of images")
+        check_int("num_workers", num_workers, 0, "a number of processes")
         self.batch_size = batch_size
         self.num_workers = num_workers
 
     def _loader(self, dataset: Dataset[Any], **kwargs: Any) -> DataLoader[Any]:
         return DataLoader(
             dataset,
-            batch_size=self.batch_size,  # by keyword: Lightning rebuilds the loader for predict and DDP
+            batch_size=self.batch_size,  # by keyword, because Lightning rebuilds the loader for predict and DDP
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
@@ -112,15 +111,15 @@ class ImageFolderData(_EvaluationData):
 
     A folder with a subfolder per class (ImageNet's layout, with or without a `val` or `validation` above the classes),
     a tar of such a folder, or, with `dataset`, one of torchvision, Hugging Face, TFDS or WebDataset. Size, crop,
-    interpolation and normalisation come from the data config of the model.
+    interpolation and normalisation are those of the model's data config.
 
     Args:
         root: The folder or the tar.
         split: Part of the dataset: a subfolder of `root` if it has one of that name, or a split of the dataset.
         dataset: timm's name of the dataset, such as "torch/cifar10" or "hfds/<owner>/<name>"; empty for a folder
             or a tar.
-        batch_size: Images per batch.
-        num_workers: Processes that load images; 0 loads in the main process.
+        batch_size: Number of images per batch.
+        num_workers: Number of processes that load images; 0 loads in the main process.
         class_map: A text file with one class per line in the order of the head, if that is not alphabetical.
         data_config: timm's data config to use. By default the attribute `data_config` of the LightningModule that the
             trainer runs; `ImageClassifier` takes it from the `pretrained_cfg` of its model.
@@ -150,8 +149,7 @@ class ImageFolderData(_EvaluationData):
         download: bool = False,
     ) -> None:
         super().__init__(batch_size, num_workers)
-        if download and not dataset:
-            raise ArgumentError("`download` must be False without the name of a `dataset`, got True.")
+        check("download", download, "False without the name of a `dataset`", bool(dataset) or not download)
         self.root = root
         self.split = split
         self.dataset_name = dataset
@@ -191,8 +189,8 @@ class DigitsData(_EvaluationData):
     1,297, in new placements every epoch.
 
     Args:
-        batch_size: Images per batch.
-        num_workers: Processes that draw images; 0 draws in the main process, which takes a millisecond per image.
+        batch_size: Number of images per batch.
+        num_workers: Number of processes that render images; 0 renders in the main process, which takes 1 ms per image.
         placements: Number of placements of each held-out scan; 4 give 2,000 images.
         seed: Seed of places, sizes and clutter. It does not change which scans are held out.
 

@@ -1,7 +1,7 @@
 """Two small Vision Transformers, registered with timm when this module is imported.
 
-`import lightning_prune` imports it, so that `timm.create_model` knows both names from then on; the root's docstring
-says when. `timm.create_model("vit_digits_patch4_56", pretrained=True)` loads the weights in this package, trained by
+`import lightning_prune` imports it, after which `timm.create_model` accepts both names; see the docstring of the root.
+`timm.create_model("vit_digits_patch4_56", pretrained=True)` loads the weights in this package, trained by
 `examples/train_digits.py`. `vit_cifar_patch4_56` is the model of `configs/cifar10.yaml`; its weights are in
 `examples/weights`, trained by `examples/train_cifar10.py`.
 """
@@ -81,7 +81,7 @@ def vit_cifar_patch4_56(pretrained: bool = False, **kwargs: Any) -> VisionTransf
     far better on few images. 2.5 million parameters.
 
     Args:
-        pretrained: timm has no weights for this name; `ImageClassifier(weights=...)` reads a file.
+        pretrained: Must be False, because timm has no weights for this name; use `ImageClassifier(weights=...)`.
         **kwargs: As for any timm Vision Transformer.
 
     Returns:
@@ -92,7 +92,7 @@ def vit_cifar_patch4_56(pretrained: bool = False, **kwargs: Any) -> VisionTransf
         >>> timm.create_model("vit_cifar_patch4_56").patch_embed.num_patches
         196
     """
-    from timm.models.vision_transformer_hybrid import ConvStem, HybridEmbed  # needed by this model alone
+    from timm.models.vision_transformer_hybrid import ConvStem, HybridEmbed  # only used by this model
 
     width = kwargs.get("embed_dim", 128)
     stem = ConvStem(

@@ -2,7 +2,7 @@
 
 scikit-learn has 1,797 scans of handwritten digits, 8 x 8 pixels each. Each scan is enlarged, slanted a little and
 placed on a 56 x 56 canvas among fragments of other scans (as in cluttered MNIST). Most of the canvas is background,
-which a model may leave out, but not all of it looks like background.
+which a model may ignore, but parts of the background look like digits.
 """
 
 from collections.abc import Iterator
@@ -14,14 +14,14 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset, Sampler
 
-from lightning_prune.errors import ArgumentError
+from lightning_prune._utils.validation import check_between, check_choice, check_int
 
 CLASSES = 10
 CLUTTER = 0.5
 MEAN, STD = 0.19, 0.19  # of the pixels at clutter 1, as in most of the training
 HELD_OUT_SCANS = 500
 
-# A constant and no argument: with another split the embedded weights would have seen held-out scans in training.
+# A constant and not an argument, because the embedded weights were trained with this split.
 _SPLIT_SEED = 2407
 _SPLITS = ("train", "held_out")
 
@@ -146,14 +146,10 @@ class ClutteredDigits(Dataset[tuple[torch.Tensor, int]]):
     def __init__(
         self, split: Literal["train", "held_out"], placements: int = 1, seed: int = 0, clutter: float = CLUTTER
     ) -> None:
-        if split not in _SPLITS:
-            raise ArgumentError(f"`split` must be one of {', '.join(_SPLITS)}, got {split!r}.")
-        if placements < 1:
-            raise ArgumentError(f"`placements` must be 1 or more, got {placements}.")
-        if seed < 0:
-            raise ArgumentError(f"`seed` must be 0 or more, got {seed}.")
-        if not 0 <= clutter <= 1:
-            raise ArgumentError(f"`clutter` must be in [0, 1], got {clutter}.")
+        check_choice("split", split, _SPLITS)
+        check_int("placements", placements, 1)
+        check_int("seed", seed, 0)
+        check_between("clutter", clutter, 0, 1)
         self.split = split
         self.placements = placements
         self.seed = seed
@@ -171,13 +167,13 @@ class ClutteredDigits(Dataset[tuple[torch.Tensor, int]]):
         """Draws image `index` without normalisation.
 
         Args:
-            index: 0 or more; see the class for its meaning.
+            index: See the class; >= 0.
 
         Returns:
             The canvas, `(56, 56)` in [0, 1], and the box of the digit: top, left and side, in pixels.
         """
         if index < 0:
-            raise IndexError(f"`index` must be 0 or more, got {index}.")
+            raise IndexError(f"`index` must be an integer >= 0, got {index}.")
         placement, scan = divmod(index, len(self.scans))
         rng = np.random.default_rng([self.seed, _SPLITS.index(self.split), scan, placement])
         return draw(self.scans, scan, rng, self.clutter)
@@ -185,7 +181,7 @@ class ClutteredDigits(Dataset[tuple[torch.Tensor, int]]):
 
 @cache
 def load_scans(split: str) -> tuple[Floats, NDArray[np.int64]]:
-    """Reads one side of the split.
+    """Reads one part of the split.
 
     Args:
         split: "train" or "held_out".
@@ -193,14 +189,14 @@ def load_scans(split: str) -> tuple[Floats, NDArray[np.int64]]:
     Returns:
         The scans, `(S, 8, 8)` in [0, 1], and their labels, `(S,)`.
     """
-    from sklearn.datasets import load_digits  # takes a second to import: only where digits are really read
+    from sklearn.datasets import load_digits  # takes a second to import
     from sklearn.model_selection import train_test_split
 
     digits = load_digits()
     scans = (digits.images / 16.0).astype(np.float32)
     labels = digits.target.astype(np.int64)
-    sides = train_test_split(np.arange(len(scans)), test_size=HELD_OUT_SCANS, stratify=labels, random_state=_SPLIT_SEED)
-    chosen = np.sort(sides[_SPLITS.index(split)])
+    parts = train_test_split(np.arange(len(scans)), test_size=HELD_OUT_SCANS, stratify=labels, random_state=_SPLIT_SEED)
+    chosen = np.sort(parts[_SPLITS.index(split)])
     return scans[chosen], labels[chosen]
 
 

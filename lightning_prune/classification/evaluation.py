@@ -1,4 +1,4 @@
-"""What `ImageClassifier` measures in a validation or test: accuracy, latency, throughput and energy."""
+"""Measurements of `ImageClassifier` in validation and test: accuracy, latency, throughput and energy."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -32,12 +32,12 @@ class Metered(NamedTuple):
 class EnergyMeter:
     """Measures energy from the first batch after warm-up to the end of the run, loading included.
 
-    A run that is shorter than a second after its warm-up has no result, as counters move every tenth of a second.
+    A run of less than a second after warm-up has no result, because counters are updated every 0.1 s.
 
     Args:
-        counter: Measures the energy; None for a process that shares its counter with another process that measures.
+        counter: Measures the energy; None if another process measures with the same counter.
         warmup: Number of batches at the start that are left out.
-        agree: Whether a condition holds in all processes of the run, which must log alike.
+        agree: Reduces a condition over all processes of the run, which must log the same metrics.
         clock: Returns seconds.
     """
 
@@ -56,7 +56,7 @@ class EnergyMeter:
         self._start = 0.0
 
     def begin(self, images: int) -> None:
-        """Call this before a batch, on an idle device."""
+        """Must be called before each batch, on an idle device."""
         if self._batches == self._warmup:
             self._start = self._clock()
             if self._counter is not None:
@@ -65,7 +65,7 @@ class EnergyMeter:
         self._batches += 1
 
     def finish(self) -> Metered | None:
-        """Ends the run; None where any process has no result."""
+        """Ends the run. Returns None if any process has no result."""
         started = self._batches > self._warmup
         joules = self._counter.end(_WINDOW) if started and self._counter is not None else 0.0
         seconds = self._clock() - self._start if self._images else 0.0
@@ -74,13 +74,13 @@ class EnergyMeter:
 
 
 def meter_of(trainer: L.Trainer, warmup: int) -> EnergyMeter | None:
-    """The meter of a run by `trainer`; None where the device of any of its processes has no counter."""
+    """The meter for a run of `trainer`; None if the device of any process has no energy counter."""
     device = trainer.strategy.root_device
     found = device_counter(device)
     counter = None if isinstance(found, Unavailable) else found
     if not trainer.strategy.reduce_boolean_decision(counter is not None, all=True):
         return None
-    # The processes of one machine share its processor: the first counts for all.
+    # The processes of a machine share its processor, whose energy is measured by the first.
     shares = device.type == "cpu" and trainer.local_rank > 0
     return EnergyMeter(None if shares else counter, warmup, trainer.strategy.reduce_boolean_decision)
 
@@ -121,7 +121,7 @@ class Evaluation(nn.Module):
         """Resets all metrics.
 
         Args:
-            trainer: The trainer of the next run; images that its samplers repeat over processes are left out.
+            trainer: The trainer of the next run; images repeated by its distributed samplers are left out.
         """
         self.shares = shares_of(trainer) if trainer is not None else []
         self.timer = StepTimer()
@@ -138,7 +138,7 @@ class Evaluation(nn.Module):
             yield
 
     def update(self, logits: Tensor, labels: Tensor, batch_idx: int = 0, dataloader_idx: int = 0) -> None:
-        """Adds one batch that `check_batch` has accepted, without the images in it that are repeated.
+        """Adds one batch, which must have passed `check_batch`, without its repeated images.
 
         Args:
             logits: `(B, num_classes)`.
@@ -162,7 +162,7 @@ class Evaluation(nn.Module):
     def finish(self) -> dict[str, Metric]:
         """Updates the metrics of time and energy, once, and returns all metrics by name.
 
-        Those of energy are left out if the device has no counter or the run was shorter than a second.
+        Energy is left out if the device has no counter or the run was shorter than a second.
         """
         metrics = self._by_name()
         metered = self.meter.finish() if self.meter is not None else None
@@ -182,7 +182,7 @@ class Evaluation(nn.Module):
         return metrics
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy of the module takes no part in the run of the original, and handles of counters cannot be copied.
+        # A copy of the module is not part of the run, and handles of counters cannot be copied.
         return {**self.__dict__, "meter": None}
 
     def _by_name(self) -> dict[str, Metric]:
@@ -190,7 +190,7 @@ class Evaluation(nn.Module):
 
 
 def _accuracy(num_classes: int, top_k: int) -> Metric:
-    # check_batch has validated the arguments; doing it again would synchronise the device once more.
+    # check_batch has validated the arguments; validating them again would synchronise the device.
     return MulticlassAccuracy(num_classes=num_classes, top_k=top_k, average="micro", validate_args=False)
 
 
@@ -214,9 +214,9 @@ def split_batch(batch: Any, where: str) -> tuple[Tensor, Tensor]:
 
 
 def check_batch(logits: Any, labels: Tensor, num_classes: int, where: str, finite: bool = True) -> None:
-    """Checks logits and labels, which would otherwise give wrong figures or an obscure crash on a GPU.
+    """Checks logits and labels, which could otherwise lead to wrong results or to crashes on a GPU.
 
-    It synchronises the device once, so call it outside of timed code.
+    This synchronises the device once, so it must not be called in timed code.
 
     Args:
         logits: Output of the model; must be `(B, num_classes)`.

@@ -9,7 +9,8 @@ import timm
 from timm.data.config import resolve_model_data_config
 from torch import Tensor, nn
 
-import lightning_prune.classification.demo_models  # noqa: F401  in the command the root has not registered them
+import lightning_prune.classification.demo_models  # noqa: F401  the command does not register them on import
+from lightning_prune._utils.validation import check_int
 from lightning_prune.classification.checkpoints import load_weights
 from lightning_prune.classification.evaluation import Evaluation, check_batch, split_batch
 from lightning_prune.errors import ArgumentError, WeightsError
@@ -28,13 +29,13 @@ class ImageClassifier(L.LightningModule):
     - `throughput`: images per second in the forward pass, without loading and transfer;
     - `throughput_end_to_end`: images per second from the end of one batch to the end of the next;
     - `latency_p50`, `latency_p90`: milliseconds per batch in the forward pass;
-    - `joules_per_image`, `watts`: of the whole loop, including what the device draws when idle. Only if the device has
+    - `joules_per_image`, `watts`: for the whole loop, including the idle power of the device. Only if the device has
       an energy counter (`lightning_prune.profiling.find_counter`) and the run lasts a second or more after warm-up.
 
-    The device is synchronised before and after each timed pass. Warm-up batches and batches of another size than most
+    The device is synchronised before and after each timed pass. Warm-up batches and batches of an unusual size
     are left out of the times. Images that a DistributedSampler repeats, so that all processes get the same number, are
     left out of loss and accuracy. The callback `TokenPruning` works with any LightningModule; use this class if you
-    have none. To train, subclass it and add `configure_optimizers`.
+    have none. For training, subclass it and add `configure_optimizers`.
 
     Args:
         model: Name of a timm model, or a module that returns logits `(B, num_classes)` or an output with `logits`, as
@@ -50,7 +51,7 @@ class ImageClassifier(L.LightningModule):
         warmup: Number of batches at the start that are left out of the times; at least one batch is always counted.
 
     Raises:
-        ArgumentError: If an argument cannot be used. An unknown model name is answered with similar names.
+        ArgumentError: If an argument is invalid. For an unknown model name, similar names are listed.
         FileFormatError: If the weights file cannot be read.
         WeightsError: If the weights do not fit the model, or timm cannot load them.
 
@@ -75,10 +76,9 @@ class ImageClassifier(L.LightningModule):
         warmup: int = 2,
     ) -> None:
         super().__init__()
-        if num_classes is not None and num_classes < 1:
-            raise ArgumentError(f"`num_classes` must be 1 or more, got {num_classes}.")
-        if warmup < 0:
-            raise ArgumentError(f"`warmup` must be 0 or more, got {warmup}.")
+        if num_classes is not None:
+            check_int("num_classes", num_classes, 1)
+        check_int("warmup", warmup, 0, "a number of batches")
         parsed = parse_runtime(runtime)
         if not isinstance(parsed, TorchEager | TorchCompile):
             raise ArgumentError(f"`runtime` must be 'torch' or 'torch.compile', got {runtime!r}.")
@@ -91,7 +91,7 @@ class ImageClassifier(L.LightningModule):
             load_weights(model, weights)
         self.model = model
         self.num_classes = num_classes or _head_size(model)
-        if isinstance(parsed, TorchCompile):  # in place: the keys of the state_dict stay
+        if isinstance(parsed, TorchCompile):  # in place, which keeps the keys of the state_dict
             blocks = list(find_vision_transformer(model).blocks) if parsed.mode == "blocks" else None
             Compiled(model, parsed.mode, blocks)
         self._compiled, self._batch_size = parsed.compiles, 0
@@ -101,7 +101,7 @@ class ImageClassifier(L.LightningModule):
     def data_config(self) -> dict[str, Any] | None:
         """Timm's data config of the model: input_size, mean, std, interpolation, crop_pct.
 
-        None if the model has no `pretrained_cfg`, as a module of your own.
+        None if the model has no `pretrained_cfg`, for example a module of your own.
         """
         return resolve_model_data_config(self.model) if getattr(self.model, "pretrained_cfg", None) else None
 
@@ -152,7 +152,7 @@ class ImageClassifier(L.LightningModule):
         self.evaluation.update(logits, labels, batch_idx, dataloader_idx)
 
     def _eagerly_if_short(self, images: Any, batch_idx: int) -> AbstractContextManager[Any]:
-        """Runs a batch eagerly if it is smaller than the first: it occurs once, and compiling for it takes seconds."""
+        """Runs a batch eagerly if it is smaller than the first, because compiling for a single batch takes seconds."""
         if not self._compiled:
             return nullcontext()
         self._batch_size = len(images) if batch_idx == 0 else self._batch_size
@@ -163,11 +163,11 @@ class ImageClassifier(L.LightningModule):
             self.log(f"{stage}/{name}", metric, prog_bar=name == "top1")
 
     def on_validation_epoch_start(self) -> None:
-        """Resets all metrics, so that nothing of a sanity check or an aborted run is counted."""
+        """Resets all metrics, so that sanity checks and aborted runs are not counted."""
         self.evaluation.reset(self.trainer)
 
     def on_validation_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Starts the end-to-end clock, after the callbacks: their work before the first batch is not counted."""
+        """Starts the end-to-end clock after the callbacks, so that their work before the first batch is not counted."""
         self.evaluation.timer.start()
 
     def on_validation_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -204,7 +204,7 @@ def _create(name: str, pretrained: bool, num_classes: int | None, kwargs: dict[s
         return timm.create_model(name, pretrained=pretrained, **kwargs)
     except TypeError as error:
         raise ArgumentError(f"`model_kwargs` must be arguments of {name}, got {sorted(kwargs)}: {error}") from error
-    except (OSError, RuntimeError) as error:  # offline, no such tag, no weights published for this name
+    except (OSError, RuntimeError) as error:  # offline, unknown tag, or no weights published for this name
         if not pretrained:
             raise
         reason = str(error).strip().splitlines()[0]
@@ -216,7 +216,7 @@ def _create(name: str, pretrained: bool, num_classes: int | None, kwargs: dict[s
 
 def _head_size(model: nn.Module) -> int:
     """The number of classes that a model has."""
-    size = getattr(model, "num_classes", getattr(model, "num_labels", None))  # the latter in Hugging Face's models
+    size = getattr(model, "num_classes", getattr(model, "num_labels", None))  # `num_labels` in Hugging Face's models
     if not isinstance(size, int) or size < 1:
         raise ArgumentError(
             f"`num_classes` must be given for a {type(model).__name__}, which has no number of classes, got {size!r}."

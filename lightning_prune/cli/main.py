@@ -22,15 +22,20 @@ from lightning_prune.errors import ArgumentError, PruneError
 
 _PASSED_BY_CODE = {"model", "dataloaders", "datamodule"}
 
-__all__ = ["DigitsData", "ImageFolderData", "PruneCLI", "run"]  # the data classes are found by their bare names
+__all__ = [
+    "DigitsData",
+    "ImageFolderData",
+    "PruneCLI",
+    "run",
+]  # data classes can be given by name
 
 
 class PruneCLI(LightningCLI):
-    """The commands of `lightning_prune.cli.usage.COMMANDS` but `models`.
+    """The commands of `lightning_prune.cli.usage.COMMANDS` except `models`.
 
     Args:
         words: The command line after `lightning-prune`.
-        kwargs: Of `lightning.pytorch.cli.LightningCLI`.
+        kwargs: See `lightning.pytorch.cli.LightningCLI`.
     """
 
     def __init__(self, words: list[str], **kwargs: Any) -> None:
@@ -38,19 +43,19 @@ class PruneCLI(LightningCLI):
         super().__init__(args=parser_words(words), **kwargs)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Puts the options of pruning at the top level, where errors are one line and not a dump of all callbacks."""
+        """Adds the options of pruning at the top level, where error messages do not include all callbacks."""
         parser.add_lightning_class_args(TokenPruning, "prune")
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """The methods of the trainer that are commands, with the arguments that code fills in."""
+        """The methods of the trainer that are commands, with the arguments that are not options."""
         return dict.fromkeys((command for command in COMMANDS if command != "models"), _PASSED_BY_CODE)
 
     def instantiate_classes(self) -> None:
-        """Creates the objects; where a class of this package refuses its arguments, with the error that it raised."""
+        """Creates the objects. If a class of this package raises an error, that error is raised, not jsonargparse's."""
         try:
             super().instantiate_classes()
-        except ValueError as error:  # of jsonargparse, which raises it from the error of the first type that is allowed
+        except ValueError as error:  # raised by jsonargparse from the error of the first allowed type
             cause = error.__cause__
             while cause is not None and not isinstance(cause, PruneError):
                 cause = cause.__cause__
@@ -59,7 +64,7 @@ class PruneCLI(LightningCLI):
             raise cause from None
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        """Creates the trainer; errors of Lightning about its options become ones that the user can mend."""
+        """Creates the trainer. Errors of Lightning about its options are raised as ArgumentError."""
         try:
             trainer = super().instantiate_trainer(**kwargs)
         except (ImportError, TypeError, ValueError) as error:
@@ -71,7 +76,7 @@ class PruneCLI(LightningCLI):
         return trainer
 
     def _parse_ckpt_path(self) -> None:
-        """Ignores hyperparameters of a checkpoint: those of a foreign module are not options of this parser."""
+        """Ignores hyperparameters of a checkpoint, because those of other modules are not options of this parser."""
 
 
 def run(args: list[str] | None = None) -> int:
@@ -81,10 +86,10 @@ def run(args: list[str] | None = None) -> int:
         args: Command and options; those of the process if None.
 
     Returns:
-        Exit status: 0; 2 after an error that the user can mend, which is printed in one line; 3 if no variant of a
-        comparison meets the budget that was stated.
+        Exit status: 0; 2 after an error in the input, which is printed on one line; 3 if no variant of a comparison
+        meets the budget.
     """
-    _quieten()
+    _silence_messages()
     try:
         cli = PruneCLI(
             sys.argv[1:] if args is None else args,
@@ -98,7 +103,7 @@ def run(args: list[str] | None = None) -> int:
             parser_kwargs={
                 "prog": "lightning-prune",
                 "description": "Prune the tokens of Vision Transformers, measured on this device.",
-                "exit_on_error": False,  # it would print the usage, a page of Trainer's options, before the error
+                "exit_on_error": False,  # else a page of options is printed before the error
             },
         )
     except (PruneError, argparse.ArgumentError, MisconfigurationException, FileNotFoundError) as error:
@@ -108,12 +113,12 @@ def run(args: list[str] | None = None) -> int:
     return 3 if missed else 0
 
 
-def _quieten() -> None:
-    """Silences what Lightning says about itself, not what it says about the run."""
+def _silence_messages() -> None:
+    """Silences messages of Lightning that are not about the run."""
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)
     for known in (
         ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",
-        "LightningCLI's args parameter is intended to run from within Python.*",  # the words are rewritten first
+        "LightningCLI's args parameter is intended to run from within Python.*",  # see `parser_words`
     ):
         warnings.filterwarnings("ignore", message=known)

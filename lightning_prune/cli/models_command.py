@@ -1,4 +1,4 @@
-"""`lightning-prune models`: which of timm's transformers can be pruned, as a table."""
+"""The command `models`: a table of timm's transformers and whether they can be pruned."""
 
 import argparse
 from collections.abc import Sequence
@@ -18,20 +18,20 @@ def models(args: Sequence[str]) -> int:
     """Runs the command.
 
     Args:
-        args: Patterns of names, and options; see `lightning-prune models --help`.
+        args: Patterns of names and options; see `lightning-prune models --help`.
 
     Returns:
-        Exit status: 0, or 2 where no name fits.
+        Exit status: 0, or 2 if no name matches.
     """
     parser = argparse.ArgumentParser(
         prog="lightning-prune models",
-        description="Says which of timm's transformers can be pruned, and why others cannot. Asks the models "
-        "themselves: each is built, without weights and with one block.",
+        description="Lists which of timm's transformers can be pruned, and why others cannot. Each model is built "
+        "without weights and with one block.",
     )
     parser.add_argument(
-        "patterns", nargs="*", metavar="PATTERN", help="list the names that fit, such as 'vit_*dinov3*'"
+        "patterns", nargs="*", metavar="PATTERN", help="list the names that match, such as 'vit_*dinov3*'"
     )
-    parser.add_argument("--markdown", action="store_true", help="the table of classes as Markdown")
+    parser.add_argument("--markdown", action="store_true", help="print the table of classes as Markdown")
     options = parser.parse_args(list(args))
     names = isotropic_names()
     if options.patterns:
@@ -41,7 +41,7 @@ def models(args: Sequence[str]) -> int:
         return 2
     console = Console()
     hide = not console.is_terminal
-    statuses = [support_of(name) for name in track(names, "Asking the models", disable=hide, transient=True)]
+    statuses = [support_of(name) for name in track(names, "Building models", disable=hide, transient=True)]
     if options.markdown:
         print(markdown(grouped(statuses)))
     elif options.patterns:
@@ -53,7 +53,7 @@ def models(args: Sequence[str]) -> int:
 
 
 def summary(statuses: Sequence[SupportStatus]) -> str:
-    """The counts, in a sentence."""
+    """The counts as a sentence."""
     fully = sum(each.reducible == "yes" for each in statuses)
     never = sum(each.reducible == "no" for each in statuses)
     partly = len(statuses) - fully - never
@@ -64,7 +64,7 @@ def summary(statuses: Sequence[SupportStatus]) -> str:
 
 
 def classes_table(groups: Sequence[Group]) -> Table:
-    """A row for each class of models."""
+    """A table with a row for each model class."""
     table = Table(box=None, pad_edge=False)
     for head in _HEAD:
         table.add_column(head, justify="right" if head == "names" else "left")
@@ -74,10 +74,10 @@ def classes_table(groups: Sequence[Group]) -> Table:
 
 
 def names_table(statuses: Sequence[SupportStatus]) -> Table:
-    """A row for each name."""
+    """A table with a row for each name."""
     table = Table(box=None, pad_edge=False)
     for head in ("name", "model", *_HEAD[2:]):
-        table.add_column(head, overflow="fold")  # a name that is cut short cannot be copied
+        table.add_column(head, overflow="fold")  # a truncated name cannot be copied
     for each in statuses:
         table.add_row(*each)
     return table

@@ -25,30 +25,30 @@ def run_profile(
 ) -> LatencyProfile:
     """Measures or simulates latency against the number of tokens; prints a table, writes profile.json and profile.png.
 
-    Where a model is compiled in place, its profile without compilation is measured too, and drawn and written.
+    If the model is compiled in place, its profile without compilation is also measured, plotted and written.
 
     Args:
         trainer: Its accelerator and precision are used.
         model: Contains the Vision Transformer.
-        config: Method, block, time limit, and where profiles are kept.
+        config: Method, block, time limit and folder of stored profiles.
         output: Folder for the files.
-        device: `simulated:...`, as `SimulatedDevice.parse` takes it; None for the trainer's.
+        device: `simulated:...`, see `SimulatedDevice.parse`; None for the trainer's device.
         data: `datamodule` or `dataloaders`.
 
     Raises:
-        ArgumentError: If `output` cannot be written to, `device` is not a device, or a setting has no effect on it.
+        ArgumentError: If `output` cannot be written to, `device` is invalid, or a setting has no effect on it.
         DataError: If there is no batch to profile on.
     """
     simulated = None if device is None else SimulatedDevice.parse(device)
     check("protocol", config.protocol, "'deployed' on a simulated device", simulated is None or _is_deployed(config))
     folder = ensure_output_dir(output)
 
-    def work(first: FirstBatch) -> tuple[CachedProfile, LatencyProfile | None]:
+    def measure(first: FirstBatch) -> tuple[CachedProfile, LatencyProfile | None]:
         measured = _profile(first, simulated, of_method=True)
         compiled = simulated is None and is_compiled(first.module)
         return measured, _eager_profile(first, measured.profile) if compiled else None
 
-    measured, eager = on_first_batch(trainer, model, config, work, **data)
+    measured, eager = on_first_batch(trainer, model, config, measure, **data)
     profile = measured.profile
     if trainer.is_global_zero:
         paths = [profile.save(folder / "profile.json"), folder / "profile.png"]
@@ -58,8 +58,8 @@ def run_profile(
         console = Console(markup=False)
         console.print(profile_table(profile))
         if measured.reused:
-            when = profile.context.get("measured", "before")
-            console.print(f"Measured {when} and kept; --prune.use_cache false measures it again.", soft_wrap=True)
+            when = profile.context.get("measured", "earlier")
+            console.print(f"Stored profile, measured {when}; --prune.use_cache false measures again.", soft_wrap=True)
         if eager is not None:
             console.print(against_eager(profile, eager))
         console.print(f"{shape_of(profile)} Written: {', '.join(map(str, paths))}", soft_wrap=True)
@@ -82,41 +82,41 @@ def run_plan(
         model: Contains the Vision Transformer.
         config: Method, objective, calibration.
         output: Folder for the files.
-        profile: The file of a profile, which may be of another device; None measures one here.
-        device: `simulated:...`; None for the trainer's.
+        profile: File of a latency profile, possibly of another device; None measures one here.
+        device: `simulated:...`; None for the trainer's device.
         data: `datamodule` or `dataloaders`.
 
     Raises:
-        ArgumentError: As `run_profile`, and if both `profile` and `device` are given, or a setting has no effect.
+        ArgumentError: See `run_profile`; also if both `profile` and `device` are given, or a setting has no effect.
         DataError: If there is no batch to plan on.
         FileFormatError: If `profile` does not hold a profile.
     """
     if profile is not None:
-        check("device", device, "left out with `profile`, which says the latencies", device is None)
+        check("device", device, "left out with `profile`, which holds the latencies", device is None)
     check("protocol", config.protocol, "'deployed' for `plan`", _is_deployed(config))
     check("schedule", config.schedule, "left out for `plan`, which plans one", config.schedule == "auto")
     given = None if profile is None else CachedProfile(LatencyProfile.load(profile), reused=False)
     simulated = None if device is None else SimulatedDevice.parse(device)
     folder = ensure_output_dir(output)
 
-    def work(first: FirstBatch) -> Decision:
+    def decide(first: FirstBatch) -> Decision:
         latency = _profile(first, simulated) if given is None else given
         return planned(first, latency)
 
-    decision = on_first_batch(trainer, model, config, work, **data)
-    made = decision.plan
-    assert made is not None
+    decision = on_first_batch(trainer, model, config, decide, **data)
+    result = decision.plan
+    assert result is not None
     if trainer.is_global_zero:
         paths = [
-            made.schedule.save(folder / "schedule.yaml"),
-            write_document(folder / "plan.json", made.to_dict()),
-            made.profile.save(folder / "profile.json"),
+            result.schedule.save(folder / "schedule.yaml"),
+            write_document(folder / "plan.json", result.to_dict()),
+            result.profile.save(folder / "profile.json"),
             folder / "plan.png",
         ]
-        plot(made, paths[-1])
+        plot(result, paths[-1])
         print_decision(decision)
         Console(markup=False).print(f"Written: {', '.join(map(str, paths))}", soft_wrap=True)
-    return made
+    return result
 
 
 def _is_deployed(config: PruningConfig) -> bool:
@@ -124,7 +124,7 @@ def _is_deployed(config: PruningConfig) -> bool:
 
 
 def _eager_profile(first: FirstBatch, compiled: LatencyProfile) -> LatencyProfile | None:
-    """The profile of a compiled model without its graphs, at the same counts; None where a wrapper compiles it."""
+    """The profile of a compiled model without compilation, at the same counts; None if a wrapper compiles it."""
     config = first.config
     with uncompiled(first.module):
         if is_compiled(first.module):
@@ -146,7 +146,7 @@ def _profile(first: FirstBatch, simulated: SimulatedDevice | None, of_method: bo
     config = first.config
     if simulated is None:
         return profiled(config, first.module, first.images, of_method)
-    # The latencies of a method in one block are known exactly, its overhead included, and can be planned on.
+    # The latencies of a method in one block are exact, overhead included, so that a plan can be based on them.
     general = config.uses_token_curve or (config.reduction.multi_block and not of_method)
     method, block = (TOKEN_CURVE, 0) if general else (config.reduction, config.place)
     profile = simulate_latency(

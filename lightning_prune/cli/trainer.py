@@ -21,7 +21,7 @@ from lightning_prune.report.tables import comparison_table, remarks
 class PruneTrainer(L.Trainer):
     """`lightning.Trainer` with `profile`, `plan`, `compare` and `vocabulary`; the command line runs its methods.
 
-    Settings of the pruning come from the `TokenPruning` callback among its callbacks, or are that callback's defaults.
+    The settings are those of the `TokenPruning` callback among its callbacks, or the defaults of that callback.
 
     Example:
         >>> from lightning_prune import DigitsData, ImageClassifier
@@ -57,13 +57,13 @@ class PruneTrainer(L.Trainer):
         Args:
             model: The module that contains the Vision Transformer.
             dataloaders: Validation loaders, if there is no datamodule.
-            datamodule: Gives the validation loader.
+            datamodule: Provides the validation loader.
             output: Folder for the files.
-            device: A device to simulate, as simulated:multiprocessors=8,tile=64; this one if not given.
+            device: A device to simulate, such as simulated:multiprocessors=8,tile=64; default: this device.
 
         Raises:
-            ArgumentError: If `output` cannot be written to, `device` is not a device, or the paper's protocol is asked
-                for on a simulated one.
+            ArgumentError: If `output` cannot be written to, `device` is invalid, or the paper's protocol is used with a
+                simulated device.
             DataError: If there is no batch to profile on.
         """
         data = {"dataloaders": dataloaders, "datamodule": datamodule}
@@ -80,19 +80,19 @@ class PruneTrainer(L.Trainer):
     ) -> Plan:
         """Plan a schedule, also for another device; writes schedule.yaml, plan.json and plan.png.
 
-        Accuracy is estimated here, on images of the validation data. Latency is measured here, or simulated, or read
-        from a profile that was measured on the device where the schedule will be used.
+        Accuracy is estimated on this device, on images of the validation data. Latency is measured on this device,
+        simulated, or read from a profile of the device on which the schedule will be used.
 
         Args:
             model: The module that contains the Vision Transformer.
             dataloaders: Validation loaders, if there is no datamodule.
-            datamodule: Gives the validation loader.
+            datamodule: Provides the validation loader.
             output: Folder for the files.
-            profile: A profile.json that `profile` wrote, here or elsewhere.
-            device: A device to simulate, as simulated:multiprocessors=8,tile=64.
+            profile: A profile.json written by `profile`, on any device.
+            device: A device to simulate, such as simulated:multiprocessors=8,tile=64.
 
         Raises:
-            ArgumentError: As `profile`, if both `profile` and `device` are given, or if the pruner has a schedule.
+            ArgumentError: See `profile`; also if `profile` and `device` are both given, or the pruner has a schedule.
             FileFormatError: If `profile` does not hold a profile.
         """
         data = {"dataloaders": dataloaders, "datamodule": datamodule}
@@ -117,7 +117,7 @@ class PruneTrainer(L.Trainer):
         Args:
             model: The module that contains the Vision Transformer.
             dataloaders: Validation loaders, if there is no datamodule.
-            datamodule: Gives the validation loader.
+            datamodule: Provides the validation loader.
             output: Folder for the files.
             methods: Names of methods to compare: reductions, auto, int8, and both, as in pomt+int8; dense is always
                 there.
@@ -136,7 +136,7 @@ class PruneTrainer(L.Trainer):
         )
         self.budget_missed = found.best is not None and not found.best.met
         if self.is_global_zero:
-            console = Console(markup=False)  # names of files and methods may hold brackets
+            console = Console(markup=False)  # names of files and methods may contain brackets
             document = found.to_dict()
             console.print(comparison_table(found.rows))
             for remark in remarks(document):
@@ -159,23 +159,23 @@ class PruneTrainer(L.Trainer):
         """Learn visual words for `VWTInter` from the unlabelled images of the prediction loader.
 
         Args:
-            model: The module that contains the Vision Transformer, which has the patch size and the normalisation.
+            model: The module that contains the Vision Transformer, which determines patch size and normalisation.
             dataloaders: Prediction loaders, if there is no datamodule.
-            datamodule: Gives the prediction loader.
+            datamodule: Provides the prediction loader.
             output: The file to write, `.safetensors`.
-            words: How many words.
-            limit: How many images to learn from; all if not given.
-            seed: Of k-means.
+            words: Number of words.
+            limit: Number of images to learn from; default: all.
+            seed: Seed of k-means.
 
         Raises:
-            ArgumentError: If an argument is unusable, or there are more words than patches.
+            ArgumentError: If an argument is invalid, or there are more words than patches.
             DataError: If there are no images.
         """
         data = {"dataloaders": dataloaders, "datamodule": datamodule}
         return learn_words(self, model, self.config, output, words, limit, seed, **data)
 
     def _log_comparison(self, rows: list[dict[str, Any]]) -> None:
-        """Every run logs the same keys at step 0, so each variant gets keys of its own."""
+        """Logs the figures of each variant under its own keys, at step 0."""
         figures = {
             f"compare/{row['variant']}/{key}": value
             for row in rows

@@ -1,34 +1,34 @@
-"""What `lightning-prune --help` says; it imports nothing, so that it is printed at once."""
+"""The text of `lightning-prune --help`. This file has no imports, so that the text is printed at once."""
 
 COMMANDS = {
-    "compare": "validate dense and pruned in one run, by an objective or at speed-ups; writes tables, plots, report",
+    "compare": "validate the dense and pruned models in one run; writes tables, plots and a report",
     "profile": "measure latency against the number of tokens on this device",
     "plan": "plan a schedule without validating it, also for another device",
-    "validate": "validate pruned on the validation set",
-    "test": "validate pruned on the test set",
+    "validate": "run the pruned model on the validation set",
+    "test": "run the pruned model on the test set",
     "vocabulary": "learn visual words for vwt-inter from unlabelled images",
-    "models": "list the transformers of timm that can be pruned, and say why others cannot",
+    "models": "list timm's transformers that can be pruned, and why others cannot",
 }
 """Command -> what it does."""
 
 _OPTIONS = {
-    "--config FILE": "YAML with the keys below; later files and options win",
-    "--model.model NAME": "a timm name; --model.weights FILE for weights of your own",
+    "--config FILE": "YAML with the keys below; later files and options take precedence",
+    "--model.model NAME": "name of a timm model; --model.weights FILE for your own weights",
     "--data CLASS": "DigitsData, ImageFolderData, or any LightningDataModule by its import path",
     "--prune.method NAME": "auto, tome, pomt, pomt-nearest, topk, evit, shift, vwt-intra, random, or a class",
     "--prune.schedule VALUE": "auto, a number of tokens to remove, a share of patch tokens to keep, a list with one\n"
     "number for each block, or a file",
     "--prune.block VALUE": "the reducing block: an index, or a fraction of the depth",
     "--prune.objective CLASS": "AccuracyBudget, LatencyBudget or Utility; two short forms follow",
-    "--budget 1.5x | 12ms": "the most accurate schedule that is that much faster, or takes that long at most",
+    "--budget 1.5x | 12ms": "the most accurate schedule with that speed-up, or with at most that latency",
     "--max-drop 0.5%": "the fastest schedule that loses at most that share of the accuracy proxy",
     "--prune.time_limit S": "seconds for measuring and planning",
     "--output DIR": "folder for the files (compare, profile, plan)",
     "--profile FILE": "plan on the latency profile of another device (plan)",
-    "--device simulated:...": "plan for, or profile, a device that is simulated (profile, plan)",
+    "--device simulated:...": "profile, or plan for, a simulated device (profile, plan)",
     "--methods NAME ...": "methods to compare, such as pomt tome int8 pomt+int8 (compare)",
-    "--speedups NUMBER ...": "the speed-ups that they have to reach; by the objective if not given (compare)",
-    "--resume false": "start again instead of going on from what is kept in the output folder (compare)",
+    "--speedups NUMBER ...": "target speed-ups; without them, methods are planned by the objective (compare)",
+    "--resume false": "start again instead of resuming from the output folder (compare)",
     "--trainer.KEY VALUE": "any option of lightning.Trainer: accelerator, precision, devices, ...",
     "--print_config": "print the configuration and stop",
 }
@@ -36,13 +36,13 @@ _OPTIONS = {
 _USAGE = """\
 usage: lightning-prune COMMAND [--config FILE] [--KEY VALUE ...]
 
-Makes Vision Transformers faster on the device at hand, without training: measures latency against tokens, chooses how
-many to remove, patches the model, and validates it.
+Makes Vision Transformers faster on this device, without training: measures latency against the number of tokens, plans
+how many to remove, patches the model, and validates it.
 
 commands:
 {commands}
 
-options (all of them: lightning-prune COMMAND --help; a hyphen and an underscore are the same in their names):
+options (all of them: lightning-prune COMMAND --help; hyphens and underscores in names are equivalent):
 {options}
 
 examples:

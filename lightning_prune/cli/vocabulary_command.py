@@ -24,7 +24,8 @@ from lightning_prune.patching import find_vision_transformer
 from lightning_prune.profiling.measurement import ready_to_run
 from lightning_prune.reduction import tokens_per_image
 from lightning_prune.reduction.patchify import patch_side
-from lightning_prune.reduction.vocabulary import Vocabulary, WordLearner
+from lightning_prune.reduction.vocabulary import Vocabulary
+from lightning_prune.reduction.word_learning import WordLearner
 
 _SHOWN = 64  # images whose tokens are counted for the report
 _THRESHOLDS = (0.1, 0.2)

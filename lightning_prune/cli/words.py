@@ -1,4 +1,4 @@
-"""The words of a command line, as users type them and as the parser takes them."""
+"""Rewrites the words of a command line for the parser."""
 
 import json
 import re
@@ -14,14 +14,14 @@ _NUMBER = r"(\d+\.?\d*(?:e[+-]?\d+)?|\.\d+)"
 def parser_words(words: list[str]) -> list[str]:
     """Rewrites a command line for the parser.
 
-    Hyphens in the names of options become underscores. Words after an option that takes several become one list, as in
-    `--methods dense pomt tome`. `--budget` and `--max-drop` become the objective that they are short for.
+    Hyphens in names of options become underscores. Several words after an option become a list, as in
+    `--methods dense pomt tome`. `--budget` and `--max-drop` become the options of the objective.
 
     Args:
         words: The command line after `lightning-prune`.
 
     Raises:
-        ArgumentError: If a speed-up is not a number, or a short form cannot be read.
+        ArgumentError: If a speed-up is not a number, or `--budget` or `--max-drop` has another form.
 
     Example:
         >>> from lightning_prune.cli.words import parser_words
@@ -75,7 +75,7 @@ _SHORT_FORMS = {"--budget": _budget, "--max_drop": _max_drop}
 
 
 def _check_speedups(values: list[str]) -> None:
-    """Raises before the parser, whose message names Python's types and not what is expected."""
+    """Raises ArgumentError with a clearer message than that of the parser, which names Python's types."""
     for value in values:
         try:
             valid = isfinite(float(value))
@@ -86,5 +86,5 @@ def _check_speedups(values: list[str]) -> None:
 
 
 def _is_value(word: str) -> bool:
-    """Whether a word is not an option; a negative number is not one."""
+    """Whether a word is a value and not an option; negative numbers are values."""
     return not word.startswith("-") or word[1:2].isdigit() or word[1:2] == "."

@@ -7,29 +7,29 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_prune.errors import ArgumentError
+from lightning_prune._utils.validation import check, check_choice
 
 QUANTITIES = ("joules_per_image", "watts")
 
 
 def ratio(joules: Tensor, amount: Tensor) -> Tensor:
-    """Energy over images or seconds; NaN where there are none."""
+    """Energy per image or second; NaN if there are none."""
     return torch.where(amount > 0, joules / amount, torch.nan)
 
 
 class Energy(Metric):
     """Energy per image or mean power: a sum over a sum, not a mean of rates.
 
-    Ranks work at the same time on devices of their own, so over several processes joules and images add up and the
-    seconds are those of the slowest rank. Processes that share a counter, as processes on one CPU do, must give its
-    joules once and 0 otherwise. Windows should be a second or longer, as counters move every tenth of a second.
+    Ranks work at the same time on devices of their own, so over several processes joules and images are summed, and the
+    seconds are those of the slowest rank. Processes that share a counter, such as processes on one CPU, must report its
+    joules once and 0 otherwise. Windows should be at least a second long, as counters are updated every 0.1 s.
 
     Args:
         quantity: `"joules_per_image"` or `"watts"`.
         **kwargs: See `torchmetrics.Metric`.
 
     Raises:
-        ArgumentError: If `quantity` is neither.
+        ArgumentError: If `quantity` has another value.
 
     Example:
         >>> from lightning_prune.metrics import Energy
@@ -50,8 +50,7 @@ class Energy(Metric):
 
     def __init__(self, quantity: str = "joules_per_image", **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        if quantity not in QUANTITIES:
-            raise ArgumentError(f"`quantity` must be one of {', '.join(QUANTITIES)}, got {quantity!r}.")
+        check_choice("quantity", quantity, QUANTITIES)
         self.quantity = quantity
         self.add_state("joules", default=torch.tensor(0.0), dist_reduce_fx="sum")
         self.add_state("images", default=torch.tensor(0), dist_reduce_fx="sum")
@@ -69,15 +68,14 @@ class Energy(Metric):
             ArgumentError: If one of them is negative.
         """
         for name, number in (("joules", joules), ("images", images), ("seconds", seconds)):
-            if not number >= 0:
-                raise ArgumentError(f"`{name}` must be 0 or more, got {number}.")
+            check(name, number, "a number >= 0", number >= 0)
         self.joules += joules
         self.images += images
         self.seconds += seconds
 
     def compute(self) -> Tensor:
-        """Returns joules per image or watts, a scalar; NaN, with a warning, where nothing was measured."""
+        """Returns joules per image or watts, a scalar; NaN with a warning if nothing was measured."""
         amount = self.seconds if self.quantity == "watts" else self.images
         if not amount > 0:
-            warnings.warn("Energy: nothing was measured, so it is NaN.", stacklevel=2)
+            warnings.warn("Energy is NaN, because nothing was measured.", stacklevel=2)
         return ratio(self.joules, amount)

@@ -13,7 +13,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from lightning_prune._utils.device import synchronize
-from lightning_prune.errors import ArgumentError
+from lightning_prune._utils.validation import check, check_between
 
 
 class Step(NamedTuple):
@@ -29,7 +29,7 @@ class Step(NamedTuple):
 
 
 def drop_warmup(steps: Sequence[Step], warmup: int) -> list[Step]:
-    """Leaves out batches that are not at steady speed.
+    """Leaves out batches that do not run at steady speed.
 
     These are the first batches (allocation, autotuning, compilation) and batches of another size: a short last batch is
     slower per image, and a compiled model recompiles for it.
@@ -57,7 +57,7 @@ class StepTimer:
     """Times each batch twice: its forward pass, and end to end, including loading and transfer.
 
     The end-to-end time begins at the end of the previous batch, so a loader that keeps up adds nothing. For the first
-    batch it begins at `start`, when the batch is loaded already.
+    batch it begins at `start`, after the batch is loaded.
 
     Attributes:
         forward: Forward passes, in order.
@@ -99,7 +99,7 @@ class StepTimer:
 
 
 def slowest_quantile(milliseconds: Tensor, ranks: Tensor, quantile: float) -> Tensor:
-    """The largest over all ranks of the quantile of a rank's batches.
+    """The largest of the quantiles of the ranks' batches.
 
     Args:
         milliseconds: (N,) duration of each batch.
@@ -117,8 +117,8 @@ def slowest_quantile(milliseconds: Tensor, ranks: Tensor, quantile: float) -> Te
 class Latency(Metric):
     """A quantile of the time per batch, in milliseconds.
 
-    Over several processes it is the quantile of the slowest rank, for which the others wait. All batches that are given
-    count; `lightning_prune.metrics.drop_warmup` leaves out warm-up and batches of another size.
+    Over several processes it is the quantile of the slowest rank, for which the others wait. All batches are counted;
+    use `lightning_prune.metrics.drop_warmup` to leave out warm-up and batches of another size.
 
     Args:
         quantile: 0.5 for the median (p50), 0.9 for p90.
@@ -145,8 +145,7 @@ class Latency(Metric):
 
     def __init__(self, quantile: float = 0.5, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        if not 0 <= quantile <= 1:
-            raise ArgumentError(f"`quantile` must be a number from 0 to 1, got {quantile}.")
+        check_between("quantile", quantile, 0, 1)
         self.quantile = quantile
         # Each batch carries its rank, as a gathered list does not say which rank a batch is from.
         self.add_state("milliseconds", default=[], dist_reduce_fx="cat")
@@ -161,8 +160,7 @@ class Latency(Metric):
         Raises:
             ArgumentError: If it is negative.
         """
-        if seconds < 0:
-            raise ArgumentError(f"`seconds` must be 0 or more, got {seconds}.")
+        check("seconds", seconds, "a number >= 0", not seconds < 0)
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         rank = torch.distributed.get_rank() if distributed else 0
         self.milliseconds.append(torch.tensor([1e3 * seconds], device=self.device))
@@ -170,10 +168,10 @@ class Latency(Metric):
         self.ranks.append(torch.tensor([float(rank)], device=self.device))
 
     def compute(self) -> Tensor:
-        """Returns milliseconds per batch, a scalar; NaN, with a warning, where nothing was measured."""
+        """Returns milliseconds per batch, a scalar; NaN with a warning if nothing was measured."""
         # A synchronised state is a tensor, and an empty state a list.
         batches = dim_zero_cat(self.milliseconds) if len(self.milliseconds) else torch.empty(0, device=self.device)
         if not len(batches):
-            warnings.warn("Latency: nothing was measured, so it is NaN.", stacklevel=2)
+            warnings.warn("Latency is NaN, because nothing was measured.", stacklevel=2)
             return torch.tensor(torch.nan, device=self.device)
         return slowest_quantile(batches, dim_zero_cat(self.ranks), self.quantile)

@@ -7,19 +7,19 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_prune.errors import ArgumentError
+from lightning_prune._utils.validation import check
 
 
 def images_per_second(images: Tensor, seconds: Tensor) -> Tensor:
-    """Images over seconds; NaN where no time was measured."""
+    """Images divided by seconds; NaN if no time was measured."""
     return torch.where(seconds > 0, images / seconds, torch.nan)
 
 
 class Throughput(Metric):
     """Images per second: the sum of the images over the sum of the seconds, not a mean of rates.
 
-    Ranks work at the same time, so over several processes the images add up and the seconds are those of the slowest
-    rank. All batches that are given count; `lightning_prune.metrics.drop_warmup` leaves out warm-up and batches of
+    Ranks work at the same time, so over several processes the images are summed, and the seconds are those of the
+    slowest rank. All batches are counted; use `lightning_prune.metrics.drop_warmup` to leave out warm-up and batches of
     another size.
 
     Args:
@@ -56,15 +56,13 @@ class Throughput(Metric):
         Raises:
             ArgumentError: If one of them is negative.
         """
-        if images < 0:
-            raise ArgumentError(f"`images` must be 0 or more, got {images}.")
-        if seconds < 0:
-            raise ArgumentError(f"`seconds` must be 0 or more, got {seconds}.")
+        check("images", images, "a number >= 0", not images < 0)
+        check("seconds", seconds, "a number >= 0", not seconds < 0)
         self.images += images
         self.seconds += seconds
 
     def compute(self) -> Tensor:
-        """Returns images per second, a scalar; NaN, with a warning, where nothing was measured."""
+        """Returns images per second, a scalar; NaN with a warning if nothing was measured."""
         if not self.seconds > 0:
-            warnings.warn("Throughput: nothing was measured, so it is NaN.", stacklevel=2)
+            warnings.warn("Throughput is NaN, because nothing was measured.", stacklevel=2)
         return images_per_second(self.images, self.seconds)

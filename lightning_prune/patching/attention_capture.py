@@ -1,4 +1,4 @@
-"""Capturing what attention computes from, in fused and in unfused attention modules."""
+"""Captures the inputs of attention, in fused and in unfused attention modules."""
 
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -16,11 +16,11 @@ from lightning_prune.reduction.base import AttentionInputs
 
 
 class CaptureRequest(NamedTuple):
-    """What an attention module records while its block runs.
+    """A request to an attention module to record its inputs while its block runs.
 
     Attributes:
-        calls: Where to record.
-        log_sizes: (B, 1, 1, N) to be added to the logits of every key, or None.
+        calls: The list to append the inputs to.
+        log_sizes: (B, 1, 1, N) to add to the logits of each key, or None.
     """
 
     calls: list[AttentionInputs]
@@ -35,7 +35,7 @@ class CaptureSlot:
 
 
 class Capturing:
-    """Captures one block's attention: what `SDPARecorder` does, for modules without a fused call."""
+    """Captures the attention of one block, as `SDPARecorder` does, but for modules without a fused call."""
 
     def __init__(self, capture_slot: CaptureSlot, calls: list[AttentionInputs], log_sizes: Tensor | None) -> None:
         self._slot, self._request = capture_slot, CaptureRequest(calls, log_sizes)
@@ -48,19 +48,19 @@ class Capturing:
 
 
 class CapturedAttention(PatchedModule):
-    """Mixin over the class of an attention module without a fused call: records what it computes from.
+    """Mixin for the class of an attention module without a fused call; records the inputs of its attention.
 
-    A subclass for each kind says how to read query, key and value from what goes into it.
+    A subclass for each kind of attention implements `read`.
     """
 
     _prune_patch: CaptureSlot
 
     def read(self, x: Tensor) -> AttentionInputs:
-        """Query, key and value for the tokens (B, N, C) that go into the attention."""
-        raise TypeError(f"{type(self).__name__} does not say how its attention is read.")
+        """Query, key and value of the tokens (B, N, C) that enter the attention."""
+        raise TypeError(f"{type(self).__name__} must implement `read`.")
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """The module's own computation."""
+        """Runs the module, and records its inputs if requested."""
         request = self._prune_patch.request.get()
         if request is not None:
             request.calls.append(self.read(x))
@@ -69,18 +69,18 @@ class CapturedAttention(PatchedModule):
         return super().forward(x, *args, **kwargs)
 
     def with_key_bias(self, kwargs: dict[str, Any], log_sizes: Tensor) -> dict[str, Any]:
-        """The call with log-sizes added to the logits, where the module has an argument for that."""
-        raise UnsupportedModelError("This attention cannot weigh its keys by their sizes.")
+        """The keyword arguments with log-sizes to add to the logits, if the module has an argument for them."""
+        raise UnsupportedModelError("This attention cannot weight its keys by their sizes.")
 
 
 _NOT_FUSED = (
-    "The block made no call of torch.nn.functional.scaled_dot_product_attention, so its attention cannot be read. "
-    "Blocks with an attention of their own making are not supported."
+    "The block does not call torch.nn.functional.scaled_dot_product_attention, so its attention cannot be read. Blocks "
+    "with their own implementation of attention are not supported."
 )
 
 
 class Bias(NamedTuple):
-    """How the additive mask of attention, made for all tokens, becomes one for those that are left."""
+    """Adapts an additive attention mask for all tokens to the tokens that are left."""
 
     token_state: TokenState
     num_prefix_tokens: int
@@ -93,17 +93,18 @@ class Bias(NamedTuple):
 
 
 class SDPARecorder(TorchFunctionMode):
-    """Watches `scaled_dot_product_attention` while one block runs: records its inputs, may change its additive mask.
+    """Records the inputs of `scaled_dot_product_attention` while one block runs, and may change its additive mask.
 
-    The block runs its own code and its own fused kernel, so its output keeps every bit, and no attention forward of any
-    model family is copied. What is recorded has been through q/k-norm and rotary embedding. Enter it with `with`
-    around one block only: a mode that outlives an exception would go on watching other models.
+    The block runs its own code and its own fused kernel, so its output is bit-identical, and no attention forward of a
+    model family has to be copied. The recorded query and key include q/k-norm and rotary embedding. Use it as a context
+    manager around one block only, so that it is exited after an exception.
 
     Args:
-        calls: Where to record; the caller's own list, because `torch.compile` does not trace a mode's attributes.
-        log_sizes: (B, 1, 1, N), added to the logits of every key (proportional attention of ToMe, arXiv 2210.09461,
-            section 3), or None to leave attention as it is.
-        bias: What to make of a mask, in models that pass a relative-position bias as one; None to leave it as it is.
+        calls: The list to append the inputs to. It belongs to the caller, because `torch.compile` does not trace the
+            attributes of a mode.
+        log_sizes: (B, 1, 1, N) to add to the logits of each key (proportional attention of ToMe, arXiv 2210.09461,
+            section 3), or None for unchanged attention.
+        bias: Adapts the mask in models that pass a relative-position bias as a mask; None for an unchanged mask.
     """
 
     def __init__(self, calls: list[AttentionInputs], log_sizes: Tensor | None = None, bias: Bias | None = None) -> None:
@@ -113,22 +114,22 @@ class SDPARecorder(TorchFunctionMode):
         self.bias = bias
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Passes every call on; looks at attention only."""
+        """Forwards every call; records attention calls."""
         if func is not F.scaled_dot_product_attention:
             return func(*args, **(kwargs or {}))
         return _attend(_as_keywords(args, kwargs), self.calls, self.log_sizes, self.bias)
 
 
 class RecordingMask:
-    """Does what an `SDPARecorder` does as the `attn_mask` of the one fused call that it is handed on to.
+    """Records like an `SDPARecorder`, but is passed to the fused call as its `attn_mask`.
 
-    Under a mode every function call of a block passes through Python, which costs a small block a twentieth of its
-    time. A mask that is no tensor is asked by its one call only. `torch.compile` and `torch.export` do not trace it;
-    there the mode costs nothing.
+    A mode intercepts every function call of a block, which adds 5% to the time of a small block. This object only
+    intercepts the call that it is passed to, by `__torch_function__`. `torch.compile` and `torch.export` cannot trace
+    it, but there the mode adds no time.
 
     Args:
-        calls: Where to record.
-        log_sizes: As of `SDPARecorder`.
+        calls: See `SDPARecorder`.
+        log_sizes: See `SDPARecorder`.
     """
 
     def __init__(self, calls: list[AttentionInputs], log_sizes: Tensor | None) -> None:
@@ -137,21 +138,21 @@ class RecordingMask:
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """The call without this mask, and with the weights of the keys."""
+        """Runs the call without this mask, but with `log_sizes`."""
         call = _as_keywords(args, kwargs)
-        asking = call.pop("attn_mask", None)
-        if func is not F.scaled_dot_product_attention or not isinstance(asking, cls):
+        recorder = call.pop("attn_mask", None)
+        if func is not F.scaled_dot_product_attention or not isinstance(recorder, cls):
             raise UnsupportedModelError(_NOT_FUSED)
-        return _attend(call, asking.calls, asking.log_sizes, None)
+        return _attend(call, recorder.calls, recorder.log_sizes, None)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Unfused attention reads `mask.dtype` first; raise here."""
+        """Raises, because only unfused attention reads `mask.dtype`."""
         raise UnsupportedModelError(_NOT_FUSED)
 
 
 def mask_supported(x: Tensor) -> bool:
-    """Whether a `RecordingMask` works here: nothing is being traced, and no other mode overrides functions."""
+    """Whether a `RecordingMask` can be used: nothing is being traced, and no other mode overrides functions."""
     return not torch.compiler.is_compiling() and not has_torch_function((x,))
 
 
@@ -163,7 +164,7 @@ def _as_keywords(args: Any, kwargs: Any) -> dict[str, Any]:
 def _attend(call: dict[str, Any], calls: list[AttentionInputs], log_sizes: Tensor | None, bias: Bias | None) -> Any:
     query, key, value, mask = call["query"], call["key"], call["value"], call.get("attn_mask")
     if call.get("is_causal"):
-        raise UnsupportedModelError("Token reduction needs bidirectional attention; this block's is causal.")
+        raise UnsupportedModelError("Token reduction needs bidirectional attention, got causal attention.")
     if bias is not None and mask is not None:
         mask = bias.of(mask)
     if log_sizes is not None:
@@ -173,10 +174,10 @@ def _attend(call: dict[str, Any], calls: list[AttentionInputs], log_sizes: Tenso
 
 
 def stack_heads(calls: list[AttentionInputs]) -> AttentionInputs:
-    """What a tap recorded of one block; the heads of several attention calls of the block stand side by side.
+    """Concatenates the recorded attention calls of one block along the heads.
 
     Raises:
-        UnsupportedModelError: If the block made no fused attention call, or calls that do not go together.
+        UnsupportedModelError: If the block made no fused attention call, or calls of different shapes.
     """
     if not calls:
         raise UnsupportedModelError(_NOT_FUSED)
@@ -184,7 +185,7 @@ def stack_heads(calls: list[AttentionInputs]) -> AttentionInputs:
     if len(calls) == 1:
         return first
     if any(_signature(call) != _signature(first) for call in calls):
-        raise UnsupportedModelError("The block makes several attention calls of different form.")
+        raise UnsupportedModelError("The block makes several attention calls of different shapes or scales.")
     query, key, value = (torch.cat(parts, dim=1) for parts in list(zip(*calls, strict=True))[:3])
     masks = [c.mask.expand(*c.query.shape[:2], *c.mask.shape[-2:]) for c in calls if c.mask is not None]
     return AttentionInputs(query, key, value, torch.cat(masks, dim=1) if masks else None, first.scale)

@@ -1,4 +1,4 @@
-"""The two halves of each kind of block: attention with its residual, and MLP with its residual."""
+"""The two parts of each kind of block: attention with its residual, and MLP with its residual."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ from lightning_prune.patching.class_swap import original_class
 
 
 class AttnMlpSplit(NamedTuple):
-    """How to run a block in two parts: `mlp(block, attention(block, x, *args, **kwargs))` is `block(x, ...)`."""
+    """Runs a block in two parts: `mlp(block, attention(block, x, *args, **kwargs))` is `block(x, *args, **kwargs)`."""
 
     attention: Callable[..., Tensor]
     mlp: Callable[[Any, Tensor], Tensor]
@@ -103,7 +103,7 @@ def _tower_mlp(block: Any, x: Tensor) -> Tensor:
 
 
 def _first(result: Any) -> Tensor:
-    """Attention's output: most modules of transformers return it with the weights, or None."""
+    """The output of attention, which most modules of transformers return in a tuple with the weights."""
     attention: Tensor = result[0] if isinstance(result, tuple) else result
     return attention
 
@@ -112,47 +112,47 @@ PRE_NORM = AttnMlpSplit(_pre_norm_attention, _pre_norm_mlp)
 POST_NORM = AttnMlpSplit(_post_norm_attention, _post_norm_mlp)
 PARALLEL = AttnMlpSplit(_parallel_attention, _parallel_mlp)
 GAMMA = AttnMlpSplit(_gamma_attention, _gamma_mlp)  # layer scale as a parameter of the block, or None
-ONE_DROP = AttnMlpSplit(_one_drop_attention, _one_drop_mlp)  # one drop path for both halves
-MULTIHEAD = AttnMlpSplit(_multihead_attention, _multihead_mlp)  # torchvision, over nn.MultiheadAttention
+ONE_DROP = AttnMlpSplit(_one_drop_attention, _one_drop_mlp)  # the same drop path for both parts
+MULTIHEAD = AttnMlpSplit(_multihead_attention, _multihead_mlp)  # torchvision, with nn.MultiheadAttention
 DROPOUT = AttnMlpSplit(_dropout_attention, _dropout_mlp)  # transformers: ViT, DeiT
-OUTPUT = AttnMlpSplit(_output_attention, _output_mlp)  # the same in its first versions 5: `output` adds the residual
+OUTPUT = AttnMlpSplit(_output_attention, _output_mlp)  # the same in early releases of version 5
 LAYER_SCALE = AttnMlpSplit(_layer_scale_attention, _layer_scale_mlp)  # transformers: DINOv2, DINOv3
 TOWER = AttnMlpSplit(_tower_attention, _tower_mlp)  # transformers: CLIP, SigLIP
 
 
 def runs(block: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a block runs the forward of this class: a subclass with one of its own may do more, now or later."""
+    """Whether a block uses the forward of this class. The forward of a subclass may do more."""
     return original_class(block).forward is kind.forward
 
 
 def verify_split(
     block: nn.Module, attn_mlp_split: AttnMlpSplit, tokens: int, channels: int, kwargs: Mapping[str, Any] | None = None
 ) -> bool:
-    """Whether the two halves reproduce the block's own forward to the bit, on random tokens.
+    """Whether the two parts give bit-identical outputs to the block's own forward, on random tokens.
 
-    A second look: recipes are chosen by the code that a block runs, this tells whether its parts are the usual ones.
-    Runs in evaluation mode and without autograd; the training flags are put back and no generator is touched. A block
-    without data of its own to compare (on the meta device, or sharded) is taken at its word.
+    The split is chosen by the forward of the block; this also checks its submodules. It runs in evaluation mode without
+    autograd, restores the training flags, and does not use the global generator. Blocks without local data (on the meta
+    device, or sharded) are not checked.
 
     Args:
         block: The block, unpatched.
-        attn_mlp_split: The recipe to check.
-        tokens: Tokens to try it on.
+        attn_mlp_split: The split to check.
+        tokens: Number of tokens to run it on.
         channels: C.
-        kwargs: What else the block must be given.
+        kwargs: Further arguments of the block.
     """
-    like = next((p for p in block.parameters() if p.is_floating_point()), torch.empty(0))
-    if like.is_meta or type(like) not in (Tensor, nn.Parameter):
+    parameter = next((p for p in block.parameters() if p.is_floating_point()), torch.empty(0))
+    if parameter.is_meta or type(parameter) not in (Tensor, nn.Parameter):
         return True
     noise = torch.randn(1, tokens, channels, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
-    x = noise.to(device=like.device, dtype=like.dtype)
+    x = noise.to(device=parameter.device, dtype=parameter.dtype)
     more = {name: _like(value, x) for name, value in (kwargs or {}).items()}
     with torch.no_grad(), eval_mode(block):
         try:
             expected = block.forward(x, **more)  # without its hooks
             return torch.equal(attn_mlp_split.mlp(block, attn_mlp_split.attention(block, x, **more)), expected)
         except (AttributeError, TypeError):
-            return False  # a block of the same class family, but built of other parts
+            return False  # the block has other submodules
 
 
 def _like(value: Any, x: Tensor) -> Any:
@@ -163,7 +163,7 @@ def _like(value: Any, x: Tensor) -> Any:
 
 @contextmanager
 def eval_mode(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while; every submodule then gets back the training flag that it had."""
+    """Sets evaluation mode; restores the training flag of every submodule on exit."""
     flags = [(m, m.training) for m in module.modules()]
     module.eval()
     try:

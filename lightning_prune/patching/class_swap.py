@@ -9,15 +9,15 @@ from lightning_prune.errors import UnsupportedModelError
 
 
 class PatchedModule(nn.Module):
-    """Base of the mixins that change how a module runs while a patch lasts.
+    """Base of the mixins that change the forward pass of patched modules.
 
-    The module stays the same object with the same parameters, names and hooks; only its class becomes a subclass of
-    its own class with the mixin in front. Unlike forward hooks this survives `copy.deepcopy`, `pickle`,
-    `torch.compile(fullgraph=True)`, also when the model was compiled before, and `torch.export`.
+    A patched module is the same object with the same parameters, names and hooks. Its class is replaced by a subclass
+    of its own class and the mixin. Unlike forward hooks, this works with `copy.deepcopy`, `pickle`,
+    `torch.compile(fullgraph=True)`, even if the model was compiled before, and `torch.export`.
     """
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Copies and pickles by the module's own class and the mixin: the class made of the two has no import path."""
+        """Copies and pickles via the two base classes, because the patched class cannot be imported."""
         reduced: Any = super().__reduce_ex__(protocol)
         return (_rebuild, _parts(type(self)), *reduced[2:])
 
@@ -26,7 +26,7 @@ _classes: dict[tuple[type, type], type[nn.Module]] = {}
 
 
 def patched_class(base: type[nn.Module], mixin: type[PatchedModule]) -> type[nn.Module]:
-    """The class made of `mixin` in front of `base`; one a pair, so that all copies of a model share it."""
+    """The subclass of `mixin` and `base`; one for each pair, so that all copies of a model share it."""
     if (base, mixin) not in _classes:
         attributes = {"__module__": base.__module__, "__doc__": base.__doc__, "_prune_classes": (base, mixin)}
         _classes[base, mixin] = type(f"{mixin.__name__}{base.__name__}", (mixin, base), attributes)
@@ -34,46 +34,47 @@ def patched_class(base: type[nn.Module], mixin: type[PatchedModule]) -> type[nn.
 
 
 def is_patched_module(module: nn.Module) -> bool:
-    """Whether an overlay is on."""
+    """Whether the class of the module is a patched class."""
     return "_prune_classes" in type(module).__dict__
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
-    """The module's class without any overlay."""
+    """The class of the module without a patch."""
     return _parts(type(module))[0] if is_patched_module(module) else type(module)
 
 
 def swap_class(module: nn.Module, mixin: type[PatchedModule], site: Any = None) -> None:
-    """Puts the mixin over the module's class, with what it works on as `_prune_patch`.
+    """Replaces the class of the module by the patched class; `site` becomes its attribute `_prune_patch`.
 
     Raises:
-        UnsupportedModelError: If the module would not run what its class says, and go on unpruned, in silence.
+        UnsupportedModelError: If `forward` is an attribute of the module itself, which overrides that of any class.
     """
     if "forward" in module.__dict__:
         raise UnsupportedModelError(
-            f"The `forward` of {type(module).__name__} was replaced on the module itself (accelerate does so for "
-            f"models spread over devices), where a patch of its class has no effect; undo that first."
+            f"The `forward` of this {type(module).__name__} was replaced on the module itself (as accelerate does for "
+            "models on several devices), so patching its class has no effect. Undo that first."
         )
     module.__dict__["_prune_patch"] = site
     module.__class__ = patched_class(type(module), mixin)
 
 
 def restore_class(module: nn.Module) -> None:
-    """Gives the module its own class back; does nothing where no overlay is on.
+    """Restores the class of the module; does nothing if it is not patched.
 
     Raises:
-        UnsupportedModelError: If something else has since put a class of its own over ours.
+        UnsupportedModelError: If the class or `forward` was replaced again after patching.
     """
     if is_patched_module(module) and "forward" in module.__dict__:
         raise UnsupportedModelError(
-            f"The `forward` of a patched {original_class(module).__name__} was replaced on the module; undo that first."
+            f"The `forward` of a patched {original_class(module).__name__} was replaced after patching; undo it first."
         )
     if is_patched_module(module):
         module.__class__ = original_class(module)
         module.__dict__.pop("_prune_patch", None)
     elif isinstance(module, PatchedModule):
         raise UnsupportedModelError(
-            f"A {type(module).__name__} was put over a patched block (by a parametrization, say); undo that first."
+            f"The class of a patched block was replaced by {type(module).__name__} after patching, for example by a "
+            "parametrization. Undo that first."
         )
 
 
@@ -88,7 +89,7 @@ def _rebuild(base: type[nn.Module], mixin: type[PatchedModule]) -> nn.Module:
 
 
 class RootPatch:
-    """What the guard of a root must know: where its `forward_intermediates` takes the layout of what it returns."""
+    """Data of the guard of a patched root: the position of the argument `output_fmt` of `forward_intermediates`."""
 
     def __init__(self, root: nn.Module) -> None:
         function = getattr(root, "forward_intermediates", None)

@@ -1,4 +1,4 @@
-"""Whether a schedule fits a model and a method, asked before anything is touched."""
+"""Checks that a schedule fits a model and a method, before the model is changed."""
 
 from collections.abc import Mapping
 
@@ -10,65 +10,69 @@ from lightning_prune.schedule import KeepRates, Schedule
 
 
 def check_depth(transformer: VisionTransformer, schedule: Schedule | KeepRates) -> None:
-    """Raises ScheduleError, naming both, if the schedule is for another number of blocks."""
+    """Raises ScheduleError if the schedule has another number of blocks than the model."""
     if schedule.depth != transformer.depth:
-        raise ScheduleError(f"The schedule is for {schedule.depth} blocks; this model has {transformer.depth}.")
+        raise ScheduleError(f"`schedule` must have {transformer.depth} blocks, as the model, got {schedule.depth}.")
 
 
-def check_reduction(transformer: VisionTransformer, reduction: Reduction, at: int | None, reads: bool = True) -> None:
-    """Raises if the reduction cannot work in this transformer, whatever the numbers.
+def check_reduction(
+    transformer: VisionTransformer, reduction: Reduction, block: int | None, reduces: bool = True
+) -> None:
+    """Raises if the reduction cannot be used with this transformer, regardless of the number of tokens.
 
     Args:
         transformer: The transformer.
         reduction: The method.
-        at: The first block that is to reduce; None for the first that can.
-        reads: Whether any block will.
+        block: The first block that reduces; None for the first that can.
+        reduces: Whether any block reduces.
 
     Raises:
         ScheduleError: If that block cannot remove tokens.
-        UnsupportedModelError: If the reduction needs of the model what it cannot do.
+        UnsupportedModelError: If the model does not support the reduction.
         ArgumentError: If the reduction was made for another model.
     """
     kind = type(transformer.root).__name__
-    if at is not None and at < transformer.first_prunable_block:
+    first = transformer.first_prunable_block
+    if block is not None and block < first:
         raise ScheduleError(
-            f"Block {at} of this {kind} cannot remove tokens, only blocks from {transformer.first_prunable_block} on "
-            f"can: {transformer.first_prunable_reason}."
+            f"`schedule` must remove tokens from block {first} on in this {kind}, got block {block}: "
+            f"{transformer.first_prunable_reason}."
         )
     if reduction.proportional_attention and not transformer.adapter.supports_key_bias:
         raise UnsupportedModelError(
-            f"{reduction.name} weighs the attention of later blocks by token sizes, which the attention of this "
-            f"{kind} has no place for; use proportional_attention=False or another method."
+            f"{reduction.name} weights the attention of later blocks by token sizes, which the attention of this "
+            f"{kind} does not support. Use proportional_attention=False or another method."
         )
     if reduction.adaptive and transformer.pools_patches and not reduction.is_lossless:
         raise UnsupportedModelError(
-            f"{reduction.name} pads images that are left with fewer tokens than others of their batch, and this {kind} "
-            "pools over its patch tokens, padding included; it needs a model that reads its CLS token."
+            f"{reduction.name} pads images that have fewer tokens than others in the batch, and this {kind} pools over "
+            "its patch tokens, including padding. Use a model that reads its CLS token."
         )
-    if reads and ("attention" in reduction.reads or reduction.proportional_attention):
-        why = transformer.adapter.attention_unsupported_reason(transformer)
-        if why is not None:
-            raise UnsupportedModelError(why)
-    why = reduction.unsupported_reason(transformer.root) if reads else None
-    if why is not None:
-        raise ArgumentError(why)
+    if reduces and ("attention" in reduction.reads or reduction.proportional_attention):
+        reason = transformer.adapter.attention_unsupported_reason(transformer)
+        if reason is not None:
+            raise UnsupportedModelError(reason)
+    reason = reduction.unsupported_reason(transformer.root) if reduces else None
+    if reason is not None:
+        raise ArgumentError(reason)
 
 
 def check_schedule(
     transformer: VisionTransformer, reduction: Reduction | Mapping[int, Reduction], schedule: Schedule | KeepRates
 ) -> None:
-    """Raises ScheduleError, naming the numbers, if the schedule does not fit the transformer and the reduction.
+    """Raises if the schedule does not fit the transformer and the reduction.
 
-    Where the token count depends on the image size, the counts are checked in forward instead.
+    If the number of tokens depends on the image size, it is checked in the forward pass instead.
 
     Args:
         transformer: The transformer.
-        reduction: The method, or that of each reducing block.
-        schedule: What the blocks remove.
+        reduction: The method, or the method of each reducing block.
+        schedule: The schedule.
 
     Raises:
-        ScheduleError: As said.
-        UnsupportedModelError: If the reduction needs of the model's attention what it cannot do.
+        ScheduleError: If the schedule has another depth or removes too many tokens; names the numbers.
+        UnsupportedModelError: If the model does not support the reduction.
+        ArgumentError: If the reduction was made for another model.
     """
     check_depth(transformer, schedule)
     reducing = schedule.reducing
@@ -80,10 +84,12 @@ def check_schedule(
         _check_mixed(transformer, reductions)
     for block, each in reductions.items():
         if each.site == "input" and block:
-            raise ScheduleError(f"{each.name} removes tokens before block 0; the schedule asks block {block} for some.")
+            raise ScheduleError(
+                f"`schedule` must remove tokens in block 0 only, before which {each.name} acts, got block {block}."
+            )
     if transformer.num_tokens is None:
         return
-    if isinstance(schedule, KeepRates):  # resolved for each size by itself, but those of this size can be said now
+    if isinstance(schedule, KeepRates):
         schedule = schedule.schedule(transformer.num_tokens, transformer.num_prefix_tokens)
     count = transformer.num_tokens
     for index, remove in schedule.reducing.items():
@@ -97,12 +103,12 @@ def _check_mixed(transformer: VisionTransformer, reductions: Mapping[int, Reduct
     for block, reduction in reductions.items():
         if reduction.adaptive:
             raise ArgumentError(
-                f"`method` must hold methods whose token count can be chosen, got {reduction.name} for block {block}."
+                f"`method` must hold methods with a fixed number of tokens, got {reduction.name} for block {block}."
             )
         check_reduction(transformer, reduction, block)
     lossless = {reduction.is_lossless for reduction in reductions.values()}
     if transformer.pools_patches and len(lossless) > 1:
         raise UnsupportedModelError(
-            f"This {type(transformer.root).__name__} pools over its patch tokens, so that methods that merge tokens "
-            "cannot be combined with methods that drop them."
+            f"This {type(transformer.root).__name__} pools over its patch tokens, so methods that merge tokens cannot "
+            "be combined with methods that drop tokens."
         )

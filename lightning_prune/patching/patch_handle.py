@@ -132,7 +132,7 @@ class PatchHandle:
                     f"`schedule` must be left out with {reduction.name}, whose token count depends on the image, got "
                     f"{schedule!r}."
                 )
-            check_reduction(self.transformer, reduction, at=0 if reduction.site == "input" else None)
+            check_reduction(self.transformer, reduction, block=0 if reduction.site == "input" else None)
             return None
         if schedule is None:
             name = "each method" if reduction is None else reduction.name

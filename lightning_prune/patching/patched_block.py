@@ -1,4 +1,4 @@
-"""The patched block: a block that reduces its tokens between attention and MLP."""
+"""The patched block, which removes tokens between its attention and its MLP."""
 
 import warnings
 from collections.abc import Callable
@@ -23,12 +23,12 @@ from lightning_prune.schedule import Rate
 
 
 def warn_elsewhere(made_on: MeasurementSource, x: Tensor) -> None:
-    """Warns if a schedule was made on another device, batch size or token count than those of tokens (B, N, C)."""
+    """Warns if a schedule was made on another device, batch size or token count than that of tokens (B, N, C)."""
     here = {"device": device_name(x.device), "batch_size": x.shape[0], "dense_tokens": x.shape[1]}
     differences = made_on.differences(**here)
     if differences:
         warnings.warn(
-            f"The schedule was made elsewhere: {'; '.join(differences)}. It is used as it is, but its latency was "
+            f"The schedule was made elsewhere: {'; '.join(differences)}. It is used unchanged, but its latency was "
             "measured there.",
             stacklevel=2,
         )
@@ -36,27 +36,26 @@ def warn_elsewhere(made_on: MeasurementSource, x: Tensor) -> None:
 
 @dataclass(eq=False)
 class InputCapture:
-    """Hands the images of the forward pass that is under way to a reduction that reads them."""
+    """Passes the images of the current forward pass to a reduction that reads them."""
 
     pixels: PerThread[Tensor] = field(default_factory=PerThread)
 
     def take(self, tokens: Tensor) -> Tensor:
-        """The images that these tokens (B, N, C) were made of.
+        """The images of these tokens (B, N, C).
 
-        From now on they travel with the tokens, so that no batch outlives its forward pass and the backward after it,
-        in which a checkpointed block asks for them again.
+        From then on they are attached to the tokens, so that they are freed after the forward pass and its backward, in
+        which a checkpointed block needs them again.
 
         Raises:
-            UnsupportedModelError: If they were not seen.
+            UnsupportedModelError: If no images were captured.
         """
         pixels = get_state(tokens)
-        if pixels is None:  # not a block that backward runs again
+        if pixels is None:  # unless backward runs a checkpointed block again
             pixels = self.pixels.get()
             self.pixels.set(None)
         if not isinstance(pixels, Tensor):
             raise UnsupportedModelError(
-                "The images that these tokens were made of were not seen. Run the whole model, and compile it as a "
-                "whole or not at all."
+                "The images of these tokens were not captured. Run the whole model, and compile all of it or none."
             )
         attach_state(tokens, pixels)
         return pixels
@@ -64,7 +63,7 @@ class InputCapture:
 
 @dataclass(eq=False)
 class BlockPatch:
-    """What one patched block does. It keeps nothing of a forward pass: that travels with the tokens."""
+    """Settings of one patched block. State of a forward pass is attached to the tokens and not stored here."""
 
     index: int
     reduction: Reduction
@@ -75,31 +74,30 @@ class BlockPatch:
     attn_mlp_split: AttnMlpSplit | None = None
     has_predecessor: bool = False  # whether a patched block comes before this one
     pixels: InputCapture | None = None
-    tracks_state: bool = False  # whether later blocks must know who is left
-    tracks_positions: bool = True  # and where each of them stood
-    weighs_keys: bool = False  # whether their sizes weigh the attention of later blocks
-    is_adaptive: bool = False  # whether the images decide here how many tokens go
-    traces: bool = False  # whether it must be known which token each of block 0 went into
-    restores: bool = False  # whether each token stands again, after this block, where those it is made of stood
-    fused_settings: list[Setting] = field(default_factory=list)  # what was changed to have fused attention in the block
-    mask_passthrough: Callable[..., Any] | None = (
-        None  # the attention's forward, if an `attn_mask` reaches its fused call
-    )
-    capture_slot: CaptureSlot | None = None  # of attention modules that make no fused call
-    made_on: MeasurementSource | None = None  # where the schedule was made; compared with the first batch
+    tracks_state: bool = False  # whether later blocks need the state of the tokens
+    tracks_positions: bool = True  # whether that state includes positions
+    weighs_keys: bool = False  # whether sizes weight the attention of later blocks
+    is_adaptive: bool = False  # whether the number of removed tokens depends on the image
+    traces: bool = False  # whether the output needs to map the tokens of block 0 to those that are left
+    restores: bool = False  # whether the block's output has all tokens again, each a copy of the one it was merged into
+    fused_settings: list[Setting] = field(default_factory=list)  # settings that were changed to enable fused attention
+    # The forward of the attention module, if it passes an `attn_mask` to its fused call.
+    mask_passthrough: Callable[..., Any] | None = None
+    capture_slot: CaptureSlot | None = None  # of attention modules without a fused call
+    made_on: MeasurementSource | None = None  # what the schedule was made on; compared with the first batch
 
     def removes(self, tokens: int) -> int:
-        """How many tokens go, of `tokens` that enter the block."""
+        """The number of tokens to remove if `tokens` enter the block."""
         if isinstance(self.remove, int):
             return self.remove
         return self.remove.removes(tokens, self.num_prefix_tokens)
 
     def check(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Refuses what a reducing block cannot honour; warns where the schedule was made elsewhere.
+        """Rejects arguments that a reducing block does not support; warns if the schedule was made on something else.
 
         Raises:
-            ArgumentError: If an attention mask for all tokens came.
-            UnsupportedModelError: If attention is to be causal.
+            ArgumentError: If an attention mask for all tokens was passed.
+            UnsupportedModelError: If the attention is causal.
         """
         self.adapter.check_call(args, kwargs)
         if self.made_on is not None and not torch.compiler.is_compiling():
@@ -107,41 +105,43 @@ class BlockPatch:
             warn_elsewhere(made_on, x)
 
     def takes_mask(self, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether a mask can be handed to the block's attention: it runs what is known, and no mask came."""
+        """Whether a mask can be passed to the block's attention: its forward is known, and no other mask was passed."""
         if self.mask_passthrough is None or args or kwargs.get("attn_mask") is not None:
             return False
         return type(block.attn).forward is self.mask_passthrough and "forward" not in block.attn.__dict__
 
     def arriving_state(self, x: Tensor) -> TokenState | None:
-        """State of the tokens that the blocks before this one left; None where all are left, or none is tracked.
+        """State of the tokens from the blocks before this one; None if all tokens are left or no state is tracked.
 
         Raises:
-            UnsupportedModelError: If that cannot be said of the tokens that arrive.
+            UnsupportedModelError: If the state was lost.
         """
         if not (self.has_predecessor and self.tracks_state):
             return None
-        left = get_state(x)
-        if not isinstance(left, CarriedState) or (left.token_state and left.token_state.num_tokens != x.shape[1]):
+        carried = get_state(x)
+        if not isinstance(carried, CarriedState) or (
+            carried.token_state and carried.token_state.num_tokens != x.shape[1]
+        ):
             raise UnsupportedModelError(
-                f"The tokens that enter block {self.index} are not those that left the block before: something between "
-                "them, such as a hook that returns other tokens, lost what belongs to them (where each stood)."
+                f"The tokens that enter block {self.index} must be the output of the previous block, got other tokens. "
+                "A hook that returns new tokens, for example, loses the positions and sizes of the tokens."
             )
-        return left.token_state
+        return carried.token_state
 
 
 class CarriedState(NamedTuple):
-    """What a block that keeps account leaves with its tokens."""
+    """The state that a patched block attaches to its output; None inside if all tokens are left."""
 
     token_state: TokenState | None
 
 
 class PatchedBlock(PatchedModule):
-    """Mixin over a block's class. Its `forward` reduces; everything else is the block's own."""
+    """Mixin for the class of a block. Its `forward` adds the reduction; everything else is inherited."""
 
     _prune_patch: BlockPatch
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The block's own computation with the reduction at its place."""
+        """Runs the block with the reduction between its attention and its MLP."""
         patch = self._prune_patch
         reduction, adapter, prefix = patch.reduction, patch.adapter, patch.num_prefix_tokens
         arrived = patch.arriving_state(x)
@@ -161,7 +161,7 @@ class PatchedBlock(PatchedModule):
         calls: list[AttentionInputs] = []
         tap: AbstractContextManager[Any] = nullcontext()
         if not reads and log_sizes is not None and patch.takes_mask(self, args, kwargs):
-            kwargs, log_sizes = {**kwargs, "attn_mask": log_sizes}, None  # weighed by attention itself: no need to look
+            kwargs, log_sizes = {**kwargs, "attn_mask": log_sizes}, None  # the attention itself adds them to its logits
         elif reads and patch.takes_mask(self, args, kwargs) and mask_supported(x):
             kwargs = {**kwargs, "attn_mask": RecordingMask(calls, log_sizes)}
         elif reads or log_sizes is not None or (arrived is not None and adapter.requires_recorder):
@@ -172,14 +172,14 @@ class PatchedBlock(PatchedModule):
             else:
                 after = attn_mlp_split.attention(self, x, *args, **kwargs)
         if log_sizes is not None and not calls:
-            stack_heads(calls)  # raises: nothing was weighed
+            stack_heads(calls)  # raises, because the sizes were not added to the logits
         if reduces:
-            known = arrived.sizes if arrived is not None else None
+            sizes = arrived.sizes if arrived is not None else None
             attention = stack_heads(calls) if reads else None
-            sequence = TokenSequence(after, prefix, patch.has_class_token, attention, known, x)
+            sequence = TokenSequence(after, prefix, patch.has_class_token, attention, sizes, x)
             after, arrived = _reduce(patch, sequence, remove, arrived)
             del attention, sequence
-            calls.clear()  # query, key and value of all tokens need not outlive the reduction
+            calls.clear()  # frees query, key and value of all tokens
             if attn_mlp_split is not None:
                 after = attn_mlp_split.mlp(self, after)
         if patch.restores and arrived is not None and arrived.sources is not None:
@@ -190,12 +190,12 @@ class PatchedBlock(PatchedModule):
 
 
 class CaptureInput(PatchedModule):
-    """Mixin over the class of the module that receives the images: remembers them for this forward pass."""
+    """Mixin for the class of the module that receives the images; captures them for this forward pass."""
 
     _prune_patch: InputCapture
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """The module's own computation."""
+        """Captures the images and runs the module."""
         self._prune_patch.pixels.set(x)
         return super().forward(x, *args, **kwargs)
 
@@ -209,10 +209,10 @@ def _reduce(
         raise ScheduleError(too_many(patch.index, count, remove, max_removed, patch.reduction.name))
     reduced = patch.reduction.reduce(sequence._replace(trace=True) if patch.traces else sequence, remove)
     if patch.traces and reduced.sources is None:
-        # Positions tell of one fused token at most; where others went cannot be guessed, nor checked without a sync.
+        # Positions only determine the sources if at most one token is fused, which cannot be checked without a sync.
         raise ArgumentError(
-            f"{patch.reduction.name} says that it `merges`, and this model pools over its patch tokens, so it must say "
-            "where each token went: return `ReductionOutput.sources` where `TokenSequence.trace` asks for them."
+            f"`ReductionOutput.sources` must be returned by {patch.reduction.name} if `TokenSequence.trace` is set, "
+            "got None. It is lossless, and this model pools over its patch tokens."
         )
     if not patch.tracks_state:
         return reduced.tokens, None
@@ -220,8 +220,8 @@ def _reduce(
 
 
 def too_many(block: int, tokens: int, remove: int, max_removed: int, method: str) -> str:
-    """The message of a `ScheduleError`, at patch time or, where the token count depends on the image, in forward."""
+    """The message of the `ScheduleError` if a block should remove too many tokens."""
     return (
-        f"Block {block} is asked to remove {remove} tokens, but of the {tokens} that enter it {method} can remove at "
-        f"most {max_removed}."
+        f"`schedule` must remove at most {max_removed} of the {tokens} tokens that enter block {block} with {method}, "
+        f"got {remove}."
     )

@@ -1,31 +1,31 @@
-"""Positional terms for the tokens that are left: rotary embeddings and biases, made for all tokens of block 0."""
+"""Selects positional terms, rotary embeddings and attention biases, for the tokens that are left."""
 
 import torch
 from torch import Tensor
 
 
 def patch_positions(positions: Tensor, num_prefix_tokens: int) -> Tensor:
-    """Places of the patch tokens among the patch tokens.
+    """Converts positions among all tokens to positions among the patch tokens.
 
     Args:
-        positions: (B, K) places in block 0, the P prefix tokens first; -1 for a token made of several.
+        positions: (B, K) positions in block 0, the P prefix tokens first; -1 for fused tokens.
         num_prefix_tokens: P.
 
     Returns:
-        (B, K - P), -1 staying -1.
+        (B, K - P) positions of the patch tokens; -1 for fused tokens.
     """
     patches = positions[:, num_prefix_tokens:]
     return torch.where(patches < 0, -1, patches - num_prefix_tokens)
 
 
 def take_rotation(table: Tensor, index: Tensor, neutral: Tensor) -> Tensor:
-    """The rows of a rotary embedding that belong to the tokens that are left.
+    """The rows of a rotary embedding for the tokens that are left.
 
-    A token made of several has no place of its own: it gets `neutral`, which does not rotate.
+    A fused token has no position: it gets `neutral`, which does not rotate.
 
     Args:
         table: (N, D); or (H, N, D), different for each head; or (B, 1 or H, N, D), different for each image.
-        index: (B, K) places among the N, -1 for a token made of several.
+        index: (B, K) positions among the N; -1 for fused tokens.
         neutral: (D,).
 
     Returns:
@@ -43,14 +43,14 @@ def take_rotation(table: Tensor, index: Tensor, neutral: Tensor) -> Tensor:
 
 
 def take_bias(bias: Tensor, positions: Tensor, num_prefix_tokens: int) -> Tensor:
-    """The rows and columns of an attention bias that belong to the tokens that are left.
+    """The rows and columns of an attention bias for the tokens that are left.
 
-    A token made of several has no place of its own: it gets the mean over all patch tokens, the bias that a token of
-    unknown place can expect. Zero would not be neutral, because learned biases have no zero mean.
+    A fused token has no position: it gets the mean over all patch tokens, the expected bias for an unknown position.
+    Zero would not be neutral, because the mean of learned biases is not zero.
 
     Args:
         bias: (1 or B, H, N, N) or (H, N, N), added to the attention logits.
-        positions: (B, K) places among the N, the P prefix tokens first; -1 for a token made of several.
+        positions: (B, K) positions among the N, the P prefix tokens first; -1 for fused tokens.
         num_prefix_tokens: P.
 
     Returns:

@@ -1,4 +1,4 @@
-"""From the forms in which users give a schedule to the schedule of one model."""
+"""Converts the forms in which users can give a schedule to the schedule of a model."""
 
 from torch import Tensor
 
@@ -9,12 +9,12 @@ from lightning_prune.schedule import KeepRates, MethodSpec, Schedule, ScheduleLi
 
 
 def resolve_block(block: int | float, depth: int, first: int = 0) -> int:
-    """The index of a block given as an index or as a fraction of the depth: 0.25 of 12 is block 3.
+    """The index of a block that is given as an index or as a fraction of the depth: 0.25 of 12 is block 3.
 
     Args:
         block: Index or fraction.
         depth: Number of blocks.
-        first: The first block that can reduce; a fraction that falls before it means this one.
+        first: The first block that can reduce, and the smallest result for a fraction.
 
     Raises:
         ArgumentError: If it is neither an index from 0 to depth - 1 nor a fraction in [0, 1).
@@ -27,23 +27,23 @@ def resolve_block(block: int | float, depth: int, first: int = 0) -> int:
 
 
 def is_multi_block(reduction: Reduction) -> bool:
-    """Whether a method is used in many blocks, as ToMe is, and not in one as POMT is."""
+    """Whether a method is used in many blocks, such as ToMe, and not in one, such as POMT."""
     return reduction.site == "block" and reduction.multi_block
 
 
 def reducing_block(reduction: Reduction, block: int | float, transformer: VisionTransformer) -> int:
-    """The block that `Reduction.spread` starts from.
+    """The `block` argument of `Reduction.allocate`.
 
-    It is 0 for methods that act before block 0. For methods that reduce in many blocks it is the first that may: an
-    index is taken as it is, and a fraction, which says where to reduce once, means the first block that can.
+    It is 0 for methods that act before block 0. For methods that reduce in many blocks an index is the first of them,
+    and a fraction selects the first block that can reduce.
 
     Args:
         reduction: The method.
-        block: Index or fraction of the depth, as users give it.
+        block: Index or fraction of the depth, as given by users.
         transformer: The Vision Transformer.
 
     Raises:
-        ArgumentError: As `resolve_block`.
+        ArgumentError: See `resolve_block`.
     """
     index = resolve_block(block, transformer.depth, transformer.first_prunable_block)
     if reduction.site == "input":
@@ -54,18 +54,18 @@ def reducing_block(reduction: Reduction, block: int | float, transformer: Vision
 def allocate_schedule(
     reduction: Reduction, remove: int, tokens: int, num_prefix_tokens: int, depth: int, block: int
 ) -> Schedule:
-    """The schedule that removes `remove` tokens in all, in the method's usual form.
+    """The schedule that removes `remove` tokens in total, distributed as the method is usually used.
 
     Args:
         reduction: The method.
-        remove: Tokens removed in all; 0 gives a schedule that removes nothing.
+        remove: Total number of tokens to remove; 0 gives a schedule that removes nothing.
         tokens: N, prefix tokens included.
         num_prefix_tokens: P.
         depth: Number of blocks.
-        block: What `reducing_block` returns.
+        block: As returned by `reducing_block`.
 
     Raises:
-        ArgumentError: If the method allocates another number, or not to all blocks; or if it has no schedules.
+        ArgumentError: If the method has no schedules, or its `allocate` returns another depth or total.
 
     Example:
         >>> from lightning_prune.patching import allocate_schedule
@@ -85,11 +85,11 @@ def allocate_schedule(
 
 
 def refuse_adaptive(reduction: Reduction) -> None:
-    """Raises ArgumentError for methods whose token count depends on the image: they have no schedules."""
+    """Raises ArgumentError for methods whose number of tokens depends on the image, as they have no schedules."""
     if reduction.adaptive:
         raise ArgumentError(
-            f"`method` must be one whose token count can be chosen, got {reduction.name}, with which it depends on the "
-            "image. Patch the model with it as it is, and time it by compare_latency."
+            f"`method` must be one with a fixed number of tokens, got {reduction.name}, whose number depends on the "
+            "image. Patch the model with it directly, and time it with compare_latency."
         )
 
 
@@ -103,16 +103,16 @@ def resolve_schedule(
     """The schedule of a model and a method, from any of the forms in which it can be given.
 
     Args:
-        value: See `lightning_prune.schedule.read_schedule`. A number is brought into the method's usual form: at
-            `block`, before block 0, or allocated to many blocks as ToMe does.
+        value: See `lightning_prune.schedule.read_schedule`. A number is converted as the method is usually used: the
+            tokens are removed at `block`, before block 0, or distributed over many blocks as in ToMe.
         transformer: The Vision Transformer.
         reduction: The method.
         block: The reducing block of methods that reduce once, an index or a fraction of the depth.
-        example_inputs: (B, channels, height, width) images to count the tokens of. Needed for a number only, if the
-            token count depends on the image size and the method reduces in many blocks.
+        example_inputs: (B, channels, height, width) images whose tokens are counted. Only needed if `value` is a
+            number, the token count depends on the image size, and the method reduces in many blocks.
 
     Returns:
-        The schedule, which says its method.
+        The schedule, which names its method.
 
     Raises:
         ArgumentError: If `value` has none of the forms, or names another method than `reduction`.
@@ -142,7 +142,7 @@ def check_named_method(schedule: Schedule | KeepRates, reduction: Reduction) -> 
     if isinstance(schedule.method, tuple):
         named = ", ".join(sorted({str(spec) for spec in schedule.methods.values()}))
         raise ArgumentError(
-            f"`method` must be left out with a schedule of several methods ({named}), got {spec_of(reduction)}."
+            f"`method` must be left out if the schedule has several methods ({named}), got {spec_of(reduction)}."
         )
     if schedule.method is None or schedule.method == spec_of(reduction):
         return
@@ -170,33 +170,32 @@ def _usual_form(
     if n is None:
         if example_inputs is None:
             raise ScheduleError(
-                f"`schedule` must be a Schedule or KeepRates, got {amount}: the token count of this model depends on "
-                f"the image size, so that {reduction.name} cannot allocate a number of tokens to its blocks."
+                f"`schedule` must be a Schedule or KeepRates with {reduction.name}, because the token count of this "
+                f"model depends on the image size, got {amount}."
             )
         n = transformer.count_tokens(example_inputs)
     share = KeepRates.single(depth, index, amount).schedule(n, prefix).total_removed if amount < 1 and amount else None
     remove = int(amount) if share is None else share
-    most = reduction.max_total_removed(n, prefix, depth, index)
-    if remove > most:
+    largest = reduction.max_total_removed(n, prefix, depth, index)
+    if remove > largest:
         raise ScheduleError(
-            f"{reduction.name} is asked to remove {remove} tokens in all, but of the {n} that enter it can remove at "
-            f"most {most}."
+            f"`schedule` must remove at most {largest} of the {n} tokens with {reduction.name}, got {remove}."
         )
     counts = allocate_schedule(reduction, remove, n, prefix, depth, index)
     return counts if share is None else KeepRates.of(counts, n, prefix)
 
 
 def reductions_of(schedule: Schedule | KeepRates) -> Reduction | dict[int, Reduction]:
-    """The method that a schedule names: one reduction, or one for each reducing block where they differ.
+    """The method of a schedule: one reduction, or one for each reducing block if they differ.
 
     Raises:
-        ArgumentError: If the schedule names none, or one that does not exist.
+        ArgumentError: If the schedule names no method, or one that does not exist.
     """
     if isinstance(schedule.method, MethodSpec):
         return resolve(schedule.method)
     if schedule.method is None:
         raise ArgumentError(
-            f"`method` must be given with a schedule that does not name one, got {schedule!r}; for example "
+            f"`method` must be given, because the schedule names none, got {schedule!r}. For example: "
             'lp.patch(model, "tome", schedule).'
         )
     return {block: resolve(spec) for block, spec in schedule.methods.items()}

@@ -46,7 +46,7 @@ def trace_tokens(
     Args:
         model: Any module that contains one Vision Transformer. It is restored afterwards; an existing patch is removed.
         images: (B, channels, height, width) on the model's device.
-        method: See `lightning_prune.patch`; left out where the schedule names its method, or one for each block.
+        method: See `lightning_prune.patch`; left out if the schedule names its method, or one for each block.
         schedule: See `lightning_prune.patch`.
         module_path: Dotted path of the transformer in `model`, if there are several.
 

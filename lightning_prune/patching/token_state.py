@@ -13,10 +13,10 @@ T = TypeVar("T")
 
 
 class PerThread(Generic[T]):
-    """A value that each thread sets and gets for itself; None where it has set none. Left out of copies and pickles.
+    """A value for each thread, None if it was not set. It is not copied or pickled.
 
-    `threading.local` would do, but `torch.compile` does not trace it. A compiled graph needs no
-    distinction of threads: it reads what it has set.
+    `torch.compile` cannot trace `threading.local`. In a compiled graph all threads share one value, because the graph
+    only reads what it has set itself.
     """
 
     def __init__(self) -> None:
@@ -27,7 +27,7 @@ class PerThread(Generic[T]):
         return self._values.get(_thread())
 
     def set(self, value: T | None) -> None:
-        """Sets this thread's value; None forgets it, so that threads that have ended leave nothing behind."""
+        """Sets this thread's value. None deletes it, so that nothing is kept for threads that have ended."""
         if value is None:
             self._values.pop(_thread(), None)
         else:
@@ -41,33 +41,33 @@ def _thread() -> int:
     return 0 if torch.compiler.is_compiling() else threading.get_ident()
 
 
-_NAME = "_lightning_prune_left"
+_NAME = "_lightning_prune_state"
 
 
-def attach_state(tokens: Tensor, left: Any) -> None:
-    """Ties `left` to the tokens (B, N, C) that leave a block.
+def attach_state(tokens: Tensor, state: Any) -> None:
+    """Attaches `state` to the tokens (B, N, C) that leave a block.
 
-    To the tensor, which `torch.compile` traces, also where each block is compiled by itself; and to its storage, which
-    is what reentrant checkpointing keeps: it runs a block again on a detached tensor.
+    It is attached to the tensor, which `torch.compile` traces even if each block is compiled separately, and to the
+    storage of the tensor, because reentrant checkpointing runs a block again on a detached tensor with that storage.
     """
-    setattr(tokens, _NAME, left)
+    setattr(tokens, _NAME, state)
     storage = _storage(tokens)
     if storage is not None:
-        setattr(storage, _NAME, left)
+        setattr(storage, _NAME, state)
 
 
 def get_state(tokens: Tensor) -> Any:
-    """What was left with the tokens that enter a block; None if nothing was."""
-    left = getattr(tokens, _NAME, None)
-    if left is None:
-        left = getattr(_storage(tokens), _NAME, None)
-    return left
+    """The state attached to the tokens that enter a block; None if there is none."""
+    state = getattr(tokens, _NAME, None)
+    if state is None:
+        state = getattr(_storage(tokens), _NAME, None)
+    return state
 
 
 def _storage(tensor: Tensor) -> Any:
-    """None while compiling, which traces no storages, and for tensors without one, as those of `torch.func` are.
+    """The storage of a tensor; None during compilation, and for tensors without one, such as those of `torch.func`.
 
-    Nothing is hidden by that: the tensor itself carries the same, and a block that finds neither raises.
+    The tensor itself has the same state, and a block that finds none raises an error.
     """
     if torch.compiler.is_compiling():
         return None
@@ -78,18 +78,18 @@ def _storage(tensor: Tensor) -> Any:
 
 
 class TokenState(NamedTuple):
-    """The tokens that are left, seen from block 0.
+    """State of the tokens that are left, relative to the tokens of block 0.
 
-    What no block can ask for is not kept: at batch 1 the few operations that it takes are felt.
+    Only what later blocks use is computed, because at batch size 1 even a few operations take noticeable time.
 
     Attributes:
-        num_tokens: K, how many are left.
-        adapted: What was gathered for these tokens before, with what it was gathered from.
-        original_positions: (B, K) index of each token in block 0, -1 for a fused token; None where blocks receive no
+        num_tokens: K, the number of tokens.
+        adapted: Pairs of a position input and its selection for these tokens.
+        original_positions: (B, K) index of each token in block 0, -1 for fused tokens; None if blocks receive no
             position inputs (`VisionTransformer.has_position_inputs`).
-        sizes: (B, K) patches that each stands for, where the method keeps account of it.
-        log_sizes: (B, 1, 1, K) their logarithms, where they weigh the attention of later blocks: added to its logits.
-        sources: (B, N) which of the K each token of block 0 went into, where the model's pooling must know.
+        sizes: (B, K) number of patches in each token, if the method tracks sizes.
+        log_sizes: (B, 1, 1, K) their logarithms, if they are added to the attention logits of later blocks.
+        sources: (B, N) index of the token that each token of block 0 became part of, if the model pools over patches.
     """
 
     num_tokens: int
@@ -106,12 +106,12 @@ class TokenState(NamedTuple):
         return self.original_positions
 
     def adapt_once(self, source: Tensor, gather: Callable[[Tensor], Tensor]) -> Tensor:
-        """`gather(source)`, once for all blocks that receive the same tensor: most models share one among them."""
+        """`gather(source)`, computed once for all blocks that receive the same tensor, as in most models."""
         for known, gathered in self.adapted:
             if known is source:
                 return gathered
         gathered = gather(source)
-        del self.adapted[:-1]  # sines and cosines may come as two; a bias of each block's own is not asked for again
+        del self.adapted[:-1]  # keeps two, for sines and cosines; a bias of a single block is not needed again
         self.adapted.append((source, gathered))
         return gathered
 
@@ -119,13 +119,13 @@ class TokenState(NamedTuple):
 def next_token_state(
     arrived: TokenState | None, reduced: ReductionOutput, positions_needed: bool, weighs_keys: bool
 ) -> TokenState:
-    """Who is left once a reduction has worked on those that `arrived`.
+    """The state of the tokens after a reduction.
 
     Args:
-        arrived: Who was left before; None for all tokens of block 0.
-        reduced: What the reduction made of them.
+        arrived: The state before it; None for all tokens of block 0.
+        reduced: The output of the reduction.
         positions_needed: Whether later blocks receive position inputs.
-        weighs_keys: Whether their sizes weigh the attention of later blocks.
+        weighs_keys: Whether sizes weight the attention of later blocks.
     """
     positions, sources, sizes = reduced.positions, reduced.sources, reduced.sizes
     if arrived is not None:

@@ -49,7 +49,7 @@ def usable_methods(
             raise ArgumentError(f"`methods` must differ from one another, got {reduction!r} twice.")
         own = (0,) if reduction.site == "input" else allowed
         try:
-            check_reduction(transformer, reduction, at=None if reduction.site == "input" else own[0])
+            check_reduction(transformer, reduction, block=None if reduction.site == "input" else own[0])
             found[reduction] = own
         except UnsupportedModelError as error:
             reasons.append(f"{reduction.name}: {error}")

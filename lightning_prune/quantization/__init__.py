@@ -1,4 +1,4 @@
-"""8-bit weights and activations, to be compared with pruning and combined with it."""
+"""8-bit weights and activations, for comparison and combination with pruning."""
 
 from lightning_prune.quantization.availability import unsupported_reason
 from lightning_prune.quantization.backend import allow_checkpoints, int8_backend

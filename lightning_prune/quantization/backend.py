@@ -1,7 +1,7 @@
-"""Chooses the kernels that compute in 8 bits: torch's own on CPUs, torchao's elsewhere.
+"""Selects the int8 kernels: torch's own on CPUs, torchao's elsewhere.
 
-The files with the kernels are imported when int8 is asked for and not before: importing them registers a custom
-operator and a tensor class with torch, and torchao takes long to import and writes many messages.
+The files with the kernels are only imported when int8 is used, because importing them registers a custom operator and a
+tensor class with torch, and torchao takes long to import and logs many messages.
 """
 
 import logging
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lightning_prune.errors import ArgumentError
 
-# Messages of torchao 0.18 during its import, by logger. None concerns int8 matrix products, which are torch's.
+# Messages of torchao 0.18 during its import, by logger. None is relevant to int8 matrix products, which are torch's.
 _KNOWN = {
     "torch.utils._pytree": "register_constant() on Enum subclasses is deprecated",
     "torchao": "Skipping import of cpp extensions",
@@ -26,28 +26,28 @@ _KNOWN = {
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Drops the known, irrelevant messages of torchao's import."""
+    """Suppresses the known, irrelevant messages of torchao's import."""
 
-    def is_news(record: logging.LogRecord) -> bool:
+    def is_unknown(record: logging.LogRecord) -> bool:
         return _KNOWN[record.name] not in record.getMessage()
 
     for name in _KNOWN:
-        logging.getLogger(name).addFilter(is_news)
+        logging.getLogger(name).addFilter(is_unknown)
     try:
         yield
     finally:
         for name in _KNOWN:
-            logging.getLogger(name).removeFilter(is_news)
+            logging.getLogger(name).removeFilter(is_unknown)
 
 
 def int8_backend(device: torch.device | str) -> str:
-    """The library whose kernels compute in 8 bits on a device.
+    """The library that provides the int8 kernels for a device.
 
     Args:
         device: Where the model runs.
 
     Returns:
-        `oneDNN` (part of torch) on a CPU where torch has it, else `torchao`, installed or not.
+        `oneDNN` (part of torch) on a CPU if this build of torch has it, else `torchao`, whether installed or not.
 
     Example:
         >>> from lightning_prune.quantization import int8_backend
@@ -58,10 +58,10 @@ def int8_backend(device: torch.device | str) -> str:
 
 
 def quantizer(device: torch.device) -> Callable[[Tensor], nn.Parameter]:
-    """The function that quantizes a weight for a device; imports torchao where it is needed.
+    """The function that quantizes a weight for a device. Imports torchao if it is needed.
 
     Raises:
-        ArgumentError: If torchao is needed but not installed or not usable; names the extra.
+        ArgumentError: If torchao is needed but cannot be imported; names the extra.
     """
     limit = _limit(device)
     if limit is not None:
@@ -71,8 +71,8 @@ def quantizer(device: torch.device) -> Callable[[Tensor], nn.Parameter]:
             module = _load("int8_tensor")
     except ImportError as error:
         missing = isinstance(error, ModuleNotFoundError) and error.name == "torchao"
-        why = "torchao is not installed" if missing else f"torchao cannot be used ({error})"
-        raise ArgumentError(f"int8: {why}; pip install 'lightning-prune[int8]'") from error
+        reason = "torchao is not installed" if missing else f"torchao cannot be used ({error})"
+        raise ArgumentError(f"int8: {reason}; pip install 'lightning-prune[int8]'") from error
     quantize: Callable[[Tensor], nn.Parameter] = module.quantize
     return quantize
 
@@ -87,9 +87,9 @@ def _load(name: str) -> Any:
 
 
 def allow_checkpoints() -> None:
-    """Lets `torch.load(..., weights_only=True)` read weights that `Int8Weights` made on a CPU.
+    """Allows `torch.load(..., weights_only=True)` to read weights that `Int8Weights` quantized on a CPU.
 
-    In a process that has used `Int8Weights` on a CPU this is so already.
+    This is not needed in a process that has used `Int8Weights` on a CPU.
 
     Example:
         >>> import io

@@ -1,4 +1,4 @@
-"""A weight in 8 bits for the CPU, in the place of a float one: a tensor that only knows how to be a linear layer."""
+"""An int8 weight for the CPU: a tensor subclass that can only be used in linear layers."""
 
 from typing import Any
 
@@ -9,30 +9,30 @@ from torch import Tensor, nn
 from lightning_prune.errors import UnsupportedModelError
 from lightning_prune.quantization.onednn import int8_linear, quantize_rows
 
-_Tensor: Any = Tensor  # whose annotations are narrower than what torch asks of a subclass
+_Tensor: Any = Tensor  # its annotations are narrower than torch's protocol for subclasses
 _aten = torch.ops.aten
 _SAME = (_aten.detach.default, _aten.alias.default)
 
 
 class CPUInt8Weight(_Tensor):
-    """An int8 weight that looks like the float one: its shape, dtype and device; `F.linear` with it is `int8_linear`.
+    """An int8 weight with the shape, dtype and device of the float weight; `F.linear` with it calls `int8_linear`.
 
-    It can be moved, cast, copied and pickled. Any other use of it is a TypeError of torch's: nothing computes in float
-    unnoticed.
+    It can be moved, cast, copied and pickled. Any other use raises a TypeError in torch, so nothing is computed in
+    float by accident.
 
     Args:
         ints: (out, in) int8.
         scales: (out,) float32.
-        dtype: Of the weight that this stands for.
+        dtype: Dtype of the float weight.
     """
 
     ints: Tensor
     scales: Tensor
 
     def __new__(cls, ints: Tensor, scales: Tensor, dtype: torch.dtype) -> Any:
-        """Makes the wrapper; the numbers are its attributes."""
-        made = Tensor._make_wrapper_subclass(cls, ints.shape, dtype=dtype, device=ints.device)
-        return made
+        """Creates the wrapper; the data are in its attributes."""
+        weight = Tensor._make_wrapper_subclass(cls, ints.shape, dtype=dtype, device=ints.device)
+        return weight
 
     def __init__(self, ints: Tensor, scales: Tensor, dtype: torch.dtype) -> None:
         self.ints, self.scales = ints, scales
@@ -41,28 +41,28 @@ class CPUInt8Weight(_Tensor):
         return f"{type(self).__name__}(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
 
     def __tensor_flatten__(self) -> tuple[list[str], torch.dtype]:
-        """What a tracer sees: the tensors by name, and the rest."""
+        """Names of the inner tensors and the dtype, for tracing."""
         return ["ints", "scales"], self.dtype
 
     @classmethod
     def __tensor_unflatten__(cls: Any, tensors: dict[str, Tensor], dtype: torch.dtype, size: Any, stride: Any) -> Any:
-        """The weight of what `__tensor_flatten__` gave."""
+        """The inverse of `__tensor_flatten__`."""
         return cls(tensors["ints"], tensors["scales"], dtype)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Is a linear layer, however its arguments are given: BEiT and EVA in timm name them."""
+        """Handles `F.linear`, also with keyword arguments, as in timm's BEiT and EVA."""
         if func is F.linear:
             return _linear(*args, **(kwargs or {}))
-        with torch._C.DisableTorchFunctionSubclass():  # unlike torch's own, what is inside is not wrapped again
+        with torch._C.DisableTorchFunctionSubclass():  # unlike in torch's default, results are not wrapped
             return func(*args, **(kwargs or {}))
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Is detached, copied, moved and cast; the numbers stay int8."""
+        """Handles detaching, copying, moving and casting; the data stay int8."""
         if func in _SAME:
             weight = args[0]
-            return cls(weight.ints, weight.scales, weight.dtype)  # the same tensors, so what is packed of them stays
+            return cls(weight.ints, weight.scales, weight.dtype)  # the same tensors, so that their packed form is found
         if func is _aten.clone.default:
             return cls(args[0].ints.clone(), args[0].scales.clone(), args[0].dtype)
         if func is _aten._to_copy.default:
@@ -78,10 +78,10 @@ torch.serialization.add_safe_globals([CPUInt8Weight])
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not isinstance(weight, CPUInt8Weight):
-        raise UnsupportedModelError("int8: F.linear got a weight in 8 bits as its input or bias.")
+        raise UnsupportedModelError("int8: F.linear got an int8 weight as its input or bias.")
     if weight.device.type != "cpu":
         raise UnsupportedModelError(
-            f"int8: weights made for the CPU are on {weight.device} now; take them off and put them on again."
+            f"int8: weights quantized for the CPU are on {weight.device}; remove and apply them again."
         )
     return int8_linear(input, weight.ints, weight.scales, bias)
 
@@ -91,11 +91,11 @@ def quantize(weight: Tensor, limit: int) -> nn.Parameter:
 
     Args:
         weight: (out, in) on the CPU, in float32, bfloat16 or float16.
-        limit: The largest magnitude in 8 bits that the CPU can multiply; see `weight_limit`.
+        limit: The largest magnitude of an int8 weight; see `weight_limit`.
 
     Returns:
         A parameter that is a `CPUInt8Weight` of the same shape and dtype, without gradient.
     """
-    # Validation runs in inference mode; what is made there could not be used in a graph with gradients later.
+    # Validation runs in inference mode, and inference tensors cannot be used in a graph with gradients later.
     with torch.inference_mode(False), torch.no_grad():
         return nn.Parameter(CPUInt8Weight(*quantize_rows(weight, limit), weight.dtype), requires_grad=False)

@@ -1,4 +1,4 @@
-"""The quantized weight where torchao computes. The one file that imports that extra: import it through `backend`."""
+"""The int8 weight for torchao. Only this file imports torchao; it must be imported via `backend`."""
 
 from typing import Any
 
@@ -12,15 +12,15 @@ from torchao.utils import should_reduce_range
 
 
 class Int8Weight(Int8Tensor):
-    """torchao's int8 weight, also where a model calls `F.linear` with keywords.
+    """Torchao's int8 weight, with support for keyword arguments of `F.linear`.
 
-    torchao takes the arguments of `linear` by position only, but attention that adds a bias of its own (BEiT and EVA in
-    timm) names them: `F.linear(x, weight=..., bias=...)`.
+    torchao only accepts positional arguments of `linear`, but timm's BEiT and EVA, which have a separate bias, call
+    `F.linear(x, weight=..., bias=...)`.
     """
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Puts the arguments of `linear` in their places; everything else is torchao's."""
+        """Converts keyword arguments of `linear` to positional ones; everything else is left to torchao."""
         if func is F.linear and kwargs:
             args, kwargs = _in_order(*args, **kwargs), {}
         return super().__torch_function__(func, types, args, kwargs or {})
@@ -28,7 +28,7 @@ class Int8Weight(Int8Tensor):
 
 @Int8Weight.implements(torch.ops.aten._to_copy.default)
 def _cast(func: Any, types: Any, args: Any, kwargs: Any) -> Any:
-    """Remembers the dtype of a model that is cast, which torchao's own forgets; the numbers are int8 all along."""
+    """Keeps the dtype of a model that is cast, which torchao's own function loses; the data stay int8."""
     weight = args[0]
     to = weight._get_to_kwargs(*args[1:], **kwargs)
     names = (*weight.tensor_data_names, *weight.optional_tensor_data_names)
@@ -48,9 +48,9 @@ def quantize(weight: Tensor) -> nn.Parameter:
     """Quantizes a weight as torchao's `Int8DynamicActivationInt8WeightConfig` does.
 
     Symmetric, one scale for each output channel; activations are quantized in each forward pass, one scale for each
-    token, so that an image never depends on its batch-mates. That config would also change inductor's settings for the
-    whole process, and so how the float model beside it compiles; here they are left alone. On CPUs without VNNI half of
-    the range is used, for their 16-bit sums would saturate (torchao's advice).
+    token, so that an image does not depend on the others in its batch. Unlike that config, this function does not
+    change inductor's settings for the whole process, which would affect how the float model is compiled. On CPUs
+    without VNNI half of the range is used, because their 16-bit sums would saturate (as torchao recommends).
 
     Args:
         weight: (out, in) in float32, bfloat16 or float16.
@@ -60,7 +60,7 @@ def quantize(weight: Tensor) -> nn.Parameter:
     """
     narrow = should_reduce_range(weight.device)
     activations = QuantizeTensorToInt8Kwargs(granularity=PerRow(), reduce_range=narrow)
-    # Validation runs in inference mode; what is made there could not be used in a graph with gradients later.
+    # Validation runs in inference mode, and inference tensors cannot be used in a graph with gradients later.
     with torch.inference_mode(False), torch.no_grad():
         quantized = Int8Weight.from_hp(
             weight.detach(), granularity=PerRow(), act_quant_kwargs=activations, reduce_range=narrow

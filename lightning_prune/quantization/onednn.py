@@ -1,4 +1,4 @@
-"""The int8 matrix product that torch itself has on CPUs (oneDNN), fast without VNNI too, and a linear layer of it."""
+"""torch's int8 matrix product on CPUs (oneDNN), which is fast even without VNNI, and a linear layer with it."""
 
 from functools import cache
 from typing import Any
@@ -9,21 +9,20 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 _ZERO = 128  # activations are unsigned in the kernel: zero is in the middle
 _LIMIT = 127  # the largest magnitude of an activation in 8 bits
-_LEAST = 1e-30  # of a token's largest magnitude; a token of zeros has no scale of its own
+_LEAST = 1e-30  # lower limit for the largest magnitude of a token or row, which may be all zeros
 
-# What oneDNN makes of weights is opaque: it can be neither copied, pickled nor traced. So it lives beside the weights
-# that it is made of, and as long as they do.
+# Packed weights of oneDNN are opaque: they cannot be copied, pickled or traced. They are kept as long as the weights.
 _packed: Any = WeakTensorKeyDictionary()
 
 
 @cache
 def weight_limit() -> int | None:
-    """The largest magnitude that weights may have here, found by a trial on numbers where sums would saturate.
+    """The largest magnitude of int8 weights on this CPU, found by a trial with large sums.
 
-    Without VNNI a CPU adds two products of 8 bits in 16; that holds 2 · 255 · 64, but not 2 · 255 · 128.
+    Without VNNI a CPU adds two 8-bit products in 16 bits, which can hold 2 · 255 · 64 but not 2 · 255 · 128.
 
     Returns:
-        127, or 63 where more is computed wrongly; None where torch has no such kernel.
+        127, or 63 if larger weights give wrong results; None if torch has no such kernel.
 
     Example:
         >>> from lightning_prune.quantization.onednn import weight_limit
@@ -38,7 +37,7 @@ def weight_limit() -> int | None:
             ints = torch.full((32, 64), -limit - 1, dtype=torch.int8)
             try:
                 found = _product(rows, ints, torch.ones(32))
-            except RuntimeError:  # built in, but not for this processor
+            except RuntimeError:  # not supported on this processor
                 return None
             if bool((found == (2 * _LIMIT + 1 - _ZERO) * (-limit - 1) * 64).all()):
                 return limit
@@ -46,14 +45,14 @@ def weight_limit() -> int | None:
 
 
 def quantize_rows(weight: Tensor, limit: int) -> tuple[Tensor, Tensor]:
-    """A weight in 8 bits, symmetric, one scale for each output channel (as torchao's `PerRow`).
+    """Quantizes a weight to int8, symmetrically, with one scale for each output channel (like torchao's `PerRow`).
 
     Args:
         weight: (out, in), any float dtype.
-        limit: The largest magnitude, 127 or 63; the most negative number is one more.
+        limit: The largest magnitude, 127 or 63; that of negative numbers is one larger.
 
     Returns:
-        (out, in) int8 and (out,) float32, whose product is the weight, rounded.
+        (out, in) int8 and (out,) float32 scales; their product approximates the weight.
 
     Example:
         >>> import torch
@@ -68,10 +67,11 @@ def quantize_rows(weight: Tensor, limit: int) -> tuple[Tensor, Tensor]:
 
 
 def int8_linear(x: Tensor, ints: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
-    """A linear layer in 8 bits: each token is quantized by its own largest magnitude a, in steps of a / 127.
+    """A linear layer in int8. Each token is quantized in steps of a / 127, where a is its largest magnitude.
 
-    y = (a / 127) · (round(127 x / a) · ints^T) · scales + bias, the sum in 32 bits. One scale for each token,
-    where torch's `linear_dynamic` has one for the batch: an image does not depend on its batch-mates. No gradient.
+    y = (a / 127) · (round(127 x / a) · ints^T) · scales + bias, with 32-bit sums. There is one scale for
+    each token, not one for the batch as in torch's `linear_dynamic`, so an image does not depend on the others in its
+    batch. It has no gradient.
 
     Args:
         x: (..., in), float32, bfloat16 or float16.
@@ -91,9 +91,9 @@ def int8_linear(x: Tensor, ints: Tensor, scales: Tensor, bias: Tensor | None) ->
     exact = x.detach().float()
     if exact.dim() > 2:
         exact = exact.flatten(0, -2)
-    # Two reductions, for `aminmax` along a dimension takes ten times as long.
+    # Two reductions, because `aminmax` along a dimension takes ten times as long.
     most = torch.maximum(exact.amax(-1, keepdim=True), -exact.amin(-1, keepdim=True)).clamp(min=_LEAST)
-    rows = (exact * (_LIMIT / most)).add_(_ZERO + 0.5).to(torch.uint8)  # cut off after the half: rounded
+    rows = (exact * (_LIMIT / most)).add_(_ZERO + 0.5).to(torch.uint8)  # adding 0.5 before truncation rounds
     multiply = _traced_product if torch.compiler.is_compiling() else _product
     y: Tensor = multiply(rows, ints, scales).mul_(most / _LIMIT)
     y = y if bias is None else y.add_(bias.detach())
@@ -109,17 +109,17 @@ def _product(rows: Tensor, ints: Tensor, scales: Tensor) -> Tensor:
 
 
 def _pack(ints: Tensor) -> tuple[Tensor, Tensor]:
-    """The weights as oneDNN wants them, and their zero points."""
+    """The weights packed for oneDNN, and their zero points."""
     found: tuple[Tensor, Tensor] | None = _packed.get(ints)
     if found is None:
-        # Made in inference mode, it could not be used outside.
+        # Inference tensors could not be used outside of inference mode.
         with torch.inference_mode(False), torch.no_grad():
             packed = torch.ops.onednn.qlinear_prepack(ints, None)
             found = _packed[ints] = (packed, torch.zeros(ints.shape[0], dtype=torch.int64))
     return found
 
 
-# In a graph a node of its own: inductor takes oneDNN's only with weights that are constants of the graph.
+# A custom operator, because inductor only supports oneDNN's with weights that are constants of the graph.
 @torch.library.custom_op("lightning_prune::int8_product", mutates_args=())
 def _traced_product(rows: Tensor, ints: Tensor, scales: Tensor) -> Tensor:
     return _product(rows, ints, scales)

@@ -1,4 +1,4 @@
-"""Gives the linear layers of a model 8-bit weights, and takes them back."""
+"""Replaces the weights of the linear layers of a model by int8 weights, and restores them."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,13 +13,13 @@ from lightning_prune.errors import ArgumentError, UnsupportedModelError
 from lightning_prune.quantization.backend import int8_backend, quantizer
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_MULTIPLE = 8  # of int8 matrix products on CUDA; on all devices, for a comparison of the same layers
-_TAKEN = "`module` must have float weights, got quantized weights; remove those first."
+_MULTIPLE = 8  # required by int8 matrix products on CUDA; used on all devices, to quantize the same layers
+_QUANTIZED = "`module` must have float weights, got quantized weights; remove those first."
 
 
 @dataclass
 class _Layer:
-    """A linear layer, its weight in 8 bits, and the state of the float weight that was quantized."""
+    """A linear layer, its int8 weight, and the version of the float weight that was quantized."""
 
     module: nn.Module
     source: nn.Parameter
@@ -28,39 +28,39 @@ class _Layer:
 
 
 class Int8Weights:
-    """Int8 weights for the linear layers of a model: dynamic activations, weights per output channel.
+    """Int8 weights for the linear layers of a model, with dynamic activations and one scale per output channel.
 
     On a CPU the kernel is torch's own (oneDNN), in eager mode and compiled. On other devices, and in builds of torch
     without it, the kernel is torchao's (extra `int8`), which is far slower than float on a CPU without VNNI. Both
-    quantize each token by itself, so an image does not depend on its batch-mates. Where the 16-bit sums of a CPU would
-    saturate, weights have 7 bits; with torchao, activations have, too.
+    quantize each token separately, so an image does not depend on the others in its batch. If the 16-bit sums of a CPU
+    would saturate, weights have 7 bits, and with torchao activations too.
 
-    Weights are quantized once. `apply` and `remove` then only exchange Parameter objects, so a timer can switch between
-    two runs. After `remove` the model is what it was to the bit: the same Parameter objects, `state_dict` keys and
-    `requires_grad`. The model may be patched before or after, as a patch does not touch Parameters.
+    Weights are quantized once. `apply` and `remove` only exchange Parameter objects, so a timer can switch between
+    runs. `remove` restores the model exactly: the Parameter objects, `state_dict` keys and `requires_grad`. The model
+    may be patched before or after, because a patch does not change Parameters.
 
-    Quantized is every `nn.Linear` that torchao's `quantize_` takes, the head included, whose input and output sizes
-    are multiples of 8. In float stay: other sizes; convolutions; and `nn.MultiheadAttention` (torchvision), whose
-    projections are read by one native call, so that there two thirds of the matrix products are in 8 bits. Weights are
-    float32, bfloat16 or float16. What a layer returns has the dtype of its input, under autocast too, which does not
-    reach inside it.
+    Every `nn.Linear` that torchao's `quantize_` supports is quantized, including the head, if its input and output
+    sizes are multiples of 8. Other layers stay in float: other sizes, convolutions, and `nn.MultiheadAttention`
+    (torchvision), whose projections are part of one native call; there two thirds of the matrix products are in int8.
+    Weights must be float32, bfloat16 or float16. The output of a layer has the dtype of its input, also under autocast,
+    which does not affect the layer.
 
-    While it is on, the model is for inference: int8 weights have no gradient, nothing flows back through these layers
-    on a CPU, and a checkpoint saved then holds them. It can be copied, pickled, exported and cast. Moved to another
-    device it asks to be taken off and put on again where its weights were made for the CPU.
+    While int8 weights are applied, the model is for inference only: they have no gradient, gradients do not flow
+    through these layers on a CPU, and a checkpoint contains them. The model can be copied, pickled, exported and cast.
+    If it was quantized on a CPU and is moved to another device, the weights must be removed and applied again.
 
     Args:
-        module: Any module, as a transformer or the LightningModule around it. Weights that are replaced, changed or
-            moved to another device afterwards are quantized anew by the next `apply`.
+        module: Any module, such as a transformer or the LightningModule around it. Weights that are replaced, changed
+            or moved to another device afterwards are quantized again by the next `apply`.
 
     Attributes:
-        quantized: Dotted paths of the layers in 8 bits.
-        kept: Dotted path of each layer that stays in float -> why.
-        active: Whether it is on.
+        quantized: Dotted paths of the quantized layers.
+        kept: Dotted path of each layer that stays in float -> the reason.
+        active: Whether int8 weights are applied.
 
     Raises:
         ArgumentError: The device needs torchao, which is not installed, or the weights are quantized already.
-        UnsupportedModelError: There is no layer to quantize; says why each stays.
+        UnsupportedModelError: There is no layer to quantize; gives the reason for each.
 
     Example:
         >>> import torch
@@ -88,9 +88,9 @@ class Int8Weights:
             elif reason is not None:
                 self.kept[path] = reason
         if any(is_quantized(part.weight) for part in found.values()):
-            raise ArgumentError(_TAKEN)
+            raise ArgumentError(_QUANTIZED)
         if not found:
-            reasons = "; ".join(f"{path or type(module).__name__}: {why}" for path, why in self.kept.items())
+            reasons = "; ".join(f"{path or type(module).__name__}: {text}" for path, text in self.kept.items())
             raise UnsupportedModelError(
                 f"{type(module).__name__} has no linear layer that can be quantized: {reasons or 'it has none'}."
             )
@@ -100,10 +100,10 @@ class Int8Weights:
         self._layers = [self._layer(part, made) for part in found.values()]
 
     def apply(self) -> None:
-        """Gives the layers their int8 weights; does nothing where they are on.
+        """Gives the layers their int8 weights; does nothing if they have them.
 
         Raises:
-            ArgumentError: Some weights are quantized by other means. Nothing is changed then.
+            ArgumentError: Some weights are quantized by other means. Then nothing is changed.
         """
         if self.active:
             return
@@ -112,18 +112,18 @@ class Int8Weights:
         for layer in self._layers:
             live = layer.module._parameters["weight"]
             if live is None or is_quantized(live):
-                raise ArgumentError(_TAKEN)
+                raise ArgumentError(_QUANTIZED)
             current = layer.source is live and layer.stamp == _stamp(live)
             fresh.append(layer if current else self._layer(layer.module, made))
-        self._layers = fresh  # everything that can fail is done
+        self._layers = fresh  # nothing below can fail
         for layer in fresh:
             layer.module._parameters["weight"] = layer.quantized
         self.active = True
 
     def remove(self) -> None:
-        """Gives the layers their own weights back; does nothing where these are in place.
+        """Restores the float weights; does nothing if they are in place.
 
-        A model that was moved to another device or dtype meanwhile gets them there.
+        If the model was moved to another device or dtype meanwhile, so are they.
         """
         if not self.active:
             return
@@ -143,7 +143,7 @@ class Int8Weights:
 
     @property
     def backend(self) -> str:
-        """Whose kernels compute in 8 bits: `oneDNN` (torch's own), `torchao`, or both."""
+        """The libraries of the int8 kernels: `oneDNN` (part of torch), `torchao`, or both."""
         return " and ".join(sorted({int8_backend(layer.source.device) for layer in self._layers}))
 
     def __repr__(self) -> str:
@@ -158,7 +158,7 @@ class Int8Weights:
 
 
 def is_quantized(weight: object) -> bool:
-    """Whether a weight is quantized already, by this package or by whatever means of torchao."""
+    """Whether a weight is already quantized, by this package or by torchao."""
     return any(base.__name__ in ("CPUInt8Weight", "TorchAOBaseTensor") for base in type(weight).__mro__)
 
 
@@ -168,7 +168,7 @@ def layer_unsupported_reason(module: nn.Module) -> str | None:
     if isinstance(module, nn.MultiheadAttention):
         return "its projections are read by one native call of nn.MultiheadAttention"
     if not isinstance(weight, nn.Parameter) or nn.parameter.is_lazy(weight):
-        return "its weight is computed (a parametrization) or not there yet"
+        return "its weight is computed (a parametrization) or not initialised yet"
     if weight.dtype not in _DTYPES:
         return f"its weight is {str(weight.dtype).removeprefix('torch.')}"
     out, into = weight.shape
@@ -176,7 +176,7 @@ def layer_unsupported_reason(module: nn.Module) -> str | None:
 
 
 def _matrices(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Linear layers, and attention that has its matrices inside; as torchao does, not the latter's output layer."""
+    """Linear layers and `nn.MultiheadAttention`, without the output layer of the latter, as in torchao."""
     for path, part in module.named_modules():
         linear = isinstance(part, nn.Linear) and not isinstance(part, NonDynamicallyQuantizableLinear)
         if linear or isinstance(part, nn.MultiheadAttention):
@@ -184,17 +184,17 @@ def _matrices(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _follow(source: nn.Parameter, now: Tensor | None) -> nn.Parameter:
-    """The float weight where, and in the dtype in which, the int8 one is now; the same object wherever torch can."""
+    """Moves the float weight to the device and dtype of the int8 weight; returns the same object if torch allows it."""
     if now is None or (now.device, now.dtype) == (source.device, source.dtype):
         return source
     moved = source.data.to(device=now.device, dtype=now.dtype)
-    if not torch._has_compatible_shallow_copy_type(source.data, moved):  # as `Module.to` does: the meta device, say
+    if not torch._has_compatible_shallow_copy_type(source.data, moved):  # as `Module.to` does
         return nn.Parameter(moved, source.requires_grad)
     source.data = moved
     return source
 
 
 def _stamp(weight: Tensor) -> tuple[Any, ...]:
-    """Changes with the weight: by an optimizer step, by loading, by a move."""
+    """A version of the weight that changes with optimizer steps, loading and moves."""
     version = None if weight.is_inference() else weight._version
     return weight.device, weight.dtype, weight.data_ptr(), version

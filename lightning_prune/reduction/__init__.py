@@ -1,14 +1,15 @@
-"""Which tokens go: one file per published method, each a pure function on tensors with a thin class around it."""
+"""Which tokens are removed: one file per published method, each a pure function on tensors and a thin class."""
 
 from lightning_prune.reduction.base import AttentionInputs, Reduction, ReductionOutput, TokenSequence
 from lightning_prune.reduction.cls_attention import EViT, TopK, evit, topk, topk_scores
 from lightning_prune.reduction.functional import merge_into_nearest, sources_of
+from lightning_prune.reduction.pixel_variance import VWTIntra, vwt_intra
 from lightning_prune.reduction.pomt import POMT, pomt_reduce, pomt_scores
 from lightning_prune.reduction.random_drop import RandomDrop
 from lightning_prune.reduction.registry import METHODS, names, resolve, spec_of
 from lightning_prune.reduction.representation_shift import RepresentationShift, shift, shift_scores
 from lightning_prune.reduction.tome import ToMe, bipartite_matching, tome_schedule
-from lightning_prune.reduction.visual_words import TokensPerImage, VWTInter, VWTIntra, tokens_per_image, vwt_intra
+from lightning_prune.reduction.visual_words import TokensPerImage, VWTInter, tokens_per_image
 
 __all__ = [
     "METHODS",

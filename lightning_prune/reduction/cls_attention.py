@@ -1,4 +1,4 @@
-"""Top-K and EViT: tokens ranked by the attention of the class token (EViT: arXiv 2202.07800)."""
+"""Top-K and EViT: patch tokens are ranked by the attention of the CLS token (arXiv 2202.07800)."""
 
 from typing import ClassVar
 
@@ -17,10 +17,10 @@ from lightning_prune.reduction.functional import (
 
 
 def topk_scores(attention: AttentionInputs, num_prefix_tokens: int, has_class_token: bool) -> Tensor:
-    """Attention that every patch token receives from CLS, the score of EViT (arXiv 2202.07800, section 3.2).
+    """Attention from CLS to every patch token, the score of EViT (arXiv 2202.07800, section 3.2).
 
-    With A[h, j, i] the attention of query j on key i, patch token i scores the mean over heads of A[h, 0, i]; only that
-    row is computed. A model without CLS has no such row: there the score is the mean over heads and patch queries j.
+    With A[h, j, i] the attention of query j to key i, the score of patch token i is the mean over heads of A[h, 0, i];
+    only that row is computed. In models without CLS it is the mean over heads and patch queries j.
 
     Args:
         attention: Query and key of the block, (B, H, N, D) each.
@@ -28,7 +28,7 @@ def topk_scores(attention: AttentionInputs, num_prefix_tokens: int, has_class_to
         has_class_token: Whether token 0 is CLS.
 
     Returns:
-        (B, N - P), float32 (float64 where the attention is).
+        (B, N - P), float32 (float64 if the attention is).
 
     Example:
         >>> import torch
@@ -46,13 +46,13 @@ def topk_scores(attention: AttentionInputs, num_prefix_tokens: int, has_class_to
 def topk(
     tokens: Tensor, attention: AttentionInputs, remove: int, num_prefix_tokens: int, has_class_token: bool
 ) -> ReductionOutput:
-    """Keeps the best N - P - R patch tokens by `topk_scores` in their order; the R others are lost.
+    """Keeps the N - P - R patch tokens with the highest `topk_scores`, in their order, and drops the others.
 
     Args:
         tokens: (B, N, C) between attention and MLP.
-        attention: Query and key of the block that the tokens went through.
+        attention: Query and key of the block.
         remove: R >= 1.
-        num_prefix_tokens: P, kept as they are.
+        num_prefix_tokens: P, the first tokens, which are kept unchanged.
         has_class_token: Whether token 0 is CLS.
 
     Returns:
@@ -70,7 +70,7 @@ def topk(
 
 
 class TopK(Reduction):
-    """Pruning by the attention of CLS, without a fused token: see `topk`.
+    """Prunes by the attention of CLS, without a fused token; see `topk`.
 
     Source: the token selection of EViT, arXiv 2202.07800, section 3.2.
 
@@ -86,28 +86,29 @@ class TopK(Reduction):
 
     def reduce(self, sequence: TokenSequence, remove: int) -> ReductionOutput:
         """See `topk`."""
-        assert sequence.attention is not None  # the patch provides what `reads` asks for
+        assert sequence.attention is not None  # provided because of `reads`
         return topk(sequence.tokens, sequence.attention, remove, sequence.num_prefix_tokens, sequence.has_class_token)
 
     def max_removed(self, tokens: int, num_prefix_tokens: int) -> int:
-        """All patch tokens but one may go."""
+        """All patch tokens except one."""
         return max(tokens - num_prefix_tokens - 1, 0)
 
 
 def evit(
     tokens: Tensor, attention: AttentionInputs, remove: int, num_prefix_tokens: int, has_class_token: bool
 ) -> ReductionOutput:
-    """Keeps the best N - P - R - 1 patch tokens in their order and appends one that is fused of the R + 1 others.
+    """Keeps the N - P - R - 1 patch tokens with the highest scores, in their order, and fuses the others.
 
-    With s_i the scores (`topk_scores`), the fused token is sum s_i x_i / sum s_i over the others (arXiv 2202.07800,
-    section 3.3). The published code leaves out the division, with which a network that was trained for it can live; one
-    that was not would meet a token many times shorter than all others. Scores that are all zero weigh alike.
+    With s_i the scores (`topk_scores`), the fused token is sum s_i x_i / sum s_i over the R + 1 other tokens (arXiv
+    2202.07800, section 3.3). The published code omits the division, which is harmless for a network trained that way.
+    For other networks the fused token would have a much smaller norm than all others. If all scores are zero, the
+    weights are equal.
 
     Args:
         tokens: (B, N, C) between attention and MLP.
-        attention: Query and key of the block that the tokens went through.
+        attention: Query and key of the block.
         remove: R >= 1.
-        num_prefix_tokens: P, kept as they are.
+        num_prefix_tokens: P, the first tokens, which are kept unchanged.
         has_class_token: Whether token 0 is CLS.
 
     Returns:
@@ -124,8 +125,8 @@ def evit(
     scores = topk_scores(attention, num_prefix_tokens, has_class_token)
     kept = best_in_order(scores, scores.shape[1] - remove - 1)
     index = with_prefix(kept, num_prefix_tokens)
-    # The dropped tokens are never gathered: the kept ones take part with weight 0 in one product over all. What is
-    # added is lost in any score but zero.
+    # One product over all tokens, in which the kept ones have weight 0, is faster than gathering the others. Adding
+    # `tiny` only changes scores that are zero.
     weights = (scores + torch.finfo(scores.dtype).tiny).scatter(1, kept, 0.0)
     weights = weights / weights.sum(dim=1, keepdim=True)
     fused = precise_product(weights.unsqueeze(1), tokens[:, num_prefix_tokens:].to(weights.dtype)).to(tokens.dtype)
@@ -134,7 +135,7 @@ def evit(
 
 
 class EViT(Reduction):
-    """EViT's token reorganisation, without the training that the paper does with it: see `evit`.
+    """EViT's token reorganisation, without the training of the paper; see `evit`.
 
     Source: arXiv 2202.07800, section 3. The paper reduces at three blocks (25%, 50% and 75% of the depth).
 
@@ -150,9 +151,9 @@ class EViT(Reduction):
 
     def reduce(self, sequence: TokenSequence, remove: int) -> ReductionOutput:
         """See `evit`."""
-        assert sequence.attention is not None  # the patch provides what `reads` asks for
+        assert sequence.attention is not None  # provided because of `reads`
         return evit(sequence.tokens, sequence.attention, remove, sequence.num_prefix_tokens, sequence.has_class_token)
 
     def max_removed(self, tokens: int, num_prefix_tokens: int) -> int:
-        """All patch tokens but two may go: one stays as it is, the others become the fused one."""
+        """All patch tokens except two: one is kept, and the others become the fused one."""
         return max(tokens - num_prefix_tokens - 2, 0)

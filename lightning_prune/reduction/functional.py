@@ -1,4 +1,4 @@
-"""Tensor operations that reductions share: selecting, gathering, fusing and merging tokens."""
+"""Tensor operations shared by the reductions: selecting, gathering, fusing and merging tokens."""
 
 import torch
 import torch.nn.functional as F
@@ -8,14 +8,14 @@ from lightning_prune.reduction.base import AttentionInputs, ReductionOutput
 
 
 def attention_probabilities(attention: AttentionInputs, queries: slice = slice(None)) -> Tensor:
-    """softmax(q k^T * scale + mask) of the selected queries, which fused attention never hands out.
+    """softmax(q k^T * scale + mask) for the selected queries, which fused attention does not return.
 
     Args:
         attention: Query, key, mask and scale of one attention call.
-        queries: Which query positions; one row (`slice(0, 1)`) costs a row only.
+        queries: The query positions to compute, for example `slice(0, 1)` for the first row only.
 
     Returns:
-        (B, H, selected queries, N); of half precision on a CPU in float32, else as torch makes them of the query.
+        (B, H, selected queries, N), float32 if the model runs in half precision on a CPU, else the dtype of the query.
     """
     query = attention.query[:, :, queries]
     scale = attention.scale if attention.scale is not None else query.shape[-1] ** -0.5
@@ -33,20 +33,20 @@ def attention_probabilities(attention: AttentionInputs, queries: slice = slice(N
 
 
 def is_half_on_cpu(attention: AttentionInputs) -> bool:
-    """Whether the product of queries and keys is better made in float32 than in the precision of the model.
+    """Whether to compute the product of queries and keys in float32 instead of the model's precision.
 
-    float32 is about ten times faster on CPUs without instructions for half precision, and costs little on CPUs with
-    them. True also where autocast would round a query that a rotary embedding has made float32.
+    float32 is about ten times faster on CPUs without half-precision instructions, and hardly slower on CPUs with them.
+    This includes queries that a rotary embedding has converted to float32, which autocast would round.
     """
     halves = (torch.bfloat16, torch.float16)
     return attention.query.device.type == "cpu" and (attention.query.dtype in halves or attention.value.dtype in halves)
 
 
 def precise_product(one: Tensor, other: Tensor) -> Tensor:
-    """Matrix products of a batch that keep the precision of what goes into them, also under autocast.
+    """Batched matrix product in the precision of its operands, also under autocast.
 
-    Autocast would round to half precision what was made float32 on purpose. It leaves operations in place alone, and
-    to ask whether it is on takes longer than a small product.
+    Autocast would round float32 operands to half precision. It does not affect in-place operations, and checking
+    whether it is on takes longer than a small product.
 
     Args:
         one: (B, M, K).
@@ -59,7 +59,7 @@ def precise_product(one: Tensor, other: Tensor) -> Tensor:
 
 
 def best_in_order(scores: Tensor, keep: int) -> Tensor:
-    """Indices of the `keep` highest scores of every row, in their order in the row.
+    """Indices of the `keep` highest scores of each row, in ascending order.
 
     Args:
         scores: (B, M).
@@ -72,9 +72,9 @@ def best_in_order(scores: Tensor, keep: int) -> Tensor:
 
 
 def take_tokens(tokens: Tensor, index: Tensor) -> Tensor:
-    """The tokens of every image at its own indices: (B, N, C) and (B, K) -> (B, K, C).
+    """Selects tokens of each image by index: (B, N, C) and (B, K) -> (B, K, C).
 
-    Rows of a flat table are copied whole; a `gather`, which looks up every channel, is several times slower on a CPU.
+    `index_select` copies complete rows; `gather`, which looks up every channel, is several times slower on a CPU.
     """
     batch, count, channels = tokens.shape
     first = torch.arange(batch, device=index.device).unsqueeze(1) * count
@@ -82,30 +82,30 @@ def take_tokens(tokens: Tensor, index: Tensor) -> Tensor:
 
 
 def add_rows_(table: Tensor, index: Tensor, rows: Tensor) -> Tensor:
-    """Adds each of the rows (R, C) in place to that of a table (M, C) at its index (R,); an index may occur again.
+    """Adds rows (R, C) in place to the rows of a table (M, C) at the given indices (R,), which may repeat.
 
-    `index_add_` does the same, on a CPU in three times the time.
+    `index_add_` does the same but takes three times as long on a CPU.
     """
     return table.scatter_add_(0, index.unsqueeze(1).expand_as(rows), rows)
 
 
 def with_prefix(index: Tensor, num_prefix_tokens: int) -> Tensor:
-    """Indices among patch tokens (B, K) -> indices among all tokens (B, P + K), the prefix tokens first."""
+    """Converts indices among the patch tokens (B, K) to indices among all tokens (B, P + K), prefix tokens first."""
     prefix = torch.arange(num_prefix_tokens, device=index.device).expand(index.shape[0], -1)
     return torch.cat((prefix, index + num_prefix_tokens), dim=1)
 
 
 def sources_of(reduced: ReductionOutput, tokens: int) -> Tensor:
-    """Which of the tokens that are left each of those before went into.
+    """Maps each token before a reduction to the token that it became part of.
 
     Args:
-        reduced: What a reduction returned. Where it does not say so itself, each token that is left is the one whose
-            position it has, and if exactly one has no position (-1, fused of all others) and is no padding (of size
-            0), the rest went into it.
-        tokens: N, tokens before.
+        reduced: The output of the reduction. If it has no `sources`, they follow from the positions: each token with a
+            position was kept, and if exactly one token has none (-1) and is not padding (size 0), all other tokens were
+            fused into it.
+        tokens: N, the number of tokens before the reduction.
 
     Returns:
-        (B, N) int64 index among the tokens that are left, -1 for a token that was dropped.
+        (B, N) int64, indices among the tokens that are left; -1 for tokens that were dropped.
 
     Example:
         >>> import torch
@@ -117,20 +117,20 @@ def sources_of(reduced: ReductionOutput, tokens: int) -> Tensor:
         return reduced.sources
     positions = reduced.positions
     left = torch.arange(positions.shape[1], device=positions.device).expand_as(positions)
-    nowhere = positions < 0
-    of_several = nowhere if reduced.sizes is None else nowhere & (reduced.sizes > 0)
-    fused = torch.where(of_several, left, 0).sum(dim=1, keepdim=True)
-    rest = torch.where(of_several.sum(dim=1, keepdim=True) == 1, fused, -1)
-    places = torch.where(nowhere, tokens, positions)  # those without one write past the end
-    return rest.repeat(1, tokens + 1).scatter(1, places, left)[:, :tokens]
+    without_position = positions < 0
+    fused = without_position if reduced.sizes is None else without_position & (reduced.sizes > 0)
+    fused_index = torch.where(fused, left, 0).sum(dim=1, keepdim=True)
+    default = torch.where(fused.sum(dim=1, keepdim=True) == 1, fused_index, -1)
+    targets = torch.where(without_position, tokens, positions)  # tokens without a position write to an extra column
+    return default.repeat(1, tokens + 1).scatter(1, targets, left)[:, :tokens]
 
 
 def keep_best(tokens: Tensor, scores: Tensor, remove: int, num_prefix_tokens: int) -> ReductionOutput:
-    """The prefix and the best N - P - R patch tokens, in their order.
+    """Keeps the prefix tokens and the N - P - R patch tokens with the highest scores, in their order.
 
     Args:
         tokens: (B, N, C).
-        scores: (B, N - P), the higher the better.
+        scores: (B, N - P).
         remove: R.
         num_prefix_tokens: P.
 
@@ -144,21 +144,22 @@ def keep_best(tokens: Tensor, scores: Tensor, remove: int, num_prefix_tokens: in
 def merge(
     tokens: Tensor, source: Tensor, destination: Tensor, sizes: Tensor | None = None, trace: bool = False
 ) -> ReductionOutput:
-    """Merges some tokens of every image into others; those that stay keep their order.
+    """Merges source tokens into destination tokens; the tokens that are left keep their order.
 
-    A destination becomes the mean of itself and of all that go into it, each weighted by its size, and stands where it
-    stood. A token that nothing goes into keeps its bits. Sums are taken in float32 at least. On CUDA, several tokens
-    that go into the same one are added in no fixed order, unless `torch.use_deterministic_algorithms(True)`.
+    A destination becomes the mean of itself and its sources, weighted by size, and keeps its position. All other tokens
+    are returned bit-identically. Sums are computed in float32 or float64. On CUDA, several sources of the same
+    destination are added in arbitrary order, unless `torch.use_deterministic_algorithms(True)` is set.
 
     Args:
         tokens: (B, N, C).
-        source: (B, R) the tokens that go; no index twice in a row.
-        destination: (B, R) the token that each goes into; it must stay itself. Many may go into one.
-        sizes: (B, N) how many patches each token stands for; None where each is one.
-        trace: Whether `ReductionOutput.sources` is wanted.
+        source: (B, R) tokens to merge, without duplicates.
+        destination: (B, R) the token that each source is merged into, not a source itself. Destinations may repeat.
+        sizes: (B, N) number of patches merged into each token; None if all are 1.
+        trace: Whether to return `ReductionOutput.sources`.
 
     Returns:
-        N - R tokens in the dtype of `tokens`, their positions (a destination's own) and sizes, in float32 at least.
+        N - R tokens in the dtype of `tokens`, their positions (for a merged token that of the destination), and their
+        sizes in float32 or float64.
 
     Source: arXiv 2210.09461, section 3 (merging by a size-weighted average).
 
@@ -175,29 +176,30 @@ def merge(
     table = tokens.flatten(0, 1)
     sizes = tokens.new_ones(batch * count, dtype=precise) if sizes is None else sizes.to(precise).flatten()
 
-    # All images are one table: rows are counted through them, those that stay by how many stay up to them, and those
-    # that go write to the first place, which is cut off. Few kinds of operations, too: with the caches full of weights,
-    # calling one for the first time is what takes time.
+    # The images form one table. `row` is the index, from 1, of each kept row among the kept ones; sources write to row
+    # 0, which is cut off. The code uses few kinds of operations, because the first call of each is the slow one when
+    # the caches are full of weights.
     ones = torch.ones(batch * count, dtype=torch.int64, device=tokens.device)
     index = ones.cumsum(0) - 1
     first = index[::count].unsqueeze(1)
-    going, into = (source + first).flatten(), (destination + first).flatten()
-    row = ones.scatter(0, going, 0).cumsum(0)
-    place = row.index_select(0, into) - 1
-    kept = index.new_empty(batch * left + 1).scatter(0, row.scatter(0, going, 0), index)[1:]
+    source_row, destination_row = (source + first).flatten(), (destination + first).flatten()
+    row = ones.scatter(0, source_row, 0).cumsum(0)
+    target = row.index_select(0, destination_row) - 1
+    kept = index.new_empty(batch * left + 1).scatter(0, row.scatter(0, source_row, 0), index)[1:]
 
-    moved = sizes.index_select(0, going)
-    left_sizes = sizes.index_select(0, kept).scatter_add_(0, place, moved)
-    share = (moved / left_sizes.index_select(0, place)).unsqueeze(1)
+    moved = sizes.index_select(0, source_row)
+    left_sizes = sizes.index_select(0, kept).scatter_add_(0, target, moved)
+    share = (moved / left_sizes.index_select(0, target)).unsqueeze(1)
 
-    # The mean as a shift of each destination: only the rows that take part are touched, and no product of all tokens
-    # with their sizes is made. No matrix product either, which autocast would round to half precision.
-    shift = (table.index_select(0, going).to(precise) - table.index_select(0, into).to(precise)) * share
-    merged = add_rows_(table.index_select(0, kept).to(precise), place, shift)
+    # The mean is computed as a shift of each destination: this reads only the rows that are merged and needs no product
+    # of all tokens with their sizes. A matrix product would be rounded to half precision by autocast.
+    shift = (table.index_select(0, source_row).to(precise) - table.index_select(0, destination_row).to(precise)) * share
+    merged = add_rows_(table.index_select(0, kept).to(precise), target, shift)
 
     sources = None
     if trace:
-        sources = row.scatter(0, going, place + 1).view(batch, count) - (index[: batch * left : left] + 1).unsqueeze(1)
+        offsets = (index[: batch * left : left] + 1).unsqueeze(1)
+        sources = row.scatter(0, source_row, target + 1).view(batch, count) - offsets
     return ReductionOutput(
         merged.view(batch, left, channels).to(tokens.dtype),
         kept.view(batch, left) - first,
@@ -215,22 +217,22 @@ def merge_into_nearest(
     sizes: Tensor | None = None,
     trace: bool = False,
 ) -> ReductionOutput:
-    """Keeps the best N - P - R patch tokens and merges each other one into the kept one whose key is most like its own.
+    """Keeps the N - P - R patch tokens with the highest scores; merges each other one into the most similar of them.
 
-    Likeness is the cosine of the block's keys averaged over heads, as in ToMe (arXiv 2210.09461, section 3), asked of
-    dropped against kept tokens only; merging is that of `merging.merge`, each token as many as it stands for.
+    As in ToMe (arXiv 2210.09461, section 3), similarity is the cosine of the block's keys, averaged over heads. It is
+    computed between dropped and kept tokens only. See `merge` for the merging.
 
     Args:
         tokens: (B, N, C).
-        key: (B, H, N, D) of the block that the tokens went through.
-        scores: (B, N - P), the higher the better.
+        key: (B, H, N, D), keys of the block.
+        scores: (B, N - P).
         remove: R, from 1 to N - P - 1.
-        num_prefix_tokens: P, which stay and receive nothing.
-        sizes: (B, N) how many patches each token stands for; None where each is one.
-        trace: Whether `ReductionOutput.sources` is wanted.
+        num_prefix_tokens: P, the first tokens, which are kept unchanged.
+        sizes: (B, N) number of patches merged into each token; None if all are 1.
+        trace: Whether to return `ReductionOutput.sources`.
 
     Returns:
-        N - R tokens in their order, and their sizes (float32; float64 where the tokens are).
+        N - R tokens in their order, and their sizes (float32; float64 if the tokens are).
 
     Example:
         >>> import torch
@@ -243,9 +245,9 @@ def merge_into_nearest(
     """
     order = scores.argsort(dim=-1, descending=True) + num_prefix_tokens
     kept, dropped = order[:, : scores.shape[1] - remove], order[:, scores.shape[1] - remove :]
-    # One mean with a dtype is one pass over the keys, and half precision would tie many similarities. The length of a
-    # dropped token's own key scales its whole row of likenesses, so it has no say in which is the largest.
+    # `mean` with a dtype is a single pass over the keys, and half precision would cause many ties. The keys of dropped
+    # tokens are not normalised, because their norm does not change which kept token is the most similar.
     metric = key.mean(dim=1, dtype=torch.promote_types(key.dtype, torch.float32))
     candidates = F.normalize(take_tokens(metric, kept), dim=-1)
-    likeness = precise_product(take_tokens(metric, dropped), candidates.transpose(1, 2))
-    return merge(tokens, dropped, kept.gather(1, likeness.argmax(dim=-1)), sizes, trace)
+    similarity = precise_product(take_tokens(metric, dropped), candidates.transpose(1, 2))
+    return merge(tokens, dropped, kept.gather(1, similarity.argmax(dim=-1)), sizes, trace)

@@ -1,4 +1,4 @@
-"""The patches of an image, cut as a Vision Transformer cuts them."""
+"""Divides images into patches, as Vision Transformers do."""
 
 import math
 
@@ -8,21 +8,20 @@ from lightning_prune.errors import UnsupportedModelError
 
 
 def patch_side(height: int, width: int, count: int) -> int:
-    """The side of square patches of which an image has `count`, in rows and columns of the image's own aspect.
+    """The side of the square patches if an image is divided into `count` of them.
 
-    A border that is narrower than a patch is left over, as a convolution leaves it, where one side alone gives that
-    count.
+    A border narrower than a patch is ignored, as by a strided convolution, if only one patch size gives that count.
 
     Args:
-        height: Of the image, in pixels.
-        width: Of the image, in pixels.
+        height: Height of the image, in pixels.
+        width: Width of the image, in pixels.
         count: Number of patches.
 
     Returns:
-        Pixels.
+        The side of a patch, in pixels.
 
     Raises:
-        UnsupportedModelError: If there is no such side, or more than one would do.
+        UnsupportedModelError: If no patch size, or more than one, gives that count.
 
     Example:
         >>> from lightning_prune.reduction.patchify import patch_side
@@ -35,20 +34,20 @@ def patch_side(height: int, width: int, count: int) -> int:
         if exact or (side > 1 and (height // (side - 1)) * (width // (side - 1)) != count):
             return side
     raise UnsupportedModelError(
-        f"{count} patch tokens are no grid of square patches of an image of {height} x {width} pixels, so which pixels "
-        "belong to which token is unknown; methods that read pixels need to know."
+        f"{count} patch tokens do not form a grid of square patches of an image of {height} x {width} pixels. Methods "
+        "that read pixels need such a grid."
     )
 
 
 def cut(images: Tensor, side: int) -> Tensor:
-    """Cuts images into square patches, row by row; a border narrower than a patch is left out.
+    """Divides images into square patches, row by row; a border narrower than a patch is ignored.
 
     Args:
         images: (B, channels, height, width).
-        side: Of a patch, in pixels.
+        side: Side of a patch, in pixels.
 
     Returns:
-        (B, patches, channels * side * side): a patch holds its first channel row by row, then the next.
+        (B, patches, channels * side * side). A patch is stored channel by channel, each row by row.
 
     Example:
         >>> import torch
@@ -63,14 +62,21 @@ def cut(images: Tensor, side: int) -> Tensor:
 
 
 def cut_like(pixels: Tensor | None, count: int) -> Tensor:
-    """The patches (B, count, D) of images (B, channels, height, width) that a model made `count` patch tokens of.
+    """Divides images into as many patches as a model has patch tokens.
+
+    Args:
+        pixels: (B, channels, height, width).
+        count: Number of patch tokens.
+
+    Returns:
+        (B, count, D), see `cut`.
 
     Raises:
         UnsupportedModelError: If the tokens do not form a grid of square patches of the images.
     """
     if pixels is None or pixels.ndim != 4:
-        came = "nothing" if pixels is None else f"a tensor of shape {tuple(pixels.shape)}"
+        got = "nothing" if pixels is None else f"a tensor of shape {tuple(pixels.shape)}"
         raise UnsupportedModelError(
-            f"Methods that read pixels need images (batch, channels, height, width) to enter the model, got {came}."
+            f"The model input must be images (B, channels, height, width) for methods that read pixels, got {got}."
         )
     return cut(pixels, patch_side(pixels.shape[2], pixels.shape[3], count))

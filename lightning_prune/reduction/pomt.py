@@ -1,11 +1,11 @@
-"""POMT: attention received and value magnitude pick the tokens, their mean replaces the rest (arXiv 2407.05941)."""
+"""POMT: keeps tokens by received attention and value magnitude, and fuses the rest to their mean (arXiv 2407.05941)."""
 
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from lightning_prune.errors import ArgumentError
+from lightning_prune._utils.validation import check_bool, check_choice
 from lightning_prune.reduction.base import AttentionInputs, Reduction, ReductionOutput, TokenSequence
 from lightning_prune.reduction.functional import (
     attention_probabilities,
@@ -16,18 +16,18 @@ from lightning_prune.reduction.functional import (
     with_prefix,
 )
 
-_AT_ONCE = {"cpu": 2**20}  # probabilities of an image: as many as its cache holds, so that each is made and read there
-_AT_ONCE_ELSEWHERE = 2**24  # as many as keep a device busy; the memory that they take is bounded as well
+_CHUNK = {"cpu": 2**20}  # attention probabilities per image in a chunk, so that it fits into the cache
+_DEFAULT_CHUNK = 2**24  # enough to keep a GPU busy, with limited memory
 
 
 def _chunks(query: Tensor, num_prefix_tokens: int) -> list[slice]:
-    """The patch queries, in equal parts where there are many: their number depends on static shapes alone."""
+    """Splits the patch queries into chunks of equal size; the number of chunks depends on static shapes only."""
     _, heads, tokens, _ = query.shape
     patches = tokens - num_prefix_tokens
-    at_once = _AT_ONCE.get(query.device.type, _AT_ONCE_ELSEWHERE)
-    if heads * patches * tokens <= at_once:
+    chunk = _CHUNK.get(query.device.type, _DEFAULT_CHUNK)
+    if heads * patches * tokens <= chunk:
         return [slice(num_prefix_tokens, None)]
-    parts = -(-heads * patches * tokens // at_once)
+    parts = -(-heads * patches * tokens // chunk)
     step = -(-patches // parts)
     return [slice(start, start + step) for start in range(num_prefix_tokens, tokens, step)]
 
@@ -35,21 +35,21 @@ def _chunks(query: Tensor, num_prefix_tokens: int) -> list[slice]:
 def pomt_scores(attention: AttentionInputs, num_prefix_tokens: int) -> Tensor:
     """Importance of every patch token (arXiv 2407.05941, section 3.3).
 
-    With A[h, j, i] the attention of query j on key i and V[h, i, d] the values, patch token i scores a_i + s_i:
+    With A[h, j, i] the attention of query j to key i and V[h, i, d] the values, patch token i has the score a_i + s_i:
     a_i = sum over patch queries j of max over heads of A[h, j, i], divided by the largest a of the *same image*;
     s_i = softmax over all N tokens of (sum over d of max over heads of V[h, i, d]).
-    The published code divides by the largest a of the whole batch, so its result depends on an image's batch-mates.
+    The published code divides by the largest a of the whole batch, so the result for an image depends on the others.
 
     Args:
         attention: Query, key and value of the block, (B, H, N, D) each.
         num_prefix_tokens: P, the first tokens, which are not scored.
 
     Returns:
-        (B, N - P), float32 (float64 where the attention is).
+        (B, N - P), float32 (float64 if the attention is).
     """
     precise = torch.promote_types(attention.value.dtype, torch.float32)
     if is_half_on_cpu(attention):
-        attention = attention._replace(key=attention.key.float().contiguous())  # once, and not in each chunk
+        attention = attention._replace(key=attention.key.float().contiguous())  # once instead of in each chunk
     chunks = [
         attention_probabilities(attention, queries).amax(dim=1)[:, :, num_prefix_tokens:].sum(dim=1, dtype=precise)
         for queries in _chunks(attention.query, num_prefix_tokens)
@@ -61,13 +61,13 @@ def pomt_scores(attention: AttentionInputs, num_prefix_tokens: int) -> Tensor:
 
 
 def pomt_reduce(tokens: Tensor, attention: AttentionInputs, remove: int, num_prefix_tokens: int) -> ReductionOutput:
-    """Keeps the best N - P - R - 1 patch tokens in their order and appends the mean of the R + 1 others.
+    """Keeps the N - P - R - 1 patch tokens with the highest scores, in their order, and appends the mean of the others.
 
     Args:
         tokens: (B, N, C) between attention and MLP.
-        attention: Query, key and value of the block that the tokens went through.
+        attention: Query, key and value of the block.
         remove: R >= 1.
-        num_prefix_tokens: P, kept as they are.
+        num_prefix_tokens: P, the first tokens, which are kept unchanged.
 
     Returns:
         N - R tokens, the mean token last.
@@ -83,7 +83,7 @@ def pomt_reduce(tokens: Tensor, attention: AttentionInputs, remove: int, num_pre
     kept = best_in_order(pomt_scores(attention, num_prefix_tokens), keep)
     index = with_prefix(kept, num_prefix_tokens)
     left = take_tokens(tokens, index)
-    # The dropped ones are never gathered: their sum is the difference of two sums that stream over memory.
+    # The difference of two sums is faster than gathering the dropped tokens.
     precise = torch.promote_types(tokens.dtype, torch.float32)
     dropped = tokens.sum(dim=1, keepdim=True, dtype=precise) - left.sum(dim=1, keepdim=True, dtype=precise)
     mean = (dropped / (remove + 1)).to(tokens.dtype)
@@ -92,19 +92,20 @@ def pomt_reduce(tokens: Tensor, attention: AttentionInputs, remove: int, num_pre
 
 
 class POMT(Reduction):
-    """Pruning One More Token's reduction, as a method for `lightning_prune.patch`.
+    """The reduction of Pruning One More Token, as a method for `lightning_prune.patch`.
 
     Source: arXiv 2407.05941, section 3.3. The paper reduces once, at 25% of the depth.
 
     Args:
-        dropped: What becomes of the tokens that are not kept. `"mean"`, the paper's: their mean is one token, so that
-            N - P - R - 1 are kept. `"nearest"`, ours: N - P - R are kept by the same score, and each of the R others is
-            merged into the kept one most like it (see `merge_into_nearest`); the name is `"pomt-nearest"` then.
-        proportional_attention: With `"nearest"`, whether the patches that a token stands for weigh it in the attention
-            of later blocks, as in ToMe. The mean token has no weight in any case.
+        dropped: What happens to the tokens that are not kept. `"mean"`, as in the paper: N - P - R - 1 patch tokens are
+            kept, and the mean of the others is appended as one token. `"nearest"`, ours: N - P - R are kept by the same
+            score, and each of the others is merged into the most similar kept one (see `merge_into_nearest`); the
+            method is then called `"pomt-nearest"`.
+        proportional_attention: With `"nearest"`, whether merged tokens are weighted by their sizes in the attention of
+            later blocks, as in ToMe. The mean token is never weighted.
 
     Raises:
-        ArgumentError: If `dropped` is neither, or `proportional_attention` is not a bool.
+        ArgumentError: If an argument has another value.
 
     Example:
         >>> import timm
@@ -118,10 +119,8 @@ class POMT(Reduction):
     reads: ClassVar[frozenset[str]] = frozenset({"attention"})
 
     def __init__(self, dropped: Literal["mean", "nearest"] = "mean", proportional_attention: bool = True) -> None:
-        if dropped not in ("mean", "nearest"):
-            raise ArgumentError(f"`dropped` must be 'mean' or 'nearest', got {dropped!r}.")
-        if not isinstance(proportional_attention, bool):
-            raise ArgumentError(f"`proportional_attention` must be True or False, got {proportional_attention!r}.")
+        check_choice("dropped", dropped, ("mean", "nearest"))
+        check_bool("proportional_attention", proportional_attention)
         self.dropped = dropped
         if dropped == "nearest":
             self.name = "pomt-nearest"
@@ -131,7 +130,7 @@ class POMT(Reduction):
     def reduce(self, sequence: TokenSequence, remove: int) -> ReductionOutput:
         """See `pomt_reduce` and `merge_into_nearest`."""
         attention = sequence.attention
-        assert attention is not None  # the patch provides what `reads` asks for
+        assert attention is not None  # provided because of `reads`
         if self.dropped == "mean":
             return pomt_reduce(sequence.tokens, attention, remove, sequence.num_prefix_tokens)
         scores = pomt_scores(attention, sequence.num_prefix_tokens)
@@ -140,11 +139,11 @@ class POMT(Reduction):
         )
 
     def max_removed(self, tokens: int, num_prefix_tokens: int) -> int:
-        """All patch tokens but one may go, which stays as it is or receives all others; with a mean token, but two."""
+        """All patch tokens except one, or except two with a mean token."""
         return max(tokens - num_prefix_tokens - (2 if self.dropped == "mean" else 1), 0)
 
     def settings(self) -> dict[str, Any]:
-        """`dropped` and `proportional_attention`, where they are not the paper's."""
+        """`dropped` and `proportional_attention`, or nothing for the paper's method."""
         if self.dropped == "mean":
             return {}
         return {"dropped": self.dropped, "proportional_attention": self.proportional_attention}

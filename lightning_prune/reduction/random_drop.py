@@ -1,11 +1,11 @@
-"""Random pruning: the floor that every method must beat, and the probe of the POMT paper's profile."""
+"""Random pruning: the baseline that every method must beat, and the reduction of the POMT paper's latency profiles."""
 
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from lightning_prune.errors import ArgumentError
+from lightning_prune._utils.validation import check_choice, check_int
 from lightning_prune.reduction.base import Reduction, ReductionOutput, TokenSequence
 from lightning_prune.reduction.functional import best_in_order, take_tokens, with_prefix
 
@@ -13,10 +13,11 @@ _MASK = 0xFFFFFFFF
 
 
 def random_scores(count: int, seed: int, device: torch.device) -> Tensor:
-    """A fixed pseudo-random number in [0, 1) for each of `count` positions.
+    """A pseudo-random number in [0, 1) for each of `count` positions.
 
-    Computed from `seed` and the position with integer arithmetic (the 32-bit finaliser of MurmurHash3) instead of a
-    generator: no state, no host synchronisation, the same on every device, and traceable by `torch.compile`.
+    It is computed from `seed` and the position by integer arithmetic (the 32-bit finaliser of MurmurHash3), not by a
+    generator. So it needs no state and no host synchronisation, is the same on every device, and can be traced by
+    `torch.compile`.
 
     Returns:
         (count,) float32.
@@ -29,29 +30,27 @@ def random_scores(count: int, seed: int, device: torch.device) -> Tensor:
 
 
 class RandomDrop(Reduction):
-    """Keeps a uniformly drawn, seeded set of patch tokens: the same positions for every image, others for every seed.
+    """Keeps a random set of patch tokens, drawn uniformly: the same positions for all images.
 
     Args:
-        seed: Which set.
-        site: `"block"` prunes between attention and MLP, `"input"` before block 0, as the POMT paper's profiling
-            protocol does (arXiv 2407.05941, section 3.2).
+        seed: Seed of the set.
+        site: `"block"` prunes between attention and MLP, `"input"` before block 0, as in the profiling protocol of the
+            POMT paper (arXiv 2407.05941, section 3.2).
 
     Raises:
-        ArgumentError: If `site` is neither, or `seed` is not a whole number >= 0.
+        ArgumentError: If `site` has another value, or `seed` is not an integer >= 0.
     """
 
     name: str = "random"
 
     def __init__(self, seed: int = 0, site: Literal["block", "input"] = "block") -> None:
-        if site not in ("block", "input"):
-            raise ArgumentError(f"`site` must be 'block' or 'input', got {site!r}.")
-        if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-            raise ArgumentError(f"`seed` must be a whole number >= 0, got {seed!r}.")
+        check_choice("site", site, ("block", "input"))
+        check_int("seed", seed, 0)
         self.seed = seed
         self.site = site
 
     def reduce(self, sequence: TokenSequence, remove: int) -> ReductionOutput:
-        """Keeps the N - P - R patch tokens whose positions drew the highest numbers."""
+        """Keeps the N - P - R patch tokens whose positions have the highest numbers."""
         batch, tokens, _ = sequence.tokens.shape
         patches = tokens - sequence.num_prefix_tokens
         scores = random_scores(patches, self.seed, sequence.tokens.device).expand(batch, -1)
@@ -59,7 +58,7 @@ class RandomDrop(Reduction):
         return ReductionOutput(take_tokens(sequence.tokens, index), index)
 
     def max_removed(self, tokens: int, num_prefix_tokens: int) -> int:
-        """All patch tokens but one."""
+        """All patch tokens except one."""
         return max(tokens - num_prefix_tokens - 1, 0)
 
     def settings(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Methods by name: those of this package, and those that other packages declare by an entry point."""
+"""Methods by name: those of this package, and those that other packages declare as entry points."""
 
 import warnings
 from collections.abc import Callable
@@ -11,11 +11,12 @@ from typing import Any
 from lightning_prune.errors import ArgumentError
 from lightning_prune.reduction.base import Reduction
 from lightning_prune.reduction.cls_attention import EViT, TopK
+from lightning_prune.reduction.pixel_variance import VWTIntra
 from lightning_prune.reduction.pomt import POMT
 from lightning_prune.reduction.random_drop import RandomDrop
 from lightning_prune.reduction.representation_shift import RepresentationShift
 from lightning_prune.reduction.tome import ToMe
-from lightning_prune.reduction.visual_words import VWTInter, VWTIntra
+from lightning_prune.reduction.visual_words import VWTInter
 from lightning_prune.schedule import MethodSpec
 
 GROUP = "lightning_prune.reductions"
@@ -26,26 +27,26 @@ METHODS: dict[str, type[Reduction]] = {
 """The methods of this package."""
 
 _WITH_SETTINGS: dict[str, Callable[..., Reduction]] = {"pomt-nearest": partial(POMT, dropped="nearest")}
-"""Names for a method with settings that make it one of its own."""
+"""Names of methods that are another method with certain settings."""
 
 
 def resolve(method: str | MethodSpec | Reduction, **settings: Any) -> Reduction:
-    """The reduction that a name stands for; an instance stands for itself.
+    """Creates the reduction with a given name; an instance is returned unchanged.
 
-    A name that this package does not have is looked up among the entry points of the group
-    `lightning_prune.reductions`; only the one asked for is imported.
+    A name that is not in this package is looked up among the entry points of the group `lightning_prune.reductions`;
+    only the matching one is imported.
 
     Args:
-        method: Name of a method, with settings if need be (`"random:seed=3"`), the same as a
-            `lightning_prune.schedule.MethodSpec`, or an instance.
-        settings: Arguments of the method's class, where it is given by name.
+        method: Name of a method, with optional settings (`"random:seed=3"`); a `lightning_prune.schedule.MethodSpec`;
+            or an instance.
+        settings: Further arguments of the method's class, if it is given by name.
 
     Returns:
-        The reduction, with its default settings but for those given.
+        The reduction. Settings that are not given have their defaults.
 
     Raises:
-        ArgumentError: If there is no method of that name (suggests the nearest), its package fails to load or gives
-            something else than a reduction, or it does not take these settings.
+        ArgumentError: If there is no method of that name (suggests a similar one), if its package fails to load or does
+            not provide a reduction, or if the method has no such settings.
 
     Example:
         >>> from lightning_prune.reduction import resolve
@@ -65,13 +66,13 @@ def resolve(method: str | MethodSpec | Reduction, **settings: Any) -> Reduction:
 
 
 def spec_of(reduction: Reduction) -> MethodSpec:
-    """The method as plain data, from which `resolve` makes an equal one where its name is known.
+    """Converts a method to plain data; `resolve` is the inverse if the method has a registered name.
 
     Args:
         reduction: The method.
 
     Returns:
-        Its name, and the settings that differ from the defaults of that name.
+        Its name, and the settings that differ from the defaults.
 
     Example:
         >>> from lightning_prune.reduction import ToMe, spec_of
@@ -82,19 +83,19 @@ def spec_of(reduction: Reduction) -> MethodSpec:
     build = METHODS.get(reduction.name) or _WITH_SETTINGS.get(reduction.name) or type(reduction)
     try:
         defaults = build().settings()
-    except (TypeError, ArgumentError):  # there are settings without a default, such as a vocabulary
+    except (TypeError, ArgumentError):  # a setting without a default, such as a vocabulary
         defaults = {}
     differing = {key: value for key, value in settings.items() if key not in defaults or defaults[key] != value}
     return MethodSpec(reduction.name, differing)
 
 
 def names() -> list[str]:
-    """The names of all methods that can be used here; imports the packages that declare some.
+    """The names of all available methods. Imports the packages that declare methods.
 
-    One that fails to load is left out, with a warning that names it.
+    A method that fails to load is left out with a warning.
 
     Returns:
-        Those of this package first.
+        The names, those of this package first.
 
     Example:
         >>> from lightning_prune.reduction import names
@@ -117,13 +118,13 @@ def _own() -> list[str]:
 
 
 def _declared() -> dict[str, list[EntryPoint]]:
-    """The entry points of other packages by name; nothing is imported."""
+    """The entry points of other packages by name, without importing them."""
     declared: dict[str, list[EntryPoint]] = {}
     own = _own()
     for point in entry_points(group=GROUP):
         if point.name in own:
             warnings.warn(
-                f"The entry point {_where(point)} is not used: {point.name!r} is a method of lightning_prune.",
+                f"The entry point {_where(point)} is ignored: {point.name!r} is a method of lightning_prune.",
                 stacklevel=3,
             )
         elif point not in declared.setdefault(point.name, []):
@@ -143,28 +144,28 @@ def _find(name: str) -> Callable[..., Reduction]:
 
 
 def _load(name: str, points: list[EntryPoint]) -> type[Reduction]:
-    """The class that an entry point leads to.
+    """Loads the class of an entry point.
 
     Raises:
-        ArgumentError: If several packages declare the name, or what it leads to does not load or is no reduction.
+        ArgumentError: If several packages declare the name, or if it cannot be loaded or is not a reduction.
     """
     if len(points) > 1:
         raise ArgumentError(f"Several packages declare a method {name!r}: {', '.join(sorted(map(_where, points)))}.")
     point = points[0]
     try:
         found = point.load()
-    except Exception as error:  # of whatever kind the module of another package raises
+    except Exception as error:  # importing another package may raise anything
         raise ArgumentError(
             f"The method {name!r} failed to load from {_where(point)}: {type(error).__name__}: {error}"
         ) from error
     if not (isinstance(found, type) and issubclass(found, Reduction)) or isabstract(found):
         raise ArgumentError(
-            f"The entry point {_where(point)} must lead to a subclass of Reduction with `reduce` and `max_removed`, "
-            f"got {found!r}."
+            f"The entry point {_where(point)} must be a subclass of Reduction with `reduce` and `max_removed`, got "
+            f"{found!r}."
         )
     if getattr(found, "name", None) != name:
         raise ArgumentError(
-            f"The entry point {_where(point)} is called {name!r}, so `{found.__name__}.name` must be {name!r}, got "
+            f"The entry point {_where(point)} must be a Reduction with the name {name!r}, got {found.__name__} with "
             f"{getattr(found, 'name', None)!r}."
         )
     return found
@@ -176,9 +177,11 @@ def _make(name: str, build: Callable[..., Reduction], settings: dict[str, Any]) 
     try:
         signature(build).bind(**settings)
     except TypeError as error:
-        raise ArgumentError(f"The method {name!r} cannot be made with the settings {settings}: {error}.") from error
+        raise ArgumentError(f"`settings` must be arguments of the method {name!r}, got {settings}: {error}.") from error
     if other:
-        raise ArgumentError(f"The method {name!r} cannot be made with the settings {settings}: {other[0]!r} is fixed.")
+        raise ArgumentError(
+            f"`settings` must be arguments of the method {name!r}, got {settings}: {other[0]!r} is fixed."
+        )
     return build(**settings)
 
 

@@ -1,4 +1,4 @@
-"""Representation Shift: the patch tokens that a layer moves most stay, the others are dropped (arXiv 2508.00367)."""
+"""Representation Shift: keeps the patch tokens that a layer changes most (arXiv 2508.00367)."""
 
 import torch
 from torch import Tensor
@@ -8,17 +8,17 @@ from lightning_prune.reduction.functional import keep_best
 
 
 def shift_scores(tokens: Tensor, entering: Tensor, num_prefix_tokens: int) -> Tensor:
-    """How far a layer moved every patch token: the Euclidean distance ||F(x_i) - x_i|| (arXiv 2508.00367, section 3).
+    """Distance by which a layer moves each patch token: the Euclidean ||F(x_i) - x_i|| (arXiv 2508.00367, section 3).
 
-    No attention map takes part, so attention stays fused, and models whose attention cannot be read will do.
+    It needs no attention map, so attention stays fused, and it works in models whose attention cannot be read.
 
     Args:
-        tokens: (B, N, C) after the layer, its residual included.
+        tokens: (B, N, C) after the layer, including its residual.
         entering: (B, N, C) the same tokens before it.
         num_prefix_tokens: P, the first tokens, which are not scored.
 
     Returns:
-        (B, N - P), float32 (float64 where the tokens are).
+        (B, N - P), float32 (float64 if the tokens are).
 
     Example:
         >>> import torch
@@ -33,13 +33,13 @@ def shift_scores(tokens: Tensor, entering: Tensor, num_prefix_tokens: int) -> Te
 
 
 def shift(tokens: Tensor, entering: Tensor, remove: int, num_prefix_tokens: int) -> ReductionOutput:
-    """Keeps the N - P - R patch tokens that moved most, in their order; the R others are lost.
+    """Keeps the N - P - R patch tokens with the highest `shift_scores`, in their order, and drops the others.
 
     Args:
         tokens: (B, N, C) after the layer.
         entering: (B, N, C) before it.
         remove: R >= 1.
-        num_prefix_tokens: P, kept as they are.
+        num_prefix_tokens: P, the first tokens, which are kept unchanged.
 
     Returns:
         N - R tokens.
@@ -55,10 +55,10 @@ def shift(tokens: Tensor, entering: Tensor, remove: int, num_prefix_tokens: int)
 
 
 class RepresentationShift(Reduction):
-    """Pruning by Representation Shift: see `shift`.
+    """Prunes by Representation Shift; see `shift`.
 
-    The layer here is the block's attention, so that its MLP already runs on what is left; the paper draws the shift of
-    the MLP, which has seen all tokens by then. In a block that cannot be cut between the two it is the whole block.
+    The layer is the attention of the block, so that its MLP already runs on fewer tokens. The paper uses the MLP, which
+    then processes all tokens. In blocks that cannot be split between attention and MLP, the layer is the whole block.
 
     Source: arXiv 2508.00367, section 3.
 
@@ -73,9 +73,9 @@ class RepresentationShift(Reduction):
 
     def reduce(self, sequence: TokenSequence, remove: int) -> ReductionOutput:
         """See `shift`."""
-        assert sequence.entering is not None  # of every reduction inside a block
+        assert sequence.entering is not None  # provided to every reduction inside a block
         return shift(sequence.tokens, sequence.entering, remove, sequence.num_prefix_tokens)
 
     def max_removed(self, tokens: int, num_prefix_tokens: int) -> int:
-        """All patch tokens but one may go."""
+        """All patch tokens except one."""
         return max(tokens - num_prefix_tokens - 1, 0)

@@ -1,11 +1,12 @@
-"""ToMe: bipartite soft matching, and how its merges are distributed over the blocks (arXiv 2210.09461)."""
+"""ToMe: bipartite soft matching, and the distribution of merged tokens over the blocks (arXiv 2210.09461)."""
 
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from lightning_prune.errors import ArgumentError, ScheduleError
+from lightning_prune._utils.validation import check, check_between, check_bool, check_choice, check_int
+from lightning_prune.errors import ScheduleError
 from lightning_prune.reduction.base import Reduction, ReductionOutput, TokenSequence
 from lightning_prune.reduction.functional import merge, precise_product
 from lightning_prune.schedule import Schedule
@@ -14,21 +15,21 @@ from lightning_prune.schedule import Schedule
 def tome_schedule(
     r: int, depth: int, tokens: int, num_prefix_tokens: int = 1, inflection: float = 0.0, first: int = 0
 ) -> Schedule:
-    """ToMe's schedule (r, inflection): r tokens a block on average.
+    """ToMe's schedule (r, inflection): r tokens per block on average.
 
-    Of L blocks the i-th, i from 0, is to merge r (1 + inflection (2 i / (L - 1) - 1)) tokens: r each for inflection 0,
-    from 2 r down to 0 for -1, from 0 up to 2 r for 1, and linearly between for others. Whole numbers are found by the
-    divisors of Webster and Sainte-Lague, as seats are for votes, so r L tokens go in all; the published code rounds
-    each number down, so fewer go. As there, a block that finds too few tokens merges half of the patch tokens that it
-    finds, and then fewer than r L go.
+    Block i (from 0) of L merges r (1 + inflection (2 i / (L - 1) - 1)) tokens: r in every block for inflection 0, from
+    2 r down to 0 for -1, from 0 up to 2 r for 1. The numbers are rounded by the Webster (Sainte-Lague) method, which is
+    used to allocate seats to votes, so that r L tokens are merged in total. The published code rounds every number
+    down, so it merges fewer. As there, a block that has too few tokens merges half of its patch tokens, and the total
+    is then less than r L.
 
     Args:
-        r: Tokens that a block merges on average, >= 0.
-        depth: Blocks of the model.
-        tokens: N, entering block 0, prefix tokens included.
-        num_prefix_tokens: P, which never merge.
-        inflection: From -1 to 1.
-        first: First block that merges; `depth - first` is L.
+        r: Average number of tokens that a block merges, >= 0.
+        depth: Number of blocks of the model.
+        tokens: N, tokens that enter block 0, prefix tokens included.
+        num_prefix_tokens: P, which are never merged.
+        inflection: Slope of the schedule, in [-1, 1].
+        first: Index of the first block that merges; L is `depth - first`.
 
     Raises:
         ArgumentError: If an argument is out of its range.
@@ -44,8 +45,7 @@ def tome_schedule(
         >>> tome_schedule(r=25, depth=12, tokens=197).removed
         (25, 25, 25, 25, 25, 25, 23, 11, 6, 3, 1, 1)
     """
-    if isinstance(r, bool) or not isinstance(r, int) or r < 0:
-        raise ArgumentError(f"`r` must be a whole number >= 0, got {r!r}.")
+    check_int("r", r, 0)
     weights = _weights(depth, first, inflection)
     patches = _patches(tokens, num_prefix_tokens)
     wanted = [0] * len(weights)
@@ -57,25 +57,25 @@ def tome_schedule(
 def allocate_tokens(
     remove: int, tokens: int, num_prefix_tokens: int, depth: int, first: int, inflection: float = 0.0
 ) -> list[int]:
-    """Distributes `remove` tokens over the blocks by the weights of `tome_schedule`; the remainder goes to the first.
+    """Distributes `remove` tokens over the blocks by the weights of `tome_schedule`; the first get the remainder.
 
-    A block merges at most half of its patch tokens; what exceeds that goes to the others by their weights. The schedule
-    is that of the smallest r (in parts of a block) that removes `remove` tokens.
+    A block merges at most half of its patch tokens. What exceeds this is distributed to the other blocks by their
+    weights.
 
     Args:
-        remove: Tokens that go in all.
-        tokens: N, entering block 0.
+        remove: Total number of tokens to merge.
+        tokens: N, tokens that enter block 0.
         num_prefix_tokens: P.
         depth: Number of blocks.
-        first: First block that merges.
+        first: Index of the first block that merges.
         inflection: See `tome_schedule`.
 
     Returns:
-        One number a block, `remove` in all.
+        The number for each block, with the sum `remove`.
 
     Raises:
         ArgumentError: If an argument is out of its range.
-        ScheduleError: If `remove` is more than `max_allocatable`; names the numbers.
+        ScheduleError: If `remove` is more than `max_allocatable`.
 
     Example:
         >>> from lightning_prune.reduction.tome import allocate_tokens
@@ -84,26 +84,25 @@ def allocate_tokens(
         >>> allocate_tokens(190, tokens=197, num_prefix_tokens=1, depth=12, first=6)
         [0, 0, 0, 0, 0, 0, 50, 50, 48, 24, 12, 6]
     """
-    if remove < 0:
-        raise ArgumentError(f"`remove` must be at least 0, got {remove!r}.")
-    most = max_allocatable(tokens, num_prefix_tokens, depth, first, inflection)
-    if remove > most:
+    check("remove", remove, "an integer >= 0", remove >= 0)
+    largest = max_allocatable(tokens, num_prefix_tokens, depth, first, inflection)
+    if remove > largest:
         raise ScheduleError(
-            f"{remove} tokens cannot go: of {tokens}, {num_prefix_tokens} of them prefix tokens, blocks {first} to "
-            f"{depth - 1} can merge at most {most}, half of the patch tokens in a block."
+            f"`remove` must be at most {largest}, which merges half of the patch tokens in each block from {first} on, "
+            f"got {remove}."
         )
     weights, patches = _weights(depth, first, inflection), _patches(tokens, num_prefix_tokens)
     wanted = [0] * len(weights)
     for _ in range(remove):
         wanted[_next(weights, wanted)] += 1
-    # One more wanted of one block makes one more go in all or, where it finds too few, none: `remove` is met exactly.
+    # Each step increases the total by one, or by none if the block has too few tokens, so `remove` is met exactly.
     while sum(_halved(wanted, patches)) < remove:
         wanted[_next(weights, wanted)] += 1
     return [0] * first + _halved(wanted, patches)
 
 
 def max_allocatable(tokens: int, num_prefix_tokens: int, depth: int, first: int, inflection: float = 0.0) -> int:
-    """The most that `allocate_tokens` can make go: each block to which its form gives any merges half.
+    """The largest total that `allocate_tokens` can distribute: each block with a weight > 0 merges half of its tokens.
 
     Raises:
         ArgumentError: If an argument is out of its range.
@@ -118,7 +117,7 @@ def max_allocatable(tokens: int, num_prefix_tokens: int, depth: int, first: int,
 
 
 def _halved(wanted: list[int], patches: int) -> list[int]:
-    """Tokens that each block merges if none merges more than half of its patch tokens."""
+    """Limits each number to half of the patch tokens that enter the block."""
     removed = []
     for each in wanted:
         removed.append(min(each, patches // 2))
@@ -127,23 +126,21 @@ def _halved(wanted: list[int], patches: int) -> list[int]:
 
 
 def _next(weights: list[float], wanted: list[int]) -> int:
-    """The block that merges the next token: the one that has least for its weight, of several the first."""
+    """The block that gets the next token: the one with the fewest relative to its weight; ties go to the first."""
     return max(range(len(weights)), key=lambda i: weights[i] / (2 * wanted[i] + 1))
 
 
 def _weights(depth: int, first: int, inflection: float) -> list[float]:
-    if not 0 <= first < depth:
-        raise ArgumentError(f"The first block that merges must be an index from 0 to {depth - 1}, got {first!r}.")
-    if not -1 <= inflection <= 1:
-        raise ArgumentError(f"`inflection` must be from -1 to 1, got {inflection!r}.")
+    check("first", first, f"a block index from 0 to {depth - 1}", 0 <= first < depth)
+    check_between("inflection", inflection, -1, 1)
     count = depth - first
-    # What the docstring says, times L - 1: whole numbers where the inflection is one, so that ties are ties.
+    # The formula of `tome_schedule` times L - 1: integers for an integer inflection, so that ties are exact.
     return [1.0] if count == 1 else [count - 1 + inflection * (2 * i - count + 1) for i in range(count)]
 
 
 def _patches(tokens: int, num_prefix_tokens: int) -> int:
-    if not 0 <= num_prefix_tokens <= tokens:
-        raise ArgumentError(f"`num_prefix_tokens` must be from 0 to the {tokens} tokens, got {num_prefix_tokens!r}.")
+    expected = f"an integer in [0, {tokens}], the number of tokens"
+    check("num_prefix_tokens", num_prefix_tokens, expected, 0 <= num_prefix_tokens <= tokens)
     return tokens - num_prefix_tokens
 
 
@@ -151,21 +148,21 @@ _INFLECTION = {"constant": 0.0, "decreasing": -1.0}
 
 
 def bipartite_matching(key: Tensor, remove: int, num_prefix_tokens: int) -> tuple[Tensor, Tensor]:
-    """Which patch tokens merge into which: bipartite soft matching (arXiv 2210.09461, section 3).
+    """Bipartite soft matching: which patch tokens are merged into which (arXiv 2210.09461, section 3).
 
-    Patch tokens alternate between two sets: those at odd places among them (the second, the fourth, ...) may go, those
-    at even places may be gone into. Each of the first finds the one of the second that it is most similar to, by the
-    cosine of their keys averaged over the heads, and the R most similar pairs merge. Prefix tokens take no part, and of
-    an odd number of patch tokens the larger set is that of the destinations. Keys are those that met queries: with
-    rotary embeddings turned by them, and in talking heads (CaiT) those of all heads side by side.
+    Patch tokens are divided alternately into two sets: those at odd indices among them (the second, the fourth, ...)
+    are sources, those at even indices are destinations. Each source is matched with the most similar destination, by
+    the cosine of their keys averaged over heads, and the R most similar pairs are merged. Prefix tokens are left out.
+    The keys are the operands of the dot product: after rotary embedding, and with talking heads (CaiT) the keys of all
+    heads concatenated.
 
     Args:
         key: (B, H, N, D).
-        remove: R; at most (N - P) // 2, the size of the first set.
+        remove: R; at most (N - P) // 2, the number of sources.
         num_prefix_tokens: P.
 
     Returns:
-        (B, R) tokens that go, and (B, R) the token that each goes into, both as indices among the N.
+        (B, R) sources and (B, R) the destination of each, as indices among the N tokens.
 
     Example:
         >>> import torch
@@ -174,32 +171,32 @@ def bipartite_matching(key: Tensor, remove: int, num_prefix_tokens: int) -> tupl
         >>> bipartite_matching(key, remove=1, num_prefix_tokens=0)
         (tensor([[3]]), tensor([[0]]))
     """
-    # A cosine does not tell the sum from the mean. With a dtype it is one pass over the keys, and half precision would
-    # tie many similarities.
+    # Sum and mean have the same cosine. `sum` with a dtype is a single pass over the keys, and half precision would
+    # cause many ties.
     metric = key.sum(dim=1, dtype=torch.promote_types(key.dtype, torch.float32))
     metric = metric / torch.linalg.vector_norm(metric, dim=-1, keepdim=True).clamp(min=1e-12)
     odd, even = metric[:, num_prefix_tokens + 1 :: 2], metric[:, num_prefix_tokens::2]
-    likeness, partner = precise_product(odd, even.transpose(1, 2)).max(dim=-1)
-    chosen = likeness.topk(remove, dim=-1, sorted=False).indices
-    return chosen * 2 + (num_prefix_tokens + 1), partner.gather(1, chosen) * 2 + num_prefix_tokens
+    similarity, destination = precise_product(odd, even.transpose(1, 2)).max(dim=-1)
+    source = similarity.topk(remove, dim=-1, sorted=False).indices
+    return source * 2 + (num_prefix_tokens + 1), destination.gather(1, source) * 2 + num_prefix_tokens
 
 
 class ToMe(Reduction):
     """Token Merging, as a method for `lightning_prune.patch`.
 
     Source: arXiv 2210.09461, sections 3 and 4.1. Differences from the published code: tokens that are left keep their
-    order, so neighbours stay in different sets; a merged token has the place of its destination, so models with rotary
-    embeddings or position biases work; and a schedule removes exactly the total that is asked for.
+    order, so that neighbours are in different sets; a merged token keeps the position of its destination, so that
+    models with rotary embeddings or position biases can be used; and a schedule removes exactly the requested total.
 
     Args:
-        proportional_attention: Whether later blocks weigh a token as many as it was made of: log(size) is added to the
-            logits of its key. Blocks before the first merge keep their attention as it is.
-        schedule: How `allocate` shares a total among the blocks: `"constant"`, as many in each, or `"decreasing"`,
-            linearly from twice the mean in the first block to none in the last. Schedules that are given outright are
-            not touched.
+        proportional_attention: Whether later blocks weight tokens by size: log(size) is added to the logits of each
+            key. Blocks before the first merge are not affected.
+        schedule: How `allocate` distributes a total over the blocks: `"constant"`, the same number in each, or
+            `"decreasing"`, linearly from twice the mean in the first block to 0 in the last. It does not affect given
+            schedules.
 
     Raises:
-        ArgumentError: If an argument is neither of what it may be.
+        ArgumentError: If an argument has another value.
 
     Example:
         >>> import timm
@@ -220,29 +217,27 @@ class ToMe(Reduction):
     def __init__(
         self, proportional_attention: bool = True, schedule: Literal["constant", "decreasing"] = "constant"
     ) -> None:
-        if not isinstance(proportional_attention, bool):
-            raise ArgumentError(f"`proportional_attention` must be True or False, got {proportional_attention!r}.")
-        if schedule not in tuple(_INFLECTION):  # which asks for no hash: a list is said to be wrong, too
-            raise ArgumentError(f"`schedule` must be 'constant' or 'decreasing', got {schedule!r}.")
+        check_bool("proportional_attention", proportional_attention)
+        check_choice("schedule", schedule, _INFLECTION)
         self.proportional_attention = proportional_attention
         self.schedule = schedule
 
     def reduce(self, sequence: TokenSequence, remove: int) -> ReductionOutput:
         """Merges the R most similar pairs; see `bipartite_matching` and `merge`."""
-        assert sequence.attention is not None  # the patch provides what `reads` asks for
+        assert sequence.attention is not None  # provided because of `reads`
         source, destination = bipartite_matching(sequence.attention.key, remove, sequence.num_prefix_tokens)
         return merge(sequence.tokens, source, destination, sequence.sizes, sequence.trace)
 
     def max_removed(self, tokens: int, num_prefix_tokens: int) -> int:
-        """Half of the patch tokens: those of the set that may go."""
+        """Half of the patch tokens, the sources."""
         return max(tokens - num_prefix_tokens, 0) // 2
 
     def allocate(self, remove: int, tokens: int, num_prefix_tokens: int, depth: int, block: int) -> list[int]:
-        """What each block from `block` on merges; none before it. See `allocate_tokens`."""
+        """Distributes the tokens over the blocks from `block` on; see `allocate_tokens`."""
         return allocate_tokens(remove, tokens, num_prefix_tokens, depth, block, _INFLECTION[self.schedule])
 
     def max_total_removed(self, tokens: int, num_prefix_tokens: int, depth: int, block: int) -> int:
-        """What is gone if each block of the schedule merges half of what it finds."""
+        """The total if each block of the schedule merges half of its patch tokens."""
         return max_allocatable(tokens, num_prefix_tokens, depth, block, _INFLECTION[self.schedule])
 
     def settings(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The Visual Word Tokenizer, intra-image and inter-image (arXiv 2411.15397)."""
+"""The Visual Word Tokenizer's inter-image method: merges patches of the same visual word (arXiv 2411.15397)."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -8,99 +8,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from lightning_prune._utils.validation import check, check_between, check_choice
 from lightning_prune.errors import ArgumentError, DataError
 from lightning_prune.reduction.base import Reduction, ReductionOutput, TokenSequence
-from lightning_prune.reduction.functional import add_rows_, take_tokens, with_prefix
+from lightning_prune.reduction.functional import add_rows_
 from lightning_prune.reduction.patchify import cut_like
 from lightning_prune.reduction.vocabulary import Vocabulary
 
-
-def patch_variances(pixels: Tensor, patches: int) -> Tensor:
-    """The variance of each patch over all its pixels and channels.
-
-    Args:
-        pixels: (B, channels, height, width), the images as the model sees them: normalised.
-        patches: How many square patches the model cuts each into.
-
-    Returns:
-        (B, patches), float32 (float64 where the pixels are).
-
-    Raises:
-        UnsupportedModelError: If that number of patches does not form a grid of the image.
-    """
-    precise = torch.promote_types(pixels.dtype, torch.float32)
-    return cut_like(pixels, patches).to(precise).var(dim=-1, correction=0)
-
-
-def vwt_intra(tokens: Tensor, pixels: Tensor, remove: int, num_prefix_tokens: int) -> ReductionOutput:
-    """Keeps the N - P - R patch tokens whose patches vary most, in their order; of equals the first.
-
-    Args:
-        tokens: (B, N, C) before block 0, prefix tokens first, patch tokens row by row.
-        pixels: (B, channels, height, width), the images that they were made of.
-        remove: R.
-        num_prefix_tokens: P, kept as they are.
-
-    Returns:
-        N - R tokens.
-
-    Raises:
-        UnsupportedModelError: If the patch tokens are no grid of the image.
-
-    Example:
-        >>> import torch
-        >>> from lightning_prune.reduction import vwt_intra
-        >>> images = torch.zeros(1, 3, 32, 32)
-        >>> images[:, :, 20:, 20:] = torch.randn(3, 12, 12)  # only the last patch has anything to see
-        >>> vwt_intra(torch.randn(1, 5, 8), images, remove=3, num_prefix_tokens=1).positions
-        tensor([[0, 4]])
-    """
-    count = tokens.shape[1]
-    keep = count - num_prefix_tokens - remove
-    variances = patch_variances(pixels, count - num_prefix_tokens)
-    # Stable, since equals are common here (saturated sky) and `topk` may choose among them by the shape of the batch.
-    ranked = variances.sort(dim=-1, descending=True, stable=True).indices
-    index = with_prefix(ranked[:, :keep].sort(dim=-1).values, num_prefix_tokens)
-    return ReductionOutput(take_tokens(tokens, index), index)
-
-
-class VWTIntra(Reduction):
-    """Visual Word Tokenizer's intra-image reduction: before block 0, patches of little contrast go.
-
-    It needs neither attention nor training, and costs a pass over the pixels. Source: arXiv 2411.15397, where a fixed
-    share of the patches, those of the smallest pixel variance, is dropped before the encoder.
-
-    Example:
-        >>> import timm
-        >>> import lightning_prune as lp
-        >>> model = timm.create_model("vit_tiny_patch16_224").eval()
-        >>> handle = lp.patch(model, "vwt-intra", lp.Schedule.single(depth=12, block=0, remove=56))
-    """
-
-    name: str = "vwt-intra"
-    site: Literal["block", "input"] = "input"
-    reads: ClassVar[frozenset[str]] = frozenset({"pixels"})
-
-    def reduce(self, sequence: TokenSequence, remove: int) -> ReductionOutput:
-        """See `vwt_intra`."""
-        assert sequence.pixels is not None  # the patch provides what `reads` asks for
-        return vwt_intra(sequence.tokens, sequence.pixels, remove, sequence.num_prefix_tokens)
-
-    def max_removed(self, tokens: int, num_prefix_tokens: int) -> int:
-        """All patch tokens but one."""
-        return max(tokens - num_prefix_tokens - 1, 0)
-
-
 PadTo = Literal["batch", "image"]
-_CHUNK = 2048  # words that all patches are compared with at a time, which bounds the memory
+_CHUNK = 2048  # number of words that the patches are compared with at a time, which limits memory
 
 
 class Grouping(NamedTuple):
-    """Which patches of an image become one token.
+    """Assignment of the patches of each image to tokens.
 
     Attributes:
-        slots: (B, patches) index of the token that each goes into, in the order of the tokens' first patches.
-        counts: (B,) tokens that each image is left with, prefix tokens apart.
+        slots: (B, patches) index of the token that each patch is merged into; tokens are ordered by first patch.
+        counts: (B,) number of tokens that are left of each image, without prefix tokens.
     """
 
     slots: Tensor
@@ -108,44 +32,44 @@ class Grouping(NamedTuple):
 
 
 def nearest_words(patches: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
-    """The nearest word of every patch by cosine distance, 1 - cos.
+    """The word with the smallest cosine distance, 1 - cos, to each patch.
 
-    A patch without length (all zeros) is at distance 1 from every word.
+    A patch of zeros has distance 1 from every word.
 
     Args:
         patches: (B, M, D), any floating dtype.
-        words: (W, D), each of length one; at least float32.
+        words: (W, D), each of unit length; float32 or float64.
 
     Returns:
         Distances (B, M) in the dtype of the words, and indices of the words (B, M).
     """
     best = index = None
-    with torch.autocast(patches.device.type, enabled=False):  # in half precision, 0.1 would not be 0.1
+    with torch.autocast(patches.device.type, enabled=False):  # half precision is too coarse for the threshold
         units = normalize(patches.to(words.dtype), dim=-1)
         for start in range(0, words.shape[0], _CHUNK):
-            similarity, near = (units @ words[start : start + _CHUNK].T).max(dim=-1)
+            similarity, nearest = (units @ words[start : start + _CHUNK].T).max(dim=-1)
             if best is None or index is None:
-                best, index = similarity, near
+                best, index = similarity, nearest
             else:
-                index = torch.where(similarity > best, near + start, index)
+                index = torch.where(similarity > best, nearest + start, index)
                 best = torch.maximum(similarity, best)
-    assert best is not None  # a vocabulary has words
+    assert best is not None  # a vocabulary is never empty
     assert index is not None
     return 1 - best, index
 
 
 def group_by_word(pixels: Tensor, patches: int, vocabulary: Vocabulary, threshold: float) -> Grouping:
-    """Groups the patches of every image by itself: those of the same word, near enough to it, are one group.
+    """Groups the patches of each image: patches within `threshold` of the same word form one group.
 
     Args:
-        pixels: (B, channels, height, width), the images as the model sees them: normalised.
-        patches: How many square patches the model cuts each into.
+        pixels: (B, channels, height, width), normalised images, as they enter the model.
+        patches: Number of square patches into which the model divides each image.
         vocabulary: The words.
-        threshold: Largest cosine distance at which a patch is a word.
+        threshold: Largest cosine distance at which a patch is assigned to a word.
 
     Raises:
         UnsupportedModelError: If that number of patches does not form a grid of the image.
-        ArgumentError: If the vocabulary is of another patch size or channel count.
+        ArgumentError: If the vocabulary has another patch size or number of channels.
     """
     cells = cut_like(pixels, patches)
     _check_patches(vocabulary, cells.shape[-1], pixels.shape[1])
@@ -153,7 +77,7 @@ def group_by_word(pixels: Tensor, patches: int, vocabulary: Vocabulary, threshol
     distance, word = nearest_words(cells, words.to(torch.promote_types(pixels.dtype, torch.float32)))
     is_word = distance <= threshold
     places = torch.arange(patches, device=pixels.device).expand_as(word)
-    # The first patch of every word in the image; the extra column takes the patches that are no word.
+    # The first patch of each word in the image; the extra column is for patches that are not assigned to a word.
     column = torch.where(is_word, word, len(vocabulary))
     table = places.new_full((word.shape[0], len(vocabulary) + 1), patches)
     first = table.scatter_reduce(1, column, places, "amin").gather(1, column)
@@ -165,17 +89,18 @@ def group_by_word(pixels: Tensor, patches: int, vocabulary: Vocabulary, threshol
 def merge_groups(
     tokens: Tensor, grouping: Grouping, num_prefix_tokens: int, length: int, trace: bool = False
 ) -> ReductionOutput:
-    """The mean of each group's tokens, in the order of their first patches, after the prefix tokens.
+    """Replaces each group by the mean of its tokens, in the order of the groups' first patches.
 
     Args:
         tokens: (B, N, C) before block 0.
-        grouping: Of the N - P patch tokens.
-        num_prefix_tokens: P, kept as they are.
-        length: Patch tokens to be left, at least the largest count; images with fewer are padded with zeros.
-        trace: Whether to say where each token went.
+        grouping: Assignment of the N - P patch tokens.
+        num_prefix_tokens: P, the first tokens, which are kept unchanged.
+        length: Number of patch tokens to return, at least the largest count; shorter images are padded with zeros.
+        trace: Whether to return `sources`.
 
     Returns:
-        P + `length` tokens. Sizes are 1, also of a word of many patches, which the paper does not weigh; 0 for padding.
+        P + `length` tokens. Sizes are 1, also for a group of many patches, because the paper does not weight them, and
+        0 for padding.
     """
     batch, count, channels = tokens.shape
     slots, patches = grouping.slots, count - num_prefix_tokens
@@ -188,10 +113,10 @@ def merge_groups(
     members = members.index_add(0, flat, members.new_ones(batch * patches))
     means = (sums / members.clamp(min=1).unsqueeze(1)).to(tokens.dtype).view(batch, length, channels)
     members = members.view(batch, length)
-    # A word of one patch is that patch, and stands where it stood.
+    # A group of one patch keeps its position.
     places = torch.arange(num_prefix_tokens, count, device=tokens.device).expand(batch, -1)
-    stood = places.new_zeros(batch, length).scatter_add(1, slots, places)
-    positions = torch.where(members == 1, stood, -1)
+    total = places.new_zeros(batch, length).scatter_add(1, slots, places)
+    positions = torch.where(members == 1, total, -1)
     prefix = torch.arange(num_prefix_tokens, device=tokens.device).expand(batch, -1)
     sizes = torch.cat((tokens.new_ones(batch, num_prefix_tokens), (members > 0).to(tokens.dtype)), dim=1)
     return ReductionOutput(
@@ -203,28 +128,28 @@ def merge_groups(
 
 
 class VWTInter(Reduction):
-    """Visual Word Tokenizer's inter-image reduction: before block 0, patches of the same visual word become one token.
+    """Merges patches of the same visual word before block 0: the inter-image method of the Visual Word Tokenizer.
 
-    Source: arXiv 2411.15397. A patch is a word if its cosine distance (of raw normalised pixels) to the nearest word of
-    the vocabulary is at most `threshold`; patches of one image that are the same word become the mean of their
-    embeddings, positions included, and all other patches stay. How many tokens are left depends on the image, so there
-    is no schedule. Shorter images of a batch are padded and the padding is masked, so that no image depends on its
-    batch-mates; it therefore saves most at batch size 1. A token counts the same in attention however many patches it
-    stands for, as in the paper. On the command line:
+    Source: arXiv 2411.15397. Each patch is compared with the words of a vocabulary by the cosine distance of normalised
+    pixels. Patches of an image that are within `threshold` of the same word are merged into the mean of their
+    embeddings, positions included; all other patches are kept. The number of tokens depends on the image, so there is
+    no schedule. Shorter images of a batch are padded and the padding is masked, so that an image does not depend on the
+    others in its batch; the method therefore saves most at batch size 1. As in the paper, the attention to a token does
+    not depend on how many patches it was merged from. On the command line:
 
         lightning-prune vocabulary --config my.yaml --words 1000 --output words.safetensors
         lightning-prune validate --config my.yaml --prune.method VWTInter --prune.method.vocabulary words.safetensors
 
     Args:
-        vocabulary: A `Vocabulary` for the model's patch size and normalisation, or its file, as
-            `lightning-prune vocabulary` writes it.
-        threshold: In [0, 2].
-        pad_to: `"batch"`: to the longest image of the batch, which asks the device for that number: it synchronises
-            once, and is no graph for `torch.compile(fullgraph=True)`. `"image"`: to all patch tokens. That saves
-            nothing, but has one shape, so that it compiles and exports.
+        vocabulary: A `Vocabulary` for the model's patch size and normalisation, or the path of one, written by
+            `lightning-prune vocabulary`.
+        threshold: Largest cosine distance at which a patch is assigned to a word, in [0, 2].
+        pad_to: `"batch"` pads to the longest image of the batch. This synchronises with the device once and breaks the
+            graph of `torch.compile`. `"image"` pads to the number of patch tokens of the dense model. This saves no
+            time, but the shape is static, so the model can be compiled as one graph and exported.
 
     Raises:
-        ArgumentError: If an argument is unusable.
+        ArgumentError: If an argument is invalid.
         FileFormatError: If the file holds no vocabulary.
 
     Example:
@@ -251,48 +176,46 @@ class VWTInter(Reduction):
     ) -> None:
         if vocabulary is None:
             raise ArgumentError(
-                "vwt-inter needs a vocabulary: learn one by `lightning-prune vocabulary`, and give it as "
-                "VWTInter('words.safetensors'); on the command line by --prune.method VWTInter "
-                "--prune.method.vocabulary words.safetensors."
+                "`vocabulary` must be a Vocabulary or the path of one for vwt-inter, got None. Create one with "
+                "`lightning-prune vocabulary` and pass it as VWTInter('words.safetensors'), or on the command line as "
+                "--prune.method VWTInter --prune.method.vocabulary words.safetensors."
             )
-        if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not 0 <= threshold <= 2:
-            raise ArgumentError(f"`threshold` must be a cosine distance in [0, 2], got {threshold!r}.")
-        if pad_to not in get_args(PadTo):
-            raise ArgumentError(f"`pad_to` must be 'batch' or 'image', got {pad_to!r}.")
-        if not isinstance(vocabulary, str | Path | Vocabulary):
-            raise ArgumentError(f"`vocabulary` must be a Vocabulary or the path of one, got {vocabulary!r}.")
+        check_between("threshold", threshold, 0, 2, "a cosine distance")
+        check_choice("pad_to", pad_to, get_args(PadTo))
+        is_vocabulary = isinstance(vocabulary, str | Path | Vocabulary)
+        check("vocabulary", vocabulary, "a Vocabulary or the path of one", is_vocabulary)
         self.vocabulary = vocabulary if isinstance(vocabulary, Vocabulary) else Vocabulary.load(vocabulary)
         self.threshold = float(threshold)
         self.pad_to = pad_to
 
     def reduce(self, sequence: TokenSequence, remove: int) -> ReductionOutput:
-        """See the class; `remove` is 0, for the images decide."""
-        assert sequence.pixels is not None  # the patch provides what `reads` asks for
+        """See the class; `remove` is 0, because the number of tokens depends on the images."""
+        assert sequence.pixels is not None  # provided because of `reads`
         patches = sequence.tokens.shape[1] - sequence.num_prefix_tokens
         grouping = group_by_word(sequence.pixels, patches, self.vocabulary, self.threshold)
         length = patches if self.pad_to == "image" else int(grouping.counts.max())
         return merge_groups(sequence.tokens, grouping, sequence.num_prefix_tokens, length, sequence.trace)
 
     def max_removed(self, tokens: int, num_prefix_tokens: int) -> int:
-        """All patch tokens but one: an image may show one word everywhere."""
+        """All patch tokens except one, because all patches of an image may be of the same word."""
         return max(tokens - num_prefix_tokens - 1, 0)
 
     def unsupported_reason(self, model: nn.Module) -> str | None:
-        """Says where the vocabulary was made for another patch size, channel count or normalisation than the model."""
+        """Compares patch size, channels and normalisation of the vocabulary with those of the model."""
         words, config = self.vocabulary, getattr(model, "pretrained_cfg", None) or {}
         sides = _patch_sides(model)
         if sides is not None and sides != (words.patch_size,) * 2:
-            return _another("patches of", f"{words.patch_size} x {words.patch_size}", " x ".join(map(str, sides)))
+            return _mismatch("patches of", f"{words.patch_size} x {words.patch_size}", " x ".join(map(str, sides)))
         for name in ("mean", "std"):
             own, theirs = getattr(words, name), config.get(name)
-            if own is None or theirs is None or len(theirs) != words.channels:  # said of weights for other channels
+            if own is None or theirs is None or len(theirs) != words.channels:  # a config for other channels
                 continue
             if max(abs(a - b) for a, b in zip(own, theirs, strict=True)) > 1e-3:
-                return _another(f"images normalised by {name}", f"{own}", f"{tuple(theirs)}")
+                return _mismatch(f"images normalised with {name}", f"{own}", f"{tuple(theirs)}")
         return None
 
     def settings(self) -> dict[str, Any]:
-        """Plain values; the vocabulary by its file, or by the beginning of its digest."""
+        """Plain values. The vocabulary is given by its file, or by the beginning of its digest."""
         words = self.vocabulary
         return {
             "vocabulary": words.source or f"sha256:{words.digest[:12]}",
@@ -302,17 +225,17 @@ class VWTInter(Reduction):
 
 
 def _patch_sides(model: nn.Module) -> tuple[int, ...] | None:
-    """The sides of a model's patches where it says them; None where only its first images will show."""
+    """Height and width of the model's patches; None if the model has no attribute for them."""
     embed: Any = getattr(model, "patch_embed", None)
-    if hasattr(embed, "feat_ratio"):  # timm, also where a network of convolutions comes before the patches
+    if hasattr(embed, "feat_ratio"):  # timm, including hybrid models with a convolutional stem
         sides = embed.feat_ratio(as_scalar=False)
     else:  # torchvision, Hugging Face
         sides = getattr(model, "patch_size", getattr(getattr(model, "config", None), "patch_size", None))
     return (sides, sides) if isinstance(sides, int) else tuple(sides) if sides is not None else None
 
 
-def _another(what: str, own: str, theirs: str) -> str:
-    return f"The vocabulary of vwt-inter is for {what} {own}, this model for {theirs}; learn one for this model."
+def _mismatch(what: str, own: str, theirs: str) -> str:
+    return f"`vocabulary` must be for {what} {theirs} with this model, got one for {own}. Learn one for this model."
 
 
 def _check_patches(vocabulary: Vocabulary, values: int, channels: int) -> None:
@@ -320,16 +243,16 @@ def _check_patches(vocabulary: Vocabulary, values: int, channels: int) -> None:
         return
     side = int((values // channels) ** 0.5)
     own = f"{vocabulary.channels} x {vocabulary.patch_size} x {vocabulary.patch_size}"
-    raise ArgumentError(_another("patches of", own, f"{channels} x {side} x {side}"))
+    raise ArgumentError(_mismatch("patches of", own, f"{channels} x {side} x {side}"))
 
 
 class TokensPerImage(NamedTuple):
-    """Patch tokens that images are left with; prefix tokens come on top.
+    """Number of patch tokens that are left of an image, without prefix tokens.
 
     Attributes:
-        images: How many images were looked at.
-        patches: Patch tokens of the dense model, of the largest image where they differ.
-        mean: Over the images.
+        images: Number of images that were measured.
+        patches: Patch tokens of the dense model, for the largest image.
+        mean: Mean over the images.
         low: The 5th percentile.
         high: The 95th percentile.
     """
@@ -342,31 +265,31 @@ class TokensPerImage(NamedTuple):
 
     def __str__(self) -> str:
         return (
-            f"{self.mean:.1f} of {self.patches} patch tokens an image are left (5th percentile {self.low:.0f}, 95th "
+            f"{self.mean:.1f} of {self.patches} patch tokens are left per image (5th percentile {self.low:.0f}, 95th "
             f"{self.high:.0f}; {self.images} images)"
         )
 
 
 def tokens_per_image(batches: Iterable[Tensor], vocabulary: Vocabulary, threshold: float = 0.1) -> TokensPerImage:
-    """Counts the patch tokens that images would be left with by `VWTInter(vocabulary, threshold)`.
+    """Counts the patch tokens that `VWTInter(vocabulary, threshold)` would leave of each image.
 
     Args:
-        batches: Images (B, channels, height, width) as the model sees them; on any device.
+        batches: Normalised images (B, channels, height, width), on any device.
         vocabulary: The visual words.
-        threshold: Largest cosine distance at which a patch is a word.
+        threshold: Largest cosine distance at which a patch is assigned to a word.
 
     Raises:
-        DataError: If there is no image.
-        ArgumentError: If the vocabulary is for other channels.
+        DataError: If there are no images.
+        ArgumentError: If the vocabulary has another number of channels.
 
     Example:
         >>> import torch
         >>> import lightning_prune as lp
         >>> from lightning_prune.reduction import tokens_per_image
-        >>> images = torch.rand(4, 3, 1, 1).expand(4, 3, 32, 32)  # one colour each
+        >>> images = torch.rand(4, 3, 1, 1).expand(4, 3, 32, 32)  # each of a single colour
         >>> words = lp.learn_vocabulary([images], patch_size=8, words=4)
         >>> print(tokens_per_image([images], words))
-        1.0 of 16 patch tokens an image are left (5th percentile 1, 95th 1; 4 images)
+        1.0 of 16 patch tokens are left per image (5th percentile 1, 95th 1; 4 images)
     """
     counts, most, side = [], 0, vocabulary.patch_size
     for images in batches:
@@ -374,7 +297,7 @@ def tokens_per_image(batches: Iterable[Tensor], vocabulary: Vocabulary, threshol
         counts.append(group_by_word(images, patches, vocabulary, threshold).counts.double().cpu())
         most = max(most, patches)
     if not counts:
-        raise DataError("There is no image to count the tokens of.")
-    together = torch.cat(counts)
-    low, high = together.quantile(torch.tensor([0.05, 0.95], dtype=together.dtype)).tolist()
-    return TokensPerImage(len(together), most, together.mean().item(), low, high)
+        raise DataError("`batches` must hold at least one image, got none.")
+    all_counts = torch.cat(counts)
+    low, high = all_counts.quantile(torch.tensor([0.05, 0.95], dtype=all_counts.dtype)).tolist()
+    return TokensPerImage(len(all_counts), most, all_counts.mean().item(), low, high)

@@ -29,17 +29,17 @@ def test_round_trip(tmp_path: Path, name: str) -> None:
     assert read_document(str(path), KIND, 3) == NOTE
 
 
-def test_entries_stay_in_their_order(tmp_path: Path) -> None:
+def test_entries_keep_their_order(tmp_path: Path) -> None:
     for name in ("note.yaml", "note.json"):
         assert list(read_document(write_document(tmp_path / name, NOTE), KIND, 3)) == list(NOTE)
 
 
-def test_folders_are_made(tmp_path: Path) -> None:
+def test_folders_are_created(tmp_path: Path) -> None:
     path = write_document(tmp_path / "a" / "b" / "note.yaml", NOTE)
     assert [entry.name for entry in path.parent.iterdir()] == ["note.yaml"]
 
 
-def test_the_block_writes_beside_and_the_file_appears_at_its_end(tmp_path: Path) -> None:
+def test_atomic_write_replaces_the_file_at_the_end(tmp_path: Path) -> None:
     target = tmp_path / "plot.png"
     target.write_text("old")
     with atomic_write(target) as temporary:
@@ -52,7 +52,7 @@ def test_the_block_writes_beside_and_the_file_appears_at_its_end(tmp_path: Path)
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
-def test_a_failed_block_leaves_the_old_file_and_no_other(tmp_path: Path, error: type[BaseException]) -> None:
+def test_a_failed_write_keeps_the_old_file(tmp_path: Path, error: type[BaseException]) -> None:
     target = tmp_path / "note.yaml"
     target.write_text("old")
     with pytest.raises(error), atomic_write(target) as temporary:  # noqa: PT012
@@ -69,7 +69,7 @@ def test_a_failed_first_write_leaves_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["note.yaml", "note.json"])
-def test_what_a_file_cannot_hold_leaves_the_old_file(tmp_path: Path, name: str) -> None:
+def test_an_invalid_entry_keeps_the_old_file(tmp_path: Path, name: str) -> None:
     path = write_document(tmp_path / name, NOTE)
     before = path.read_bytes()
     for entry, culprit in [(1j, "complex for `thing`"), ({"on": True, "at": [0, 1j]}, "complex for `thing.at.1`")]:
@@ -90,12 +90,12 @@ def test_permissions_are_those_of_an_ordinary_new_file(tmp_path: Path, umask: in
     assert mode(path) == expected
 
 
-def test_missing(tmp_path: Path) -> None:
+def test_a_missing_file_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(FileFormatError, match=r"Cannot read .*none\.yaml: No such file or directory\."):
         read_document(tmp_path / "none.yaml", KIND, 3)
 
 
-def test_a_folder(tmp_path: Path) -> None:
+def test_a_folder_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(FileFormatError, match=r"Cannot read .*: Is a directory\."):
         read_document(tmp_path, KIND, 3)
 
@@ -118,7 +118,7 @@ def test_a_folder(tmp_path: Path) -> None:
     ],
     ids=["latin", "control", "bytes", "list", "json", "flow", "colons", "deep", "int-tag", "bool-tag", "time-tag"],
 )
-def test_damaged(tmp_path: Path, name: str, content: bytes) -> None:
+def test_a_damaged_file_is_rejected(tmp_path: Path, name: str, content: bytes) -> None:
     path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(FileFormatError, match=rf"{name} is damaged or not a {KIND} file: ") as caught:
@@ -128,21 +128,21 @@ def test_damaged(tmp_path: Path, name: str, content: bytes) -> None:
 
 @pytest.mark.parametrize("content", ["", "42", "text", "[1, 2]", "null", "{}", '{"version": 3}'])
 @pytest.mark.parametrize("name", ["note.yaml", "note.json"])
-def test_foreign_without_a_format(tmp_path: Path, name: str, content: str) -> None:
+def test_a_file_without_a_format_is_rejected(tmp_path: Path, name: str, content: str) -> None:
     path = tmp_path / name
     path.write_text(content)
     with pytest.raises(FileFormatError, match=rf"{name} is (not a {KIND} file: it has no format entry\.|damaged)"):
         read_document(path, KIND, 3)
 
 
-def test_of_another_kind(tmp_path: Path) -> None:
+def test_another_format_is_rejected(tmp_path: Path) -> None:
     path = write_document(tmp_path / "note.yaml", {"format": "other.thing", "version": 3})
     with pytest.raises(FileFormatError, match=r"note\.yaml is not a .*note file: it has format 'other\.thing'\."):
         read_document(path, KIND, 3)
 
 
 @pytest.mark.parametrize("version", [4, 2, "3", None])
-def test_of_another_version(tmp_path: Path, version: object) -> None:
+def test_another_version_is_rejected(tmp_path: Path, version: object) -> None:
     path = write_document(tmp_path / "note.yaml", {"format": KIND, "version": version})
     with pytest.raises(FileFormatError, match=rf"of version {version!r}; this release reads version 3\."):
         read_document(path, KIND, 3)
@@ -151,7 +151,7 @@ def test_of_another_version(tmp_path: Path, version: object) -> None:
 @pytest.mark.parametrize(
     "tag", ["!!python/object/apply:os.mkdir [{there}]", "!!python/name:os.mkdir", "!!python/object:pathlib.Path {{}}"]
 )
-def test_python_objects_are_refused_and_nothing_runs(tmp_path: Path, tag: str) -> None:
+def test_python_objects_are_rejected_and_not_executed(tmp_path: Path, tag: str) -> None:
     path, there = tmp_path / "note.yaml", tmp_path / "there"
     path.write_text(f"format: {KIND}\nversion: 3\nthing: {tag.format(there=there)}\n")
     with pytest.raises(FileFormatError, match="could not determine a constructor for the tag"):
@@ -159,10 +159,10 @@ def test_python_objects_are_refused_and_nothing_runs(tmp_path: Path, tag: str) -
     assert not there.exists()
 
 
-def test_an_output_folder_is_made_and_checked(tmp_path: Path) -> None:
+def test_an_output_folder_is_created_and_checked(tmp_path: Path) -> None:
     assert ensure_output_dir(tmp_path / "a" / "b") == tmp_path / "a" / "b"
     assert list((tmp_path / "a" / "b").iterdir()) == []
     (tmp_path / "file").write_text("old")
-    with pytest.raises(ArgumentError, match=r"^`output` must be a folder that can be written to, got .*file"):
+    with pytest.raises(ArgumentError, match=r"^`output` must be a writable folder, got .*file"):
         ensure_output_dir(tmp_path / "file")
     assert (tmp_path / "file").read_text() == "old"

@@ -7,7 +7,7 @@ from lightning_prune._utils.formatting import context_line, milliseconds, percen
 
 
 @pytest.mark.parametrize("unknown", [None, math.nan, math.inf])
-def test_what_is_not_known_is_a_dash(unknown: float | None) -> None:
+def test_unknown_values_are_a_dash(unknown: float | None) -> None:
     assert [write(unknown) for write in (percent, points, milliseconds, speedup)] == ["-"] * 4
 
 
@@ -33,5 +33,5 @@ def test_latencies_have_at_least_three_digits(latency: float, text: str) -> None
         ({"device": "GPU", "compiled": True, "batch_size": None}, "GPU, compiled"),
     ],
 )
-def test_context_in_a_line_has_what_is_known(context: dict[str, Any], line: str) -> None:
+def test_context_line_has_the_known_entries(context: dict[str, Any], line: str) -> None:
     assert context_line(context) == line

@@ -1,4 +1,4 @@
-"""Which images of a batch are repeated, against what the samplers really deal out."""
+"""Repeated images in a batch, compared with the actual output of the samplers."""
 
 from itertools import product
 from typing import Any
@@ -13,7 +13,7 @@ from lightning_prune._utils.sampler_shares import SamplerShare, share_of
 
 
 def dealt(loaders: list[Any]) -> list[int]:
-    """The items that count, over all ranks."""
+    """The items that are counted, over all ranks."""
     counted: list[int] = []
     for loader in loaders:
         share = share_of(loader)
@@ -38,7 +38,7 @@ def test_every_item_counts_once(world: int, shuffle: bool) -> None:
 
 
 @pytest.mark.parametrize("option", ["drop_last of the loader", "drop_last of the sampler"])
-def test_dropped_items_are_not_missed(option: str) -> None:
+def test_dropped_items_are_not_counted(option: str) -> None:
     data = torch.arange(11)
     drops = {"loader": option.endswith("loader"), "sampler": option.endswith("sampler")}
     samplers = [
@@ -49,7 +49,7 @@ def test_dropped_items_are_not_missed(option: str) -> None:
     assert sorted(counted) == list(range(8 if drops["loader"] else 10))
 
 
-def test_a_batch_of_another_size_than_was_dealt_counts_whole() -> None:
+def test_a_batch_of_unexpected_size_is_counted_completely() -> None:
     share = SamplerShare(items=6, distinct=5, batch_size=4)
     assert [share.counted(0, 4), share.counted(1, 2)] == [4, 1]
     assert [share.counted(1, 4), share.counted(0, 2)] == [4, 2]
@@ -66,6 +66,6 @@ def test_a_batch_of_another_size_than_was_dealt_counts_whole() -> None:
     ],
     ids=["no loader", "one process", "even", "no batches", "a list"],
 )
-def test_loaders_of_which_all_counts(loader: Any, recwarn: pytest.WarningsRecorder) -> None:
+def test_loaders_without_repeated_items_have_no_share(loader: Any, recwarn: pytest.WarningsRecorder) -> None:
     assert share_of(loader) is None
     assert not recwarn.list

@@ -81,7 +81,7 @@ def test_two_ranks_log_what_one_process_logs(ranks: list[dict[str, Any]]) -> Non
         (
             "refused",
             "ScheduleError",
-            "Block 1 is asked to remove 17 tokens, but of the 17 that enter it pomt can remove",
+            "of the 17 tokens that enter block 1 with pomt, got 17",
         ),
         ("failed", "ValueError", "the abacus is broken"),
         ("unreadable", "ValueError", "no images on rank 0"),

@@ -156,8 +156,8 @@ def test_module_path_chooses_one_of_two_transformers(second: Any, schedule: Any)
     module = Placed(Twice(second))
     inner = "network.other.teacher._orig_mod" if second is compiled else "network.other.teacher"
     message = (
-        r"^Found 2 Vision Transformers; pass `module_path`, one of 'network.student' \(VisionTransformer\), "
-        rf"'{inner}' \(VisionTransformer\)\.$"
+        r"^`module_path` must be one of 'network.student' \(VisionTransformer\), "
+        rf"'{inner}' \(VisionTransformer\), because .*, got None\.$"
     )
     with pytest.raises(lp.UnsupportedModelError, match=message):
         trainer(brief(schedule=schedule)).validate(module, loader(8), verbose=False)

@@ -159,8 +159,8 @@ def test_a_module_converted_to_half_precision_by_the_user_is_pruned(schedule: An
 def test_a_step_that_casts_its_images_needs_images_from_batch() -> None:
     module = Halved()
     message = (
-        r"^The Vision Transformer cannot run on images \(4, 3, 32, 32\), torch.float32: .*Give those that it receives "
-        r"itself, after all that your module does to them \(`images_from_batch` of TokenPruning\)\.$"
+        r"^`images` must be valid inputs .*, got \(4, 3, 32, 32\), torch.float32: .*Pass images as your "
+        r"module passes them to it \(`images_from_batch` of TokenPruning\)\.$"
     )
     with pytest.raises(lp.ArgumentError, match=message):
         trainer(brief(schedule=6)).validate(module, loader(), verbose=False)

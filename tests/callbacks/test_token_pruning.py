@@ -456,7 +456,7 @@ class Two(Tiny):
 
 
 def test_two_transformers_need_module_path() -> None:
-    with pytest.raises(lp.UnsupportedModelError, match=r"2 Vision Transformers; .*`module_path`, one of 'vit'"):
+    with pytest.raises(lp.UnsupportedModelError, match="`module_path` must be one of 'vit'"):
         validated(pruner(), Two())
     callback = pruner(module_path="vit")
     module, _ = validated(callback, Two())
@@ -477,7 +477,7 @@ class Convolutional(L.LightningModule):
 
 
 def test_a_module_without_transformer_is_refused() -> None:
-    with pytest.raises(lp.UnsupportedModelError, match=r"Found no Vision Transformer.*Convolutional holds Conv2d"):
+    with pytest.raises(lp.UnsupportedModelError, match=r"`model` must contain .*, got Convolutional with Conv2d"):
         validated(pruner(), Convolutional())
 
 
@@ -530,7 +530,7 @@ def test_an_accuracy_budget_is_met() -> None:
         ({"schedule": None}, "`schedule` must be .* got None"),
         ({"schedule": True}, "`schedule` must be .* got True"),
         ({"schedule": 2.5}, "`schedule` must be .* got 2.5"),
-        ({"schedule": 1.0}, "`schedule` must be .* got 1.0; write 0 to keep all tokens, 1 to remove one"),
+        ({"schedule": 1.0}, "`schedule` must be .* got 1.0. Write 0 to keep all tokens, 1 to remove one"),
     ],
 )
 def test_unusable_arguments_are_refused_when_the_callback_is_made(options: dict[str, Any], message: str) -> None:

@@ -19,7 +19,7 @@ def same(one: nn.Module, other: nn.Module) -> bool:
 
 @pytest.mark.parametrize("holder", [None, "state_dict", "model", "state_dict_ema"])
 @pytest.mark.parametrize("prefix", ["", "model.", "module.", "_orig_mod.", "model._orig_mod.", "module.model."])
-def test_reads_what_training_scripts_save(tmp_path: Path, holder: str | None, prefix: str) -> None:
+def test_reads_files_of_training_scripts(tmp_path: Path, holder: str | None, prefix: str) -> None:
     source, target = net(), net()
     state = {prefix + key: value for key, value in source.state_dict().items()}
     path = tmp_path / "weights.pth"
@@ -43,14 +43,14 @@ def test_other_parts_of_a_lightning_module_are_left_out(tmp_path: Path) -> None:
     assert same(source, target)
 
 
-def test_a_part_called_model_keeps_its_name(tmp_path: Path) -> None:
+def test_a_submodule_called_model_keeps_its_prefix(tmp_path: Path) -> None:
     source, target = (nn.ModuleDict({"model": net()}) for _ in range(2))
     torch.save(source.state_dict(), tmp_path / "weights.pth")
     load_weights(target, tmp_path / "weights.pth")
     assert same(source, target)
 
 
-def test_misfit_names_keys_and_shapes_and_changes_nothing(tmp_path: Path) -> None:
+def test_mismatch_names_keys_and_shapes_and_keeps_the_model(tmp_path: Path) -> None:
     model, path = net(), tmp_path / "weights.pth"
     before = {key: value.clone() for key, value in model.state_dict().items()}
     state = net(width=5).state_dict()
@@ -69,20 +69,20 @@ def test_misfit_names_keys_and_shapes_and_changes_nothing(tmp_path: Path) -> Non
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
 
-def test_many_keys_are_counted(tmp_path: Path) -> None:
+def test_many_mismatched_keys_are_counted(tmp_path: Path) -> None:
     torch.save({f"layer{number}": torch.ones(1) for number in range(9)}, tmp_path / "weights.pth")
     with pytest.raises(WeightsError, match=r"4 missing: 0.weight, 0.bias, 1.weight and 1 more; 9 unexpected: layer0,"):
         load_weights(net(), tmp_path / "weights.pth")
 
 
-def test_missing_file(tmp_path: Path) -> None:
+def test_a_missing_file_is_rejected(tmp_path: Path) -> None:
     for path in (tmp_path / "none.pth", tmp_path):
         with pytest.raises(FileFormatError, match=rf"`weights`.*got {path}\.$"):
             read_weights(path)
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_truncated_file(tmp_path: Path, suffix: str) -> None:
+def test_a_truncated_file_is_rejected(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"weights{suffix}"
     state = net().state_dict()
     save_file(state, path) if suffix == ".safetensors" else torch.save(state, path)
@@ -98,7 +98,7 @@ def test_pickled_objects_are_not_executed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [{"epoch": 3}, [1, 2], {"state_dict": {}}])
-def test_no_tensors(tmp_path: Path, content: object) -> None:
+def test_a_file_without_tensors_is_rejected(tmp_path: Path, content: object) -> None:
     torch.save(content, tmp_path / "weights.pth")
     with pytest.raises(FileFormatError, match=r"`weights`.*tensors by name.*weights\.pth"):
         read_weights(tmp_path / "weights.pth")

@@ -18,7 +18,7 @@ CONFIG = {"input_size": (3, 16, 16), "mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25
 
 
 class TinyModel(nn.Module):
-    """A classifier that says what it wants to see the way timm's models do."""
+    """A classifier with a `pretrained_cfg`, as timm's models have."""
 
     def __init__(self, num_classes: int = 2, channels: int = 3) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class TinyModel(nn.Module):
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Three images of each of two classes, below the name of the split."""
+    """Three images in each of two classes, in a folder named after the split."""
     for name, colour in (("ant", (255, 0, 0)), ("bee", (0, 0, 255))):
         (tmp_path / "images" / "val" / name).mkdir(parents=True)
         for number in range(3):
@@ -50,7 +50,7 @@ def trainer(**kwargs: Any) -> L.Trainer:
     return L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False, **kwargs)
 
 
-def test_folder_is_prepared_as_the_config_says(folder: Path) -> None:
+def test_folder_uses_the_data_config(folder: Path) -> None:
     data = ImageFolderData(str(folder), batch_size=4, num_workers=0, data_config=CONFIG)
     data.setup("validate")
     batches = list(data.val_dataloader())
@@ -60,7 +60,7 @@ def test_folder_is_prepared_as_the_config_says(folder: Path) -> None:
     assert (red, green) == pytest.approx((2.0, -2.0))  # (1 - 0.5) / 0.25, (0 - 0.5) / 0.25
 
 
-def test_folder_learns_the_model_from_the_trainer(folder: Path) -> None:
+def test_folder_takes_the_data_config_from_the_trainer(folder: Path) -> None:
     data = ImageFolderData(str(folder), batch_size=2, num_workers=0)
     module = ImageClassifier(TinyModel())
     run = trainer()
@@ -74,7 +74,7 @@ def test_folder_learns_the_model_from_the_trainer(folder: Path) -> None:
     assert [tuple(logits.shape) for logits in predicted] == [(2, 2)] * 3
 
 
-def test_workers_load_the_same(folder: Path) -> None:
+def test_workers_load_the_same_images(folder: Path) -> None:
     data = ImageFolderData(str(folder), batch_size=6, num_workers=1, data_config=CONFIG)
     alone = ImageFolderData(str(folder), batch_size=6, num_workers=0, data_config=CONFIG)
     for module in (data, alone):
@@ -92,13 +92,13 @@ def test_tar(folder: Path, tmp_path: Path) -> None:
     assert labels.tolist() == [0, 0, 0, 1, 1, 1]
 
 
-def test_grey_model_gets_grey_images(folder: Path) -> None:
+def test_a_one_channel_model_gets_grey_images(folder: Path) -> None:
     data = ImageFolderData(str(folder), batch_size=6, num_workers=0)
     trainer().validate(ImageClassifier(TinyModel(channels=1)), data, verbose=False)
     assert next(iter(data.val_dataloader()))[0].shape == (6, 1, 16, 16)
 
 
-def test_class_map_decides_the_labels(folder: Path, tmp_path: Path) -> None:
+def test_class_map_determines_the_labels(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "classes.txt").write_text("bee\nant\ncat\n")
     data = ImageFolderData(
         str(folder), batch_size=6, num_workers=0, class_map=str(tmp_path / "classes.txt"), data_config=CONFIG
@@ -108,19 +108,19 @@ def test_class_map_decides_the_labels(folder: Path, tmp_path: Path) -> None:
     trainer().validate(ImageClassifier(TinyModel(num_classes=3)), data, verbose=False)  # as many as in the map
 
 
-def test_classes_and_head_disagree(folder: Path) -> None:
+def test_other_classes_than_the_head_are_rejected(folder: Path) -> None:
     data = ImageFolderData(str(folder), num_workers=0)
     with pytest.raises(DataError, match=rf"`root`.*7 classes.*got {folder} with 2\."):
         trainer().validate(ImageClassifier(TinyModel(num_classes=7)), data)
 
 
-def test_folder_without_images(tmp_path: Path) -> None:
+def test_a_folder_without_images_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "ant").mkdir()
     with pytest.raises(DataError, match=rf"`root`.*got {tmp_path}: Found 0 images"):
         ImageFolderData(str(tmp_path), data_config=CONFIG).setup("validate")
 
 
-def test_folder_without_such_a_split(folder: Path) -> None:
+def test_an_unknown_split_is_rejected(folder: Path) -> None:
     with pytest.raises(DataError, match=rf"`split` must be one of val in {folder}, got 'test'\.$"):
         ImageFolderData(str(folder), split="test", data_config=CONFIG).setup("validate")
     ImageFolderData(str(folder / "val"), split="test", data_config=CONFIG).setup("validate")  # classes at the top
@@ -134,18 +134,18 @@ def test_a_class_may_have_the_name_of_a_split(folder: Path) -> None:
         assert next(iter(data.val_dataloader()))[1].tolist() == [0, 0, 0, 1, 1, 1]
 
 
-def test_folder_that_does_not_exist(tmp_path: Path) -> None:
+def test_a_missing_folder_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"`root`.*got .*nowhere\.$"):
         ImageFolderData(str(tmp_path / "nowhere"), data_config=CONFIG).setup("validate")
 
 
-def test_nothing_says_what_the_model_wants(folder: Path) -> None:
+def test_a_missing_data_config_is_rejected(folder: Path) -> None:
     with pytest.raises(DataError, match=r"`data_config`.*LightningModule"):
         ImageFolderData(str(folder)).setup("validate")
 
 
-def test_folder_for_a_model_of_ones_own(folder: Path) -> None:
-    """Nobody knows its normalisation, and ImageNet's would be a guess."""
+def test_folder_for_a_module_of_the_user(folder: Path) -> None:
+    """Its normalisation is unknown, and ImageNet's would be a guess."""
     module = ImageClassifier(tiny_vit(img_size=16, num_classes=2, depth=1, num_heads=1))
     with pytest.raises(DataError, match=r"`data_config`.*normalisation"):
         trainer().validate(module, ImageFolderData(str(folder), num_workers=0))
@@ -153,7 +153,7 @@ def test_folder_for_a_model_of_ones_own(folder: Path) -> None:
     assert trainer().validate(module, data, verbose=False)[0]["val/loss"] > 0
 
 
-def test_digits_show_every_held_out_scan_in_several_placements() -> None:
+def test_digits_have_every_held_out_scan_in_several_placements() -> None:
     data = DigitsData(batch_size=50)
     data.setup("validate")
     assert len(data.val_dataloader()) == len(data.test_dataloader()) == len(data.predict_dataloader()) == 40
@@ -162,7 +162,7 @@ def test_digits_show_every_held_out_scan_in_several_placements() -> None:
     assert len(labels.unique()) == 10
 
 
-def test_digits_train_on_fresh_placements_every_epoch() -> None:
+def test_digits_train_on_new_placements_every_epoch() -> None:
     seen: list[list[int]] = []
 
     class Module(L.LightningModule):
@@ -189,33 +189,33 @@ def test_digits_train_on_fresh_placements_every_epoch() -> None:
         ("vit_digits_patch4_56", r"`model`.*10 classes.*got 4\."),
     ],
 )
-def test_digits_need_a_model_for_digits(model: nn.Module | str, message: str) -> None:
+def test_a_model_for_other_images_is_rejected(model: nn.Module | str, message: str) -> None:
     classes = None if isinstance(model, nn.Module) else 4
     with pytest.raises(DataError, match=message):
         trainer().validate(ImageClassifier(model, pretrained=False, num_classes=classes), DigitsData())
 
 
-def test_digits_for_a_model_of_ones_own() -> None:
+def test_digits_for_a_module_of_the_user() -> None:
     module = ImageClassifier(tiny_vit(in_chans=1, img_size=56, num_classes=10, depth=1, num_heads=1))
     (logged,) = trainer(limit_val_batches=1).validate(module, DigitsData(), verbose=False)
     assert 0 <= logged["val/top1"] <= 1
 
 
 @pytest.mark.parametrize(("name", "value"), [("batch_size", 0), ("num_workers", -1)])
-def test_bad_arguments(name: str, value: int) -> None:
+def test_invalid_arguments_are_rejected(name: str, value: int) -> None:
     for kind in (DigitsData, lambda **kwargs: ImageFolderData("images", **kwargs)):
         with pytest.raises(ArgumentError, match=rf"`{name}`.*got {value}\."):
             kind(**{name: value})
 
 
-def test_a_dataset_by_name_may_be_fetched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    asked: dict[str, Any] = {}
+def test_a_named_dataset_can_be_downloaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    passed: dict[str, Any] = {}
 
     class Fetched(torch.utils.data.Dataset[Any]):
         classes = ("ant", "bee")
 
         def __init__(self, **options: Any) -> None:
-            asked.update(options)
+            passed.update(options)
 
         def __len__(self) -> int:
             return 1
@@ -224,10 +224,10 @@ def test_a_dataset_by_name_may_be_fetched(monkeypatch: pytest.MonkeyPatch, tmp_p
     for download in (True, False):
         data = ImageFolderData(str(tmp_path), dataset="torch/cifar10", download=download, data_config=CONFIG)
         data.setup("validate")
-        assert asked["download"] is download
-        assert asked["train"] is False
+        assert passed["download"] is download
+        assert passed["train"] is False
 
 
-def test_a_folder_cannot_be_fetched() -> None:
+def test_a_folder_cannot_be_downloaded() -> None:
     with pytest.raises(ArgumentError, match=r"`download`.*`dataset`, got True"):
         ImageFolderData("images", download=True)

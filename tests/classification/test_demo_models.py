@@ -25,7 +25,7 @@ def test_has_the_tokens_of_a_deit() -> None:
     assert model.blocks[0].attn.head_dim == 32
 
 
-def test_figures_beside_the_weights_hold() -> None:
+def test_stored_accuracy_is_reproduced() -> None:
     figures = json.loads(DIGITS_WEIGHTS.with_suffix(".json").read_text())
     assert figures["held_out_top1"] >= 97.0
     assert figures["held_out_images"] == 2000
@@ -41,7 +41,7 @@ HEAVY = {"lightning", "pytorch_lightning", "torchmetrics", "jsonargparse", "skle
 
 
 @pytest.mark.parametrize("order", ["import timm, lightning_prune", "import lightning_prune, timm"])
-def test_timm_knows_the_names_once_the_package_is_imported(order: str) -> None:
+def test_importing_the_package_registers_the_names(order: str) -> None:
     code = f"""
 import sys
 {order}

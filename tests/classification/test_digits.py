@@ -9,7 +9,7 @@ from lightning_prune.classification.digits import ClutteredDigits, EpochSampler,
 from lightning_prune.errors import ArgumentError
 
 
-def test_no_scan_is_on_both_sides_and_every_class_has_its_share() -> None:
+def test_the_split_is_disjoint_and_stratified() -> None:
     train, train_labels = load_scans("train")
     held_out, held_out_labels = load_scans("held_out")
     assert (len(train), len(held_out)) == (1297, 500)
@@ -33,14 +33,14 @@ def test_image_is_a_pure_function_of_seed_and_index() -> None:
     assert isinstance(digits[3][1], int)
 
 
-def test_workers_change_nothing() -> None:
+def test_workers_do_not_change_the_images() -> None:
     digits = ClutteredDigits("held_out")
     alone, shared = (next(iter(DataLoader(digits, 8, num_workers=workers))) for workers in (0, 2))
     assert torch.equal(alone[0], shared[0])
     assert torch.equal(alone[1], shared[1])
 
 
-def test_every_placement_shows_the_same_scan_elsewhere() -> None:
+def test_every_placement_has_the_same_scan_at_another_place() -> None:
     digits = ClutteredDigits("held_out", placements=4)
     assert len(digits) == 2000
     assert digits[7][1] == digits[507][1] == digits.labels[7]
@@ -61,30 +61,30 @@ def test_digit_lies_in_its_box_inside_the_canvas() -> None:
         assert columns.max() <= left + side + slack
 
 
-def test_clutter_is_real_and_beside_the_digit() -> None:
+def test_clutter_is_outside_of_the_digit() -> None:
     outside = []
     for index in range(40):
         canvas, (top, left, side) = ClutteredDigits("train").render(index)
-        beside = np.ones_like(canvas, dtype=bool)
-        beside[max(0, int(top) - 4) : int(top + side) + 5, max(0, int(left) - 4) : int(left + side) + 5] = False
-        outside.append(canvas[beside].max())
+        background = np.ones_like(canvas, dtype=bool)
+        background[max(0, int(top) - 4) : int(top + side) + 5, max(0, int(left) - 4) : int(left + side) + 5] = False
+        outside.append(canvas[background].max())
     assert np.mean(np.array(outside) > 0.25) > 0.9
 
 
-def test_clutter_comes_from_the_scans_given() -> None:
+def test_clutter_uses_the_given_scans() -> None:
     blank = np.zeros((5, 8, 8), np.float32)
     canvas, _ = draw(blank, 0, np.random.default_rng(0), clutter=1.0)
     assert canvas.max() < 0.45  # gradient and noise alone
 
 
-def test_normalised() -> None:
+def test_images_are_normalised() -> None:
     images = torch.stack([ClutteredDigits("train", clutter=1.0)[index][0] for index in range(200)])
     assert abs(images.mean()) < 0.1
     assert abs(images.std() - 1) < 0.1
     assert ClutteredDigits("train")[0][0].mean() < ClutteredDigits("train", clutter=1.0)[0][0].mean()
 
 
-def test_sampler_shows_fresh_placements_every_epoch_and_resumes() -> None:
+def test_sampler_uses_new_placements_every_epoch_and_resumes() -> None:
     sampler = EpochSampler(scans=10)
     first = list(sampler)
     sampler.set_epoch(3)
@@ -100,17 +100,17 @@ def test_sampler_shows_fresh_placements_every_epoch_and_resumes() -> None:
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"split": "test"}, r"`split`.*train, held_out, got 'test'\."),
+        ({"split": "test"}, r"`split` must be 'train' or 'held_out', got 'test'\."),
         ({"split": "train", "placements": 0}, r"`placements`.*got 0\."),
         ({"split": "train", "seed": -1}, r"`seed`.*got -1\."),
         ({"split": "train", "clutter": 2.0}, r"`clutter`.*got 2\.0\."),
     ],
 )
-def test_bad_arguments(kwargs: dict[str, Any], message: str) -> None:
+def test_invalid_arguments_are_rejected(kwargs: dict[str, Any], message: str) -> None:
     with pytest.raises(ArgumentError, match=message):
         ClutteredDigits(**kwargs)
 
 
-def test_negative_index() -> None:
+def test_a_negative_index_is_rejected() -> None:
     with pytest.raises(IndexError, match=r"`index`.*got -1\."):
         ClutteredDigits("train")[-1]

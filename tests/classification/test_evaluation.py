@@ -9,7 +9,7 @@ from lightning_prune.errors import DataError
 LABELS = torch.tensor([0, 2, 5, 1])
 
 
-def test_good_batches_pass() -> None:
+def test_valid_batches_pass() -> None:
     check_batch(torch.zeros(4, 6), LABELS, 6, "validation batch 0")
     check_batch(torch.full((4, 6), torch.nan), LABELS, 6, "training batch 0", finite=False)
     for kind in (list, tuple):
@@ -38,7 +38,7 @@ def test_good_batches_pass() -> None:
         ),
     ],
 )
-def test_what_would_become_a_wrong_figure(logits: object, labels: Tensor, message: str) -> None:
+def test_invalid_batches_are_rejected(logits: object, labels: Tensor, message: str) -> None:
     with pytest.raises(DataError, match=message) as error:
         check_batch(logits, labels, 6, "test batch 7")
     assert "of test batch 7" in str(error.value)
@@ -47,12 +47,12 @@ def test_what_would_become_a_wrong_figure(logits: object, labels: Tensor, messag
 @pytest.mark.parametrize(
     ("batch", "came"), [(LABELS, "Tensor"), ([LABELS], r"\['Tensor'\]"), ({"image": 1}, "dict"), ((LABELS, 3), "'int'")]
 )
-def test_batch_that_is_no_pair(batch: object, came: str) -> None:
+def test_a_batch_that_is_not_a_pair_is_rejected(batch: object, came: str) -> None:
     with pytest.raises(DataError, match=rf"^Test batch 7 must be a pair.*got .*{came}"):
         split_batch(batch, "test batch 7")
 
 
-def test_reset_forgets_everything() -> None:
+def test_reset_clears_all_metrics() -> None:
     evaluation = Evaluation(num_classes=6, warmup=0)
     for label in (5, 0):
         evaluation.reset()
@@ -92,7 +92,7 @@ def test_half_precision_logits_are_counted_in_float() -> None:
     ],
 )
 def test_repeated_images_are_left_out_of_accuracy_and_loss(share: SamplerShare | None, counted: int) -> None:
-    """Two batches of four, all classified rightly but for what stands after the images that count."""
+    """Two batches of four, all classified correctly except for the repeated images."""
     evaluation = Evaluation(num_classes=6, warmup=0)
     evaluation.shares = [None, share]
     classes = torch.arange(8).where(torch.arange(8) < counted, 5) % 4

@@ -13,7 +13,7 @@ from lightning_prune.errors import DataError
 
 
 class Fixed(nn.Module):
-    """Gives logits that the images carry themselves, so that every figure is known beforehand."""
+    """Returns logits stored in the images, so that all results are known."""
 
     def __init__(self, num_classes: int = 6) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ def test_several_dataloaders_are_pooled() -> None:
     assert logged["val/top1"] == pytest.approx(10 / 12)
 
 
-def test_times_leave_out_warm_up_and_the_odd_last_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_times_leave_out_warm_up_and_a_short_last_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = iter([9.0, 7.0, 0.5, 1.5, 8.0])
     module = ImageClassifier(Fixed(), warmup=2)
 
@@ -90,7 +90,7 @@ def test_times_leave_out_warm_up_and_the_odd_last_batch(monkeypatch: pytest.Monk
     assert logged["val/latency_p90"] == pytest.approx(1400.0)
 
 
-def test_what_callbacks_do_before_the_first_batch_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_time_of_callbacks_before_the_first_batch_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
 
     class Profiler(L.Callback):
@@ -117,7 +117,7 @@ def test_validate_fit_and_validate_again_with_one_module() -> None:
     assert run.validate(module, data, verbose=False)[0]["val/top1"] == first == 1.0
 
 
-def test_predict_gives_logits_with_or_without_labels() -> None:
+def test_predict_returns_logits_with_or_without_labels() -> None:
     module = ImageClassifier(Fixed())
     for data in (loader(RANKED, torch.zeros(10)), DataLoader(RANKED[:, None, None, :], batch_size=4)):
         predicted = trainer().predict(module, data)
@@ -126,14 +126,14 @@ def test_predict_gives_logits_with_or_without_labels() -> None:
 
 
 @pytest.mark.parametrize("label", [6, -1])
-def test_label_out_of_range(label: int) -> None:
+def test_a_label_out_of_range_is_rejected(label: int) -> None:
     labels = torch.tensor([0, 0, 0, 0, 0, label, 0, 0, 0, 0])
     message = rf"validation batch 1 must be in 0 to 5.*got {label}\.$"
     with pytest.raises(DataError, match=message):
         trainer().validate(ImageClassifier(Fixed()), loader(RANKED, labels))
 
 
-def test_logits_that_are_not_finite() -> None:
+def test_non_finite_logits_are_rejected() -> None:
     logits = RANKED.clone()
     logits[8, 2], logits[9, 0] = torch.nan, torch.inf
     message = r"test batch 2 must be finite.*2 of 2 images"
@@ -141,7 +141,7 @@ def test_logits_that_are_not_finite() -> None:
         trainer().test(ImageClassifier(Fixed()), loader(logits, torch.zeros(10, dtype=torch.long)))
 
 
-def test_a_batch_is_checked_with_one_wait_for_the_device() -> None:
+def test_checking_a_batch_synchronises_once() -> None:
     waits, aten = [], torch.ops.aten
 
     class Watch(TorchDispatchMode):

@@ -46,7 +46,7 @@ def test_weights_file_and_checkpoint_give_the_same_model(tmp_path: Path) -> None
         assert torch.equal(module(images), expected)
 
 
-def test_checkpoint_stands_alone(tmp_path: Path) -> None:
+def test_a_checkpoint_is_self_contained(tmp_path: Path) -> None:
     save_file(tiny().model.state_dict(), tmp_path / "raw.safetensors")
     module = ImageClassifier(NAME, weights=str(tmp_path / "raw.safetensors"), model_kwargs=TINY)
     save_checkpoint(module, tmp_path / "last.ckpt")
@@ -57,7 +57,7 @@ def test_checkpoint_stands_alone(tmp_path: Path) -> None:
     assert module.hparams["weights"] == str(tmp_path / "raw.safetensors")  # the run still says where it came from
 
 
-def test_compile_keeps_the_keys_and_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compile_keeps_the_keys_and_can_be_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[nn.Module] = []
     monkeypatch.setattr(nn.Module, "compile", lambda self, **_: compiled.append(self))
     module = tiny(runtime="torch.compile")
@@ -75,7 +75,7 @@ def test_compiled_module_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class OtherRuntime(Runtime):
-    """Runs a model, but not the module itself, as a classifier needs it."""
+    """Runs a model, but not in place, as a classifier requires."""
 
     name = "other"
 
@@ -87,7 +87,7 @@ class OtherRuntime(Runtime):
 
 
 @pytest.mark.parametrize("runtime", ["torch.complie", OtherRuntime()])
-def test_only_torch_runs_a_module(runtime: Any) -> None:
+def test_other_runtimes_are_rejected(runtime: Any) -> None:
     with pytest.raises(ArgumentError, match=rf"`runtime`.*got '?{getattr(runtime, 'name', runtime)}|got OtherRuntime"):
         tiny(runtime=runtime)
 
@@ -107,24 +107,24 @@ def test_head_and_data_config() -> None:
     assert module.data_config["input_size"] == (1, 56, 56)
 
 
-def test_a_model_without_a_config_has_none() -> None:
-    """timm would make up 3 x 224 x 224 and ImageNet's normalisation."""
+def test_a_model_without_a_config_has_no_data_config() -> None:
+    """timm would assume 3 x 224 x 224 and ImageNet's normalisation."""
     assert ImageClassifier(nn.Linear(3, 2), num_classes=2).data_config is None
 
 
-def test_unknown_name_comes_with_similar_ones() -> None:
+def test_an_unknown_name_suggests_similar_ones() -> None:
     with pytest.raises(ArgumentError, match=r"`model`.*got 'deit_smal_patch16_224'\."):
         ImageClassifier("deit_smal_patch16_224")
     with pytest.raises(ArgumentError, match=r"Similar: .*\bdeit_small_patch16_224\b"):
         ImageClassifier("deit_smal_patch16_224")
 
 
-def test_no_pretrained_weights() -> None:
+def test_missing_pretrained_weights_are_rejected() -> None:
     with pytest.raises(WeightsError, match=rf"`model`.*got '{NAME}.nosuchtag': Invalid pretrained tag"):
         ImageClassifier(f"{NAME}.nosuchtag")
 
 
-def test_weights_that_do_not_fit(tmp_path: Path) -> None:
+def test_mismatched_weights_are_rejected(tmp_path: Path) -> None:
     save_file(tiny(num_classes=4).model.state_dict(), tmp_path / "four.safetensors")
     with pytest.raises(WeightsError, match=r"2 with another shape: head.weight \(model \(10, 32\), file \(4, 32\)\)"):
         ImageClassifier(NAME, weights=str(tmp_path / "four.safetensors"), model_kwargs=TINY)
@@ -145,7 +145,7 @@ def test_weights_that_do_not_fit(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_bad_arguments(kwargs: dict[str, Any], message: str) -> None:
+def test_invalid_arguments_are_rejected(kwargs: dict[str, Any], message: str) -> None:
     with pytest.raises(ArgumentError, match=message):
         ImageClassifier(pretrained=False, **kwargs) if "model" in kwargs else tiny(**kwargs)
 
@@ -160,7 +160,7 @@ def test_works_from_a_config_file(tmp_path: Path) -> None:
 
 
 def test_a_model_of_hugging_face() -> None:
-    """Its output holds the logits among other things, and it counts labels, not classes."""
+    """Its output has a field `logits`, and it has `num_labels` instead of `num_classes`."""
     module = ImageClassifier(tiny_hugging_face_vit("ViTForImageClassification", num_labels=7))
     assert module.num_classes == 7
     images = torch.randn(8, 3, 32, 32)

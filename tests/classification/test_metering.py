@@ -1,4 +1,4 @@
-"""Energy of a whole run, in a Trainer, by a counter and a clock whose figures are known."""
+"""Energy of a run in a Trainer, with a fake counter and clock."""
 
 import copy
 import pickle
@@ -21,7 +21,7 @@ WATTS = 20.0
 
 
 class Machine:
-    """Draws the same power all the time."""
+    """A counter with constant power."""
 
     name, resolution = "fake", 0.02
 
@@ -47,29 +47,29 @@ def metered(machine: Machine, batches: list[float], warmup: int = 2, images: int
     return meter.finish()
 
 
-def test_from_the_first_batch_after_warmup_to_the_end() -> None:
+def test_energy_is_measured_from_the_end_of_warmup() -> None:
     found = metered(Machine(), [9.0, 9.0, 0.5, 0.75, 0.25])
     assert found == pytest.approx((WATTS * 1.5, 12, 1.5))
     assert metered(Machine(), [2.0], warmup=0) == pytest.approx((WATTS * 2, 4, 2.0))
 
 
 @pytest.mark.parametrize("batches", [[], [9.0], [9.0, 9.0], [9.0, 9.0, 0.5, 0.49]])
-def test_short_runs_tell_nothing(batches: list[float]) -> None:
+def test_short_runs_have_no_result(batches: list[float]) -> None:
     assert metered(Machine(), batches) is None
 
 
 def test_all_processes_log_or_none() -> None:
-    asked: list[bool] = []
+    conditions: list[bool] = []
 
     def disagree(mine: bool) -> bool:
-        asked.append(mine)
+        conditions.append(mine)
         return False
 
     assert metered(Machine(), [2.0], warmup=0, agree=disagree) is None
-    assert asked == [True]
+    assert conditions == [True]
 
 
-def test_a_process_that_shares_its_counter_gives_images_only() -> None:
+def test_a_process_that_shares_its_counter_reports_images_only() -> None:
     assert metered(Machine(), [2.0], warmup=0, counter=None) == pytest.approx((0.0, 4, 2.0))
 
 
@@ -85,7 +85,7 @@ def test_a_window_is_opened_after_warmup_and_closed_at_the_end() -> None:
 
 
 class Slow(nn.Module):
-    """A classifier that takes a quarter of a second of the machine's time."""
+    """A classifier that takes 0.25 s per batch on the fake clock."""
 
     num_classes = 3
 
@@ -114,7 +114,7 @@ def run(monkeypatch: pytest.MonkeyPatch, counter: Any, machine: Machine, batches
 
 @pytest.mark.parametrize(("stage", "prefix"), [("validate", "val"), ("test", "test")])
 @pytest.mark.filterwarnings("ignore:.*Throughput|Latency|does not have many workers")
-def test_a_trainer_logs_it(monkeypatch: pytest.MonkeyPatch, stage: str, prefix: str) -> None:
+def test_a_trainer_logs_energy(monkeypatch: pytest.MonkeyPatch, stage: str, prefix: str) -> None:
     machine = Machine()
     found = run(monkeypatch, machine, machine, batches=6, stage=stage)
     assert found[f"{prefix}/joules_per_image"] == pytest.approx(WATTS * 0.25 / 2)
@@ -123,7 +123,7 @@ def test_a_trainer_logs_it(monkeypatch: pytest.MonkeyPatch, stage: str, prefix: 
 
 @pytest.mark.parametrize(("counted", "batches"), [(True, 3), (False, 6)])
 @pytest.mark.filterwarnings("ignore:.*Throughput|Latency|does not have many workers")
-def test_it_logs_nothing_without_a_counter_or_in_less_than_a_second(
+def test_energy_is_not_logged_without_a_counter_or_in_short_runs(
     monkeypatch: pytest.MonkeyPatch, counted: bool, batches: int
 ) -> None:
     machine = Machine()
@@ -136,10 +136,10 @@ def test_it_logs_nothing_without_a_counter_or_in_less_than_a_second(
     ("device", "local_rank", "everywhere", "joules"),
     [("cpu", 0, True, 40.0), ("cpu", 1, True, 0.0), ("cuda", 1, True, 40.0), ("cpu", 0, False, None)],
 )
-def test_what_each_process_counts(
+def test_the_first_process_of_a_machine_measures(
     monkeypatch: pytest.MonkeyPatch, device: str, local_rank: int, everywhere: bool, joules: float | None
 ) -> None:
-    """Processes on one machine share its processor, but each has a GPU of its own."""
+    """Processes of a machine share its processor, but each has its own GPU."""
     machine = Machine()
     monkeypatch.setattr(metering, "device_counter", lambda device: machine)
     monkeypatch.setattr(metering, "EnergyMeter", partial(EnergyMeter, clock=machine.clock))
@@ -155,7 +155,7 @@ def test_what_each_process_counts(
         assert meter.finish() == pytest.approx((joules, 4, 2.0))
 
 
-def test_a_copy_has_no_part_in_the_run() -> None:
+def test_a_copy_has_no_meter() -> None:
     module = ImageClassifier(Slow(Machine()))
     module.evaluation.meter = EnergyMeter(Machine(), 0)
     vars(module.evaluation.meter)["handle"] = lambda: None  # as of a library in C, cannot be pickled

@@ -1,4 +1,4 @@
-"""`plan` and `profile` of the trainer and the command line: here, from a file, and for a simulated device."""
+"""`plan` and `profile`, as methods and as commands: on this device, from a file, and for a simulated device."""
 
 import json
 from dataclasses import replace
@@ -41,7 +41,7 @@ def data():
     return DigitsData(batch_size=4)
 
 
-def test_plan_for_a_simulated_device_is_made_of_its_latencies(module, data, tmp_path, capsys):
+def test_plan_for_a_simulated_device_uses_its_latencies(module, data, tmp_path, capsys):
     made = trainer().plan(module, datamodule=data, output=str(tmp_path), device=DEVICE)
     assert made.profile.context["device"] == DEVICE
     assert made.pruned is None
@@ -57,7 +57,7 @@ def test_plan_for_a_simulated_device_is_made_of_its_latencies(module, data, tmp_
         assert milliseconds == pytest.approx(expected, rel=1e-9)
 
 
-def test_a_profile_from_elsewhere_is_planned_on(module, data, tmp_path):
+def test_plan_accepts_a_profile_of_another_device(module, data, tmp_path):
     trainer().profile(module, datamodule=data, output=str(tmp_path / "there"), device=DEVICE)
     with pytest.warns(UserWarning, match="measured elsewhere: device simulated"):
         made = trainer().plan(
@@ -67,7 +67,7 @@ def test_a_profile_from_elsewhere_is_planned_on(module, data, tmp_path):
     assert (tmp_path / "here" / "schedule.yaml").exists()
 
 
-def test_auto_searches_blocks_and_methods_also_for_a_device_elsewhere(module, data, tmp_path):
+def test_auto_searches_blocks_and_methods_for_another_device(module, data, tmp_path):
     # Four images are soon done; the limit only has to leave time for all methods on a busy machine.
     made = trainer(method="auto", objective=lp.LatencyBudget(speedup=1.3), calibration=4, time_limit=60).plan(
         module, datamodule=data, output=str(tmp_path), device=DEVICE
@@ -78,10 +78,10 @@ def test_auto_searches_blocks_and_methods_also_for_a_device_elsewhere(module, da
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_plan_here_is_timed_beside_dense(
+def test_plan_on_this_device_is_timed_against_dense(
     module: ImageClassifier, data: DigitsData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What counts is this timing: 0.2 s dense and 0.08 s pruned, whatever the profile (a millisecond a token) says."""
+    """The timing (0.2 s dense, 0.08 s pruned) decides, not the profile (1 ms per token)."""
 
     def seconds(alternative: Any) -> float:
         if isinstance(alternative, int):
@@ -96,7 +96,7 @@ def test_plan_here_is_timed_beside_dense(
     assert made.speedup == pytest.approx(2.5)
 
 
-def test_the_commands_do_the_same(tmp_path, capsys):
+def test_command_and_method_give_the_same_result(tmp_path, capsys):
     there, here = tmp_path / "there", tmp_path / "here"
     assert run(["profile", *DATA, *QUICK, "--device", DEVICE, "--output", str(there)]) == 0
     assert run(["plan", *DATA, *QUICK, "--profile", str(there / "profile.json"), "--output", str(here)]) == 0
@@ -111,7 +111,7 @@ def test_without_the_cache_it_is_measured_again(tmp_path, capsys, monkeypatch):
     command = ["profile", *DATA, *QUICK, "--output", str(tmp_path)]
     run(command)
     run(command)
-    assert "and kept; --prune.use_cache false measures it again" in capsys.readouterr().out
+    assert "--prune.use_cache false measures again" in capsys.readouterr().out
     run([*command, "--prune.use_cache", "false"])
     assert "and kept" not in capsys.readouterr().out
 
@@ -120,7 +120,7 @@ def refused(message):
     return pytest.raises(lp.ArgumentError, match=message)
 
 
-def test_what_plays_no_part_is_refused(module, data, tmp_path):
+def test_settings_without_effect_are_rejected(module, data, tmp_path):
     shared = {"datamodule": data, "output": str(tmp_path / "none")}
     with refused("`protocol` must be 'deployed' on a simulated device, got 'paper'"):
         trainer(protocol="paper").profile(module, **shared, device=DEVICE)
@@ -129,7 +129,7 @@ def test_what_plays_no_part_is_refused(module, data, tmp_path):
     assert not (tmp_path / "none").exists()
 
 
-def test_the_time_limit_is_that_of_the_simulated_clock_too(module, data, tmp_path):
+def test_the_time_limit_applies_to_the_simulated_clock(module, data, tmp_path):
     slow = f"{DEVICE},gigaflops=5"
     short, long = (
         trainer(time_limit=limit).profile(module, datamodule=data, output=str(tmp_path), device=slow)
@@ -139,23 +139,23 @@ def test_the_time_limit_is_that_of_the_simulated_clock_too(module, data, tmp_pat
     assert short.seconds < 5.0
 
 
-def test_a_profile_of_another_batch_size_is_planned_on_as_it_is(module, tmp_path):
-    """What is timed here would be of another curve."""
+def test_plan_accepts_a_profile_of_another_batch_size(module, tmp_path):
+    """Timings on this device belong to another latency curve."""
     there = trainer().profile(module, datamodule=DigitsData(batch_size=1), output=str(tmp_path), device=DEVICE)
     here = {"device": device_name(torch.device("cpu")), "device_type": "cpu", "threads": torch.get_num_threads()}
     path = replace(there, context={**there.context, **here}).save(tmp_path / "here.json")
-    with pytest.warns(UserWarning, match="measured elsewhere: ") as told:
+    with pytest.warns(UserWarning, match="measured elsewhere: ") as printed:
         made = trainer().plan(
             module, datamodule=DigitsData(batch_size=4), output=str(tmp_path / "plan"), profile=str(path)
         )
-    differing = [str(each.message) for each in told if "measured elsewhere" in str(each.message)]
+    differing = [str(each.message) for each in printed if "measured elsewhere" in str(each.message)]
     assert differing == ["The profile was measured elsewhere: batch_size 1 there, 4 here."]
     assert made.pruned is None
     assert made.profile.tokens == there.tokens
     assert "Nothing was timed here" in made.reason
 
 
-def test_a_profile_that_does_not_say_where_it_is_from_is_shown_all_the_same(module, data, tmp_path, capsys):
+def test_a_profile_without_a_device_is_printed(module, data, tmp_path, capsys):
     there = trainer().profile(module, datamodule=data, output=str(tmp_path), device=DEVICE)
     assert "Simulated: " in capsys.readouterr().out
     path = replace(there, context={"device": "Abacus"}).save(tmp_path / "bare.json")
@@ -164,23 +164,23 @@ def test_a_profile_that_does_not_say_where_it_is_from_is_shown_all_the_same(modu
     assert "Abacus" in capsys.readouterr().out
 
 
-def test_two_sources_are_refused(module, data, tmp_path):
+def test_profile_and_device_together_are_rejected(module, data, tmp_path):
     with pytest.raises(lp.ArgumentError, match=r"`device` must be left out with `profile`, .* got 'simulated:"):
         trainer().plan(module, datamodule=data, output=str(tmp_path), profile="a.json", device=DEVICE)
 
 
-def test_a_profile_that_is_none_is_refused_before_anything_runs(module, data, tmp_path):
+def test_an_invalid_profile_is_rejected_before_the_run(module, data, tmp_path):
     with pytest.raises(lp.FileFormatError, match="Cannot read"):
         trainer().plan(module, datamodule=data, output=str(tmp_path), profile=str(tmp_path / "none.json"))
 
 
-def test_a_profile_of_another_model_is_refused(module, data, tmp_path):
+def test_a_profile_of_another_model_is_rejected(module, data, tmp_path):
     other = lp.LatencyProfile((9, 50), (1.0, 2.0), (0.1, 0.1), (9, 9), "pomt", 3, 12)
     path: Path = other.save(tmp_path / "profile.json")
     with pytest.raises(lp.ArgumentError, match=r"`profile` must be of this model \(tokens: 197\), .* \(tokens: 50\)"):
         trainer().plan(module, datamodule=data, output=str(tmp_path), profile=str(path))
 
 
-def test_the_papers_protocol_has_no_plan_of_its_own(module, data, tmp_path):
+def test_plan_rejects_the_papers_protocol(module, data, tmp_path):
     with pytest.raises(lp.ArgumentError, match="`protocol` must be 'deployed' for `plan`, got 'paper'"):
         trainer(protocol="paper").plan(module, datamodule=data, output=str(tmp_path))

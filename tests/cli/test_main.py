@@ -1,4 +1,4 @@
-"""The command line: what it writes and says, and how it leaves. It runs in this process where that is no question."""
+"""The command line: files, output and exit status. Most commands run in the test process."""
 
 import csv
 import importlib.metadata
@@ -48,13 +48,13 @@ COLUMNS = [
 
 
 def fails(capsys: pytest.CaptureFixture[str], *words: str) -> str:
-    """Runs a command that has to fail by status 2 and one line on standard error; returns that line."""
+    """Runs a command that must fail with status 2 and one line on standard error; returns that line."""
     assert main([*words]) == 2
     lines = capsys.readouterr().err.splitlines()
-    told = [line for line in lines if line.startswith("error: ")]
-    assert len(told) == 1
-    assert lines[-1] == told[0]
-    return told[0].removeprefix("error: ")
+    printed = [line for line in lines if line.startswith("error: ")]
+    assert len(printed) == 1
+    assert lines[-1] == printed[0]
+    return printed[0].removeprefix("error: ")
 
 
 def separate(*words: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -70,7 +70,7 @@ def separate(*words: str, cwd: Path | None = None, **environment: str) -> subpro
 
 
 @pytest.mark.parametrize("words", [["--help"], ["-h"], ["--version"], []])
-def test_cheap_questions_are_answered_without_torch(words: list[str]) -> None:
+def test_help_and_version_need_no_torch(words: list[str]) -> None:
     run = separate("-X", "importtime", "-m", "lightning_prune", *words)
     imported = {line.rsplit("|", 1)[-1].strip() for line in run.stderr.splitlines() if line.startswith("import time:")}
     assert "lightning_prune" in imported
@@ -90,7 +90,7 @@ def test_the_installed_command_is_main() -> None:
     assert point.load() is main
 
 
-def test_compare_writes_what_it_promises(
+def test_compare_writes_all_files(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     current: list[Variant] = []
@@ -131,8 +131,8 @@ def test_compare_writes_what_it_promises(
     profile = lp.LatencyProfile.load(tmp_path / "profile.json")
     assert profile.dense_tokens == 197
     assert (tmp_path / "profile.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
-    told = capsys.readouterr().out
-    assert all(name in told for name in ("dense", "pomt utility", "topk accuracy budget", "results.csv"))
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in ("dense", "pomt utility", "topk accuracy budget", "results.csv"))
 
 
 def test_compare_under_a_schedule_and_validate_from_its_file(
@@ -144,55 +144,55 @@ def test_compare_under_a_schedule_and_validate_from_its_file(
     assert chosen.total_removed == (90 if document["best"]["variant"] == "pomt given" else 0)
     capsys.readouterr()
     assert main(["validate", *TINY, f"--prune.schedule={tmp_path / 'schedules' / 'pomt-given.yaml'}"]) == 0
-    told = capsys.readouterr().out
-    assert "R = 90 (pomt: 90 at block 2)" in told
-    assert "197 -> 107" in told
-    assert "val/top1" in told
-    assert "pruning/speedup" in told
+    printed = capsys.readouterr().out
+    assert "R = 90 (pomt: 90 at block 2)" in printed
+    assert "197 -> 107" in printed
+    assert "val/top1" in printed
+    assert "pruning/speedup" in printed
 
 
 def test_validate_with_a_saved_schedule_of_several_methods(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = lp.Schedule([90, 0, 5, 0], ["tome", None, "topk", None]).save(tmp_path / "mixed.yaml")
     tiny = [word for word in TINY if not word.startswith(("--prune.method", "--prune.objective"))]
     assert main(["validate", *tiny, f"--prune.schedule={path}"]) == 0
-    told = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    assert "R = 95 (mixed: block 0: tome: 90, block 2: topk: 5)" in told
-    assert "197 -> 102" in told
+    printed = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "R = 95 (mixed: block 0: tome: 90, block 2: topk: 5)" in printed
+    assert "197 -> 102" in printed
     assert "`method`" in fails(capsys, "validate", *TINY, f"--prune.schedule={path}")
 
 
 @pytest.mark.parametrize("value", ["auto", "12", "0.5", "[3,0,4,0]"])
-def test_every_form_of_a_schedule_is_taken(value: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_form_of_a_schedule_is_accepted(value: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["test", *TINY, f"--prune.schedule={value}"]) == 0
-    told = capsys.readouterr().out
-    assert "test/top1" in told
+    printed = capsys.readouterr().out
+    assert "test/top1" in printed
     panel = {
         "auto": "judged by",
         "12": "R = 12 (pomt: 12 at block 1)",
         "0.5": "R = 98 (pomt: 98 at block 1 by keep rate)",
         "[3,0,4,0]": "3 at block 0, 4 at block 2",
     }
-    assert panel[value] in told
+    assert panel[value] in printed
 
 
-def test_profile_writes_a_curve_and_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_profile_writes_json_and_png(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["profile", *TINY, "--prune.method=random", f"--output={tmp_path / 'deep' / 'er'}"]) == 0
     profile = lp.LatencyProfile.load(tmp_path / "deep" / "er" / "profile.json")
     assert (profile.method, profile.block) == ("random", 1)
     assert (tmp_path / "deep" / "er" / "profile.png").read_bytes().startswith(b"\x89PNG")
-    told = capsys.readouterr().out
-    assert "latency ms" in told
-    assert "Cliffs: " in told
+    printed = capsys.readouterr().out
+    assert "latency ms" in printed
+    assert "Cliffs: " in printed
 
 
-def test_an_objective_of_the_users_choice(tmp_path: Path) -> None:
+def test_an_objective_can_be_given(tmp_path: Path) -> None:
     words = ["--prune.objective=lightning_prune.planning.AccuracyBudget", "--prune.objective.init_args.max_drop=0.9"]
     assert main(["compare", *TINY, *words, f"--output={tmp_path}"]) == 0
     variants = json.loads((tmp_path / "results.json").read_text())["variants"]
     assert variants["pomt accuracy budget"]["objective"] == "accuracy budget, at most 90% lost"
 
 
-def test_a_budget_that_no_variant_meets_is_an_exit_status(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missed_budget_gives_exit_status_3(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--methods", "random", "--budget", "500x", f"--output={tmp_path}"]
     tiny = [word for word in TINY if not word.startswith("--prune.objective")]
     assert main(["compare", *tiny, *words]) == 3
@@ -213,8 +213,8 @@ def test_a_budget_that_no_variant_meets_is_an_exit_status(tmp_path: Path, capsys
         (["--prune.block=4"], "`block` must be an index from 0 to 3 or a fraction in [0, 1), got 4."),
         (["--prune.time_limit=0"], "`time_limit` must be a number of seconds > 0, got 0.0."),
         (["--prune.calibration=0"], "`calibration` must be a number of images >= 1, "),
-        (["--prune.schedule=197"], "Block 1 is asked to remove 197 tokens, but of the 197 that enter it"),
-        (["--prune.schedule=[1,2]"], "The schedule is for 2 blocks; this model has 4."),
+        (["--prune.schedule=197"], "of the 197 tokens that enter block 1 with pomt, got 197"),
+        (["--prune.schedule=[1,2]"], "`schedule` must have 4 blocks, as the model, got 2."),
         (["--prune.schedule=nowhere.yaml"], "Cannot read nowhere.yaml: No such file or directory."),
         (["--prune.module_path=vit"], "must be the dotted path of a module in ImageClassifier, got 'vit'."),
         (["--prune.keep=3"], "unrecognized arguments: --prune.keep=3"),
@@ -231,11 +231,11 @@ def test_a_budget_that_no_variant_meets_is_an_exit_status(tmp_path: Path, capsys
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
-def test_mistakes_are_told_in_one_line(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_errors_are_printed_on_one_line(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert message in fails(capsys, "validate", *TINY, *words)
 
 
-def test_help_lists_the_commands_that_there_are(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_lists_all_commands(capsys: pytest.CaptureFixture[str]) -> None:
     message = fails(capsys, "prune")
     assert "invalid choice: 'prune'" in message
     choices = message.split("choose from ")[1].split(")")[0].replace("'", "").split(", ")
@@ -255,33 +255,31 @@ def test_short_forms_of_the_objective(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_an_unknown_model_suggests_others(capsys: pytest.CaptureFixture[str]) -> None:
-    told = fails(capsys, "validate", "--model.model=vit_digit_patch4_56", "--data=DigitsData")
-    assert "'vit_digit_patch4_56'" in told
-    assert "vit_digits_patch4_56" in told.split("Similar: ")[1]
+    printed = fails(capsys, "validate", "--model.model=vit_digit_patch4_56", "--data=DigitsData")
+    assert "'vit_digit_patch4_56'" in printed
+    assert "vit_digits_patch4_56" in printed.split("Similar: ")[1]
 
 
 @pytest.mark.parametrize("content", ["removed: [1, 2", "learning_rate: 0.1\n", "", "\x00\x01"])
-def test_files_that_are_no_schedules(content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_schedule_files_are_rejected(content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "schedule.yaml"
     path.write_text(content)
-    told = fails(capsys, "validate", *TINY, f"--prune.schedule={path}")
-    assert str(path) in told
-    assert "lightning_prune.schedule or lightning_prune.keep_rates file" in told
+    printed = fails(capsys, "validate", *TINY, f"--prune.schedule={path}")
+    assert str(path) in printed
+    assert "lightning_prune.schedule or lightning_prune.keep_rates file" in printed
 
 
 @pytest.mark.parametrize("command", ["compare", "profile"])
-def test_an_output_that_is_a_file(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_output_that_is_a_file_is_rejected(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "results"
     path.write_text("old")
-    told = fails(capsys, command, *TINY, f"--output={path}")
-    assert told.startswith("`output` must be a folder that can be written to, got ")
+    printed = fails(capsys, command, *TINY, f"--output={path}")
+    assert printed.startswith("`output` must be a writable folder, got ")
     assert path.read_text() == "old"
 
 
 @pytest.mark.parametrize("mistake", ["--prune.schedule=197", "--model.num_classes=5", "--trainer.limit_val_batches=0"])
-def test_a_comparison_that_fails_leaves_the_folder_whole(
-    mistake: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_failed_comparison_keeps_the_folder(mistake: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names = ("results.csv", "results.json", "schedule.yaml", "profile.json", "profile.png", "mine.txt")
     for name in names:
         (tmp_path / name).write_text(f"old {name}")
@@ -290,8 +288,8 @@ def test_a_comparison_that_fails_leaves_the_folder_whole(
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError, ValueError, TypeError, ImportError])
-def test_an_error_of_the_program_keeps_its_traceback(error: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
-    """One line would hide where it happened."""
+def test_an_unexpected_error_keeps_its_traceback(error: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A one-line message would hide the location of the error."""
 
     def broken(self: TokenPruning, *args: Any) -> None:
         raise error
@@ -302,7 +300,7 @@ def test_an_error_of_the_program_keeps_its_traceback(error: type[Exception], mon
 
 
 def within(given: Any, printed: Any) -> bool:
-    """Whether all that was given is printed, beside what was not."""
+    """Whether the printed configuration contains the given one."""
     if isinstance(given, dict):
         return given.keys() <= printed.keys() and all(within(given[key], printed[key]) for key in given)
     return bool(given == printed)
@@ -322,7 +320,7 @@ def test_shipped_configs_parse(name: str, capsys: pytest.CaptureFixture[str]) ->
 @pytest.mark.parametrize(
     "name", ["imagenet_deit_small.yaml", "imagenet_torchvision_vit.yaml", "imagenet_vit_large.yaml"]
 )
-def test_commands_in_the_configs_say_where_the_images_are(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_commands_in_the_configs_give_the_data_folder(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     (command,) = re.findall(r"^# +lightning-prune (.+)$", (CONFIGS / name).read_text(), re.MULTILINE)
     assert "--data.root /path/to/imagenet" in command
     with pytest.raises(SystemExit) as end:
@@ -340,7 +338,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 
 class Theirs(L.LightningModule):
-    """Knows nothing of pruning."""
+    """A LightningModule without pruning."""
 
     def __init__(self, width: int = 32):
         super().__init__()
@@ -387,7 +385,7 @@ model:
 """
 
 
-def test_overlay_adds_pruning_to_the_application_of_somebody_else(tmp_path: Path) -> None:
+def test_overlay_adds_pruning_to_another_application(tmp_path: Path) -> None:
     (tmp_path / "app.py").write_text(APP)
     (tmp_path / "config.yaml").write_text(APP_CONFIG)
     overlay = yaml.safe_load((CONFIGS / "pruning.yaml").read_text())
@@ -409,12 +407,12 @@ def test_overlay_adds_pruning_to_the_application_of_somebody_else(tmp_path: Path
     assert "R = 5 (tome: " in run.stdout
 
 
-def test_overlay_names_the_libraries_whose_models_are_pruned() -> None:
+def test_overlay_names_the_supported_libraries() -> None:
     text = (CONFIGS / "pruning.yaml").read_text()
     assert all(library in text for library in ("timm", "torchvision", "transformers"))
 
 
-def test_overlay_says_what_the_callback_does_by_default() -> None:
+def test_overlay_has_the_defaults_of_the_callback() -> None:
     import inspect
 
     (added,) = yaml.safe_load((CONFIGS / "pruning.yaml").read_text())["trainer"]["callbacks+"]
@@ -424,7 +422,7 @@ def test_overlay_says_what_the_callback_does_by_default() -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Digits as files: ten classes, and as many images as two processes cannot share evenly."""
+    """Digits as image files: ten classes, with a number of images that two processes cannot divide evenly."""
     from PIL import Image
 
     from lightning_prune.classification.digits import ClutteredDigits
@@ -460,13 +458,13 @@ pathlib.Path(f"statuses.{os.environ.get('LOCAL_RANK', '0')}").write_text(json.du
 """
 
 
-def test_validate_in_two_processes_says_what_one_says(
+def test_validate_in_two_processes_prints_the_same_as_in_one(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """And what is wrong on rank 0 ends both, and is told by both."""
+    """An error on rank 0 ends both processes and is printed by both."""
 
-    def figures(told: str) -> dict[str, float]:
-        rows = re.findall(r"(val/top1|val/top5|val/loss|pruning/removed|pruning/tokens)[ │]+([\d.e-]+)", told)
+    def figures(printed: str) -> dict[str, float]:
+        rows = re.findall(r"(val/top1|val/top5|val/loss|pruning/removed|pruning/tokens)[ │]+([\d.e-]+)", printed)
         return {name: float(value) for name, value in rows}
 
     (tmp_path / "commands.py").write_text(TWO_COMMANDS)
@@ -483,12 +481,12 @@ def test_validate_in_two_processes_says_what_one_says(
     assert together["pruning/removed"] == 90
     assert run.stdout.count("Token pruning") == 1  # rank 0 alone tells
     assert [json.loads((tmp_path / f"statuses.{rank}").read_text()) for rank in range(2)] == [[0, 2], [0, 2]]
-    message = "Block 1 is asked to remove 197 tokens, but of the 197 that enter it pomt can remove at most 194."
+    message = "`schedule` must remove at most 194 of the 197 tokens that enter block 1 with pomt, got 197."
     assert run.stderr.count(f"error: {message}") == 1  # lines of two processes may run into each other
     assert run.stderr.count(f"error: ScheduleError on rank 0: {message}") == 1
 
 
-def test_compare_in_two_processes_writes_what_one_writes(folder: Path, tmp_path: Path) -> None:
+def test_compare_in_two_processes_writes_the_same_as_in_one(folder: Path, tmp_path: Path) -> None:
     run = separate("-m", "lightning_prune", "compare", *images_of(folder), *DDP, f"--output={tmp_path / 'two'}")
     assert run.returncode == 0, run.stderr
     assert main(["compare", *images_of(folder), f"--output={tmp_path / 'one'}"]) == 0

@@ -1,4 +1,4 @@
-"""The two verbs of PruneTrainer, called from Python."""
+"""The methods of PruneTrainer, called from Python."""
 
 import csv
 import json
@@ -19,7 +19,7 @@ from lightning_prune.profiling import DENSE
 
 @pytest.fixture(autouse=True)
 def clockwork(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A millisecond a token, and a cliff of 60 ms below 108 tokens."""
+    """1 ms per token, with a cliff of 60 ms below 108 tokens."""
 
     def seconds(alternative: Any) -> float:
         if isinstance(alternative, int):
@@ -39,7 +39,7 @@ def pruner(**settings: Any) -> TokenPruning:
     return TokenPruning(**{**defaults, **settings})
 
 
-def test_profile_measures_writes_and_leaves_the_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_profile_measures_writes_and_restores_the_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     callback, model = pruner(block=2, method="random"), digits_module()
     running = trainer(callback)
     attached = list(running.callbacks)
@@ -52,12 +52,12 @@ def test_profile_measures_writes_and_leaves_the_model(tmp_path: Path, capsys: py
     assert (running.callbacks, running.limit_val_batches, callback.enabled) == (attached, 2, True)
     assert callback.decision is None
     assert type(model.model.blocks[2]).__name__ == "Block"
-    told = capsys.readouterr().out
-    assert "batch 8, float32" in " ".join(told.split())
-    assert "257.00 ± 0.00" in told
-    assert "Cliffs: " in told
-    assert "-> " in told.split("Cliffs: ")[1]
-    assert "Written: " in told
+    printed = capsys.readouterr().out
+    assert "batch 8, float32" in " ".join(printed.split())
+    assert "257.00 ± 0.00" in printed
+    assert "Cliffs: " in printed
+    assert "-> " in printed.split("Cliffs: ")[1]
+    assert "Written: " in printed
 
 
 def test_profile_without_a_batch(tmp_path: Path) -> None:
@@ -85,7 +85,7 @@ def test_compare_writes_and_prints(tmp_path: Path, capsys: pytest.CaptureFixture
         assert words in printed
 
 
-def test_compare_says_that_the_profile_is_of_an_earlier_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_compare_prints_that_the_profile_is_stored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data, line = lp.DigitsData(batch_size=8), "The latency profile was measured 20"
     trainer(pruner(verbose=True)).compare(digits_module(), datamodule=data, output=str(tmp_path / "first"))
     assert line not in capsys.readouterr().out
@@ -93,7 +93,7 @@ def test_compare_says_that_the_profile_is_of_an_earlier_run(tmp_path: Path, caps
     assert line in capsys.readouterr().out
 
 
-def test_the_config_is_that_of_the_callback_or_the_default() -> None:
+def test_the_config_is_that_of_the_callback_or_default() -> None:
     callback = pruner(seed=3)
     assert trainer(callback).config is callback.config
     running = trainer()
@@ -102,7 +102,7 @@ def test_the_config_is_that_of_the_callback_or_the_default() -> None:
 
 
 class Counting(L.Callback):
-    """Token counts that left the last block in each validation."""
+    """Numbers of tokens after the last block in each validation."""
 
     def __init__(self) -> None:
         self.tokens: list[int] = []
@@ -115,7 +115,7 @@ class Counting(L.Callback):
 
 
 def test_a_command_leaves_no_pruning_on_the_trainer(tmp_path: Path) -> None:
-    """What a trainer without `TokenPruning` validates is dense, also after `profile`."""
+    """A trainer without `TokenPruning` validates the dense model, also after `profile`."""
     running, module, data = trainer(), digits_module(), lp.DigitsData(batch_size=8)
     callbacks = list(running.callbacks)
     running.profile(module, datamodule=data, output=str(tmp_path), device="simulated:multiprocessors=8,tile=64")
@@ -143,12 +143,12 @@ class Interrupting(L.Callback):
 
 
 def settings_of(callback: L.Callback) -> dict[str, Any]:
-    """All attributes but the two that Lightning puts on callbacks in a run."""
-    return {name: value for name, value in vars(callback).items() if name not in ("log", "log_dict")}
+    """All attributes except those that are set in every run: by Lightning, and whether the run is that of a command."""
+    return {name: value for name, value in vars(callback).items() if name not in ("log", "log_dict", "_is_idle")}
 
 
 @pytest.mark.parametrize("command", ["profile", "plan", "compare", "compare methods", "vocabulary"])
-def test_a_command_that_fails_leaves_callback_and_trainer_as_they_were(command: str, tmp_path: Path) -> None:
+def test_a_failed_command_restores_callback_and_trainer(command: str, tmp_path: Path) -> None:
     callback = TokenPruning("pomt", time_limit=0.1, calibration=8, verbose=False)
     running, module = trainer(callback, Interrupting()), digits_module()
     before, callbacks, limit = settings_of(callback), list(running.callbacks), running.limit_val_batches
@@ -164,8 +164,8 @@ def test_a_command_that_fails_leaves_callback_and_trainer_as_they_were(command: 
 
 
 @pytest.mark.parametrize("where", ["callbacks", "configure_callbacks"])
-def test_a_callback_is_idle_in_the_runs_of_a_command(where: str, tmp_path: Path) -> None:
-    """Also one that the module brings along."""
+def test_the_callback_is_idle_during_a_command(where: str, tmp_path: Path) -> None:
+    """Also a callback that the module configures."""
     callback, module, counting = pruner(schedule=50), digits_module(), Counting()
     if where == "configure_callbacks":
         module.configure_callbacks = lambda: [callback]
@@ -191,7 +191,7 @@ def test_compare_logs_each_variant_under_its_own_name(tmp_path: Path) -> None:
     assert float(logged["compare/pomt given/removed"]) == 50
 
 
-def test_compare_of_methods_by_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compare_with_methods_from_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def seconds(alternative: Any) -> float:
         if isinstance(alternative, int):  # of the latency profile
             return 4e-3 * alternative
@@ -218,7 +218,7 @@ def test_compare_of_methods_by_code(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("settings", [{}, {"methods": ["random"], "speedups": [1.5]}])
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_brackets_in_names_of_files_are_no_markup(settings: dict[str, Any], tmp_path: Path, capsys: Any) -> None:
+def test_brackets_in_file_names_are_printed(settings: dict[str, Any], tmp_path: Path, capsys: Any) -> None:
     callback = pruner() if not settings else TokenPruning(time_limit=1, verbose=False)
     output = tmp_path / "[" / "bold]"
     trainer(callback).compare(digits_module(), datamodule=lp.DigitsData(batch_size=8), output=str(output), **settings)

@@ -1,4 +1,4 @@
-"""`lightning-prune vocabulary`: what it learns from, what it writes and how it leaves."""
+"""The command `vocabulary`: its images, its output file and its errors."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,7 +43,7 @@ TIMM_NAME = "vit_tiny_patch16_224"  # whose config says how images are normalise
 
 
 class Theirs(L.LightningModule):
-    """Somebody's module: it scales images in a hook, and its steps must not run."""
+    """A user's module that scales images in a hook, and whose steps must not run."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,16 +64,16 @@ def loader(count: int = 12) -> DataLoader[Any]:
     return DataLoader(TensorDataset(images(count), torch.zeros(count)), batch_size=5)
 
 
-def test_the_command_writes_the_words_that_learning_by_hand_gives(
+def test_the_command_writes_the_same_words_as_learn_vocabulary(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "deep" / "words.safetensors"
     assert main(["vocabulary", *TINY, "--words=30", "--limit=20", f"--output={path}"]) == 0
-    told = capsys.readouterr().out
-    assert "30 words for patches of 1 x 4 x 4, learned from 20 images" in told
-    assert "threshold 0.1: " in told
-    assert "of 196 patch tokens an image are left" in told
-    assert f"Written: {path}" in told
+    printed = capsys.readouterr().out
+    assert "30 words for patches of 1 x 4 x 4, learned from 20 images" in printed
+    assert "threshold 0.1: " in printed
+    assert "of 196 patch tokens are left per image" in printed
+    assert f"Written: {path}" in printed
     written = Vocabulary.load(path)
     digits = ClutteredDigits("held_out", placements=4)
     seen = torch.stack([digits[index][0] for index in range(20)])
@@ -84,12 +84,12 @@ def test_the_command_writes_the_words_that_learning_by_hand_gives(
     words = ["--prune.method=lightning_prune.reduction.VWTInter", f"--prune.method.vocabulary={path}"]
     limits = ["--prune.method.threshold=0.2", "--prune.time_limit=0.5"]
     assert main(["validate", *TINY, *words, *limits]) == 0
-    told = capsys.readouterr().out
-    assert "depends on the image (vwt-inter)" in told
-    assert "val/top1" in told
+    printed = capsys.readouterr().out
+    assert "depends on the image (vwt-inter)" in printed
+    assert "val/top1" in printed
 
 
-def test_it_learns_what_the_transformer_sees_and_leaves_all_as_it_was(tmp_path: Path) -> None:
+def test_words_are_learned_from_transformed_images_and_the_module_is_restored(tmp_path: Path) -> None:
     module, pruner = Theirs(), TokenPruning(verbose=False)
     trainer = PruneTrainer(callbacks=[pruner], **OPTIONS)
     callbacks = list(trainer.callbacks)
@@ -154,12 +154,12 @@ def test_loader_of_the_module_is_limited_and_restored(tmp_path: Path) -> None:
     [
         ({"output": "words.pt"}, r"`output` must be a file that ends in \.safetensors, got 'words\.pt'"),
         ({"limit": 0}, "`limit` must be a number of images >= 1, got 0"),
-        ({"words": 0}, "`words` must be a whole number >= 1, got 0"),
-        ({"words": 1000}, "`words` must be at most the number of patches, 192 of 12 images; got 1000"),
-        ({"seed": -3}, "`seed` must be a whole number from 0"),
+        ({"words": 0}, "`words` must be a number of words >= 1, got 0"),
+        ({"words": 1000}, "`words` must be at most the number of patches, 192 of 12 images, got 1000"),
+        ({"seed": -3}, r"`seed` must be an integer in \[0, .*\], got -3"),
     ],
 )
-def test_arguments_that_cannot_be_used(
+def test_invalid_arguments_are_rejected(
     options: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -170,33 +170,33 @@ def test_arguments_that_cannot_be_used(
     assert "predict_step" not in vars(module)
 
 
-def test_an_output_that_cannot_be_written_is_told_before_any_image_is_read(tmp_path: Path) -> None:
+def test_an_unwritable_output_is_rejected_before_loading(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("old")
-    with pytest.raises(ArgumentError, match="`output` must be a folder that can be written to"):
+    with pytest.raises(ArgumentError, match="`output` must be a writable folder"):
         PruneTrainer(**OPTIONS).vocabulary(Theirs(), None, output=str(tmp_path / "file" / "words.safetensors"))
 
 
-def test_a_loader_without_a_batch(tmp_path: Path) -> None:
+def test_an_empty_loader_is_rejected(tmp_path: Path) -> None:
     trainer = PruneTrainer(limit_predict_batches=0, **OPTIONS)
     with pytest.raises(DataError, match="The prediction loader must yield at least one batch"):
         trainer.vocabulary(Theirs(), loader(), output=str(tmp_path / "words.safetensors"))
 
 
-def test_a_module_without_a_transformer(tmp_path: Path) -> None:
+def test_a_module_without_a_transformer_is_rejected(tmp_path: Path) -> None:
     module = Theirs()
     module.vit = nn.Linear(2, 2)
     with pytest.raises(UnsupportedModelError):
         PruneTrainer(**OPTIONS).vocabulary(module, loader(), output=str(tmp_path / "words.safetensors"))
 
 
-def test_a_method_that_needs_words_says_how_to_get_them(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_vocabulary_explains_how_to_create_one(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["validate", *TINY, "--prune.method=vwt-inter"]) == 2
-    told = capsys.readouterr().err
-    assert "vwt-inter needs a vocabulary: learn one by `lightning-prune vocabulary`" in told
-    assert "--prune.method.vocabulary words.safetensors" in told
+    printed = capsys.readouterr().err
+    assert "`vocabulary` must be a Vocabulary or the path of one for vwt-inter, got None" in printed
+    assert "--prune.method.vocabulary words.safetensors" in printed
 
 
-def test_a_model_for_other_channels_than_its_config_says_gives_words_of_unknown_normalisation(tmp_path: Path) -> None:
+def test_a_config_for_other_channels_gives_unknown_normalisation(tmp_path: Path) -> None:
     module = Theirs()
     module.vit = tiny_vit(TIMM_NAME, seed=None, in_chans=1, depth=2, num_classes=1000).train()
     data = DataLoader(TensorDataset(images()[:, :1], torch.zeros(12)), batch_size=5)

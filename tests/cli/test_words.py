@@ -1,4 +1,4 @@
-"""Words of the command line, rewritten for the parser."""
+"""Rewriting of the command line for the parser."""
 
 import pytest
 
@@ -15,11 +15,11 @@ from lightning_prune.cli.words import parser_words
         (["--methods", "--speedups"], ["--methods", "--speedups"]),
     ],
 )
-def test_words_are_gathered(words: list[str], expected: list[str]) -> None:
+def test_words_after_a_list_option_become_a_list(words: list[str], expected: list[str]) -> None:
     assert parser_words(words) == expected
 
 
-def test_options_of_one_letter_and_negative_numbers_after_a_list() -> None:
+def test_short_options_and_negative_numbers_after_a_list() -> None:
     assert parser_words(["compare", "--methods", "pomt", "-c", "my.yaml"]) == [
         *("compare", '--methods=["pomt"]', "-c", "my.yaml")
     ]
@@ -29,7 +29,7 @@ def test_options_of_one_letter_and_negative_numbers_after_a_list() -> None:
 
 
 @pytest.mark.parametrize("separator", ["-", "_"])
-def test_a_hyphen_and_an_underscore_are_the_same_in_the_name_of_an_option(separator: str) -> None:
+def test_hyphens_in_option_names_become_underscores(separator: str) -> None:
     option = f"--prune.time{separator}limit"
     assert parser_words(["plan", option, "3"]) == ["plan", "--prune.time_limit", "3"]
     assert parser_words([f"{option}=3", "--output=my-folder"]) == ["--prune.time_limit=3", "--output=my-folder"]
@@ -46,7 +46,7 @@ def test_a_hyphen_and_an_underscore_are_the_same_in_the_name_of_an_option(separa
         (["--max_drop=.01"], ["AccuracyBudget", "max_drop=0.01"]),
     ],
 )
-def test_short_forms_are_an_objective(words: list[str], objective: list[str]) -> None:
+def test_short_forms_become_an_objective(words: list[str], objective: list[str]) -> None:
     name, setting = objective
     expected = ["validate", f"--prune.objective={name}", f"--prune.objective.{setting}", "--seed_everything=1"]
     assert parser_words(["validate", *words, "--seed-everything=1"]) == expected
@@ -62,6 +62,6 @@ def test_short_forms_are_an_objective(words: list[str], objective: list[str]) ->
         (["--max-drop", "-1%"], "`max_drop` must be .* got '-1%'"),
     ],
 )
-def test_short_forms_that_cannot_be_read(words: list[str], message: str) -> None:
+def test_invalid_short_forms_are_rejected(words: list[str], message: str) -> None:
     with pytest.raises(lp.ArgumentError, match=message):
         parser_words(["validate", *words])

@@ -18,7 +18,7 @@ from lightning_prune.comparison.paired_statistics import paired_interval
 from lightning_prune.profiling.energy_meter import EnergyReading
 from lightning_prune.reduction import POMT
 from lightning_prune.reduction.visual_words import VWTInter
-from lightning_prune.reduction.vocabulary import learn_vocabulary
+from lightning_prune.reduction.word_learning import learn_vocabulary
 
 pytestmark = pytest.mark.usefixtures("clockwork")
 

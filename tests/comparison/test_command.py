@@ -105,7 +105,7 @@ def test_mistakes_are_told_in_one_line(
 def test_an_output_that_cannot_be_written_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("old")
     assert main(["compare", *TINY, "--methods", "pomt", f"--output={tmp_path / 'file'}"]) == 2
-    assert "error: `output` must be a folder that can be written to, got" in capsys.readouterr().err
+    assert "error: `output` must be a writable folder, got" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ PROGRAM = Path(__file__).with_name("two_ranks.py")
 
 @pytest.fixture(scope="session")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What each of two processes found; they start once for all tests, which takes most of the time."""
+    """The results of two processes, which are started once for all tests."""
     target = tmp_path_factory.mktemp("ddp") / "found.json"
     command = [sys.executable, str(PROGRAM), str(target)]
     run = subprocess.run(

@@ -15,7 +15,7 @@ def filled(quantity: str) -> Energy:
     return metric
 
 
-def test_is_sum_over_sum_and_not_a_mean_of_rates() -> None:
+def test_is_a_ratio_of_sums() -> None:
     assert [filled(quantity).compute() for quantity in QUANTITIES] == [4.0, 30.0]
 
 
@@ -25,7 +25,7 @@ def test_pure_function() -> None:
 
 
 def test_two_processes_add_joules_and_images_and_take_the_longest_time() -> None:
-    """As torchmetrics gathers them; the second process shares the counter of the first."""
+    """Gathered as by torchmetrics; the second process shares the counter of the first."""
     one, other = filled("watts"), Energy("watts")
     other.update(joules=0.0, images=30, seconds=5.0)
     for quantity, expected in (("watts", 120.0 / 5.0), ("joules_per_image", 120.0 / 60)):
@@ -48,19 +48,19 @@ def test_reset_clone_and_pickle() -> None:
 
 @pytest.mark.filterwarnings("ignore:The ``compute`` method of metric Energy was called before")
 @pytest.mark.parametrize("quantity", QUANTITIES)
-def test_nothing_measured_is_nan_and_warned_of(quantity: str) -> None:
-    with pytest.warns(UserWarning, match="Energy: nothing was measured, so it is NaN"):
+def test_without_measurements_is_nan_with_a_warning(quantity: str) -> None:
+    with pytest.warns(UserWarning, match="Energy is NaN, because nothing was measured"):
         assert Energy(quantity).compute().isnan()
 
 
 @pytest.mark.parametrize(
     ("values", "name"), [((-1.0, 1, 1.0), "joules"), ((1.0, -1, 1.0), "images"), ((1.0, 1, -0.5), "seconds")]
 )
-def test_negative_values_are_refused(values: tuple[float, int, float], name: str) -> None:
-    with pytest.raises(ArgumentError, match=rf"`{name}` must be 0 or more, got -"):
+def test_negative_values_are_rejected(values: tuple[float, int, float], name: str) -> None:
+    with pytest.raises(ArgumentError, match=rf"`{name}` must be a number >= 0, got -"):
         Energy().update(*values)
 
 
-def test_unknown_quantity() -> None:
-    with pytest.raises(ArgumentError, match=r"`quantity` must be one of joules_per_image, watts, got 'kWh'"):
+def test_an_unknown_quantity_is_rejected() -> None:
+    with pytest.raises(ArgumentError, match=r"`quantity` must be 'joules_per_image' or 'watts', got 'kWh'"):
         Energy("kWh")

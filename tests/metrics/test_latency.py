@@ -35,15 +35,15 @@ def test_reset_clone_and_pickle() -> None:
     assert [copy.compute().item() for copy in copies] == pytest.approx([3.0, 3.0])
 
 
-def test_nothing_measured_is_nan_and_warned_of() -> None:
-    with pytest.warns(UserWarning, match="Latency: nothing was measured, so it is NaN"):
+def test_without_measurements_is_nan_with_a_warning() -> None:
+    with pytest.warns(UserWarning, match="Latency is NaN, because nothing was measured"):
         assert Latency().compute().isnan()
 
 
-def test_bad_arguments() -> None:
-    with pytest.raises(ArgumentError, match=r"`quantile` must be a number from 0 to 1, got 95"):
+def test_invalid_arguments_are_rejected() -> None:
+    with pytest.raises(ArgumentError, match=r"`quantile` must be a number in \[0, 1\], got 95"):
         Latency(95)
-    with pytest.raises(ArgumentError, match=r"`seconds` must be 0 or more, got -1"):
+    with pytest.raises(ArgumentError, match=r"`seconds` must be a number >= 0, got -1"):
         Latency().update(-1.0)
 
 

@@ -15,7 +15,7 @@ def filled() -> Throughput:
     return metric
 
 
-def test_is_sum_over_sum_and_not_a_mean_of_rates() -> None:
+def test_is_a_ratio_of_sums() -> None:
     assert filled().compute() == 10.0
 
 
@@ -24,7 +24,7 @@ def test_pure_function() -> None:
     assert images_per_second(torch.tensor(40), torch.tensor(0.0)).isnan()
 
 
-def test_counts_images_beyond_what_a_float_holds() -> None:
+def test_counts_more_images_than_a_float_can_hold() -> None:
     metric = Throughput()
     metric.update(2**24, 1.0)
     metric.update(1, 1.0)
@@ -44,14 +44,14 @@ def test_has_no_keys_in_a_state_dict() -> None:
     assert not filled().state_dict()
 
 
-def test_nothing_measured_is_nan_and_warned_of() -> None:
-    with pytest.warns(UserWarning, match="Throughput: nothing was measured, so it is NaN"):
+def test_without_measurements_is_nan_with_a_warning() -> None:
+    with pytest.warns(UserWarning, match="Throughput is NaN, because nothing was measured"):
         assert Throughput().compute().isnan()
 
 
 @pytest.mark.parametrize(("images", "seconds", "name"), [(-1, 1.0, "images"), (1, -0.5, "seconds")])
-def test_negative_values_are_refused(images: int, seconds: float, name: str) -> None:
-    with pytest.raises(ArgumentError, match=rf"`{name}` must be 0 or more, got -"):
+def test_negative_values_are_rejected(images: int, seconds: float, name: str) -> None:
+    with pytest.raises(ArgumentError, match=rf"`{name}` must be a number >= 0, got -"):
         Throughput().update(images, seconds)
 
 

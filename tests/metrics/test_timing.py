@@ -21,7 +21,7 @@ def steps(*images: int) -> list[Step]:
         ((), 2, []),
     ],
 )
-def test_steady_leaves_out_warm_up_and_odd_sizes(images: tuple[int, ...], warmup: int, kept: list[int]) -> None:
+def test_drop_warmup_leaves_out_first_and_odd_batches(images: tuple[int, ...], warmup: int, kept: list[int]) -> None:
     assert [int(step.seconds) for step in drop_warmup(steps(*images), warmup)] == kept
 
 

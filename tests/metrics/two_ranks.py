@@ -1,4 +1,4 @@
-"""Run by the tests as a program: validates in two gloo processes, then uses the metrics in them by hand."""
+"""A program run by the tests: validates in two gloo processes, then uses the metrics in them directly."""
 
 import json
 import sys

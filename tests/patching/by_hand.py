@@ -1,4 +1,4 @@
-"""Pruned forward passes written out by hand, for models whose blocks are a norm, an attention, a norm and an MLP."""
+"""Reference forward passes of pruned models with pre-norm blocks."""
 
 import copy
 import math
@@ -46,7 +46,7 @@ class Pairs(Reduction):
 
 
 def pairs(tokens: Tensor, part: Part, sizes: list[float], remove: int, prefix: int) -> CarriedState:
-    """The same in a loop."""
+    """The reference by a loop."""
     rows, places, weights = list(tokens[:prefix]), list(range(prefix)), sizes[:prefix]
     for i in range(prefix, prefix + 2 * remove, 2):
         weights.append(sizes[i] + sizes[i + 1])
@@ -61,7 +61,7 @@ def pairs(tokens: Tensor, part: Part, sizes: list[float], remove: int, prefix: i
 
 
 def looped(name: str) -> Method:
-    """A method by its plain loop."""
+    """The reference of a method by loops."""
 
     def pomt(tokens: Tensor, part: Part, sizes: list[float], remove: int, prefix: int) -> CarriedState:
         left, places = naive.pomt(tokens, *part, remove, prefix)
@@ -75,7 +75,7 @@ def looped(name: str) -> Method:
 
 
 class Parts(NamedTuple):
-    """What a block is made of; `rotation` is (cosine, sine) of the patch tokens of block 0."""
+    """The parts of a block; `rotation` is (cosine, sine) of the patch tokens of block 0."""
 
     norm1: nn.Module
     project: Callable[[Tensor], Part]  # of (N, C) tokens

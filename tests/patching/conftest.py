@@ -1,4 +1,4 @@
-"""Every kind of timm transformer, small, and a forward pass of each written out by hand."""
+"""A small model of every kind of timm transformer, with a reference forward pass."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -55,7 +55,7 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
 
 
 def build_vit(name: str = "vit", seed: int = 0, **more: Any) -> VisionTransformer:
-    """A model whose attention is far from uniform and whose biases and scales are not those of a fresh model."""
+    """A model with non-uniform attention and random biases and scales."""
     options = {"img_size": SIZE, "patch_size": 4, "depth": DEPTH, "num_heads": 4, "num_classes": 7}
     model: VisionTransformer = disturb(tiny_vit(seed=None, **options | CONFIGURATIONS[name] | more), seed)
     return model
@@ -69,7 +69,7 @@ Part = tuple[Tensor, Tensor, Tensor]  # query, key, value (heads, N, D) of one i
 
 
 def read_attention(attn: nn.Module, x: Tensor) -> Part:
-    """Of an attention module and one image, by its own projections."""
+    """Query, key and value of one image, by the module's projections."""
     tokens, heads = x.shape[1], attn.num_heads
     if isinstance(attn, DiffAttention):
         query, key, value = attn.qkv(x)[0].chunk(3, dim=-1)
@@ -91,7 +91,7 @@ def read_parallel_scaling(block: nn.Module, x: Tensor) -> Part:
 
 
 def by_hand(block: nn.Module, x: Tensor, reduce: Callable[[Tensor, Part], Tensor]) -> Tensor:
-    """One block on one image, the reduction between its attention and its MLP where these come apart."""
+    """Runs one block on one image, with the reduction between attention and MLP if the block can be split."""
     if type(block) is vit.Block:
         part = read_attention(block.attn, block.norm1(x))
         x = reduce(x + block.ls1(block.attn(block.norm1(x))), part)
@@ -136,7 +136,7 @@ def error(found: Tensor, expected: Tensor) -> float:
 
 
 def tokens_leaving(model: VisionTransformer, images: Tensor) -> tuple[int, ...]:
-    """How many tokens leave each block in a forward pass."""
+    """Records the number of tokens that leave each block in a forward pass."""
     counts: list[int] = []
     hooks = [b.register_forward_hook(lambda *call: counts.append(call[-1].shape[1])) for b in model.blocks]
     with torch.no_grad():
@@ -173,7 +173,7 @@ def leaving() -> Callable[[VisionTransformer, Tensor], tuple[int, ...]]:
 
 @pytest.fixture(params=CONFIGURATIONS)
 def configuration(request: pytest.FixtureRequest) -> str:
-    """The name of each configuration in turn."""
+    """Parametrizes over the names of all configurations."""
     name: str = request.param
     return name
 
@@ -185,6 +185,6 @@ def images() -> Tensor:
 
 @pytest.fixture
 def no_mode_left() -> Iterator[None]:
-    """Fails a test after which a torch function mode is still in force."""
+    """Fails a test that leaves a torch function mode active."""
     yield
     assert torch.overrides._get_current_function_mode_stack() == []

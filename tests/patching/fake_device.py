@@ -1,4 +1,4 @@
-"""An accelerator that this machine does not have: shapes, dtypes and devices are true, the numbers do not exist."""
+"""A fake accelerator: tensors have shapes, dtypes and devices, but no data."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +15,7 @@ DEVICE = "cuda"
 
 
 class OnOneDevice(TorchDispatchMode):
-    """Lists the operations that touch another device or make the host wait, which end a CUDA graph's capture."""
+    """Records operations that use another device or synchronise, which would end the capture of a CUDA graph."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class OnOneDevice(TorchDispatchMode):
 
 
 def move(model: nn.Module, dtype: torch.dtype) -> None:
-    """Replaces what the model holds by tensors of the same shapes over there; to be called within `away`."""
+    """Moves the parameters and buffers of a model to the fake device; to be called within `away`."""
 
     def there(value: Tensor) -> Tensor:
         return torch.empty(value.shape, dtype=dtype if value.is_floating_point() else value.dtype, device=DEVICE)
@@ -49,6 +49,6 @@ def move(model: nn.Module, dtype: torch.dtype) -> None:
 
 @contextmanager
 def away() -> Iterator[None]:
-    """Raises where numbers are asked for (`item`, shapes that depend on data), and where devices are mixed."""
+    """Raises for `item`, for shapes that depend on data, and for mixed devices."""
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         yield

@@ -1,4 +1,4 @@
-"""Small models of transformers, and what their blocks are made of."""
+"""Small models of transformers, and the parts of their blocks."""
 
 from typing import Any, NamedTuple
 
@@ -59,7 +59,7 @@ every_method = pytest.mark.parametrize("method", METHODS)
 
 
 def build_hf(name: str, **more: Any) -> Any:
-    """A small model by the name of its class, `more` going into the config of its vision part."""
+    """Builds a small model by the name of its class; `more` are entries of the vision config."""
     kind = getattr(transformers, name)
     if name.startswith(("CLIP", "Siglip")):
         family = "CLIP" if name.startswith("CLIP") else "Siglip"
@@ -77,7 +77,7 @@ def build_hf(name: str, **more: Any) -> Any:
 
 
 def blocks_of(model: Any) -> list[nn.Module]:
-    """The one list of four modules."""
+    """The only list of four modules."""
     (found,) = (list(m) for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == 4)
     return found
 
@@ -123,7 +123,7 @@ def parts_of(block: Any, kwargs: dict[str, Any]) -> Parts:
 
 
 def outputs_of(result: Any) -> Tensor:
-    """What the model is for, asked by the names of the fields."""
+    """The main output of the model, by the names of its fields."""
     for field in ("logits", "image_embeds", "pooler_output"):
         if getattr(result, field, None) is not None:
             found: Tensor = getattr(result, field)
@@ -138,7 +138,7 @@ def run(model: Any, images: Tensor) -> Tensor:
 
 @torch.no_grad()
 def last_tokens(model: Any, images: Tensor, **more: Any) -> Tensor:
-    """What leaves the last block."""
+    """The output of the last block."""
     found: list[Tensor] = []
     hook = blocks_of(model)[-1].register_forward_hook(lambda module, args, x: found.append(x))
     model(images, **more)

@@ -1,4 +1,4 @@
-"""The checks of `examples/benchmarks/coverage.py`, which is a program and no part of a package."""
+"""The checks of `examples/benchmarks/coverage.py`, which is a script."""
 
 import importlib.util
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Reductions with which the images decide how many tokens go: shorter ones are padded, and nobody sees the padding."""
+"""Adaptive reductions: shorter images are padded, and the padding has no effect."""
 
 import copy
 import pickle
@@ -25,7 +25,7 @@ SMALL: dict[str, Any] = {"img_size": 20, "patch_size": 4, "embed_dim": 32, "dept
 
 
 class Bright(Reduction):
-    """Keeps the patches whose mean is above zero, however many these are."""
+    """Keeps the patches with a positive mean, whatever their number."""
 
     name: ClassVar[str] = "bright"
     reads: ClassVar[frozenset[str]] = frozenset({"pixels"})
@@ -73,7 +73,7 @@ def images_of_other_lengths() -> Tensor:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_nobody_sees_the_padding(name: str) -> None:
+def test_padding_has_no_effect(name: str) -> None:
     model, images = MODELS[name]().double(), images_of_other_lengths()
     lengths = {int((F.avg_pool2d(i.mean(0, keepdim=True), 4) > 0).sum()) for i in images}
     assert len(lengths) == 3
@@ -86,8 +86,8 @@ def test_nobody_sees_the_padding(name: str) -> None:
     assert torch.equal(run(model, images), dense)
 
 
-def test_as_if_the_others_had_never_been(build: Any) -> None:
-    """The same image through the dense blocks with only its bright patches."""
+def test_an_image_matches_a_run_without_the_others(build: Any) -> None:
+    """The output of the dense blocks for the bright patches of an image only."""
     model, images = build().double(), images_of_other_lengths()
     expected = []
     for image in images:
@@ -114,14 +114,14 @@ def test_copies_pickles_and_updates(build: Any) -> None:
     handle.remove()
 
 
-def test_a_schedule_says_nothing(build: Any) -> None:
+def test_a_schedule_is_rejected_for_adaptive_methods(build: Any) -> None:
     with pytest.raises(ScheduleError, match=r"`schedule` must be left out with bright, .* got \[5, 0, 0, 0\]"):
         lp.patch(build(), Bright(), [5, 0, 0, 0])
     with pytest.raises(ScheduleError, match="`schedule` must say how many tokens pomt removes, got None"):
         lp.patch(build(), "pomt")
 
 
-def test_what_the_method_was_not_made_for(build: Any) -> None:
+def test_unsupported_models_are_rejected(build: Any) -> None:
     model = build()
     model.grey = True
     with pytest.raises(ArgumentError, match="made for grey images"):
@@ -129,6 +129,6 @@ def test_what_the_method_was_not_made_for(build: Any) -> None:
     assert not find_vision_transformer(model).root.blocks[0].__dict__.get("_prune_patch")
 
 
-def test_padding_cannot_be_pooled(build: Any) -> None:
+def test_pooling_models_are_rejected(build: Any) -> None:
     with pytest.raises(UnsupportedModelError, match=r"bright pads .* pools over its patch tokens"):
         lp.patch(build("pool-avg"), Bright())

@@ -18,7 +18,7 @@ REMOVED = [0, 6, 5, 0]
 
 
 def state(model: nn.Module) -> Callable[[], None]:
-    """Looks at everything that a patch could leave behind; the result asserts that all of it is as it was."""
+    """Records everything that a patch could change; the result asserts that nothing has changed."""
     modules = list(model.modules())
     classes = [type(m) for m in modules]
     keys = [list(m.__dict__) for m in modules]
@@ -48,7 +48,7 @@ def run(model: nn.Module, images: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("method", ["pomt", "random"])
-def test_removing_nothing_touches_nothing(build: Any, configuration: str, images: Tensor, method: str) -> None:
+def test_an_empty_schedule_changes_nothing(build: Any, configuration: str, images: Tensor, method: str) -> None:
     model = build(configuration)
     before, unchanged = run(model, images), state(model)
     handle = lp.patch(model, method, [0, 0, 0, 0])
@@ -60,7 +60,7 @@ def test_removing_nothing_touches_nothing(build: Any, configuration: str, images
 
 
 @pytest.mark.parametrize("method", ["pomt", "random"])
-def test_remove_restores_to_the_bit(build: Any, configuration: str, images: Tensor, method: str) -> None:
+def test_remove_restores_bit_identically(build: Any, configuration: str, images: Tensor, method: str) -> None:
     model = build(configuration)
     model.blocks[2].train()
     model.blocks[2].eval()
@@ -87,7 +87,7 @@ def test_patching_a_model_in_training_keeps_its_flags(build: Any, images: Tensor
     unchanged()
 
 
-def test_only_blocks_that_reduce_are_touched(build: Any) -> None:
+def test_only_reducing_blocks_are_patched(build: Any) -> None:
     model = build()
     classes = [type(b) for b in model.blocks]
     with lp.patch(model, "pomt", REMOVED):
@@ -129,7 +129,7 @@ def test_patching_again_replaces(build: Any, images: Tensor, leaving: Any) -> No
     first.remove()
     assert second.active
     assert torch.equal(run(model, images), run(other, images))
-    with pytest.raises(lp.UnsupportedModelError, match="folds tokens into a grid"):
+    with pytest.raises(lp.UnsupportedModelError, match=r"`output_fmt` must be 'NLC' .* got 'NCHW'"):
         model.forward_intermediates(images)
     second.remove()
     unchanged()
@@ -166,7 +166,7 @@ def test_update_gives_another_schedule(build: Any, images: Tensor, leaving: Any)
     unchanged()
 
 
-def test_a_refused_replacement_leaves_the_patch_in_force(build: Any, images: Tensor, leaving: Any) -> None:
+def test_a_rejected_replacement_keeps_the_patch(build: Any, images: Tensor, leaving: Any) -> None:
     model = build()
     handle = lp.patch(model, "pomt", REMOVED)
     with pytest.raises(lp.ScheduleError):
@@ -199,7 +199,7 @@ def test_handle_repr(build: Any) -> None:
     assert repr(handle) == "PatchHandle(POMT(), Schedule(depth=4, removed={1: 6, 2: 5}, method='pomt'), not active)"
 
 
-def test_hooks_and_attributes_of_the_user_stay(build: Any, images: Tensor) -> None:
+def test_hooks_and_attributes_of_the_user_are_kept(build: Any, images: Tensor) -> None:
     model, calls = build(), []
     model.blocks[1].register_forward_hook(lambda *_: calls.append("after"))
     model.blocks[1].note = "mine"
@@ -214,15 +214,15 @@ def test_hooks_and_attributes_of_the_user_stay(build: Any, images: Tensor) -> No
     assert calls == ["after"] * 2
 
 
-def test_hooks_of_the_user_do_not_see_the_check_of_the_halves(build: Any) -> None:
-    """The tokens that are tried at patch time are nobody's data."""
+def test_the_split_check_does_not_call_hooks(build: Any) -> None:
+    """The random tokens of the check are not user data."""
     model, calls = build(), []
     model.blocks[1].register_forward_hook(lambda *_: calls.append("after"))
     lp.patch(model, "pomt", REMOVED)
     assert calls == []
 
 
-def test_a_hook_that_changes_the_output_goes_on_doing_so(build: Any, images: Tensor, caplog: Any) -> None:
+def test_a_hook_that_changes_the_output_still_does(build: Any, images: Tensor, caplog: Any) -> None:
     model, plain = build(), build()
     model.blocks[3].register_forward_hook(lambda module, args, output: 2 * output)
     with caplog.at_level("INFO", "lightning_prune"):
@@ -238,24 +238,24 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("removed", "message"),
         [
-            ([0] * 5, r"The schedule is for 5 blocks; this model has 4\."),
-            ([1], r"The schedule is for 1 blocks; this model has 4\."),
-            ([0, 25, 0, 0], r"Block 1 is asked to remove 25 tokens, .*26 that enter it pomt can remove at most 23\."),
-            ([10, 0, 14, 0], r"Block 2 is asked to remove 14 tokens, .*16 that enter it pomt can remove at most 13\."),
-            ([0, -1, 0, 0], r"`removed` must hold whole numbers >= 0, got -1 for block 1\."),
+            ([0] * 5, r"`schedule` must have 4 blocks, as the model, got 5\."),
+            ([1], r"`schedule` must have 4 blocks, as the model, got 1\."),
+            ([0, 25, 0, 0], r"at most 23 of the 26 tokens that enter block 1 with pomt, got 25\."),
+            ([10, 0, 14, 0], r"at most 13 of the 16 tokens that enter block 2 with pomt, got 14\."),
+            ([0, -1, 0, 0], r"`removed` must hold integers >= 0, got -1 for block 1\."),
         ],
     )
-    def test_a_schedule_that_does_not_fit(self, build: Any, removed: list[int], message: str) -> None:
+    def test_an_invalid_schedule_is_rejected(self, build: Any, removed: list[int], message: str) -> None:
         model = build()
         unchanged = state(model)
         with pytest.raises(lp.ScheduleError, match=message):
             lp.patch(model, "pomt", removed)
         unchanged()
 
-    def test_a_reduction_before_block_0_cannot_act_elsewhere(self, build: Any) -> None:
+    def test_a_reduction_before_block_0_is_rejected_in_other_blocks(self, build: Any) -> None:
         model = build()
         unchanged = state(model)
-        message = r"random removes tokens before block 0; the schedule asks block 2 for some\."
+        message = r"`schedule` must remove tokens in block 0 only, before which random acts, got block 2\."
         with pytest.raises(lp.ScheduleError, match=message):
             lp.patch(model, RandomDrop(site="input"), [3, 0, 4, 0])
         unchanged()
@@ -268,29 +268,29 @@ class TestErrors:
         unchanged()
 
     @pytest.mark.usefixtures("no_mode_left")
-    def test_a_mask_of_all_tokens(self, build: Any, images: Tensor) -> None:
+    def test_an_attention_mask_is_rejected(self, build: Any, images: Tensor) -> None:
         model = build()
         mask = torch.zeros(26, 26)
         expected = run(model, images)
-        message = r"`attn_mask` is made for all tokens; a model whose blocks remove tokens cannot use it\."
+        message = r"`attn_mask` must be None in a model whose blocks remove tokens, got a mask\."
         with lp.patch(model, "random", REMOVED), pytest.raises(ArgumentError, match=message):
             model(images, attn_mask=mask)
         with torch.no_grad():
             torch.testing.assert_close(model(images, attn_mask=mask), expected)
 
-    def test_a_class_put_over_ours_is_not_torn_off(self, build: Any) -> None:
+    def test_a_class_replaced_after_patching_is_not_restored(self, build: Any) -> None:
         model = build()
         handle = lp.patch(model, "pomt", REMOVED)
         block = model.blocks[1]
         ours = type(block)
         block.__class__ = type("Parametrized", (ours,), {})
-        with pytest.raises(lp.UnsupportedModelError, match=r"A Parametrized was put over a patched block"):
+        with pytest.raises(lp.UnsupportedModelError, match=r"replaced by Parametrized"):
             handle.remove()
         block.__class__ = ours
         unpatch(model)
         assert "_prune_patch" not in block.__dict__
 
-    def test_a_failure_half_way_leaves_nothing_patched(self, build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_failure_during_patching_restores_all_blocks(self, build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         model = build()
         unchanged = state(model)
         adapter = lp.patching.find_vision_transformer(model).adapter
@@ -318,7 +318,7 @@ def test_a_model_can_be_collected_while_and_after_it_is_patched(build: Any, imag
 
 
 class TestForwardReplacedWhilePatched:
-    """As accelerate does on the module itself, around what it finds there."""
+    """Replaces `forward` on the module itself, as accelerate does."""
 
     def replaced(self, model: Any) -> Any:
         block = model.blocks[1]
@@ -326,19 +326,19 @@ class TestForwardReplacedWhilePatched:
         block.forward = lambda *args, **kwargs: inner(*args, **kwargs)
         return block
 
-    def test_removal_says_so_and_removes_the_rest(self, build: Any, images: Tensor) -> None:
+    def test_removal_raises_and_restores_the_others(self, build: Any, images: Tensor) -> None:
         model = build()
         dense = model(images)
         handle = lp.patch(model, "pomt", [0, 3, 3, 0])
         block = self.replaced(model)
-        with pytest.raises(lp.UnsupportedModelError, match="`forward` of a patched Block was replaced on the module"):
+        with pytest.raises(lp.UnsupportedModelError, match="`forward` of a patched Block was replaced after patching"):
             handle.remove()
         assert [is_patched_module(each) for each in model.blocks] == [False, True, False, False]
         del block.forward
         lp.patching.unpatch(model)
         assert torch.equal(model(images), dense)
 
-    def test_an_update_that_fails_leaves_the_old_schedule(self, build: Any, images: Tensor) -> None:
+    def test_a_failed_update_keeps_the_old_schedule(self, build: Any, images: Tensor) -> None:
         model = build()
         handle = lp.patch(model, "pomt", [0, 0, 3, 0])
         pruned = model(images)

@@ -39,7 +39,7 @@ class OwnAttention(nn.Module):
         return output
 
 
-def test_records_and_keeps_every_bit() -> None:
+def test_recording_keeps_the_output_bit_identical() -> None:
     query, key, value = parts()
     mask = torch.randn(N, N, dtype=torch.float64)
     expected = F.scaled_dot_product_attention(query, key, value, mask, scale=0.3)
@@ -56,7 +56,7 @@ def test_records_and_keeps_every_bit() -> None:
     assert calls[0].scale == 0.3
 
 
-def test_all_forms_of_the_call_are_read() -> None:
+def test_all_call_signatures_are_recorded() -> None:
     query, key, value = parts()
     calls: list[AttentionInputs] = []
     with SDPARecorder(calls):
@@ -66,8 +66,8 @@ def test_all_forms_of_the_call_are_read() -> None:
 
 
 @pytest.mark.parametrize("kind", ["none", "additive", "bool"])
-def test_sizes_weigh_the_keys(kind: str) -> None:
-    """A key of size s counts as much as s copies of it: that is what log(s) on its logit means."""
+def test_log_sizes_are_added_to_the_logits(kind: str) -> None:
+    """Adding log(s) to the logit of a key is equivalent to s copies of that key."""
     query, key, value = parts()
     sizes = torch.tensor([[1, 2, 1, 3, 1, 1], [4, 1, 1, 1, 1, 2]], dtype=torch.float64)
     generator = torch.Generator().manual_seed(1)
@@ -90,8 +90,8 @@ def test_sizes_weigh_the_keys(kind: str) -> None:
         torch.testing.assert_close(weights @ value[b], expected, rtol=1e-10, atol=1e-12)
 
 
-def test_causal_attention_is_refused() -> None:
-    message = r"Token reduction needs bidirectional attention; this block's is causal\."
+def test_causal_attention_is_rejected() -> None:
+    message = r"needs bidirectional attention, got causal attention"
     with pytest.raises(lp.UnsupportedModelError, match=message), SDPARecorder([]):
         F.scaled_dot_product_attention(*parts(), is_causal=True)
     with pytest.raises(lp.UnsupportedModelError, match=message):
@@ -101,7 +101,7 @@ def test_causal_attention_is_refused() -> None:
 class TestAMaskThatAsks:
     @pytest.mark.parametrize("supports_key_bias", [True, False])
     @pytest.mark.parametrize("by_name", [True, False])
-    def test_does_what_a_tap_does(self, supports_key_bias: bool, by_name: bool) -> None:
+    def test_a_recording_mask_matches_a_recorder(self, supports_key_bias: bool, by_name: bool) -> None:
         query, key, value = parts()
         log_sizes = torch.rand(B, 1, 1, N, dtype=torch.float64) if supports_key_bias else None
         calls: list[AttentionInputs] = []
@@ -116,8 +116,8 @@ class TestAMaskThatAsks:
         assert (calls[0].mask is not None) is (calls[1].mask is not None) is supports_key_bias
         assert calls[0].scale == calls[1].scale
 
-    def test_is_no_mask_for_anything_else(self, build: Any, images: Tensor) -> None:
-        message = r"made no call of torch\.nn\.functional\.scaled_dot_product_attention"
+    def test_a_recording_mask_is_rejected_by_other_functions(self, build: Any, images: Tensor) -> None:
+        message = r"does not call torch\.nn\.functional\.scaled_dot_product_attention"
         mask: Any = RecordingMask([], None)
         with pytest.raises(lp.UnsupportedModelError, match=message):
             attend(mask, *parts()[1:])
@@ -131,7 +131,7 @@ class TestAMaskThatAsks:
 
     @torch.no_grad()
     @pytest.mark.parametrize("name", ["vit", "res-post", "qk-norm", "parallel-things"])
-    def test_leaves_every_bit_as_under_a_tap(
+    def test_a_recording_mask_keeps_the_output_bit_identical(
         self, build: Any, images: Tensor, monkeypatch: pytest.MonkeyPatch, name: str
     ) -> None:
         model = build(name)
@@ -142,8 +142,8 @@ class TestAMaskThatAsks:
             assert torch.equal(model(images), found)
 
     @torch.no_grad()
-    def test_is_not_given_to_attention_of_other_making(self, build: Any, images: Tensor) -> None:
-        """Which may do anything with a mask, whenever it was put in: it is watched instead."""
+    def test_a_recording_mask_is_not_used_with_unknown_attention(self, build: Any, images: Tensor) -> None:
+        """A replaced forward may use a mask in any way, so a recorder is used instead."""
 
         class Deaf(vit.Attention):
             def forward(self, x: Tensor, attn_mask: Any = None, is_causal: bool = False) -> Tensor:
@@ -161,10 +161,10 @@ class TestAMaskThatAsks:
 
     @torch.no_grad()
     @pytest.mark.parametrize("everywhere", [True, False])
-    def test_is_not_given_to_a_forward_put_in_later(
+    def test_a_recording_mask_is_not_used_with_a_replaced_forward(
         self, build: Any, images: Tensor, monkeypatch: pytest.MonkeyPatch, everywhere: bool
     ) -> None:
-        """Into one module, or into timm's class before or after the patch."""
+        """On one module, or on timm's class before or after patching."""
         model = build()
         own = vit.Attention.forward
         with lp.patch(model, "tome", [5, 0, 7, 0]):
@@ -179,7 +179,7 @@ class TestAMaskThatAsks:
                 assert torch.equal(model(images), expected)
 
 
-def test_heads_of_several_calls_stand_side_by_side() -> None:
+def test_heads_of_several_calls_are_concatenated() -> None:
     one = AttentionInputs(*parts())
     other = AttentionInputs(*(part + 1 for part in parts()))
     assert stack_heads([one]) is one
@@ -189,8 +189,8 @@ def test_heads_of_several_calls_stand_side_by_side() -> None:
 
 
 @pytest.mark.parametrize("shape", [(N, N), (1, H, N, N), (B, 1, 1, N)])
-def test_so_do_their_masks(shape: tuple[int, ...]) -> None:
-    """As where a block with several attentions weighs its keys and reduces again."""
+def test_masks_of_several_calls_are_concatenated(shape: tuple[int, ...]) -> None:
+    """As in a block with several attention modules that weights its keys and reduces again."""
     one = AttentionInputs(*parts(), torch.randn(shape).double())
     other = AttentionInputs(*(part + 1 for part in parts()), torch.randn(shape).double())
     both = attention_probabilities(stack_heads([one, other]))
@@ -198,9 +198,9 @@ def test_so_do_their_masks(shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("change", [{"mask": torch.zeros(N, N)}, {"scale": 0.1}, {"query": torch.zeros(B, H, 1, D)}])
-def test_calls_of_different_form_do_not_go_together(change: dict[str, Any]) -> None:
+def test_calls_of_different_shapes_are_rejected(change: dict[str, Any]) -> None:
     one = AttentionInputs(*parts())
-    with pytest.raises(lp.UnsupportedModelError, match="several attention calls of different form"):
+    with pytest.raises(lp.UnsupportedModelError, match="several attention calls of different shapes"):
         stack_heads([one, one._replace(**change)])
 
 
@@ -211,20 +211,20 @@ def own_attention(build: Any) -> vit.VisionTransformer:
     return model
 
 
-def test_attention_of_its_own_making_cannot_be_read(build: Any, images: Tensor) -> None:
+def test_unknown_attention_cannot_be_read(build: Any, images: Tensor) -> None:
     model = own_attention(build)
-    message = r"made no call of torch\.nn\.functional\.scaled_dot_product_attention"
+    message = r"does not call torch\.nn\.functional\.scaled_dot_product_attention"
     with lp.patch(model, "pomt", [0, 6, 0, 0]), pytest.raises(lp.UnsupportedModelError, match=message):
         model(images)
 
 
-def test_attention_of_its_own_making_can_be_pruned_at_random(build: Any, images: Tensor, leaving: Any) -> None:
+def test_unknown_attention_can_be_pruned_at_random(build: Any, images: Tensor, leaving: Any) -> None:
     with lp.patch(own_attention(build), "random", [0, 6, 0, 0]) as handle:
         assert leaving(handle.transformer.root, images) == (26, 20, 20, 20)
 
 
 class TestTheModeNeverLeaks:
-    """After whatever went wrong in one model, all others compute what they did, and nothing watches them."""
+    """After an error in one model, other models are unaffected and not recorded."""
 
     def fails(self, model: nn.Module, images: Tensor, other: nn.Module) -> None:
         with torch.no_grad():
@@ -236,7 +236,7 @@ class TestTheModeNeverLeaks:
 
     @pytest.mark.parametrize("inside", ["norm1", "attn", "mlp"])
     @pytest.mark.parametrize("block", [1, 2])
-    def test_when_a_hook_raises(self, build: Any, images: Tensor, inside: str, block: int) -> None:
+    def test_a_raising_hook_leaves_no_recorder(self, build: Any, images: Tensor, inside: str, block: int) -> None:
         def stop(*_: Any) -> None:
             raise RuntimeError("stop")
 
@@ -251,13 +251,13 @@ class TestTheModeNeverLeaks:
             with lp.patch(other, "pomt", [0, 6, 5, 0]):
                 assert torch.equal(pruned, other(images))
 
-    def test_when_attention_raises(self, build: Any, images: Tensor) -> None:
+    def test_raising_attention_leaves_no_recorder(self, build: Any, images: Tensor) -> None:
         model, other = build(), build()
         lp.patch(model, "pomt", [0, 6, 5, 0])
         model.blocks[1].attn.qkv = nn.Linear(32, 97)
         self.fails(model, images, other)
 
-    def test_when_the_reduction_raises(self, build: Any, images: Tensor) -> None:
+    def test_a_raising_reduction_leaves_no_recorder(self, build: Any, images: Tensor) -> None:
         class Broken(lp.reduction.POMT):
             def reduce(self, sequence: Any, remove: int) -> Any:
                 raise RuntimeError("stop")
@@ -267,10 +267,10 @@ class TestTheModeNeverLeaks:
         self.fails(model, images, other)
 
     @pytest.mark.parametrize(("fits", "inside"), [(True, [0, 0, 0, 0]), (False, [0, 1, 0, 0])])
-    def test_blocks_that_do_not_reduce_are_not_watched(
+    def test_other_blocks_are_not_recorded(
         self, build: Any, images: Tensor, monkeypatch: pytest.MonkeyPatch, fits: bool, inside: list[int]
     ) -> None:
-        """And those that do, under no mode where a mask can ask them."""
+        """Reducing blocks use no mode if a recording mask can be used."""
         model, depths, masks = build(), [], []
 
         def look(_: Any, args: Any, kwargs: Any) -> None:
@@ -288,10 +288,10 @@ class TestTheModeNeverLeaks:
         assert depths == inside
         assert masks == [False, fits, False, False]
 
-    def test_blocks_that_only_weigh_are_given_a_mask(
+    def test_blocks_that_only_weight_keys_receive_a_mask(
         self, build: Any, images: Tensor, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Of plain numbers, which their own attention adds, fused or not; the same as where a tap adds them."""
+        """The mask holds numbers that the attention adds itself, with the same result as with a recorder."""
         model, masks = build(), []
 
         def look(_: Any, args: Any, kwargs: Any) -> None:
@@ -314,7 +314,7 @@ class TestTheModeNeverLeaks:
                 assert torch.equal(model(images), expected)
                 assert masks == [(type(None), 1)] * 4
 
-    def test_a_mode_of_the_user_stays(self, build: Any, images: Tensor) -> None:
+    def test_a_function_mode_of_the_user_stays_active(self, build: Any, images: Tensor) -> None:
         class Counting(torch.overrides.TorchFunctionMode):
             seen = 0
 

@@ -28,7 +28,7 @@ class Louder(PatchedModule):
         return 2 * super().forward(x)
 
 
-def test_on_and_off() -> None:
+def test_swap_and_restore() -> None:
     module = nn.Linear(3, 3)
     x = torch.ones(1, 3)
     before, entries = module(x), dict(module.__dict__)
@@ -45,7 +45,7 @@ def test_on_and_off() -> None:
     assert torch.equal(module(x), before)
 
 
-def test_one_class_a_pair() -> None:
+def test_one_class_per_pair() -> None:
     one, other = nn.Linear(2, 2), nn.Linear(2, 2)
     swap_class(one, Louder)
     swap_class(other, Louder)
@@ -53,7 +53,7 @@ def test_one_class_a_pair() -> None:
 
 
 def same_when_patched(model: nn.Module, other: nn.Module, images: Tensor) -> None:
-    """Two patched models compute the same; the patch of one can be taken off without the other."""
+    """Two patched models give the same results, and can be unpatched independently."""
     with torch.no_grad():
         pruned = model(images)
         assert torch.equal(other(images), pruned)
@@ -113,7 +113,7 @@ def test_an_unpickled_handle_is_not_needed_to_patch_again(build: Any, images: Te
     assert leaving(other, images) == (26, 26, 26, 26)
 
 
-def test_state_dict_goes_to_and_fro(build: Any, images: Tensor, tmp_path: Path) -> None:
+def test_state_dict_round_trip(build: Any, images: Tensor, tmp_path: Path) -> None:
     model, dense = build(), build(seed=1)
     expected = model(images)
     handle = lp.patch(model, "pomt", REMOVED)

@@ -49,7 +49,7 @@ def test_one_graph_once(build: Any, draw: Any, name: str, method: str | Reductio
 
 
 @pytest.mark.parametrize("name", ["parallel-scaling", "dynamic-size", "qk-norm"])
-def test_one_graph_of_blocks_that_are_cut_after_and_others(build: Any, images: Tensor, name: str) -> None:
+def test_one_graph_with_blocks_that_cannot_be_split(build: Any, images: Tensor, name: str) -> None:
     model = build(name)
     lp.patch(model, "pomt", [0, 6, 5, 0])
     fast, counter = compiled(model, "aot_eager")
@@ -60,7 +60,7 @@ def test_one_graph_of_blocks_that_are_cut_after_and_others(build: Any, images: T
 
 @pytest.mark.parametrize("wrapped", [True, False], ids=["wrapper", "in-place"])
 def test_a_model_that_was_compiled_and_ran_before(build: Any, images: Tensor, wrapped: bool) -> None:
-    """Dense, patched, patched otherwise, updated, dense: each time the graph that is meant runs."""
+    """Dense, patched, patched with another schedule, updated, dense: the matching graph runs each time."""
     model, other = build(), build()
     counter = CompileCounterWithBackend("eager")
     if wrapped:
@@ -93,7 +93,7 @@ def test_a_model_that_was_compiled_and_ran_before(build: Any, images: Tensor, wr
     assert counter.frame_count <= 5
 
 
-def test_a_compiled_block_stays_compiled_and_comes_apart(
+def test_a_compiled_block_stays_compiled_and_is_split(
     build: Any, images: Tensor, caplog: pytest.LogCaptureFixture
 ) -> None:
     model, other = build(), build()
@@ -146,7 +146,7 @@ def test_export(build: Any, images: Tensor, name: str, method: str | Reduction, 
 
 @pytest.mark.filterwarnings("ignore:.*TracerWarning", "ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.trace")
 @pytest.mark.parametrize("method", ["pomt", "pomt-nearest", "tome", "topk"])
-def test_the_older_tracing_of_torch(build: Any, images: Tensor, method: str) -> None:
+def test_torch_jit_trace(build: Any, images: Tensor, method: str) -> None:
     model = build()
     with lp.patch(model, method, [0, 3, 0, 2]), torch.no_grad():
         expected = model(images)

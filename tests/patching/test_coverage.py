@@ -1,4 +1,4 @@
-"""One small model of every kind that timm has: class, block, attention, positions and pooling."""
+"""A small model of every kind in timm, by class, block, attention, positions and pooling."""
 
 import copy
 import csv
@@ -34,7 +34,7 @@ def row(request: pytest.FixtureRequest) -> dict[str, str]:
 
 
 def small(row: dict[str, str], **more: int) -> tuple[Any, torch.Tensor]:
-    """A model of the kind and images for it."""
+    """A model and images for it."""
     more |= {"local_up_to_layer": 2} if "ConV" in row["model"] else {}
     model = coverage.stir(coverage.build_small(row["name"], **more))
     return model, torch.randn(2, 3, *coverage.image_size(model), generator=torch.Generator().manual_seed(0))
@@ -45,7 +45,7 @@ def removed(model: Any) -> list[int]:
     return found
 
 
-def test_the_results_are_of_all_names_and_all_is_well() -> None:
+def test_the_results_cover_all_names_without_failure() -> None:
     assert {row["name"] for row in ROWS} == set(isotropic_names())
     assert len(REPRESENTATIVES) >= 31
     for row in ROWS:
@@ -87,7 +87,7 @@ def test_copies_and_pickles_are_patched_and_can_be_unpatched(row: dict[str, str]
 
 @torch.no_grad()
 def test_half_precision_and_autocast(row: dict[str, str]) -> None:
-    """Bits as of before once the patch is off; near the single-precision result while it is on."""
+    """Bit-identical after removal; near the float32 result while patched."""
     model, images = small(row)
     half = copy.deepcopy(model).bfloat16()
     before = half(images.bfloat16())
@@ -105,7 +105,7 @@ def test_half_precision_and_autocast(row: dict[str, str]) -> None:
 
 
 def test_one_graph(row: dict[str, str]) -> None:
-    """Also for export, of one model of each class: it traces the same code."""
+    """Also for export of one model of each class, which traces the same code."""
     model, images = small(row, depth=3)  # one block that reduces nothing and two that do
     torch._dynamo.reset()
     with lp.patch(model, "pomt", removed(model)), torch.no_grad():

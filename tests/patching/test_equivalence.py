@@ -1,4 +1,4 @@
-"""A pruned model computes what a forward pass written out by hand in float64 computes."""
+"""Pruned models, compared with a reference forward pass in float64."""
 
 import logging
 from collections.abc import Callable
@@ -24,7 +24,7 @@ WHERE = {
 
 
 def looped(method: str, prefix: int) -> Callable[..., Tensor]:
-    """A method by its plain loop, as `prune_by_hand` calls it."""
+    """The reference of a method by loops, for `prune_by_hand`."""
     if method == "pomt":
         return lambda tokens, part, remove: naive.pomt(tokens, *part, remove, prefix)[0]
     return lambda tokens, part, remove: naive.random(tokens, remove, prefix, 0)[0]
@@ -58,7 +58,7 @@ def test_every_configuration(
 @pytest.mark.parametrize("method", ["pomt", "random"])
 @pytest.mark.parametrize("where", ["first", "last", "all", "most"])
 @pytest.mark.parametrize("name", ["vit", "dinov2-registers", "siglip", "res-post"])
-def test_every_place(
+def test_every_reducing_block(
     build: Any,
     images: Tensor,
     prune_by_hand: Any,
@@ -77,8 +77,8 @@ def test_every_place(
     "name", ["vit", "deit3", "dinov2-registers", "clip", "distilled", "qk-norm", "parallel-things"]
 )
 @pytest.mark.parametrize("removed", [[0, 6, 0, 0], [5, 0, 7, 0]], ids=["one", "two"])
-def test_pruning_is_masking(build: Any, images: Tensor, relative_error: Any, name: str, removed: list[int]) -> None:
-    """What token pooling reads is what the unpatched model says when later blocks may not look at pruned tokens."""
+def test_pruning_equals_masking(build: Any, images: Tensor, relative_error: Any, name: str, removed: list[int]) -> None:
+    """The CLS output equals that of the unpatched model with masked tokens in later blocks."""
     model, images = build(name).double(), images.double()
     prefix = model.num_prefix_tokens
     with torch.no_grad():
@@ -109,7 +109,7 @@ def test_random_before_block_0(build: Any, images: Tensor, relative_error: Any, 
 
 
 class ScaledBlock(vit.Block):
-    """A user's own: one factor more than timm's, between the halves."""
+    """A user's block with an additional factor between attention and MLP."""
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         x = x + self.ls1(self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal))
@@ -117,11 +117,11 @@ class ScaledBlock(vit.Block):
 
 
 class RenamedBlock(vit.Block):
-    """A user's own that computes what timm's does."""
+    """A user's block that computes the same as timm's."""
 
 
 class BareBlock(vit.Block):
-    """A user's own, without the parts that timm's has."""
+    """A user's block with other submodules than timm's."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -134,7 +134,7 @@ class BareBlock(vit.Block):
 
 @pytest.mark.parametrize("kind", [ScaledBlock, BareBlock])
 @pytest.mark.parametrize("method", ["pomt", "random"])
-def test_an_unknown_block_is_cut_after(
+def test_an_unknown_block_is_not_split(
     build: Any,
     images: Tensor,
     prune_by_hand: Any,
@@ -152,9 +152,7 @@ def test_an_unknown_block_is_cut_after(
     assert caplog.messages == [f"Block 1 ({kind.__name__}) is cut after its MLP, which still sees all its tokens."]
 
 
-def test_a_subclass_that_changes_nothing_comes_apart(
-    build: Any, images: Tensor, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_subclass_without_a_forward_is_split(build: Any, images: Tensor, caplog: pytest.LogCaptureFixture) -> None:
     plain, model = build("vit"), build("vit", block_fn=RenamedBlock)
     with caplog.at_level(logging.INFO, "lightning_prune"):
         lp.patch(plain, "pomt", [0, 6, 0, 0])
@@ -184,7 +182,7 @@ def test_models_without_fused_attention(
 
 @pytest.mark.parametrize("method", ["pomt", "random"])
 @pytest.mark.parametrize("name", ["vit", "registers-without-class", "siglip"])
-def test_an_image_does_not_notice_its_batch(build: Any, draw: Any, name: str, method: str) -> None:
+def test_an_image_does_not_depend_on_its_batch(build: Any, draw: Any, name: str, method: str) -> None:
     model, images = build(name), draw(4)
     images[1:] *= torch.tensor([10.0, 0.1, 3.0]).view(3, 1, 1, 1)
     with lp.patch(model, method, [0, 8, 5, 0]), torch.no_grad():
@@ -196,7 +194,7 @@ def test_an_image_does_not_notice_its_batch(build: Any, draw: Any, name: str, me
 @pytest.mark.parametrize("name", ["vit", "qk-norm", "diff-attention", "res-post"])
 @pytest.mark.parametrize("method", ["pomt", "random"])
 def test_bfloat16(build: Any, images: Tensor, relative_error: Any, leaving: Any, name: str, method: str) -> None:
-    """Only as near as bfloat16 and the other choice of near-ties allow; that it is the schedule's count is exact."""
+    """Approximately, because bfloat16 ranks near-ties differently; the number of tokens is exact."""
     model = build(name)
     with lp.patch(model, method, [0, 6, 0, 0]), torch.no_grad():
         full = model(images).double()

@@ -52,7 +52,7 @@ class TestFacts:
         assert found.outputs(images).shape == (2, facts.width)
 
     @every_model
-    def test_the_same_is_found_in_a_tuple(self, images: Tensor, name: str) -> None:
+    def test_tuple_outputs_are_supported(self, images: Tensor, name: str) -> None:
         model = build_hf(name)
         found = find_vision_transformer(model)
         with torch.no_grad():
@@ -69,7 +69,7 @@ class TestFacts:
         tokens = model(images)[0]
         assert torch.equal(find_vision_transformer(model).outputs(images), tokens.mean(dim=1))
 
-    def test_heads_that_were_replaced(self) -> None:
+    def test_replaced_heads_are_supported(self) -> None:
         model = build_hf("ViTForImageClassification")
         model.classifier = nn.Linear(32, 3)
         assert find_vision_transformer(model).num_classes == 3
@@ -77,12 +77,12 @@ class TestFacts:
         assert find_vision_transformer(model).num_classes == 7
         assert find_vision_transformer(build_hf("ViTForImageClassification", num_labels=0)).num_classes == 0
 
-    def test_sizes_that_are_no_square(self) -> None:
+    def test_non_square_images(self) -> None:
         model = build_hf("ViTModel", image_size=(12, 20), patch_size=(4, 2))
         assert find_vision_transformer(model).num_tokens == 1 + 3 * 10
 
     @pytest.mark.parametrize("name", ["CLIPModel", "SiglipModel"])
-    def test_the_tower_of_two_that_sees(self, images: Tensor, name: str) -> None:
+    def test_the_vision_tower_is_found(self, images: Tensor, name: str) -> None:
         model = build_hf(name)
         text = torch.randint(3, 40, (2, 8), generator=torch.Generator().manual_seed(0))
         classes = [type(m) for m in model.text_model.modules()]
@@ -101,8 +101,8 @@ class TestFacts:
         torch.testing.assert_close(pruned.image_embeds, F.normalize(projected, dim=-1))
         assert torch.equal(after.logits_per_image, before.logits_per_image)
 
-    def test_the_tower_of_two_that_reads_is_no_vision_transformer(self) -> None:
-        with pytest.raises(lp.UnsupportedModelError, match=r"Looked for .*Hugging Face CLIP, .*; CLIPTextModel holds"):
+    def test_the_text_tower_is_rejected(self) -> None:
+        with pytest.raises(lp.UnsupportedModelError, match=r"contain .*Hugging Face CLIP, .*, got CLIPTextModel with"):
             lp.patch(build_hf("CLIPModel").text_model, "random", WHERE["one"])
 
     def test_a_subclass_of_the_user(self, images: Tensor) -> None:
@@ -118,7 +118,7 @@ class TestFacts:
             assert torch.equal(found.outputs(images), model(images))
 
     def test_transformers_is_not_imported(self) -> None:
-        """Also not by looking at models of others."""
+        """Also not by searching models of other libraries."""
         code = (
             "import sys, torch.nn as nn, lightning_prune as lp\n"
             "try:\n    lp.patch(nn.Linear(2, 2), 'pomt', [1])\n"
@@ -162,15 +162,15 @@ class TestNoTrace:
         assert torch.equal(run(loaded, images), expected)
 
     @every_kind
-    def test_blocks_come_apart(self, name: str, caplog: pytest.LogCaptureFixture) -> None:
-        """Bit-equal, so that the log says nothing of blocks that are cut after."""
+    def test_blocks_are_split_bit_identically(self, name: str, caplog: pytest.LogCaptureFixture) -> None:
+        """Bit-identical, so nothing is logged about blocks that cannot be split."""
         with caplog.at_level("INFO", "lightning_prune"):
             lp.patch(build_hf(name), "pomt", [3, 3, 3, 3])
         assert caplog.messages == []
 
 
 class Hide(TorchFunctionMode):
-    """Adds -inf to the logits of some keys in every call of attention, other ones in each."""
+    """Adds -inf to the logits of selected keys, different ones in each attention call."""
 
     def __init__(self, gone: list[list[int]]) -> None:
         super().__init__()
@@ -190,7 +190,7 @@ class TestNumbers:
         ("name", "where"), [*((name, "two") for name in MODELS), *((name, "one") for name in KINDS)]
     )
     @every_method
-    def test_by_hand(self, images: Tensor, relative_error: Any, name: str, method: str, where: str) -> None:
+    def test_matches_by_hand(self, images: Tensor, relative_error: Any, name: str, method: str, where: str) -> None:
         model, removed = build_hf(name), WHERE[where]
         prefix = MODELS[name].prefix
         expected = pruned_by_hand(model, images, removed, looped(method), prefix, blocks_of, parts_of, outputs_of)
@@ -203,8 +203,8 @@ class TestNumbers:
 
     @every_kind
     @pytest.mark.parametrize("where", WHERE)
-    def test_pruning_is_masking(self, images: Tensor, relative_error: Any, name: str, where: str) -> None:
-        """The unpatched model in which later blocks may not look at pruned tokens, compared token by token."""
+    def test_pruning_equals_masking(self, images: Tensor, relative_error: Any, name: str, where: str) -> None:
+        """Compared with the unpatched model with masked tokens in later blocks."""
         model, prefix = build_hf(name), MODELS[name].prefix
         there, gone = list(range(25 + prefix)), []
         for remove in WHERE[where]:
@@ -221,7 +221,7 @@ class TestNumbers:
 
     @every_kind
     @every_method
-    def test_an_image_does_not_notice_its_batch(self, draw: Any, name: str, method: str) -> None:
+    def test_an_image_does_not_depend_on_its_batch(self, draw: Any, name: str, method: str) -> None:
         model, images = build_hf(name), draw(3)
         images[1:] *= torch.tensor([10.0, 0.1]).view(2, 1, 1, 1)
         with lp.patch(model, METHODS[method], WHERE["two"]):
@@ -232,7 +232,7 @@ class TestNumbers:
     @every_kind
     @every_method
     def test_bfloat16(self, images: Tensor, relative_error: Any, name: str, method: str) -> None:
-        """Only as near as bfloat16 and the other choice of near-ties allow; the count is exact."""
+        """Approximately, because bfloat16 ranks near-ties differently; the count is exact."""
         model, left = build_hf(name), 19 + MODELS[name].prefix
         with lp.patch(model, METHODS[method], WHERE["one"]):
             full = run(model, images).double()

@@ -1,4 +1,4 @@
-"""Pruned models of transformers in use: compiled, exported, checkpointed, in a Trainer; and what is refused."""
+"""Pruned models of transformers: compilation, export, checkpointing, Trainer, and errors."""
 
 from typing import Any
 
@@ -83,7 +83,7 @@ class TestWhatTransformersAdds:
     @pytest.mark.parametrize("method", ["pomt", "pairs"])
     @pytest.mark.parametrize("reentrant", [True, False])
     def test_gradient_checkpointing(self, images: Tensor, name: str, method: str, reentrant: bool) -> None:
-        """A checkpointed block runs again during backward, when all other blocks have long run."""
+        """A checkpointed block runs again during backward, after all other blocks."""
         fixed = {"pos_embed_rescale": None} if name.startswith("DINOv3") else {}  # else drawn anew in every pass
         model = build_hf(name, **fixed).train()
         gradients = []
@@ -103,13 +103,13 @@ class TestWhatTransformersAdds:
         for key, gradient in gradients[0].items():
             torch.testing.assert_close(gradients[1][key], gradient, rtol=1e-4, atol=1e-5, msg=key)
 
-    def test_positions_fitted_to_another_size(self, draw: Any) -> None:
-        """The counts of the schedule hold; what else would not fit is found in forward."""
+    def test_interpolated_positions(self, draw: Any) -> None:
+        """The numbers of the schedule hold; others are checked in forward."""
         model = build_hf("ViTForImageClassification")
         with lp.patch(model, "pomt", [0, 20, 0, 0]), torch.no_grad():
             states = model(draw(size=28), interpolate_pos_encoding=True, output_hidden_states=True).hidden_states
             assert [x.shape[1] for x in states] == [50, 50, 30, 30, 30]
-            message = r"Block 1 is asked to remove 20 tokens, but of the 17 that enter it pomt can remove at most 14\."
+            message = r"at most 14 of the 17 tokens that enter block 1 with pomt, got 20\."
             with pytest.raises(lp.ScheduleError, match=message):
                 model(draw(size=16), interpolate_pos_encoding=True)
 
@@ -125,23 +125,21 @@ class TestErrors:
             "DeiTForMaskedImageModeling",
         ],
     )
-    def test_tokens_that_are_folded(self, name: str) -> None:
+    def test_models_that_reshape_tokens_are_rejected(self, name: str) -> None:
         model = build_hf(name)
-        message = (
-            rf"^{name}( at 'inside')? cannot be pruned: it folds its tokens back into their grid after the blocks\."
-        )
+        message = rf"^{name}( at 'inside')? cannot be pruned: it reshapes its tokens to their grid after the blocks\."
         for outer in (model, nn.ModuleDict({"inside": model})):
             with pytest.raises(lp.UnsupportedModelError, match=message):
                 lp.patch(outer, "random", WHERE["one"])
 
     @every_kind
     @pytest.mark.parametrize("method", ["pomt", "pairs"])
-    def test_attention_that_is_not_fused(self, images: Tensor, name: str, method: str) -> None:
+    def test_unfused_attention_is_rejected(self, images: Tensor, name: str, method: str) -> None:
         model = build_hf(name)
         model.set_attn_implementation("eager")
         message = (
-            rf"The attention of this {name} is set to 'eager', where it cannot be read; "
-            r'call `model\.set_attn_implementation\("sdpa"\)` first\.'
+            rf"The attention implementation of this {name} must be 'sdpa' to be read, got 'eager'\. "
+            r'Call `model\.set_attn_implementation\("sdpa"\)` first\.'
         )
         with pytest.raises(lp.UnsupportedModelError, match=message):
             lp.patch(model, METHODS[method], WHERE["one"])
@@ -149,13 +147,13 @@ class TestErrors:
         with lp.patch(model, METHODS[method], WHERE["one"]):
             expected = run(model, images)
             model.set_attn_implementation("eager")
-            with pytest.raises(lp.UnsupportedModelError, match=r"made no call of .*scaled_dot_product_attention"):
+            with pytest.raises(lp.UnsupportedModelError, match=r"does not call .*scaled_dot_product_attention"):
                 run(model, images)
             model.set_attn_implementation("sdpa")
             assert torch.equal(run(model, images), expected)
 
     @every_kind
-    def test_a_method_that_reads_none_needs_no_fused_attention(self, images: Tensor, name: str) -> None:
+    def test_methods_that_read_no_attention_accept_unfused_attention(self, images: Tensor, name: str) -> None:
         model = build_hf(name)
         with lp.patch(model, "random", WHERE["two"]):
             expected = run(model, images)
@@ -165,31 +163,31 @@ class TestErrors:
 
     @every_kind
     @every_method
-    def test_a_mask_for_all_tokens(self, images: Tensor, name: str, method: str) -> None:
+    def test_an_attention_mask_is_rejected(self, images: Tensor, name: str, method: str) -> None:
         model, count = build_hf(name), 25 + MODELS[name].prefix
         mask = torch.ones(2, count)
         mask[:, -3:] = 0
         if name.startswith(("DINOv3", "CLIP", "Siglip")):  # which hand it to attention as it comes
             mask = mask[:, None, None].log()
-        message = r"`attention_mask` is made for all tokens; a model whose blocks remove tokens cannot use it\."
+        message = r"`attention_mask` must be None in a model whose blocks remove tokens, got a mask\."
         assert not torch.equal(last_tokens(model, images, attention_mask=mask), last_tokens(model, images))
         with lp.patch(model, METHODS[method], WHERE["one"]), pytest.raises(ArgumentError, match=message):
             model(images, attention_mask=mask)
 
-    def test_a_mask_for_a_block_after_a_reduction(self, images: Tensor) -> None:
+    def test_an_attention_mask_after_a_reduction_is_rejected(self, images: Tensor) -> None:
         model = build_hf("ViTModel")
         mask = torch.zeros(2, 1, 20, 20)
         blocks_of(model)[2].register_forward_pre_hook(lambda m, args: (args[0], mask))
         with (
             lp.patch(model, "random", WHERE["one"]),
-            pytest.raises(ArgumentError, match="`attention_mask` is made for"),
+            pytest.raises(ArgumentError, match="`attention_mask` must be None"),
         ):
             model(images)
 
-    def test_layers_of_the_users_own(self) -> None:
+    def test_layers_of_the_user_are_not_split(self) -> None:
         model = build_hf("ViTModel")
         model.layers = nn.ModuleList(nn.Identity() for _ in range(4))
-        with pytest.raises(lp.UnsupportedModelError, match=r"ViTModel holds no list of ViTLayer or DeiTLayer\."):
+        with pytest.raises(lp.UnsupportedModelError, match=r"ViTModel contains no list of ViTLayer or DeiTLayer\."):
             lp.patch(model, "random", WHERE["one"])
 
 
@@ -206,7 +204,7 @@ class Module(L.LightningModule):
 
 
 def test_in_a_trainer(draw: Any) -> None:
-    """With batches as the datasets of Hugging Face give them."""
+    """With batches as from Hugging Face datasets."""
     module, images = Module(), draw(8)
     data: Any = [{"pixel_values": image, "labels": i % 7} for i, image in enumerate(images)]
     options: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}

@@ -1,4 +1,4 @@
-"""What becomes of a patch when there are two, when it is removed twice, and when the model moves or changes dtype."""
+"""Several patches, repeated removal, and changes of device or dtype."""
 
 import copy
 from typing import Any
@@ -87,7 +87,7 @@ def test_moved_to_another_dtype_while_patched(build: Any, images: Tensor, name: 
 
 
 def test_moved_to_another_device_while_patched(build: Any, images: Tensor) -> None:
-    """The meta device is one more device, and is on every machine."""
+    """The meta device is available on every machine."""
     model = build()
     pruned_on_cpu = lp.patch(model, "pomt", REMOVED)
     model(images)
@@ -130,7 +130,7 @@ def test_a_copy_outlives_the_original(build: Any, images: Tensor) -> None:
 
 
 class Encoder(nn.Module):
-    """A larger model, of which a ViT is one part."""
+    """A larger model that contains a ViT."""
 
     def __init__(self, vit: nn.Module) -> None:
         super().__init__()
@@ -146,7 +146,7 @@ class Encoder(nn.Module):
     "wrap", [lambda m: nn.Sequential(m, nn.ReLU()), Encoder, lambda m: torch.compile(m, backend="eager")]
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_wherever_it_sits(build: Any, images: Tensor, wrap: Any, dtype: torch.dtype) -> None:
+def test_patched_at_any_depth(build: Any, images: Tensor, wrap: Any, dtype: torch.dtype) -> None:
     torch._dynamo.reset()
     vit = build()
     model, images = wrap(vit).to(dtype).eval(), images.to(dtype)

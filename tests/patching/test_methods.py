@@ -1,4 +1,4 @@
-"""Every method in every family: of what a block gives it, it makes what its plain loop makes."""
+"""Every method in every family, compared with its reference on the tokens of the block."""
 
 from typing import Any
 
@@ -42,7 +42,7 @@ def build(name: str) -> tuple[Any, Tensor]:
 
 
 class Watching(Reduction):
-    """Another reduction, and a list of all that it was given and gave."""
+    """Wraps a reduction and records its inputs and outputs."""
 
     def __init__(self, other: Reduction) -> None:
         self.other, self.seen = other, list[tuple[TokenSequence, ReductionOutput]]()
@@ -61,7 +61,7 @@ class Watching(Reduction):
 def looped(
     method: str, given: TokenSequence, remove: int, b: int, class_token: bool
 ) -> tuple[Tensor, list[int], list[float] | None]:
-    """What a method makes of one image by its plain loop."""
+    """The reference result of a method for one image."""
     x, prefix, attention = given.tokens[b], given.num_prefix_tokens, given.attention
     if method == "shift":
         assert attention is None
@@ -82,7 +82,7 @@ def looped(
 
 @every_method
 @pytest.mark.parametrize("name", [*VITS, *TIMM, "torchvision", *HUGGING])
-def test_what_a_block_gives_becomes_what_the_loop_says(name: str, method: str) -> None:
+def test_patched_outputs_match_the_loop(name: str, method: str) -> None:
     model, images = build(name)
     with_key_bias = name not in ("cait", "convit")  # their attention takes nothing that is added to its logits
     watching = Watching(POMT("nearest", with_key_bias) if method == "pomt-nearest" else resolve(method))
@@ -109,8 +109,8 @@ def test_what_a_block_gives_becomes_what_the_loop_says(name: str, method: str) -
             assert sizes == (None if reduced.sizes is None else reduced.sizes[b].tolist())
 
 
-def test_merged_tokens_weigh_in_later_blocks(images: Tensor) -> None:
-    """Logits differ with and without, and the second reduction is told the sizes of the first."""
+def test_sizes_weight_later_attention(images: Tensor) -> None:
+    """Logits differ with and without sizes, and the second reduction receives the sizes of the first."""
     model, outputs = build_vit().double(), []
     for with_key_bias in (True, False):
         watching = Watching(POMT("nearest", with_key_bias))
@@ -125,13 +125,13 @@ def test_merged_tokens_weigh_in_later_blocks(images: Tensor) -> None:
 
 
 @pytest.mark.parametrize("name", ["cait", "convit"])
-def test_where_sizes_cannot_weigh_it_is_said(name: str) -> None:
+def test_models_without_key_bias_are_rejected(name: str) -> None:
     model, _ = build(name)
     with pytest.raises(UnsupportedModelError, match=r"pomt-nearest weighs .* use proportional_attention=False"):
         lp.patch(model, "pomt-nearest", REMOVED)
 
 
-def test_shift_asks_no_block_for_its_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shift_reads_no_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("attention was tapped")
 
@@ -142,7 +142,7 @@ def test_shift_asks_no_block_for_its_attention(monkeypatch: pytest.MonkeyPatch) 
 
 
 @every_method
-def test_an_image_has_the_same_output_in_any_batch(method: str) -> None:
+def test_an_image_does_not_depend_on_its_batch(method: str) -> None:
     model, images = build_vit().double(), draw_images(5).double()
     with lp.patch(model, method, REMOVED), torch.no_grad():
         together = model(images)
@@ -164,7 +164,7 @@ def test_in_low_precisions(method: str) -> None:
 
 
 @every_method
-def test_compiles_and_exports_whole(method: str) -> None:
+def test_compiles_and_exports_as_one_graph(method: str) -> None:
     torch._dynamo.reset()
     model, images = build_vit(), draw_images()
     with lp.patch(model, method, REMOVED), torch.no_grad():

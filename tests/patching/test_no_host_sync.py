@@ -1,6 +1,6 @@
-"""A patched forward never asks the device for a number and makes every tensor there, on a device that is not here.
+"""A patched forward pass creates all tensors on the device and does not synchronise with the host, on a fake device.
 
-`vwt-inter` with `pad_to="batch"`, which says that it asks for one, is not among them.
+`vwt-inter` with `pad_to="batch"`, which synchronises once, is not included.
 """
 
 from collections.abc import Callable
@@ -52,7 +52,7 @@ def schedule_of(reduction: Reduction) -> list[int] | None:
 
 
 def operations(model: Any, reduction: Reduction, schedule: list[int] | None, dtype: torch.dtype = torch.float32) -> int:
-    """How many operations the patch adds to a forward over there; what it adds elsewhere fails the test."""
+    """Number of operations that the patch adds on the fake device; operations elsewhere fail the test."""
     size = coverage.image_size(model) if type(model).__module__.startswith("timm") else (20, 20)
     with lp.patch(model, reduction, schedule) as handle, away():
         move(model, dtype)
@@ -75,7 +75,7 @@ def test_every_method(method: str, dtype: torch.dtype) -> None:
 
 
 class Peeking(RandomDrop):
-    """Does what it must not."""
+    """A reduction that synchronises, which is not allowed."""
 
     def __init__(self, how: str) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ class Peeking(RandomDrop):
 
     def reduce(self, sequence: TokenSequence, remove: int) -> ReductionOutput:
         tokens = sequence.tokens
-        if self.how == "asks":
+        if self.how == "item":
             tokens.sum().item()
         elif self.how == "shapes":
             tokens[tokens > 0]
@@ -99,14 +99,14 @@ class Peeking(RandomDrop):
 @pytest.mark.parametrize(
     ("how", "error", "message"),
     [
-        ("asks", DataDependentOutputException, "_local_scalar_dense"),
+        ("item", DataDependentOutputException, "_local_scalar_dense"),
         ("shapes", DynamicOutputShapeException, "nonzero"),
         ("copies", AssertionError, "arange"),
         ("masks", AssertionError, "index_put"),
         ("mixes", RuntimeError, "at least two devices|two different devices"),
     ],
 )
-def test_it_would_be_seen(how: str, error: type[Exception], message: str) -> None:
+def test_a_host_sync_is_detected(how: str, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         operations(build_vit(), Peeking(how), [0, 6, 5, 0])
 
@@ -120,7 +120,7 @@ MODEL_ADAPTERS: dict[str, Callable[[], Any]] = {
 
 @pytest.mark.parametrize("family", MODEL_ADAPTERS)
 def test_every_family(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With sizes, places and attention where the family has room for them all."""
+    """With sizes, positions and attention if the family supports them."""
     centres = modeling_dinov3_vit.get_patches_center_coordinates  # keeps what it made, for whoever asks next
     monkeypatch.setattr(modeling_dinov3_vit, "get_patches_center_coordinates", centres.__wrapped__)
     method = "tome-unweighed" if family in ("cait", "convit") else "tome"

@@ -21,12 +21,12 @@ def made(**source: Any) -> lp.Schedule:
     ("source", "words"),
     [
         ({"device": "Jetson Orin"}, rf"device Jetson Orin there, {HERE} here\."),
-        ({"device": HERE, "batch_size": 16}, r"made elsewhere: batch_size 16 there, 2 here\. It is used as it is"),
+        ({"device": HERE, "batch_size": 16}, r"made elsewhere: batch_size 16 there, 2 here\. It is used unchanged"),
         ({"device": "H200", "batch_size": 1}, r"device H200 there, .* here; batch_size 1 there, 2 here"),
     ],
 )
 @pytest.mark.parametrize("method", ["pomt", "random"])
-def test_made_elsewhere(build: Any, draw: Any, source: dict[str, Any], words: str, method: str) -> None:
+def test_other_conditions_warn(build: Any, draw: Any, source: dict[str, Any], words: str, method: str) -> None:
     model = build()
     with lp.patch(model, method, made(**source)):
         with pytest.warns(UserWarning, match=words) as caught:
@@ -39,7 +39,7 @@ def test_made_elsewhere(build: Any, draw: Any, source: dict[str, Any], words: st
         assert torch.equal(model(draw()), pruned)
 
 
-def test_made_here(build: Any, draw: Any) -> None:
+def test_a_schedule_made_here_does_not_warn(build: Any, draw: Any) -> None:
     with (
         warnings.catch_warnings(),
         lp.patch(build(), "pomt", made(device=HERE, batch_size=2, dense_tokens=26)) as handle,
@@ -48,14 +48,14 @@ def test_made_here(build: Any, draw: Any) -> None:
         handle.transformer.root(draw())
 
 
-def test_made_elsewhere_in_one_graph(build: Any, draw: Any) -> None:
+def test_the_warning_does_not_break_the_graph(build: Any, draw: Any) -> None:
     model = build()
     with lp.patch(model, "pomt", made(device="Jetson Orin")), torch.no_grad():
         fast = torch.compile(model, backend="eager", fullgraph=True)
         assert fast(draw()).shape == (2, 7)
 
 
-def test_made_for_other_tokens(build: Any, draw: Any, leaving: Any) -> None:
+def test_a_schedule_for_other_tokens_warns(build: Any, draw: Any, leaving: Any) -> None:
     with (
         lp.patch(build(), "pomt", made(dense_tokens=197)) as handle,
         pytest.warns(UserWarning, match="made elsewhere: dense_tokens 197 there, 26 here"),
@@ -71,7 +71,7 @@ def test_made_for_other_tokens(build: Any, draw: Any, leaving: Any) -> None:
 
 class TestKeepRates:
     @pytest.mark.parametrize("method", ["pomt", "random"])
-    def test_each_size_by_itself(self, build: Any, draw: Any, leaving: Any, method: str) -> None:
+    def test_keep_rates_are_resolved_for_each_size(self, build: Any, draw: Any, leaving: Any, method: str) -> None:
         rates = lp.KeepRates([1, 0.7, 1, 0.5])
         model = build("dynamic-size")
         with lp.patch(model, method, rates) as handle:
@@ -86,7 +86,7 @@ class TestKeepRates:
         with lp.patch(build("dinov2-registers"), "pomt", lp.KeepRates([1, 0.7, 1, 1])) as handle:
             assert leaving(handle.transformer.root, draw()) == (30, 23, 23, 23), "18 of 25 patch tokens stay"
 
-    def test_a_fixed_size_that_is_changed(self, build: Any, draw: Any, leaving: Any) -> None:
+    def test_keep_rates_follow_a_changed_image_size(self, build: Any, draw: Any, leaving: Any) -> None:
         model = build()
         with lp.patch(model, "pomt", lp.KeepRates([1, 0.5, 1, 1])) as handle:
             assert leaving(model, draw()) == (26, 14, 14, 14)
@@ -95,7 +95,7 @@ class TestKeepRates:
             handle.update([0, 40, 0, 0])
             assert leaving(model, draw(size=28)) == (50, 10, 10, 10)
 
-    def test_those_of_a_schedule_fit_other_sizes(self, build: Any, draw: Any, leaving: Any) -> None:
+    def test_keep_rates_of_a_schedule_fit_other_sizes(self, build: Any, draw: Any, leaving: Any) -> None:
         schedule = lp.Schedule([0, 5, 0, 0], "pomt", MeasurementSource(device=HERE, dense_tokens=26))
         rates = lp.KeepRates.of(schedule, 26)
         assert rates.made_on == MeasurementSource(device=HERE)
@@ -119,13 +119,13 @@ class TestKeepRates:
 
     def test_errors(self, build: Any, draw: Any) -> None:
         for name in ("vit", "dynamic-size"):
-            with pytest.raises(lp.ScheduleError, match="for 3 blocks; this model has 4"):
+            with pytest.raises(lp.ScheduleError, match="must have 4 blocks, as the model, got 3"):
                 lp.patch(build(name), "pomt", lp.KeepRates([1, 0.5, 1]))
-        with pytest.raises(lp.ScheduleError, match=r"Block 1 is asked to remove 24 tokens, .* at most 23"):
+        with pytest.raises(lp.ScheduleError, match=r"at most 23 of the .* block 1 .* got 24"):
             lp.patch(build(), "pomt", lp.KeepRates([1, 0.01, 1, 1]))
         with (
             lp.patch(build("dynamic-size"), "pomt", lp.KeepRates([1, 0.01, 1, 1])) as handle,
-            pytest.raises(lp.ScheduleError, match=r"Block 1 is asked to remove 48 tokens, but of the 50 .* at most 47"),
+            pytest.raises(lp.ScheduleError, match=r"at most 47 of the 50 tokens that enter block 1 .* got 48"),
         ):
             handle.transformer.root(draw(size=28))
 

@@ -1,4 +1,4 @@
-"""The seams that later methods need: sizes, positions, pixels, gradients."""
+"""Sizes, positions, pixels and gradients in patched blocks."""
 
 import copy
 import gc
@@ -23,7 +23,7 @@ DEPTH = 4
 
 
 class Variance(Reduction):
-    """Keeps the patches whose pixels vary most, before block 0, as VWT does."""
+    """Keeps the patches with the largest pixel variance before block 0, as VWT does."""
 
     name: ClassVar[str] = "variance"
     site = "input"
@@ -49,7 +49,7 @@ class Variance(Reduction):
 
 
 class Watching(Reduction):
-    """Another reduction, and a list of all that it was given and gave."""
+    """Wraps a reduction and records its inputs and outputs."""
 
     name: ClassVar[str] = "watching"
     seen: ClassVar[list[tuple[TokenSequence, ReductionOutput]]] = []
@@ -102,7 +102,7 @@ class TestSizes:
     @pytest.mark.parametrize("proportional", [True, False])
     @pytest.mark.parametrize("name", ["vit", "dinov2-registers", "siglip", "qk-norm"])
     @pytest.mark.parametrize("removed", [[0, 5, 0, 0], [7, 0, 6, 0], [3, 3, 3, 3]], ids=["one", "two", "all"])
-    def test_they_reach_every_later_block(
+    def test_sizes_weight_every_later_block(
         self, build: Any, images: Tensor, relative_error: Any, name: str, removed: list[int], proportional: bool
     ) -> None:
         model, images = build(name).double(), images.double()
@@ -115,7 +115,7 @@ class TestSizes:
             assert torch.equal(model(images), dense)
 
     def test_without_fused_attention(self, build: Any, images: Tensor, relative_error: Any) -> None:
-        """Blocks that only weigh their keys are watched too, so they need fused attention as much."""
+        """Blocks that only weight their keys are recorded too, so they also need fused attention."""
         model, images = build().double(), images.double()
         for block in model.blocks:
             block.attn.fused_attn = False
@@ -125,7 +125,7 @@ class TestSizes:
                 assert relative_error(model(images), expected) < 1e-10
         assert not any(block.attn.fused_attn for block in model.blocks)
 
-    def test_they_are_known_to_the_next_reduction(self, build: Any, images: Tensor) -> None:
+    def test_the_next_reduction_receives_the_sizes(self, build: Any, images: Tensor) -> None:
         for proportional in (True, False):
             Watching.seen.clear()
             with lp.patch(build(), Watching(Pairs(proportional)), [5, 0, 6, 0]) as handle:
@@ -137,7 +137,7 @@ class TestSizes:
             assert reduced.sizes is not None
             assert reduced.sizes[0].tolist() == [1, 4, 4, 3, 2, 2, 2, *[1] * 8]
 
-    def test_batches_of_other_lengths_follow_each_other(self, build: Any, draw: Any, relative_error: Any) -> None:
+    def test_batches_of_different_sizes_alternate(self, build: Any, draw: Any, relative_error: Any) -> None:
         model = build("dynamic-size").double()
         with lp.patch(model, Pairs(), [5, 0, 6, 0]), torch.no_grad():
             for batch, size in ((2, 20), (3, 28), (1, 20)):
@@ -169,8 +169,8 @@ class TestSizes:
 
 class TestPositions:
     @pytest.mark.parametrize("method", [Pairs(), POMT(), RandomDrop(4)], ids=repr)
-    def test_they_are_composed_through_two_reductions(self, build: Any, images: Tensor, method: Reduction) -> None:
-        """What stood where in block 0: told by tracing each token's index through what each reduction said."""
+    def test_sources_are_composed_over_two_reductions(self, build: Any, images: Tensor, method: Reduction) -> None:
+        """Positions in block 0, by tracing each token's index through the outputs of the reductions."""
         watching = Watching(method)
         watching.proportional_attention = watching.tracks_sizes = True  # the account is kept for all blocks
         transformer = replace(
@@ -188,8 +188,8 @@ class TestPositions:
         assert len(positions[0]) == 15
         handle.remove()
 
-    def test_an_adapter_receives_them(self, build: Any, images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-        """`ModelAdapter.adapt_position_inputs` is how a rotary embedding follows the tokens, in every later block."""
+    def test_an_adapter_receives_the_state(self, build: Any, images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+        """`ModelAdapter.adapt_position_inputs` selects the rotary embedding in every later block."""
         transformer = replace(lp.patching.find_vision_transformer(build()), has_position_inputs=True)
         carried: list[list[int]] = []
 
@@ -242,7 +242,7 @@ class TestPixels:
         return output
 
     @pytest.mark.parametrize("name", ["vit", "dinov2-registers", "siglip"])
-    def test_a_reduction_before_block_0_sees_them(
+    def test_a_reduction_before_block_0_receives_the_images(
         self, build: Any, images: Tensor, relative_error: Any, leaving: Any, name: str
     ) -> None:
         model, images = build(name).double(), images.double()
@@ -254,7 +254,7 @@ class TestPixels:
             assert torch.equal(model(images), dense)
         assert "_prune_patch" not in model.patch_embed.__dict__
 
-    def test_no_image_outlives_its_forward_pass(self, build: Any, draw: Any) -> None:
+    def test_images_are_freed_after_the_forward_pass(self, build: Any, draw: Any) -> None:
         with lp.patch(build(), Variance(), [9, 0, 0, 0]) as handle, torch.no_grad():
             images = draw()
             handle.transformer.root(images)
@@ -285,8 +285,8 @@ class TestPixels:
             torch.testing.assert_close(exported(images), expected, rtol=1e-5, atol=1e-5)
         assert counter.frame_count == 1
 
-    def test_another_block_is_refused(self, build: Any) -> None:
-        with pytest.raises(lp.ScheduleError, match=r"variance removes tokens before block 0; .* asks block 1"):
+    def test_another_block_is_rejected(self, build: Any) -> None:
+        with pytest.raises(lp.ScheduleError, match=r"`schedule` must .* before which variance acts, got block 1"):
             lp.patch(build(), Variance(), [9, 3, 0, 0])
 
 
@@ -297,7 +297,7 @@ class TestGradients:
     def test_checkpointing_gives_the_same(
         self, build: Any, images: Tensor, name: str, method: Reduction, training: bool
     ) -> None:
-        """A checkpointed block runs again during backward, when all other blocks have long run."""
+        """A checkpointed block runs again during backward, after all other blocks."""
         model = build(name).train(training)
         removed = [5, 0, 0, 0] if method.site == "input" else [5, 0, 6, 0]
         gradients = []

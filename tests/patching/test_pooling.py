@@ -1,4 +1,4 @@
-"""Models that pool over their patch tokens: a merged token counts as often as it holds patches."""
+"""Models that pool over patch tokens: merged tokens are weighted by their number of patches."""
 
 import copy
 from collections.abc import Callable
@@ -23,7 +23,7 @@ SMALL: dict[str, Any] = {"img_size": 20, "patch_size": 4, "embed_dim": 32, "dept
 
 
 class Merged(Pairs):
-    """Pairs that say that nothing is lost, and where it went."""
+    """A lossless reduction that merges pairs and returns sources."""
 
     name: ClassVar[str] = "merged"
     is_lossless = True
@@ -38,7 +38,7 @@ class Merged(Pairs):
 
 
 def spread_out(tokens: Tensor, removed: list[int], prefix: int) -> Tensor:
-    """Every token at each place that it was made of, by following the pairs in a loop."""
+    """Restores every merged token at each of its positions, by a loop over the pairs."""
     count = tokens.shape[1] + sum(removed)
     at = list(range(count))
     for remove in removed:
@@ -91,7 +91,7 @@ class TestEachCountsByItsPatches:
 
 
 class Silent(Merged):
-    """Says that nothing is lost, but not where it went."""
+    """A lossless reduction that returns no sources."""
 
     name: ClassVar[str] = "silent"
 
@@ -99,10 +99,10 @@ class Silent(Merged):
         return super().reduce(sequence, remove)._replace(sources=None)
 
 
-def test_a_method_that_merges_must_say_where(build: Any, images: Tensor) -> None:
+def test_a_lossless_method_must_return_sources(build: Any, images: Tensor) -> None:
     with lp.patch(build(), Silent(), [0, 5, 0, 0]) as handle:
         assert handle.transformer.root(images).shape == (2, 7)
-    message = "silent says that it `merges`, .* pools .* return `ReductionOutput.sources` where"
+    message = "`ReductionOutput.sources` must be returned by silent .* got None"
     with lp.patch(build("pool-avg"), Silent(), [0, 5, 0, 0]) as handle, pytest.raises(ArgumentError, match=message):
         handle.transformer.root(images)
 
@@ -123,13 +123,13 @@ def test_which_hugging_face_models_pool(name: str, pools_patches: bool) -> None:
     assert find_vision_transformer(build_hf(name)).pools_patches is pools_patches
 
 
-def test_a_model_that_reads_its_class_token_is_left_with_few(build: Any, images: Tensor, leaving: Any) -> None:
+def test_a_class_token_model_is_not_restored(build: Any, images: Tensor, leaving: Any) -> None:
     model = build()
     with lp.patch(model, Merged(), [0, 5, 0, 0]):
         assert leaving(model, images) == (26, 21, 21, 21)
 
 
-def test_one_graph_and_an_exported_one(build: Any, images: Tensor) -> None:
+def test_compiles_and_exports(build: Any, images: Tensor) -> None:
     torch._dynamo.reset()  # of models of other tests it may have had enough
     model = build("pool-avg")
     with torch.no_grad(), lp.patch(model, Merged(), [0, 5, 0, 3]):

@@ -1,4 +1,4 @@
-"""What is gathered for the tokens that are left, entry by entry."""
+"""Position inputs of the tokens that are left, compared entry by entry."""
 
 import math
 
@@ -17,7 +17,7 @@ def drawn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(dtype)
 
 
-def test_places_among_patches() -> None:
+def test_patch_positions() -> None:
     assert patch_positions(POSITIONS, 2).tolist() == [[0, 3, 4, -1], [1, 2, 5, -1]]
     assert torch.equal(patch_positions(POSITIONS, 0), POSITIONS)
 
@@ -54,7 +54,7 @@ def test_bias(shape: tuple[int, ...]) -> None:
                 torch.testing.assert_close(found[image, :, row, column], part.mean(dim=(1, 2)))
 
 
-def test_survivors_are_seen_from_block_0() -> None:
+def test_state_is_relative_to_block_0() -> None:
     first = next_token_state(
         None,
         ReductionOutput(torch.empty(1), torch.tensor([[0, 2, 3, 5, -1]])),
@@ -72,14 +72,14 @@ def test_survivors_are_seen_from_block_0() -> None:
     assert second.log_sizes.flatten().tolist() == pytest.approx([0.0, math.log(2), -math.inf, math.log(4)])
 
 
-def test_survivors_keep_only_what_will_be_asked_for() -> None:
+def test_only_needed_state_is_computed() -> None:
     reduced = ReductionOutput(torch.empty(1), torch.tensor([[0, 2]]), torch.ones(1, 2))
     first = next_token_state(None, reduced, positions_needed=False, weighs_keys=False)
     second = next_token_state(first, reduced, positions_needed=False, weighs_keys=False)
     assert first == second == TokenState(2, [], None, reduced.sizes, None, None)
 
 
-def test_what_blocks_share_is_gathered_once() -> None:
+def test_shared_inputs_are_gathered_once() -> None:
     token_state, calls = TokenState(6, [], POSITIONS), []
 
     def gather(source: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Methods that reduce in one block, before block 0 or in many are profiled, planned and deployed as they are used."""
+"""Profiling, planning and patching of methods that reduce once, before block 0, or in many blocks."""
 
 import warnings
 from typing import Any
@@ -24,7 +24,7 @@ N, DEPTH = 17, 4
 
 
 class Everywhere(Reduction):
-    """Drops the last tokens, at most two a block, from block `block` on, as evenly as it goes."""
+    """Drops the last tokens, at most two per block, evenly from block `block` on."""
 
     name = "everywhere"
     multi_block = True
@@ -70,17 +70,17 @@ def test_reducing_block(reduction: Reduction, block: int | float, expected: int)
     assert reducing_block(reduction, block, find_vision_transformer(tiny_vit())) == expected
 
 
-def test_an_impossible_block_is_refused_for_every_method() -> None:
+def test_an_invalid_block_is_rejected_for_every_method() -> None:
     for reduction in (POMT(), RandomDrop(site="input"), Everywhere()):
         with pytest.raises(lp.ArgumentError, match=r"`block` must be an index from 0 to 3 or a fraction"):
             reducing_block(reduction, 4, find_vision_transformer(tiny_vit()))
 
 
-def test_which_methods_reduce_often() -> None:
+def test_is_multi_block() -> None:
     assert [is_multi_block(r) for r in (POMT(), RandomDrop(site="input"), Everywhere())] == [False, False, True]
 
 
-def test_schedules_of_each_form() -> None:
+def test_allocate_schedule() -> None:
     def removed(reduction: Reduction, remove: int, block: int = 0) -> tuple[int, ...]:
         return allocate_schedule(reduction, remove, N, 1, DEPTH, block).removed
 
@@ -91,7 +91,7 @@ def test_schedules_of_each_form() -> None:
     assert removed(Liar(), 0) == (0, 0, 0, 0)
 
 
-def test_a_method_that_spreads_another_number_is_refused() -> None:
+def test_a_wrong_allocation_is_rejected() -> None:
     with pytest.raises(
         lp.ArgumentError, match=r"`allocate` of everywhere must return 4 numbers with the sum 3, got \[4"
     ):
@@ -110,7 +110,7 @@ def test_profile_counts_what_leaves_the_last_block() -> None:
     assert (profile.method, profile.block) == ("everywhere", 0)
 
 
-def test_methods_of_the_input_are_profiled_there_whatever_the_block() -> None:
+def test_input_methods_are_profiled_before_block_0() -> None:
     model, seen = tiny_vit(), set()
     model.blocks[0].attn.register_forward_pre_hook(lambda _, args: seen.add(args[0].shape[1]))
     shared: dict[str, Any] = {"method": RandomDrop(site="input"), "counts": [9], "time_limit": 0.1, "verbose": False}
@@ -125,20 +125,18 @@ def test_a_number_takes_the_usual_form_of_the_method() -> None:
     rates = resolve_schedule(0.75, transformer, Everywhere(), 0.25, IMAGES)
     assert isinstance(rates, lp.KeepRates)
     assert rates.schedule(N).removed == (1, 1, 1, 1)
-    with pytest.raises(
-        lp.ScheduleError, match="asked to remove 9 tokens in all, but of the 17 that enter it can remove at"
-    ):
+    with pytest.raises(lp.ScheduleError, match=r"at most .* of the 17 tokens with .*, got 9"):
         resolve_schedule(9, transformer, Everywhere(), 0.25, IMAGES)
 
 
-def test_tokens_are_counted_where_images_decide_them() -> None:
+def test_tokens_are_counted_if_they_depend_on_the_images() -> None:
     transformer = find_vision_transformer(tiny_vit(dynamic_img_size=True))
     large = torch.zeros(1, 3, 64, 64)
     assert resolve_schedule(0.9, transformer, Everywhere(), 0.25, large).schedule(65).total_removed == 6
 
 
-def test_adaptive_methods_are_refused() -> None:
-    message = "`method` must be one whose token count can be chosen, got everywhere"
+def test_adaptive_methods_are_rejected() -> None:
+    message = "`method` must be one with a fixed number of tokens, got everywhere"
     with pytest.raises(lp.ArgumentError, match=message):
         lp.profile_latency(tiny_vit(), IMAGES[:1], method=Willful(), verbose=False)
     with pytest.raises(lp.ArgumentError, match=message), warnings.catch_warnings():

@@ -1,4 +1,4 @@
-"""One patched model in several threads at once, as servers run it: each forward pass keeps its own account."""
+"""One patched model in several threads, as in servers: each forward pass has its own state."""
 
 import gc
 import time
@@ -26,7 +26,7 @@ REMOVED = [0, 6, 0, 5]
 
 
 class Brightest(Reduction):
-    """Keeps the patches of the highest mean, before block 0; reads the images."""
+    """Keeps the patches with the highest mean before block 0; reads the images."""
 
     name: ClassVar[str] = "brightest"
     site = "input"
@@ -48,13 +48,13 @@ class Brightest(Reduction):
 MODELS: dict[str, tuple[str, Any, list[int]]] = {
     "rope": ("vit_small_patch16_dinov3", "pomt", REMOVED),
     "bias": ("vit_relpos_small_patch16_224", "pomt", REMOVED),
-    "told": ("cait_xxs24_224", POMT(), REMOVED),
+    "unfused": ("cait_xxs24_224", POMT(), REMOVED),
     "pixels": ("vit_tiny_patch16_224", Brightest(), [9, 0, 0, 0]),
 }
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_threads_do_not_disturb_one_another(kind: str) -> None:
+def test_threads_are_independent(kind: str) -> None:
     name, method, removed = MODELS[kind]
     torch.manual_seed(0)
     model = timm.create_model(name, depth=4, embed_dim=32, num_heads=4, img_size=80, num_classes=5).eval()
@@ -80,7 +80,7 @@ def test_threads_do_not_disturb_one_another(kind: str) -> None:
 
 @contextmanager
 def only_new_objects_collected() -> Iterator[None]:
-    """Collecting and listing objects passes over the million that exist already, which takes most of the time."""
+    """Collects garbage only among new objects, because the existing ones take most of the time."""
     gc.freeze()
     try:
         yield
@@ -90,8 +90,8 @@ def only_new_objects_collected() -> Iterator[None]:
 
 @pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize("kind", MODELS)
-def test_nothing_is_left_behind(kind: str, trained: bool) -> None:
-    """Neither images nor places of a batch outlive its forward pass, and the backward after it."""
+def test_no_state_is_kept(kind: str, trained: bool) -> None:
+    """Images and positions of a batch are freed after its forward and backward pass."""
     name, method, removed = MODELS[kind]
     model = timm.create_model(name, depth=4, embed_dim=32, num_heads=4, img_size=80).eval()
 
@@ -110,7 +110,7 @@ def test_nothing_is_left_behind(kind: str, trained: bool) -> None:
 
 
 def gradients(model: Any, batches: list[Tensor], elsewhere: bool) -> list[Tensor]:
-    """Of the sum over several forward passes; backward runs in another thread where asked, as it does on a GPU."""
+    """Gradients of the sum over several forward passes; backward may run in another thread, as on a GPU."""
     model.zero_grad(set_to_none=True)
     loss = sum(model(images).square().sum() for images in batches)
     with torch.no_grad():
@@ -123,9 +123,9 @@ def gradients(model: Any, batches: list[Tensor], elsewhere: bool) -> list[Tensor
 @pytest.mark.parametrize("frozen", [0, 2])
 @pytest.mark.parametrize(
     ("kind", "reentrant"),
-    [*((kind, False) for kind in MODELS), ("told", True), ("pixels", True)],  # the others' blocks take keywords
+    [*((kind, False) for kind in MODELS), ("unfused", True), ("pixels", True)],  # the others' blocks take keywords
 )
-def test_checkpointed_blocks_find_their_state_in_backward(
+def test_checkpointed_blocks_have_their_state_in_backward(
     kind: str, frozen: int, reentrant: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name, method, removed = MODELS[kind]
@@ -164,7 +164,7 @@ def test_a_checkpoint_around_the_whole_model(kind: str, reentrant: bool) -> None
 @pytest.mark.parametrize("which", [(1,), (2, 3), (0, 1, 2, 3)], ids=str)
 @pytest.mark.parametrize("kind", MODELS)
 def test_blocks_compiled_one_by_one(kind: str, which: tuple[int, ...]) -> None:
-    """Regional compilation: compiled blocks and others hand on to each other what they leave."""
+    """Regional compilation: state is passed between compiled and other blocks."""
     name, method, removed = MODELS[kind]
     torch.manual_seed(0)
     torch._dynamo.reset()
@@ -175,7 +175,7 @@ def test_blocks_compiled_one_by_one(kind: str, which: tuple[int, ...]) -> None:
         for index in which:
             model.blocks[index].compile(backend="eager")
         if kind == "pixels" and 0 in which:
-            with pytest.raises(Exception, match=r"were not seen\. Run the whole model, and compile it as a whole"):
+            with pytest.raises(Exception, match=r"were not captured\. Run the whole model, and compile all of it"):
                 model(images)
             return
         for _ in range(2):
@@ -184,7 +184,7 @@ def test_blocks_compiled_one_by_one(kind: str, which: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("kind", ["rope", "bias"])
 def test_tensors_without_a_storage(kind: str) -> None:
-    """Those of `torch.func`: what is left travels with the tensor alone."""
+    """Tensors of `torch.func`, for which the state is attached to the tensor only."""
     name, method, removed = MODELS[kind]
     model = timm.create_model(name, depth=4, embed_dim=32, num_heads=4, img_size=80, num_classes=5).eval().double()
     model.requires_grad_(False)  # torch.func cannot differentiate fused attention by its mask, pruned or not
@@ -216,12 +216,12 @@ def test_blocks_wrapped_by_compile() -> None:
     torch.testing.assert_close(model(images), dense, rtol=1e-5, atol=1e-5)
 
 
-def test_tokens_that_others_put_in_between() -> None:
-    """A hook that returns new tokens loses what belongs to the old ones; where something does, that is an error."""
+def test_replaced_tokens_are_rejected() -> None:
+    """A hook that returns new tokens loses the state, which is an error if there is any."""
     model = timm.create_model(MODELS["rope"][0], depth=4, embed_dim=32, num_heads=4, img_size=80).eval()
     images = torch.randn(1, 3, 80, 80)
     model.blocks[1].register_forward_hook(lambda _, args, output: output.clone())
-    message = "tokens that enter block 2 are not those that left the block before"
+    message = "tokens that enter block 2 must be the output of the previous block"
     with lp.patch(model, "pomt", REMOVED), pytest.raises(lp.UnsupportedModelError, match=message):
         model(images)
     plain = timm.create_model("vit_tiny_patch16_224", depth=4, embed_dim=32, num_heads=4, img_size=80).eval()

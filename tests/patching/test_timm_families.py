@@ -1,4 +1,4 @@
-"""POMT in every family of timm, against a forward pass in float64 that shortens nothing by the package."""
+"""POMT in every family of timm, compared with a reference forward pass in float64."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -66,7 +66,7 @@ class Zero(nn.Module):
 
 @contextmanager
 def silenced(block: nn.Module, *names: str) -> Iterator[None]:
-    """The block without some of its parts: what they would add to the residual stream is zero."""
+    """A block without some of its parts, which add zero to the residual stream."""
     parts = {name: getattr(block, name) for name in names}
     for name in names:
         setattr(block, name, Zero())
@@ -78,7 +78,7 @@ def silenced(block: nn.Module, *names: str) -> Iterator[None]:
 
 
 def neutral_rows(rope: Tensor, places: list[int]) -> Tensor:
-    """Rows of sines and cosines side by side; (N, D) or (H, N, D), by place; no rotation for -1."""
+    """Rows of concatenated sines and cosines, (N, D) or (H, N, D), by position; no rotation for -1."""
     half = rope.shape[-1] // 2
     still = torch.cat((torch.zeros(half), torch.ones(half))).to(rope).expand(*rope.shape[:-2], -1)
     rows = torch.stack([still if place < 0 else rope[..., place, :] for place in places], dim=-2)
@@ -86,7 +86,7 @@ def neutral_rows(rope: Tensor, places: list[int]) -> Tensor:
 
 
 def bias_by_hand(bias: Tensor, places: list[int], prefix: int) -> Tensor:
-    """(1, H, N, N) or (H, N, N) -> (1, H, K, K), entry by entry; without a place: the mean over patch tokens."""
+    """(1, H, N, N) or (H, N, N) -> (1, H, K, K), entry by entry; the mean over patch tokens for -1."""
     count = bias.shape[-1]
     bias = bias.reshape(1, -1, count, count)
     patches = range(prefix, count)
@@ -109,7 +109,7 @@ def attention_by_hand(attn: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def reference(model: Any, image: Tensor, removed: list[int]) -> Tensor:
-    """The output for one image; every block is the model's own and unpatched."""
+    """The output for one image, with the model's own unpatched blocks."""
     prefix = 0 if type(model).__name__ == "Cait" else model.num_prefix_tokens
     entered: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
     hooks = [

@@ -1,4 +1,4 @@
-"""ToMe in models, against forward passes in float64 that merge, weigh and place tokens in plain loops."""
+"""ToMe in models, compared with reference forward passes in float64."""
 
 import copy
 import math
@@ -58,7 +58,7 @@ def expect(model: Any, images: Tensor, where: str, proportional: bool, kind: Any
 
 
 def agree(model: Any, images: Tensor, where: str, proportional: bool, expected: Tensor, run: Any, error: Any) -> None:
-    """In float64 to rounding, also an image alone; in half precision at least finite; and the model gets out of it."""
+    """Equal in float64 up to rounding, also for a single image; finite in half precision; restored afterwards."""
     model, images = model.double(), images.double()
     dense = run(model, images)
     with lp.patch(model, ToMe(proportional), WHERE[where]):
@@ -103,14 +103,14 @@ def test_torchvision(images: Tensor, relative_error: Any, where: str) -> None:
 
 
 def key_of(attn: Any, x: Tensor) -> Tensor:
-    """(H, N, D) of a module without fused attention; talking heads meet the keys of all heads, side by side."""
+    """Keys (H, N, D) of a module without fused attention; concatenated over heads for talking heads."""
     key: Tensor = attn.qkv(x)[0].reshape(x.shape[1], 3, attn.num_heads, -1)[:, 1].transpose(0, 1)
     return torch.cat(list(key), dim=-1)[None] if isinstance(attn, TalkingHeadAttn) else key
 
 
 @contextmanager
 def spied(seen: list[Tensor], places: list[int], sizes: list[float], prefix: int) -> Iterator[None]:
-    """Fused attention that remembers its keys, finds its bias by place and weighs its keys by their sizes."""
+    """Reference attention that records its keys, selects its bias by position and adds log-sizes."""
     original = F.scaled_dot_product_attention
 
     def spy(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **more: Any) -> Tensor:
@@ -129,7 +129,7 @@ def spied(seen: list[Tensor], places: list[int], sizes: list[float], prefix: int
 
 @torch.no_grad()
 def placed_by_hand(model: Any, image: Tensor, removed: list[int], proportional: bool) -> Tensor:
-    """The output for one image; every block is the model's own and gets the places of the destinations."""
+    """The output for one image, with the model's own blocks and the positions of the destinations."""
     transformer, naive = find_vision_transformer(model), Naive(proportional)
     prefix, first = transformer.num_prefix_tokens, transformer.first_prunable_block
     entered: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
@@ -172,8 +172,8 @@ def placed_by_hand(model: Any, image: Tensor, removed: list[int], proportional: 
 
 @pytest.mark.parametrize("removed", [[0, 6, 0, 0], [0, 7, 4, 0]], ids=["one", "two"])
 @pytest.mark.parametrize("name", MODELS)
-def test_places_are_those_of_the_destinations(name: str, removed: list[int], relative_error: Any) -> None:
-    """Rotary embeddings and position biases: a merged token is turned and biased as the one it stands in place of."""
+def test_positions_are_those_of_the_destinations(name: str, removed: list[int], relative_error: Any) -> None:
+    """Rotary embeddings and position biases of a merged token are those of its destination."""
     model, proportional = MODELS[name]().double(), name not in UNWEIGHED
     images = torch.randn(2, 3, *coverage.image_size(model), generator=torch.Generator().manual_seed(1)).double()
     expected = torch.cat([placed_by_hand(model, image[None], removed, proportional) for image in images])
@@ -185,15 +185,15 @@ def test_places_are_those_of_the_destinations(name: str, removed: list[int], rel
 
 
 @pytest.mark.parametrize("name", UNWEIGHED)
-def test_attention_that_cannot_be_weighed_is_refused(name: str) -> None:
+def test_attention_without_key_bias_is_rejected(name: str) -> None:
     model = MODELS[name]()
-    with pytest.raises(UnsupportedModelError, match="tome weighs the attention of later blocks by token sizes"):
+    with pytest.raises(UnsupportedModelError, match="tome weights the attention of later blocks by token sizes"):
         lp.patch(model, "tome", [0, 6, 0, 0])
-    with pytest.raises(UnsupportedModelError, match="use proportional_attention=False or another method"):
+    with pytest.raises(UnsupportedModelError, match="Use proportional_attention=False or another method"):
         lp.patch(model, ToMe(), [0, 6, 0, 0])
 
 
-def test_nothing_to_merge_changes_no_bit(build: Any, images: Tensor) -> None:
+def test_removing_none_is_bit_identical(build: Any, images: Tensor) -> None:
     model = build()
     dense = run(model, images)
     with lp.patch(model, "tome", tome_schedule(r=0, depth=4, tokens=26)):
@@ -201,7 +201,7 @@ def test_nothing_to_merge_changes_no_bit(build: Any, images: Tensor) -> None:
 
 
 class Masks(TorchFunctionMode):
-    """Sees what fused attention is really called with, after all who changed it."""
+    """Records the final arguments of fused attention."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -215,21 +215,21 @@ class Masks(TorchFunctionMode):
 
 
 @pytest.mark.parametrize("proportional", [True, False])
-def test_attention_is_left_as_it_is_before_the_first_merge(build: Any, images: Tensor, proportional: bool) -> None:
+def test_attention_is_unchanged_before_the_first_merge(build: Any, images: Tensor, proportional: bool) -> None:
     with lp.patch(build(), ToMe(proportional), [0, 5, 0, 0]) as handle, Masks() as masks:
         run(handle.transformer.root, images)
     assert masks.shapes == [None, None, *[(2, 1, 1, 21) if proportional else None] * 2]
 
 
-def test_more_than_half_is_refused(build: Any) -> None:
+def test_more_than_half_is_rejected(build: Any) -> None:
     model = build()
     lp.patch(model, "tome", [12, 6, 3, 2])
-    with pytest.raises(ScheduleError, match="of the 14 that enter it tome can remove at most 6"):
+    with pytest.raises(ScheduleError, match="at most 6 of the 14 tokens that enter block 1 with tome, got 7"):
         lp.patch(model, "tome", [12, 7, 0, 0])
 
 
 @pytest.mark.parametrize("form", ["constant", "decreasing"])
-def test_both_forms_run_to_the_last_token(build: Any, images: Tensor, leaving: Any, form: Any) -> None:
+def test_both_schedules_run_to_the_last_token(build: Any, images: Tensor, leaving: Any, form: Any) -> None:
     method, model = ToMe(schedule=form), build()
     for remove in (1, 9, method.max_total_removed(26, 1, 4, 0)):
         with lp.patch(model, method, method.allocate(remove, 26, 1, 4, 0)):
@@ -269,7 +269,7 @@ def test_autocast(build: Any, images: Tensor) -> None:
     assert found.shape == expected.shape
 
 
-def test_training_goes_through_it(build: Any, images: Tensor) -> None:
+def test_gradients_flow_through_it(build: Any, images: Tensor) -> None:
     model = build().train()
     with lp.patch(model, "tome", WHERE["all"]):
         model(images).square().sum().backward()

@@ -208,7 +208,7 @@ def test_compare_latency_needs_a_dense_variant_and_refers_to_it():
     assert not any(map(is_patched_module, model.modules()))
     with pytest.raises(lp.ArgumentError, match=r"`variants` must contain None .*, got pomt"):
         lp.compare_latency(model, IMAGES, {"pomt": ("pomt", schedule)}, verbose=False)
-    with pytest.raises(lp.ScheduleError, match="3 blocks; this model has 4"):
+    with pytest.raises(lp.ScheduleError, match="must have 4 blocks, as the model, got 3"):
         lp.compare_latency(model, IMAGES, {"dense": None, "x": ("pomt", lp.Schedule([0, 1, 0]))}, verbose=False)
     assert not any(map(is_patched_module, model.modules()))
 
@@ -257,7 +257,7 @@ def test_a_patched_model_is_not_measured():
 
 
 def test_images_that_the_transformer_cannot_take():
-    with pytest.raises(lp.ArgumentError, match=r"cannot run on images \(2, 3, 24, 24\).*`images_from_batch`"):
+    with pytest.raises(lp.ArgumentError, match=r"`images` must be .* got \(2, 3, 24, 24\).*`images_from_batch`"):
         lp.profile_latency(tiny_vit(), IMAGES[:, :, :24, :24], verbose=False)
 
 

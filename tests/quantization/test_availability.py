@@ -18,7 +18,7 @@ def model() -> nn.Module:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_it_works_here(dtype: torch.dtype) -> None:
+def test_a_cpu_is_supported(dtype: torch.dtype) -> None:
     network = model().to(dtype)
     parameters, numbers = list(network.parameters()), torch.random.get_rng_state()
     assert unsupported_reason("cpu") is None
@@ -28,25 +28,25 @@ def test_it_works_here(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("kind", ["mps", "meta"])
-def test_devices_without(kind: str) -> None:
+def test_unsupported_devices_have_a_reason(kind: str) -> None:
     assert unsupported_reason(kind, model()) == f"no int8 matrix product on {kind}"
 
 
-def test_a_device_that_is_not_there_says_why() -> None:
+def test_a_missing_device_has_a_reason() -> None:
     reason = unsupported_reason(torch.device("xpu", 0))
     assert reason is not None
     assert reason.startswith("int8 failed in a trial on xpu:0: ")
     assert "\n" not in reason
 
 
-def test_a_model_without_such_layers_says_why() -> None:
+def test_a_model_without_quantizable_layers_has_a_reason() -> None:
     assert unsupported_reason("cpu", nn.Linear(3, 5)) == (
         "Linear has no linear layer that can be quantized: Linear: 3 -> 5: sizes must be multiples of 8"
     )
 
 
-def test_wrong_results_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As those of saturated sums, on a CPU without the right instructions, would be."""
+def test_inaccurate_results_are_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gives the results of saturated sums, as on a CPU without VNNI."""
 
     class Off(Int8Weights):
         def __enter__(self) -> Int8Weights:
@@ -55,11 +55,11 @@ def test_wrong_results_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
             return self
 
     monkeypatch.setattr(availability, "Int8Weights", Off)
-    assert unsupported_reason("cpu") == "int8 is wrong on cpu: a layer 64 -> 64 is off by 100%"
+    assert unsupported_reason("cpu") == "int8 is inaccurate on cpu: a layer 64 -> 64 has an error of 100%"
 
 
 class Odd(nn.Module):
-    """Reads the weight of its layer in a way that int8 does not have."""
+    """Uses the weight of its layer in a way that int8 does not support."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -98,7 +98,7 @@ def without_torchao(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
         (ImportError("cannot import name 'Int8Tensor'"), r"torchao cannot be used \(cannot import name 'Int8Tensor'\)"),
     ],
 )
-def test_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, error: Exception, reason: str) -> None:
+def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, error: Exception, reason: str) -> None:
     without_torchao(monkeypatch, error)
     assert unsupported_reason("cpu", model()) is None or onednn.weight_limit() is None
     monkeypatch.setattr(onednn, "weight_limit", lambda: None)
@@ -110,7 +110,7 @@ def test_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, error: Exception, r
     assert found.endswith("; pip install 'lightning-prune[int8]'")
 
 
-def test_only_known_noise_is_dropped(caplog: pytest.LogCaptureFixture) -> None:
+def test_only_known_messages_are_suppressed(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING), backend.quiet():
         for name, known in backend._KNOWN.items():
             logging.getLogger(name).warning("before %s after", known)
@@ -120,8 +120,8 @@ def test_only_known_noise_is_dropped(caplog: pytest.LogCaptureFixture) -> None:
     assert len(caplog.records) == len(backend._KNOWN) + 1
 
 
-def test_torch_learns_of_int8_when_it_is_asked_for_and_not_before() -> None:
-    """Importing what can compare with int8 registers neither the operator nor the tensor class."""
+def test_int8_is_registered_on_first_use() -> None:
+    """Importing the comparison registers neither the operator nor the tensor class."""
     code = """
 import io, torch
 import lightning_prune.profiling, lightning_prune.planning, lightning_prune.classification, lightning_prune.callbacks

@@ -1,4 +1,4 @@
-"""The kernel of the CPU by itself, against sums written out in float64."""
+"""The kernel of the CPU, compared with sums in float64."""
 
 import gc
 
@@ -15,7 +15,7 @@ LIMIT = onednn.weight_limit() or 63
 
 
 def by_hand(x: Tensor, ints: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
-    """One number after another; half a step is rounded up, as there."""
+    """The reference by loops; half a step is rounded up."""
     out = []
     for row in x.double().reshape(-1, x.shape[-1]).tolist():
         most = max(map(abs, row)) or 1.0
@@ -28,7 +28,7 @@ def by_hand(x: Tensor, ints: Tensor, scales: Tensor, bias: Tensor | None) -> Ten
 
 @pytest.mark.parametrize("shape", [(24,), (1, 24), (5, 24), (2, 3, 24), (2, 2, 3, 24), (0, 24), (2, 0, 24)])
 @pytest.mark.parametrize("bias", [True, False])
-def test_against_plain_sums(shape: tuple[int, ...], bias: bool) -> None:
+def test_matches_integer_sums(shape: tuple[int, ...], bias: bool) -> None:
     torch.manual_seed(0)
     x, offset = torch.randn(shape), torch.randn(16) if bias else None
     ints, scales = onednn.quantize_rows(torch.randn(16, 24), LIMIT)
@@ -39,13 +39,13 @@ def test_against_plain_sums(shape: tuple[int, ...], bias: bool) -> None:
 
 @pytest.mark.parametrize("sign", [1, -1])
 def test_the_largest_sums_are_exact(sign: int) -> None:
-    """Every product as large as it can be: what a CPU without VNNI would saturate."""
+    """With the largest products, which saturate on a CPU without VNNI."""
     ints = torch.full((32, 768), -LIMIT - 1, dtype=torch.int8)
     found = onednn.int8_linear(torch.full((40, 768), 127.0 * sign), ints, torch.ones(32), None)
     assert torch.equal(found, torch.full((40, 32), float(sign * 127 * (-LIMIT - 1) * 768)))
 
 
-def test_a_token_does_not_depend_on_the_others() -> None:
+def test_tokens_are_independent() -> None:
     torch.manual_seed(0)
     ints, scales = onednn.quantize_rows(torch.randn(16, 24), LIMIT)
     x = torch.randn(6, 24) * torch.tensor([1e-3, 1.0, 1e3, 1.0, 1e6, 0.0])[:, None]
@@ -54,7 +54,7 @@ def test_a_token_does_not_depend_on_the_others() -> None:
     assert not together[5].any()
 
 
-def test_strides_and_what_is_not_a_number() -> None:
+def test_strides_and_nan() -> None:
     torch.manual_seed(0)
     ints, scales = onednn.quantize_rows(torch.randn(16, 24), LIMIT)
     x = torch.randn(24, 5).T
@@ -65,14 +65,14 @@ def test_strides_and_what_is_not_a_number() -> None:
     assert lost.sum() == 16
 
 
-def test_inputs_of_another_width_are_refused() -> None:
+def test_inputs_of_another_width_are_rejected() -> None:
     ints, scales = onednn.quantize_rows(torch.randn(16, 24), LIMIT)
     for width in (23, 25, 48):
         with pytest.raises(RuntimeError):
             onednn.int8_linear(torch.randn(4, width), ints, scales, None)
 
 
-def test_what_is_packed_lives_as_long_as_the_weights() -> None:
+def test_packed_weights_are_freed_with_the_weights() -> None:
     gc.collect()
     before = len(onednn._packed)
     layer = nn.Linear(16, 16)
@@ -85,11 +85,11 @@ def test_what_is_packed_lives_as_long_as_the_weights() -> None:
     assert len(onednn._packed) == before
 
 
-def test_misuse_is_named() -> None:
+def test_other_uses_are_rejected() -> None:
     weight = quantize(torch.randn(16, 16), LIMIT)
-    with pytest.raises(UnsupportedModelError, match=r"^int8: weights made for the CPU are on meta now; take them off"):
+    with pytest.raises(UnsupportedModelError, match=r"^int8: weights quantized for the CPU are on meta; remove"):
         F.linear(torch.randn(2, 16), weight.to("meta"))
-    with pytest.raises(UnsupportedModelError, match=r"^int8: F.linear got a weight in 8 bits as its input or bias"):
+    with pytest.raises(UnsupportedModelError, match=r"^int8: F.linear got an int8 weight as its input or bias"):
         F.linear(weight, torch.randn(16, 16))
     with pytest.raises(TypeError):
         weight + 1

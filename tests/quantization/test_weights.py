@@ -1,4 +1,4 @@
-"""The reference is written out in float64 by hand; the shapes and dtypes of real models come from three libraries."""
+"""Int8 weights, compared with a float64 reference; on models of three libraries."""
 
 import copy
 import pickle
@@ -24,7 +24,7 @@ SMALL = {"embed_dim": 64, "depth": 3, "num_classes": 16}
 
 @pytest.fixture(params=["oneDNN", "torchao"])
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """torch's own kernel, and torchao's as on a device, or in a build of torch, without that."""
+    """Runs a test with torch's kernel and with torchao's."""
     if request.param == "torchao":
         monkeypatch.setattr(onednn, "weight_limit", lambda: None)
     return str(request.param)
@@ -36,7 +36,7 @@ def vit(**more: Any) -> nn.Module:
 
 
 def hybrid() -> nn.Module:
-    """A stem of convolutions before the blocks."""
+    """A model with a convolutional stem."""
     stem = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.ReLU(), nn.Conv2d(8, 16, 3, stride=2, padding=1))
     return vit(embed_layer=lambda **_: timm.layers.HybridEmbed(stem, embed_dim=64, img_size=32, patch_size=2))
 
@@ -82,7 +82,7 @@ def run(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def snapshot(model: nn.Module) -> tuple[list[str], list[Any], list[Tensor]]:
-    """What must be the same after: keys, identity and requires_grad of the parameters, and their bits."""
+    """Keys, identity, `requires_grad` and values of the parameters."""
     parameters = [(name, id(p), p.requires_grad, p.dtype) for name, p in model.named_parameters()]
     return list(model.state_dict()), parameters, [value.clone() for value in model.state_dict().values()]
 
@@ -92,19 +92,19 @@ def same(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
 
 
 def alike(one: Tensor, other: Tensor, least: float) -> bool:
-    """Float noise moves values over a border between two steps, so int8 results are never equal to many digits."""
+    """Rounding errors move values between two quantization steps, so int8 results only agree approximately."""
     return float(F.cosine_similarity(one.float(), other.float()).min()) > least
 
 
 def rounded(row: list[float], limit: int) -> tuple[list[int], float]:
-    """One row in 8 bits, symmetric: the largest magnitude over half the number of steps is the scale."""
+    """Quantizes one row symmetrically to int8."""
     scale = max(abs(value) for value in row) / (limit + 0.5)
     return [max(-limit - 1, min(limit, round(value / scale))) for value in row], scale
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("batch", [1, 5])
-def test_against_plain_loops(dtype: torch.dtype, batch: int, kernel: str) -> None:
+def test_matches_the_reference(dtype: torch.dtype, batch: int, kernel: str) -> None:
     torch.manual_seed(0)
     layer = nn.Linear(24, 8).to(dtype)
     x = torch.randn(batch, 3, 24).to(dtype)
@@ -127,7 +127,7 @@ def test_against_plain_loops(dtype: torch.dtype, batch: int, kernel: str) -> Non
     assert error < (0.05 if dtype == torch.bfloat16 else 0.02)
 
 
-def test_it_is_what_torchaos_own_config_does(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_matches_torchao(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onednn, "weight_limit", lambda: None)
     model, other = build("timm"), build("timm")
     narrow = should_reduce_range(torch.device("cpu"))
@@ -137,7 +137,7 @@ def test_it_is_what_torchaos_own_config_does(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.usefixtures("kernel")
-def test_inductors_settings_stay() -> None:
+def test_settings_of_inductor_are_unchanged() -> None:
     before = config.save_config_portable()
     Int8Weights(nn.Linear(8, 8))
     assert config.save_config_portable() == before
@@ -146,7 +146,7 @@ def test_inductors_settings_stay() -> None:
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.usefixtures("kernel")
-def test_on_and_off_on_every_kind_of_model(name: str, dtype: torch.dtype) -> None:
+def test_apply_and_remove_on_every_kind_of_model(name: str, dtype: torch.dtype) -> None:
     model = build(name).to(dtype)
     x = images().to(dtype)
     dense, before = run(model, x), snapshot(model)
@@ -180,8 +180,8 @@ def test_what_stays_in_float() -> None:
     torch.nn.utils.parametrizations.weight_norm(partly[3])
     assert Int8Weights(partly).kept == {
         "1": "its weight is float64",
-        "2": "its weight is computed (a parametrization) or not there yet",
-        "3": "its weight is computed (a parametrization) or not there yet",
+        "2": "its weight is computed (a parametrization) or not initialised yet",
+        "3": "its weight is computed (a parametrization) or not initialised yet",
     }
 
 
@@ -196,7 +196,7 @@ def test_an_image_does_not_depend_on_its_batch(name: str) -> None:
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("method", ["pomt", "random"])
 def test_together_with_a_patch(name: str, method: str) -> None:
-    """In whichever order they come and go."""
+    """In any order of applying and removing."""
     model, x = build(name), images()
     dense, before = run(model, x), snapshot(model)
     int8, schedule = Int8Weights(model), [0, 5, 0]
@@ -266,7 +266,7 @@ def test_quantized_in_inference_mode_and_used_with_gradients() -> None:
 
 
 @pytest.mark.usefixtures("kernel")
-def test_weights_that_changed_are_quantized_anew() -> None:
+def test_changed_weights_are_quantized_again() -> None:
     model, other = build("timm"), build("timm", seed=7)
     int8 = Int8Weights(model)
     with Int8Weights(other):
@@ -282,7 +282,7 @@ def test_weights_that_changed_are_quantized_anew() -> None:
 
 
 @pytest.mark.usefixtures("kernel")
-def test_moved_while_on() -> None:
+def test_moved_while_applied() -> None:
     model, x = build("timm"), images()
     half, source = run(copy.deepcopy(model).bfloat16(), x.bfloat16()), model.blocks[0].mlp.fc1.weight
     with Int8Weights(model):
@@ -305,7 +305,7 @@ def test_a_shared_weight_is_quantized_once() -> None:
 
 
 @pytest.mark.usefixtures("kernel")
-def test_copied_and_pickled_while_on() -> None:
+def test_copied_and_pickled_while_applied() -> None:
     model = build("timm")
     with Int8Weights(model):
         quantized = run(model, images())
@@ -322,7 +322,7 @@ def test_restored_after_an_error() -> None:
 
 
 @pytest.mark.usefixtures("kernel")
-def test_nothing_is_left_half_done() -> None:
+def test_a_failure_changes_nothing() -> None:
     model = build("timm")
     int8, other = Int8Weights(model), Int8Weights(model.blocks[1])
     with other:
@@ -343,12 +343,12 @@ def test_nothing_is_left_half_done() -> None:
         (nn.Sequential(nn.Linear(8, 8).double()), r"quantized: 0: its weight is float64\."),
     ],
 )
-def test_nothing_to_quantize(module: nn.Module, message: str) -> None:
+def test_a_model_without_layers_is_rejected(module: nn.Module, message: str) -> None:
     with pytest.raises(UnsupportedModelError, match=message):
         Int8Weights(module)
 
 
-def test_says_what_it_is() -> None:
+def test_repr() -> None:
     int8 = Int8Weights(vit(num_classes=10))
     assert repr(int8) == "Int8Weights(12 layers, 1 in float, off)"
     with int8:

@@ -1,4 +1,4 @@
-"""Tokens and attention to try a reduction on."""
+"""Random tokens and attention for tests of reductions."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ def draw(
     seed: int = 0,
     **more: Any,
 ) -> TokenSequence:
-    """A sequence; the same numbers, rounded, in every precision. With a prefix there is a class token unless said."""
+    """A random sequence, the same for each dtype up to rounding. With prefix tokens it has a class token by default."""
     generator = torch.Generator().manual_seed(seed)
     tokens, channels = prefix + patches, 4
     parts = torch.randn(3, batch, heads, tokens, channels, generator=generator, dtype=torch.float64).to(dtype)
@@ -30,7 +30,7 @@ def draw(
 
 
 def image(sequence: TokenSequence, index: int) -> TokenSequence:
-    """One image of the batch, alone."""
+    """The sequence of one image of the batch."""
 
     def alone(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor[index : index + 1]
@@ -47,7 +47,7 @@ def image(sequence: TokenSequence, index: int) -> TokenSequence:
 
 
 def check_alone_and_together(method: Reduction, remove: int = 5) -> None:
-    """An image has the same outcome alone, in any batch, and beside one whose numbers are huge."""
+    """The result of an image is the same alone, in any batch, and next to an image with huge values."""
     sequence = draw(5, 21, dtype=torch.float32, trace=True)
     together = method.reduce(sequence, remove)
     for b in range(5):
@@ -61,7 +61,7 @@ def check_alone_and_together(method: Reduction, remove: int = 5) -> None:
 
 
 def check_one_graph(method: Reduction, remove: int = 4) -> None:
-    """It compiles whole and exports, and both give what it gives."""
+    """The reduction compiles as one graph and exports, with the same results."""
     sequence = draw(2, dtype=torch.float32)
 
     class Module(torch.nn.Module):

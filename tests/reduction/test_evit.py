@@ -9,7 +9,7 @@ from .drawn import PRECISIONS, check_alone_and_together, draw
 
 @pytest.mark.parametrize(("prefix", "class_token"), [(0, False), (1, True), (2, True), (5, True), (4, False)])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_every_number_of_removed_tokens(prefix: int, class_token: bool, batch: int) -> None:
+def test_every_remove_matches_the_reference(prefix: int, class_token: bool, batch: int) -> None:
     sequence = draw(batch, 7, prefix, class_token)
     attention = sequence.attention
     assert attention is not None
@@ -28,8 +28,8 @@ def test_every_number_of_removed_tokens(prefix: int, class_token: bool, batch: i
 
 @pytest.mark.parametrize(("dtype", "tolerance"), PRECISIONS)
 @pytest.mark.parametrize("class_token", [True, False])
-def test_lower_precisions(dtype: torch.dtype, tolerance: float, class_token: bool) -> None:
-    """What is fused is judged for the tokens that were really dropped: bfloat16 may rank near-ties otherwise."""
+def test_lower_precision_matches_the_reference(dtype: torch.dtype, tolerance: float, class_token: bool) -> None:
+    """The reference uses the tokens that were actually dropped, because bfloat16 may rank near-ties differently."""
     sequence = draw(patches=13, dtype=dtype)
     assert sequence.attention is not None
     reduced = evit(sequence.tokens, sequence.attention, 6, 1, class_token)
@@ -48,8 +48,8 @@ def test_lower_precisions(dtype: torch.dtype, tolerance: float, class_token: boo
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_scores_that_are_all_zero_weigh_alike(dtype: torch.dtype) -> None:
-    """CLS looks at itself and the kept patches only, as it may where attention is as good as one-hot."""
+def test_zero_scores_give_equal_weights(dtype: torch.dtype) -> None:
+    """CLS attends to itself and the kept patches only, as with nearly one-hot attention."""
     sequence = draw(2, 6, dtype=dtype)
     attention = sequence.attention
     assert attention is not None
@@ -61,7 +61,7 @@ def test_scores_that_are_all_zero_weigh_alike(dtype: torch.dtype) -> None:
     torch.testing.assert_close(reduced.tokens[:, -1].double(), expected, rtol=1e-2, atol=1e-2)
 
 
-def test_autocast_rounds_no_token() -> None:
+def test_autocast_does_not_round_tokens() -> None:
     tokens, attention = draw(dtype=torch.float32).tokens, AttentionInputs(*torch.zeros(3, 3, 2, 12, 4))
     expected = evit(tokens, attention, 4, 1, True).tokens
     with torch.autocast("cpu", torch.bfloat16):
@@ -69,26 +69,26 @@ def test_autocast_rounds_no_token() -> None:
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
 
-def test_the_weights_are_a_mean() -> None:
-    """Tokens that are all the same are fused into just that token, however little attention they got."""
+def test_equal_tokens_are_fused_to_that_token() -> None:
+    """Equal tokens are fused into the same token, even with little attention."""
     sequence = draw(1, 30)
     x = torch.full_like(sequence.tokens, 3.0)
     reduced = EViT().reduce(sequence._replace(tokens=x), 20)
     torch.testing.assert_close(reduced.tokens, torch.full_like(reduced.tokens, 3.0), rtol=1e-12, atol=0)
 
 
-def test_an_image_has_the_same_outcome_in_any_batch() -> None:
+def test_an_image_does_not_depend_on_its_batch() -> None:
     check_alone_and_together(EViT())
 
 
 @pytest.mark.parametrize(
     ("tokens", "prefix", "max_removed"), [(197, 1, 194), (3, 1, 0), (2, 1, 0), (1, 1, 0), (4, 0, 2)]
 )
-def test_capacity(tokens: int, prefix: int, max_removed: int) -> None:
+def test_max_removed(tokens: int, prefix: int, max_removed: int) -> None:
     assert EViT().max_removed(tokens, prefix) == max_removed
 
 
-def test_what_it_is() -> None:
+def test_attributes() -> None:
     assert (EViT().name, EViT().site, EViT().reads) == ("evit", "block", {"attention"})
     facts = [EViT().is_lossless, EViT().tracks_sizes, EViT().proportional_attention, EViT().adaptive]
     assert not any(facts)

@@ -36,7 +36,7 @@ def some_mask(kind: str) -> Tensor | None:
 
 @pytest.mark.parametrize("kind", ["none", "bool", "bool-all-images", "additive", "additive-keys"])
 @pytest.mark.parametrize("scale", [None, 0.3, 1.0])
-def test_probabilities_with_masks_and_scales(kind: str, scale: float | None) -> None:
+def test_probabilities_match_the_reference_with_mask_and_scale(kind: str, scale: float | None) -> None:
     query, key, value = draw()
     mask = some_mask(kind)
     found = attention_probabilities(AttentionInputs(query, key, value, mask, scale))
@@ -48,7 +48,7 @@ def test_probabilities_with_masks_and_scales(kind: str, scale: float | None) -> 
 
 @pytest.mark.parametrize("kind", ["none", "bool", "bool-all-images", "additive", "additive-keys"])
 @pytest.mark.parametrize("queries", [slice(0, 1), slice(2, None), slice(1, 4)])
-def test_some_queries_cost_their_rows_only(kind: str, queries: slice) -> None:
+def test_selected_queries_give_their_rows(kind: str, queries: slice) -> None:
     attention = AttentionInputs(*draw(), mask=some_mask(kind))
     rows = attention_probabilities(attention, queries)
     torch.testing.assert_close(rows, attention_probabilities(attention)[:, :, queries], rtol=1e-12, atol=1e-15)
@@ -56,7 +56,7 @@ def test_some_queries_cost_their_rows_only(kind: str, queries: slice) -> None:
 
 @pytest.mark.parametrize("kind", ["none", "bool", "additive", "additive-keys"])
 @pytest.mark.parametrize("scale", [None, 0.7])
-def test_they_are_what_fused_attention_applies(kind: str, scale: float | None) -> None:
+def test_probabilities_times_values_match_fused_attention(kind: str, scale: float | None) -> None:
     query, key, value = draw()
     mask = some_mask(kind)
     fused = torch.nn.functional.scaled_dot_product_attention(query, key, value, mask, scale=scale)
@@ -66,8 +66,8 @@ def test_they_are_what_fused_attention_applies(kind: str, scale: float | None) -
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", ["none", "bool", "additive"])
-def test_of_half_precision_a_processor_makes_no_half_precision(dtype: torch.dtype, kind: str) -> None:
-    """Nor does autocast: they are those of the same numbers in float64, up to float32."""
+def test_half_precision_on_a_cpu_is_computed_in_float32(dtype: torch.dtype, kind: str) -> None:
+    """Also under autocast: the probabilities match float64 to float32 accuracy."""
     query, key, value = (part.to(dtype) for part in draw())
     mask = some_mask(kind)
     mask = mask.to(dtype) if mask is not None and mask.is_floating_point() else mask
@@ -82,7 +82,7 @@ def test_of_half_precision_a_processor_makes_no_half_precision(dtype: torch.dtyp
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
 
 
-def test_a_query_that_a_rotary_embedding_made_wide_is_not_rounded_by_autocast() -> None:
+def test_autocast_does_not_round_a_float32_query() -> None:
     query, key, value = (part.float() for part in draw())
     expected = attention_probabilities(AttentionInputs(query, key, value))
     with torch.autocast("cpu", torch.bfloat16):
@@ -90,7 +90,7 @@ def test_a_query_that_a_rotary_embedding_made_wide_is_not_rounded_by_autocast() 
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
 
 
-def test_best_in_order_is_ascending_in_position() -> None:
+def test_best_in_order_is_ascending() -> None:
     scores = torch.tensor([[0.1, 0.9, 0.3, 0.8, 0.2], [5.0, 4.0, 3.0, 2.0, 1.0]])
     assert best_in_order(scores, 3).tolist() == [[1, 2, 3], [0, 1, 2]]
     assert best_in_order(scores, 5).tolist() == [[0, 1, 2, 3, 4]] * 2
@@ -107,7 +107,7 @@ def test_take_tokens_and_prefix() -> None:
     assert with_prefix(torch.tensor([[1, 2]]), 0).tolist() == [[1, 2]]
 
 
-def test_keep_best_is_the_prefix_and_the_best_in_their_order() -> None:
+def test_keep_best_keeps_prefix_and_best_in_order() -> None:
     tokens, scores = torch.randn(2, 6, 3), torch.tensor([[0.1, 0.9, 0.3, 0.8], [5.0, 4.0, 3.0, 6.0]])
     reduced = keep_best(tokens, scores, remove=2, num_prefix_tokens=2)
     assert reduced.positions.tolist() == [[0, 1, 3, 5], [0, 1, 2, 5]]
@@ -118,7 +118,7 @@ def test_keep_best_is_the_prefix_and_the_best_in_their_order() -> None:
 class TestSources:
     @staticmethod
     def loop(positions: list[int], tokens: int) -> list[int]:
-        """By the rule, for one image."""
+        """The reference for one image."""
         rest = positions.index(-1) if positions.count(-1) == 1 else -1
         return [positions.index(i) if i in positions else rest for i in range(tokens)]
 
@@ -135,7 +135,7 @@ class TestSources:
         ],
         ids=["all", "dropped", "fused-last", "fused-anywhere", "several", "mixed", "one"],
     )
-    def test_those_that_are_not_said_follow_from_positions(self, positions: list[list[int]]) -> None:
+    def test_missing_sources_follow_from_positions(self, positions: list[list[int]]) -> None:
         reduced = ReductionOutput(torch.zeros(len(positions), len(positions[0]), 2), torch.tensor(positions))
         found = sources_of(reduced, 6)
         assert found.tolist() == [self.loop(row, 6) for row in positions]
@@ -143,20 +143,20 @@ class TestSources:
         compiled = torch.compile(sources_of, fullgraph=True, backend="eager")
         assert torch.equal(compiled(reduced, 6), found)
 
-    def test_nothing_went_into_padding(self) -> None:
+    def test_padding_has_no_sources(self) -> None:
         positions = torch.tensor([[0, 3, -1], [0, -1, -1]])
         sizes = torch.tensor([[1.0, 1.0, 0.0], [1.0, 4.0, 0.0]])
         found = sources_of(ReductionOutput(torch.zeros(2, 3, 2), positions, sizes), 5)
         assert found.tolist() == [[0, -1, -1, 1, -1], [0, 1, 1, 1, 1]]
 
-    def test_those_that_are_said_are_those(self) -> None:
+    def test_given_sources_are_returned(self) -> None:
         said = torch.tensor([[1, 0, 1]])
         reduced = ReductionOutput(torch.zeros(1, 2, 2), torch.tensor([[1, -1]]), None, said)
         assert sources_of(reduced, 3) is said
 
     @pytest.mark.parametrize("name", ["pomt", "pomt-nearest", "topk", "evit", "shift", "random", "tome"])
-    def test_of_every_method(self, name: str) -> None:
-        """Each token that is left came from somewhere, and merging and fusing methods lose none."""
+    def test_sources_of_every_method_are_complete(self, name: str) -> None:
+        """Each token that is left has a source, and methods that merge or fuse drop none."""
         method: Reduction = resolve(name)
         x, attention = torch.randn(2, 3, 12, 8), AttentionInputs(*torch.randn(3, 3, 2, 12, 4))
         reduced = method.reduce(TokenSequence(x[0], 1, True, attention, entering=x[1], trace=True), 4)

@@ -1,4 +1,4 @@
-"""POMT with `dropped="nearest"`, and what it does with the tokens that it does not keep."""
+"""POMT with `dropped="nearest"`, which merges the tokens that it does not keep."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ METHOD = POMT(dropped="nearest")
 @pytest.mark.parametrize("prefix", [0, 1, 2, 5])
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("weighed", [False, True], ids=["first", "later"])
-def test_every_number_of_removed_tokens(prefix: int, batch: int, weighed: bool) -> None:
+def test_every_remove_matches_the_reference(prefix: int, batch: int, weighed: bool) -> None:
     sequence = draw(batch, 7, prefix, trace=True)
     if weighed:
         sizes = torch.randint(1, 9, (batch, prefix + 7), generator=torch.Generator().manual_seed(3)).double()
@@ -45,8 +45,8 @@ def test_every_number_of_removed_tokens(prefix: int, batch: int, weighed: bool) 
                     assert torch.equal(reduced.tokens[b, k], sequence.tokens[b, positions[k]]), "it keeps its bits"
 
 
-def test_autocast_changes_no_choice() -> None:
-    """Keys that are nearly alike, whose likenesses bfloat16 would make equal."""
+def test_autocast_does_not_change_the_matching() -> None:
+    """With nearly equal keys, whose similarities would be equal in bfloat16."""
     generator = torch.Generator().manual_seed(0)
     key = 1 + 0.05 * torch.randn(2, 3, 31, 8, generator=generator)
     tokens, scores = torch.randn(2, 31, 6, generator=generator), torch.randn(2, 30, generator=generator)
@@ -57,8 +57,8 @@ def test_autocast_changes_no_choice() -> None:
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), PRECISIONS)
-def test_lower_precisions(dtype: torch.dtype, tolerance: float) -> None:
-    """What is merged is judged for what really went where: bfloat16 may rank near-ties otherwise."""
+def test_lower_precision_matches_the_reference(dtype: torch.dtype, tolerance: float) -> None:
+    """The reference uses the actual pairs, because bfloat16 may rank near-ties differently."""
     sequence = draw(patches=30, dtype=dtype, trace=True)
     reduced = METHOD.reduce(sequence, 20)
     assert reduced.tokens.dtype == dtype
@@ -72,8 +72,8 @@ def test_lower_precisions(dtype: torch.dtype, tolerance: float) -> None:
         torch.testing.assert_close(reduced.tokens[b].double(), expected, rtol=tolerance, atol=tolerance)
 
 
-def test_nothing_goes_into_the_prefix() -> None:
-    """Though its keys are those of a patch to the bit."""
+def test_prefix_tokens_receive_nothing() -> None:
+    """Even if a prefix token has the same key as a patch."""
     sequence = draw(2, 9, trace=True)
     attention = sequence.attention
     assert attention is not None
@@ -85,7 +85,7 @@ def test_nothing_goes_into_the_prefix() -> None:
     assert torch.equal(reduced.tokens[:, 0], sequence.tokens[:, 0])
 
 
-def test_equal_scores_lose_no_token() -> None:
+def test_equal_scores_keep_all_tokens() -> None:
     sequence = draw(2, 20)
     attention = sequence.attention
     assert attention is not None
@@ -96,7 +96,7 @@ def test_equal_scores_lose_no_token() -> None:
         assert merged.positions.diff(dim=1).min() > 0
 
 
-def test_the_length_of_keys_plays_no_part() -> None:
+def test_the_norm_of_keys_has_no_effect() -> None:
     sequence = draw(2, 20, trace=True)
     attention = sequence.attention
     assert attention is not None
@@ -109,24 +109,24 @@ def test_the_length_of_keys_plays_no_part() -> None:
     assert torch.equal(one.sources, other.sources)
 
 
-def test_nobody_pays_for_a_trace_unasked() -> None:
+def test_sources_are_none_without_trace() -> None:
     assert METHOD.reduce(draw(), 4).sources is None
 
 
-def test_an_image_has_the_same_outcome_in_any_batch() -> None:
+def test_an_image_does_not_depend_on_its_batch() -> None:
     check_alone_and_together(METHOD)
 
 
-def test_compiles_and_exports_whole() -> None:
+def test_compiles_and_exports_as_one_graph() -> None:
     check_one_graph(METHOD)
 
 
 @pytest.mark.parametrize(("tokens", "prefix", "max_removed"), [(197, 1, 195), (2, 1, 0), (1, 1, 0), (4, 0, 3)])
-def test_capacity(tokens: int, prefix: int, max_removed: int) -> None:
+def test_max_removed(tokens: int, prefix: int, max_removed: int) -> None:
     assert METHOD.max_removed(tokens, prefix) == max_removed
 
 
-def test_what_an_instance_is() -> None:
+def test_attributes() -> None:
     assert (METHOD.name, METHOD.is_lossless, METHOD.tracks_sizes, METHOD.proportional_attention) == (
         "pomt-nearest",
         True,
@@ -147,7 +147,7 @@ def test_what_an_instance_is() -> None:
     assert POMT("nearest", False) != METHOD
 
 
-def test_the_mean_stays_what_the_paper_says() -> None:
+def test_mean_is_the_default_and_matches_the_paper() -> None:
     sequence = draw(dtype=torch.float32)
     assert sequence.attention is not None
     expected = pomt_reduce(sequence.tokens, sequence.attention, 4, 1)
@@ -157,12 +157,12 @@ def test_the_mean_stays_what_the_paper_says() -> None:
 
 
 @pytest.mark.parametrize("dropped", ["none", None, 3, ""])
-def test_bad_dropped(dropped: Any) -> None:
+def test_invalid_dropped_is_rejected(dropped: Any) -> None:
     with pytest.raises(ArgumentError, match=r"`dropped` must be 'mean' or 'nearest', got "):
         POMT(dropped=dropped)
 
 
 @pytest.mark.parametrize("weighed", ["yes", None, 1])
-def test_bad_proportional_attention(weighed: Any) -> None:
+def test_invalid_proportional_attention_is_rejected(weighed: Any) -> None:
     with pytest.raises(ArgumentError, match=r"`proportional_attention` must be True or False, got "):
         POMT("nearest", proportional_attention=weighed)

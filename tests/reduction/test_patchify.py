@@ -1,4 +1,4 @@
-"""Cutting images: where each pixel of a patch comes from, and which counts are no grid."""
+"""Dividing images into patches: the origin of each pixel, and counts that form no grid."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ from lightning_prune.reduction.patchify import cut, cut_like, patch_side
         (7, 7, 49, 1),
     ],
 )
-def test_the_side_of_a_patch(height: int, width: int, count: int, side: int) -> None:
+def test_patch_side(height: int, width: int, count: int, side: int) -> None:
     assert patch_side(height, width, count) == side
 
 
@@ -27,14 +27,14 @@ def test_the_side_of_a_patch(height: int, width: int, count: int, side: int) -> 
     ("height", "width", "count"),
     [(224, 224, 195), (224, 224, 0), (100, 100, 9), (32, 16, 4), (8, 8, 65), (224, 224, -1)],
 )
-def test_counts_that_are_no_grid(height: int, width: int, count: int) -> None:
+def test_a_count_without_a_grid_is_rejected(height: int, width: int, count: int) -> None:
     with pytest.raises(
-        UnsupportedModelError, match=f"{count} patch tokens are no grid .* of {height} x {width} pixels"
+        UnsupportedModelError, match=f"{count} patch tokens do not form a grid .* of {height} x {width} pixels"
     ):
         patch_side(height, width, count)
 
 
-def test_patches_are_cut_row_by_row_and_channel_first() -> None:
+def test_cut_orders_patches_by_row_and_channels_first() -> None:
     images = torch.arange(2 * 3 * 4 * 6).view(2, 3, 4, 6)
     patches = cut(images, 2)
     assert patches.shape == (2, 6, 12)
@@ -45,14 +45,14 @@ def test_patches_are_cut_row_by_row_and_channel_first() -> None:
                 assert patches[b, 3 * row + column].tolist() == expected
 
 
-def test_patches_are_those_of_the_convolution_of_a_model() -> None:
-    """A patch embedding is a matrix product with these patches, border left over included."""
+def test_cut_matches_the_convolution_of_a_model() -> None:
+    """A patch embedding is a matrix product with these patches; a border is ignored."""
     images, embed = torch.randn(2, 3, 23, 31), torch.nn.Conv2d(3, 5, 4, stride=4)
     by_hand = cut_like(images, 5 * 7) @ embed.weight.flatten(1).T + embed.bias
     torch.testing.assert_close(by_hand, embed(images).flatten(2).transpose(1, 2))
 
 
 @pytest.mark.parametrize("pixels", [None, torch.zeros(2, 196, 768)])
-def test_what_is_no_image(pixels: torch.Tensor | None) -> None:
-    with pytest.raises(UnsupportedModelError, match=r"need images \(batch, channels, height, width\)"):
+def test_inputs_other_than_images_are_rejected(pixels: torch.Tensor | None) -> None:
+    with pytest.raises(UnsupportedModelError, match=r"must be images \(B, channels, height, width\)"):
         cut_like(pixels, 196)

@@ -8,13 +8,13 @@ from helpers import reference as naive
 from lightning_prune.reduction import POMT, AttentionInputs, TokenSequence, functional, pomt_reduce, pomt_scores
 
 _module = import_module("lightning_prune.reduction.pomt")  # by its path: the package calls the function so
-_AT_ONCE = _module._AT_ONCE
+_CHUNK = _module._CHUNK
 
 
 def draw(
     batch: int, heads: int, tokens: int, channels: int = 4, dtype: torch.dtype = torch.float64, seed: int = 0
 ) -> tuple[Tensor, AttentionInputs]:
-    """Tokens and the query, key and value that they came from."""
+    """Random tokens with query, key and value."""
     generator = torch.Generator().manual_seed(seed)
     query, key, value = (
         torch.randn(batch, heads, tokens, channels, generator=generator, dtype=torch.float64).to(dtype)
@@ -31,7 +31,7 @@ def image(attention: AttentionInputs, index: int) -> tuple[Tensor, Tensor, Tenso
 @pytest.mark.parametrize("prefix", [0, 1, 2, 5])
 @pytest.mark.parametrize("heads", [1, 3])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_scores_are_those_of_the_formula(prefix: int, heads: int, batch: int) -> None:
+def test_scores_match_the_formula(prefix: int, heads: int, batch: int) -> None:
     _, attention = draw(batch, heads, prefix + 11)
     scores = pomt_scores(attention, prefix)
     expected = torch.tensor([naive.pomt_scores(*image(attention, b), prefix) for b in range(batch)]).double()
@@ -45,7 +45,7 @@ def test_scores_are_those_of_the_formula(prefix: int, heads: int, batch: int) ->
 
 @pytest.mark.parametrize("prefix", [0, 1, 2, 5])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_every_number_of_removed_tokens_up_to_the_capacity(prefix: int, batch: int) -> None:
+def test_every_remove_up_to_max_removed_matches_the_reference(prefix: int, batch: int) -> None:
     tokens = prefix + 9
     x, attention = draw(batch, 2, tokens, seed=prefix)
     max_removed = POMT().max_removed(tokens, prefix)
@@ -61,7 +61,7 @@ def test_every_number_of_removed_tokens_up_to_the_capacity(prefix: int, batch: i
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)], ids=["fp32", "bf16"])
-def test_lower_precisions(dtype: torch.dtype, tolerance: float) -> None:
+def test_lower_precision_matches_the_reference(dtype: torch.dtype, tolerance: float) -> None:
     x, attention = draw(3, 2, 14, dtype=dtype)
     scores, reduced = pomt_scores(attention, 1), pomt_reduce(x, attention, 6, 1)
     assert scores.dtype == torch.float32
@@ -79,7 +79,7 @@ def test_lower_precisions(dtype: torch.dtype, tolerance: float) -> None:
         assert torch.equal(reduced.tokens[b, :-1], x[b, positions[:-1]])
 
 
-def test_the_mean_of_bf16_tokens_is_summed_in_a_higher_precision() -> None:
+def test_bfloat16_tokens_are_summed_in_float32() -> None:
     """Summed in bfloat16, 400 tokens of about 1 lose whole units."""
     _, attention = draw(1, 1, 401, dtype=torch.bfloat16)
     x = torch.full((1, 401, 2), 1.0, dtype=torch.bfloat16)
@@ -89,7 +89,7 @@ def test_the_mean_of_bf16_tokens_is_summed_in_a_higher_precision() -> None:
     torch.testing.assert_close(reduced.tokens[0, -1].double(), x[0, dropped].double().mean(0), rtol=4e-3, atol=0)
 
 
-def test_an_image_has_the_same_outcome_alone_and_in_any_batch() -> None:
+def test_an_image_does_not_depend_on_its_batch() -> None:
     x, attention = draw(5, 3, 21, dtype=torch.float32)
     attention = attention._replace(query=attention.query * torch.tensor([1.0, 9, 3, 0.1, 5]).view(5, 1, 1, 1))
     together = pomt_reduce(x, attention, 8, 1)
@@ -99,16 +99,16 @@ def test_an_image_has_the_same_outcome_alone_and_in_any_batch() -> None:
         torch.testing.assert_close(alone.tokens[0], together.tokens[b], rtol=1e-5, atol=1e-6)
 
 
-def test_what_prefix_tokens_ask_for_plays_no_part() -> None:
-    """a_i sums over patch queries, so the query of CLS decides nothing."""
+def test_prefix_queries_have_no_effect() -> None:
+    """a_i sums over patch queries, so the query of CLS has no effect."""
     _, attention = draw(1, 2, 12)
     query = attention.query.clone()
     query[:, :, 0] = 100.0
     assert torch.equal(pomt_scores(attention, 1), pomt_scores(attention._replace(query=query), 1))
 
 
-def test_the_prefix_takes_its_share_of_the_value_softmax() -> None:
-    """s_i is a softmax over all tokens: a CLS with huge values leaves the patches none of it."""
+def test_the_value_softmax_includes_the_prefix() -> None:
+    """s_i is a softmax over all tokens, so a CLS token with huge values makes it zero for patches."""
     _, attention = draw(1, 2, 12)
     value = attention.value.clone()
     value[:, :, 0] = 100.0
@@ -116,7 +116,7 @@ def test_the_prefix_takes_its_share_of_the_value_softmax() -> None:
     assert scores.max().item() == pytest.approx(1.0, abs=1e-12)
 
 
-def test_the_method_is_the_function() -> None:
+def test_the_class_returns_the_result_of_the_function() -> None:
     x, attention = draw(2, 2, 12)
     reduced = POMT().reduce(TokenSequence(x, 1, True, attention), 4)
     expected = pomt_reduce(x, attention, 4, 1)
@@ -128,18 +128,18 @@ def test_the_method_is_the_function() -> None:
 @pytest.mark.parametrize(
     ("tokens", "prefix", "max_removed"), [(197, 1, 194), (3, 1, 0), (2, 1, 0), (1, 1, 0), (4, 0, 2)]
 )
-def test_capacity(tokens: int, prefix: int, max_removed: int) -> None:
+def test_max_removed(tokens: int, prefix: int, max_removed: int) -> None:
     assert POMT().max_removed(tokens, prefix) == max_removed
 
 
-def test_compiles_without_a_break_and_without_looking_at_the_data() -> None:
+def test_compiles_as_one_graph_without_data_dependence() -> None:
     x, attention = draw(2, 2, 12, dtype=torch.float32)
     compiled = torch.compile(pomt_reduce, fullgraph=True, backend="eager")
     assert torch.equal(compiled(x, attention, 4, 1).tokens, pomt_reduce(x, attention, 4, 1).tokens)
 
 
 def received(attention: AttentionInputs, prefix: int) -> Tensor:
-    """By the formula, all queries at once, in float64."""
+    """The formula in float64 with all queries at once."""
     query, key, value = (part.double() for part in attention[:3])
     logits = query @ key.transpose(-2, -1) / query.shape[-1] ** 0.5
     if attention.mask is not None:
@@ -151,14 +151,14 @@ def received(attention: AttentionInputs, prefix: int) -> Tensor:
 
 
 class TestManyTokens:
-    """Their queries are taken in parts."""
+    """The queries are processed in chunks."""
 
     @pytest.mark.parametrize("kind", ["none", "pairs", "heads", "keys", "bool"])
     @pytest.mark.parametrize("step", [1, 2, 3, 5, 10])
     @pytest.mark.parametrize("prefix", [0, 1, 5])
-    def test_in_parts_of_any_length(self, monkeypatch: pytest.MonkeyPatch, prefix: int, step: int, kind: str) -> None:
+    def test_chunk_size_has_no_effect(self, monkeypatch: pytest.MonkeyPatch, prefix: int, step: int, kind: str) -> None:
         tokens = prefix + 11
-        monkeypatch.setitem(_AT_ONCE, "cpu", step * 2 * tokens)
+        monkeypatch.setitem(_CHUNK, "cpu", step * 2 * tokens)
         _, attention = draw(3, 2, tokens)
         generator = torch.Generator().manual_seed(1)
         shape = {"pairs": (tokens, tokens), "heads": (1, 2, tokens, tokens), "keys": (3, 1, 1, tokens)}.get(kind)
@@ -181,13 +181,13 @@ class TestManyTokens:
         assert sum(lengths) == 11
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-    def test_at_their_real_size(self, dtype: torch.dtype) -> None:
+    def test_default_chunks_match_a_single_chunk(self, dtype: torch.dtype) -> None:
         _, attention = draw(1, 3, 702, dtype=dtype)
         tolerance = 1e-5 if dtype == torch.float32 else 2e-2
         found = pomt_scores(attention, 1).double()
         torch.testing.assert_close(found, received(attention, 1), rtol=tolerance, atol=tolerance)
 
-    def test_in_one_graph_and_few_tokens_at_once(self) -> None:
+    def test_chunks_compile_as_one_graph(self) -> None:
         class Score(torch.nn.Module):
             def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
                 return pomt_scores(AttentionInputs(query, key, value), 1)

@@ -15,7 +15,7 @@ def kept(seed: int, tokens: int, remove: int, prefix: int = 0, batch: int = 1) -
 
 @pytest.mark.parametrize("prefix", [0, 1, 2, 5])
 @pytest.mark.parametrize("seed", [0, 1, 7, 2**31, 2**63])
-def test_keeps_what_the_plain_loop_keeps(prefix: int, seed: int) -> None:
+def test_kept_positions_match_the_reference(prefix: int, seed: int) -> None:
     tokens = prefix + 20
     x = torch.randn(2, tokens, 3, generator=torch.Generator().manual_seed(0))
     for remove in (1, 7, 19):
@@ -35,19 +35,19 @@ def test_order_and_prefix_are_kept(prefix: int) -> None:
         assert positions == sorted(set(positions))
 
 
-def test_every_image_of_every_batch_keeps_the_same_positions() -> None:
+def test_all_images_keep_the_same_positions() -> None:
     alone = kept(3, 50, 20, prefix=1)
     for batch in (2, 7):
         assert torch.equal(kept(3, 50, 20, prefix=1, batch=batch), alone.expand(batch, -1))
 
 
-def test_no_generator_is_touched() -> None:
+def test_the_global_generator_is_not_used() -> None:
     before = torch.get_rng_state()
     kept(0, 50, 20)
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_removing_more_keeps_a_part_of_what_was_kept() -> None:
+def test_removing_more_keeps_a_subset() -> None:
     more, less = set(kept(5, 40, 30)[0].tolist()), set(kept(5, 40, 10)[0].tolist())
     assert more < less
 
@@ -85,18 +85,18 @@ def test_neighbours_are_independent() -> None:
         assert together == pytest.approx(20 * 19 / (49 * 48), abs=0.006)
 
 
-def test_capacity_is_all_patches_but_one() -> None:
+def test_max_removed_is_all_patches_except_one() -> None:
     assert RandomDrop().max_removed(197, 1) == 195
     assert RandomDrop().max_removed(1, 1) == 0
     assert RandomDrop().max_removed(2, 5) == 0
 
 
 @pytest.mark.parametrize("seed", [-1, 1.5, "0", True, None])
-def test_bad_seed(seed: Any) -> None:
-    with pytest.raises(ArgumentError, match=r"`seed` must be a whole number >= 0, got"):
+def test_invalid_seed_is_rejected(seed: Any) -> None:
+    with pytest.raises(ArgumentError, match=r"`seed` must be an integer >= 0, got"):
         RandomDrop(seed=seed)
 
 
-def test_bad_site() -> None:
+def test_invalid_site_is_rejected() -> None:
     with pytest.raises(ArgumentError, match=r"`site` must be 'block' or 'input', got 'head'\."):
         RandomDrop(site="head")

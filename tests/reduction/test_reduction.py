@@ -14,26 +14,26 @@ def test_names_resolve_to_default_instances() -> None:
     assert all(METHODS[name].name == name for name in METHODS)
 
 
-def test_an_instance_stands_for_itself() -> None:
+def test_an_instance_is_returned_unchanged() -> None:
     method = RandomDrop(seed=4)
     assert resolve(method) is method
 
 
 @pytest.mark.parametrize(
-    ("asked", "nearest"), [("pmot", "pomt"), ("pomt ", "pomt"), ("POMT", "pomt"), ("randm", "random")]
+    ("given", "nearest"), [("pmot", "pomt"), ("pomt ", "pomt"), ("POMT", "pomt"), ("randm", "random")]
 )
-def test_unknown_name_suggests_the_nearest(asked: str, nearest: str) -> None:
-    with pytest.raises(ArgumentError, match=rf"one of 'pomt', .*'random'.* got '{asked}'\. Did you mean '{nearest}'\?"):
-        resolve(asked)
+def test_an_unknown_name_suggests_a_similar_one(given: str, nearest: str) -> None:
+    with pytest.raises(ArgumentError, match=rf"one of 'pomt', .*'random'.* got '{given}'\. Did you mean '{nearest}'\?"):
+        resolve(given)
 
 
-@pytest.mark.parametrize("asked", ["zzz", "", None, 3, POMT])
-def test_what_is_near_nothing_gets_no_suggestion(asked: Any) -> None:
+@pytest.mark.parametrize("given", ["zzz", "", None, 3, POMT])
+def test_a_dissimilar_name_gets_no_suggestion(given: Any) -> None:
     with pytest.raises(ArgumentError, match=r"`method` must be (a Reduction or one of|a name or) .*, got [^?]*$"):
-        resolve(asked)
+        resolve(given)
 
 
-def test_equality_and_hash_go_by_class_and_settings() -> None:
+def test_equality_and_hash_depend_on_class_and_settings() -> None:
     assert POMT() == POMT()
     assert RandomDrop(1) == RandomDrop(1)
     assert RandomDrop(1) != RandomDrop(2)
@@ -52,7 +52,7 @@ def test_equality_and_hash_go_by_class_and_settings() -> None:
         (POMT("nearest", False), "POMT(dropped='nearest', proportional_attention=False)"),
     ],
 )
-def test_repr_is_what_one_would_type(method: Reduction, text: str) -> None:
+def test_repr_can_be_evaluated(method: Reduction, text: str) -> None:
     assert repr(method) == text
     assert eval(text, {"POMT": POMT, "RandomDrop": RandomDrop}) == method
 
@@ -63,7 +63,7 @@ def test_copies_and_pickles(method: Reduction) -> None:
     assert pickle.loads(pickle.dumps(method)) == method
 
 
-def test_sites_and_what_is_read() -> None:
+def test_sites_and_reads() -> None:
     assert (POMT().site, POMT().reads, POMT().proportional_attention) == ("block", {"attention"}, False)
     assert (RandomDrop().site, RandomDrop().reads) == ("block", frozenset())
     assert RandomDrop(site="input").site == "input"

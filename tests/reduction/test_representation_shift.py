@@ -9,7 +9,7 @@ from .drawn import check_alone_and_together, draw
 
 @pytest.mark.parametrize("prefix", [0, 1, 2, 5])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_every_number_of_removed_tokens(prefix: int, batch: int) -> None:
+def test_every_remove_matches_the_reference(prefix: int, batch: int) -> None:
     sequence = draw(batch, 7, prefix)
     assert sequence.entering is not None
     scores = shift_scores(sequence.tokens, sequence.entering, prefix)
@@ -26,8 +26,8 @@ def test_every_number_of_removed_tokens(prefix: int, batch: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_lower_precisions(dtype: torch.dtype) -> None:
-    """The difference is taken in float32, so that a low precision ranks as the formula does."""
+def test_lower_precision_matches_the_reference(dtype: torch.dtype) -> None:
+    """The difference is computed in float32, so that the ranking in low precision matches the formula."""
     sequence = draw(patches=40, dtype=dtype)
     assert sequence.entering is not None
     scores = shift_scores(sequence.tokens, sequence.entering, 1)
@@ -42,23 +42,23 @@ def test_lower_precisions(dtype: torch.dtype) -> None:
         assert torch.equal(reduced.tokens[b].double(), left)
 
 
-def test_the_attention_of_the_block_is_not_read() -> None:
+def test_attention_is_not_read() -> None:
     sequence = draw()
     reduced = RepresentationShift().reduce(sequence._replace(attention=None), 4)
     assert torch.equal(reduced.positions, RepresentationShift().reduce(sequence, 4).positions)
     assert RepresentationShift().reads == frozenset()
 
 
-def test_an_image_has_the_same_outcome_in_any_batch() -> None:
+def test_an_image_does_not_depend_on_its_batch() -> None:
     check_alone_and_together(RepresentationShift())
 
 
 @pytest.mark.parametrize(("tokens", "prefix", "max_removed"), [(197, 1, 195), (2, 1, 0), (1, 1, 0), (4, 0, 3)])
-def test_capacity(tokens: int, prefix: int, max_removed: int) -> None:
+def test_max_removed(tokens: int, prefix: int, max_removed: int) -> None:
     assert RepresentationShift().max_removed(tokens, prefix) == max_removed
 
 
-def test_what_it_is() -> None:
+def test_attributes() -> None:
     assert (RepresentationShift().name, RepresentationShift().site) == ("shift", "block")
     facts = [
         RepresentationShift().is_lossless,

@@ -29,7 +29,7 @@ def pairs_of(source: Tensor, destination: Tensor) -> set[tuple[int, int]]:
 @pytest.mark.parametrize("patches", [2, 3, 10, 11])
 @pytest.mark.parametrize("prefix", [0, 1, 2, 5])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_every_number_of_removed_tokens_up_to_the_capacity(batch: int, prefix: int, patches: int) -> None:
+def test_every_remove_up_to_max_removed_matches_the_reference(batch: int, prefix: int, patches: int) -> None:
     tokens = prefix + patches
     x, attention = draw(batch, tokens, seed=prefix)
     max_removed = ToMe().max_removed(tokens, prefix)
@@ -53,8 +53,8 @@ def test_every_number_of_removed_tokens_up_to_the_capacity(batch: int, prefix: i
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("prefix", [0, 1, 5])
-def test_lower_precisions(prefix: int, dtype: torch.dtype, tolerance: float) -> None:
-    """The matching is that of the keys as they come: half precision in, no half precision in between."""
+def test_lower_precision_matches_the_reference(prefix: int, dtype: torch.dtype, tolerance: float) -> None:
+    """The matching uses the keys in their precision, but is computed in float32."""
     x, attention = draw(3, prefix + 21, dtype)
     sizes = draw_sizes(3, prefix + 21)
     found = ToMe().reduce(TokenSequence(x, prefix, prefix > 0, attention, sizes), 8)
@@ -68,7 +68,7 @@ def test_lower_precisions(prefix: int, dtype: torch.dtype, tolerance: float) -> 
         torch.testing.assert_close(found.tokens[b].double(), rows, rtol=tolerance, atol=tolerance / 10)
 
 
-def test_what_nothing_goes_into_keeps_its_bits() -> None:
+def test_tokens_that_are_not_merged_are_bit_identical() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         x, attention = draw(2, 41, dtype)
         found = ToMe().reduce(TokenSequence(x, 1, True, attention, draw_sizes(2, 41), trace=True), 12)
@@ -79,8 +79,8 @@ def test_what_nothing_goes_into_keeps_its_bits() -> None:
             assert torch.equal(found.tokens[b, alone], x[b, found.positions[b, alone]])
 
 
-def test_patches_are_never_lost() -> None:
-    """Ten times in succession: the sizes add up to the patches, and size-weighted tokens to the sum of all."""
+def test_sizes_sum_to_the_number_of_patches() -> None:
+    """After ten reductions the sizes sum to the number of patches, and the weighted tokens to the sum of all tokens."""
     x, _ = draw(2, 200)
     expected, sizes, tokens = x.sum(dim=1), None, x
     for step in range(10):
@@ -95,8 +95,8 @@ def test_patches_are_never_lost() -> None:
     torch.testing.assert_close((tokens * sizes.unsqueeze(2)).sum(dim=1), expected, rtol=1e-10, atol=1e-10)
 
 
-def test_many_go_into_one_and_sums_are_taken_in_a_higher_precision() -> None:
-    """300 tokens of 1 and one of 3, summed in bfloat16, are 256; and no such size is a number of bfloat16."""
+def test_many_bfloat16_tokens_are_merged_in_float32() -> None:
+    """In bfloat16 the sum of 300 tokens of 1 and one of 3 would be 256, and the size could not be represented."""
     x = torch.ones(2, 302, 4, dtype=torch.bfloat16)
     x[:, 300] = 4.0
     source = torch.arange(301).expand(2, -1)
@@ -107,8 +107,8 @@ def test_many_go_into_one_and_sums_are_taken_in_a_higher_precision() -> None:
     assert reduced.positions.tolist() == [[301], [301]]
 
 
-def test_autocast_rounds_no_token() -> None:
-    """A product of matrices would: autocast makes bfloat16 of it, also for the tokens that stay as they are."""
+def test_autocast_does_not_round_tokens() -> None:
+    """A matrix product would be rounded to bfloat16 by autocast, also for kept tokens."""
     x, attention = draw(2, 41, torch.float32)
     source, destination = bipartite_matching(attention.key, 15, 1)
     with torch.autocast("cpu", torch.bfloat16):
@@ -117,8 +117,8 @@ def test_autocast_rounds_no_token() -> None:
     assert torch.equal(found.tokens, merge(x, source, destination).tokens)
 
 
-def test_autocast_changes_no_pair() -> None:
-    """Keys of a few kinds, nearly alike, whose cosines bfloat16 would make equal."""
+def test_autocast_does_not_change_the_pairs() -> None:
+    """With nearly equal keys, whose cosines would be equal in bfloat16."""
     generator = torch.Generator().manual_seed(0)
     kinds = torch.randn(4, 8, generator=generator)[torch.arange(60) % 4]
     key = kinds + 0.05 * torch.randn(2, 3, 60, 8, generator=generator)
@@ -129,7 +129,7 @@ def test_autocast_changes_no_pair() -> None:
         assert pairs_of(found[0][b], found[1][b]) == pairs_of(expected[0][b], expected[1][b])
 
 
-def test_keys_that_are_zero_match_nothing_and_break_nothing() -> None:
+def test_zero_keys_give_finite_results() -> None:
     x, attention = draw(1, 21)
     key = attention.key.clone()
     key[:, :, 4] = 0.0
@@ -138,7 +138,7 @@ def test_keys_that_are_zero_match_nothing_and_break_nothing() -> None:
     assert 4 in found.positions[0].tolist()
 
 
-def test_an_image_has_the_same_outcome_alone_and_in_any_batch() -> None:
+def test_an_image_does_not_depend_on_its_batch() -> None:
     x, attention = draw(5, 60, torch.float32)
     sizes = draw_sizes(5, 60)
     together = ToMe().reduce(TokenSequence(x, 1, True, attention, sizes), 20)
@@ -151,8 +151,8 @@ def test_an_image_has_the_same_outcome_alone_and_in_any_batch() -> None:
         torch.testing.assert_close(alone.tokens[0], together.tokens[b], rtol=1e-5, atol=1e-6)
 
 
-def test_prefix_tokens_take_no_part_whatever_their_keys() -> None:
-    """A CLS whose key is that of a patch is no partner of it, and the alternation starts after the prefix."""
+def test_prefix_tokens_are_never_merged() -> None:
+    """Even if CLS has the key of a patch; the alternation starts after the prefix."""
     _, attention = draw(2, 12)
     key = attention.key.clone()
     key[:, :, :2] = key[:, :, 5:7]
@@ -165,7 +165,7 @@ def test_prefix_tokens_take_no_part_whatever_their_keys() -> None:
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_compiles_without_a_break(backend: str) -> None:
+def test_compiles_as_one_graph(backend: str) -> None:
     torch._dynamo.reset()
     x, attention = draw(2, 30, torch.float32)
     sizes = draw_sizes(2, 30)
@@ -178,7 +178,7 @@ def test_compiles_without_a_break(backend: str) -> None:
         torch.testing.assert_close(each, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_gradients_are_those_of_the_mean() -> None:
+def test_gradients_match_those_of_the_mean() -> None:
     x, attention = draw(1, 9)
     source, destination = bipartite_matching(attention.key, 3, 1)
     assert torch.autograd.gradcheck(lambda x: merge(x, source, destination).tokens, x.requires_grad_())
@@ -187,11 +187,11 @@ def test_gradients_are_those_of_the_mean() -> None:
 @pytest.mark.parametrize(
     ("tokens", "prefix", "max_removed"), [(197, 1, 98), (198, 1, 98), (3, 1, 1), (2, 1, 0), (1, 5, 0)]
 )
-def test_capacity(tokens: int, prefix: int, max_removed: int) -> None:
+def test_max_removed(tokens: int, prefix: int, max_removed: int) -> None:
     assert ToMe().max_removed(tokens, prefix) == max_removed
 
 
-def test_it_is_what_it_says() -> None:
+def test_attributes() -> None:
     method = ToMe()
     assert resolve("tome") == method
     assert (method.site, method.reads, method.tracks_sizes, method.is_lossless) == ("block", {"attention"}, True, True)
@@ -204,7 +204,7 @@ def test_it_is_what_it_says() -> None:
     assert pickle.loads(pickle.dumps(other)) == other
 
 
-def test_bad_arguments() -> None:
+def test_invalid_arguments_are_rejected() -> None:
     anything: Any = ToMe
     with pytest.raises(ArgumentError, match="`proportional_attention` must be True or False, got 'yes'"):
         anything("yes")

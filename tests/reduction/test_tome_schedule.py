@@ -10,7 +10,7 @@ SHAPES = [(197, 1, 12, 0), (197, 1, 12, 3), (20, 0, 4, 0), (33, 2, 5, 2), (9, 5,
 
 
 def fits(removed: list[int], tokens: int, prefix: int) -> bool:
-    """Whether each block merges at most half of the patch tokens that it finds."""
+    """Whether each block merges at most half of its patch tokens."""
     patches = tokens - prefix
     for each in removed:
         if not 0 <= each <= patches // 2:
@@ -29,11 +29,11 @@ def test_every_total_is_met_exactly(tokens: int, prefix: int, depth: int, first:
         assert sum(removed) == remove
         assert not any(removed[:first])
         assert fits(removed, tokens, prefix)
-    with pytest.raises(ScheduleError, match=rf"{most + 1} tokens cannot go: of {tokens}, .* at most {most}, half"):
+    with pytest.raises(ScheduleError, match=rf"`remove` must be at most {most}, .* got {most + 1}\."):
         allocate_tokens(most + 1, tokens, prefix, depth, first, inflection)
 
 
-def test_most_is_half_in_every_block() -> None:
+def test_the_largest_total_is_half_in_every_block() -> None:
     assert max_allocatable(197, 1, 12, 0) == 195
     assert max_allocatable(197, 1, 12, 11) == 98
     assert max_allocatable(197, 1, 12, 10) == 98 + 49
@@ -44,30 +44,30 @@ def test_most_is_half_in_every_block() -> None:
 
 
 @pytest.mark.parametrize("remove", [96, 100, 131, 7])
-def test_constant_is_even_and_the_first_blocks_merge_the_odd_ones(remove: int) -> None:
+def test_constant_distributes_evenly_with_the_remainder_first(remove: int) -> None:
     low, odd = divmod(remove, 12)
     assert allocate_tokens(remove, 197, 1, 12, 0) == [low + 1] * odd + [low] * (12 - odd)
     low, odd = divmod(remove, 9)
     assert allocate_tokens(remove, 197, 1, 12, 3) == [0] * 3 + [low + 1] * odd + [low] * (9 - odd)
 
 
-def test_what_a_block_cannot_merge_goes_in_the_others() -> None:
-    """With 30 in each the last would find 46, and can merge half of them only."""
+def test_excess_over_half_is_merged_in_other_blocks() -> None:
+    """With 30 in each, 46 tokens would enter the last block, which can merge only half of them."""
     assert allocate_tokens(180, 197, 1, 6, 0) == [33, 33, 33, 33, 32, 16]
 
 
 @pytest.mark.parametrize("depth", [2, 5, 12, 24])
 @pytest.mark.parametrize("inflection", [-1.0, -0.5, 0.25, 1.0])
-def test_r_and_inflection_follow_the_line(depth: int, inflection: float) -> None:
+def test_r_and_inflection_give_a_linear_schedule(depth: int, inflection: float) -> None:
     r = 7
     removed = tome_schedule(r, depth, 2000, 1, inflection).removed
     assert sum(removed) == r * depth
     for i, found in enumerate(removed):
         wanted = r * (1 + inflection * (2 * i / (depth - 1) - 1))
-        assert abs(found - wanted) < 1, "the nearest whole number, or the other one beside it"
+        assert abs(found - wanted) < 1, "rounded up or down"
 
 
-def test_constant_r_and_the_papers_clamping() -> None:
+def test_constant_r_is_limited_to_half_as_in_the_paper() -> None:
     assert tome_schedule(8, 12, 197).removed == (8,) * 12
     assert tome_schedule(0, 3, 197).removed == (0, 0, 0)
     assert tome_schedule(8, 4, 197, first=2).removed == (0, 0, 8, 8)
@@ -77,7 +77,7 @@ def test_constant_r_and_the_papers_clamping() -> None:
     assert tome_schedule(8, 12, 197, inflection=-1).tokens(197)[-1] == 101
 
 
-def test_the_class_spreads_by_its_form() -> None:
+def test_the_class_allocates_by_its_schedule() -> None:
     where = {"tokens": 197, "num_prefix_tokens": 1, "depth": 12, "block": 2}
     constant, decreasing = ToMe().allocate(60, **where), ToMe(schedule="decreasing").allocate(60, **where)
     assert constant == [0, 0, *[6] * 10]
@@ -93,17 +93,20 @@ def test_the_class_spreads_by_its_form() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: tome_schedule(-1, 12, 197), "`r` must be a whole number >= 0, got -1"),
-        (lambda: tome_schedule(*[2.5, 12, 197]), "`r` must be a whole number >= 0, got 2.5"),
-        (lambda: tome_schedule(8, 12, 197, inflection=1.5), "`inflection` must be from -1 to 1, got 1.5"),
-        (lambda: tome_schedule(8, 12, 197, inflection=float("nan")), "`inflection` must be from -1 to 1, got nan"),
-        (lambda: tome_schedule(8, 12, 197, first=12), "must be an index from 0 to 11, got 12"),
-        (lambda: tome_schedule(8, 12, 1, 2), "`num_prefix_tokens` must be from 0 to the 1 tokens, got 2"),
-        (lambda: ToMe().allocate(-1, 197, 1, 12, 0), "`remove` must be at least 0, got -1"),
-        (lambda: ToMe().allocate(8, 197, 1, 12, -1), "must be an index from 0 to 11, got -1"),
-        (lambda: ToMe().max_total_removed(197, 1, 12, 12), "must be an index from 0 to 11, got 12"),
+        (lambda: tome_schedule(-1, 12, 197), "`r` must be an integer >= 0, got -1"),
+        (lambda: tome_schedule(*[2.5, 12, 197]), "`r` must be an integer >= 0, got 2.5"),
+        (lambda: tome_schedule(8, 12, 197, inflection=1.5), "`inflection` must be a number in \\[-1, 1\\], got 1.5"),
+        (
+            lambda: tome_schedule(8, 12, 197, inflection=float("nan")),
+            "`inflection` must .* got nan",
+        ),
+        (lambda: tome_schedule(8, 12, 197, first=12), "`first` must be a block index from 0 to 11, got 12"),
+        (lambda: tome_schedule(8, 12, 1, 2), "`num_prefix_tokens` must be .*1.*, got 2"),
+        (lambda: ToMe().allocate(-1, 197, 1, 12, 0), "`remove` must be an integer >= 0, got -1"),
+        (lambda: ToMe().allocate(8, 197, 1, 12, -1), "`first` must be a block index from 0 to 11, got -1"),
+        (lambda: ToMe().max_total_removed(197, 1, 12, 12), "`first` must be a block index from 0 to 11, got 12"),
     ],
 )
-def test_bad_arguments(call: Any, message: str) -> None:
+def test_invalid_arguments_are_rejected(call: Any, message: str) -> None:
     with pytest.raises(ArgumentError, match=message):
         call()

@@ -13,7 +13,7 @@ HEADS = [(0, False), (1, True), (1, False), (2, True), (5, True), (4, False)]
 @pytest.mark.parametrize(("prefix", "class_token"), HEADS)
 @pytest.mark.parametrize("heads", [1, 3])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_every_number_of_removed_tokens(prefix: int, class_token: bool, heads: int, batch: int) -> None:
+def test_every_remove_matches_the_reference(prefix: int, class_token: bool, heads: int, batch: int) -> None:
     sequence = draw(batch, 7, prefix, class_token, heads)
     attention = sequence.attention
     assert attention is not None
@@ -32,7 +32,7 @@ def test_every_number_of_removed_tokens(prefix: int, class_token: bool, heads: i
 
 @pytest.mark.parametrize(("dtype", "tolerance"), PRECISIONS)
 @pytest.mark.parametrize("class_token", [True, False])
-def test_lower_precisions(dtype: torch.dtype, tolerance: float, class_token: bool) -> None:
+def test_lower_precision_matches_the_reference(dtype: torch.dtype, tolerance: float, class_token: bool) -> None:
     sequence = draw(dtype=dtype)
     assert sequence.attention is not None
     query, key, _ = sequence.attention[:3]
@@ -47,8 +47,8 @@ def test_lower_precisions(dtype: torch.dtype, tolerance: float, class_token: boo
     assert reduced.sizes is None
 
 
-def test_only_the_row_of_the_class_token_counts() -> None:
-    """What patch tokens ask for plays no part where there is a CLS, and what a register asks for never does."""
+def test_only_the_query_of_the_class_token_has_an_effect() -> None:
+    """Patch queries have no effect if there is a CLS token, and register queries never have."""
     attention = draw(prefix=5).attention
     assert attention is not None
     query = attention.query.clone()
@@ -61,7 +61,7 @@ def test_only_the_row_of_the_class_token_counts() -> None:
     assert torch.equal(topk_scores(other, 5, False), topk_scores(attention, 5, False))
 
 
-def test_the_mask_and_the_scale_of_the_block_count() -> None:
+def test_mask_and_scale_change_the_scores() -> None:
     attention = draw(1).attention
     assert attention is not None
     bias = torch.zeros(12, 12, dtype=torch.float64)
@@ -71,16 +71,16 @@ def test_the_mask_and_the_scale_of_the_block_count() -> None:
     torch.testing.assert_close(flat, torch.full_like(flat, 1 / 12))
 
 
-def test_an_image_has_the_same_outcome_in_any_batch() -> None:
+def test_an_image_does_not_depend_on_its_batch() -> None:
     check_alone_and_together(TopK())
 
 
 @pytest.mark.parametrize(("tokens", "prefix", "max_removed"), [(197, 1, 195), (2, 1, 0), (1, 1, 0), (4, 0, 3)])
-def test_capacity(tokens: int, prefix: int, max_removed: int) -> None:
+def test_max_removed(tokens: int, prefix: int, max_removed: int) -> None:
     assert TopK().max_removed(tokens, prefix) == max_removed
 
 
-def test_what_it_is() -> None:
+def test_attributes() -> None:
     assert (TopK().name, TopK().site, TopK().reads) == ("topk", "block", {"attention"})
     facts = [TopK().is_lossless, TopK().tracks_sizes, TopK().proportional_attention, TopK().adaptive]
     assert not any(facts)

@@ -1,4 +1,4 @@
-"""Learning, keeping and reading visual words."""
+"""Learning, saving and loading visual words."""
 
 import copy
 import json
@@ -13,7 +13,8 @@ from torch import Tensor
 
 import lightning_prune as lp
 from lightning_prune.errors import ArgumentError, DataError, FileFormatError
-from lightning_prune.reduction.vocabulary import Vocabulary, WordLearner
+from lightning_prune.reduction.vocabulary import Vocabulary
+from lightning_prune.reduction.word_learning import WordLearner
 
 
 def draw(images: int = 6, channels: int = 3, size: int = 24, seed: int = 0) -> Tensor:
@@ -25,8 +26,8 @@ def vocabulary(**options: object) -> Vocabulary:
     return lp.learn_vocabulary([draw()], progress=False, **settings)
 
 
-def test_words_are_the_means_of_the_clusters_that_are_there() -> None:
-    """Four kinds of patches, a little noise: four words, each the mean of its kind."""
+def test_words_are_the_means_of_clear_clusters() -> None:
+    """Four kinds of patches with noise give four words, each the mean of its kind."""
     generator = torch.Generator().manual_seed(0)
     kinds = 5 * torch.randn(4, 2 * 4 * 4, generator=generator)
     of = torch.randint(0, 4, (40, 9), generator=generator)
@@ -40,14 +41,14 @@ def test_words_are_the_means_of_the_clusters_that_are_there() -> None:
     assert (len(learned), learned.channels, learned.patch_size, learned.patches) == (4, 2, 4, 360)
 
 
-def test_as_many_words_as_patches_are_the_patches() -> None:
+def test_as_many_words_as_patches_reproduce_the_patches() -> None:
     learned = lp.learn_vocabulary([draw(1)], patch_size=8, words=9, progress=False)
     patches = torch.stack([draw(1)[0, :, y : y + 8, x : x + 8].flatten() for y in (0, 8, 16) for x in (0, 8, 16)])
     assert torch.cdist(patches, learned.centroids).amin(dim=1).max() < 1e-4
 
 
-def test_the_seed_decides_and_how_images_are_batched_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_prune.reduction.vocabulary._LEAST_STEP", 20)
+def test_words_depend_on_the_seed_and_not_on_the_batch_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_prune.reduction.word_learning._MIN_BATCH", 20)
     images = draw(12)
     one, *others, seeded = (
         lp.learn_vocabulary(images.split(size), patch_size=8, words=6, seed=seed, progress=False)
@@ -58,14 +59,14 @@ def test_the_seed_decides_and_how_images_are_batched_does_not(monkeypatch: pytes
     assert one.patches == 12 * 9
 
 
-def test_more_words_than_can_be_chosen_well_begin_with_random_patches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_prune.reduction.vocabulary._CHOSEN_WELL", 5)
+def test_many_words_are_initialised_with_random_patches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_prune.reduction.word_learning._MAX_KMEANS_PP", 5)
     made = [lp.learn_vocabulary([draw(12)], patch_size=8, words=6, seed=seed, progress=False) for seed in (0, 0, 1)]
     assert made[0] == made[1] != made[2]
     assert torch.cdist(made[0].centroids, made[0].centroids).fill_diagonal_(9).min() > 0.1, "no word twice"
 
 
-def test_words_can_be_asked_for_between_images() -> None:
+def test_finish_can_be_called_between_batches() -> None:
     learner = WordLearner(patch_size=8, words=4)
     learner.add(draw(2))
     before = learner.finish()
@@ -74,7 +75,7 @@ def test_words_can_be_asked_for_between_images() -> None:
     assert learner.finish() != before
 
 
-def test_half_precision_images_are_learned_in_single() -> None:
+def test_half_precision_images_give_float32_words() -> None:
     assert (
         lp.learn_vocabulary([draw().bfloat16()], patch_size=8, words=5, progress=False).centroids.dtype is torch.float32
     )
@@ -83,15 +84,15 @@ def test_half_precision_images_are_learned_in_single() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"words": 55}, "`words` must be at most the number of patches, 54 of 6 images; got 55."),
-        ({"words": 0}, "`words` must be a whole number >= 1, got 0."),
-        ({"words": 2.5}, "`words` must be a whole number >= 1, got 2.5."),
-        ({"patch_size": 0}, "`patch_size` must be a whole number >= 1, got 0."),
-        ({"seed": -1}, r"`seed` must be a whole number from 0 to 2\^32 - 1, got -1."),
+        ({"words": 55}, "`words` must be at most the number of patches, 54 of 6 images, got 55."),
+        ({"words": 0}, "`words` must be a number of words >= 1, got 0."),
+        ({"words": 2.5}, "`words` must be a number of words >= 1, got 2.5."),
+        ({"patch_size": 0}, "`patch_size` must be a number of pixels >= 1, got 0."),
+        ({"seed": -1}, r"`seed` must be an integer in \[0, 2\^32 - 1\], got -1"),
         ({"mean": (0.5,)}, r"`mean` must be one number for each of 3 channels, got \(0.5,\)."),
     ],
 )
-def test_arguments_that_cannot_be_used(options: dict[str, object], message: str) -> None:
+def test_invalid_arguments_are_rejected(options: dict[str, object], message: str) -> None:
     with pytest.raises(ArgumentError, match=message):
         vocabulary(**options)
 
@@ -99,27 +100,27 @@ def test_arguments_that_cannot_be_used(options: dict[str, object], message: str)
 @pytest.mark.parametrize(
     ("batches", "message"),
     [
-        ([], "There is no image to learn words from."),
-        ([draw()[0]], r"Images must be .* got \(3, 24, 24\)."),
-        ([draw(size=6)], r"no side below a patch of 8 pixels; got \(6, 3, 6, 6\)."),
-        ([draw() / 0], "Pixels must be finite"),
-        ([draw(), draw(channels=1)], "as many channels: 3 before, 1 now."),
+        ([], "`batches` must hold at least one image, got none"),
+        ([draw()[0]], r"`images` must be .* got \(3, 24, 24\)."),
+        ([draw(size=6)], r"`images` must be .* >= 8, .* got \(6, 3, 6, 6\)"),
+        ([draw() / 0], "`images` must hold finite numbers"),
+        ([draw(), draw(channels=1)], "`images` must have 3 channels, .* got 1"),
     ],
 )
-def test_data_that_cannot_be_used(batches: list[Tensor], message: str) -> None:
+def test_invalid_data_are_rejected(batches: list[Tensor], message: str) -> None:
     with pytest.raises(DataError, match=message):
         lp.learn_vocabulary(batches, patch_size=8, words=5, progress=False)
 
 
-def test_channels_are_compared_after_a_step_too() -> None:
+def test_other_channels_are_rejected_after_a_step() -> None:
     learner = WordLearner(patch_size=1, words=2)
     learner.add(draw(2))  # more than a step
     assert learner.images == 2
-    with pytest.raises(DataError, match="3 before, 1 now"):
+    with pytest.raises(DataError, match=r"`images` must have 3 channels, .* got 1"):
         learner.add(draw(channels=1))
 
 
-def test_a_file_holds_all_that_a_vocabulary_is(tmp_path: Path) -> None:
+def test_save_and_load_keep_everything(tmp_path: Path) -> None:
     made = vocabulary(seed=3)
     path = made.save(tmp_path / "deep" / "words.safetensors")
     read = Vocabulary.load(path)
@@ -131,14 +132,14 @@ def test_a_file_holds_all_that_a_vocabulary_is(tmp_path: Path) -> None:
     assert repr(read) == f"Vocabulary(9 words of 3 x 8 x 8, {made.digest[:12]})"
 
 
-def test_saving_elsewhere_than_in_safetensors(tmp_path: Path) -> None:
-    with pytest.raises(ArgumentError, match=r"saved as \.safetensors, got '.*words\.pt'"):
+def test_another_suffix_is_rejected(tmp_path: Path) -> None:
+    with pytest.raises(ArgumentError, match=r"`path` must be .*\.safetensors, got '.*words\.pt'"):
         vocabulary().save(tmp_path / "words.pt")
     assert not list(tmp_path.iterdir())
 
 
 def rewritten(path: Path, **changes: object) -> Path:
-    """The file with other metadata."""
+    """Rewrites the file with other metadata."""
     made = Vocabulary.load(path)
     facts = {"patch_size": 8, "channels": 3, "words": 9, "mean": None, "std": None, "patches": 54, "seed": 0}
     metadata = {"format": "lightning_prune.vocabulary", "version": "1", "facts": json.dumps(facts)}
@@ -164,14 +165,14 @@ def rewritten(path: Path, **changes: object) -> Path:
         ({"format": None}, "it has no format entry"),
         ({"facts": None}, "damaged .*: 'facts'"),
         ({"facts": "{"}, "is a damaged"),
-        ({"words": 8}, "its words and what it says of them do not agree"),
-        ({"channels": 1}, "its words and what it says of them do not agree"),
-        ({"patch_size": 7}, r"damaged .*`centroids` must be \(words, channels \* 7 \* 7\)"),
+        ({"words": 8}, "its metadata contradict the shape of its words"),
+        ({"channels": 1}, "its metadata contradict the shape of its words"),
+        ({"patch_size": 7}, r"damaged .*`centroids` must be of shape \(words, channels \* 7 \* 7\)"),
         ({"mean": [1.0]}, "damaged .*`mean` must be one number for each of 3 channels"),
         ({"tensor": "weight"}, r"damaged .*`centroids` must be"),
     ],
 )
-def test_files_that_are_no_vocabularies_of_this_release(
+def test_files_of_another_format_or_version_are_rejected(
     changes: dict[str, object], message: str, tmp_path: Path
 ) -> None:
     path = rewritten(vocabulary().save(tmp_path / "words.safetensors"), **changes)
@@ -179,10 +180,10 @@ def test_files_that_are_no_vocabularies_of_this_release(
         Vocabulary.load(path)
 
 
-def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+def test_unreadable_files_are_rejected(tmp_path: Path) -> None:
     path = tmp_path / "words.safetensors"
     for missing in (path, tmp_path):
-        with pytest.raises(FileFormatError, match=r"Cannot read .*: it does not exist, or is a folder"):
+        with pytest.raises(FileFormatError, match=r"Cannot read .*: it does not exist or is a folder"):
             Vocabulary.load(missing)
     whole = vocabulary().save(path).read_bytes()
     for content in (b"", whole[: len(whole) // 2], whole[:20], b"removed: [1]\n", struct.pack("<Q", 2**40) + b"{}"):
@@ -196,7 +197,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         Vocabulary.load(path)
 
 
-def test_equality_copies_and_pickles_go_by_content() -> None:
+def test_equality_copies_and_pickles_depend_on_content() -> None:
     made = vocabulary()
     same = Vocabulary(made.centroids, 8, made.mean, made.std, source="elsewhere")
     assert made == same
@@ -215,7 +216,7 @@ def test_equality_copies_and_pickles_go_by_content() -> None:
     assert torch.equal(read.units(cpu), made.units(cpu))
 
 
-def test_words_are_moved_to_a_device_once() -> None:
+def test_words_are_copied_to_a_device_once() -> None:
     made = vocabulary()
     elsewhere = torch.device("meta")
     assert made.units(elsewhere) is made.units(elsewhere)
@@ -223,7 +224,7 @@ def test_words_are_moved_to_a_device_once() -> None:
     assert list(pickle.loads(pickle.dumps(made))._units) == [torch.device("cpu")]
 
 
-def test_a_vocabulary_keeps_no_reference_to_what_it_was_made_of() -> None:
+def test_a_vocabulary_copies_its_inputs() -> None:
     words = torch.randn(4, 12)
     made = Vocabulary(words, 2)
     before = made.centroids.clone()
@@ -234,13 +235,13 @@ def test_a_vocabulary_keeps_no_reference_to_what_it_was_made_of() -> None:
 @pytest.mark.parametrize(
     ("centroids", "size", "message"),
     [
-        (torch.randn(3, 10), 4, r"`centroids` must be \(words, channels \* 4 \* 4\), got \(3, 10\)"),
+        (torch.randn(3, 10), 4, r"`centroids` must be of shape \(words, channels \* 4 \* 4\), got \(3, 10\)"),
         (torch.randn(0, 16), 4, r"got \(0, 16\)"),
         (torch.randn(16), 4, r"got \(16,\)"),
-        (torch.full((2, 16), float("nan")), 4, "`centroids` must be finite"),
-        (torch.randn(3, 16), 4.0, "`patch_size` must be a whole number of pixels >= 1, got 4.0"),
+        (torch.full((2, 16), float("nan")), 4, "`centroids` must hold finite numbers"),
+        (torch.randn(3, 16), 4.0, "`patch_size` must be a number of pixels >= 1, got 4.0"),
     ],
 )
-def test_words_that_are_none(centroids: Tensor, size: int, message: str) -> None:
+def test_invalid_centroids_are_rejected(centroids: Tensor, size: int, message: str) -> None:
     with pytest.raises(ArgumentError, match=message):
         Vocabulary(centroids, size)

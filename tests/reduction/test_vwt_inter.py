@@ -21,7 +21,7 @@ PATCHES, VALUES = ROWS * COLUMNS, 3 * SIDE * SIDE
 
 
 def naive_groups(image: Tensor, words: Tensor, threshold: float) -> list[list[int]]:
-    """The patches of each token that an image (channels, height, width) is left with, in the order of their first."""
+    """The patches of each remaining token of an image (channels, height, width), ordered by first patch."""
     groups: list[tuple[int | None, list[int]]] = []
     for row in range(ROWS):
         for column in range(COLUMNS):
@@ -43,7 +43,7 @@ def naive_groups(image: Tensor, words: Tensor, threshold: float) -> list[list[in
 
 
 def draw(batch: int, prefix: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Vocabulary]:
-    """Tokens, images whose patches are more or less like words of one vocabulary, and that vocabulary."""
+    """Random tokens, a vocabulary, and images whose patches are similar to its words."""
     generator = torch.Generator().manual_seed(prefix)
 
     def normal(*shape: int) -> Tensor:
@@ -62,7 +62,7 @@ def draw(batch: int, prefix: int, dtype: torch.dtype = torch.float64) -> tuple[T
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("pad_to", ["batch", "image"])
 @pytest.mark.parametrize("threshold", [0, 0.15, 0.4, 1.2, 2])
-def test_the_formula(prefix: int, batch: int, pad_to: Any, threshold: float) -> None:
+def test_tokens_match_the_formula(prefix: int, batch: int, pad_to: Any, threshold: float) -> None:
     tokens, pixels, vocabulary = draw(batch, prefix)
     method = VWTInter(vocabulary, threshold, pad_to)
     reduced = method.reduce(TokenSequence(tokens, prefix, prefix > 0, pixels=pixels, trace=True), 0)
@@ -90,7 +90,7 @@ def test_the_formula(prefix: int, batch: int, pad_to: Any, threshold: float) -> 
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
-def test_lower_precisions(dtype: torch.dtype, tolerance: float) -> None:
+def test_lower_precision_matches_the_reference(dtype: torch.dtype, tolerance: float) -> None:
     tokens, pixels, vocabulary = draw(3, 1, dtype)
     reduced = VWTInter(vocabulary, 0.3).reduce(TokenSequence(tokens, 1, True, pixels=pixels), 0)
     assert reduced.sources is None
@@ -105,7 +105,7 @@ def test_lower_precisions(dtype: torch.dtype, tolerance: float) -> None:
             torch.testing.assert_close(reduced.tokens[b, 1 + place].double(), expected, rtol=tolerance, atol=tolerance)
 
 
-def test_autocast_does_not_blur_distances() -> None:
+def test_autocast_does_not_round_distances() -> None:
     tokens, pixels, vocabulary = draw(3, 1, torch.float32)
     sequence = TokenSequence(tokens, 1, True, pixels=pixels)
     exact = VWTInter(vocabulary, 0.3).reduce(sequence, 0)
@@ -114,7 +114,7 @@ def test_autocast_does_not_blur_distances() -> None:
     assert torch.equal(exact.tokens, blurred.tokens)
 
 
-def test_an_image_has_the_same_outcome_alone_and_in_any_batch() -> None:
+def test_an_image_does_not_depend_on_its_batch() -> None:
     tokens, pixels, vocabulary = draw(6, 1)
     method = VWTInter(vocabulary, 0.3)
     together = method.reduce(TokenSequence(tokens, 1, True, pixels=pixels), 0)
@@ -129,7 +129,7 @@ def test_an_image_has_the_same_outcome_alone_and_in_any_batch() -> None:
     assert len(counts) > 1
 
 
-def test_words_are_compared_in_parts_as_in_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_of_words_give_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:
     patches, words = torch.randn(2, 9, 5), torch.nn.functional.normalize(torch.randn(23, 5), dim=1)
     whole = nearest_words(patches, words)
     monkeypatch.setattr(vwt_inter, "_CHUNK", 5)
@@ -138,14 +138,14 @@ def test_words_are_compared_in_parts_as_in_one(monkeypatch: pytest.MonkeyPatch) 
     torch.testing.assert_close(whole[0], parts[0])
 
 
-def test_a_patch_without_length_is_no_word() -> None:
+def test_a_patch_of_zeros_is_not_assigned_to_a_word() -> None:
     _, _, vocabulary = draw(1, 0)
     zeros = torch.zeros(1, 3, ROWS * SIDE, COLUMNS * SIDE)
     sequence = TokenSequence(torch.randn(1, PATCHES, 4), 0, False, pixels=zeros)
     assert VWTInter(vocabulary, 0.99).reduce(sequence, 0).tokens.shape == (1, PATCHES, 4)
 
 
-def test_one_word_everywhere_leaves_one_token() -> None:
+def test_an_image_of_one_word_gives_one_token() -> None:
     _, _, vocabulary = draw(1, 0)
     patch = vocabulary.centroids[3].view(3, SIDE, SIDE)
     sequence = TokenSequence(
@@ -166,10 +166,10 @@ def test_one_word_everywhere_leaves_one_token() -> None:
         ({"threshold": True}, r"`threshold` must .* got True"),
         ({"pad_to": "all"}, "`pad_to` must be 'batch' or 'image', got 'all'"),
         ({"vocabulary": 3}, "`vocabulary` must be a Vocabulary or the path of one, got 3"),
-        ({"vocabulary": None}, "vwt-inter needs a vocabulary: learn one by `lightning-prune vocabulary`"),
+        ({"vocabulary": None}, "`vocabulary` must be a Vocabulary .*, got None"),
     ],
 )
-def test_arguments_that_cannot_be_used(options: dict[str, Any], message: str) -> None:
+def test_invalid_arguments_are_rejected(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ArgumentError, match=message):
         VWTInter(**{"vocabulary": draw(1, 0)[2], **options})
 
@@ -177,24 +177,27 @@ def test_arguments_that_cannot_be_used(options: dict[str, Any], message: str) ->
 @pytest.mark.parametrize(
     ("vocabulary", "message"),
     [
-        (Vocabulary(torch.randn(5, 3 * 8 * 8), 8), "is for patches of 3 x 8 x 8, this model for 3 x 4 x 4"),
-        (Vocabulary(torch.randn(5, 16), 4), "is for patches of 1 x 4 x 4, this model for 3 x 4 x 4"),
-        (Vocabulary(torch.randn(5, 48), 2), "is for patches of 12 x 2 x 2, this model for 3 x 4 x 4"),
+        (
+            Vocabulary(torch.randn(5, 3 * 8 * 8), 8),
+            "of 3 x 4 x 4 .* got one for 3 x 8 x 8",
+        ),
+        (Vocabulary(torch.randn(5, 16), 4), r"`vocabulary` must be for patches of 3 x 4 x 4 .* got one for 1 x 4 x 4"),
+        (Vocabulary(torch.randn(5, 48), 2), r"`vocabulary` must be for patches of 3 x 4 x 4 .* got one for 12 x 2 x 2"),
     ],
 )
-def test_a_vocabulary_of_other_patches(vocabulary: Vocabulary, message: str) -> None:
+def test_a_vocabulary_with_other_patches_is_rejected(vocabulary: Vocabulary, message: str) -> None:
     tokens, pixels, _ = draw(1, 1)
     with pytest.raises(ArgumentError, match=message):
         VWTInter(vocabulary).reduce(TokenSequence(tokens, 1, True, pixels=pixels), 0)
 
 
-def test_tokens_that_are_no_grid_of_the_image() -> None:
+def test_tokens_without_a_grid_are_rejected() -> None:
     tokens, pixels, vocabulary = draw(1, 1)
-    with pytest.raises(UnsupportedModelError, match="14 patch tokens are no grid"):
+    with pytest.raises(UnsupportedModelError, match="14 patch tokens do not form a grid"):
         VWTInter(vocabulary).reduce(TokenSequence(tokens[:, 1:], 1, True, pixels=pixels), 0)
 
 
-def test_equality_copies_and_words_for_it(tmp_path: Path) -> None:
+def test_equality_copies_repr_and_settings(tmp_path: Path) -> None:
     vocabulary = draw(1, 0)[2]
     method = VWTInter(vocabulary, 0.2)
     path = vocabulary.save(tmp_path / "words.safetensors")

@@ -1,4 +1,4 @@
-"""vwt-inter in whole models: its tokens and no others, whatever the batch, compiled and exported too."""
+"""vwt-inter in models: tokens, independence of the batch, compilation and export."""
 
 import copy
 from typing import Any
@@ -19,7 +19,7 @@ def vit(kind: str = "vit_tiny_patch16_224", **options: Any) -> Any:
 
 
 def images(batch: int = 4, size: int = 32) -> Tensor:
-    """The more alike the patches of an image, the later it comes."""
+    """Images with increasingly similar patches."""
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(batch, 3, size, size, generator=generator, dtype=torch.float64)
     flat = torch.randn(3, 1, 1, generator=generator, dtype=torch.float64)
@@ -30,7 +30,7 @@ def words(**options: Any) -> Vocabulary:
     return lp.learn_vocabulary([images(8).float()], patch_size=8, words=12, progress=False, **options)
 
 
-def test_no_image_depends_on_its_batch_mates() -> None:
+def test_an_image_does_not_depend_on_its_batch() -> None:
     model, batch = vit(), images()
     with torch.no_grad(), lp.patch(model, VWTInter(words(), 0.3)):
         together = model(batch)
@@ -41,8 +41,8 @@ def test_no_image_depends_on_its_batch_mates() -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"reg_tokens": 2}])
-def test_the_blocks_see_the_means_and_nothing_else(options: dict[str, Any]) -> None:
-    """One image has no padding: its logits are those of the plain blocks on the merged tokens."""
+def test_blocks_receive_the_merged_tokens(options: dict[str, Any]) -> None:
+    """A single image has no padding, so its logits are those of the unpatched blocks on the merged tokens."""
     model, batch, vocabulary = vit(**options), images()[2:3], words()
     prefix = model.num_prefix_tokens
     grouping = group_by_word(batch, 16, vocabulary, 0.3)
@@ -65,7 +65,7 @@ def test_a_threshold_of_zero_is_the_dense_model() -> None:
         assert torch.equal(model(batch), dense)
 
 
-def test_padding_to_the_image_compiles_and_exports() -> None:
+def test_padding_to_all_patches_compiles_and_exports() -> None:
     torch._dynamo.reset()  # of models of other tests it may have had enough
     model, batch = vit(), images()
     with torch.no_grad():
@@ -82,29 +82,29 @@ def test_padding_to_the_image_compiles_and_exports() -> None:
 @pytest.mark.parametrize(
     ("vocabulary", "message"),
     [
-        (Vocabulary(torch.randn(3, 48), 4), "is for patches of 4 x 4, this model for 8 x 8; learn one for this model"),
+        (Vocabulary(torch.randn(3, 48), 4), r"`vocabulary` must be for patches of 8 x 8 .* got one for 4 x 4"),
         (
             Vocabulary(torch.randn(3, 192), 8, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)),
-            r"normalised by mean \(0.485, 0.456, 0.406\), this model for \(0.5, 0.5, 0.5\)",
+            r"`vocabulary` must be for .* mean \(0.5, 0.5, 0.5\) .* got one for \(0.485, 0.456, 0.406\)",
         ),
         (
             Vocabulary(torch.randn(3, 192), 8, mean=(0.5, 0.5, 0.5), std=(0.229, 0.224, 0.225)),
-            r"normalised by std \(0.229, 0.224, 0.225\), this model for \(0.5, 0.5, 0.5\)",
+            r"`vocabulary` must be for .* std \(0.5, 0.5, 0.5\) .* got one for \(0.229, 0.224, 0.225\)",
         ),
     ],
 )
-def test_a_vocabulary_for_another_model_is_refused_at_once(vocabulary: Vocabulary, message: str) -> None:
+def test_a_vocabulary_for_another_model_is_rejected_when_patching(vocabulary: Vocabulary, message: str) -> None:
     model = vit()
     with pytest.raises(ArgumentError, match=message):
         lp.patch(model, VWTInter(vocabulary))
 
 
-def test_a_vocabulary_for_this_model_or_of_unknown_normalisation_is_taken() -> None:
+def test_a_matching_vocabulary_is_accepted() -> None:
     for known in ({}, {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}):
         lp.patch(vit(), VWTInter(words(**known))).remove()
 
 
-def test_where_only_the_images_show_the_patch_size_the_first_forward_says_it() -> None:
+def test_an_unknown_patch_size_is_checked_in_forward() -> None:
     class Embedding(nn.Module):
         def __init__(self, embed: nn.Module) -> None:
             super().__init__()
@@ -117,12 +117,12 @@ def test_where_only_the_images_show_the_patch_size_the_first_forward_says_it() -
     model.patch_embed = Embedding(model.patch_embed)
     with (
         lp.patch(model, VWTInter(Vocabulary(torch.randn(3, 48), 4))),
-        pytest.raises(ArgumentError, match="is for patches of 3 x 4 x 4, this model for 3 x 8 x 8"),
+        pytest.raises(ArgumentError, match=r"`vocabulary` must be for patches of 3 x 8 x 8 .* got one for 3 x 4 x 4"),
     ):
         model(images())
 
 
-def test_a_schedule_is_refused() -> None:
+def test_a_schedule_is_rejected() -> None:
     with pytest.raises(ScheduleError, match="`schedule` must be left out with vwt-inter"):
         lp.patch(vit(), VWTInter(words()), [1, 0, 0])
 
@@ -135,7 +135,7 @@ def test_a_schedule_is_refused() -> None:
         ("vit_tiny_patch16_224", {"dynamic_img_size": True}),
     ],
 )
-def test_other_kinds_of_models_do_not_mix_images_either(name: str, options: dict[str, Any]) -> None:
+def test_an_image_does_not_depend_on_its_batch_in_other_models(name: str, options: dict[str, Any]) -> None:
     model = vit(name, **options)
     batch = images()
     with torch.no_grad(), lp.patch(model, VWTInter(words(), 0.3)):

@@ -8,11 +8,11 @@ import lightning_prune as lp
 from helpers.models import tiny_vit
 from lightning_prune.errors import ScheduleError, UnsupportedModelError
 from lightning_prune.reduction import TokenSequence
-from lightning_prune.reduction.visual_words import VWTIntra, patch_variances, vwt_intra
+from lightning_prune.reduction.pixel_variance import VWTIntra, patch_variances, vwt_intra
 
 
 def naive_variances(image: Tensor, side: int) -> list[float]:
-    """Of one image (channels, height, width), by loops."""
+    """The variances of one image (channels, height, width), by loops."""
     channels, height, width = image.shape
     values = image.double().tolist()
     variances = []
@@ -30,7 +30,7 @@ def naive_variances(image: Tensor, side: int) -> list[float]:
 
 
 def naive(tokens: Tensor, image: Tensor, side: int, remove: int, prefix: int) -> tuple[Tensor, list[int]]:
-    """Tokens (N - R, C) of one image that stay, and their positions."""
+    """The kept tokens (N - R, C) of one image, and their positions."""
     variances = naive_variances(image, side)
     kept = sorted(sorted(range(len(variances)), key=lambda i: -variances[i])[: len(variances) - remove])
     positions = [*range(prefix), *(prefix + i for i in kept)]
@@ -47,7 +47,7 @@ def draw(batch: int, prefix: int, dtype: torch.dtype = torch.float64, seed: int 
 
 @pytest.mark.parametrize("prefix", [0, 1, 2, 5])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_every_number_of_removed_tokens(prefix: int, batch: int) -> None:
+def test_every_remove_matches_the_reference(prefix: int, batch: int) -> None:
     tokens, pixels = draw(batch, prefix, seed=prefix)
     for b in range(batch):
         torch.testing.assert_close(patch_variances(pixels, 15)[b].tolist(), naive_variances(pixels[b], 4))
@@ -62,7 +62,7 @@ def test_every_number_of_removed_tokens(prefix: int, batch: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_lower_precisions_are_judged_in_single(dtype: torch.dtype) -> None:
+def test_lower_precision_is_ranked_in_float32(dtype: torch.dtype) -> None:
     tokens, pixels = draw(3, 1, dtype)
     assert patch_variances(pixels, 15).dtype == torch.float32
     reduced = vwt_intra(tokens, pixels, 6, 1)
@@ -73,8 +73,8 @@ def test_lower_precisions_are_judged_in_single(dtype: torch.dtype) -> None:
         assert torch.equal(reduced.tokens[b], expected)
 
 
-def test_of_equals_the_first_stay_in_any_batch() -> None:
-    """Saturated patches have one variance, though not zero where channels are normalised apart."""
+def test_ties_keep_the_first_in_any_batch() -> None:
+    """Saturated patches have equal variances, which are not zero if channels are normalised separately."""
     pixels = torch.tensor([-2.117, -2.035, -1.804]).view(1, 3, 1, 1).expand(1, 3, 32, 32).clone()
     others = torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     tokens = torch.randn(1, 65, 4)
@@ -84,7 +84,7 @@ def test_of_equals_the_first_stay_in_any_batch() -> None:
         assert reduced.positions[place].tolist() == list(range(25))
 
 
-def test_an_image_has_the_same_outcome_alone_and_in_any_batch() -> None:
+def test_an_image_does_not_depend_on_its_batch() -> None:
     tokens, pixels = draw(5, 1, torch.float32)
     together = vwt_intra(tokens, pixels, 7, 1)
     for b in range(5):
@@ -93,15 +93,15 @@ def test_an_image_has_the_same_outcome_alone_and_in_any_batch() -> None:
         assert torch.equal(alone.tokens[0], together.tokens[b])
 
 
-def test_tokens_that_are_no_grid_of_the_image() -> None:
-    with pytest.raises(UnsupportedModelError, match="14 patch tokens are no grid"):
+def test_tokens_without_a_grid_are_rejected() -> None:
+    with pytest.raises(UnsupportedModelError, match="14 patch tokens do not form a grid"):
         VWTIntra().reduce(TokenSequence(torch.zeros(1, 15, 4), 1, True, pixels=torch.zeros(1, 3, 12, 20)), 3)
 
 
 @pytest.mark.parametrize(
     "options", [{}, {"reg_tokens": 4}, {"class_token": False, "global_pool": "avg", "fc_norm": False}]
 )
-def test_a_patched_model_is_the_model_of_the_kept_tokens(options: dict[str, object]) -> None:
+def test_a_patched_model_matches_the_blocks_on_kept_tokens(options: dict[str, object]) -> None:
     model = tiny_vit("vit_tiny_patch16_224", img_size=(24, 32), depth=3, **options)
     torch._dynamo.reset()  # of models of other tests it may have had enough
     prefix = model.num_prefix_tokens
@@ -118,13 +118,13 @@ def test_a_patched_model_is_the_model_of_the_kept_tokens(options: dict[str, obje
             torch.testing.assert_close(exported(images), expected)
 
 
-def test_one_compiled_graph_takes_images_of_several_sizes() -> None:
+def test_one_compiled_graph_runs_several_image_sizes() -> None:
     compiled = torch.compile(vwt_intra, fullgraph=True, dynamic=True, backend="eager")
     for rows, columns in ((3, 5), (4, 4), (7, 3)):
         tokens, pixels = torch.randn(2, 1 + rows * columns, 6), torch.randn(2, 3, 8 * rows, 8 * columns)
         assert torch.equal(compiled(tokens, pixels, 4, 1).tokens, vwt_intra(tokens, pixels, 4, 1).tokens)
 
 
-def test_blocks_after_the_first_are_refused() -> None:
-    with pytest.raises(ScheduleError, match="vwt-intra removes tokens before block 0; the schedule asks block 1"):
+def test_later_blocks_are_rejected() -> None:
+    with pytest.raises(ScheduleError, match=r"`schedule` must .* before which vwt-intra acts, got block 1"):
         lp.patch(tiny_vit(depth=3), VWTIntra(), lp.Schedule.single(3, 1, 5))

@@ -1,4 +1,4 @@
-"""How many tokens images would be left with, counted without a model."""
+"""Counting the tokens that are left per image, without a model."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from lightning_prune.errors import ArgumentError, DataError
 from lightning_prune.reduction import TokenSequence, VWTInter, tokens_per_image
 
 
-def test_counts_are_those_of_the_method() -> None:
+def test_counts_match_the_method() -> None:
     generator = torch.Generator().manual_seed(0)
     flat = torch.randn(20, 3, 1, 1, generator=generator)
     images = flat + torch.linspace(0.05, 1, 20).view(-1, 1, 1, 1) * torch.randn(20, 3, 16, 24, generator=generator)
@@ -24,12 +24,12 @@ def test_counts_are_those_of_the_method() -> None:
     ordered = sorted(lengths)
     assert found.low == pytest.approx(ordered[0] + 0.95 * (ordered[1] - ordered[0]))
     assert found.high == pytest.approx(ordered[18] + 0.05 * (ordered[19] - ordered[18]))
-    assert str(found).startswith(f"{found.mean:.1f} of 24 patch tokens an image are left")
+    assert str(found).startswith(f"{found.mean:.1f} of 24 patch tokens are left per image")
 
 
-def test_what_cannot_be_counted() -> None:
+def test_invalid_inputs_are_rejected() -> None:
     words = lp.learn_vocabulary([torch.rand(2, 3, 16, 16)], patch_size=4, words=3, progress=False)
-    with pytest.raises(DataError, match="no image to count"):
+    with pytest.raises(DataError, match="`batches` must hold at least one image, got none"):
         tokens_per_image([], words)
-    with pytest.raises(ArgumentError, match="patches of 3 x 4 x 4, this model for 1 x 4 x 4"):
+    with pytest.raises(ArgumentError, match=r"patches of 1 x 4 x 4 .* got one for 3 x 4 x 4"):
         tokens_per_image([torch.rand(2, 1, 16, 16)], words)

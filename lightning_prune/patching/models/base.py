@@ -1,4 +1,4 @@
-"""Adapters: what patching needs to know of a kind of model."""
+"""Adapters: the interface between patching and the model families."""
 
 import sys
 from abc import ABC, abstractmethod
@@ -25,21 +25,21 @@ class VisionTransformer:
     Attributes:
         root: The transformer; calling it with images runs it.
         path: Its dotted path in the model that was searched; empty for the model itself.
-        adapter: How models of its kind are patched.
+        adapter: The adapter of its model family.
         blocks: Its blocks in order.
         num_prefix_tokens: P, the class, distillation and register tokens, which come before the patch tokens.
         has_class_token: Whether token 0 is a CLS token.
-        num_tokens: N, tokens that enter the first prunable block, prefix included; None where the image size decides.
+        num_tokens: N, tokens that enter the first prunable block, prefix included; None if it depends on the images.
         embed_dim: C.
         patch_embed: The module that receives the images.
-        num_classes: Size of the output if it is logits; 0 if the model returns features.
-        has_position_inputs: Whether blocks receive something for each token besides the tokens (a rotary embedding, a
-            bias), which must be gathered to the tokens that are left.
-        pools_patches: Whether the model's output is made of all patch tokens, by a mean or by attention, and not of the
-            CLS token alone. A merged token then counts as often as it holds patches.
+        num_classes: Number of logits; 0 if the model returns features.
+        has_position_inputs: Whether blocks receive another input for each token (a rotary embedding, a bias), which
+            must be selected for the tokens that are left.
+        pools_patches: Whether the model's output is computed from all patch tokens, by a mean or by attention, and not
+            from the CLS token only. A merged token is then weighted by its number of patches.
         first_prunable_block: Index of the first block that can reduce.
         first_prunable_reason: Why the blocks before it cannot.
-        compiled_wrapper: The `torch.compile` wrapper around `root`, where the model has one.
+        compiled_wrapper: The `torch.compile` wrapper around `root`, if there is one.
     """
 
     root: nn.Module
@@ -60,7 +60,7 @@ class VisionTransformer:
 
     @property
     def compiled_root(self) -> nn.Module:
-        """What the user's model calls: the compiled wrapper where there is one."""
+        """The module that the user's model calls: the compiled wrapper if there is one, else `root`."""
         return self.root if self.compiled_wrapper is None else self.compiled_wrapper
 
     @property
@@ -69,7 +69,7 @@ class VisionTransformer:
         return len(self.blocks)
 
     def count_tokens(self, images: Tensor) -> int:
-        """N, tokens that enter the first block that can reduce, counted in a forward pass of such images.
+        """N, the number of tokens that enter the first prunable block, counted in a forward pass.
 
         Args:
             images: (B, channels, height, width) on the model's device.
@@ -77,22 +77,21 @@ class VisionTransformer:
         Raises:
             ArgumentError: If the model cannot run on them.
         """
-        seen: list[int] = []
+        counts: list[int] = []
         hook = self.blocks[self.first_prunable_block].register_forward_pre_hook(
-            lambda _, args: seen.append(args[0].shape[1])
+            lambda _, args: counts.append(args[0].shape[1])
         )
         try:
             with torch.no_grad(), eval_mode(self.root):
-                self.root.forward(images)  # past a compiled graph, which would not see the hook
+                self.root.forward(images)  # not a compiled graph, which would not call the hook
         except (AssertionError, RuntimeError) as error:
             raise ArgumentError(
-                f"The Vision Transformer cannot run on images {tuple(images.shape)}, {images.dtype}: {error} Give "
-                "those that it receives itself, after all that your module does to them (`images_from_batch` of "
-                "TokenPruning)."
+                f"`images` must be valid inputs of the Vision Transformer, got {tuple(images.shape)}, {images.dtype}: "
+                f"{error} Pass images as your module passes them to it (`images_from_batch` of TokenPruning)."
             ) from error
         finally:
             hook.remove()
-        return seen[0]
+        return counts[0]
 
     def outputs(self, images: Tensor) -> Tensor:
         """Runs the transformer: (B, classes) logits or (B, C) features of (B, channels, height, width) images."""
@@ -100,10 +99,10 @@ class VisionTransformer:
 
 
 def loaded_class(name: str) -> type[nn.Module] | None:
-    """The class that another library calls `name`, as in `"timm.models.eva:Eva"`.
+    """The class of another library with a given name, such as `"timm.models.eva:Eva"`; None if it is not loaded.
 
-    Nothing is imported: where its module is not, no model can be of the class. None there, and where a release of the
-    library has renamed the class, which then costs the adapter that looks for it and nothing else.
+    The module is not imported: if it has not been, no model can have this class. If a release of the library renames
+    the class, only the adapter that looks it up stops working.
     """
     module, _, attribute = name.partition(":")
     kind = getattr(sys.modules.get(module), attribute, None)
@@ -111,35 +110,35 @@ def loaded_class(name: str) -> type[nn.Module] | None:
 
 
 def loaded_classes(names: Iterable[str]) -> tuple[type[nn.Module], ...]:
-    """Those of the classes that `loaded_class` finds."""
+    """The classes of these names that are loaded; see `loaded_class`."""
     return tuple(kind for kind in map(loaded_class, names) if kind is not None)
 
 
 class SplitCheckInput(NamedTuple):
-    """What to try a block on: tokens, and what else it must be given."""
+    """The input for checking the split of a block: number of tokens, and further arguments."""
 
     tokens: int
     kwargs: dict[str, Any]
 
 
 class Setting(NamedTuple):
-    """An attribute of a module as it was before a patch changed it."""
+    """The value of a module's attribute before a patch changed it."""
 
     module: nn.Module
     name: str
     value: Any
 
     def restore(self) -> None:
-        """Puts it back."""
+        """Restores the value."""
         vars(self.module)[self.name] = self.value
 
 
 class ModelAdapter(ABC):
-    """A kind of Vision Transformer: how to recognise one, and how its blocks come apart.
+    """A family of Vision Transformers: how to recognise them, and how to split their blocks.
 
     Attributes:
-        name: What messages call it.
-        guard: Laid over the root of a patched model: refuses calls that need every token.
+        name: Name of the family in messages.
+        guard: Mixin for the root of a patched model that rejects calls which need all tokens.
         supports_key_bias: Whether log-sizes can be added to the logits of its attention (proportional attention of
             ToMe).
     """
@@ -150,30 +149,30 @@ class ModelAdapter(ABC):
 
     @abstractmethod
     def matches(self, module: nn.Module) -> bool:
-        """Whether `module` is the root of a transformer of this kind."""
+        """Whether `module` is the root of a transformer of this family."""
 
     @abstractmethod
     def describe(self, root: nn.Module, path: str) -> VisionTransformer:
-        """The facts of one. Raises UnsupportedModelError, with the reason, where it cannot be pruned."""
+        """Describes a transformer. Raises UnsupportedModelError, with the reason, if it cannot be pruned."""
 
     @abstractmethod
     def attn_mlp_split(self, block: nn.Module) -> AttnMlpSplit | None:
-        """The recipe for this kind of block; None to cut after the whole block."""
+        """The split of this kind of block; None to remove tokens after the whole block."""
 
     def split_check_input(self, transformer: VisionTransformer) -> SplitCheckInput:
-        """On what to check a recipe: few tokens, unless blocks only work on all of them."""
+        """The input for checking a split: few tokens, unless blocks require all of them."""
         return SplitCheckInput(transformer.num_prefix_tokens + 4, {})
 
     def attention_unsupported_reason(self, transformer: VisionTransformer) -> str | None:
-        """Why the attention cannot be read as the model is set up now, with the way out; None where it can."""
+        """Why the attention of this model cannot be read, and what to do about it; None if it can."""
         return None
 
     def force_fused(self, block: nn.Module) -> list[Setting]:
-        """Turns fused attention on in the block's attention modules where it is off; returns what it changed."""
+        """Enables fused attention in the block; returns the settings that it changed."""
         return []
 
     def unfused_attention(self, block: nn.Module) -> dict[nn.Module, type[CapturedAttention]]:
-        """Attention modules of the block that make no fused call, and what to lay over them so that they tell."""
+        """Attention modules of the block without a fused call, and the mixins that capture their inputs."""
         return {}
 
     def recorder(
@@ -184,48 +183,48 @@ class ModelAdapter(ABC):
         num_prefix_tokens: int,
         capture_slot: CaptureSlot | None,
     ) -> AbstractContextManager[Any]:
-        """What records a block's attention, and may change its logits, while the block runs.
+        """A context manager that records a block's attention, and may change its logits, while the block runs.
 
         Args:
-            calls: Where to record.
-            log_sizes: (B, 1, 1, N) to be added to the logits of every key, or None.
-            arrived: State of the tokens that earlier reductions left; None where all tokens are left.
+            calls: The list to append the inputs to.
+            log_sizes: (B, 1, 1, N) to add to the logits of each key, or None.
+            arrived: State of the tokens after earlier reductions; None if all tokens are left.
             num_prefix_tokens: P.
-            capture_slot: The slot of the block's `unfused_attention` modules; None where it has none.
+            capture_slot: The slot of the block's `unfused_attention` modules; None if it has none.
         """
         return SDPARecorder(calls, log_sizes) if capture_slot is None else Capturing(capture_slot, calls, log_sizes)
 
     def mask_passthrough(self, block: nn.Module) -> Callable[..., Any] | None:
-        """Returns `block.attn.forward` if it passes `attn_mask` unchanged to its one fused call, else None."""
+        """Returns `block.attn.forward` if it passes `attn_mask` unchanged to its only fused call, else None."""
         return None
 
     @property
     def requires_recorder(self) -> bool:
-        """Whether a block after a reduction must run in `tap` even if nothing is read there and nothing weighed."""
+        """Whether every block after a reduction must run in `recorder`, even if its attention is not read."""
         return False
 
     def check_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Refuses what a reducing block cannot honour.
+        """Rejects arguments that a reducing block does not support.
 
         Raises:
-            ArgumentError: If an attention mask came, which is made for all tokens.
-            UnsupportedModelError: If attention is to be causal.
+            ArgumentError: If an attention mask was passed, which is for all tokens.
+            UnsupportedModelError: If the attention is causal.
         """
         if kwargs.get("attn_mask") is not None:
-            raise ArgumentError("`attn_mask` is made for all tokens; a model whose blocks remove tokens cannot use it.")
+            raise ArgumentError("`attn_mask` must be None in a model whose blocks remove tokens, got a mask.")
         if kwargs.get("is_causal"):
-            raise UnsupportedModelError("Token reduction needs bidirectional attention; this block's is causal.")
+            raise UnsupportedModelError("Token reduction needs bidirectional attention, got causal attention.")
 
     def adapt_position_inputs(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], arrived: TokenState, num_prefix_tokens: int
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Adapts what a block receives besides tokens (a rotary embedding) to the tokens that are left.
+        """Adapts the position inputs of a block, such as a rotary embedding, to the tokens that are left.
 
-        Called in blocks after a reduction. Families whose blocks receive nothing else keep this.
+        Called in blocks after a reduction. By default there are no position inputs.
         """
         return args, kwargs
 
     def output(self, result: Any) -> Tensor:
-        """Logits or features (B, D) out of what the root returns."""
+        """Logits or features (B, D) from the output of the root."""
         assert isinstance(result, Tensor)
         return result

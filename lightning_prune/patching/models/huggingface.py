@@ -17,19 +17,18 @@ from lightning_prune.patching.token_state import TokenState
 
 
 class HuggingFace(ModelAdapter):
-    """A model alone, under a head, or as the tower of a larger model.
+    """A model without a head, with a head, or as a tower of a larger model.
 
-    No overlay may be laid over a root: transformers looks up by the name of its class what to record for
+    The class of the root is never patched, because transformers uses its name to look up what to record for
     `output_hidden_states=True` and what to write into a saved config.
 
     Attributes:
-        roots: Names of the classes that models of this family can be.
-        layers: Names of the classes that their blocks can be.
+        roots: Names of the model classes of this family.
+        layers: Names of the classes of their blocks.
         class_token: Whether token 0 is a CLS token.
-        any_size: Whether it takes images of all sizes, by fitting its positional terms to them.
-        has_position_inputs: Whether blocks receive what is made for all tokens: a mask while exporting, a rotary
-            embedding.
-        pooling: Names of the roots that return something made of all patch tokens, not of the CLS token alone.
+        any_size: Whether the model accepts images of any size, by interpolating its positional terms.
+        has_position_inputs: Whether blocks receive inputs for all tokens: a mask during export, or a rotary embedding.
+        pooling: Names of the roots whose output is computed from all patch tokens, not from the CLS token only.
     """
 
     roots: ClassVar[tuple[str, ...]]
@@ -40,7 +39,7 @@ class HuggingFace(ModelAdapter):
     pooling: ClassVar[tuple[str, ...]] = ()
 
     def matches(self, module: nn.Module) -> bool:
-        """Subclasses count: users write their own."""
+        """Also matches subclasses, which users may define."""
         return _is_a(module, self.roots)
 
     def describe(self, root: nn.Module, path: str) -> VisionTransformer:
@@ -54,7 +53,7 @@ class HuggingFace(ModelAdapter):
         lists = (tuple(m) for m in core.modules() if isinstance(m, nn.ModuleList))
         blocks = next((each for each in lists if each and all(_is_a(m, self.layers) for m in each)), None)
         if blocks is None:
-            raise UnsupportedModelError(f"{kind.__name__} holds no list of {' or '.join(self.layers)}.")
+            raise UnsupportedModelError(f"{kind.__name__} contains no list of {' or '.join(self.layers)}.")
         prefix = self.num_prefix_tokens(core.embeddings)
         return VisionTransformer(
             root=root,
@@ -78,69 +77,67 @@ class HuggingFace(ModelAdapter):
         return int(self.class_token) + int(hasattr(embeddings, "distillation_token")) + count
 
     @abstractmethod
-    def recipe(self, block: nn.Module) -> AttnMlpSplit:
-        """How a block of this family comes apart."""
+    def known_split(self, block: nn.Module) -> AttnMlpSplit:
+        """The split of a block of this family."""
 
     def attn_mlp_split(self, block: nn.Module) -> AttnMlpSplit | None:
-        """A subclass of users with a forward of its own is cut after."""
-        theirs = original_class(block).forward.__module__.startswith("transformers.models.")
-        return self.recipe(block) if theirs else None
+        """None for a user's subclass with its own forward."""
+        is_known = original_class(block).forward.__module__.startswith("transformers.models.")
+        return self.known_split(block) if is_known else None
 
     def attention_unsupported_reason(self, transformer: VisionTransformer) -> str | None:
-        """Attention is read through torch's fused function, which one of the implementations to choose from calls."""
-        used = core_of(transformer.root).config._attn_implementation
-        if used == "sdpa":
+        """Only the implementation `"sdpa"` calls torch's fused attention, which can be read."""
+        implementation = core_of(transformer.root).config._attn_implementation
+        if implementation == "sdpa":
             return None
         return (
-            f"The attention of this {original_class(transformer.root).__name__} is set to {used!r}, where it cannot be "
-            f'read; call `model.set_attn_implementation("sdpa")` first.'
+            f"The attention implementation of this {original_class(transformer.root).__name__} must be 'sdpa' to be "
+            f'read, got {implementation!r}. Call `model.set_attn_implementation("sdpa")` first.'
         )
 
     def check_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """See `ModelAdapter.check_call`; most models pass the mask by position."""
+        """See `ModelAdapter.check_call`. Most models pass the mask as a positional argument."""
         mask = args[0] if args else kwargs.get("attention_mask")
-        if mask is not None and not _hides_nothing(mask):
-            raise ArgumentError(
-                "`attention_mask` is made for all tokens; a model whose blocks remove tokens cannot use it."
-            )
+        if mask is not None and not _is_constant(mask):
+            raise ArgumentError("`attention_mask` must be None in a model whose blocks remove tokens, got a mask.")
         super().check_call(args, kwargs)
 
     def adapt_position_inputs(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], arrived: TokenState, num_prefix_tokens: int
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Does without the mask that hides nothing, which has the size of all tokens."""
+        """Drops the constant mask, which masks nothing but has the size of all tokens."""
         self.check_call(args, kwargs)
         if args:
             return (None, *args[1:]), kwargs
         return args, {**kwargs, "attention_mask": None} if "attention_mask" in kwargs else kwargs
 
     def output(self, result: Any) -> Tensor:
-        """Logits, else projected or pooled features, else the CLS token or the mean of the patch tokens."""
+        """Logits if there are any, else projected or pooled features, else the CLS token or the mean of the tokens."""
         if isinstance(result, Tensor):
             return result
         values = tuple(result.values() if isinstance(result, Mapping) else result)
         named = result if isinstance(result, Mapping) else {}
         tensors = [each for each in values if isinstance(each, Tensor)]
         for found in (*(named.get(key) for key in ("logits", "image_embeds", "pooler_output")), *tensors):
-            if isinstance(found, Tensor) and found.ndim == 2:  # without names they stand in the same order
+            if isinstance(found, Tensor) and found.ndim == 2:  # tuples without names have the same order
                 return found
         tokens = next(each for each in tensors if each.ndim == 3)
         return tokens[:, 0] if self.class_token else tokens.mean(dim=1)
 
 
 def _is_a(module: nn.Module, names: tuple[str, ...]) -> bool:
-    """Whether the module's class, or one that it derives from, is one of these of transformers."""
+    """Whether the module is an instance of one of these classes of transformers, or of a subclass."""
     mro = type(module).__mro__
     return any(each.__name__ in names and each.__module__.startswith("transformers.models.") for each in mro)
 
 
-def _hides_nothing(mask: Any) -> bool:
-    """Whether it is one value spread over all keys, as in the mask that `torch.export` makes these models build."""
+def _is_constant(mask: Any) -> bool:
+    """Whether a mask is a single value expanded over all keys, as these models create it during `torch.export`."""
     return isinstance(mask, Tensor) and mask.stride(-1) == 0
 
 
 def core_of(root: nn.Module) -> Any:
-    """The model without its head: what embeds the images."""
+    """The model without its head: the module that has `embeddings`."""
     return next(m for m in root.modules() if isinstance(getattr(m, "embeddings", None), nn.Module))
 
 
@@ -156,7 +153,7 @@ def _pair(size: int | Iterable[int]) -> tuple[int, int]:
 
 
 def _classes(root: Any) -> int:
-    """Size of the logits; heads may be replaced, or left out by `num_labels=0`."""
+    """Number of logits. Users may replace the head, or omit it by `num_labels=0`."""
     head = getattr(root, "classifier", getattr(root, "cls_classifier", None))
     if isinstance(head, nn.Linear):
         return head.out_features
@@ -164,7 +161,7 @@ def _classes(root: Any) -> int:
 
 
 class HuggingFaceViT(HuggingFace):
-    """ViT and DeiT: absolute positions, added once."""
+    """ViT and DeiT, with absolute position embeddings."""
 
     name: ClassVar[str] = "Hugging Face ViT and DeiT"
     roots: ClassVar[tuple[str, ...]] = (
@@ -179,13 +176,13 @@ class HuggingFaceViT(HuggingFace):
     layers: ClassVar[tuple[str, ...]] = ("ViTLayer", "DeiTLayer")
     has_position_inputs = True
 
-    def recipe(self, block: nn.Module) -> AttnMlpSplit:
-        """The MLP is one module, or two in the first versions 5."""
+    def known_split(self, block: nn.Module) -> AttnMlpSplit:
+        """The MLP is one module, or two in early releases of version 5."""
         return OUTPUT if hasattr(block, "intermediate") else DROPOUT
 
 
 class HuggingFaceDinov2(HuggingFace):
-    """DINOv2 with and without registers: positions are fitted to the size of the images."""
+    """DINOv2 with and without registers; position embeddings are interpolated to the image size."""
 
     name: ClassVar[str] = "Hugging Face DINOv2"
     roots: ClassVar[tuple[str, ...]] = (
@@ -199,20 +196,20 @@ class HuggingFaceDinov2(HuggingFace):
     any_size = True
     has_position_inputs = True
 
-    def recipe(self, block: nn.Module) -> AttnMlpSplit:
-        """Layer scale and drop path in both."""
+    def known_split(self, block: nn.Module) -> AttnMlpSplit:
+        """With layer scale and drop path in both parts."""
         return LAYER_SCALE
 
 
 class HuggingFaceDinov3(HuggingFaceDinov2):
-    """DINOv3: every block receives `position_embeddings`, (cosine, sine), (N - P, D) each, of the patch tokens."""
+    """DINOv3; every block receives `position_embeddings`, (cosine, sine) of the patch tokens, (N - P, D) each."""
 
     name: ClassVar[str] = "Hugging Face DINOv3"
     roots: ClassVar[tuple[str, ...]] = ("DINOv3ViTModel",)
     layers: ClassVar[tuple[str, ...]] = ("DINOv3ViTLayer",)
 
     def split_check_input(self, transformer: VisionTransformer) -> SplitCheckInput:
-        """Any angles will do."""
+        """With arbitrary angles."""
         tokens = super().split_check_input(transformer).tokens
         config = core_of(transformer.root).config
         angles = torch.linspace(0, 1, config.hidden_size // config.num_attention_heads, device="cpu")
@@ -222,7 +219,7 @@ class HuggingFaceDinov3(HuggingFaceDinov2):
     def adapt_position_inputs(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], arrived: TokenState, num_prefix_tokens: int
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Gathers the rotary embedding to the tokens that are left; a fused token is not rotated."""
+        """Selects the rotary embedding of the tokens that are left; a fused token is not rotated."""
         args, kwargs = super().adapt_position_inputs(args, kwargs, arrived, num_prefix_tokens)
         cosine, sine = kwargs["position_embeddings"]
 
@@ -238,7 +235,7 @@ class HuggingFaceDinov3(HuggingFaceDinov2):
 
 
 class HuggingFaceCLIP(HuggingFace):
-    """CLIP's vision tower; the text tower is never touched."""
+    """CLIP's vision tower; the text tower is never patched."""
 
     name: ClassVar[str] = "Hugging Face CLIP"
     roots: ClassVar[tuple[str, ...]] = (
@@ -250,17 +247,17 @@ class HuggingFaceCLIP(HuggingFace):
     layers: ClassVar[tuple[str, ...]] = ("CLIPEncoderLayer",)
     pooling: ClassVar[tuple[str, ...]] = ("CLIPForImageClassification",)
 
-    def recipe(self, block: nn.Module) -> AttnMlpSplit:
-        """The same block in both towers."""
+    def known_split(self, block: nn.Module) -> AttnMlpSplit:
+        """Both towers have the same kind of block."""
         return TOWER
 
     def split_check_input(self, transformer: VisionTransformer) -> SplitCheckInput:
-        """The mask has no default."""
+        """With `attention_mask`, which has no default."""
         return SplitCheckInput(super().split_check_input(transformer).tokens, {"attention_mask": None})
 
 
 class HuggingFaceSigLIP(HuggingFaceCLIP):
-    """SigLIP's vision tower: no CLS token, pooled by attention."""
+    """SigLIP's vision tower, without a CLS token and with attention pooling."""
 
     name: ClassVar[str] = "Hugging Face SigLIP"
     roots: ClassVar[tuple[str, ...]] = ("SiglipVisionModel", "SiglipVisionTransformer", "SiglipForImageClassification")

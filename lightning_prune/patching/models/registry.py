@@ -1,4 +1,4 @@
-"""Finding the Vision Transformer in a model. A new kind of model is a new adapter and an entry in `MODEL_ADAPTERS`."""
+"""Finds the Vision Transformer in a model. To add a model family, add its adapter to `MODEL_ADAPTERS`."""
 
 from dataclasses import replace
 
@@ -14,8 +14,7 @@ from lightning_prune.patching.models.huggingface import (
     HuggingFaceSigLIP,
     HuggingFaceViT,
 )
-from lightning_prune.patching.models.timm_rel_pos import TimmRelPos
-from lightning_prune.patching.models.timm_rope import TimmEva, TimmNaFlex
+from lightning_prune.patching.models.timm_positions import TimmEva, TimmNaFlex, TimmRelPos
 from lightning_prune.patching.models.timm_unfused import TimmCait, TimmConVit
 from lightning_prune.patching.models.timm_vit import TimmVisionTransformer
 from lightning_prune.patching.models.torchvision_vit import TorchvisionVisionTransformer
@@ -38,15 +37,14 @@ MODEL_ADAPTERS: tuple[ModelAdapter, ...] = (
 
 
 def find_vision_transformer(model: nn.Module, module_path: str | None = None) -> VisionTransformer:
-    """The one Vision Transformer in `model`, which may be the model itself or sit anywhere inside it.
+    """Finds the Vision Transformer in `model`: the model itself or one of its submodules.
 
     Args:
         model: Any module.
-        module_path: Dotted path of the transformer in `model`; needed where there are several.
+        module_path: Dotted path of the transformer in `model`; required if there are several.
 
     Raises:
-        UnsupportedModelError: If there is none (says what was looked for and what is there) or there are several and
-            `module_path` is None (lists them).
+        UnsupportedModelError: If there is none, or if there are several and `module_path` is None (lists them).
         ArgumentError: If `module_path` is not the path of a module.
     """
     if not isinstance(model, nn.Module):
@@ -72,18 +70,21 @@ def find_vision_transformer(model: nn.Module, module_path: str | None = None) ->
             if reason is not None:
                 at = f" at {path!r}" if path else ""
                 raise UnsupportedModelError(f"{type(module).__name__}{at} cannot be pruned: {reason}.")
-        looked = ", ".join(adapter.name for adapter in MODEL_ADAPTERS)
-        raise UnsupportedModelError(f"Found no Vision Transformer. Looked for {looked}; {_contents(model)}.")
+        supported = ", ".join(adapter.name for adapter in MODEL_ADAPTERS)
+        raise UnsupportedModelError(f"`model` must contain one of {supported}, got {_contents(model)}.")
     if len(found) > 1:
         candidates = ", ".join(f"{path!r} ({original_class(module).__name__})" for path, module, _ in found)
-        raise UnsupportedModelError(f"Found {len(found)} Vision Transformers; pass `module_path`, one of {candidates}.")
+        raise UnsupportedModelError(
+            f"`module_path` must be one of {candidates}, because the model contains {len(found)} Vision Transformers, "
+            "got None."
+        )
     path, root, adapter = found[0]
     compiled = next((m for m in model.modules() if m is not root and getattr(m, "_orig_mod", None) is root), None)
     return replace(describe(adapter, root, path), compiled_wrapper=compiled)
 
 
 def describe(adapter: ModelAdapter, root: nn.Module, path: str) -> VisionTransformer:
-    """What `adapter` says of a root; of blocks that `torch.compile` has wrapped, the blocks themselves.
+    """Describes a root by its adapter; blocks wrapped by `torch.compile` are unwrapped.
 
     Raises:
         UnsupportedModelError: If it cannot be pruned.
@@ -91,11 +92,11 @@ def describe(adapter: ModelAdapter, root: nn.Module, path: str) -> VisionTransfo
     description = adapter.describe(root, path)
     blocks = tuple(getattr(block, "_orig_mod", block) for block in description.blocks)
     if len(set(blocks)) < len(blocks):
-        raise UnsupportedModelError("The model uses one block at several depths; each must be a module of its own.")
+        raise UnsupportedModelError("The blocks must be different modules, got one module at several depths.")
     return replace(description, blocks=blocks)
 
 
 def _contents(model: nn.Module) -> str:
-    """The outermost classes, which tell a user what was really passed in."""
+    """The class of the model and those of its children."""
     children = sorted({type(child).__name__ for child in model.children()})
-    return f"{type(model).__name__} holds {', '.join(children[:8]) or 'no modules'}"
+    return f"{type(model).__name__} with {', '.join(children[:8]) or 'no modules'}"

@@ -1,4 +1,4 @@
-"""Which of timm's transformers can be pruned, asked of the models themselves."""
+"""Finds out which of timm's transformers can be pruned, by building them."""
 
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ from lightning_prune.errors import UnsupportedModelError
 from lightning_prune.patching.models.registry import find_vision_transformer
 from lightning_prune.patching.models.unsupported import unsupported_reason
 
-# timm's modules of transformers that keep one resolution throughout. All others are convolutional or hierarchical.
+# Modules of timm with transformers of constant resolution. All others are convolutional or hierarchical.
 _ISOTROPIC = (
     "beit",
     "cait",
@@ -34,31 +34,32 @@ _ISOTROPIC = (
 )
 
 
-# What initialises weights in place. Among tensors without data it changes nothing and takes half of the time.
-_FILLING = frozenset({"uniform_", "normal_", "constant_", "kaiming_uniform_", "kaiming_normal_", "xavier_uniform_"})
-_FILLING |= {"trunc_normal_", "zeros_", "ones_", "erfinv_", "mul_", "add_", "clamp_", "zero_", "fill_"}
+# In-place functions that initialise weights. On tensors without data they only take time, half of the total.
+_INITIALISERS = frozenset({"uniform_", "normal_", "constant_", "kaiming_uniform_", "kaiming_normal_"})
+_INITIALISERS |= {"xavier_uniform_", "trunc_normal_", "zeros_", "ones_", "erfinv_", "mul_", "add_", "clamp_"}
+_INITIALISERS |= {"zero_", "fill_"}
 
 
-class _LeftBlank(TorchFunctionMode):
-    """Initialises no weights that have no data."""
+class _SkipInitialisation(TorchFunctionMode):
+    """Skips the initialisation of weights on the meta device."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        tensor = args[0] if args else kwargs.get("tensor")  # as `torch.nn.init` names it
-        if getattr(func, "__name__", "") in _FILLING and isinstance(tensor, Tensor) and tensor.is_meta:
+        tensor = args[0] if args else kwargs.get("tensor")  # the name in `torch.nn.init`
+        if getattr(func, "__name__", "") in _INITIALISERS and isinstance(tensor, Tensor) and tensor.is_meta:
             return tensor
         return func(*args, **kwargs)
 
 
 class SupportStatus(NamedTuple):
-    """What can be done with a model of timm.
+    """Whether a model of timm can be pruned.
 
     Attributes:
         name: timm's name.
         model: Its class.
-        reducible: `"yes"`; `"pruning only"`, where attention has no place for the sizes of merged tokens; `"after the
-            block"`, where the MLP of a reducing block still sees all its tokens; `"from block 10"`; or `"no"`.
-        reason: Why not, or not everywhere.
+        reducible: `"yes"`; `"pruning only"` if its attention cannot be weighted by the sizes of merged tokens; `"after
+            the block"` if the MLP of a reducing block processes all of its tokens; `"from block 10"`; or `"no"`.
+        reason: Why it cannot be pruned, or not everywhere.
     """
 
     name: str
@@ -68,25 +69,25 @@ class SupportStatus(NamedTuple):
 
 
 def isotropic_names() -> list[str]:
-    """The names that timm has of transformers that keep one resolution throughout, sorted."""
+    """Sorted names of timm's transformers with constant resolution."""
     modules = {f"timm.models.{module}" for module in _ISOTROPIC}
     return [name for name in timm.list_models() if timm.model_entrypoint(name).__module__ in modules]
 
 
 def support_of(name: str) -> SupportStatus:
-    """Whether the model of that name can be pruned; builds one block of it, without weights.
+    """Whether a model of timm can be pruned. Builds it with one block and without weights.
 
     Raises:
-        RuntimeError: If timm has no such name.
+        RuntimeError: If timm has no model of that name.
     """
     kind = timm.model_entrypoint(name).__annotations__.get("return")
     reason = unsupported_reason(kind) if isinstance(kind, type) else None
     if isinstance(kind, type) and reason is not None:
         return SupportStatus(name, kind.__name__, "no", reason)
-    with torch.device("meta"), _LeftBlank():
+    with torch.device("meta"), _SkipInitialisation():
         try:
             model = timm.create_model(name, pretrained=False, depth=1)
-        except (AssertionError, IndexError, TypeError):  # its options are made for its own depth
+        except (AssertionError, IndexError, TypeError):  # other options depend on the depth
             model = timm.create_model(name, pretrained=False)
     try:
         transformer = find_vision_transformer(model)
@@ -96,16 +97,16 @@ def support_of(name: str) -> SupportStatus:
         reducible, reason = f"from block {transformer.first_prunable_block}", transformer.first_prunable_reason
     elif transformer.adapter.attn_mlp_split(transformer.blocks[0]) is None:
         block = type(transformer.blocks[0]).__name__
-        reducible, reason = "after the block", f"attention and MLP of a {block} do not come apart"
+        reducible, reason = "after the block", f"a {block} cannot be split between attention and MLP"
     elif not transformer.adapter.supports_key_bias:
-        reducible, reason = "pruning only", "its attention cannot be weighed by the sizes of merged tokens"
+        reducible, reason = "pruning only", "its attention cannot be weighted by the sizes of merged tokens"
     else:
         reducible, reason = "yes", ""
     return SupportStatus(name, type(model).__name__, reducible, reason)
 
 
 class Group(NamedTuple):
-    """Models of one class with which the same can be done."""
+    """Models of one class with the same support."""
 
     model: str
     reducible: str
@@ -114,7 +115,7 @@ class Group(NamedTuple):
 
 
 def grouped(statuses: Iterable[SupportStatus]) -> list[Group]:
-    """The groups of a survey: what can be pruned first, larger groups first."""
+    """Groups the models by class and support: first those that can be pruned, and larger groups first."""
     counts: dict[tuple[str, str, str], int] = {}
     for each in statuses:
         key = (each.model, each.reducible, each.reason)

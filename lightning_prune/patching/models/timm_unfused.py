@@ -1,4 +1,4 @@
-"""timm's transformers that compute their attention themselves: CaiT (talking heads) and ConViT."""
+"""timm's transformers without fused attention: CaiT (talking heads) and ConViT."""
 
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -14,7 +14,7 @@ from lightning_prune.reduction.base import AttentionInputs
 
 
 def project_heads(module: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Query, key and value (B, H, N, D) by the module's own projection."""
+    """Query, key and value (B, H, N, D), computed by the module's projection."""
     batch, tokens, channels = x.shape
     parts = module.qkv(x).reshape(batch, tokens, 3, module.num_heads, channels // module.num_heads)
     query, key, value = parts.permute(2, 0, 3, 1, 4).unbind(0)
@@ -22,13 +22,13 @@ def project_heads(module: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class CapturedTalkingHeads(CapturedAttention):
-    """CaiT: the logits of the heads are mixed before softmax (talking heads, arXiv 2003.02436)."""
+    """Captures the attention of CaiT, which mixes the logits of the heads before softmax (arXiv 2003.02436)."""
 
     def read(self, x: Tensor) -> AttentionInputs:
-        """As a dot product over the channels of all heads: mixing logits by weights is mixing queries by them.
+        """Expresses the mixed logits as a dot product over the channels of all heads, by mixing the queries.
 
-        The bias of the mixing is the same for all keys of a row, which softmax does not see. The second mixing comes
-        after softmax and yields no probabilities; what is read is what tokens receive before it.
+        The bias of the mixing is the same for all keys of a row, so softmax cancels it. The second mixing, after
+        softmax, does not give probabilities and is left out.
         """
         module: Any = self
         query, key, value = project_heads(module, x)
@@ -39,16 +39,16 @@ class CapturedTalkingHeads(CapturedAttention):
 
 
 class CapturedSelfAttention(CapturedAttention):
-    """ConViT's plain blocks."""
+    """Captures the attention of ConViT's blocks without positional attention."""
 
     def read(self, x: Tensor) -> AttentionInputs:
-        """Its projections."""
+        """Projects the tokens to query, key and value."""
         module: Any = self
         return AttentionInputs(*project_heads(module, x), None, module.scale)
 
 
 class TimmUnfused(TimmAdapter):
-    """Attention is read from what goes into it: one projection more than the block itself, in reducing blocks only."""
+    """Captures attention from its inputs. This repeats one projection, in reducing blocks only."""
 
     supports_key_bias: ClassVar[bool] = False
     captured_classes: ClassVar[dict[str, type[CapturedAttention]]] = {
@@ -57,17 +57,17 @@ class TimmUnfused(TimmAdapter):
     }
 
     def unfused_attention(self, block: nn.Module) -> dict[nn.Module, type[CapturedAttention]]:
-        """The block's attention, where it is of a kind that is known."""
+        """The attention modules of known classes."""
         kinds = {loaded_class(name): mixin for name, mixin in self.captured_classes.items()}
         return {module: kinds[type(module)] for module in block.modules() if type(module) in kinds}
 
 
 class TimmCait(TimmUnfused):
-    """CaiT: the CLS token joins in blocks of its own after those that can reduce."""
+    """CaiT. The CLS token is added in separate blocks, after those that can reduce."""
 
     name: ClassVar[str] = "timm Cait"
     roots: ClassVar[tuple[str, ...]] = ("timm.models.cait:Cait",)
-    recipes: ClassVar[dict[str, AttnMlpSplit]] = {"timm.models.cait:LayerScaleBlock": ONE_DROP}
+    splits: ClassVar[dict[str, AttnMlpSplit]] = {"timm.models.cait:LayerScaleBlock": ONE_DROP}
 
     def describe(self, root: nn.Module, path: str) -> VisionTransformer:
         """See `ModelAdapter.describe`."""
@@ -83,11 +83,11 @@ class TimmCait(TimmUnfused):
 
 
 class TimmConVit(TimmUnfused):
-    """ConViT: its first blocks attend by place on the whole grid; the CLS token joins after them."""
+    """ConViT. Its first blocks attend by position on the whole grid; the CLS token is added after them."""
 
     name: ClassVar[str] = "timm ConVit"
     roots: ClassVar[tuple[str, ...]] = ("timm.models.convit:ConVit",)
-    recipes: ClassVar[dict[str, AttnMlpSplit]] = {"timm.models.convit:Block": ONE_DROP}
+    splits: ClassVar[dict[str, AttnMlpSplit]] = {"timm.models.convit:Block": ONE_DROP}
 
     def describe(self, root: nn.Module, path: str) -> VisionTransformer:
         """See `ModelAdapter.describe`."""
@@ -95,5 +95,5 @@ class TimmConVit(TimmUnfused):
         return replace(
             super().describe(root, path),
             first_prunable_block=int(model.local_up_to_layer),
-            first_prunable_reason="attention in those before goes by places on the whole grid",
+            first_prunable_reason="earlier blocks attend by position on the whole grid",
         )

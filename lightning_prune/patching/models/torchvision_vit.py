@@ -14,32 +14,32 @@ _MODULE = "torchvision.models.vision_transformer"
 
 
 class CapturedMultihead(CapturedAttention):
-    """`nn.MultiheadAttention`, which in evaluation makes one native call of projections and attention together.
+    """Captures `nn.MultiheadAttention`, which in evaluation runs projections and attention as one native call.
 
-    A torch function mode would switch that fast path off, and change bits, so nothing is put around the module: query,
-    key and value are projected a second time, in the reducing block alone.
+    A torch function mode would disable that fast path and change the output slightly. Therefore query, key and value
+    are projected a second time, in reducing blocks only.
     """
 
     def read(self, x: Tensor) -> AttentionInputs:
-        """By the packed projection."""
+        """Query, key and value by the packed projection."""
         module: Any = self
         parts = F.linear(x, module.in_proj_weight, module.in_proj_bias)
         query, key, value = parts.unflatten(2, (3, module.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         return AttentionInputs(query, key, value)
 
     def with_key_bias(self, kwargs: dict[str, Any], log_sizes: Tensor) -> dict[str, Any]:
-        """A padding mask of floats is added to the logits of every key."""
+        """Passes the log-sizes as a float padding mask, which is added to the logits of each key."""
         module: Any = self
         return {**kwargs, "key_padding_mask": log_sizes.flatten(1).to(module.in_proj_weight.dtype)}
 
 
 class TorchvisionVisionTransformer(ModelAdapter):
-    """Images of one size, a CLS token, no register tokens."""
+    """Images of fixed size, with a CLS token and without register tokens."""
 
     name: ClassVar[str] = "torchvision VisionTransformer"
 
     def matches(self, module: nn.Module) -> bool:
-        """Subclasses count: users write their own."""
+        """Also matches subclasses, which users may define."""
         return isinstance(module, loaded_classes((f"{_MODULE}:VisionTransformer",)))
 
     def describe(self, root: nn.Module, path: str) -> VisionTransformer:
@@ -59,23 +59,23 @@ class TorchvisionVisionTransformer(ModelAdapter):
         )
 
     def attn_mlp_split(self, block: nn.Module) -> AttnMlpSplit | None:
-        """A subclass with a forward of its own is cut after."""
+        """None for a subclass with its own forward."""
         kind = loaded_class(f"{_MODULE}:EncoderBlock")
         return MULTIHEAD if kind is not None and runs(block, kind) else None
 
     def attention_unsupported_reason(self, transformer: VisionTransformer) -> str | None:
-        """Only a self-attention as torchvision builds it is what `CapturedMultihead` reads."""
+        """`CapturedMultihead` only reads self-attention as torchvision builds it."""
         for index, block in enumerate(transformer.blocks):
             attention = getattr(block, "self_attention", None)
             if not _is_plain(attention):
                 return (
-                    f"The attention of block {index} is {type(attention).__name__}, not a batch-first "
-                    f"nn.MultiheadAttention without extra keys as torchvision builds it, so it cannot be read."
+                    f"The attention of block {index} must be a batch-first nn.MultiheadAttention without extra keys "
+                    f"to be read, got {type(attention).__name__}."
                 )
         return None
 
     def unfused_attention(self, block: nn.Module) -> dict[nn.Module, type[CapturedAttention]]:
-        """The block's one attention."""
+        """The only attention module of the block."""
         module: Any = block
         return {module.self_attention: CapturedMultihead}
 
@@ -91,7 +91,7 @@ def _is_plain(attention: Any) -> bool:
 
 
 def _classes(model: Any) -> int:
-    """Of the last layer of the head, which users replace, and sometimes by nothing."""
+    """Number of logits, by the last layer of the head, which users may replace or remove."""
     last = list(model.heads.modules())[-1]
     if isinstance(last, nn.Linear):
         return last.out_features

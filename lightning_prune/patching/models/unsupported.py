@@ -1,11 +1,11 @@
-"""Transformers that are known and cannot be pruned, and why: said instead of "found none"."""
+"""Known transformers that cannot be pruned, and the reasons."""
 
 from torch import nn
 
-_GRID_AFTER = "it folds its tokens back into their grid after the blocks"
-_GRID_INSIDE = "its blocks work on the grid of tokens (convolutions or windows)"
+_GRID_AFTER = "it reshapes its tokens to their grid after the blocks"
+_GRID_INSIDE = "its blocks operate on the grid of tokens (convolutions or windows)"
 _STAGES = "it is hierarchical: its stages pool or merge the grid of tokens"
-_TWO_KINDS = "its blocks pass on more than one sequence of tokens"
+_TWO_KINDS = "its blocks have more than one sequence of tokens"
 
 _TIMM: dict[str, str] = {  # module of timm.models -> reason
     "qwen3_vit": _GRID_AFTER,
@@ -45,14 +45,14 @@ _TIMM: dict[str, str] = {  # module of timm.models -> reason
 }
 _TORCHVISION: dict[str, str] = {"swin_transformer": _STAGES, "maxvit": _STAGES}
 _HUGGING_FACE: dict[str, str] = {"swin": _STAGES, "swinv2": _STAGES, "sam": _GRID_INSIDE, "pvt": _STAGES}
-_HUGGING_FACE_CLASSES: dict[str, str] = {  # of architectures that can be pruned otherwise
+_HUGGING_FACE_CLASSES: dict[str, str] = {  # of families that can be pruned otherwise
     **dict.fromkeys(("Dinov2Backbone", "Dinov2WithRegistersBackbone", "DINOv3ViTBackbone"), _GRID_AFTER),
     **dict.fromkeys(("ViTForMaskedImageModeling", "DeiTForMaskedImageModeling"), _GRID_AFTER),
 }
 
 
 def unsupported_reason(kind: type[nn.Module]) -> str | None:
-    """Why models of this class cannot be pruned; None where nothing is known of it."""
+    """Why models of this class cannot be pruned; None if no reason is known."""
     for each in kind.__mro__:
         parts = each.__module__.split(".")
         if parts[:2] == ["timm", "models"] and len(parts) > 2:

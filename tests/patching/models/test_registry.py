@@ -109,7 +109,7 @@ class TestFinding:
         inner.aside = build()
         self.check(inner, inner, "", images)
 
-    def test_the_target_chooses(self, build: Any, images: Tensor) -> None:
+    def test_module_path_selects_the_transformer(self, build: Any, images: Tensor) -> None:
         student, teacher = build(), build(seed=1)
         model = Wrapper(student=student, teacher=teacher)
         classes = [type(b) for b in student.blocks]
@@ -118,14 +118,14 @@ class TestFinding:
             assert handle.transformer.path == "teacher"
             assert [type(b) for b in student.blocks] == classes
 
-    def test_a_target_above_the_transformer(self, build: Any) -> None:
+    def test_module_path_of_a_parent(self, build: Any) -> None:
         teacher = build()
         model = Wrapper(student=build(), rest=nn.Sequential(teacher))
         found = find_vision_transformer(model, module_path="rest")
         assert found.root is teacher
         assert found.path == "rest.0"
 
-    def test_a_patched_one_is_found_as_before(self, build: Any) -> None:
+    def test_a_patched_transformer_is_found(self, build: Any) -> None:
         model = build()
         with lp.patch(model, "pomt", REMOVED):
             assert find_vision_transformer(Wrapper(net=model)).root is model
@@ -134,18 +134,18 @@ class TestFinding:
 class TestErrors:
     def test_no_transformer(self) -> None:
         message = (
-            r"Found no Vision Transformer\. Looked for timm VisionTransformer, timm Eva, .*torchvision "
-            r"VisionTransformer, .*Hugging Face CLIP.*; Sequential holds Linear, ReLU\."
+            r"`model` must contain one of timm VisionTransformer, timm Eva, .*torchvision "
+            r"VisionTransformer, .*Hugging Face CLIP.*, got Sequential with Linear, ReLU\."
         )
         with pytest.raises(lp.UnsupportedModelError, match=message):
             lp.patch(nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)), "pomt", REMOVED)
 
     def test_an_empty_module(self) -> None:
-        with pytest.raises(lp.UnsupportedModelError, match=r"; Identity holds no modules\."):
+        with pytest.raises(lp.UnsupportedModelError, match=r"got Identity with no modules\."):
             lp.patch(nn.Identity(), "pomt", REMOVED)
 
     @pytest.mark.parametrize("model", [None, "vit_tiny_patch16_224", torch.ones(1)])
-    def test_no_module(self, model: Any) -> None:
+    def test_other_objects_are_rejected(self, model: Any) -> None:
         message = rf"`model` must be a torch\.nn\.Module, got {type(model).__name__}\."
         with pytest.raises(lp.UnsupportedModelError, match=message):
             lp.patch(model, "pomt", REMOVED)
@@ -153,8 +153,8 @@ class TestErrors:
     def test_two_transformers_are_listed(self, build: Any) -> None:
         model = Wrapper(student=build(), teacher=build("distilled"))
         message = (
-            r"Found 2 Vision Transformers; pass `module_path`, one of 'student' \(VisionTransformer\), "
-            r"'teacher' \(VisionTransformerDistilled\)\."
+            r"`module_path` must be one of 'student' \(VisionTransformer\), "
+            r"'teacher' \(VisionTransformerDistilled\), because .*, got None\."
         )
         with pytest.raises(lp.UnsupportedModelError, match=message):
             lp.patch(model, "pomt", REMOVED)
@@ -162,18 +162,18 @@ class TestErrors:
         with pytest.raises(lp.UnsupportedModelError, match=message):
             lp.patch(model, "pomt", REMOVED)
 
-    def test_an_unknown_target(self, build: Any) -> None:
+    def test_an_unknown_module_path_is_rejected(self, build: Any) -> None:
         message = r"`module_path` must be the dotted path of a module in Wrapper, got 'nett'\."
         with pytest.raises(ArgumentError, match=message):
             lp.patch(Wrapper(net=build()), "pomt", REMOVED, module_path="nett")
 
-    def test_a_target_without_a_transformer(self, build: Any) -> None:
-        with pytest.raises(lp.UnsupportedModelError, match=r"Found no Vision Transformer\..*Linear holds no modules"):
+    def test_a_module_path_without_a_transformer_is_rejected(self, build: Any) -> None:
+        with pytest.raises(lp.UnsupportedModelError, match=r"`model` must contain .*, got Linear with no modules"):
             lp.patch(Wrapper(net=build(), head=nn.Linear(2, 2)), "pomt", REMOVED, module_path="head")
 
-    def test_patch_dropout_while_training(self, build: Any) -> None:
+    def test_patch_dropout_in_training_is_rejected(self, build: Any) -> None:
         model = build("patch-drop").train()
-        with pytest.raises(lp.UnsupportedModelError, match=r"\(patch_drop_rate\); call `\.eval\(\)` first\."):
+        with pytest.raises(lp.UnsupportedModelError, match=r"\(patch_drop_rate\)\. Call `\.eval\(\)` first\."):
             lp.patch(model, "pomt", REMOVED)
         model.eval()
         lp.patch(model, "pomt", REMOVED).remove()
@@ -193,21 +193,21 @@ class TestImageSizes:
         model = build("dynamic-size")
         with lp.patch(model, "pomt", [0, 6, 12, 0]):
             assert leaving(model, draw(size=20)) == (26, 20, 8, 8)
-            message = r"Block 2 is asked to remove 12 tokens, but of the 11 that enter it pomt can remove at most 8\."
+            message = r"at most 8 of the 11 tokens that enter block 2 with pomt, got 12\."
             with pytest.raises(lp.ScheduleError, match=message):
                 model(draw(size=16))
             assert leaving(model, draw(size=20)) == (26, 20, 8, 8)
 
-    def test_depth_is_checked_at_once(self, build: Any) -> None:
-        with pytest.raises(lp.ScheduleError, match="for 3 blocks; this model has 4"):
+    def test_depth_is_checked_when_patching(self, build: Any) -> None:
+        with pytest.raises(lp.ScheduleError, match="must have 4 blocks, as the model, got 3"):
             lp.patch(build("dynamic-size"), "pomt", [1, 0, 0])
 
 
 class TestGridGuard:
-    def test_tokens_are_not_folded_into_a_grid(self, build: Any, images: Tensor) -> None:
-        """9 of 25 tokens would fold into a 3 x 3 grid, silently."""
+    def test_grid_outputs_are_rejected(self, build: Any, images: Tensor) -> None:
+        """9 of 25 tokens would silently be reshaped to a 3 x 3 grid."""
         model = build("no-prefix")
-        message = r"forward_intermediates\(output_fmt='NCHW'\) folds tokens into a grid.*use output_fmt='NLC'"
+        message = r"`output_fmt` must be 'NLC' .* got 'NCHW'"
         with lp.patch(model, "random", [16, 0, 0, 0]):
             for call in (
                 lambda: model.forward_intermediates(images),
@@ -219,7 +219,7 @@ class TestGridGuard:
                     call()
         assert model.forward_intermediates(images)[1][0].shape == (2, 32, 5, 5)
 
-    def test_tokens_in_a_row_are_handed_out(self, build: Any, images: Tensor) -> None:
+    def test_sequence_outputs_are_returned(self, build: Any, images: Tensor) -> None:
         model = build()
         with lp.patch(model, "pomt", REMOVED), torch.no_grad():
             last, between = model.forward_intermediates(images, output_fmt="NLC")
@@ -229,10 +229,10 @@ class TestGridGuard:
             assert model.get_intermediate_layers(images, 1)[0].shape == (2, 14, 32)
 
 
-def test_a_block_used_at_several_depths(build: Any) -> None:
+def test_a_shared_block_is_rejected(build: Any) -> None:
     model = build()
     model.blocks[2] = model.blocks[1]
-    with pytest.raises(lp.UnsupportedModelError, match="one block at several depths"):
+    with pytest.raises(lp.UnsupportedModelError, match="got one module at several depths"):
         lp.patch(model, "pomt", [0, 2, 0, 0])
 
 
@@ -247,8 +247,8 @@ def test_a_block_used_at_several_depths(build: Any) -> None:
         ("torchvision.models.vision_transformer", ["VisionTransformer"], "torchvision VisionTransformer"),
     ],
 )
-def test_a_class_that_is_renamed_costs_its_adapter_alone(module: str, removed: list[str], adapter: str) -> None:
-    """Of other libraries, whose classes no file of ours imports."""
+def test_a_renamed_class_disables_only_its_adapter(module: str, removed: list[str], adapter: str) -> None:
+    """Classes of other libraries, which are not imported."""
     code = f"""
 import {module} as renamed
 for name in {removed!r}:
@@ -271,6 +271,6 @@ print([adapter.name for adapter in lp.patching.models.MODEL_ADAPTERS])
 @pytest.mark.parametrize(
     "name", [name for each in MODEL_ADAPTERS for name in getattr(each, "roots", ()) if ":" in name]
 )
-def test_classes_that_adapters_look_for_exist(name: str) -> None:
+def test_all_classes_of_the_adapters_exist(name: str) -> None:
     importlib.import_module(name.partition(":")[0])
     assert loaded_class(name) is not None

@@ -1,4 +1,4 @@
-"""What `lightning-prune models` says of timm's transformers; docs/models.md and the checked names say the same."""
+"""The command `models`, compared with docs/models.md and the stored results."""
 
 import csv
 from pathlib import Path
@@ -24,7 +24,7 @@ def test_the_documentation_has_the_table(statuses: list[SupportStatus]) -> None:
     assert markdown(grouped(statuses)) in page
 
 
-def test_every_name_was_checked_and_is_what_it_was(statuses: list[SupportStatus]) -> None:
+def test_stored_results_match_the_current_support(statuses: list[SupportStatus]) -> None:
     with (ROOT / "examples" / "results" / "coverage_timm.csv").open(encoding="utf-8") as file:
         checked = {row["name"]: row["reducible"] for row in csv.DictReader(file)}
     assert checked == {each.name: each.reducible for each in statuses}
@@ -43,22 +43,22 @@ def test_the_counts(statuses: list[SupportStatus]) -> None:
     [
         ("vit_tiny_patch16_224", ("VisionTransformer", "yes", "")),
         ("vit_7b_patch16_dinov3", ("Eva", "yes", "")),
-        ("convit_tiny", ("ConVit", "from block 10", "by places on the whole grid")),
-        ("cait_xxs24_224", ("Cait", "pruning only", "weighed by the sizes of merged tokens")),
+        ("convit_tiny", ("ConVit", "from block 10", "by position on the whole grid")),
+        ("cait_xxs24_224", ("Cait", "pruning only", "weighted by the sizes of merged tokens")),
         (
             "vit_base_patch16_xp_224",
-            ("VisionTransformer", "after the block", "of a ParallelScalingBlock do not come apart"),
+            ("VisionTransformer", "after the block", "a ParallelScalingBlock cannot be split"),
         ),
         ("xcit_nano_12_p16_224", ("Xcit", "no", "grid of tokens")),
     ],
 )
-def test_some(name: str, expected: tuple[str, str, str]) -> None:
+def test_some_names(name: str, expected: tuple[str, str, str]) -> None:
     found = support_of(name)
     assert found[:3] == (name, *expected[:2])
     assert expected[2] in found.reason
 
 
-def test_names_that_fit(capsys: pytest.CaptureFixture[str]) -> None:
+def test_matching_names_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["models", "convit_*", "tnt_s*"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines if line.startswith(("convit", "tnt"))] == [
@@ -69,7 +69,7 @@ def test_names_that_fit(capsys: pytest.CaptureFixture[str]) -> None:
     ]
 
 
-def test_no_name_fits(capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_matching_name_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["models", "resnet*"]) == 2
     assert "No isotropic transformer of timm" in capsys.readouterr().out
 

@@ -1,4 +1,4 @@
-"""Models that are known and cannot be pruned say why; models before whose first blocks nothing can go say where."""
+"""Reasons for unsupported models, and for blocks that cannot reduce."""
 
 from typing import Any
 
@@ -13,15 +13,15 @@ from lightning_prune.patching import find_vision_transformer
 from lightning_prune.patching.attention_capture import CapturedAttention
 from lightning_prune.reduction import POMT, RandomDrop, ReductionOutput, TokenSequence
 
-AFTER = "folds its tokens back into their grid after the blocks"
-INSIDE = "blocks work on the grid of tokens"
+AFTER = "reshapes its tokens to their grid after the blocks"
+INSIDE = "blocks operate on the grid of tokens"
 STAGES = "is hierarchical: its stages pool or merge the grid of tokens"
 REASONS = {
     "qwen3vit_0_6b": AFTER,
     "xcit_nano_12_p16_224": INSIDE,
     "volo_d1_224": INSIDE,
     "samvit_base_patch16_224": INSIDE,
-    "tnt_s_patch16_224": "blocks pass on more than one sequence of tokens",
+    "tnt_s_patch16_224": "blocks have more than one sequence of tokens",
     "swin_tiny_patch4_window7_224": STAGES,
     "swinv2_tiny_window8_256": STAGES,
     "levit_128": STAGES,
@@ -32,7 +32,7 @@ REASONS = {
 
 
 @pytest.mark.parametrize("name", REASONS)
-def test_why(name: str) -> None:
+def test_reasons_of_timm_models(name: str) -> None:
     names = [name] if name in timm.list_models() else timm.list_models("qwen3*")[:1]
     with torch.device("meta"):
         model = timm.create_model(names[0])
@@ -45,14 +45,14 @@ def test_why(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", timm.list_models(["deepseek_vit*", "deepseekvit*", "gemma4*", "*deepseek*"])[:2])
-def test_why_of_recent_ones(name: str) -> None:
+def test_reasons_of_recent_timm_models(name: str) -> None:
     with torch.device("meta"):
         model = timm.create_model(name)
     with pytest.raises(lp.UnsupportedModelError, match=AFTER):
         lp.patch(model, "pomt", [1] * 12)
 
 
-def test_of_torchvision() -> None:
+def test_reasons_of_torchvision_models() -> None:
     with (
         torch.device("meta"),
         pytest.raises(lp.UnsupportedModelError, match=f"SwinTransformer cannot be pruned: it {STAGES}"),
@@ -60,7 +60,7 @@ def test_of_torchvision() -> None:
         lp.patch(swin_t(), "pomt", [1] * 12)
 
 
-def test_a_model_that_can_be_pruned_beside_one_that_cannot(build: Any) -> None:
+def test_an_unsupported_model_next_to_a_supported_one(build: Any) -> None:
     with torch.device("meta"):
         other = timm.create_model("swin_tiny_patch4_window7_224")
     model = build()
@@ -75,32 +75,32 @@ class TestConVit:
         ).eval()
 
     @pytest.mark.parametrize("removed", [[3, 0, 0, 0], [0, 3, 3, 0]])
-    def test_first_blocks_keep_their_tokens(self, model: nn.Module, removed: list[int]) -> None:
+    def test_the_first_blocks_of_convit_are_rejected(self, model: nn.Module, removed: list[int]) -> None:
         message = (
-            rf"Block {0 if removed[0] else 1} of this ConVit cannot remove tokens, only blocks from 2 on can: "
-            "attention in those before goes by places on the whole grid"
+            rf"`schedule` must remove tokens from block 2 on .* got block {0 if removed[0] else 1}: "
+            "earlier blocks attend by position on the whole grid"
         )
         with pytest.raises(lp.ScheduleError, match=message):
             lp.patch(model, "pomt", removed)
         with pytest.raises(lp.ScheduleError, match=message):
             lp.patch(model, "pomt", lp.KeepRates([1 - 0.1 * (r > 0) for r in removed]))
 
-    def test_neither_before_block_0(self, model: nn.Module) -> None:
-        with pytest.raises(lp.ScheduleError, match="Block 0 of this ConVit"):
+    def test_reductions_before_block_0_of_convit_are_rejected(self, model: nn.Module) -> None:
+        with pytest.raises(lp.ScheduleError, match="in this ConVit, got block 0"):
             lp.patch(model, RandomDrop(site="input"), [3, 0, 0, 0])
 
     def test_profile_and_plan(self, model: nn.Module) -> None:
-        """The curve of the token count is measured at the first block that can reduce, where block 0 cannot."""
+        """The token curve is measured at the first block that can reduce."""
         images = torch.randn(4, 3, 80, 80)
         plan = lp.plan(model, images, calibration=images, methods="topk", time_limit=1, verbose=False)
         assert all(block >= 2 for block in plan.schedule.reducing)
         assert (plan.profile.dense_tokens, plan.profile.block) == (26, 2)
-        with pytest.raises(lp.ScheduleError, match="Block 1 of this ConVit"):
+        with pytest.raises(lp.ScheduleError, match="in this ConVit, got block 1"):
             lp.profile_latency(model, images, method="pomt", block=1, time_limit=1, verbose=False)
 
 
 class Weighing(POMT):
-    """Asks later blocks to weigh tokens by how many they stand for."""
+    """A method with proportional attention."""
 
     proportional_attention = True
 
@@ -111,10 +111,10 @@ class Weighing(POMT):
 
 
 @pytest.mark.parametrize("name", ["cait_xxs24_224", "convit_tiny"])
-def test_attention_that_cannot_be_weighed(name: str) -> None:
+def test_attention_without_key_bias_is_rejected(name: str) -> None:
     more = {"local_up_to_layer": 2} if name == "convit_tiny" else {}
     model = timm.create_model(name, depth=4, embed_dim=32, num_heads=4, img_size=80, **more).eval()
-    with pytest.raises(lp.UnsupportedModelError, match="pomt weighs the attention of later blocks by token sizes"):
+    with pytest.raises(lp.UnsupportedModelError, match="pomt weights the attention of later blocks by token sizes"):
         lp.patch(model, Weighing(), [0, 0, 0, 3])
     assert not any(isinstance(module, CapturedAttention) for module in model.modules())
 
@@ -124,14 +124,14 @@ class TestNaFlex:
     def model(self) -> nn.Module:
         return timm.create_model("naflexvit_base_patch16_gap", depth=4, embed_dim=32, num_heads=4).eval()
 
-    def test_padded_batches_are_refused(self, model: nn.Module) -> None:
+    def test_padded_batches_are_rejected(self, model: nn.Module) -> None:
         patches = torch.randn(1, 9, 768)
         places = torch.cartesian_prod(torch.arange(3), torch.arange(3))[None]
         batch = {"patches": patches, "patch_coord": places, "patch_valid": torch.ones(1, 9, dtype=torch.bool)}
         dense = model(batch)
         with lp.patch(model, "pomt", [0, 3, 0, 0]):
             for call in (lambda: model(batch), lambda: model(patches, places, batch["patch_valid"])):
-                with pytest.raises(lp.UnsupportedModelError, match=r"takes images \(B, C, H, W\) only"):
+                with pytest.raises(lp.UnsupportedModelError, match=r"must be images .*, got patches"):
                     call()
         assert torch.equal(model(batch), dense)
 

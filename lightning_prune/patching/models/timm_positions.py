@@ -1,0 +1,138 @@
+"""timm's transformers with positional terms inside their blocks: rotary embeddings and relative-position biases."""
+
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lightning_prune.errors import UnsupportedModelError
+from lightning_prune.patching.attention_capture import Bias, CaptureSlot, SDPARecorder
+from lightning_prune.patching.block_split import GAMMA, POST_NORM, PRE_NORM, AttnMlpSplit
+from lightning_prune.patching.class_swap import PatchedModule
+from lightning_prune.patching.models.base import SplitCheckInput, VisionTransformer
+from lightning_prune.patching.models.timm_vit import GridGuard, TimmAdapter
+from lightning_prune.patching.position_terms import patch_positions, take_rotation
+from lightning_prune.patching.token_state import TokenState
+from lightning_prune.reduction.base import AttentionInputs
+
+
+class TimmRope(TimmAdapter):
+    """Blocks receive `rope`, the concatenated sines and cosines of the patch tokens.
+
+    Its shape is (N - P, D), with leading dimensions if it differs between heads or images.
+    """
+
+    splits: ClassVar[dict[str, AttnMlpSplit]] = {
+        "timm.models.eva:EvaBlock": GAMMA,
+        "timm.models.eva:EvaBlockPostNorm": POST_NORM,
+        "timm.models.vision_transformer:Block": PRE_NORM,
+        "timm.models.vision_transformer:ResPostBlock": POST_NORM,
+    }
+
+    def describe(self, root: nn.Module, path: str) -> VisionTransformer:
+        """See `ModelAdapter.describe`."""
+        return replace(super().describe(root, path), has_position_inputs=getattr(root, "rope", None) is not None)
+
+    def adapt_position_inputs(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], arrived: TokenState, num_prefix_tokens: int
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Selects the rotary embedding of the tokens that are left; a fused token is not rotated."""
+        rope = kwargs.get("rope")
+        if rope is None:
+            return args, kwargs
+        return args, {
+            **kwargs,
+            "rope": arrived.adapt_once(rope, lambda r: _take(r, arrived.positions, num_prefix_tokens)),
+        }
+
+
+class TimmEva(TimmRope):
+    """EVA, EVA-02, Perception Encoder, DINOv3, sapiens and others that use timm's `Eva`."""
+
+    name: ClassVar[str] = "timm Eva"
+    roots: ClassVar[tuple[str, ...]] = ("timm.models.eva:Eva",)
+
+
+class NaFlexGuard(GridGuard):
+    """Rejects batches with images of different sizes, whose masks and pooling are for all tokens."""
+
+    def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        """Runs the model on images (B, channels, height, width); rejects other inputs."""
+        if not isinstance(x, Tensor) or x.ndim != 4:
+            raise UnsupportedModelError(
+                "The input of a NaFlexVit whose blocks remove tokens must be images (B, channels, height, width), got "
+                "patches. Remove the patch to run it on them."
+            )
+        return super().forward(x, *args, **kwargs)
+
+
+class TimmNaFlex(TimmRope):
+    """NaFlexVit on batches of images of one size."""
+
+    name: ClassVar[str] = "timm NaFlexVit"
+    guard: ClassVar[type[PatchedModule] | None] = NaFlexGuard
+    roots: ClassVar[tuple[str, ...]] = ("timm.models.naflexvit:NaFlexVit",)
+
+    def count(self, model: Any) -> int | None:
+        """None, because it depends on the image size."""
+        return None
+
+    def entry(self, model: Any) -> nn.Module:
+        """The module that creates patches, positions and prefix tokens."""
+        embeds: nn.Module = model.embeds
+        return embeds
+
+    def has_class_token(self, model: Any) -> bool:
+        """Whether `embeds` has a CLS token."""
+        return model.embeds.cls_token is not None
+
+
+def _take(table: Tensor, positions: Tensor, num_prefix_tokens: int) -> Tensor:
+    half = table.shape[-1] // 2
+    unrotated = torch.cat((table.new_zeros(half), table.new_ones(half)))
+    return take_rotation(table, patch_positions(positions, num_prefix_tokens), unrotated)
+
+
+class TimmRelPos(TimmAdapter):
+    """A bias for each pair of tokens, of the block or shared by all blocks, is passed to fused attention as its mask.
+
+    The rows and columns of the remaining tokens are selected in that call, where both kinds of bias are summed.
+    """
+
+    name: ClassVar[str] = "timm Beit and VisionTransformerRelPos"
+    roots: ClassVar[tuple[str, ...]] = (
+        "timm.models.beit:Beit",
+        "timm.models.vision_transformer_relpos:VisionTransformerRelPos",
+    )
+    splits: ClassVar[dict[str, AttnMlpSplit]] = {
+        "timm.models.beit:Block": GAMMA,
+        "timm.models.vision_transformer_relpos:RelPosBlock": PRE_NORM,
+        "timm.models.vision_transformer_relpos:ResPostRelPosBlock": POST_NORM,
+    }
+
+    def describe(self, root: nn.Module, path: str) -> VisionTransformer:
+        """See `ModelAdapter.describe`."""
+        return replace(super().describe(root, path), has_position_inputs=True)
+
+    def split_check_input(self, transformer: VisionTransformer) -> SplitCheckInput:
+        """All tokens, because the bias of a block has their number."""
+        assert transformer.num_tokens is not None
+        return SplitCheckInput(transformer.num_tokens, {})
+
+    @property
+    def requires_recorder(self) -> bool:
+        """True, because every block has a bias."""
+        return True
+
+    def recorder(
+        self,
+        calls: list[AttentionInputs],
+        log_sizes: Tensor | None,
+        arrived: TokenState | None,
+        num_prefix_tokens: int,
+        capture_slot: CaptureSlot | None,
+    ) -> AbstractContextManager[Any]:
+        """Selects the bias of the tokens that are left."""
+        return SDPARecorder(calls, log_sizes, Bias(arrived, num_prefix_tokens) if arrived is not None else None)
