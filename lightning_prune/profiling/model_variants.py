@@ -1,4 +1,4 @@
-"""Variants of one model (dense, pruned, with transformed weights) and switching between them between two runs."""
+"""Variants of one model (dense, pruned, with other weights), and switching from one to another between two runs."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +14,7 @@ from lightning_prune.schedule import KeepRates, Schedule
 
 
 class WeightTransform(Protocol):
-    """Other weights for a module, that can be exchanged for its own between two runs."""
+    """Other weights for a module, which can replace its own between two runs."""
 
     def apply(self) -> None:
         """Gives the module the other weights; does nothing where it has them."""
@@ -46,7 +46,7 @@ DENSE = Variant()
 
 
 class VariantSwitch:
-    """Makes a transformer run as one variant after another and keeps what can be reused.
+    """Makes a transformer run as one variant after another; patches and transformed weights are made once and reused.
 
     Args:
         transformer: The Vision Transformer; its present state is dense.

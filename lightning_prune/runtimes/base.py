@@ -1,4 +1,4 @@
-"""What a runtime is: the thing that executes a model, and on which its latency depends."""
+"""The base class of runtimes: what executes a model."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -12,12 +12,12 @@ from lightning_prune.patching import VisionTransformer
 
 
 class Runtime(ABC):
-    """Executes a model, dense or patched. Figures of different runtimes never share a latency profile.
+    """Executes a model, dense or patched. Latencies in different runtimes are never compared or mixed in a profile.
 
     Runtimes are immutable; two of one name are equal.
 
     Attributes:
-        name: The spec that `parse_runtime` makes it of, such as `"torch"` or `"torch.compile:mode=blocks"`.
+        name: The shortest spec from which `parse_runtime` makes it, such as `"torch"` or `"torch.compile:mode=blocks"`.
         compiles: Whether each token count is compiled, which takes seconds, before it runs.
     """
 
@@ -33,7 +33,7 @@ class Runtime(ABC):
             example_inputs: (B, channels, height, width) images in the size, dtype and on the device that will be used.
 
         Returns:
-            What runs the model on such images without autograd; it returns what the model returns.
+            A function of images of this size, dtype and device. It runs without autograd and returns the model's output.
 
         Raises:
             ArgumentError: If the model cannot run here (`unsupported_reason`).
@@ -50,7 +50,7 @@ class Runtime(ABC):
     def applied(self, transformer: VisionTransformer) -> AbstractContextManager[None]:
         """A context in which the modules that hold the transformer run it in this runtime, in place.
 
-        Entered again for a transformer to which this runtime is applied already, it does nothing.
+        It does nothing if this runtime is applied to the transformer already.
 
         Args:
             transformer: The Vision Transformer in a user's model.
