@@ -33,7 +33,7 @@ class Runtime(ABC):
             example_inputs: (B, channels, height, width) images in the size, dtype and on the device that will be used.
 
         Returns:
-            A function of images of this size, dtype and device. It runs without autograd and returns the model's output.
+            A function of such images; it runs without autograd and returns what the model returns.
 
         Raises:
             ArgumentError: If the model cannot run here (`unsupported_reason`).
