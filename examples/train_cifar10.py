@@ -3,14 +3,14 @@
     python examples/train_cifar10.py --data DIR
 
 `DIR` holds the image folders `train/<class>/*` and `val/<class>/*`; if it does not, torchvision downloads CIFAR-10
-into it. The script writes the weights, and a JSON file with the figures and the settings. With `--checkpoints FOLDER` an
-interrupted run continues from the last checkpoint.
+into it. The script writes the weights, and a JSON file with the figures and the settings. With `--checkpoints FOLDER`
+an interrupted run continues from the last checkpoint.
 
 Three things make this affordable. A small convolutional network is trained first and teaches the ViT: its class
 probabilities are soft targets, as in DeiT (arXiv 2012.12877), and its feature maps are targets for the tokens of two
 blocks (locality guidance, arXiv 2207.10026). The attention weights are initialised as in arXiv 2305.09828. Most images
-are scaled down to 25 or 49 tokens, with position embeddings resampled from those of all 196. No token is ever dropped or
-merged.
+are scaled down to 25 or 49 tokens, with position embeddings resampled from those of all 196. No token is ever dropped
+or merged.
 """
 
 import argparse
@@ -144,8 +144,8 @@ class Teacher(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": rates, "interval": "step"}}
 
 
-def start_attention(attention: Any) -> None:
-    """Initialises attention so that each token attends to itself and to similar tokens (arXiv 2305.09828, section 4)."""
+def initialise_attention(attention: Any) -> None:
+    """Makes each token attend to itself and to similar ones at first (arXiv 2305.09828, section 4)."""
     heads, size = attention.num_heads, attention.head_dim
     width = heads * size
     query, key, value = attention.qkv.weight.view(3, width, width)
@@ -173,7 +173,7 @@ class Cifar10Training(ImageClassifier):
         with torch.no_grad():
             self.model.pos_embed[:, 1:] = 0.5 * build_sincos2d_pos_embed([14, 14], self.model.embed_dim)
             for block in self.model.blocks:
-                start_attention(block.attn)
+                initialise_attention(block.attn)
         width = self.model.embed_dim
         self.guides = nn.ModuleList(nn.Sequential(nn.LayerNorm(width), nn.Linear(width, size)) for size in CHANNELS)
         self.tokens: dict[int, Tensor] = {}

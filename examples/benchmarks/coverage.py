@@ -96,8 +96,9 @@ def image_size(model: nn.Module) -> tuple[int, int]:
 
 
 class MaskedKeys(TorchFunctionMode):
-    """Keeps all queries of a block from attending to some keys: in fused attention, in softmax over (B, H, N, N), and in
-    the weights of the values, since talking heads add a bias to them.
+    """Keeps all queries of a block from attending to some keys.
+
+    In fused attention, in softmax over (B, H, N, N), and in the weights of the values, as talking heads add a bias.
     """
 
     def __init__(self, dropped: Tensor) -> None:
@@ -263,9 +264,7 @@ def row(name: str) -> dict[str, Any]:
     expected = {"pruning only": "yes", "from block 10": "from block 2"}  # of the small model
     agree = found["reducible"] == expected.get(support.reducible, support.reducible)
     if not agree:
-        raise AssertionError(
-            f"`reducible` must be {support.reducible!r} as in the catalogue, got {found['reducible']!r}"
-        )
+        raise AssertionError(f"`reducible` must be {support.reducible!r}, got {found['reducible']!r}")
     return {**found, "reducible": support.reducible, "note": support.reason}
 
 

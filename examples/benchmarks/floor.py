@@ -81,9 +81,7 @@ def measure(model: nn.Module, images: Tensor, case: str, mode: str, args: argpar
     device = images.device
     with torch.inference_mode():
         timer = InterleavedTimer(switch, run, device, reference="floor")
-        for variant in (
-            [] if mode == "eager" else [*forwards] * 2
-        ):  # the first run compiles, the second records a CUDA graph
+        for variant in [] if mode == "eager" else [*forwards] * 2:  # to compile, then to record CUDA graphs
             switch(variant)
             run()
         timer.measure(["pruned"], min(FEWEST, args.rounds))

@@ -3,10 +3,10 @@
     python examples/benchmarks/profile_cost.py --simulated 50 --output examples/results/profile_cost
     python examples/benchmarks/profile_cost.py --model vit_tiny_patch16_224 --output examples/results/profile_cost
 
-On simulated devices every latency is known, so the gap is exact: the utility of the best of all counts minus that of the
-count that the search leads to, for three ways in which accuracy may fall. On a real device the search and the exhaustive
-protocol of the POMT paper (arXiv 2407.05941, section 3.2) are measured one after the other, and each is drawn relative to
-its own dense latency.
+On simulated devices every latency is known, so the gap is exact: the utility of the best of all counts minus that of
+the count that the search leads to, for three ways in which accuracy may fall. On a real device the search and the
+exhaustive protocol of the POMT paper (arXiv 2407.05941, section 3.2) are measured one after the other, and each is
+drawn relative to its own dense latency.
 """
 
 import argparse

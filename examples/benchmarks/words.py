@@ -1,8 +1,8 @@
 """The number of tokens that visual words (vwt-inter) leave of photographs, and the throughput that this gives.
 
-Words are learned from every other image of a folder (patches of 16 x 16 pixels, resized and normalised as for DeiT-S),
-and the tokens of the other images are counted; no weights are needed for that. With `--throughput`, photographs are also
-read, decoded and run through a DeiT-S with random weights, alternately dense and with words.
+Words are learned from every second image of a folder (patches of 16 x 16 pixels, resized and normalised as for DeiT-S),
+and the tokens of the other images are counted; no weights are needed for that. With `--throughput`, photographs are
+also read, decoded and run through a DeiT-S with random weights, alternately dense and with words.
 
     python examples/benchmarks/words.py --root path/to/photographs --output examples/results/imagenet_words
 """

@@ -89,7 +89,7 @@ def test_attention_starts_with_the_products_of_the_paper(script: Any) -> None:
 
     attention = Attention(128, num_heads=4)
     with torch.no_grad():
-        script.start_attention(attention)
+        script.initialise_attention(attention)
     query, key, value = attention.qkv.weight.view(3, 4, 32, 128)
     product = (query[0].T @ key[0]).diagonal().mean().item()
     assert product > 0.2, "a token is most like itself, as far as 32 of 128 directions can say so"

@@ -135,5 +135,5 @@ def test_a_counter_that_stands_still() -> None:
 
 
 def test_device_without_a_counter_is_refused() -> None:
-    with pytest.raises(ArgumentError, match=r"`counter` must .*got None: n/a .*\(none is known"):
+    with pytest.raises(ArgumentError, match=r"`counter` must .*got None: n/a .*\(there is none"):
         measure_energy(lambda: None, 1, "meta")
