@@ -2,11 +2,11 @@ import json
 import subprocess
 import sys
 
-import pytest
 import timm
 import torch
 from safetensors.torch import load_file
 
+from helpers.fresh import run_fresh
 from lightning_prune.classification.demo_models import DIGITS_MODEL, DIGITS_WEIGHTS
 from lightning_prune.classification.digits import ClutteredDigits
 
@@ -40,16 +40,24 @@ def test_stored_accuracy_is_reproduced() -> None:
 HEAVY = {"lightning", "pytorch_lightning", "torchmetrics", "jsonargparse", "sklearn", "matplotlib", "transformers"}
 
 
-@pytest.mark.parametrize("order", ["import timm, lightning_prune", "import lightning_prune, timm"])
-def test_importing_the_package_registers_the_names(order: str) -> None:
-    code = f"""
+REGISTERED = f"""
 import sys
-{order}
 names = ("vit_digits_patch4_56", "vit_cifar_patch4_56")
 print([timm.create_model(name).num_classes for name in names], sorted({HEAVY!r} & set(sys.modules)))
 """
-    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[10, 10] []"  # and timm has not warned that a name is registered twice
+
+
+def test_names_are_registered_by_importing_the_package_after_timm() -> None:
+    code = "import warnings; warnings.simplefilter('error'); import timm, lightning_prune\n"
+    done = run_fresh(code + REGISTERED)
+    assert done.returncode == 0, done.stderr  # and timm has not warned that a name is registered twice
+    assert done.stdout.strip() == "[10, 10] []"
+
+
+def test_names_are_registered_by_importing_the_package_before_timm() -> None:
+    command = [sys.executable, "-W", "error", "-c", "import lightning_prune, timm\n" + REGISTERED]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[10, 10] []"
 
 
 def test_the_command_registers_when_a_command_runs() -> None:
