@@ -102,7 +102,7 @@ def test_block_auto_with_an_adaptive_method_is_refused() -> None:
 def test_a_vocabulary_for_another_patch_size_is_refused_before_the_first_step() -> None:
     callback = TokenPruning(VWTInter(Vocabulary(torch.randn(3, 48), 4)), time_limit=0.3, verbose=False)
     module = Tiny()
-    with pytest.raises(ArgumentError, match=r"4 x 4.* 8 x 8"):
+    with pytest.raises(ArgumentError, match=r"8 x 8.* got one for 4 x 4"):
         trainer(callback).validate(module, data(), verbose=False)
     assert not module.steps
 

@@ -81,7 +81,7 @@ def test_two_ranks_log_what_one_process_logs(ranks: list[dict[str, Any]]) -> Non
         (
             "refused",
             "ScheduleError",
-            "of the 17 tokens that enter block 1 with pomt, got 17",
+            "`schedule` must remove at most 14 of the 17 tokens that enter block 1 with pomt, got 17",
         ),
         ("failed", "ValueError", "the abacus is broken"),
         ("unreadable", "ValueError", "no images on rank 0"),
@@ -134,8 +134,8 @@ def test_rank_zero_warns_of_images_that_may_be_counted_twice(counted: list[dict[
         first, second = of or [rank[name] for rank in counted]
         sampler = {"own batches": "DistributedSampler", "own shards": "list"}[name]
         message = (
-            f"{sampler} repeats 1 of 21 items so that 2 processes get as many each, and in which batches cannot be "
-            "said: accuracy and loss count them twice."
+            f"{sampler} repeats 1 of 21 items so that 2 processes get the same number, and it is unknown in which "
+            "batches: accuracy and loss count these items twice."
         )
         assert set(first[variant]["warned"]) == {message}
         assert second[variant]["warned"] == []

@@ -121,7 +121,7 @@ def classified(data: Any, test: bool = False, **options: Any) -> dict[str, Any]:
             if test:
                 trainer.test(module, data(), verbose=False)
                 found[name] |= {key: float(value) for key, value in trainer.callback_metrics.items()}
-        found[name]["warned"] = [str(each.message) for each in told if "count them twice" in str(each.message)]
+        found[name]["warned"] = [str(each.message) for each in told if "count these items twice" in str(each.message)]
     return found
 
 

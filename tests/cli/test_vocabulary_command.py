@@ -42,7 +42,7 @@ OPTIONS: dict[str, Any] = {
 TIMM_NAME = "vit_tiny_patch16_224"  # whose config says how images are normalised
 
 
-class Theirs(L.LightningModule):
+class UserModule(L.LightningModule):
     """A user's module that scales images in a hook, and whose steps must not run."""
 
     def __init__(self) -> None:
@@ -90,7 +90,7 @@ def test_the_command_writes_the_same_words_as_learn_vocabulary(
 
 
 def test_words_are_learned_from_transformed_images_and_the_module_is_restored(tmp_path: Path) -> None:
-    module, pruner = Theirs(), TokenPruning(verbose=False)
+    module, pruner = UserModule(), TokenPruning(verbose=False)
     trainer = PruneTrainer(callbacks=[pruner], **OPTIONS)
     callbacks = list(trainer.callbacks)
     path = tmp_path / "words.safetensors"
@@ -110,7 +110,7 @@ def test_words_are_learned_from_transformed_images_and_the_module_is_restored(tm
 def test_the_limit_counts_images(limit: int, seen: int, tmp_path: Path) -> None:
     trainer = PruneTrainer(**OPTIONS)
     path = tmp_path / "words.safetensors"
-    learned = trainer.vocabulary(Theirs(), loader(), output=str(path), words=4, limit=limit)
+    learned = trainer.vocabulary(UserModule(), loader(), output=str(path), words=4, limit=limit)
     assert learned.patches == 16 * seen
 
 
@@ -129,12 +129,12 @@ class CountedLoader:
 def test_loaders_are_read_up_to_the_limit_and_one_batch_ahead(tmp_path: Path) -> None:
     loaders = [CountedLoader(), CountedLoader()]
     path = tmp_path / "words.safetensors"
-    learned = PruneTrainer(**OPTIONS).vocabulary(Theirs(), loaders, output=str(path), words=4, limit=3)
+    learned = PruneTrainer(**OPTIONS).vocabulary(UserModule(), loaders, output=str(path), words=4, limit=3)
     assert learned.patches == 16 * 3
     assert loaders[0].read + loaders[1].read <= 2
 
 
-class OwnLoader(Theirs):
+class OwnLoader(UserModule):
     """A module that has its own prediction loader."""
 
     def predict_dataloader(self) -> DataLoader[Any]:
@@ -163,7 +163,7 @@ def test_invalid_arguments_are_rejected(
     options: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    module, trainer = Theirs(), PruneTrainer(**OPTIONS)
+    module, trainer = UserModule(), PruneTrainer(**OPTIONS)
     with pytest.raises(ArgumentError, match=message):
         trainer.vocabulary(module, loader(), **options)
     assert not list(tmp_path.iterdir())
@@ -173,17 +173,17 @@ def test_invalid_arguments_are_rejected(
 def test_an_unwritable_output_is_rejected_before_loading(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("old")
     with pytest.raises(ArgumentError, match="`output` must be a writable folder"):
-        PruneTrainer(**OPTIONS).vocabulary(Theirs(), None, output=str(tmp_path / "file" / "words.safetensors"))
+        PruneTrainer(**OPTIONS).vocabulary(UserModule(), None, output=str(tmp_path / "file" / "words.safetensors"))
 
 
 def test_an_empty_loader_is_rejected(tmp_path: Path) -> None:
     trainer = PruneTrainer(limit_predict_batches=0, **OPTIONS)
     with pytest.raises(DataError, match="The prediction loader must yield at least one batch"):
-        trainer.vocabulary(Theirs(), loader(), output=str(tmp_path / "words.safetensors"))
+        trainer.vocabulary(UserModule(), loader(), output=str(tmp_path / "words.safetensors"))
 
 
 def test_a_module_without_a_transformer_is_rejected(tmp_path: Path) -> None:
-    module = Theirs()
+    module = UserModule()
     module.vit = nn.Linear(2, 2)
     with pytest.raises(UnsupportedModelError):
         PruneTrainer(**OPTIONS).vocabulary(module, loader(), output=str(tmp_path / "words.safetensors"))
@@ -197,7 +197,7 @@ def test_a_missing_vocabulary_explains_how_to_create_one(capsys: pytest.CaptureF
 
 
 def test_a_config_for_other_channels_gives_unknown_normalisation(tmp_path: Path) -> None:
-    module = Theirs()
+    module = UserModule()
     module.vit = tiny_vit(TIMM_NAME, seed=None, in_chans=1, depth=2, num_classes=1000).train()
     data = DataLoader(TensorDataset(images()[:, :1], torch.zeros(12)), batch_size=5)
     learned = PruneTrainer(**OPTIONS).vocabulary(module, data, output=str(tmp_path / "words.safetensors"), words=4)

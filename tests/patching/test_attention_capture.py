@@ -98,7 +98,7 @@ def test_causal_attention_is_rejected() -> None:
         attend(*parts(), attn_mask=RecordingMask([], None), is_causal=True)
 
 
-class TestAMaskThatAsks:
+class TestRecordingMask:
     @pytest.mark.parametrize("supports_key_bias", [True, False])
     @pytest.mark.parametrize("by_name", [True, False])
     def test_a_recording_mask_matches_a_recorder(self, supports_key_bias: bool, by_name: bool) -> None:
@@ -223,7 +223,7 @@ def test_unknown_attention_can_be_pruned_at_random(build: Any, images: Tensor, l
         assert leaving(handle.transformer.root, images) == (26, 20, 20, 20)
 
 
-class TestTheModeNeverLeaks:
+class TestNoModeIsLeftActive:
     """After an error in one model, other models are unaffected and not recorded."""
 
     def fails(self, model: nn.Module, images: Tensor, other: nn.Module) -> None:

@@ -23,7 +23,7 @@ REMOVED = [0, 6, 5, 0]
 NAMES = ["vit", "dinov2-registers", "siglip", "distilled", "parallel-things"]
 
 
-class Louder(PatchedModule):
+class Doubled(PatchedModule):
     def forward(self, x: Tensor) -> Tensor:
         return 2 * super().forward(x)
 
@@ -32,12 +32,12 @@ def test_swap_and_restore() -> None:
     module = nn.Linear(3, 3)
     x = torch.ones(1, 3)
     before, entries = module(x), dict(module.__dict__)
-    swap_class(module, Louder, "site")
+    swap_class(module, Doubled, "site")
     assert is_patched_module(module)
     assert original_class(module) is nn.Linear
     assert isinstance(module, nn.Linear)
     assert torch.equal(module(x), 2 * before)
-    assert type(module).__name__ == "LouderLinear"
+    assert type(module).__name__ == "DoubledLinear"
     restore_class(module)
     assert type(module) is nn.Linear
     assert module.__dict__ == entries
@@ -47,8 +47,8 @@ def test_swap_and_restore() -> None:
 
 def test_one_class_per_pair() -> None:
     one, other = nn.Linear(2, 2), nn.Linear(2, 2)
-    swap_class(one, Louder)
-    swap_class(other, Louder)
+    swap_class(one, Doubled)
+    swap_class(other, Doubled)
     assert type(one) is type(other)
 
 

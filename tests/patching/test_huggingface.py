@@ -130,7 +130,7 @@ class TestFacts:
         assert done.returncode == 0, done.stderr
 
 
-class TestNoTrace:
+class TestRestoration:
     @every_model
     @pytest.mark.parametrize("method", ["pomt", "random"])
     def test_removal_and_copies(self, images: Tensor, name: str, method: str) -> None:

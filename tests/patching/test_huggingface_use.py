@@ -64,7 +64,7 @@ class TestGraphs:
         torch.testing.assert_close(run(program.module(), images), expected, rtol=1e-5, atol=1e-5)
 
 
-class TestWhatTransformersAdds:
+class TestFeaturesOfTransformers:
     @every_model
     @pytest.mark.parametrize("patched_first", [True, False])
     def test_hidden_states(self, images: Tensor, name: str, patched_first: bool) -> None:

@@ -41,7 +41,7 @@ def build(name: str) -> tuple[Any, Tensor]:
     return model.double(), torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0)).double()
 
 
-class Watching(Reduction):
+class RecordingReduction(Reduction):
     """Wraps a reduction and records its inputs and outputs."""
 
     def __init__(self, other: Reduction) -> None:
@@ -85,7 +85,7 @@ def looped(
 def test_patched_outputs_match_the_loop(name: str, method: str) -> None:
     model, images = build(name)
     with_key_bias = name not in ("cait", "convit")  # their attention takes nothing that is added to its logits
-    watching = Watching(POMT("nearest", with_key_bias) if method == "pomt-nearest" else resolve(method))
+    watching = RecordingReduction(POMT("nearest", with_key_bias) if method == "pomt-nearest" else resolve(method))
     transformer = find_vision_transformer(model)
     with torch.no_grad():
         dense = model(images)
@@ -113,7 +113,7 @@ def test_sizes_weight_later_attention(images: Tensor) -> None:
     """Logits differ with and without sizes, and the second reduction receives the sizes of the first."""
     model, outputs = build_vit().double(), []
     for with_key_bias in (True, False):
-        watching = Watching(POMT("nearest", with_key_bias))
+        watching = RecordingReduction(POMT("nearest", with_key_bias))
         with lp.patch(model, watching, REMOVED), torch.no_grad():
             outputs.append(model(images.double()))
         (first, reduced), (second, _) = watching.seen

@@ -74,7 +74,7 @@ def test_every_method(method: str, dtype: torch.dtype) -> None:
     assert operations(build_vit(), reduction, schedule_of(reduction), dtype) > 5
 
 
-class Peeking(RandomDrop):
+class Synchronising(RandomDrop):
     """A reduction that synchronises, which is not allowed."""
 
     def __init__(self, how: str) -> None:
@@ -108,7 +108,7 @@ class Peeking(RandomDrop):
 )
 def test_a_host_sync_is_detected(how: str, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        operations(build_vit(), Peeking(how), [0, 6, 5, 0])
+        operations(build_vit(), Synchronising(how), [0, 6, 5, 0])
 
 
 MODEL_ADAPTERS: dict[str, Callable[[], Any]] = {

@@ -48,7 +48,7 @@ class Variance(Reduction):
         return tokens - num_prefix_tokens - 1
 
 
-class Watching(Reduction):
+class RecordingReduction(Reduction):
     """Wraps a reduction and records its inputs and outputs."""
 
     name: ClassVar[str] = "watching"
@@ -70,7 +70,7 @@ class Watching(Reduction):
 
 @pytest.fixture(autouse=True)
 def forget() -> None:
-    Watching.seen.clear()
+    RecordingReduction.seen.clear()
 
 
 def merged_by_hand(model: Any, images: Tensor, removed: list[int], proportional: bool) -> Tensor:
@@ -127,10 +127,10 @@ class TestSizes:
 
     def test_the_next_reduction_receives_the_sizes(self, build: Any, images: Tensor) -> None:
         for proportional in (True, False):
-            Watching.seen.clear()
-            with lp.patch(build(), Watching(Pairs(proportional)), [5, 0, 6, 0]) as handle:
+            RecordingReduction.seen.clear()
+            with lp.patch(build(), RecordingReduction(Pairs(proportional)), [5, 0, 6, 0]) as handle:
                 handle.transformer.root(images)
-            (first, _), (second, reduced) = Watching.seen
+            (first, _), (second, reduced) = RecordingReduction.seen
             assert first.sizes is None
             assert second.sizes is not None
             assert second.sizes[0].tolist() == [1, *[2] * 5, *[1] * 15]
@@ -171,7 +171,7 @@ class TestPositions:
     @pytest.mark.parametrize("method", [Pairs(), POMT(), RandomDrop(4)], ids=repr)
     def test_sources_are_composed_over_two_reductions(self, build: Any, images: Tensor, method: Reduction) -> None:
         """Positions in block 0, by tracing each token's index through the outputs of the reductions."""
-        watching = Watching(method)
+        watching = RecordingReduction(method)
         watching.proportional_attention = watching.tracks_sizes = True  # the account is kept for all blocks
         transformer = replace(
             lp.patching.find_vision_transformer(build()), has_position_inputs=True
@@ -181,7 +181,7 @@ class TestPositions:
         handle = lp.PatchHandle(transformer, watching, [5, 0, 6, 0])
         transformer.root(images)
         positions = [list(range(26)) for _ in images]
-        for _, reduced in Watching.seen:
+        for _, reduced in RecordingReduction.seen:
             for b, row in enumerate(reduced.positions.tolist()):
                 positions[b] = [-1 if i < 0 else positions[b][i] for i in row]
         assert left[0].token_state.positions.tolist() == positions
@@ -199,20 +199,20 @@ class TestPositions:
             return args, kwargs
 
         monkeypatch.setattr(type(transformer.adapter), "adapt_position_inputs", carry)
-        with lp.PatchHandle(transformer, Watching(RandomDrop()), [0, 5, 6, 0]):
+        with lp.PatchHandle(transformer, RecordingReduction(RandomDrop()), [0, 5, 6, 0]):
             transformer.root(images)
-        first, second = (reduced.positions[0].tolist() for _, reduced in Watching.seen)
+        first, second = (reduced.positions[0].tolist() for _, reduced in RecordingReduction.seen)
         assert carried == [first, [first[i] for i in second]]
 
 
-class TestWhatAReductionIsGiven:
+class TestReductionInputs:
     @pytest.mark.parametrize(("name", "prefix", "cls"), [("vit", 1, True), ("registers-without-class", 4, False)])
     def test_the_tokens(self, build: Any, images: Tensor, name: str, prefix: int, cls: bool) -> None:
         model, seen = build(name), {}
         model.blocks[1].register_forward_pre_hook(lambda module, args: seen.update(entering=args[0]))
-        with lp.patch(model, Watching(POMT()), [0, 5, 0, 0]), torch.no_grad():
+        with lp.patch(model, RecordingReduction(POMT()), [0, 5, 0, 0]), torch.no_grad():
             model(images)
-        ((sequence, _),) = Watching.seen
+        ((sequence, _),) = RecordingReduction.seen
         block, x = model.blocks[1], seen["entering"]
         assert sequence.num_prefix_tokens == prefix
         assert sequence.has_class_token is cls
@@ -224,9 +224,9 @@ class TestWhatAReductionIsGiven:
         assert sequence.pixels is None
 
     def test_attention_only_if_it_is_read(self, build: Any, images: Tensor) -> None:
-        with lp.patch(build(), Watching(RandomDrop()), [0, 5, 0, 0]) as handle:
+        with lp.patch(build(), RecordingReduction(RandomDrop()), [0, 5, 0, 0]) as handle:
             handle.transformer.root(images)
-        assert Watching.seen[0][0].attention is None
+        assert RecordingReduction.seen[0][0].attention is None
 
 
 class TestPixels:

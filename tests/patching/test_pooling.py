@@ -75,7 +75,7 @@ def check(model: Any, images: Tensor, run: Callable[[Any], Tensor], method: Merg
 
 
 @pytest.mark.parametrize("removed", [[0, 5, 0, 0], [6, 0, 0, 4]], ids=["one", "last too"])
-class TestEachCountsByItsPatches:
+class TestPoolingWeights:
     @pytest.mark.parametrize("name", ["pool-avg", "pool-avgmax", "siglip", "registers-without-class"])
     def test_plain(self, build: Any, images: Tensor, name: str, removed: list[int]) -> None:
         check(build(name).double(), images.double(), lambda m: m(images.double()), Merged(), removed)

@@ -46,12 +46,12 @@ class Everywhere(Reduction):
         return 2 * (depth - block)
 
 
-class Liar(Everywhere):
+class WrongTotal(Everywhere):
     def allocate(self, remove: int, tokens: int, num_prefix_tokens: int, depth: int, block: int) -> list[int]:
         return [remove + 1] + [0] * (depth - 1)
 
 
-class Willful(Everywhere):
+class AdaptiveEverywhere(Everywhere):
     adaptive = True
 
 
@@ -88,14 +88,14 @@ def test_allocate_schedule() -> None:
     assert removed(RandomDrop(site="input"), 5, 0) == (5, 0, 0, 0)
     assert removed(Everywhere(), 7) == (2, 2, 2, 1)
     assert removed(Everywhere(), 3, 2) == (0, 0, 2, 1)
-    assert removed(Liar(), 0) == (0, 0, 0, 0)
+    assert removed(WrongTotal(), 0) == (0, 0, 0, 0)
 
 
 def test_a_wrong_allocation_is_rejected() -> None:
     with pytest.raises(
         lp.ArgumentError, match=r"`allocate` of everywhere must return 4 numbers with the sum 3, got \[4"
     ):
-        allocate_schedule(Liar(), 3, N, 1, DEPTH, 0)
+        allocate_schedule(WrongTotal(), 3, N, 1, DEPTH, 0)
 
 
 def test_profile_counts_what_leaves_the_last_block() -> None:
@@ -138,6 +138,6 @@ def test_tokens_are_counted_if_they_depend_on_the_images() -> None:
 def test_adaptive_methods_are_rejected() -> None:
     message = "`method` must be one with a fixed number of tokens, got everywhere"
     with pytest.raises(lp.ArgumentError, match=message):
-        lp.profile_latency(tiny_vit(), IMAGES[:1], method=Willful(), verbose=False)
+        lp.profile_latency(tiny_vit(), IMAGES[:1], method=AdaptiveEverywhere(), verbose=False)
     with pytest.raises(lp.ArgumentError, match=message), warnings.catch_warnings():
-        lp.plan(tiny_vit(), IMAGES[:1], calibration=IMAGES, methods=Willful(), verbose=False)
+        lp.plan(tiny_vit(), IMAGES[:1], calibration=IMAGES, methods=AdaptiveEverywhere(), verbose=False)

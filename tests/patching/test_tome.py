@@ -200,7 +200,7 @@ def test_removing_none_is_bit_identical(build: Any, images: Tensor) -> None:
         assert torch.equal(run(model, images), dense)
 
 
-class Masks(TorchFunctionMode):
+class RecordedArguments(TorchFunctionMode):
     """Records the final arguments of fused attention."""
 
     def __init__(self) -> None:
@@ -216,7 +216,7 @@ class Masks(TorchFunctionMode):
 
 @pytest.mark.parametrize("proportional", [True, False])
 def test_attention_is_unchanged_before_the_first_merge(build: Any, images: Tensor, proportional: bool) -> None:
-    with lp.patch(build(), ToMe(proportional), [0, 5, 0, 0]) as handle, Masks() as masks:
+    with lp.patch(build(), ToMe(proportional), [0, 5, 0, 0]) as handle, RecordedArguments() as masks:
         run(handle.transformer.root, images)
     assert masks.shapes == [None, None, *[(2, 1, 1, 21) if proportional else None] * 2]
 

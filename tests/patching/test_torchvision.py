@@ -121,7 +121,7 @@ class TestFacts:
         assert torch.equal(run(model, images), before)
 
 
-class TestNoTrace:
+class TestRestoration:
     @pytest.mark.parametrize("method", METHODS)
     def test_removal(self, images: Tensor, method: str) -> None:
         model = build_tv()
@@ -145,7 +145,7 @@ class TestNoTrace:
         assert torch.equal(run(pickle.loads(pickle.dumps(model)), images), expected)
 
 
-class Watching(Reduction):
+class RecordingReduction(Reduction):
     """Random pruning, which records its inputs."""
 
     name: ClassVar[str] = "watching"
@@ -179,15 +179,15 @@ class TestFastPath:
         model, entering = build_tv(), []
         block: Any = model.encoder.layers[1]
         hook = block.register_forward_pre_hook(lambda module, args: entering.append(args[0]))
-        Watching.seen.clear()
-        with lp.patch(model, Watching(), WHERE["one"]):
+        RecordingReduction.seen.clear()
+        with lp.patch(model, RecordingReduction(), WHERE["one"]):
             native_calls.clear()
             run(model, images)
         hook.remove()
         with torch.no_grad():
             y = block.ln_1(entering[0])
             expected = block.self_attention(y, y, y, need_weights=False)[0] + entering[0]
-        ((sequence),) = Watching.seen
+        ((sequence),) = RecordingReduction.seen
         assert torch.equal(sequence.tokens, expected)
         assert len(native_calls) == 5
         assert sequence.attention is not None
@@ -352,7 +352,7 @@ class TestOthers:
         model: Any = build_tv()
         block = model.encoder.layers[1]
         block.forward = block.forward
-        message = r"The `forward` of EncoderBlock was replaced on the module itself \(accelerate"
+        message = r"The `forward` of this EncoderBlock was replaced on the module itself \(as accelerate"
         with pytest.raises(lp.UnsupportedModelError, match=message):
             lp.patch(model, "pomt", WHERE["all"])
         del block.forward

@@ -58,7 +58,7 @@ def test_inaccurate_results_are_a_reason(monkeypatch: pytest.MonkeyPatch) -> Non
     assert unsupported_reason("cpu") == "int8 is inaccurate on cpu: a layer 64 -> 64 has an error of 100%"
 
 
-class Odd(nn.Module):
+class OtherUse(nn.Module):
     """Uses the weight of its layer in a way that int8 does not support."""
 
     def __init__(self) -> None:
@@ -70,7 +70,7 @@ class Odd(nn.Module):
 
 
 def test_a_failing_run_of_the_model_is_the_reason() -> None:
-    network = Odd()
+    network = OtherUse()
     weight = network.layer.weight
     assert unsupported_reason("cpu", network) is None
     reason = unsupported_reason("cpu", network, torch.zeros(2, 16))
