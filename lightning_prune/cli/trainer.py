@@ -106,6 +106,7 @@ class PruneTrainer(L.Trainer):
         output: str = "results/compare",
         methods: list[str] | None = None,
         speedups: list[float] | None = None,
+        runtimes: list[str] | None = None,
         resume: bool = True,
     ) -> Comparison:
         """Validate dense and pruned in one run; writes tables, schedules, plots and report.html.
@@ -122,6 +123,8 @@ class PruneTrainer(L.Trainer):
             methods: Names of methods to compare: reductions, auto, int8, and both, as in pomt+int8; dense is always
                 there.
             speedups: Dense latency over theirs that the methods are to reach; planned by the objective if not given.
+            runtimes: What executes the model: torch, torch.compile:mode=blocks, ...; each variant in each of them, and
+                in that of the pruner if not given.
             resume: Whether to go on from what was finished before.
 
         Raises:
@@ -129,10 +132,19 @@ class PruneTrainer(L.Trainer):
             DataError: If there is nothing to validate on.
             UnsupportedModelError: If none of the methods can be used with the model.
         """
-        command = self.command or f"trainer.compare(methods={methods}, speedups={speedups})"
+        command = self.command or f"trainer.compare(methods={methods}, speedups={speedups}, runtimes={runtimes})"
         data = dataloaders if datamodule is None else datamodule
         found = compare(
-            self, model, data, methods, speedups, output=output, resume=resume, command=command, settings=self.settings
+            self,
+            model,
+            data,
+            methods,
+            speedups,
+            runtimes=runtimes,
+            output=output,
+            resume=resume,
+            command=command,
+            settings=self.settings,
         )
         self.budget_missed = found.best is not None and not found.best.met
         if self.is_global_zero:

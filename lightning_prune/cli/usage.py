@@ -28,6 +28,7 @@ _OPTIONS = {
     "--device simulated:...": "profile, or plan for, a simulated device (profile, plan)",
     "--methods NAME ...": "methods to compare, such as pomt tome int8 pomt+int8 (compare)",
     "--speedups NUMBER ...": "target speed-ups; without them, methods are planned by the objective (compare)",
+    "--runtimes NAME ...": "what executes the model, such as torch torch.compile:mode=blocks (compare)",
     "--resume false": "start again instead of resuming from the output folder (compare)",
     "--trainer.KEY VALUE": "any option of lightning.Trainer: accelerator, precision, devices, ...",
     "--print_config": "print the configuration and stop",

@@ -7,7 +7,7 @@ from math import isfinite
 
 from lightning_prune.errors import ArgumentError
 
-_LISTS = ("--methods", "--speedups")
+_LISTS = ("--methods", "--speedups", "--runtimes")
 _NUMBER = r"(\d+\.?\d*(?:e[+-]?\d+)?|\.\d+)"
 
 

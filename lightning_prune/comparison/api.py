@@ -17,7 +17,13 @@ from lightning_prune.callbacks.hooks import command_run
 from lightning_prune.comparison.best_variant import choose_best
 from lightning_prune.comparison.comparison_results import Comparison, check_output_paths, normalisation_of
 from lightning_prune.comparison.planned_variants import plain_value
-from lightning_prune.comparison.requests import ComparisonSettings, check_speedups, read_requests
+from lightning_prune.comparison.requests import (
+    ComparisonSettings,
+    check_speedups,
+    in_runtimes,
+    read_requests,
+    read_runtimes,
+)
 from lightning_prune.comparison.setup import ComparisonSetup
 from lightning_prune.comparison.variant_rows import row_of
 from lightning_prune.comparison.variant_runs import validate_variants
@@ -66,7 +72,9 @@ def compare(
         speedups: Dense latency over that of each method, each > 1; None to plan by the objective.
         objective: Plans the schedules if there are no `speedups`, and chooses the best variant, `schedule.yaml`; that
             of the callback if None.
-        runtimes: What executes the model; that of the callback, `["torch"]`, if None.
+        runtimes: What executes the model: `"torch"`, `"torch.compile:mode=blocks"`, ...; that of the callback if None.
+            With several, each variant is planned, timed and validated in each, and compared with dense there. Compiling
+            takes seconds for each variant: give time.
         output: Folder for the files; None writes none.
         resume: Whether to go on from what is kept in `output`.
         command: What was typed, for the report.
@@ -90,23 +98,20 @@ def compare(
         >>> # results = lp.compare(trainer, module, data, methods=["tome", "auto"], speedups=[1.25, 1.5], output="out")
     """
     config = config_of(trainer)
-    if runtimes is not None:
-        is_list = isinstance(runtimes, Sequence) and not isinstance(runtimes, str)
-        check("runtimes", runtimes, "a list with one runtime", is_list and len(runtimes) == 1)
-        config = replace(config, runtime=runtimes[0])
+    used = read_runtimes(runtimes, config.runtime)
     valid = objective is None or isinstance(objective, Objective)
     check("objective", objective, "an Objective such as AccuracyBudget(0.005), or None", valid)
     goal = config.goal if objective is None else objective
-    requests = read_requests(config, methods, speedups, goal)
+    requests = in_runtimes(read_requests(config, methods, speedups, goal), used)
     targets = [] if speedups is None else check_speedups(speedups)
     folder = None if output is None else ensure_output_dir(output)
     if folder is not None:
         check_output_paths(folder)
-    asked = ComparisonSettings(config, requests, targets, folder, resume, trainer.limit_val_batches)
+    asked = ComparisonSettings(config, requests, used, targets, folder, resume, trainer.limit_val_batches)
     report = rank_zero_only(on_message or (_print_line if config.verbose else _ignore))
     loaders = {"datamodule" if isinstance(data, L.LightningDataModule) else "dataloaders": data}
     setup = ComparisonSetup(asked, report, clock)
-    with command_run(trainer, config, setup, one_batch=True):
+    with command_run(trainer, replace(config, runtime="torch"), setup, one_batch=True):  # which applies the runtimes
         trainer.validate(module, verbose=False, **loaders)
     if setup.plan is None:
         raise DataError("The validation loader yielded no batch to compare on.")
@@ -136,6 +141,7 @@ def _plain_config(settings: ComparisonSettings, goal: Objective, trainer: L.Trai
     return {
         "methods": [request.name for request in settings.requests],
         "speedups": list(settings.speedups),
+        "runtimes": [runtime.name for runtime in settings.runtimes],
         "objective": str(goal),
         "pruning": {each.name: plain_value(getattr(config, each.name)) for each in fields(config)},
         "trainer": {

@@ -7,7 +7,7 @@ import numpy as np
 
 from lightning_prune.comparison.planned_variants import PlannedVariant
 from lightning_prune.planning import Objective
-from lightning_prune.report.rows import AGREEMENT, TOP1, Row, score_of
+from lightning_prune.report.rows import AGREEMENT, TOP1, Row, Score, score_of
 
 
 @dataclass(frozen=True)
@@ -32,21 +32,22 @@ def choose_best(rows: Sequence[Row], planned: Sequence[PlannedVariant], objectiv
     meets the budget. If neither a variant nor dense does, the fastest is chosen.
 
     Args:
-        rows: Dense first.
+        rows: Dense first. With several runtimes, speed-ups of a budget refer to dense in the first, and dense in
+            another is a variant like the others.
         planned: The same variants.
         objective: What was stated.
     """
-    schedules = {each.variant: each.schedule for each in planned}
-    dense, score = rows[0], score_of(rows) or AGREEMENT
+    deployable = {each.variant for each in planned if each.schedule is not None or each.is_dense}
+    dense, score = rows[0], _relative_score(rows)
     whole = (dense.top1 if score == TOP1 else 1.0) or 1.0
+    shares = {row.variant: _relative(row, dense, score) for row in rows}
     candidates = [
         row
         for row in rows[1:]
-        if row.speedup and not row.int8 and schedules[row.variant] is not None and score.of(row) is not None
+        if row.speedup and not row.int8 and row.variant in deployable and shares[row.variant] is not None
     ]
-    dense_ms = dense.latency_ms or 0.0
-    latency = np.array([*(dense_ms / (row.speedup or 1.0) for row in candidates), dense_ms])
-    accuracy = np.array([*((score.of(row) or 0.0) / whole for row in candidates), 1.0])
+    latency = np.array([row.latency_ms or 0.0 for row in [*candidates, dense]])
+    accuracy = np.array([*(shares[row.variant] or 0.0 for row in candidates), 1.0])
     highest = accuracy.copy()
     for number, row in enumerate(candidates):
         if score == TOP1 and row.top1_high is not None and dense.top1 is not None:
@@ -62,17 +63,34 @@ def choose_best(rows: Sequence[Row], planned: Sequence[PlannedVariant], objectiv
         row = candidates[int(np.argmax(doubtful[:-1]))]
         reason = f"Within the 95% interval of its accuracy the best of {len(rows)} variants by {objective}"
         return BestVariant(row.variant, f"{reason}: {_figures(row, dense)}.", True)
-    row = max([dense, *candidates], key=lambda row: row.speedup or 1.0)
+    row = min([dense, *candidates], key=lambda row: row.latency_ms or float("inf"))
     return BestVariant(row.variant, f"No variant meets the {objective}. The fastest is {_figures(row, dense)}.", False)
 
 
+def _relative_score(rows: Sequence[Row]) -> Score:
+    """What ranks the rows, if shares of dense can be made of it: a metric that may be negative has none."""
+    score = score_of(rows) or AGREEMENT
+    known = [figure for row in rows if (figure := score.of(row)) is not None]
+    return AGREEMENT if score.key == "metric" and min(known) <= 0 else score
+
+
+def _relative(row: Row, dense: Row, score: Score) -> float | None:
+    """The score of a row over that of dense, so that 1 is as good as dense; None where it is not known."""
+    figure, whole = score.of(row), score.of(dense) or 1.0
+    if score == AGREEMENT:
+        return 1.0 if figure is None and not row.method and not row.int8 else figure  # dense agrees with itself
+    if figure is None:
+        return None
+    return whole / figure if score.lower_is_better else figure / whole
+
+
 def _figures(row: Row, dense: Row) -> str:
-    speedup = f"{row.variant}, {row.speedup or 1.0:.2f}x"
-    score = TOP1 if row.top1 is not None else AGREEMENT
+    ratio = (dense.latency_ms or 1.0) / (row.latency_ms or dense.latency_ms or 1.0)
+    speedup = f"{row.variant}, {ratio:.2f}x"
+    score = score_of([row]) or AGREEMENT
     share = 1.0 if row is dense and score == AGREEMENT else score.of(row)
     if share is None:
         return speedup
-    against = (
-        f" ({100 * dense.top1:.2f}% dense)" if score == TOP1 and dense.top1 is not None and row is not dense else ""
-    )
-    return f"{speedup}, {100 * share:.2f}% {score.label}{against}"
+    whole = None if score == AGREEMENT or row is dense else score.of(dense)
+    against = "" if whole is None else f" ({score.text(whole)} dense)"
+    return f"{speedup}, {score.text(share)} {score.label}{against}"

@@ -75,7 +75,7 @@ class ComparedMethod:
 
     def variant(self) -> Variant:
         """The only variant of a method without targets."""
-        return Variant(self.request.reduction, None, self.weights)
+        return Variant(self.request.reduction, None, self.weights, self.request.runtime)
 
     def source(self) -> OrderedCandidates:
         """The amounts of a method in its usual form: tokens that it removes."""
@@ -86,7 +86,9 @@ class ComparedMethod:
         assert reduction is not None
         counts = (self.tokens, self.prefix, self.depth, self.block)
         schedule = allocate_schedule(reduction, amount, *counts)
-        return Candidate(self.request.name, reduction, schedule, 1.0, weights=self.weights)
+        return Candidate(
+            self.request.name, reduction, schedule, 1.0, weights=self.weights, runtime=self.request.runtime
+        )
 
     def planned(self, timing: LatencyStats | None = None, note: str = "") -> PlannedVariant:
         """The only variant of a method without targets, or of one that cannot be used.
@@ -104,6 +106,7 @@ class ComparedMethod:
             settings=plain_settings(request.reduction),
             timing=timing,
             note=note,
+            runtime=request.runtime.name,
         )
 
     def planned_for(self, target: Target, timing: LatencyStats, context: Mapping[str, Any]) -> PlannedVariant:
@@ -127,7 +130,7 @@ class ComparedMethod:
         elif not target.reached:
             shortfall = f"short of its target: {1 / timing.ratio:.2f}x when planning ended"
         return PlannedVariant(
-            variant=f"{request.name} {speedup:g}x",
+            variant=f"{request.stem} {speedup:g}x{request.suffix}",
             request=request.name,
             method=request.method,
             int8=request.int8,
@@ -137,4 +140,5 @@ class ComparedMethod:
             schedule=Schedule(counts.removed, None if reduction is None else spec_of(reduction), made_on),
             timing=timing,
             note="; ".join(filter(None, (chosen, shortfall))),
+            runtime=request.runtime.name,
         )

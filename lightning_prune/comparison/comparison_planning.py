@@ -1,7 +1,7 @@
 """The plan of a comparison within one time limit: the schedule of each variant, then one run that times them all."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
@@ -13,7 +13,7 @@ from lightning_prune.callbacks.decision import Decision
 from lightning_prune.callbacks.first_batch import FirstBatch
 from lightning_prune.callbacks.planned_schedule import planned_for
 from lightning_prune.comparison.compared_method import ComparedMethod
-from lightning_prune.comparison.final_run import Target, verify_targets, with_energy
+from lightning_prune.comparison.final_run import FinalTimer, Target, verify_targets, with_energy
 from lightning_prune.comparison.objective_planning import (
     ObjectiveGroup,
     dense_if_slower,
@@ -21,8 +21,9 @@ from lightning_prune.comparison.objective_planning import (
     variant_of_decision,
 )
 from lightning_prune.comparison.planned_variants import ComparisonPlan, PlannedVariant, UnreachedTarget, variant_of
-from lightning_prune.comparison.requests import DENSE_NAME, ComparisonSettings, VariantRequest
+from lightning_prune.comparison.requests import ComparisonSettings, VariantRequest
 from lightning_prune.comparison.target_search import TUNING, auto_source, search_targets
+from lightning_prune.comparison.time_shares import SHARES, TimeShares
 from lightning_prune.errors import UnsupportedModelError
 from lightning_prune.planning import measurements
 from lightning_prune.planning.candidate_search import CandidateSearch, CandidateSource
@@ -30,71 +31,13 @@ from lightning_prune.planning.latency_model import PROBES
 from lightning_prune.planning.measurements import Measurements
 from lightning_prune.planning.objectives import LatencyBudget
 from lightning_prune.planning.ordered_candidates import TARGET_TUNING
-from lightning_prune.profiling import DENSE, LatencyStats, Variant, measurement_context
+from lightning_prune.profiling import Variant, measurement_context
 from lightning_prune.profiling.cache import CachedProfile, get_or_profile
 from lightning_prune.profiling.measurement import check_dense, ready_to_run
 from lightning_prune.profiling.model_variants import variant_timer
+from lightning_prune.runtimes import Runtime
 
 NOT_PLANNED = "not planned for lack of time (`time_limit`)"
-
-
-@dataclass(frozen=True)
-class ShareTuning:
-    """How the time limit is divided: each task gets its weight over that of all tasks that are still to do.
-
-    Attributes:
-        curve: Weight of the latency curve where schedules are planned on it; half of it where none is.
-        method: Weight of the first method that is planned in a task; the final run has it, too.
-        further: Weight of each further method or objective of the same task.
-        variant: Weight of each variant in the final run.
-        front_share: Share of the task of `auto` at target speed-ups in which its methods are measured.
-    """
-
-    curve: float = 1.0
-    method: float = 1.0
-    further: float = 0.5
-    variant: float = 0.25
-    front_share: float = 0.6
-
-
-SHARES = ShareTuning()
-
-
-class TimeShares:
-    """Divides what is left of a time limit among the tasks that are still to do.
-
-    Args:
-        limit: The time limit of all tasks.
-        weights: Task -> its weight; the last is always done, the others if there is time.
-        reserved: Seconds of the last task that no other may take.
-
-    Example:
-        >>> from lightning_prune.comparison.comparison_planning import TimeShares
-        >>> from lightning_prune._utils.time_limit import TimeLimit
-        >>> shares = TimeShares(TimeLimit(60, clock=lambda: 0.0), {"pomt": 1, "tome": 1, "final": 2}, reserved=4)
-        >>> shares.seconds("pomt"), shares.seconds("tome", least=30), shares.seconds("final")
-        (14.0, 30, 60.0)
-    """
-
-    def __init__(self, limit: TimeLimit, weights: Mapping[str, float], reserved: float) -> None:
-        self.limit, self.reserved = limit, reserved
-        self._weights, self._last = dict(weights), list(weights)[-1]
-        self._is_first = True
-
-    def seconds(self, task: str, least: float = 0.0) -> float | None:
-        """The share of a task that begins now; None if there is no time for it, but never for the first one.
-
-        Args:
-            task: Its name; each is asked for once.
-            least: Seconds that it takes at least.
-        """
-        share = self._weights[task] / sum(self._weights.values())
-        del self._weights[task]
-        if task == self._last:
-            return self.limit.left()
-        free = max(self.limit.left() - self.reserved, 0.0)
-        is_first, self._is_first = self._is_first, False
-        return None if least > free and not is_first else max(share * free, least)
 
 
 class ComparisonPlanner:
@@ -125,6 +68,9 @@ class ComparisonPlanner:
         self.budgets = [LatencyBudget(speedup=speedup) for speedup in settings.speedups]
         self.targets: dict[tuple[str, LatencyBudget], Target] = {}
         self.not_planned: set[str] = set()
+        self.contexts: dict[Runtime, dict[str, Any]] = {}
+        self.curves: dict[Runtime, CachedProfile] = {}
+        self.seconds_per_pass = 0.0  # of the dense model, in the slowest runtime
         self.groups = objective_groups(settings.config, settings.requests)
 
     def plan(self) -> ComparisonPlan:
@@ -134,40 +80,42 @@ class ComparisonPlanner:
             UnsupportedModelError: If no method can be used with this model; says why for each.
         """
         started = datetime.now().astimezone().isoformat(timespec="seconds")
-        transformer, images, requests = self.first.transformer, self.first.images, self.settings.requests
+        transformer, images, settings = self.first.transformer, self.first.images, self.settings
         check_dense(transformer)
         with ready_to_run(transformer):
             self.tokens = transformer.count_tokens(images)
-            context = measurement_context(transformer.compiled_root, images)
             self._find_methods()
-            self.seconds_per_pass = self._time_a_pass()
-        if self.settings.config.verbose:
+        if settings.config.verbose:
             self.on_message(f"Planning and timing take up to {self.limit.seconds:g} s (`time_limit`).")
         weights = self._weights()
-        curve_weight = SHARES.curve * (1.0 if self.calibration is not None else 0.5)
-        curve = self._measure_curve(curve_weight / (curve_weight + sum(weights.values())))
+        for runtime in settings.runtimes:
+            with runtime.applied(transformer):
+                self._measure_runtime(runtime, weights)
         self.shares = TimeShares(self.limit, weights, self._least_of_final_run())
-        for group in self.groups:
-            self._plan_group(group, curve)
+        for runtime in settings.runtimes:
+            with runtime.applied(transformer):
+                for group in self.groups:
+                    if group.runtime == runtime:
+                        self._plan_group(group)
+                with ready_to_run(transformer):
+                    for request in self.usable:
+                        if request.has_targets and request.runtime == runtime:
+                            self._plan_targets(request)
         with ready_to_run(transformer):
-            for request in self.usable:
-                if request.has_targets:
-                    self._plan_targets(request, curve)
-            timings = self._time_all()
-        planned, unreached = self._planned(timings, context)
-        seconds = self.limit.elapsed
-        with ready_to_run(transformer):
-            named, verbose = {request.name: request for request in requests}, self.settings.config.verbose
-            planned, energy = with_energy(transformer, images, planned, named, verbose)
+            planned, unreached = self._time_all()
+            seconds = self.limit.elapsed
+            requests = {request.name: request for request in settings.requests}
+            planned, energy = with_energy(transformer, images, planned, requests, settings.config.verbose)
+        dense = {each.runtime: each for each in planned if each.is_dense}
         return ComparisonPlan(
-            planned=[dense_if_slower(p, self.decisions.get(p.request), planned[0]) for p in planned],
+            planned=[dense_if_slower(p, self.decisions.get(p.request), dense[p.runtime]) for p in planned],
             unreached=unreached,
-            context=context,
+            context=self._context(),
             dense_tokens=self.tokens,
             energy=energy,
             seconds=seconds,
             started=started,
-            profile=curve.profile,
+            profile=self.curves[settings.runtimes[0]].profile,
             calibration="" if self.calibration is None else self.calibration.source,
         )
 
@@ -176,12 +124,13 @@ class ComparisonPlanner:
         config, images = self.settings.config, self.first.images
         block = 0.25 if config.block == "auto" else config.block
         by_objective = {request.name for group in self.groups for request in group.requests}
-        known = {DENSE_NAME, *self.fixed, *by_objective}
-        searched = [request for request in self.settings.requests if request.name not in known]
+        known = {*self.fixed, *by_objective}
+        requests = [request for request in self.settings.requests if not request.is_dense]
+        searched = [request for request in requests if request.name not in known]
         self.methods = {r.name: ComparedMethod(self.first.transformer, r, self.tokens, block) for r in searched}
         self.unusable = {name: method.unsupported_reason(images) for name, method in self.methods.items()}
         self.usable = [request for request in searched if self.unusable[request.name] is None]
-        if not self.usable and known == {DENSE_NAME}:
+        if not self.usable and not known:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in self.unusable.items())
             raise UnsupportedModelError(f"None of the methods can be used with this model. {reasons}")
 
@@ -209,7 +158,7 @@ class ComparisonPlanner:
     def _expected_variants(self) -> int:
         with_targets = sum(request.has_targets for request in self.usable)
         single = len(self.usable) - with_targets + len(self.fixed) + sum(len(group.requests) for group in self.groups)
-        return 1 + single + with_targets * len(self.budgets)
+        return len(self.settings.runtimes) + single + with_targets * len(self.budgets)
 
     def _least_of_final_run(self) -> float:
         return (1 + TUNING.min_final_rounds) * self._expected_variants() * self.seconds_per_pass
@@ -226,12 +175,20 @@ class ComparisonPlanner:
         passes = PROBES * tuning.min_runs_per_probe + images / len(self.first.images) + 4
         return passes * self.seconds_per_pass
 
-    def _measure_curve(self, share: float) -> CachedProfile:
-        """The latency curve, in a share of the whole time limit: the same each time, so that a kept one is used."""
-        config = self.settings.config
+    def _measure_runtime(self, runtime: Runtime, weights: Mapping[str, float]) -> None:
+        """What all planning in a runtime needs: its context, seconds of a pass, and its latency curve.
+
+        The time limit of the curve is a share of the whole, the same each time, so that a kept one is used.
+        """
+        config, transformer, images = self.settings.config, self.first.transformer, self.first.images
+        with ready_to_run(transformer):
+            self.contexts[runtime] = measurement_context(transformer.compiled_root, images)
+            self.seconds_per_pass = max(self.seconds_per_pass, self._time_a_pass())
+        own = SHARES.curve * (1.0 if self.calibration is not None else 0.5)
+        share = own / (own * len(self.settings.runtimes) + sum(weights.values()))
         found = get_or_profile(
             self.first.module,
-            self.first.images,
+            images,
             config.store(),
             block=0,
             time_limit=share * config.time_limit,
@@ -242,9 +199,17 @@ class ComparisonPlanner:
         if found.reused and self.calibration is not None:  # where schedules are planned on it
             when = found.profile.context.get("measured", "before")
             self.on_message(f"The latency profile was measured {when}; --prune.use_cache false measures it again.")
-        return found
+        self.curves[runtime] = found
 
-    def _plan_group(self, group: ObjectiveGroup, curve: CachedProfile) -> None:
+    def _context(self) -> dict[str, Any]:
+        """What the figures were measured on; of several runtimes all are named."""
+        first, *others = (self.contexts[runtime] for runtime in self.settings.runtimes)
+        if not others:
+            return first
+        names = ", ".join(runtime.name for runtime in self.settings.runtimes)
+        return {**first, "runtime": names, "compiled": False}
+
+    def _plan_group(self, group: ObjectiveGroup) -> None:
         """Plans the requests of a group together."""
         config = group.config
         is_paper = config.protocol == "paper"
@@ -256,16 +221,15 @@ class ComparisonPlanner:
         if config.verbose:
             self.on_message(f"Planning {group.name}")
         module, images, limit = self.first.module, self.first.images, TimeLimit(max(seconds, 1e-3), self.limit.clock)
-        made = planned_for(
-            config, module, images, self.calibration, group.objectives, None if is_paper else curve, limit
-        )
+        curve = None if is_paper else self.curves[group.runtime]
+        made = planned_for(config, module, images, self.calibration, group.objectives, curve, limit)
         for request, decision in zip(group.requests, made, strict=True):
             self.decisions[request.name] = decision
             self.fixed[request.name] = variant_of_decision(request, decision)
         if is_paper:  # hours on a CPU, and nothing of it can be cut short: the limit is that of all the rest
             self.limit.start += limit.elapsed
 
-    def _plan_targets(self, request: VariantRequest, curve: CachedProfile) -> None:
+    def _plan_targets(self, request: VariantRequest) -> None:
         """Finds candidates for the target speed-ups of one method; the final run verifies them."""
         config, transformer, images = self.settings.config, self.first.transformer, self.first.images
         least = self._least_of_search() + (self._least_of_front() if request.searches else 0.0)
@@ -275,6 +239,7 @@ class ComparisonPlanner:
             return
         limit = TimeLimit(max(seconds, 1e-3), self.limit.clock)
         if request.searches:
+            curve = self.curves[request.runtime]
             measured = self._measurements(curve, TimeLimit(limit.share(SHARES.front_share), self.limit.clock))
             source = auto_source(request, measured, transformer, self.budgets)
         else:
@@ -305,44 +270,51 @@ class ComparisonPlanner:
             verbose=config.verbose,
         )
 
-    def _time_all(self) -> dict[Variant, LatencyStats]:
+    def _time_all(self) -> tuple[list[PlannedVariant], list[UnreachedTarget]]:
         """Times all variants in one interleaved run, in which targets that are missed move to other amounts."""
-        requests = {request.name: request for request in self.settings.requests}
-        others = [DENSE, *(self.methods[r.name].variant() for r in self.usable if not r.has_targets)]
+        requests, config = {request.name: request for request in self.settings.requests}, self.settings.config
+        others = [Variant(runtime=request.runtime) for request in requests.values() if request.is_dense]
+        others += [self.methods[r.name].variant() for r in self.usable if not r.has_targets]
         others += [variant_of(planned, requests[name]) for name, planned in self.fixed.items()]
         seconds = self.shares.seconds("final") or 0.0
-        targets, config = list(self.targets.values()), self.settings.config
-        with (
-            variant_timer(self.first.transformer, self.first.images, self.limit.clock) as timer,
-            progress_bar("Timing all variants", seconds, config.verbose) as on_step,
-        ):
-            verify_targets(timer, targets, others, TUNING.final_rounds, seconds, on_step)
-            variants = [*others, *(target.candidate.variant for target in targets if target.candidate is not None)]
-            return {variant: timer.result(variant) for variant in variants}
+        final = FinalTimer(self.first.transformer, self.first.images, self.settings.runtimes, self.limit.clock)
+        try:
+            with progress_bar("Timing all variants", seconds, config.verbose) as on_step:
+                verify_targets(final.timer, list(self.targets.values()), others, TUNING.final_rounds, seconds, on_step)
+        finally:
+            final.close()
+        return self._planned(final)
 
-    def _planned(
-        self, timings: Mapping[Variant, LatencyStats], context: Mapping[str, Any]
-    ) -> tuple[list[PlannedVariant], list[UnreachedTarget]]:
+    def _planned(self, final: FinalTimer) -> tuple[list[PlannedVariant], list[UnreachedTarget]]:
         """All variants with their timings, dense first, and the targets that no variant reaches."""
-        dense, *others = self.settings.requests
-        found = [PlannedVariant(dense.name, dense.name, timing=timings[DENSE])]
+        found: list[PlannedVariant] = []
         unreached: list[UnreachedTarget] = []
-        for request in others:
-            name = request.name
-            if name in self.not_planned:
-                found.append(PlannedVariant(name, name, request.method, request.int8, note=NOT_PLANNED))
+
+        def add(planned: PlannedVariant, variant: Variant) -> None:
+            timing, against_eager = final.timer.result(variant), final.speedup_vs_eager(variant)
+            found.append(replace(planned, timing=timing, speedup_vs_eager=against_eager))
+
+        for request in self.settings.requests:
+            name, runtime = request.name, request.runtime.name
+            if request.is_dense:
+                add(PlannedVariant(name, name, runtime=runtime), Variant(runtime=request.runtime))
+            elif name in self.not_planned:
+                found.append(
+                    PlannedVariant(name, name, request.method, request.int8, note=NOT_PLANNED, runtime=runtime)
+                )
             elif name in self.fixed:
-                found.append(replace(self.fixed[name], timing=timings[variant_of(self.fixed[name], request)]))
+                add(self.fixed[name], variant_of(self.fixed[name], request))
             elif (reason := self.unusable[name]) is not None:
                 found.append(self.methods[name].planned(note=reason))
             elif not request.has_targets:
-                method = self.methods[name]
-                found.append(method.planned(timing=timings[method.variant()], note=method.note))
+                add(self.methods[name].planned(note=self.methods[name].note), self.methods[name].variant())
             else:
                 for budget in self.budgets:
-                    target, method = self.targets[name, budget], self.methods[name]
+                    target, context = self.targets[name, budget], self.contexts[request.runtime]
                     if target.exhausted or target.candidate is None:
                         unreached.append(target.unreached(name))
                     else:
-                        found.append(method.planned_for(target, timings[target.candidate.variant], context))
+                        variant = target.candidate.variant
+                        timing = final.timer.result(variant)
+                        add(self.methods[name].planned_for(target, timing, context), variant)
         return found, unreached

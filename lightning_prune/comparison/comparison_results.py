@@ -15,7 +15,6 @@ from lightning_prune._utils.files import read_document, slug, write_document
 from lightning_prune._utils.measurement_source import MeasurementSource
 from lightning_prune.comparison.best_variant import BestVariant
 from lightning_prune.comparison.planned_variants import ComparisonPlan, PlannedVariant
-from lightning_prune.comparison.requests import DENSE_NAME
 from lightning_prune.errors import ArgumentError
 from lightning_prune.patching import TokenTrace
 from lightning_prune.report.html_page import write_page
@@ -70,7 +69,7 @@ class Comparison:
             "rows": [row.to_dict() for row in self.rows],
             "best": None if self.best is None else asdict(self.best),
             "unreached": [asdict(unreached) for unreached in plan.unreached],
-            "variants": {p.variant: _described(p) for p in plan.planned if p.variant != DENSE_NAME},
+            "variants": {p.variant: _described(p) for p in plan.planned if not p.is_dense},
             "context": dict(plan.context),
             "energy": plan.energy,
             "calibration": plan.calibration,

@@ -1,8 +1,11 @@
 """The run in which all variants of a comparison are timed together, and the energy of each."""
 
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from lightning_prune._utils.progress import OnStep, progress_bar
@@ -15,9 +18,22 @@ from lightning_prune.planning.candidate_search import CandidateSearch, Timings, 
 from lightning_prune.planning.objectives import LatencyBudget
 from lightning_prune.planning.ordered_candidates import OrderedCandidates
 from lightning_prune.planning.results import Candidate
-from lightning_prune.profiling import DENSE, InterleavedTimer, Variant, VariantSwitch
+from lightning_prune.profiling import InterleavedTimer, Variant, VariantSwitch
 from lightning_prune.profiling.energy_counter import NO_COUNTER, Unavailable, find_counter
 from lightning_prune.profiling.energy_meter import measure_energy
+from lightning_prune.profiling.environment import precision
+from lightning_prune.runtimes import Runtime, TorchEager, is_compiled
+from lightning_prune.runtimes.torch_runtime import uncompiled
+
+
+class _EagerFloat32(TorchEager):
+    """The runtime of `EAGER`; no user can name it."""
+
+    name = "torch (float32)"
+
+
+EAGER = Variant(runtime=_EagerFloat32())
+"""The dense model in float32 and PyTorch without compilation, whatever the variants run in."""
 
 
 @dataclass
@@ -52,6 +68,88 @@ class Target:
         return UnreachedTarget(method, float(self.budget.speedup or 1), self.best_speedup, reason)
 
 
+class FinalTimer:
+    """Times variants in several runtimes in one interleaved run, each against dense in its own runtime.
+
+    `EAGER`, the dense model in float32 and PyTorch without compilation, is part of every round where it is none of the
+    variants. To be used inside `ready_to_run`; `close` makes the model as it was.
+
+    Args:
+        transformer: The Vision Transformer, dense.
+        images: (B, C, H, W) on its device.
+        runtimes: What executes the variants.
+        clock: Seconds.
+
+    Attributes:
+        timer: The interleaved timer; its reference is dense in the first runtime.
+    """
+
+    def __init__(
+        self, transformer: VisionTransformer, images: Tensor, runtimes: Sequence[Runtime], clock: Callable[[], float]
+    ) -> None:
+        self._transformer, self._images = transformer, images
+        self._switch, self._stack = VariantSwitch(transformer), ExitStack()
+        self._run: Callable[[], object] = self._as_it_is
+        is_float32 = precision(transformer.root, images.device) == "float32" and not is_compiled(transformer.root)
+        is_among = is_float32 and any(isinstance(runtime, TorchEager) for runtime in runtimes)
+        self._eager = Variant(runtime=TorchEager()) if is_among else EAGER
+        self._run_eager = None if is_among else _float32_run(transformer, images)
+        self.timer = InterleavedTimer[Variant](
+            prepare=self._prepare,
+            run=lambda: self._run(),
+            device=images.device,
+            reference=Variant(runtime=runtimes[0]),
+            clock=clock,
+            references=self._references,
+        )
+
+    def speedup_vs_eager(self, variant: Variant) -> float | None:
+        """Latency of `EAGER` over that of a variant; None where the model has no copy in float32."""
+        known = self._eager != EAGER or self._run_eager is not None
+        return 1 / self.timer.result(variant, self._eager).ratio if known else None
+
+    def close(self) -> None:
+        """Makes the model dense again, in the runtime that it had."""
+        self._stack.close()
+        self._switch.off()
+
+    def _references(self, variant: Variant) -> list[Variant]:
+        dense = [] if variant == EAGER else [Variant(runtime=variant.runtime)]
+        return dense if self._eager == EAGER and self._run_eager is None else [*dense, self._eager]
+
+    def _prepare(self, variant: Variant) -> None:
+        self._stack.close()
+        if variant == EAGER:
+            self._switch.to(Variant(runtime=TorchEager()))
+            self._stack.enter_context(uncompiled(self._transformer.root))  # what the user compiled, too
+            assert self._run_eager is not None
+            self._run = self._run_eager
+        else:
+            self._switch.to(variant)
+            self._run = self._as_it_is
+
+    def _as_it_is(self) -> object:
+        return self._transformer.compiled_root(self._images)
+
+
+def _float32_run(transformer: VisionTransformer, images: Tensor) -> Callable[[], object] | None:
+    """Runs the dense model in float32; None where it cannot be copied to that."""
+    root = transformer.root
+    if any(p.is_floating_point() and p.dtype != torch.float32 for p in root.parameters()):
+        try:
+            with uncompiled(root):
+                root = copy.deepcopy(root).float()
+        except (RuntimeError, TypeError, ValueError):  # too large for a second time, or it holds what cannot be copied
+            return None
+    inputs = images.float()
+
+    def run() -> object:
+        with torch.autocast(images.device.type, enabled=False):
+            return root(inputs)
+
+    return run
+
+
 def verify_targets(
     timer: InterleavedTimer[Variant],
     targets: Sequence[Target],
@@ -77,7 +175,7 @@ def verify_targets(
     def time_candidates(candidates: Sequence[Candidate]) -> Timings:
         timing.time_variants(list(dict.fromkeys([*untimed, *(candidate.variant for candidate in candidates)])))
         untimed.clear()
-        return timer.result(DENSE), {c.key: timer.result(c.variant) for c in candidates}
+        return timer.result(timer.reference), {c.key: timer.result(c.variant) for c in candidates}
 
     run_searches([target.search for target in targets], time_candidates, deadline, clock=timer.clock)
     if untimed:

@@ -16,6 +16,7 @@ from lightning_prune.patching.schedule_forms import resolve_schedule
 from lightning_prune.planning import Objective
 from lightning_prune.profiling.measurement import ready_to_run
 from lightning_prune.reduction import Reduction
+from lightning_prune.runtimes import Runtime
 from lightning_prune.schedule import KeepRates
 
 
@@ -25,10 +26,12 @@ class ObjectiveGroup(NamedTuple):
     Attributes:
         config: The settings with which `TokenPruning` would plan them.
         requests: The requests, each with an objective.
+        runtime: What executes the model.
     """
 
     config: PruningConfig
     requests: list[VariantRequest]
+    runtime: Runtime
 
     @property
     def name(self) -> str:
@@ -42,7 +45,7 @@ class ObjectiveGroup(NamedTuple):
 
 
 def objective_groups(config: PruningConfig, requests: Sequence[VariantRequest]) -> list[ObjectiveGroup]:
-    """The requests with an objective, in groups of the same methods, blocks and protocol, in the order of the first.
+    """The requests with an objective, in groups of one runtime with the same methods, blocks and protocol.
 
     Args:
         config: All settings of pruning.
@@ -53,9 +56,10 @@ def objective_groups(config: PruningConfig, requests: Sequence[VariantRequest]) 
         if request.objective is None:
             continue
         own = _config_of(config, request)
-        group = next((g for g in groups if _measured_by(g.config) == _measured_by(own)), None)
+        alike = (g for g in groups if g.runtime == request.runtime and _measured_by(g.config) == _measured_by(own))
+        group = next(alike, None)
         if group is None:
-            groups.append(ObjectiveGroup(own, [request]))
+            groups.append(ObjectiveGroup(own, [request], request.runtime))
         else:
             group.requests.append(request)
     return groups
@@ -81,6 +85,7 @@ def variant_of_decision(request: VariantRequest, decision: Decision) -> PlannedV
         schedule=decision.schedule,
         note=chosen if decision.schedule.total_removed else "",
         plan={**plan, "calibration": decision.calibration},
+        runtime=request.runtime.name,
     )
 
 
@@ -113,6 +118,7 @@ def given_variant(first: FirstBatch, request: VariantRequest) -> PlannedVariant:
         settings=plain_settings(reduction),
         schedule=counts,
         keep_rates=rates,
+        runtime=request.runtime.name,
     )
 
 

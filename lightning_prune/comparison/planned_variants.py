@@ -30,6 +30,9 @@ class PlannedVariant:
         chosen: Name of the reduction that `auto` chose; empty where the request says it.
         keep_rates: The keep rates that were given; None where tokens were counted.
         plan: How an objective led to the schedule, as plain values; None where none did.
+        runtime: What executes the model.
+        speedup_vs_eager: Latency of the dense model in float32 and PyTorch without compilation over that of the
+            variant, from rounds in which both ran; None where that was not timed.
     """
 
     variant: str
@@ -46,6 +49,13 @@ class PlannedVariant:
     chosen: str = ""
     keep_rates: KeepRates | None = None
     plan: Mapping[str, Any] | None = None
+    runtime: str = "torch"
+    speedup_vs_eager: float | None = None
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether it is the dense model; a variant of a method may remove nothing, too, and is not."""
+        return not self.method and not self.int8
 
     @property
     def reason(self) -> str:
@@ -84,8 +94,8 @@ def variant_of(planned: PlannedVariant, request: VariantRequest) -> Variant:
     reduction = reduction_of(planned, request)
     weights = Int8Weights if request.int8 else None
     if reduction is None or (planned.schedule is not None and not planned.schedule.total_removed):
-        return Variant(weights=weights)
-    return Variant(reduction, planned.schedule, weights)
+        return Variant(weights=weights, runtime=request.runtime)
+    return Variant(reduction, planned.schedule, weights, request.runtime)
 
 
 @dataclass(frozen=True)
@@ -130,6 +140,10 @@ class ComparisonPlan:
     started: str
     profile: LatencyProfile | None = None
     calibration: str = ""
+
+    def dense_of(self, planned: PlannedVariant) -> PlannedVariant:
+        """The dense model in the runtime of a variant."""
+        return next(each for each in self.planned if each.is_dense and each.runtime == planned.runtime)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""

@@ -14,6 +14,7 @@ from lightning_prune.errors import ArgumentError
 from lightning_prune.planning import Objective, Utility
 from lightning_prune.planning.method_selection import AUTO_METHODS
 from lightning_prune.reduction import POMT, Reduction, names, resolve
+from lightning_prune.runtimes import Runtime, TorchCompile, TorchEager, parse_runtime
 from lightning_prune.schedule import ScheduleLike
 
 DENSE_NAME, INT8_NAME, AUTO_NAME = "dense", "int8", "auto"
@@ -31,6 +32,8 @@ class VariantRequest(NamedTuple):
         objective: What its schedule is planned by; None where target speed-ups decide, or there is nothing to plan.
         schedule: The schedule that was given; None where it is planned.
         label: The method as the user calls it, where that is not the name.
+        runtime: What executes the model.
+        suffix: The end of its name that says the runtime; empty where there is one runtime only.
     """
 
     name: str
@@ -40,6 +43,18 @@ class VariantRequest(NamedTuple):
     objective: Objective | None = None
     schedule: ScheduleLike | None = None
     label: str = ""
+    runtime: Runtime = TorchEager()
+    suffix: str = ""
+
+    @property
+    def stem(self) -> str:
+        """Its name without the runtime."""
+        return self.name.removesuffix(self.suffix)
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether it is the dense model."""
+        return self.stem == DENSE_NAME
 
     @property
     def searches(self) -> bool:
@@ -51,7 +66,7 @@ class VariantRequest(NamedTuple):
         """What the column `method` says."""
         if self.reduction is None and not self.searches:
             return INT8_NAME if self.int8 else ""
-        return (self.label or self.name).removesuffix(_AND_INT8)
+        return (self.label or self.stem).removesuffix(_AND_INT8)
 
     @property
     def has_targets(self) -> bool:
@@ -71,7 +86,8 @@ class ComparisonSettings:
 
     Attributes:
         config: All settings of pruning.
-        requests: What is compared, dense first.
+        requests: What is compared in each runtime, dense first.
+        runtimes: What executes the model.
         speedups: The targets, ascending; empty where there are none.
         output: Folder for what is written; None where nothing is.
         resume: Whether to go on from what is known there.
@@ -80,6 +96,7 @@ class ComparisonSettings:
 
     config: PruningConfig
     requests: Sequence[VariantRequest]
+    runtimes: Sequence[Runtime]
     speedups: Sequence[float]
     output: Path | None
     resume: bool
@@ -135,6 +152,49 @@ def read_requests(
         request._replace(name=f"{request.label} {request.objective}") if names.count(request.name) > 1 else request
         for request in requests
     ]
+
+
+def read_runtimes(runtimes: Sequence[str] | None, default: str) -> list[Runtime]:
+    """The runtimes of a comparison.
+
+    Args:
+        runtimes: Specifications; None for the default.
+        default: A specification.
+
+    Raises:
+        ArgumentError: If one is not known, occurs twice, runs converted models only, or there is none.
+    """
+    if runtimes is None:
+        return [parse_runtime(default)]
+    is_list = isinstance(runtimes, Sequence) and not isinstance(runtimes, str)
+    check("runtimes", runtimes, "a list of at least one runtime", is_list and len(runtimes) > 0)
+    found = [parse_runtime(runtime) for runtime in runtimes]
+    check("runtimes", runtimes, "different from one another", len(set(found)) == len(found))
+    for runtime in found:
+        valid = isinstance(runtime, TorchEager | TorchCompile)
+        check("runtimes", runtimes, "runtimes that run a torch module in place", valid)
+    return found
+
+
+def in_runtimes(requests: Sequence[VariantRequest], runtimes: Sequence[Runtime]) -> list[VariantRequest]:
+    """Each request in each runtime; where there are several, names end with the runtime in brackets.
+
+    Args:
+        requests: The requests of one runtime, dense first.
+        runtimes: The runtimes.
+
+    Example:
+        >>> from lightning_prune.comparison.requests import in_runtimes, read_methods
+        >>> from lightning_prune.runtimes import parse_runtime
+        >>> runtimes = [parse_runtime("torch"), parse_runtime("torch.compile")]
+        >>> [request.name for request in in_runtimes(read_methods(["tome"], own=None), runtimes)]
+        ['dense [torch]', 'tome [torch]', 'dense [torch.compile]', 'tome [torch.compile]']
+    """
+    found = []
+    for runtime in runtimes:
+        suffix = f" [{runtime.name}]" if len(runtimes) > 1 else ""
+        found += [r._replace(name=f"{r.name}{suffix}", runtime=runtime, suffix=suffix) for r in requests]
+    return found
 
 
 def read_methods(methods: Sequence[str | Reduction], own: Reduction | None) -> list[VariantRequest]:

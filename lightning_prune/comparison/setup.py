@@ -93,7 +93,7 @@ class ComparisonSetup(L.Callback):
             "time_limit": config.time_limit,
             "module_path": config.module_path,
             "protocol": config.protocol,
-            "runtime": config.runtime,
+            "runtimes": [runtime.name for runtime in self.settings.runtimes],
         }
         if calibration is not None:
             settings |= {"calibration": tensor_digest(calibration.images), "seed": config.seed}
@@ -143,7 +143,8 @@ class ComparisonSetup(L.Callback):
     def _trace(self, first: FirstBatch, images: Tensor, plan: ComparisonPlan) -> dict[str, TokenTrace]:
         """One variant of each request in float: at the largest target that all reach, where there is one."""
         variants: dict[str, list[PlannedVariant]] = {}
-        requests = {r.name: r for r in self.settings.requests if not r.int8 and r.method}
+        first_runtime = self.settings.runtimes[0]
+        requests = {r.name: r for r in self.settings.requests if not r.int8 and r.method and r.runtime == first_runtime}
         for planned in plan.planned:
             removes = planned.schedule is None or planned.schedule.total_removed > 0
             if planned.timing is not None and planned.request in requests and removes:

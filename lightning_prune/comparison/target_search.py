@@ -66,13 +66,14 @@ class VariantTimer:
         fast = [v for v in variants if v not in slow]
         until = start + (self.deadline - start) / 10
         few, more = min(self.rounds, TUNING.search_rounds) - self.min_rounds, self.rounds - self.min_rounds
-        self.timer.measure(slow, max(few, 0), until, self.on_step)
+        if slow:
+            self.timer.measure(slow, max(few, 0), until, self.on_step)
         self.timer.measure(fast, more, (self.timer.clock() + self.deadline) / 2, self.on_step)
 
     def __call__(self, candidates: Sequence[Candidate]) -> Timings:
         """Times candidates; their timings and that of dense."""
         self.time_variants([candidate.variant for candidate in candidates])
-        return self.timer.result(DENSE), {c.key: self.timer.result(c.variant) for c in candidates}
+        return self.timer.result(self.timer.reference), {c.key: self.timer.result(c.variant) for c in candidates}
 
 
 def search_targets(
@@ -157,9 +158,9 @@ def auto_source(
         wanted = (1 + RATIO_TOLERANCE) * budget.limit_ms(1.0)
         near = [position for position, candidate in enumerate(front, 1) if candidate.latency_ratio <= wanted]
         start[budget] = next(iter(own or near), len(front))
-    dense = Candidate(request.name, None, Schedule([0] * transformer.depth), 1.0)
+    dense = Candidate(request.name, None, Schedule([0] * transformer.depth), 1.0, runtime=request.runtime)
 
     def candidate_of(position: int) -> Candidate:
-        return dense if not position else replace(front[position - 1], timing=None)
+        return dense if not position else replace(front[position - 1], timing=None, runtime=request.runtime)
 
     return OrderedCandidates(request.name, candidate_of, min(1, len(front)), len(front), start)

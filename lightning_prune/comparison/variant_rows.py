@@ -1,15 +1,20 @@
 """The rows of a comparison, from what was planned, timed and validated."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from lightning_prune.comparison.paired_statistics import agreement, paired_difference
 from lightning_prune.comparison.planned_variants import ComparisonPlan, PlannedVariant
 from lightning_prune.comparison.predictions import Predictions
-from lightning_prune.comparison.requests import DENSE_NAME, INT8_NAME
+from lightning_prune.comparison.requests import INT8_NAME
 from lightning_prune.comparison.resume import VariantResult
 from lightning_prune.profiling import LatencyStats
-from lightning_prune.report.rows import Row
+from lightning_prune.profiling.environment import UNKNOWN
+from lightning_prune.report.rows import Row, metric_score
+
+# Words in the names of figures that say nothing about the quality of predictions.
+_OTHER = {"throughput", "latency", "time", "seconds", "lr", "epoch", "step", "energy", "joules", "watts", "memory"}
 
 
 def row_of(planned: PlannedVariant, plan: ComparisonPlan, results: Mapping[str, VariantResult]) -> Row:
@@ -20,12 +25,16 @@ def row_of(planned: PlannedVariant, plan: ComparisonPlan, results: Mapping[str, 
         plan: The plan that it is part of.
         results: Variant -> result of its validation, dense included.
     """
-    result, dense = results.get(planned.variant), results[DENSE_NAME]
+    result, dense = results.get(planned.variant), results[plan.dense_of(planned).variant]
     figures: dict[str, Any] = {**_schedule_columns(planned, plan.dense_tokens), **_latency_columns(planned.timing)}
     if result is not None:
         figures |= _logged_columns(result.metrics)
-        if planned.variant != DENSE_NAME:
+        if not planned.is_dense:
             figures |= paired_columns(dense.predictions, result.predictions)
+        name = own_metric(dense.metrics)
+        if name:
+            figures |= dict.fromkeys(("top1_change", "top1_low", "top1_high"))
+            figures |= _metric_columns(name, result.metrics, None if planned.is_dense else dense.metrics)
     return Row(
         variant=planned.variant,
         method=planned.method,
@@ -37,8 +46,30 @@ def row_of(planned: PlannedVariant, plan: ComparisonPlan, results: Mapping[str, 
         note=planned.note,
         images=result.images if result is not None else 0,
         **{name: plan.context[name] for name in ("device", "batch_size", "precision")},
-        runtime=plan.context.get("runtime", ""),
+        runtime=UNKNOWN if plan.context.get("runtime") == UNKNOWN else planned.runtime,
+        speedup_vs_eager=planned.speedup_vs_eager,
     )
+
+
+def own_metric(metrics: Mapping[str, float]) -> str:
+    """The metric of a module that logs no top-1: the first that it logs which is no loss, else the first.
+
+    Latencies and rates, counters and settings are no metrics.
+
+    Args:
+        metrics: What the module logged for dense, in its order.
+
+    Returns:
+        The name; empty where the module logs `val/top1`, or nothing that measures its quality.
+
+    Example:
+        >>> own_metric({"val/loss": 1.2, "val/accuracy": 0.8, "val/throughput": 90.0}), own_metric({"val/top1": 0.9})
+        ('val/accuracy', '')
+    """
+    if "val/top1" in metrics:
+        return ""
+    names = [name for name in metrics if _OTHER.isdisjoint(re.findall(r"[a-z]+", name.lower()))]
+    return next((name for name in names if not metric_score(name).lower_is_better), next(iter(names), ""))
 
 
 def paired_columns(dense: Predictions | None, variant: Predictions | None) -> dict[str, float]:
@@ -77,6 +108,14 @@ def _latency_columns(timing: LatencyStats | None) -> dict[str, float | None]:
         "speedup": 1 / timing.ratio,
         "speedup_spread": timing.ratio_spread / timing.ratio**2,
     }
+
+
+def _metric_columns(
+    name: str, metrics: Mapping[str, float], dense: Mapping[str, float] | None
+) -> dict[str, float | str | None]:
+    value = metrics.get(name)
+    change = None if dense is None or value is None else value - dense[name]
+    return {"metric": value, "metric_change": change, "metric_name": name}
 
 
 def _logged_columns(metrics: Mapping[str, float]) -> dict[str, float | None]:

@@ -1,6 +1,7 @@
 """Validating the variants of a comparison, each as it will run, and those that run alike once."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import lightning as L
@@ -87,7 +88,8 @@ def validate_variants(
             report(f"Validating {name} ({number} of {len(runs)})")
             deployment = Deployment(variant, plan.dense_tokens, config.module_path)
             recorder = PredictionRecorder(config.module_path, config.images_from_batch)
-            with command_run(trainer, config, deployment, recorder):
+            own = replace(config, runtime=variant.runtime.name) if variant.runtime is not None else config
+            with command_run(trainer, own, deployment, recorder):
                 metrics = trainer.validate(module, verbose=False, **loaders)
             results[name] = VariantResult(flat_metrics(metrics), recorder.images, recorder.predictions)
         if state is not None:

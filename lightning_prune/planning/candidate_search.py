@@ -308,4 +308,4 @@ def run_searches(
 def dense_candidate(candidate: Candidate) -> Candidate:
     """The dense model as a candidate of the same method."""
     nothing = Schedule([0] * candidate.schedule.depth)
-    return Candidate(candidate.method, candidate.reduction, nothing, 1.0, accuracy=1.0)
+    return Candidate(candidate.method, candidate.reduction, nothing, 1.0, accuracy=1.0, runtime=candidate.runtime)

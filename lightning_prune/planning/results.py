@@ -13,6 +13,7 @@ from lightning_prune.profiling import LatencyProfile, LatencyStats, Variant
 from lightning_prune.profiling.latency_profile import SAVING
 from lightning_prune.profiling.model_variants import WeightTransform
 from lightning_prune.reduction import Reduction, spec_of
+from lightning_prune.runtimes.base import Runtime
 from lightning_prune.schedule import Schedule
 
 T = TypeVar("T")
@@ -52,6 +53,7 @@ class Candidate:
         accuracy: The proxy relative to dense, if it was measured.
         timing: The latency, if it was measured in a run together with the dense model.
         weights: Makes the weights to run with; None keeps the model's own.
+        runtime: What executes the model, where that is not the same for all candidates.
     """
 
     method: str
@@ -62,18 +64,20 @@ class Candidate:
     accuracy: float | None = None
     timing: LatencyStats | None = None
     weights: Callable[[nn.Module], WeightTransform] | None = None
+    runtime: Runtime | None = None
 
     @property
     def key(self) -> tuple[str, tuple[int, ...]]:
-        """What identifies the candidate: method and removed tokens."""
-        return self.method, self.schedule.removed
+        """What identifies the candidate: method, in a runtime where one is named, and removed tokens."""
+        method = self.method if self.runtime is None else f"{self.method} [{self.runtime.name}]"
+        return method, self.schedule.removed
 
     @property
     def variant(self) -> Variant:
         """How to run it."""
         if self.reduction is None or not self.schedule.total_removed:
-            return Variant(weights=self.weights)
-        return Variant(self.reduction, self.schedule, self.weights)
+            return Variant(weights=self.weights, runtime=self.runtime)
+        return Variant(self.reduction, self.schedule, self.weights, self.runtime)
 
     @property
     def is_dense(self) -> bool:

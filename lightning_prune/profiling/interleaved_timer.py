@@ -73,6 +73,8 @@ class InterleavedTimer(Generic[K]):
         device: The device to synchronise.
         reference: The alternative that ratios refer to; part of every round.
         clock: Returns seconds.
+        references: The alternatives that are part of every round of an alternative besides `reference`; its ratio
+            refers to the first of them, where there is one.
 
     Example:
         >>> import torch
@@ -94,6 +96,7 @@ class InterleavedTimer(Generic[K]):
     device: torch.device
     reference: K
     clock: Callable[[], float] = time.perf_counter
+    references: Callable[[K], Sequence[K]] = lambda _: ()
     _rounds: list[dict[K, float]] = field(default_factory=list)
     _first_runs: dict[K, float] = field(default_factory=dict)
     _shuffle: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
@@ -140,7 +143,9 @@ class InterleavedTimer(Generic[K]):
         Returns:
             The number of completed rounds.
         """
-        chosen: Sequence[K] = list(dict.fromkeys([self.reference, *alternatives]))
+        wanted = list(alternatives)
+        references = [reference for alternative in wanted for reference in self.references(alternative)]
+        chosen: Sequence[K] = list(dict.fromkeys([self.reference, *references, *wanted]))
         for alternative in chosen:
             if alternative not in self._first_runs:
                 self.warm_up(alternative)
@@ -160,12 +165,19 @@ class InterleavedTimer(Generic[K]):
         """Whether an alternative was part of any round."""
         return any(alternative in times for times in self._rounds)
 
-    def result(self, alternative: K) -> LatencyStats:
-        """Statistics of one alternative over all rounds that it was part of."""
-        shared = [times for times in self._rounds if alternative in times]
+    def result(self, alternative: K, reference: K | None = None) -> LatencyStats:
+        """Statistics of one alternative over all rounds that it and its reference were part of.
+
+        Args:
+            alternative: It was measured.
+            reference: What the ratio refers to; that of the timer if None.
+        """
+        if reference is None:
+            reference = next(iter(self.references(alternative)), self.reference)
+        shared = [times for times in self._rounds if alternative in times and reference in times]
         seconds = np.array([times[alternative] for times in shared])
-        ratios = seconds / np.array([times[self.reference] for times in shared])
-        baseline_ms = 1e3 * float(np.median([times[self.reference] for times in self._rounds]))
+        ratios = seconds / np.array([times[reference] for times in shared])
+        baseline_ms = 1e3 * float(np.median([times[reference] for times in self._rounds if reference in times]))
         ratio, ratio_spread = _median_and_spread(ratios)
         _, spread = _median_and_spread(1e3 * seconds)
         # The median ratio times one common baseline: alternatives that joined in later rounds stay comparable.

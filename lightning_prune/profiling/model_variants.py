@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from lightning_prune.patching import PatchHandle, VisionTransformer, unpatch
 from lightning_prune.profiling.interleaved_timer import InterleavedTimer
 from lightning_prune.reduction import Reduction, resolve
+from lightning_prune.runtimes.base import Runtime
+from lightning_prune.runtimes.torch_runtime import RuntimeSwitch
 from lightning_prune.schedule import KeepRates, Schedule
 
 
@@ -34,11 +36,13 @@ class Variant(NamedTuple):
             removed.
         weights: Makes the weights to run with, such as `lightning_prune.quantization.Int8Weights`; None keeps the
             model's own.
+        runtime: What executes the model; None keeps the runtime that is applied to it.
     """
 
     reduction: str | Reduction | None = None
     schedule: Schedule | KeepRates | None = None
     weights: Callable[[nn.Module], WeightTransform] | None = None
+    runtime: Runtime | None = None
 
 
 DENSE = Variant()
@@ -57,6 +61,7 @@ class VariantSwitch:
         # Not a dict: a user's method may not be hashable.
         self._handles: list[tuple[Reduction | None, PatchHandle]] = []
         self._transforms: dict[Callable[[nn.Module], WeightTransform], WeightTransform] = {}
+        self._runtimes = RuntimeSwitch(transformer)
 
     def to(self, variant: Variant) -> None:
         """Makes the transformer run as `variant`.
@@ -64,8 +69,11 @@ class VariantSwitch:
         Raises:
             ScheduleError: As `lightning_prune.patch`.
             UnsupportedModelError: As `lightning_prune.patch`.
-            ArgumentError: If this device cannot run the weights, or no method is named.
+            ArgumentError: If this device cannot run the weights, no method is named, or another runtime is applied to
+                the transformer.
         """
+        if variant.runtime is not None:
+            self._runtimes.to(variant.runtime)
         self._exchange_weights(variant.weights)
         schedule = variant.schedule
         if variant.reduction is None and schedule is None:
@@ -83,6 +91,7 @@ class VariantSwitch:
         try:
             unpatch(self._transformer.root)
         finally:
+            self._runtimes.off()
             self._exchange_weights(None)
 
     def _exchange_weights(self, factory: Callable[[nn.Module], WeightTransform] | None) -> None:

@@ -13,10 +13,10 @@ from lightning_prune._utils import formatting
 from lightning_prune._utils.files import atomic_write
 from lightning_prune.report.html_table import (
     breakable,
+    change_text,
     columns_of,
     interval_text,
     legend_of,
-    points,
     ratio,
     sections_of,
 )
@@ -78,7 +78,7 @@ def _warnings(summary: Summary, variants: int) -> list[tuple[str, list[str]]]:
         return [f"{row.variant} ({formatting.speedup(row.speedup)})" for row in rows]
 
     def with_score(row: Row) -> str:
-        return formatting.percent(None if summary.score is None else summary.score.of(row))
+        return "-" if summary.score is None else summary.score.text(summary.score.of(row))
 
     nothing = len(summary.not_faster) == variants
     slow = "No variant is faster than dense" if nothing else "Not faster than dense"
@@ -93,14 +93,15 @@ def _warnings(summary: Summary, variants: int) -> list[tuple[str, list[str]]]:
     return [(label, entries) for label, entries in found.items() if entries]
 
 
-def _best_of(summary: Summary, dense: Row | None) -> list[dict[str, Any]]:
+def _best_of(summary: Summary, rows: Sequence[Row]) -> list[dict[str, Any]]:
     """The table of the best variants: for each target its names and figures."""
+    score = summary.score or TOP1  # without a score there are no targets
     return [
         {
-            "target": ratio(target.speedup),
+            "target": f"{ratio(target.speedup)} {target.runtime}".rstrip(),
             "best": ", ".join(row.variant for row in target.best),
-            "score": formatting.percent(None if summary.score is None else summary.score.of(target.best[0])),
-            "change": points(change_of(target.best[0], dense)),
+            "score": score.text(score.of(target.best[0])),
+            "change": change_text(change_of(target.best[0], dense_of(rows, target.best[0]), score), score),
             "interval": interval_text(interval_of(target.best[0])),
             "overlapping": ", ".join(row.variant for row in target.overlapping) or "-",
         }
@@ -211,7 +212,7 @@ def _page(document: Mapping[str, Any], folder: Path) -> str:
     dense, score, summary = dense_of(rows), score_of(rows), summarise(document)
     context = document.get("context") or {}
     model, device = str(context.get("model") or "model"), str(context.get("device") or rows[0].device or "?")
-    columns = columns_of(rows, dense)
+    columns = columns_of(rows)
     environment = Environment(
         loader=PackageLoader("lightning_prune.report"),
         autoescape=True,
@@ -226,8 +227,8 @@ def _page(document: Mapping[str, Any], folder: Path) -> str:
         score=score,
         top1=TOP1,
         deployed=_deployed(document),
-        best_of=_best_of(summary, dense),
-        warnings=_warnings(summary, len(rows) - (dense is not None)),
+        best_of=_best_of(summary, rows),
+        warnings=_warnings(summary, sum(row is not dense_of(rows, row) for row in rows)),
         columns=columns,
         sections=sections_of(rows, columns, score),
         breakable=breakable,

@@ -12,7 +12,9 @@ from lightning_prune.report.rows import (
     Score,
     by_target,
     change_of,
+    dense_of,
     interval_of,
+    metric_score,
     missed,
     score_of,
     series,
@@ -64,6 +66,11 @@ def points(change: float | None) -> str:
     return "-" if change is None else formatting.points(change).replace("-", "\u2212")
 
 
+def change_text(change: float | None, score: Score) -> str:
+    """A change in a score, with a minus that is as wide as the plus; a dash where it is not known."""
+    return score.change_text(change).replace("-", "\u2212") if change is not None else "-"
+
+
 def interval_text(interval: tuple[float, float] | None) -> str:
     """An interval of a change in points; a dash where it is not known."""
     return "-" if interval is None else f"{points(interval[0])} to {points(interval[1])}"
@@ -97,6 +104,13 @@ def _change(row: Row, dense: Row | None) -> Cell:
     return Cell(points(change), interval_text(interval), kind)
 
 
+def _metric(row: Row) -> Cell:
+    score = metric_score(row.metric_name)
+    if row.metric is None:
+        return Cell("")
+    return Cell(score.text(row.metric), "" if row.metric_change is None else change_text(row.metric_change, score))
+
+
 def _with_spread(text: str, known: bool, spread: float | None) -> Cell:
     return Cell(text, f"±{spread:.2f}" if spread is not None else "") if known else Cell("")
 
@@ -108,18 +122,22 @@ def _blocks(row: Row) -> str:
     return f"block {blocks[0]}" if len(blocks) == 1 else f"{len(blocks)} blocks"
 
 
-def columns_of(rows: Sequence[Row], dense: Row | None) -> list[Column]:
+def columns_of(rows: Sequence[Row]) -> list[Column]:
     """The columns in which at least one row has a figure.
 
     Args:
         rows: All rows of the table.
-        dense: The row that changes are relative to.
     """
     several = len({row.runtime for row in rows}) > 1  # one runtime is a fact of the whole page
+    differs = any(row.speedup_vs_eager not in (None, row.speedup) for row in rows)
 
     def speedup(row: Row) -> Cell:
-        spread = None if row is dense else row.speedup_spread
+        spread = None if row is dense_of(rows, row) else row.speedup_spread
         return _with_spread(formatting.speedup(row.speedup), row.speedup is not None, spread)
+
+    def against_eager(row: Row) -> Cell:
+        known = differs and row.speedup_vs_eager is not None
+        return Cell(formatting.speedup(row.speedup_vs_eager) if known else "")
 
     def latency(row: Row) -> Cell:
         return _with_spread(formatting.milliseconds(row.latency_ms), row.latency_ms is not None, row.latency_spread)
@@ -130,7 +148,8 @@ def columns_of(rows: Sequence[Row], dense: Row | None) -> list[Column]:
 
     columns = [
         Column("top-1", "", lambda row: _share(row.top1)),
-        Column("change, points", "95% interval", lambda row: _change(row, dense)),
+        Column("change, points", "95% interval", lambda row: _change(row, dense_of(rows, row))),
+        Column(next((row.metric_name for row in rows if row.metric_name), "metric"), "change", _metric),
         Column("speed-up", "", speedup),
         Column("latency", "ms a batch", latency),
         Column(
@@ -139,6 +158,7 @@ def columns_of(rows: Sequence[Row], dense: Row | None) -> list[Column]:
             lambda row: Cell("" if row.latency_p90_ms is None else formatting.milliseconds(row.latency_p90_ms)),
         ),
         Column("runtime", "", lambda row: Cell(row.runtime if several else "")),
+        Column("speed-up", "over eager", against_eager),
         Column("tokens", "left", lambda row: Cell(_digits(row.tokens))),
         Column("tokens", "removed", lambda row: Cell(_digits(row.removed), _blocks(row))),
         Column("same class", "as dense", lambda row: _share(row.agreement)),
@@ -169,10 +189,10 @@ def _section(
     styles: Mapping[str, tuple[str, str, bool]],
 ) -> Section:
     reached = [row for row in group if not missed(row)]
-    figures = [figure for row in reached if score is not None and (figure := score.of(row)) is not None]
+    figures = [figure for row in reached if score is not None and (figure := score.rank(row)) is not None]
     lines = []
     for row in group:
-        figure = None if score is None or target is None or missed(row) else score.of(row)
+        figure = None if score is None or target is None or missed(row) else score.rank(row)
         best = figure is not None and figure == max(figures)
         cells = [column.cell(row) for column in columns]
         color, _, hollow = styles[series_name(row)]

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 
-from lightning_prune._utils.formatting import context_line, milliseconds, percent
+from lightning_prune._utils.formatting import context_line, milliseconds
 from lightning_prune.report.rows import (
     Row,
     Score,
@@ -25,6 +25,7 @@ from lightning_prune.report.styles import INK, add_speedups, line_styles
 
 _BARS = {
     "top1": "bars: half the distance between the quartiles of the latency; 95% interval of the change against dense",
+    "metric": "bars: half the distance between the quartiles of the latency",
     "agreement": "bars: half the distance between the quartiles of the latency",
 }
 _GREY = "#7f8c8d"
@@ -37,9 +38,9 @@ def plot_pareto(document: Mapping[str, Any]) -> Figure:
     """Draws top-1 against measured latency: a line for each method, points for dense and int8.
 
     Horizontal bars are half the distance between the quartiles of the latency, vertical bars the 95% interval of the
-    paired difference to dense. A broad grey line is the Pareto front. If the module logs no accuracy, the agreement
-    with dense is drawn instead; if that is unknown too, the plot says so. Rows that take more than 1.25 times as long
-    as dense are not drawn but named below.
+    paired difference to dense. A broad grey line is the Pareto front. If the module logs no top-1, its own metric is
+    drawn instead, else the agreement with dense; if that is unknown too, the plot says so. Rows that take more than
+    1.25 times as long as dense are not drawn but named below.
 
     Args:
         document: What `compare` writes as `results.json`.
@@ -100,8 +101,10 @@ def _draw(axes: Axes, rows: Sequence[Row], dense: Row | None, score: Score | Non
     else:
         _draw_front(axes, rows, score)
         _draw_lines(axes, series(rows), score, styles)
-        axes.set_ylabel(f"{score.label} [%]")
+        axes.set_ylabel(f"{score.label} [%]" if score.is_share else score.label)
     axes.margins(0.06)
+    if score is not None and score.lower_is_better:
+        axes.invert_yaxis()  # up is better
     axes.grid(alpha=0.25)
 
 
@@ -115,14 +118,14 @@ def _slow(rows: Sequence[Row], dense: Row | None) -> list[Row]:
 
 def _describe(row: Row, score: Score | None) -> str:
     share = None if score is None else score.of(row)
-    known = "" if share is None or score is None else f", {percent(share)} {score.label}"
+    known = "" if share is None or score is None else f", {score.text(share)} {score.label}"
     return f"{row.variant}, {milliseconds(row.latency_ms)} ms{known}"
 
 
 def _zoom(rows: Sequence[Row], dense: Row | None, score: Score | None) -> tuple[float, float] | None:
     """The y-limits of a second panel: the best quarter of a wide range; None if few rows are in it."""
     best = None if dense is None else _share(dense, score)
-    if best is None or score is None:
+    if best is None or score is None or not score.is_share:
         return None
     heights = [100 * (score.of(row) or 0.0) for row in rows if placed(row, score) and row is not dense]
     if len(heights) < 4 or best - min(heights) < _WIDE:
@@ -151,7 +154,7 @@ def _draw_lines(axes: Axes, lines: Mapping[str, Sequence[Row]], score: Score, st
             continue
         color, marker, eight_bit = styles[name]
         latencies = [row.latency_ms or 0.0 for row in rows]
-        heights = [100 * (score.of(row) or 0.0) for row in rows]
+        heights = [score.scale * (score.of(row) or 0.0) for row in rows]
         spreads = [row.latency_spread or 0.0 for row in rows]
         axes.errorbar(
             latencies,
@@ -190,7 +193,7 @@ def _draw_front(axes: Axes, rows: Sequence[Row], score: Score) -> None:
     front = front_of(rows, score)
     if len(front) > 1:
         latencies = [row.latency_ms or 0.0 for row in front]
-        heights = [100 * (score.of(row) or 0.0) for row in front]
+        heights = [score.scale * (score.of(row) or 0.0) for row in front]
         axes.plot(
             latencies,
             heights,
@@ -212,7 +215,7 @@ def _share(row: Row, score: Score | None) -> float | None:
     if score is None:
         return None
     value = 1.0 if score.key == "agreement" else score.of(row)  # dense agrees with itself
-    return None if value is None else 100 * float(value)
+    return None if value is None else score.scale * float(value)
 
 
 def _title(document: Mapping[str, Any], rows: Sequence[Row]) -> str:

@@ -1,10 +1,12 @@
 """The rows of a comparison: their columns, which of them belong together, and which figure ranks them."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from math import isfinite
 from typing import Any, NamedTuple
 
+from lightning_prune._utils.formatting import percent, points
 from lightning_prune.errors import DataError
 
 
@@ -17,11 +19,16 @@ class Row:
         method: The reduction; empty for dense, `int8` where nothing is pruned.
         top1: Share of images whose best class is right, in [0, 1]; None where the module does not log it.
         top1_change: Difference to dense in the share of right images, on the same images.
-        speedup: Dense latency over the latency of this variant, the median over rounds in which both ran.
+        speedup: Latency of dense, in the same runtime and precision, over that of this variant: the median over rounds
+            in which both ran.
         latency_ms: Median time of the transformer on one batch, from one interleaved run of all variants.
         latency_p90_ms: 90th percentile of these times.
         runtime: What executed the model, such as `torch` or `torch.compile:mode=blocks`.
         precision: Of the computation.
+        speedup_vs_eager: Latency of dense in float32 and PyTorch without compilation over that of this variant.
+        metric: What the module itself logs, where it logs no top-1; None where it does.
+        metric_change: Difference to dense, in the same runtime, in that metric.
+        metric_name: Its name, such as `val/accuracy`; empty where there is none.
         int8: Whether its linear layers ran in 8 bits.
         target_speedup: The speed-up that its schedule was planned for.
         block: The reducing blocks; empty for dense.
@@ -57,6 +64,10 @@ class Row:
     latency_p90_ms: float | None = None
     runtime: str = ""
     precision: str = ""
+    speedup_vs_eager: float | None = None
+    metric: float | None = None
+    metric_change: float | None = None
+    metric_name: str = ""
     int8: bool = False
     target_speedup: float | None = None
     block: str = ""
@@ -90,7 +101,11 @@ class Row:
         return cls(**{**figures, **text, "int8": known["int8"] is True})
 
 
-_TEXT = ("variant", "method", "runtime", "precision", "block", "device", "note")
+_TEXT = ("variant", "method", "runtime", "precision", "metric_name", "block", "device", "note")
+
+
+# Words in the name of a metric that is better the lower it is.
+_LOWER = {"loss", "error", "err", "mse", "rmse", "mae", "nll", "bce", "perplexity", "ece", "fid", "distance", "regret"}
 
 
 class Score(NamedTuple):
@@ -99,18 +114,68 @@ class Score(NamedTuple):
     Attributes:
         key: Its column.
         label: What people call it.
+        is_share: Whether it is a share in [0, 1], which is shown as a percentage.
+        lower_is_better: Whether the lowest is the best.
     """
 
     key: str
     label: str
+    is_share: bool = True
+    lower_is_better: bool = False
+
+    @property
+    def scale(self) -> float:
+        """What the figure is multiplied by where it is drawn."""
+        return 100.0 if self.is_share else 1.0
 
     def of(self, row: Row) -> float | None:
         """The figure of a row, None where it is not known."""
         return number(getattr(row, self.key))
 
+    def rank(self, row: Row) -> float | None:
+        """The figure with the sign with which the highest is the best; None where it is not known."""
+        figure = self.of(row)
+        return -figure if figure is not None and self.lower_is_better else figure
+
+    def text(self, figure: float | None) -> str:
+        """The figure as people read it.
+
+        Example:
+            >>> TOP1.text(0.931), metric_score("val/loss").text(0.12345)
+            ('93.10%', '0.1234')
+        """
+        if self.is_share or figure is None:
+            return percent(figure)
+        return f"{figure:.4g}"
+
+    def change_text(self, change: float | None) -> str:
+        """A difference of two such figures: of shares in points, else as it is, with a sign.
+
+        Example:
+            >>> TOP1.change_text(-0.0055), metric_score("val/loss").change_text(0.0123)
+            ('-0.55', '+0.0123')
+        """
+        if self.is_share or change is None:
+            return points(change)
+        return f"{change:+.3g}"
+
 
 TOP1 = Score("top1", "top-1")
 AGREEMENT = Score("agreement", "agreement with dense")
+
+
+def metric_score(name: str) -> Score:
+    """The score of a metric that a module logs; by its name a loss or an error is better the lower it is.
+
+    Args:
+        name: As the module logs it.
+
+    Example:
+        >>> metric_score("val/loss").lower_is_better, metric_score("val/MeanAveragePrecision").lower_is_better
+        (True, False)
+    """
+    words = re.findall(r"[a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower())
+    return Score("metric", name or "metric", is_share=False, lower_is_better=not _LOWER.isdisjoint(words))
 
 
 def rows_of(document: Mapping[str, Any]) -> list[Row]:
@@ -128,32 +193,52 @@ def rows_of(document: Mapping[str, Any]) -> list[Row]:
 def series_name(row: Row) -> str:
     """The line of a plot that the row is on: a method, `int8`, or both; empty for dense.
 
+    Where there are several runtimes, names of variants end with theirs, and so do the lines.
+
     Example:
         >>> series_name(Row(variant="pomt+int8", method="pomt", int8=True)), series_name(Row(variant="dense"))
         ('pomt+int8', '')
+        >>> series_name(Row(variant="tome 2x [torch.compile]", method="tome", runtime="torch.compile"))
+        'tome [torch.compile]'
     """
     method = row.method.removesuffix("+int8")
     parts = [] if method in ("", "dense", "int8") else [method]
-    return "+".join([*parts, "int8"] if row.int8 or method == "int8" else parts)
+    name = "+".join([*parts, "int8"] if row.int8 or method == "int8" else parts)
+    return f"{name}{runtime_suffix(row)}" if name else ""
+
+
+def runtime_suffix(row: Row) -> str:
+    """The end of the name of a variant that says its runtime; empty where there is one runtime only."""
+    suffix = f" [{row.runtime}]"
+    return suffix if row.variant.endswith(suffix) else ""
 
 
 def series(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """Line -> its rows, in the order in which they came; without dense."""
+    """Line -> its rows, in the order in which they came; without dense, but with the dense of further runtimes."""
     found: dict[str, list[Row]] = {}
+    dense = dense_of(rows)
     for row in rows:
-        if name := series_name(row):
-            found.setdefault(name, []).append(row)
+        if row is not dense:
+            found.setdefault(series_name(row) or f"dense{runtime_suffix(row)}", []).append(row)
     return found
 
 
-def dense_of(rows: Sequence[Row]) -> Row | None:
-    """The row of the unpruned model, if there is one."""
-    return next((row for row in rows if not series_name(row)), None)
+def dense_of(rows: Sequence[Row], like: Row | None = None) -> Row | None:
+    """The row of the unpruned model, if there is one: in the runtime of a row, or in the first.
+
+    Args:
+        rows: Of a comparison.
+        like: The row; None for the first runtime.
+    """
+    suffix = None if like is None else runtime_suffix(like)
+    return next((row for row in rows if not series_name(row) and suffix in (None, runtime_suffix(row))), None)
 
 
 def score_of(rows: Sequence[Row]) -> Score | None:
-    """Top-1 where any row knows it, else the agreement with dense where any row knows that, else None."""
-    return next((score for score in (TOP1, AGREEMENT) if any(score.of(row) is not None for row in rows)), None)
+    """Top-1 where any row knows it, else the metric of the module, else the agreement with dense, else None."""
+    named = next((row.metric_name for row in rows if row.metric is not None), None)
+    scores = [TOP1, *([metric_score(named)] if named is not None else []), AGREEMENT]
+    return next((score for score in scores if any(score.of(row) is not None for row in rows)), None)
 
 
 def by_target(rows: Sequence[Row], score: Score | None) -> dict[float | None, list[Row]]:
@@ -175,7 +260,7 @@ def ranked(rows: Sequence[Row], score: Score | None) -> list[Row]:
     """Best first; rows without the figure last, in the order in which they came."""
     if score is None:
         return list(rows)
-    return sorted(rows, key=lambda row: _or_last(score.of(row)), reverse=True)
+    return sorted(rows, key=lambda row: _or_last(score.rank(row)), reverse=True)
 
 
 def placed(row: Row, score: Score) -> bool:
@@ -193,7 +278,7 @@ def front_of(rows: Sequence[Row], score: Score) -> list[Row]:
     """
     front: list[Row] = []
     best = float("-inf")
-    known = [(row.latency_ms or 0.0, score.of(row) or 0.0, row) for row in rows if placed(row, score)]
+    known = [(row.latency_ms or 0.0, score.rank(row) or 0.0, row) for row in rows if placed(row, score)]
     for _, figure, row in sorted(known, key=lambda entry: (entry[0], -entry[1])):
         if figure > best:
             front.append(row)
@@ -201,8 +286,16 @@ def front_of(rows: Sequence[Row], score: Score) -> list[Row]:
     return front
 
 
-def change_of(row: Row, dense: Row | None) -> float | None:
-    """The change in top-1 against dense: as measured on the same images, else the difference of the two figures."""
+def change_of(row: Row, dense: Row | None, score: Score = TOP1) -> float | None:
+    """The change against dense: in top-1 as measured on the same images, else the difference of the two figures.
+
+    Args:
+        row: The row.
+        dense: The row of dense in the same runtime.
+        score: What ranks the rows: of the metric of the module it is the change in that.
+    """
+    if score.key == "metric":
+        return row.metric_change
     if row.top1_change is not None or row.top1 is None or dense is None or dense.top1 is None:
         return row.top1_change
     return row.top1 - dense.top1
@@ -223,4 +316,4 @@ def missed(row: Row) -> bool:
 
 
 def _or_last(figure: float | None) -> float:
-    return -1.0 if figure is None else figure
+    return float("-inf") if figure is None else figure

@@ -12,8 +12,8 @@ from lightning_prune.report.rows import (
     missed,
     number,
     rows_of,
+    runtime_suffix,
     score_of,
-    series_name,
 )
 
 
@@ -24,11 +24,13 @@ class TargetSummary(NamedTuple):
         speedup: The target.
         best: The variants that reach the target with the highest score; several if they are equal.
         overlapping: Other variants whose 95% interval overlaps with that of the best.
+        runtime: The runtime that they are of; empty where there is one runtime only.
     """
 
     speedup: float
     best: tuple[Row, ...]
     overlapping: tuple[Row, ...]
+    runtime: str = ""
 
 
 class UnreachedTarget(NamedTuple):
@@ -52,7 +54,7 @@ class Summary(NamedTuple):
 
     Attributes:
         score: What ranks the variants; None if no accuracy is known.
-        targets: One entry for each target with a score.
+        targets: One entry for each target with a score, in each runtime.
         not_faster: Variants whose speed-up is not above 1 by more than its spread.
         below_random: Pairs of a variant and the `random` variant of the same target, which has the higher score.
         missed: Variants that are slower than their target in the final timing.
@@ -75,16 +77,21 @@ def _target(speedup: float, group: Sequence[Row], score: Score) -> TargetSummary
     interval = interval_of(best[0])
     others = [(row, other) for row in known if row not in best and (other := interval_of(row)) is not None]
     close = () if interval is None else tuple(row for row, other in others if other[1] >= interval[0])
-    return TargetSummary(speedup, best, close)
+    return TargetSummary(speedup, best, close, known[0].runtime if runtime_suffix(known[0]) else "")
 
 
 def _below_random(group: Sequence[Row], score: Score) -> list[tuple[Row, Row]]:
-    floor = next((row for row in group if series_name(row) == "random"), None)
-    least = None if floor is None else score.of(floor)
+    floor = next((row for row in group if row.method == "random" and not row.int8), None)
+    least = None if floor is None else score.rank(floor)
     if floor is None or least is None:
         return []
-    others = [row for row in group if series_name(row).removesuffix("+int8") != "random"]
-    return [(row, floor) for row in others if (figure := score.of(row)) is not None and figure < least]
+    others = [row for row in group if row.method.removesuffix("+int8") != "random"]
+    return [(row, floor) for row in others if (figure := score.rank(row)) is not None and figure < least]
+
+
+def _in_each_runtime(group: Sequence[Row]) -> list[list[Row]]:
+    runtimes = dict.fromkeys(runtime_suffix(row) for row in group)
+    return [[row for row in group if runtime_suffix(row) == runtime] for runtime in runtimes]
 
 
 def _unreached(entry: Mapping[str, Any]) -> UnreachedTarget:
@@ -109,16 +116,21 @@ def summarise(document: Mapping[str, Any]) -> Summary:
         [(1.5, 'tome 1.5x')]
     """
     rows = rows_of(document)
-    score, dense = score_of(rows), dense_of(rows)
-    groups = {target: group for target, group in by_target(rows, score).items() if target is not None}
-    reached = {target: [row for row in group if not missed(row)] or group for target, group in groups.items()}
-    found = [] if score is None else [_target(target, group, score) for target, group in reached.items()]
-    timed = [(row, row.speedup) for row in rows if row is not dense and row.speedup is not None]
+    score = score_of(rows)
+    groups = [
+        (target, own)
+        for target, group in by_target(rows, score).items()
+        if target is not None
+        for own in _in_each_runtime(group)
+    ]
+    reached = [(target, [row for row in group if not missed(row)] or group) for target, group in groups]
+    found = [] if score is None else [_target(target, group, score) for target, group in reached]
+    timed = [(row, row.speedup) for row in rows if row is not dense_of(rows, row) and row.speedup is not None]
     return Summary(
         score,
         tuple(target for target in found if target is not None),
         tuple(row for row, speedup in timed if speedup - (row.speedup_spread or 0.0) <= 1),
-        () if score is None else tuple(pair for group in groups.values() for pair in _below_random(group, score)),
+        () if score is None else tuple(pair for _, group in groups for pair in _below_random(group, score)),
         tuple(row for row in rows if missed(row)),
         tuple(_unreached(entry) for entry in document.get("unreached") or []),
     )

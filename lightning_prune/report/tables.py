@@ -11,7 +11,7 @@ from rich.table import Table
 from lightning_prune._utils.files import atomic_write
 from lightning_prune._utils.formatting import context_line, milliseconds, percent, points, speedup
 from lightning_prune.profiling import LatencyProfile
-from lightning_prune.report.rows import Row
+from lightning_prune.report.rows import Row, score_of
 
 
 def profile_table(profile: LatencyProfile) -> Table:
@@ -73,11 +73,23 @@ def comparison_table(rows: Sequence[Row]) -> Table:
     title = f"{context_line(context)}, {first.images} images"
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=0)
     table.add_column("variant", overflow="fold")
-    columns: dict[str, Callable[[Row], str]] = {
-        "tokens": lambda row: "-" if row.tokens is None else str(row.tokens),
+    score = score_of(rows)
+    accuracy: dict[str, Callable[[Row], str]] = {
         "top-1": lambda row: percent(row.top1),
         "change": lambda row: "" if row.top1_change is None else points(row.top1_change),
         "95% interval": _interval,
+    }
+    caption = "change: of top-1 against dense, in points, by the same images"
+    if score is not None and score.key == "metric":
+        accuracy = {
+            "metric": lambda row: score.text(row.metric),
+            "change": lambda row: "" if row.metric_change is None else score.change_text(row.metric_change),
+        }
+        better = ", better the lower it is" if score.lower_is_better else ""
+        caption = f"metric: {score.label}{better}; change: against dense"
+    columns: dict[str, Callable[[Row], str]] = {
+        "tokens": lambda row: "-" if row.tokens is None else str(row.tokens),
+        **accuracy,
         "same": lambda row: percent(row.agreement, 1),
         "ms": lambda row: milliseconds(row.latency_ms),
         "faster": lambda row: speedup(row.speedup),
@@ -87,14 +99,14 @@ def comparison_table(rows: Sequence[Row]) -> Table:
         columns["J/im."] = lambda row: "-" if row.joules_per_image is None else f"{row.joules_per_image:.3g}"
     for heading in columns:
         table.add_column(heading, justify="right", no_wrap=True)
-    last = first.method, first.int8
+    last = first.method, first.int8, first.runtime
     for row in rows:
-        if (row.method, row.int8) != last:
+        if (row.method, row.int8, row.runtime) != last:
             table.add_section()
-        last = row.method, row.int8
+        last = row.method, row.int8, row.runtime
         table.add_row(row.variant, *(cell(row) for cell in columns.values()))
     table.caption = (
-        "change: of top-1 against dense, in points, by the same images\n"
+        f"{caption}\n"
         "same: share of images with the best class of dense\n"
         "ms: median latency of a batch; faster: dense latency over this one"
     )

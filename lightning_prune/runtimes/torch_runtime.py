@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, Literal, get_args
 from weakref import WeakKeyDictionary
 
@@ -62,8 +62,20 @@ class Compiled:
             module.compile(mode=None if mode in ("default", "blocks") else mode, dynamic=False)
         if mode in _WITH_CUDA_GRAPHS:
             vars(root)["_compiled_call_impl"] = _copying_outputs(vars(root)["_compiled_call_impl"])
-        self._root = root
-        _compiled[root] = TorchCompile(mode)
+        self._root, self._runtime = root, TorchCompile(mode)
+        self._calls: list[Callable[..., Any]] = []  # of the modules, while the model runs eagerly
+        _compiled[root] = self._runtime
+
+    def suspend(self) -> None:
+        """Makes the model run eagerly until `resume`."""
+        _compiled.pop(self._root, None)
+        self._calls = [vars(module).pop("_compiled_call_impl") for module in self._modules]
+
+    def resume(self) -> None:
+        """Makes the model run compiled again, by the same graphs."""
+        for module, call in zip(self._modules, self._calls, strict=True):
+            vars(module)["_compiled_call_impl"] = call
+        _compiled[self._root] = self._runtime
 
     def undo(self) -> None:
         """Makes the model run eagerly again; compiled graphs stay in torch's cache."""
@@ -168,6 +180,19 @@ class TorchCompile(Runtime):
         """See `Runtime.unsupported_reason`."""
         return "the model is compiled already." if is_compiled(model) else None
 
+    def compiled(self, transformer: VisionTransformer) -> Compiled:
+        """Compiles a transformer in place, until that is undone.
+
+        Args:
+            transformer: It runs eagerly.
+
+        Raises:
+            ArgumentError: If the model is compiled already.
+        """
+        root = transformer.compiled_root
+        self._check(root)
+        return Compiled(root, self.mode, list(transformer.blocks))
+
     @contextmanager
     def applied(self, transformer: VisionTransformer) -> Iterator[None]:
         """See `Runtime.applied`; compiles in place and undoes it."""
@@ -175,14 +200,60 @@ class TorchCompile(Runtime):
         if applied_runtime(transformer) == self:
             yield
             return
-        root = transformer.compiled_root
-        self._check(root)
-        compiled = Compiled(root, self.mode, list(transformer.blocks))
+        compiled = self.compiled(transformer)
         try:
             with raised_recompile_limit():
                 yield
         finally:
             compiled.undo()
+
+
+class RuntimeSwitch:
+    """Makes a transformer run in one runtime after another, in place; what each has compiled is kept until `off`.
+
+    Args:
+        transformer: The Vision Transformer in a user's model.
+    """
+
+    def __init__(self, transformer: VisionTransformer) -> None:
+        self._transformer = transformer
+        self._known: dict[Runtime, Compiled] = {}
+        self._current: Compiled | None = None
+        self._limit = ExitStack()
+
+    def to(self, runtime: Runtime) -> None:
+        """Makes the transformer run in a runtime; nothing changes where it is applied already.
+
+        Raises:
+            ArgumentError: As `Runtime.applied`.
+        """
+        if applied_runtime(self._transformer) == runtime:
+            return
+        if self._current is None:
+            _check_applied(runtime, self._transformer)
+        if not isinstance(runtime, TorchEager | TorchCompile):
+            runtime.applied(self._transformer)  # says why it cannot be
+            return
+        self._suspend()
+        if isinstance(runtime, TorchCompile):
+            if runtime in self._known:
+                self._known[runtime].resume()
+            else:
+                if not self._known:
+                    self._limit.enter_context(raised_recompile_limit())
+                self._known[runtime] = runtime.compiled(self._transformer)
+            self._current = self._known[runtime]
+
+    def off(self) -> None:
+        """Makes the transformer run as it did at first."""
+        self._suspend()
+        self._known.clear()
+        self._limit.close()
+
+    def _suspend(self) -> None:
+        current, self._current = self._current, None
+        if current is not None:
+            current.suspend()
 
 
 def _check_applied(runtime: Runtime, transformer: VisionTransformer) -> None:

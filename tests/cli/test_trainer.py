@@ -73,7 +73,7 @@ def test_compare_writes_and_prints(tmp_path: Path, capsys: pytest.CaptureFixture
         assert [line["variant"] for line in csv.DictReader(stream)] == [row.variant for row in found.rows]
     document = json.loads((tmp_path / "results.json").read_text())
     assert document == json.loads(json.dumps(found.to_dict()))
-    assert document["command"] == "trainer.compare(methods=None, speedups=None)"
+    assert document["command"] == "trainer.compare(methods=None, speedups=None, runtimes=None)"
     printed = capsys.readouterr().out
     for words in (
         "dense",
@@ -210,7 +210,7 @@ def test_compare_with_methods_from_python(tmp_path: Path, monkeypatch: pytest.Mo
     assert [row.variant for row in found.rows] == ["dense", "random 1.5x"]
     document = json.loads((tmp_path / "out" / "results.json").read_text())
     assert document["rows"] == [row.to_dict() for row in found.rows]
-    assert document["command"] == "trainer.compare(methods=['random'], speedups=[1.5])"
+    assert document["command"] == "trainer.compare(methods=['random'], speedups=[1.5], runtimes=None)"
     with next((tmp_path / "logs").rglob("metrics.csv")).open(newline="") as stream:
         logged = {key: value for line in csv.DictReader(stream) for key, value in line.items() if value}
     assert float(logged["compare/random 1.5x/speedup"]) == pytest.approx(found.rows[1].speedup)

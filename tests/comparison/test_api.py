@@ -312,8 +312,9 @@ def test_the_papers_protocol_has_no_targets(module: Any, running: Any, tmp_path:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"runtimes": ["torch", "torch.compile"]}, r"`runtimes` must be a list with one runtime, got \['torch', "),
-        ({"runtimes": "torch"}, "`runtimes` must be a list with one runtime, got 'torch'"),
+        ({"runtimes": []}, r"`runtimes` must be a list of at least one runtime, got \[\]"),
+        ({"runtimes": "torch"}, "`runtimes` must be a list of at least one runtime, got 'torch'"),
+        ({"runtimes": ["torch", "torch"]}, r"`runtimes` must be different from one another, got \['torch', 'torch'\]"),
         ({"runtimes": ["tortch"]}, "`runtime` must be .*got 'tortch'"),
         ({"objective": "fast"}, "`objective` must be an Objective .*got 'fast'"),
         ({"speedups": [0.5]}, "`speedups` must be .* > 1 .*got 0.5"),

@@ -188,7 +188,7 @@ def test_a_given_schedule_among_methods_at_targets(module: Any, running: Any, tm
 
 def test_a_kept_latency_profile_is_named(running: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     set_latency(
-        monkeypatch, lambda alternative: 1e-3 * alternative if isinstance(alternative, int) else 0.2, runs=False
+        monkeypatch, lambda alternative: 1e-3 * (alternative if isinstance(alternative, int) else 197), runs=False
     )
     said = []
     for _ in range(2):
@@ -275,6 +275,36 @@ def test_a_module_that_logs_nothing_has_empty_columns(module: Any, running: Any)
         assert row.images == 16
     assert found.rows[1].agreement is not None  # the transformer itself returns logits, and the batches hold labels
     assert found.rows[1].top1_low < found.rows[1].top1_change < found.rows[1].top1_high
+
+
+class Scored(Plain):
+    """Logs metrics of its own, a loss first."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        logits = self.net(batch[0])
+        self.log("val/loss", torch.nn.functional.cross_entropy(logits, batch[1]))
+        self.log("val/seconds", 1.0)
+        self.log("val/accuracy", (logits.argmax(1) == batch[1]).float().mean())
+
+
+def test_the_metric_of_the_module_stands_in_where_it_logs_no_top1(module: Any, running: Any, tmp_path: Path) -> None:
+    model = module().model
+    found = run(Scored(model), running, tmp_path, schedule=60)
+    dense, pruned = found.rows
+    assert {row.metric_name for row in found.rows} == {"val/accuracy"}
+    (unpruned,) = L.Trainer(**OPTIONS).validate(Scored(model), data(), verbose=False)
+    assert (dense.metric, dense.metric_change) == (unpruned["val/accuracy"], None)
+    with lp.patch(model, "pomt", found.plan.planned[1].schedule):
+        (expected,) = L.Trainer(**OPTIONS).validate(Scored(model), data(), verbose=False)
+    assert pruned.metric == expected["val/accuracy"]
+    assert pruned.metric_change == pruned.metric - dense.metric
+    for row in found.rows:
+        assert (row.top1, row.top1_change, row.top1_low, row.top1_high) == (None, None, None, None)
+        assert row.speedup_vs_eager == row.speedup
+    assert pruned.agreement is not None
+    assert "val/accuracy" in (tmp_path / "report.html").read_text()
+    header = (tmp_path / "results.csv").read_text().splitlines()[0]
+    assert header.startswith("variant,method,top1,top1_change,speedup,latency_ms,latency_p90_ms,runtime,precision,")
 
 
 def test_loaders_serve_as_data(module: Any, running: Any) -> None:

@@ -226,6 +226,46 @@ def test_without_top1_the_agreement_with_dense_counts() -> None:
     assert "98.00% agreement with dense" in best.reason
 
 
+@pytest.mark.parametrize(
+    ("name", "dense", "figures", "best"),
+    [
+        ("val/accuracy", 0.8, {"a": (0.79, 1.2), "b": (0.7, 2.0)}, "a"),
+        ("val/loss", 1.0, {"a": (1.01, 1.2), "b": (1.2, 2.0)}, "a"),  # lower is better
+        ("val/loss", 1.0, {"a": (1.01, 1.2), "b": (0.9, 2.0)}, "b"),
+        ("val/r2", -0.1, {"a": (-0.1, 1.2), "b": (-0.2, 2.0)}, "b"),  # no shares of it: agreement with dense counts
+    ],
+)
+def test_without_top1_the_metric_of_the_module_counts(
+    name: str, dense: float, figures: dict[str, tuple[float, float]], best: str
+) -> None:
+    rows = [Row(variant="dense", latency_ms=10.0, speedup=1.0, metric=dense, metric_name=name)]
+    rows += [
+        Row(variant=key, method="pomt", metric=value, metric_name=name, agreement=0.99, speedup=s, latency_ms=10 / s)
+        for key, (value, s) in figures.items()
+    ]
+    planned = [PlannedVariant(row.variant, row.variant, row.method, schedule=lp.Schedule([1, 0])) for row in rows]
+    assert choose_best(rows, planned, lp.AccuracyBudget(0.02)).variant == best
+
+
+def test_the_best_of_several_runtimes_is_the_fastest_there_is() -> None:
+    """A budget's speed-up is over dense in the first runtime, and compiling alone may reach it."""
+
+    def row(variant: str, method: str, runtime: str, ms: float, top1: float) -> Row:
+        return Row(
+            variant=f"{variant} [{runtime}]", method=method, runtime=runtime, latency_ms=ms, top1=top1, speedup=1.0
+        )
+
+    rows = [row("dense", "", "torch", 10.0, 0.9), row("tome 2x", "tome", "torch", 5.0, 0.85)]
+    rows += [row("dense", "", "torch.compile", 6.0, 0.9), row("tome 2x", "tome", "torch.compile", 3.0, 0.85)]
+    planned = [
+        PlannedVariant(r.variant, r.variant, r.method, schedule=lp.Schedule([1, 0]) if r.method else None) for r in rows
+    ]
+    best = choose_best(rows, planned, lp.LatencyBudget(speedup=1.5))
+    assert best.variant == "dense [torch.compile]"
+    assert "1.67x" in best.reason
+    assert choose_best(rows, planned, lp.LatencyBudget(speedup=3.0)).variant == "tome 2x [torch.compile]"
+
+
 def test_a_variant_in_8_bits_has_no_schedule_to_deploy() -> None:
     rows = [Row(variant="dense", top1=0.9, latency_ms=10.0, speedup=1.0)]
     rows.append(Row(variant="pomt+int8 2x", top1=0.9, int8=True, latency_ms=5.0, speedup=2.0))

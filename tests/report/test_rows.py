@@ -55,6 +55,40 @@ def test_score_is_top1_if_known_and_else_agreement() -> None:
     assert reading.score_of(reading.rows_of(without_accuracy(document, "agreement"))) is None
 
 
+def test_a_metric_of_the_module_ranks_where_there_is_no_top1() -> None:
+    rows = [Row(variant=str(value), metric=value, metric_name="val/loss", latency_ms=value) for value in (3, 1, 2)]
+    score = reading.score_of(rows)
+    assert score is not None
+    assert (score.key, score.label, score.lower_is_better) == ("metric", "val/loss", True)
+    assert [row.variant for row in reading.ranked([Row(variant="unknown"), *rows], score)] == ["1", "2", "3", "unknown"]
+    assert [row.variant for row in reading.front_of(rows, score)] == ["1"]
+    upwards = reading.metric_score("val/f1")
+    assert [row.variant for row in reading.front_of(rows, upwards)] == ["1", "2", "3"]
+    assert reading.score_of([Row(metric=0.5, metric_name="val/f1", agreement=0.9)]) == upwards
+
+
+@pytest.mark.parametrize(
+    ("name", "lower"),
+    [
+        *(("val/loss", True), ("val_loss", True), ("valLoss", True), ("val/rmse", True), ("word_error_rate", True)),
+        *(("val/acc", False), ("glossary_f1", False), ("val/mAP", False), ("metric", False)),
+    ],
+)
+def test_metrics_that_are_better_the_lower_they_are(name: str, lower: bool) -> None:
+    assert reading.metric_score(name).lower_is_better is lower
+
+
+def test_lines_of_several_runtimes() -> None:
+    def row(variant: str, method: str, runtime: str) -> Row:
+        return Row(variant=f"{variant} [{runtime}]", method=method, runtime=runtime)
+
+    rows = [row("dense", "", "torch"), row("tome 2x", "tome", "torch")]
+    rows += [row("dense", "", "torch.compile"), row("tome 2x", "tome", "torch.compile")]
+    assert list(reading.series(rows)) == ["tome [torch]", "dense [torch.compile]", "tome [torch.compile]"]
+    assert [reading.dense_of(rows, each) for each in rows] == [rows[0], rows[0], rows[2], rows[2]]
+    assert reading.dense_of(rows) is rows[0]
+
+
 def test_rows_without_the_figure_come_last_as_they_came() -> None:
     rows = [Row(variant=str(share), top1=share) for share in (None, math.nan, 0.0, 0.5)]
     assert reading.ranked(rows, TOP1) == [rows[3], rows[2], rows[0], rows[1]]

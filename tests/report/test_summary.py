@@ -74,6 +74,22 @@ def test_variants_below_random_at_the_same_target() -> None:
     assert all(worse.top1 < floor.top1 for worse, floor in pairs if worse.top1 and floor.top1)
 
 
+def test_targets_of_several_runtimes_are_apart() -> None:
+    rows = []
+    for runtime, lost in (("torch", 0.2), ("torch.compile", 0.9)):
+        own = [row("dense"), pruned("pomt", 1.5, lost), pruned("random", 1.5, 0.5)]
+        rows += [each | {"variant": f"{each['variant']} [{runtime}]", "runtime": runtime} for each in own]
+    summary = summarise({"rows": rows})
+    assert [(target.runtime, names(target.best)) for target in summary.targets] == [
+        ("torch", ["pomt 1.5x [torch]"]),
+        ("torch.compile", ["random 1.5x [torch.compile]"]),
+    ]
+    assert [(a.variant, b.variant) for a, b in summary.below_random] == [
+        ("pomt 1.5x [torch.compile]", "random 1.5x [torch.compile]")
+    ]
+    assert summary.not_faster == ()
+
+
 def test_targets_that_cannot_be_reached() -> None:
     assert summarise(comparison()).unreached == (
         ("tome", 2.0, 1.62, "it merges at most half of the tokens in each of 12 blocks"),

@@ -59,6 +59,17 @@ def test_energy_has_a_column_if_it_is_known() -> None:
     assert sum("0.123" in line for line in lines) == len(ROWS)
 
 
+def test_a_metric_of_the_module_takes_the_place_of_top1() -> None:
+    unknown = dict.fromkeys(("top1", "top1_change", "top1_low", "top1_high"))
+    rows = [replace(row, metric=1.234567, metric_name="val/loss", **unknown) for row in ROWS]
+    rows = [rows[0], *(replace(row, metric_change=0.01) for row in rows[1:])]
+    lines = printed(rows)
+    assert max(map(len, lines)) <= 80
+    (line,) = (line.split() for line in lines if line.split()[:2] == ["pomt", "2x"])
+    assert line == ["pomt", "2x", "141", "1.235", "+0.01", "97.9%", "53.49", "2.00x"]
+    assert any("metric: val/loss, better the lower it is" in line for line in lines)
+
+
 def test_a_row_without_figures() -> None:
     note = Row(variant="int8", method="int8", int8=True, note="no int8 on abacus", **WHERE)
     (line,) = (line.split() for line in printed([DENSE, note]) if line.split()[:1] == ["int8"])
