@@ -13,6 +13,10 @@ from lightning_prune.cli.words import parser_words
         (["--speedups", "1.5", "-2"], ['--speedups=["1.5", "-2"]']),
         (["--methods=[x,y]", "--speedups", "[1.5]"], ["--methods=[x,y]", "--speedups", "[1.5]"]),
         (["--methods", "--speedups"], ["--methods", "--speedups"]),
+        (
+            ["--runtimes", "torch", "torch.compile:mode=blocks", "--resume=false"],
+            ['--runtimes=["torch", "torch.compile:mode=blocks"]', "--resume=false"],
+        ),
     ],
 )
 def test_words_after_a_list_option_become_a_list(words: list[str], expected: list[str]) -> None:

@@ -37,6 +37,22 @@ def test_reports_median_and_quartile_spread():
     assert timing.rounds == 5
 
 
+def test_an_alternative_may_have_references_of_its_own():
+    """They are part of its rounds, and its ratio refers to the first."""
+    bench = Bench({"dense": 0.010, "a": 0.005, "own": 0.008, "b": 0.002})
+    timer = bench.timer()
+    timer.references = lambda alternative: ["own", "dense"] if alternative == "b" else []
+    timer.measure(["a"], rounds=3)
+    assert not timer.has("own")
+    timer.measure(["b"], rounds=3)
+    assert set(bench.order[-3:]) == {"dense", "own", "b"}
+    assert timer.result("a").ratio == pytest.approx(0.5)
+    assert timer.result("b").ratio == pytest.approx(0.25)
+    assert timer.result("b", "dense").ratio == pytest.approx(0.2)
+    assert timer.result("b").rounds == timer.result("own").rounds == 3
+    assert timer.result("dense").rounds == 6
+
+
 def test_spread_is_half_the_distance_between_the_quartiles():
     bench = Bench({"dense": 1.0}, drift=lambda run: (0, 1, 2, 3, 4, 5)[run] or 9)  # warm-up, then 1 to 5 seconds
     timer = bench.timer()
