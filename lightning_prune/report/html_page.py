@@ -11,6 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from lightning_prune._utils import formatting
 from lightning_prune._utils.files import atomic_write
+from lightning_prune.profiling.environment import UNKNOWN
 from lightning_prune.report.html_table import (
     breakable,
     change_text,
@@ -20,7 +21,17 @@ from lightning_prune.report.html_table import (
     ratio,
     sections_of,
 )
-from lightning_prune.report.rows import TOP1, Row, change_of, dense_of, interval_of, number, rows_of, score_of
+from lightning_prune.report.rows import (
+    TOP1,
+    Row,
+    change_of,
+    dense_of,
+    interval_of,
+    number,
+    rows_of,
+    runtime_suffix,
+    score_of,
+)
 from lightning_prune.report.summary import Summary, UnreachedTarget, summarise
 
 _TEMPLATE = "comparison.html"
@@ -127,12 +138,20 @@ def _deployed(document: Mapping[str, Any]) -> Deployed | None:
     if not best:
         return None
     heading = "Deploy this one" if best.get("met", True) else "No variant meets the objective"
-    command = _deploying(str(document.get("command") or ""))
-    return Deployed(heading, str(best.get("variant") or ""), str(best.get("reason") or ""), command)
+    variant = str(best.get("variant") or "")
+    row = next((row for row in rows_of(document) if row.variant == variant), Row())
+    is_default = row.runtime in ("", UNKNOWN) or (row.runtime == "torch" and not runtime_suffix(row))
+    command = _deploying(str(document.get("command") or ""), "" if is_default else row.runtime)
+    return Deployed(heading, variant, str(best.get("reason") or ""), command)
 
 
-def _deploying(command: str) -> str:
-    """The command that validates `schedule.yaml` with the model and data of a comparison; else the line of Python."""
+def _deploying(command: str, runtime: str) -> str:
+    """The command that validates `schedule.yaml` with the model and data of a comparison; else the line of Python.
+
+    Args:
+        command: That of the comparison.
+        runtime: Of the variant; empty for that of the command.
+    """
     try:
         words = shlex.split(command)
     except ValueError:  # a quotation mark that is never closed
@@ -145,7 +164,8 @@ def _deploying(command: str) -> str:
             keep = word.startswith(_KEPT_OPTIONS)
         if keep:
             kept.append(word)
-    return shlex.join(["lightning-prune", "validate", *kept, "--prune.schedule", "schedule.yaml"])
+    runs_in = ["--prune.runtime", runtime] if runtime else []
+    return shlex.join(["lightning-prune", "validate", *kept, *runs_in, "--prune.schedule", "schedule.yaml"])
 
 
 def _facts(document: Mapping[str, Any], first: Row) -> str:

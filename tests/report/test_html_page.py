@@ -170,6 +170,20 @@ def test_deploying_keeps_the_options_of_model_and_data(command: str, deploying: 
     assert deploying in found.text.partition("Best at each speed-up")[0]
 
 
+def test_deploying_names_the_runtime_of_the_variant_among_several(tmp_path: Path) -> None:
+    def in_runtime(row: dict[str, Any], runtime: str) -> dict[str, Any]:
+        return row | {"variant": f"{row['variant']} [{runtime}]", "runtime": runtime}
+
+    document = comparison()
+    rows = [in_runtime(row, runtime) for runtime in ("torch", "torch.compile:mode=blocks") for row in document["rows"]]
+    for runtime in ("torch", "torch.compile:mode=blocks"):
+        best = BEST | {"variant": f"tome 1.5x [{runtime}]"}
+        found = page(document | {"rows": rows, "best": best}, tmp_path)
+        assert f"--prune.runtime {runtime} --prune.schedule schedule.yaml" in found.text
+    alone = [row | {"runtime": "torch.compile"} for row in document["rows"]]
+    assert "--prune.runtime torch.compile --prune" in page(document | {"rows": alone, "best": BEST}, tmp_path).text
+
+
 def test_missed_objective_is_the_heading(tmp_path: Path) -> None:
     found = page(comparison() | {"best": BEST | {"met": False}}, tmp_path)
     assert found.headings[1] == "No variant meets the objective"
