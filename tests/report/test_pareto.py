@@ -142,3 +142,15 @@ def test_variants_far_slower_than_dense_are_named_below_the_plot() -> None:
     assert "Off the chart" not in notes(plot_pareto(comparison()))
     unknown = without_accuracy({"rows": [document["rows"][0], int8]}, "agreement")
     assert notes(plot_pareto(unknown)) == "Off the chart: int8, 1659 ms."
+
+
+@pytest.mark.parametrize(("name", "lower"), [("val/loss", True), ("val/f1", False)])
+def test_metric_of_the_module_is_drawn_in_its_own_unit_with_better_up(name: str, lower: bool) -> None:
+    document = without_accuracy(comparison())
+    rows = [row | {"metric": 1.0 + 0.01 * place, "metric_name": name} for place, row in enumerate(document["rows"])]
+    axes = plot_pareto(document | {"rows": rows}).axes[0]
+    assert axes.get_ylabel() == name
+    bottom, top = axes.get_ylim()
+    assert bool(bottom > top) is lower
+    wanted = [(row["latency_ms"], row["metric"]) for row in rows if row["method"] == "tome"]
+    assert points(lines(axes)["tome"]) == [pytest.approx(point) for point in wanted]
