@@ -21,6 +21,7 @@ _HOME = {
     "DigitsData": "classification.datamodules",
     "ExportError": "errors",
     "FileFormatError": "errors",
+    "FileWriteError": "errors",
     "ImageClassifier": "classification.image_classifier",
     "ImageFolderData": "classification.datamodules",
     "KeepRates": "schedule",
@@ -82,6 +83,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors, which cannot 
     from lightning_prune.errors import DataError as DataError
     from lightning_prune.errors import ExportError as ExportError
     from lightning_prune.errors import FileFormatError as FileFormatError
+    from lightning_prune.errors import FileWriteError as FileWriteError
     from lightning_prune.errors import PruneError as PruneError
     from lightning_prune.errors import RuntimeUnavailableError as RuntimeUnavailableError
     from lightning_prune.errors import ScheduleError as ScheduleError

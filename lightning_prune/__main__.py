@@ -22,13 +22,17 @@ def main(args: list[str] | None = None) -> int:
     if words[0] == "--version":
         print(f"lightning-prune {__version__}")
         return 0
-    if words[0] == "models":
-        from lightning_prune.cli.models_command import models
+    try:
+        if words[0] == "models":
+            from lightning_prune.cli.models_command import models
 
-        return models(words[1:])
-    from lightning_prune.cli.main import run
+            return models(words[1:])
+        from lightning_prune.cli.main import run
 
-    return run(args)
+        return run(args)
+    except KeyboardInterrupt:  # while modules are imported, which takes seconds
+        print("stopped by Ctrl-C before the end. Start the same command again.", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

@@ -26,6 +26,10 @@ class FileFormatError(PruneError, ValueError):
     """A file is unreadable or truncated, or does not have the expected format."""
 
 
+class FileWriteError(PruneError, OSError):
+    """A file cannot be written: the disk is full, the folder is read-only, a limit is reached."""
+
+
 class WeightsError(PruneError, RuntimeError):
     """A weights file does not match the model."""
 

@@ -14,10 +14,28 @@ from typing import Any, ClassVar, TypeVar
 
 import yaml
 
-from lightning_prune.errors import ArgumentError, FileFormatError, PruneError
+from lightning_prune.errors import ArgumentError, FileFormatError, FileWriteError, PruneError
 
 D = TypeVar("D", bound="SavedDocument")
 _NOT_PLAIN = (TypeError, yaml.YAMLError)  # raised by json and yaml for values that they cannot write
+
+
+@contextmanager
+def naming_file(path: str | PathLike[str]) -> Iterator[None]:
+    """A context in which errors of the operating system are raised as errors that name the file that is written.
+
+    Args:
+        path: The file or folder that is written.
+
+    Raises:
+        FileWriteError: Names `path` and the reason.
+    """
+    try:
+        yield
+    except FileWriteError:
+        raise
+    except OSError as error:
+        raise FileWriteError(f"Cannot write {path}: {error.strerror or error}.") from error
 
 
 @contextmanager
@@ -25,20 +43,45 @@ def atomic_write(path: str | PathLike[str]) -> Iterator[Path]:
     """Yields a temporary path in the folder of `path`. The file replaces `path` on success and is deleted on failure.
 
     The temporary name keeps the suffix, because writers such as matplotlib choose the format by it.
+
+    Raises:
+        FileWriteError: If the file cannot be written, for example on a full disk.
     """
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.stem}.", suffix=target.suffix)
-    os.close(descriptor)
-    temporary = Path(name)
-    try:
-        yield temporary
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp creates private files
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with naming_file(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.stem}.", suffix=target.suffix)
+        os.close(descriptor)
+        temporary = Path(name)
+        try:
+            yield temporary
+            umask = os.umask(0)
+            os.umask(umask)
+            temporary.chmod(0o666 & ~umask)  # mkstemp creates private files
+            temporary.replace(target)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def staging_folder(folder: str | PathLike[str]) -> Iterator[Path]:
+    """Yields a temporary folder in `folder`, for files that are moved there when all of them are written.
+
+    Args:
+        folder: Created if it does not exist.
+
+    Raises:
+        FileWriteError: If a file cannot be written; names it as it would be named in `folder`.
+    """
+    target = Path(folder)
+    with naming_file(target):
+        target.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target, prefix=".") as name:
+            stage = Path(name)
+            try:
+                yield stage
+            except FileWriteError as error:
+                raise FileWriteError(str(error).replace(str(stage), str(target))) from error
 
 
 def write_document(path: str | PathLike[str], document: Mapping[str, Any]) -> Path:
@@ -46,6 +89,7 @@ def write_document(path: str | PathLike[str], document: Mapping[str, Any]) -> Pa
 
     Raises:
         ArgumentError: If an entry has a type that cannot be written; names the entry. An existing file is kept.
+        FileWriteError: If the file cannot be written.
     """
     target = Path(path)
     dump = _json if target.suffix == ".json" else _yaml
@@ -156,6 +200,7 @@ class SavedDocument(ABC):
 
         Raises:
             ArgumentError: If an entry has a type that cannot be written; names the entry.
+            FileWriteError: If the file cannot be written.
         """
         return write_document(path, self.to_dict())
 

@@ -1,25 +1,24 @@
 """The command line: LightningCLI with pruning under a flat `prune:` key."""
 
-import argparse
 import logging
 import shlex
 import sys
-import warnings
 from typing import Any
 
 import lightning as L
 import yaml
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from lightning_prune.callbacks import TokenPruning
 from lightning_prune.classification.datamodules import DigitsData, ImageFolderData
 from lightning_prune.classification.image_classifier import ImageClassifier
+from lightning_prune.cli.endings import BUDGET_MISSED, run_to_end
 from lightning_prune.cli.trainer import PruneTrainer
 from lightning_prune.cli.usage import COMMANDS
 from lightning_prune.cli.words import parser_words
 from lightning_prune.errors import ArgumentError, PruneError
 
+_SIGNALS = "lightning.pytorch.trainer.connectors.signal_connector"
 _PASSED_BY_CODE = {"model", "dataloaders", "datamodule"}
 
 __all__ = [
@@ -87,38 +86,28 @@ def run(args: list[str] | None = None) -> int:
 
     Returns:
         Exit status: 0; 2 after an error in the input, which is printed on one line; 3 if no variant of a comparison
-        meets the budget.
+        meets the budget; 130 after SIGINT, 143 after SIGTERM.
     """
-    _silence_messages()
-    try:
-        cli = PruneCLI(
-            sys.argv[1:] if args is None else args,
-            model_class=ImageClassifier,
-            datamodule_class=L.LightningDataModule,
-            subclass_mode_data=True,
-            trainer_class=PruneTrainer,
-            trainer_defaults={"logger": False, "enable_checkpointing": False},
-            save_config_callback=None,
-            seed_everything_default=0,
-            parser_kwargs={
-                "prog": "lightning-prune",
-                "description": "Prune the tokens of Vision Transformers, measured on this device.",
-                "exit_on_error": False,  # else a page of options is printed before the error
-            },
-        )
-    except (PruneError, argparse.ArgumentError, MisconfigurationException, FileNotFoundError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed", _SIGNALS):
+        logging.getLogger(name).setLevel(logging.WARNING)  # what they log is not about the run
+    return run_to_end(lambda: _run(sys.argv[1:] if args is None else args))
+
+
+def _run(words: list[str]) -> int:
+    cli = PruneCLI(
+        words,
+        model_class=ImageClassifier,
+        datamodule_class=L.LightningDataModule,
+        subclass_mode_data=True,
+        trainer_class=PruneTrainer,
+        trainer_defaults={"logger": False, "enable_checkpointing": False},
+        save_config_callback=None,
+        seed_everything_default=0,
+        parser_kwargs={
+            "prog": "lightning-prune",
+            "description": "Prune the tokens of Vision Transformers, measured on this device.",
+            "exit_on_error": False,  # else a page of options is printed before the error
+        },
+    )
     missed = isinstance(cli.trainer, PruneTrainer) and cli.trainer.budget_missed
-    return 3 if missed else 0
-
-
-def _silence_messages() -> None:
-    """Silences messages of Lightning that are not about the run."""
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
-    logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)
-    for known in (
-        ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",
-        "LightningCLI's args parameter is intended to run from within Python.*",  # see `parser_words`
-    ):
-        warnings.filterwarnings("ignore", message=known)
+    return BUDGET_MISSED if missed else 0

@@ -38,6 +38,7 @@ def run_profile(
     Raises:
         ArgumentError: If `output` cannot be written to, `device` is invalid, or a setting has no effect on it.
         DataError: If there is no batch to profile on.
+        FileWriteError: If a file cannot be written, after the table is printed.
     """
     simulated = None if device is None else SimulatedDevice.parse(device)
     check("protocol", config.protocol, "'deployed' on a simulated device", simulated is None or _is_deployed(config))
@@ -51,18 +52,19 @@ def run_profile(
     measured, eager = on_first_batch(trainer, model, config, measure, **data)
     profile = measured.profile
     if trainer.is_global_zero:
-        paths = [profile.save(folder / "profile.json"), folder / "profile.png"]
-        plot(profile, paths[1], eager=eager)
-        if eager is not None:
-            paths.append(eager.save(folder / "profile_eager.json"))
-        console = Console(markup=False)
+        console = Console(markup=False)  # the table is printed before anything is written, which may fail
         console.print(profile_table(profile))
         if measured.reused:
             when = profile.context.get("measured", "earlier")
             console.print(f"Stored profile, measured {when}; --prune.use_cache false measures again.", soft_wrap=True)
         if eager is not None:
             console.print(against_eager(profile, eager))
-        console.print(f"{shape_of(profile)} Written: {', '.join(map(str, paths))}", soft_wrap=True)
+        console.print(shape_of(profile), soft_wrap=True)
+        paths = [profile.save(folder / "profile.json"), folder / "profile.png"]
+        plot(profile, paths[1], eager=eager)
+        if eager is not None:
+            paths.append(eager.save(folder / "profile_eager.json"))
+        console.print(f"Written: {', '.join(map(str, paths))}", soft_wrap=True)
     return profile
 
 
@@ -90,6 +92,7 @@ def run_plan(
         ArgumentError: See `run_profile`; also if both `profile` and `device` are given, or a setting has no effect.
         DataError: If there is no batch to plan on.
         FileFormatError: If `profile` does not hold a profile.
+        FileWriteError: If a file cannot be written, after the plan is printed.
     """
     if profile is not None:
         check("device", device, "left out with `profile`, which holds the latencies", device is None)
@@ -107,6 +110,7 @@ def run_plan(
     result = decision.plan
     assert result is not None
     if trainer.is_global_zero:
+        print_decision(decision)
         paths = [
             result.schedule.save(folder / "schedule.yaml"),
             write_document(folder / "plan.json", result.to_dict()),
@@ -114,7 +118,6 @@ def run_plan(
             folder / "plan.png",
         ]
         plot(result, paths[-1])
-        print_decision(decision)
         Console(markup=False).print(f"Written: {', '.join(map(str, paths))}", soft_wrap=True)
     return result
 

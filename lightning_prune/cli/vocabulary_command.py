@@ -60,6 +60,7 @@ def learn_words(
     Raises:
         ArgumentError: If an argument is invalid, or there are more words than patches.
         DataError: If there are no images.
+        FileWriteError: If the file cannot be written, after the report is printed.
     """
     check("output", output, "a file that ends in .safetensors", Path(output).suffix == ".safetensors")
     if limit is not None:
@@ -75,8 +76,9 @@ def learn_words(
         raise DataError("The prediction loader must yield at least one batch, got none.")
     with Console(stderr=True).status(f"Learning the last of {words} words"):
         vocabulary = reader.learner.finish(*_normalisation(model, config.module_path, reader.last.shape[1]))
-    path = vocabulary.save(output)
-    _print_report(Console(markup=False), vocabulary, reader, path)
+    console = Console(markup=False)
+    _print_report(console, vocabulary, reader)
+    console.print(f"Written: {vocabulary.save(output)}", soft_wrap=True, highlight=False)
     return vocabulary
 
 
@@ -185,14 +187,13 @@ def _normalisation(module: L.LightningModule, module_path: str | None, channels:
     return (mean, std) if mean is not None and std is not None and len(mean) == len(std) == channels else (None, None)
 
 
-def _print_report(console: Console, vocabulary: Vocabulary, reader: _Reader, path: Path) -> None:
+def _print_report(console: Console, vocabulary: Vocabulary, reader: _Reader) -> None:
     images = reader.learner.images if reader.learner else 0
     side = vocabulary.patch_size
     lines = [
         f"{len(vocabulary)} words for patches of {vocabulary.channels} x {side} x {side}, learned from {images} images",
         *(f"threshold {each}: {tokens_per_image([reader.last], vocabulary, each)}" for each in _THRESHOLDS),
         "These images are among those that the words were learned from; other images may keep more tokens.",
-        f"Written: {path}",
     ]
     for line in lines:
         console.print(line, soft_wrap=True, highlight=False)

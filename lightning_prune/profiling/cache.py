@@ -15,7 +15,7 @@ from platformdirs import user_cache_path
 from torch import Tensor, nn
 
 from lightning_prune._utils.files import read_document, write_document
-from lightning_prune.errors import FileFormatError
+from lightning_prune.errors import FileFormatError, FileWriteError
 from lightning_prune.patching import find_vision_transformer
 from lightning_prune.patching.schedule_forms import reducing_block
 from lightning_prune.profiling.environment import profile_dependencies, unknown_conditions
@@ -142,9 +142,8 @@ class ProfileStore:
         }
         try:
             return write_document(path, document)
-        except OSError as error:
-            reason = error.strerror or error
-            warnings.warn(f"The profile cannot be written to {self.folder}: {reason}", stacklevel=2)
+        except FileWriteError as error:
+            warnings.warn(f"The profile is not kept for other runs: {error}", stacklevel=2)
             return None
 
     @staticmethod

@@ -90,8 +90,9 @@ class Vocabulary:
 
         Raises:
             ArgumentError: If `path` has another suffix.
+            FileWriteError: If the file cannot be written.
         """
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         target = Path(path)
         check("path", str(target), "a file that ends in .safetensors", target.suffix == ".safetensors")
@@ -106,7 +107,7 @@ class Vocabulary:
         }
         metadata = {"format": _FORMAT, "version": str(_VERSION), "facts": json.dumps(properties)}
         with atomic_write(target) as temporary:
-            save_file({"centroids": self.centroids}, temporary, metadata=metadata)
+            temporary.write_bytes(save({"centroids": self.centroids}, metadata=metadata))
         return target
 
     @classmethod

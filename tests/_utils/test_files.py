@@ -1,11 +1,12 @@
+import errno
 import os
 import stat
 from pathlib import Path
 
 import pytest
 
-from lightning_prune._utils.files import atomic_write, ensure_output_dir, read_document, write_document
-from lightning_prune.errors import ArgumentError, FileFormatError
+from lightning_prune._utils.files import atomic_write, ensure_output_dir, read_document, staging_folder, write_document
+from lightning_prune.errors import ArgumentError, FileFormatError, FileWriteError
 
 KIND = "lightning_prune.note"
 NOTE = {
@@ -66,6 +67,37 @@ def test_a_failed_first_write_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError), atomic_write(tmp_path / "note.yaml"):
         raise RuntimeError
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_of_the_system_names_the_file_and_the_reason(tmp_path: Path) -> None:
+    target = tmp_path / "note.yaml"
+    target.write_text("old")
+    with (
+        pytest.raises(FileWriteError, match=rf"Cannot write {target}: No space left on device\.$"),
+        atomic_write(target),
+    ):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert target.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [target]
+    with pytest.raises(FileWriteError, match="3 requested and 0 written"), atomic_write(target):
+        raise OSError("3 requested and 0 written")  # as NumPy says it
+    with pytest.raises(FileWriteError, match=rf"{target / 'below'}"), atomic_write(target / "below"):
+        pass
+
+
+def test_a_staging_folder_names_files_where_they_will_be(tmp_path: Path) -> None:
+    with staging_folder(tmp_path / "new") as stage:
+        written = write_document(stage / "note.json", NOTE).replace(tmp_path / "new" / "note.json")
+        assert stage.parent == tmp_path / "new"
+    assert [*(tmp_path / "new").iterdir()] == [written]
+    name = tmp_path / "new" / "plot.png"
+    with (
+        pytest.raises(FileWriteError, match=f"Cannot write {name}: full"),
+        staging_folder(tmp_path / "new") as stage,
+        atomic_write(stage / "plot.png"),
+    ):
+        raise OSError("full")
+    assert [*(tmp_path / "new").iterdir()] == [written]
 
 
 @pytest.mark.parametrize("name", ["note.yaml", "note.json"])

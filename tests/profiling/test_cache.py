@@ -344,7 +344,7 @@ def test_damaged_or_foreign_entry_is_skipped_with_a_warning(tmp_path, damage):
 def test_folder_that_cannot_be_written_to_leads_to_a_warning(tmp_path):
     (tmp_path / "file").write_text("")
     store = ProfileStore(tmp_path / "file")
-    with pytest.warns(UserWarning, match="cannot be written to .*file"):
+    with pytest.warns(UserWarning, match="not kept for other runs: Cannot write .*file"):
         assert store.put(dependencies(), profile()) is None
     assert store.get(dependencies()) is None
 
