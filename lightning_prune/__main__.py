@@ -1,5 +1,6 @@
 """Entry point of `lightning-prune` and `python -m lightning_prune`: `--help` and `--version` need no torch."""
 
+import os
 import sys
 
 from lightning_prune import __version__
@@ -27,6 +28,8 @@ def main(args: list[str] | None = None) -> int:
             from lightning_prune.cli.models_command import models
 
             return models(words[1:])
+        if not {"", os.getcwd()} & set(sys.path):
+            sys.path.append(os.getcwd())  # modules of one's own; last, so that a file there hides no installed package
         from lightning_prune.cli.main import run
 
         return run(args)

@@ -6,12 +6,14 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from timm.data.dataset_factory import create_dataset
 from timm.data.transforms_factory import create_transform
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_prune._utils.validation import check, check_int
 from lightning_prune.classification.digits import CANVAS, CLASSES, ClutteredDigits, EpochSampler
+from lightning_prune.classification.preprocessing import complete_config, describe_config
 from lightning_prune.errors import DataError
 
 _PARTS = {"train", "training", "val", "valid", "validation", "eval", "evaluation", "test", "testing"}
@@ -37,6 +39,9 @@ def open_dataset(root: str, split: str, name: str = "", class_map: str | None = 
         raise DataError(f"`root` must be an existing folder or tar, got {root}.")
     if class_map:
         options["class_map"] = class_map
+    # For any other name timm silently opens the test set of a dataset of torchvision.
+    if name.lower().startswith("torch/") and split.split("/")[-1] not in _PARTS:
+        raise DataError(f"`split` must be one of {', '.join(sorted(_PARTS))} for {name}, got {split!r}.")
     try:
         dataset: Dataset[Any] = create_dataset(name, str(root), split, **options)
     except Exception as error:  # each reader raises other types, including RuntimeError and AssertionError
@@ -47,9 +52,13 @@ def open_dataset(root: str, split: str, name: str = "", class_map: str | None = 
     # If the split does not exist, timm silently uses the whole root, including training images.
     opened = Path(getattr(getattr(dataset, "reader", None), "root", ""))
     if not name and opened == Path(root) and opened.is_dir():
-        parts = sorted(child.name for child in opened.iterdir() if child.is_dir())
-        if parts and set(parts) <= _PARTS:  # a class may be called "train", but hardly all classes
+        folders = sorted(child.name for child in opened.iterdir() if child.is_dir())
+        parts = [folder for folder in folders if folder in _PARTS]
+        # A class may be called "train", but hardly two of them.
+        if len(parts) > 1 or (parts and parts == folders):
             raise DataError(f"`split` must be one of {', '.join(parts)} in {root}, got {split!r}.")
+        if split not in _PARTS:
+            raise DataError(f"`split` must be the name of a folder in {root}, or left out, got {split!r}.")
     return dataset
 
 
@@ -121,9 +130,12 @@ class ImageFolderData(_EvaluationData):
         batch_size: Number of images per batch.
         num_workers: Number of processes that load images; 0 loads in the main process.
         class_map: A text file with one class per line in the order of the head, if that is not alphabetical.
-        data_config: timm's data config to use. By default the attribute `data_config` of the LightningModule that the
-            trainer runs; `ImageClassifier` takes it from the `pretrained_cfg` of its model.
+        data_config: Entries of timm's data config: `input_size`, `mean`, `std`, `interpolation`, `crop_pct`. What is
+            not given is taken from the attribute `data_config` of the LightningModule that the trainer runs.
         download: Whether a named dataset may be downloaded into `root`.
+
+    Attributes:
+        preprocessing: The data config that is used, after `setup`; it is printed, and is among the hyperparameters.
 
     Raises:
         ArgumentError: If an argument is out of range.
@@ -156,7 +168,16 @@ class ImageFolderData(_EvaluationData):
         self.class_map = class_map
         self.data_config = data_config
         self.download = download
+        self.preprocessing: dict[str, Any] = {}
         self.save_hyperparameters()
+
+    def config_for(self, module: Any) -> tuple[dict[str, Any], bool]:
+        """The data config that is used with a LightningModule, and whether its mean and std are unknown, and 0.5.
+
+        Raises:
+            DataError: If the size of the images is unknown.
+        """
+        return complete_config(getattr(module, "data_config", None), self.data_config)
 
     def setup(self, stage: str) -> None:
         """Opens the dataset and checks that it fits the model.
@@ -164,12 +185,16 @@ class ImageFolderData(_EvaluationData):
         Args:
             stage: "validate", "test", "predict" or "fit"; the data are the same.
         """
-        config = self.data_config or self._of_model("data_config")
-        if not config:
-            raise DataError(
-                "`data_config` must be given, or be an attribute of the LightningModule (ImageClassifier has it if its "
-                "model has a pretrained_cfg), got neither: size and normalisation of the images are unknown."
+        config, unknown = self.config_for(self.trainer.lightning_module if self.trainer is not None else None)
+        if unknown:
+            rank_zero_warn(
+                "Mean and std of the images are unknown, and 0.5 is used: save the image processor to the folder of "
+                "the model, or give `mean` and `std` in `data_config`."
             )
+        if config != self.preprocessing:
+            self.preprocessing = self.hparams["data_config"] = config
+            if self.trainer is None or self.trainer.is_global_zero:
+                print(f"Images: {describe_config(config)}")
         options: dict[str, Any] = {"input_img_mode": "L"} if config["input_size"][0] == 1 else {}
         options |= {"batch_size": self.batch_size, "transform": create_transform(**config, is_training=False)}
         options |= {"download": True} if self.download else {}

@@ -89,7 +89,7 @@ class Evaluation(nn.Module):
     """Accuracy, loss, throughput, latency and energy of one run over the data, reduced over all processes.
 
     Args:
-        num_classes: Size of the head.
+        num_classes: Size of the head; None if there is no head, so that there is no accuracy either.
         warmup: Number of batches at the start that are left out of the times; at least one is always counted.
 
     Example:
@@ -103,11 +103,13 @@ class Evaluation(nn.Module):
         tensor(0.5000)
     """
 
-    def __init__(self, num_classes: int, warmup: int) -> None:
+    def __init__(self, num_classes: int | None, warmup: int) -> None:
         super().__init__()
         self.warmup = warmup
-        metrics: dict[str, Metric] = {"loss": MeanMetric(), "top1": _accuracy(num_classes, 1)}
-        if num_classes > 5:
+        metrics: dict[str, Metric] = {}
+        if num_classes is not None:
+            metrics |= {"loss": MeanMetric(), "top1": _accuracy(num_classes, 1)}
+        if num_classes is not None and num_classes > 5:
             metrics["top5"] = _accuracy(num_classes, 5)
         metrics |= {"throughput": Throughput(), "throughput_end_to_end": Throughput()}
         metrics |= {"latency_p50": Latency(0.5), "latency_p90": Latency(0.9)}

@@ -1,19 +1,18 @@
 """The LightningModule around an image classifier: accuracy, throughput and latency of a validation."""
 
-import difflib
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import lightning as L
-import timm
-from timm.data.config import resolve_model_data_config
 from torch import Tensor, nn
 
-import lightning_prune.classification.demo_models  # noqa: F401  the command does not register them on import
 from lightning_prune._utils.validation import check_int
 from lightning_prune.classification.checkpoints import load_weights
 from lightning_prune.classification.evaluation import Evaluation, check_batch, split_batch
-from lightning_prune.errors import ArgumentError, WeightsError
+from lightning_prune.classification.hugging_face import is_hugging_face
+from lightning_prune.classification.named_models import create_model
+from lightning_prune.classification.preprocessing import data_config_of
+from lightning_prune.errors import ArgumentError
 from lightning_prune.patching import find_vision_transformer
 from lightning_prune.runtimes import TorchCompile, TorchEager, parse_runtime
 from lightning_prune.runtimes.torch_runtime import Compiled, force_eager
@@ -38,16 +37,18 @@ class ImageClassifier(L.LightningModule):
     have none. For training, subclass it and add `configure_optimizers`.
 
     Args:
-        model: Name of a timm model, or a module that returns logits `(B, num_classes)` or an output with `logits`, as
-            Hugging Face's classifiers do.
-        pretrained: Whether timm loads its weights for that name. Ignored if `weights` is given.
-        weights: A weights file for the model: `.safetensors`, `.pth`, or a Lightning checkpoint; read without pickle.
+        model: Name of a timm model; `hf:` with a folder or a name of Hugging Face; the import path of a class or
+            function, or a mapping with `class_path` and `init_args`; or a module that returns logits `(B, num_classes)`
+            or an output with `logits`. With a model that returns features, such as a tower, accuracy is not measured.
+        pretrained: Whether the weights for that name are loaded. Ignored if `weights` is given.
+        weights: Weights for the model: `.safetensors`, `.pth`, a Lightning checkpoint, or a folder that
+            `save_pretrained` of Hugging Face wrote; read without pickle.
         num_classes: Size of the head; by default the model's own. If it differs from that of timm's weights, the head
             is initialised at random.
         runtime: `"torch"`, or `"torch.compile"`, also with a mode (`"torch.compile:mode=reduce-overhead"` for CUDA
             graphs, `"torch.compile:mode=blocks"` to compile each block separately). Each batch size is compiled
             separately; batches smaller than the first one of a run run eagerly.
-        model_kwargs: Further arguments of `timm.create_model`.
+        model_kwargs: Further arguments of the model.
         warmup: Number of batches at the start that are left out of the times; at least one batch is always counted.
 
     Raises:
@@ -67,7 +68,7 @@ class ImageClassifier(L.LightningModule):
 
     def __init__(
         self,
-        model: str | nn.Module = "deit_small_patch16_224",
+        model: str | nn.Module | dict[str, Any] = "deit_small_patch16_224",
         pretrained: bool = True,
         weights: str | None = None,
         num_classes: int | None = None,
@@ -83,8 +84,8 @@ class ImageClassifier(L.LightningModule):
         if not isinstance(parsed, TorchEager | TorchCompile):
             raise ArgumentError(f"`runtime` must be 'torch' or 'torch.compile', got {runtime!r}.")
         self.save_hyperparameters(ignore=["model"] if isinstance(model, nn.Module) else None)
-        if isinstance(model, str):
-            model = _create(model, pretrained and weights is None, num_classes, model_kwargs or {})
+        if not isinstance(model, nn.Module):
+            model = create_model(model, pretrained and weights is None, num_classes, model_kwargs or {}, weights)
         elif model_kwargs:
             raise ArgumentError(f"`model_kwargs` must be None if `model` is a module, got {model_kwargs!r}.")
         if weights is not None:
@@ -99,11 +100,12 @@ class ImageClassifier(L.LightningModule):
 
     @property
     def data_config(self) -> dict[str, Any] | None:
-        """Timm's data config of the model: input_size, mean, std, interpolation, crop_pct.
+        """How images are prepared, as timm's data config: input_size, mean, std, interpolation, crop_pct.
 
-        None if the model has no `pretrained_cfg`, for example a module of your own.
+        The size is that of the model as it is, also if it was made for another one than its name says. Mean and std
+        are missing if a model of Hugging Face comes without an image processor. None for a module of your own.
         """
-        return resolve_model_data_config(self.model) if getattr(self.model, "pretrained_cfg", None) else None
+        return data_config_of(self.model)
 
     def forward(self, images: Tensor) -> Tensor:
         """Classifies images.
@@ -112,17 +114,23 @@ class ImageClassifier(L.LightningModule):
             images: `(B, C, H, W)`, normalised as the model expects.
 
         Returns:
-            Logits, `(B, num_classes)`.
+            Logits, `(B, num_classes)`; of a model without a head, features `(B, D)`.
         """
         output = self.model(images)
-        logits: Tensor = getattr(output, "logits", output)  # Hugging Face's models return an output with several fields
-        return logits
+        if isinstance(output, Tensor):
+            return output
+        # Hugging Face's models return an output with several fields, of which some may be None.
+        fields = (getattr(output, name, None) for name in ("logits", "image_embeds", "pooler_output"))
+        found: Tensor | None = next((value for value in fields if value is not None), None)
+        return found if found is not None else output.last_hidden_state[:, 0]
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Returns the cross-entropy of a batch and logs it as `train/loss`."""
         where = f"training batch {batch_idx}"
         images, labels = split_batch(batch, where)
         logits = self(images)
+        if self.num_classes is None:
+            raise ArgumentError(f"`model` must have a head to be trained, got {type(self.model).__name__} without.")
         check_batch(logits, labels, self.num_classes, where, finite=False)
         loss = nn.functional.cross_entropy(logits, labels)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(images))
@@ -148,8 +156,9 @@ class ImageClassifier(L.LightningModule):
         images, labels = split_batch(batch, where)
         with self._eagerly_if_short(images, batch_idx), self.evaluation.timing(images):
             logits = self(images)
-        check_batch(logits, labels, self.num_classes, where)
-        self.evaluation.update(logits, labels, batch_idx, dataloader_idx)
+        if self.num_classes is not None:
+            check_batch(logits, labels, self.num_classes, where)
+            self.evaluation.update(logits, labels, batch_idx, dataloader_idx)
 
     def _eagerly_if_short(self, images: Any, batch_idx: int) -> AbstractContextManager[Any]:
         """Runs a batch eagerly if it is smaller than the first, because compiling for a single batch takes seconds."""
@@ -192,31 +201,11 @@ class ImageClassifier(L.LightningModule):
             checkpoint["hyper_parameters"] |= {"pretrained": False, "weights": None}
 
 
-def _create(name: str, pretrained: bool, num_classes: int | None, kwargs: dict[str, Any]) -> nn.Module:
-    """Creates a timm model."""
-    if ":" not in name and not timm.is_model(name):  # timm resolves "hf-hub:..." and "local-dir:..." itself
-        close = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=3)
-        hint = f" Similar: {', '.join(close)}." if close else ""
-        raise ArgumentError(f"`model` must be the name of a timm model, got {name!r}.{hint}")
-    if num_classes is not None:
-        kwargs = {**kwargs, "num_classes": num_classes}
-    try:
-        return timm.create_model(name, pretrained=pretrained, **kwargs)
-    except TypeError as error:
-        raise ArgumentError(f"`model_kwargs` must be arguments of {name}, got {sorted(kwargs)}: {error}") from error
-    except (OSError, RuntimeError) as error:  # offline, unknown tag, or no weights published for this name
-        if not pretrained:
-            raise
-        reason = str(error).strip().splitlines()[0]
-        raise WeightsError(
-            f"`model` must be a name that timm can load weights for, got {name!r}: {reason} "
-            "Give a local file as `weights`, or `pretrained=False`."
-        ) from error
-
-
-def _head_size(model: nn.Module) -> int:
-    """The number of classes that a model has."""
+def _head_size(model: nn.Module) -> int | None:
+    """The number of classes that a model has; None if it returns features."""
     size = getattr(model, "num_classes", getattr(model, "num_labels", None))  # `num_labels` in Hugging Face's models
+    if size == 0 or (size is None and is_hugging_face(model)):
+        return None
     if not isinstance(size, int) or size < 1:
         raise ArgumentError(
             f"`num_classes` must be given for a {type(model).__name__}, which has no number of classes, got {size!r}."

@@ -8,6 +8,7 @@ import lightning as L
 from rich.console import Console
 
 from lightning_prune.callbacks import PruningConfig, config_of
+from lightning_prune.classification.datamodules import ImageFolderData
 from lightning_prune.cli.plan_commands import run_plan, run_profile
 from lightning_prune.cli.vocabulary_command import learn_words
 from lightning_prune.comparison.api import compare
@@ -134,6 +135,9 @@ class PruneTrainer(L.Trainer):
         """
         command = self.command or f"trainer.compare(methods={methods}, speedups={speedups}, runtimes={runtimes})"
         data = dataloaders if datamodule is None else datamodule
+        settings = {**self.settings}
+        if isinstance(datamodule, ImageFolderData):
+            settings["images"] = datamodule.config_for(model)[0]
         found = compare(
             self,
             model,
@@ -144,7 +148,7 @@ class PruneTrainer(L.Trainer):
             output=output,
             resume=resume,
             command=command,
-            settings=self.settings,
+            settings=settings,
         )
         self.budget_missed = found.best is not None and not found.best.met
         if self.is_global_zero:

@@ -15,7 +15,8 @@ def parser_words(words: list[str]) -> list[str]:
     """Rewrites a command line for the parser.
 
     Hyphens in names of options become underscores. Several words after an option become a list, as in
-    `--methods dense pomt tome`. `--budget` and `--max-drop` become the options of the objective.
+    `--methods dense pomt tome`. `--budget` and `--max-drop` become the options of the objective. A class of a model
+    whose arguments are given becomes a class path.
 
     Args:
         words: The command line after `lightning-prune`.
@@ -51,6 +52,8 @@ def parser_words(words: list[str]) -> list[str]:
                 value, position = (following[0], position + 1) if following else ("", position)
             rewritten += _SHORT_FORMS[name](value)
             continue
+        elif name == "--model.model" and any(each.startswith("--model.model.") for each in words):
+            word = f"--model.model.class_path{equals}{value}"  # since the parser would take the path for a plain text
         rewritten.append(word)
     return rewritten
 

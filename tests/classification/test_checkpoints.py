@@ -2,9 +2,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import save_file
 from torch import nn
 
+from helpers.models import disturb, tiny_hugging_face_vit
 from lightning_prune.classification.checkpoints import load_weights, read_weights
 from lightning_prune.errors import FileFormatError, WeightsError
 
@@ -102,3 +104,93 @@ def test_a_file_without_tensors_is_rejected(tmp_path: Path, content: object) -> 
     torch.save(content, tmp_path / "weights.pth")
     with pytest.raises(FileFormatError, match=r"`weights`.*tensors by name.*weights\.pth"):
         read_weights(tmp_path / "weights.pth")
+
+
+@pytest.mark.parametrize("prefix", ["net.", "model.vit.", "module."])
+def test_a_prefix_of_all_keys_is_removed_and_said(tmp_path: Path, prefix: str) -> None:
+    source, target, path = net(), net(), tmp_path / "mine.ckpt"
+    state = {prefix + key: value for key, value in source.state_dict().items()}
+    torch.save({"state_dict": {**state, "loss.weight": torch.ones(2)}}, path)
+    with pytest.warns(UserWarning, match=rf"'{prefix}' of 4 keys in {path}.*1 without.*loss\.weight"):
+        load_weights(target, path)
+    assert same(source, target)
+
+
+def test_a_checkpoint_of_an_image_classifier_is_loaded_without_a_word(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    source, target = net(), net()
+    torch.save({"state_dict": {f"model.{key}": value for key, value in source.state_dict().items()}}, tmp_path / "a")
+    load_weights(target, tmp_path / "a")
+    assert same(source, target)
+    assert not recwarn.list
+
+
+def test_a_file_of_two_models_that_fit_is_rejected(tmp_path: Path) -> None:
+    state = {f"{prefix}.{key}": value for prefix in ("student", "teacher") for key, value in net().state_dict().items()}
+    torch.save(state, tmp_path / "both.pth")
+    with pytest.raises(WeightsError, match=r"`weights`.*both\.pth with 2.*student\., teacher\."):
+        load_weights(net(), tmp_path / "both.pth")
+    source, target = net(), net()
+    state |= {f"model.{key}": value for key, value in source.state_dict().items()}
+    torch.save(state, tmp_path / "both.pth")
+    with pytest.warns(UserWarning, match=r"'model\.'"):
+        load_weights(target, tmp_path / "both.pth")
+    assert same(source, target)
+
+
+def test_mismatched_keys_are_named_without_the_prefix(tmp_path: Path) -> None:
+    state = {f"net.{key}": value for key, value in net(width=5).state_dict().items() if key != "1.bias"}
+    torch.save(state, tmp_path / "weights.pth")
+    with (
+        pytest.warns(UserWarning, match=r"'net\.'"),
+        pytest.raises(WeightsError, match=r"with 1 missing: 1\.bias; 3 with another shape: 0\.weight \(model \(4, 3\)"),
+    ):
+        load_weights(net(), tmp_path / "weights.pth")
+
+
+def saved_vit(folder: Path, labels: int = 3, **options: object) -> nn.Module:
+    """A classifier of Hugging Face whose `save_pretrained` wrote the folder, with the keys of older versions."""
+    source = disturb(tiny_hugging_face_vit("ViTForImageClassification", num_labels=labels, num_hidden_layers=2))
+    assert isinstance(source, transformers.PreTrainedModel)
+    source.save_pretrained(folder, **options)
+    return source
+
+
+@pytest.mark.parametrize("name", ["", "model.safetensors"])
+def test_folders_and_files_of_hugging_face(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    source = saved_vit(tmp_path)
+    capsys.readouterr()
+    target = tiny_hugging_face_vit("ViTForImageClassification", num_labels=3, num_hidden_layers=2)
+    assert set(read_weights(tmp_path)) != set(target.state_dict())  # renamed while loading
+    load_weights(target, tmp_path / name)
+    assert same(source, target)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_folder_with_several_files(tmp_path: Path) -> None:
+    source = saved_vit(tmp_path, max_shard_size="20KB")
+    assert not (tmp_path / "model.safetensors").exists()
+    target = tiny_hugging_face_vit("ViTForImageClassification", num_labels=3, num_hidden_layers=2)
+    load_weights(target, tmp_path)
+    assert same(source, target)
+    (tmp_path / "model.safetensors.index.json").write_text("{")
+    with pytest.raises(FileFormatError, match=r"`weights`.*got .*index\.json"):
+        load_weights(target, tmp_path)
+
+
+def test_mismatches_with_a_model_of_hugging_face_are_named_by_its_keys(tmp_path: Path) -> None:
+    saved_vit(tmp_path, labels=5)
+    target = tiny_hugging_face_vit("ViTForImageClassification", num_labels=3, num_hidden_layers=3)
+    before = {key: value.clone() for key, value in target.state_dict().items()}
+    with pytest.raises(WeightsError) as error:
+        load_weights(target, tmp_path)
+    message = str(error.value)
+    assert "16 missing: vit.layers.2." in message
+    assert "2 with another shape: classifier.bias (model (3,), file (5,)), classifier.weight (" in message
+    assert all(torch.equal(before[key], value) for key, value in target.state_dict().items())
+
+
+def test_a_folder_without_weights_is_rejected(tmp_path: Path) -> None:
+    with pytest.raises(FileFormatError, match=rf"`weights`.*got {tmp_path}\."):
+        read_weights(tmp_path)
