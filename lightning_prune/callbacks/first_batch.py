@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 import lightning as L
 from torch import Tensor
@@ -112,6 +112,7 @@ class FirstBatch:
             decide: Called on rank 0 only; its result must be picklable.
 
         Raises:
+            DataError: If rank 0 has no batch.
             PruneError: On the other ranks, with the message of the error that rank 0 raises as it is.
         """
         result: T | None = None
@@ -122,12 +123,67 @@ class FirstBatch:
             except Exception as caught:
                 error = caught
         message = f"{type(error).__name__} on rank 0: {error}" if error else None
-        result, message = self.trainer.strategy.broadcast((result, message))
+        outcome = _from_rank_zero(self.trainer, _Outcome(result, message), has_batch=True)
         if error is not None:
             raise error
-        if message is not None:
-            raise PruneError(message)
-        return cast(T, result)
+        return cast(T, outcome)
+
+
+class _Outcome(NamedTuple):
+    """What rank 0 tells the others: the result, or the message of an error, or that it has no batch."""
+
+    result: Any = None
+    message: str | None = None
+    has_batch: bool = True
+
+
+def _from_rank_zero(trainer: L.Trainer, outcome: _Outcome, has_batch: bool) -> Any:
+    """The result of rank 0, on every rank.
+
+    Args:
+        trainer: Of this rank.
+        outcome: That of this rank; counts on rank 0.
+        has_batch: Whether this rank has a batch.
+
+    Raises:
+        DataError: On every rank, if rank 0 has no batch and another rank has.
+        PruneError: On ranks other than 0, if there was an error on rank 0.
+    """
+    result, message, decided = trainer.strategy.broadcast(outcome)
+    if not decided:
+        if trainer.strategy.reduce_boolean_decision(has_batch, all=False):
+            raise DataError(
+                "The loader must yield at least one batch on rank 0, which decides for all ranks, got none there and "
+                "batches on other ranks."
+            )
+        return None
+    if message is not None and not trainer.is_global_zero:
+        raise PruneError(message)
+    return result
+
+
+def join_decision(trainer: L.Trainer) -> Any:
+    """Takes part in `FirstBatch.on_rank_zero` on a rank whose loaders yielded no batch.
+
+    Streams may be divided so that a rank gets none. Without this the other ranks would wait in `on_rank_zero` while
+    this one is in the next collective operation, and the run would end in an error of the process group. Call it in
+    `on_*_epoch_end`, which is the first hook of that rank after the others have decided.
+
+    Args:
+        trainer: Of this rank.
+
+    Returns:
+        What rank 0 decided; None if no rank has a batch, or there is one process.
+
+    Raises:
+        DataError: On every rank, if rank 0 has no batch and another rank has.
+        PruneError: On ranks other than 0, if there was an error on rank 0.
+        UnsupportedModelError: If the strategy shards the model.
+    """
+    if trainer.world_size == 1:
+        return None
+    refuse_sharded(trainer)
+    return _from_rank_zero(trainer, _Outcome(has_batch=False), has_batch=False)
 
 
 @contextmanager
@@ -165,6 +221,11 @@ class _FirstBatchCallback(L.Callback, Generic[T]):
         if not self.results:
             with open_first_batch(trainer, pl_module, batch, self.config) as first:
                 self.results.append(first.on_rank_zero(lambda: self.work(first)))
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not self.results:
+            joined = join_decision(trainer)
+            self.results += [] if joined is None else [joined]
 
 
 def on_first_batch(

@@ -37,6 +37,9 @@ class EvaluationCallback(L.Callback, ABC):
     def _figures(self) -> dict[str, float]:
         """Metrics to log at the end of an epoch; may be empty."""
 
+    def _before_figures(self, trainer: L.Trainer) -> None:
+        """Called at the end of an epoch, before `_figures`, on ranks without a batch, too."""
+
     @abstractmethod
     def _close(self, trainer: L.Trainer) -> None:
         """Called when a run of `trainer` ends, also by an error, and perhaps more than once."""
@@ -61,14 +64,17 @@ class EvaluationCallback(L.Callback, ABC):
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Logs the metrics."""
+        self._before_figures(trainer)
         pl_module.log_dict(self._figures(), sync_dist=True, add_dataloader_idx=False)
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Logs the metrics."""
+        self._before_figures(trainer)
         pl_module.log_dict(self._figures(), sync_dist=True, add_dataloader_idx=False)
 
     def on_predict_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Passes the metrics to the loggers directly, since `log` cannot be called in predict."""
+        self._before_figures(trainer)
         figures = self._figures()
         for logger in trainer.loggers if figures else ():
             logger.log_metrics(figures, step=trainer.global_step)

@@ -17,7 +17,7 @@ from lightning_prune.callbacks.compiled_run import CompiledRun, warn_if_wrapped_
 from lightning_prune.callbacks.config import PruningConfig
 from lightning_prune.callbacks.decision import Decision
 from lightning_prune.callbacks.decision_panel import print_decision
-from lightning_prune.callbacks.first_batch import FirstBatch, open_first_batch
+from lightning_prune.callbacks.first_batch import FirstBatch, join_decision, open_first_batch
 from lightning_prune.callbacks.given_schedule import time_adaptive, time_given
 from lightning_prune.callbacks.hooks import (
     EvaluationCallback,
@@ -44,8 +44,8 @@ class TokenPruning(EvaluationCallback):
     pruned: training, the sanity check and checkpoints stay dense. The schedule is decided once and kept. The callback
     moves to the front of the trainer's callbacks, so that the others see the model restored when a run ends or fails.
 
-    Under DDP rank 0 decides and every rank gets the same schedule, or the same error; strategies that shard the model
-    are refused.
+    Under DDP rank 0 decides and every rank gets the same schedule, or the same error, also a rank that gets no batch;
+    strategies that shard the model are refused.
 
     `pruning/latency_ms`, `pruning/dense_latency_ms`, `pruning/speedup`, `pruning/tokens` and `pruning/removed` go to
     the trainer's loggers and `callback_metrics` (in `predict`, which has no metrics, to the loggers).
@@ -262,6 +262,13 @@ class TokenPruning(EvaluationCallback):
             "size."
         )
         self._shape = None
+
+    def _before_figures(self, trainer: L.Trainer) -> None:
+        """Takes part in the decision of the other ranks, where this one had no batch."""
+        if self._running is None and self.enabled and not (self._is_idle or trainer.sanity_checking):
+            joined: Decision | None = join_decision(trainer)
+            if joined is not None:
+                self.decision, self._running = joined, ref(trainer)
 
     def _figures(self) -> dict[str, float]:
         return self.decision.metrics() if self._running is not None and self.decision is not None else {}

@@ -160,3 +160,33 @@ def test_predictions_of_both_ranks_are_those_of_one_process(counted: list[dict[s
         assert len(found["predicted"]) == len(expected) == 11 - rank
         for one, other in zip(found["predicted"], expected, strict=True):
             assert one == pytest.approx(other, abs=1e-5)
+
+
+def test_a_rank_without_a_batch_takes_part_in_the_decision(counted: list[dict[str, Any]]) -> None:
+    first, second = (rank["empty"]["(0,)"] for rank in counted)
+    assert (first["error"], second["error"]) == (None, None)
+    assert (first["measured"], second["measured"]) == (["time_given"], [])
+    assert first["removed"] == second["removed"] == [0, 6, 0, 0]
+    assert (first["images"], second["images"]) == (8, 0)
+    assert second["metrics"]["pruning/removed"] == 6
+    assert second["metrics"].items() <= first["metrics"].items()
+    assert first["errors"] == second["errors"] == [None, None, None]
+    assert first["rows"] == second["rows"]
+    assert {images for _, _, images in first["rows"]} == {8}
+
+
+def test_rank_zero_without_a_batch_is_an_error_on_all_ranks(counted: list[dict[str, Any]]) -> None:
+    for rank in counted:
+        found = rank["empty"]["(1,)"]
+        for error in (found["error"], *found["errors"]):
+            assert error.startswith("DataError: ")
+            assert "rank 0" in error
+        assert found["block"] == "Block"
+
+
+def test_no_batch_on_any_rank_is_no_error_of_pruning(counted: list[dict[str, Any]]) -> None:
+    for rank in counted:
+        found = rank["empty"]["()"]
+        assert (found["error"], found["removed"]) == (None, None)
+        assert found["errors"][:2] == [None, None]
+        assert found["errors"][2].startswith("DataError: ")

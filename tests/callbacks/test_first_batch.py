@@ -51,7 +51,7 @@ def test_an_error_of_images_from_batch_on_rank_0_is_raised_on_every_rank() -> No
         asked.append(batch)
         raise KeyError("pixels")
 
-    trainer = running(Broadcasting((None, "KeyError on rank 0: 'pixels'")), rank=1)
+    trainer = running(Broadcasting((None, "KeyError on rank 0: 'pixels'", True)), rank=1)
     with pytest.raises(PruneError, match="KeyError on rank 0: 'pixels'"):
         probe(nowhere).on_validation_batch_start(trainer, L.LightningModule(), {}, 0)
     assert not asked
@@ -59,5 +59,5 @@ def test_an_error_of_images_from_batch_on_rank_0_is_raised_on_every_rank() -> No
 
 def test_the_other_ranks_receive_the_result_of_rank_0() -> None:
     other = probe()
-    other.on_validation_batch_start(running(Broadcasting((7, None)), rank=1), L.LightningModule(), {}, 0)
+    other.on_validation_batch_start(running(Broadcasting((7, None, True)), rank=1), L.LightningModule(), {}, 0)
     assert other.results == [7]

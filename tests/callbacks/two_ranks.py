@@ -16,6 +16,7 @@ from tiny import OPTIONS, Tiny, pruner
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
+    IterableDataset,
     RandomSampler,
     SequentialSampler,
     SubsetRandomSampler,
@@ -23,6 +24,7 @@ from torch.utils.data import (
 )
 from torchmetrics.classification import MulticlassAccuracy
 
+import lightning_prune as lp
 from helpers.data import loader, noise_images
 from helpers.models import TOKENS, tiny_vit
 from lightning_prune import ImageClassifier
@@ -44,7 +46,7 @@ class Scored(Tiny):
         self.log("loss", torch.nn.functional.cross_entropy(logits, batch[1]), sync_dist=True)
 
 
-def run(callback: TokenPruning, **options: Any) -> dict[str, Any]:
+def run(callback: TokenPruning, data: Any = None, **options: Any) -> dict[str, Any]:
     """One validation: what was decided, seen and logged; `measured` counts what this process measured."""
     measured: list[str] = []
     places: dict[str, Any] = {"plan_many": planned_schedule, "time_given": token_pruning}
@@ -56,11 +58,11 @@ def run(callback: TokenPruning, **options: Any) -> dict[str, Any]:
             return real[_name](*args, **kwargs)
 
         setattr(place, name, counted)
-    module = Scored()
+    module = Scored() if data is None else Tiny()  # what a step logs, Lightning expects of each rank
     trainer = L.Trainer(callbacks=[callback], **{**OPTIONS, **options})
     error = None
     try:
-        trainer.validate(module, loader(32), verbose=False)
+        trainer.validate(module, loader(32) if data is None else data, verbose=False)
     except Exception as caught:
         error = f"{type(caught).__name__}: {caught}"
     for name, function in real.items():
@@ -76,6 +78,38 @@ def run(callback: TokenPruning, **options: Any) -> dict[str, Any]:
         "error": error,
         "block": type(module.vit.blocks[1]).__name__,
     }
+
+
+class Uneven(IterableDataset[Any]):
+    """A stream of eight images for some ranks, and none for the others."""
+
+    def __init__(self, *ranks: int) -> None:
+        self.ranks = ranks
+
+    def __iter__(self) -> Any:
+        if torch.distributed.get_rank() in self.ranks:
+            yield from zip(noise_images(8, seed=1), range(8), strict=True)
+
+
+def without_batches(*ranks: int) -> dict[str, Any]:
+    """Runs of the callback, of ImageClassifier and of a comparison on a stream that only some ranks have."""
+    ddp: dict[str, Any] = {"devices": 2, "strategy": "ddp", "use_distributed_sampler": False}
+    found = run(pruner(schedule=6), DataLoader(Uneven(*ranks), 4), **ddp)
+    trainer = L.Trainer(callbacks=[pruner(schedule=6, time_limit=0.01)], **{**OPTIONS, **ddp})
+    module = ImageClassifier(tiny_vit(num_classes=8))
+    found["errors"] = []
+    for work in (
+        lambda: trainer.validate(module, DataLoader(Uneven(*ranks), 4), verbose=False),
+        lambda: trainer.predict(module, DataLoader(Uneven(*ranks), 4)),
+        lambda: lp.compare(trainer, module, DataLoader(Uneven(*ranks), 4), methods=["topk"]),
+    ):
+        try:
+            done = work()
+            found["errors"].append(None)
+        except Exception as caught:
+            found["errors"].append(f"{type(caught).__name__}: {caught}")
+    found["rows"] = [(row.variant, row.top1, row.images) for row in done.rows] if ranks == (0,) else None
+    return found
 
 
 class Bucketed(BatchSampler):
@@ -179,6 +213,7 @@ def main(path: Path) -> None:
     planned_schedule.plan_many = real
     found["unreadable"] = run(pruner(images_from_batch=only_unlucky_on(0)), **ddp)
     found["tolerated"] = run(pruner(schedule=6, images_from_batch=only_unlucky_on(1)), **ddp)
+    counted["empty"] = {str(ranks): without_batches(*ranks) for ranks in ((0,), (1,), ())}
     for name, data in LOADERS.items():
         counted["two"][name] = classified(data, name == "one odd", **ddp)
     counted["own shards"] = classified(own_shards, use_distributed_sampler=False, **ddp)
