@@ -4,7 +4,7 @@ import os
 import sys
 
 from lightning_prune import __version__
-from lightning_prune.cli.usage import help_text
+from lightning_prune.cli.usage import COMMANDS, help_text
 
 
 def main(args: list[str] | None = None) -> int:
@@ -23,6 +23,17 @@ def main(args: list[str] | None = None) -> int:
     if words[0] == "--version":
         print(f"lightning-prune {__version__}")
         return 0
+    if {"-h", "--help"} & set(words[1:]) and words[0] in COMMANDS and words[0] != "models":
+        from lightning_prune.cli.help_page import command_help
+
+        print(command_help(words[0]), end="")
+        return 0
+    from lightning_prune.cli.typos import mistake_in
+
+    mistake = mistake_in(words)
+    if mistake:
+        print(f"error: {mistake}", file=sys.stderr)
+        return 2
     try:
         if words[0] == "models":
             from lightning_prune.cli.models_command import models
