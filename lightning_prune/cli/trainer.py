@@ -149,17 +149,13 @@ class PruneTrainer(L.Trainer):
             resume=resume,
             command=command,
             settings=settings,
+            on_results=_print_comparison,
         )
         self.budget_missed = found.best is not None and not found.best.met
         if self.is_global_zero:
-            console = Console(markup=False)  # names of files and methods may contain brackets
-            document = found.to_dict()
-            console.print(comparison_table(found.rows))
-            for remark in remarks(document):
-                console.print(remark, soft_wrap=True, highlight=False)
             written = ", ".join(str(path) for path in found.files)
-            console.print(f"Planning took {found.plan.seconds:.0f} s. Written: {written}", soft_wrap=True)
-            self._log_comparison(document["rows"])
+            Console(markup=False).print(f"Planning took {found.plan.seconds:.0f} s. Written: {written}", soft_wrap=True)
+            self._log_comparison([row.to_dict() for row in found.rows])
         return found
 
     def vocabulary(
@@ -202,3 +198,10 @@ class PruneTrainer(L.Trainer):
             logger.log_metrics(figures, step=0)
             logger.save()
             logger.finalize("success")
+
+
+def _print_comparison(found: Comparison) -> None:
+    console = Console(markup=False)  # names of files and methods may contain brackets
+    console.print(comparison_table(found.rows))
+    for remark in remarks(found.to_dict()):
+        console.print(remark, soft_wrap=True, highlight=False)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 
@@ -26,10 +27,11 @@ from lightning_prune.comparison.requests import (
 )
 from lightning_prune.comparison.setup import ComparisonSetup
 from lightning_prune.comparison.variant_rows import row_of
-from lightning_prune.comparison.variant_runs import validate_variants
-from lightning_prune.errors import DataError
+from lightning_prune.comparison.variant_runs import exit_if_terminated, validate_variants
+from lightning_prune.errors import DataError, FileWriteError
 from lightning_prune.planning import Objective
 from lightning_prune.reduction import Reduction
+from lightning_prune.report.tables import comparison_table
 
 
 def compare(
@@ -46,6 +48,7 @@ def compare(
     command: str = "",
     settings: Mapping[str, Any] | None = None,
     on_message: Callable[[str], None] | None = None,
+    on_results: Callable[[Comparison], None] | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Comparison:
     """Validates the module dense and pruned, with everything else alike.
@@ -60,7 +63,7 @@ def compare(
     the first method is planned, and each variant timed in three rounds.
 
     With `output`, the plan and each finished variant are kept under `output/state`: the same comparison, started again,
-    goes on from there.
+    goes on from there. An error or an interruption says in a note what is kept.
 
     Args:
         trainer: Runs all validations. Settings come from its `TokenPruning`, which is idle meanwhile, or are the
@@ -81,6 +84,8 @@ def compare(
         settings: More settings for `results.json`, as plain values.
         on_message: Called with lines about the progress, on rank 0; they are printed if None and the settings are
             verbose.
+        on_results: Called with the results on rank 0, before they are written to `output`. If None, a table is printed
+            where they cannot be written.
         clock: Seconds, of the time limit.
 
     Returns:
@@ -89,6 +94,7 @@ def compare(
     Raises:
         ArgumentError: If `output` cannot be written to, a method is not known, or an argument is unusable.
         DataError: If there is nothing to validate on.
+        FileWriteError: If a file cannot be written to `output` at the end.
         UnsupportedModelError: If none of the methods can be used with the model.
 
     Example:
@@ -111,12 +117,23 @@ def compare(
     report = rank_zero_only(on_message or (_print_line if config.verbose else _ignore))
     loaders = {"datamodule" if isinstance(data, L.LightningDataModule) else "dataloaders": data}
     setup = ComparisonSetup(asked, report, clock)
-    with command_run(trainer, replace(config, runtime="torch"), setup, one_batch=True):  # which applies the runtimes
-        trainer.validate(module, verbose=False, **loaders)
-    if setup.plan is None:
-        raise DataError("The validation loader yielded no batch to compare on.")
-    plan = setup.plan
-    results = validate_variants(trainer, module, loaders, asked, plan, setup.results, setup.state, report)
+    try:
+        with command_run(
+            trainer, replace(config, runtime="torch"), setup, one_batch=True
+        ):  # which applies the runtimes
+            trainer.validate(module, verbose=False, **loaders)
+        exit_if_terminated(trainer)
+        if setup.plan is None:
+            raise DataError("The validation loader yielded no batch to compare on.")
+        plan = setup.plan
+        results = validate_variants(trainer, module, loaders, asked, plan, setup.results, setup.state, report)
+    except BaseException as error:
+        kept = "" if setup.state is None else setup.state.summary()
+        if kept:
+            error.add_note(kept)
+        if isinstance(error, SIGTERMException):
+            error.code = 143  # Lightning's is 0
+        raise
     rows = tuple(row_of(planned, plan, results) for planned in plan.planned)
     is_stated = objective is not None or config.objective is not None
     is_by_objective = is_stated or any(request.objective is not None for request in requests)
@@ -130,9 +147,21 @@ def compare(
         traces=setup.traces,
         normalisation=normalisation_of(module),
     )
-    if folder is not None and trainer.is_global_zero:
-        found = replace(found, files=tuple(found.save(folder)))
-    return found
+    if not trainer.is_global_zero:
+        return found
+    if on_results is not None:
+        on_results(found)
+    return found if folder is None else _written(found, folder, is_shown=on_results is not None)
+
+
+def _written(found: Comparison, folder: Path, is_shown: bool) -> Comparison:
+    """Writes the files; prints the table where that fails and the results were not shown."""
+    try:
+        return replace(found, files=tuple(found.save(folder)))
+    except FileWriteError:
+        if not is_shown:
+            Console(markup=False).print(comparison_table(found.rows))
+        raise
 
 
 def _plain_config(settings: ComparisonSettings, goal: Objective, trainer: L.Trainer) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from lightning_prune._utils.device import synchronize
 from lightning_prune._utils.progress import progress_bar
 from lightning_prune._utils.time_limit import TimeLimit
 from lightning_prune.callbacks.batches import Calibration
-from lightning_prune.callbacks.decision import Decision
 from lightning_prune.callbacks.first_batch import FirstBatch
 from lightning_prune.callbacks.planned_schedule import planned_for
 from lightning_prune.comparison.compared_method import ComparedMethod
@@ -22,6 +21,7 @@ from lightning_prune.comparison.objective_planning import (
 )
 from lightning_prune.comparison.planned_variants import ComparisonPlan, PlannedVariant, UnreachedTarget, variant_of
 from lightning_prune.comparison.requests import ComparisonSettings, VariantRequest
+from lightning_prune.comparison.resume import ResumeState
 from lightning_prune.comparison.target_search import TUNING, auto_source, search_targets
 from lightning_prune.comparison.time_shares import SHARES, TimeShares
 from lightning_prune.errors import UnsupportedModelError
@@ -50,6 +50,7 @@ class ComparisonPlanner:
         given: Request -> its variant, where the schedule was given.
         limit: The time limit of everything that is done here, except energy, and the paper's protocol.
         on_message: Called with lines about the progress.
+        state: Where schedules are kept as soon as they are planned; None where they are not.
     """
 
     def __init__(
@@ -60,11 +61,11 @@ class ComparisonPlanner:
         given: Mapping[str, PlannedVariant],
         limit: TimeLimit,
         on_message: Callable[[str], None],
+        state: ResumeState | None = None,
     ) -> None:
         self.first, self.settings, self.calibration, self.limit = first, settings, calibration, limit
-        self.on_message = on_message
+        self.on_message, self.state = on_message, state
         self.fixed = dict(given)  # request -> the variant whose schedule is known
-        self.decisions: dict[str, Decision] = {}
         self.budgets = [LatencyBudget(speedup=speedup) for speedup in settings.speedups]
         self.targets: dict[tuple[str, LatencyBudget], Target] = {}
         self.not_planned: set[str] = set()
@@ -108,7 +109,7 @@ class ComparisonPlanner:
             planned, energy = with_energy(transformer, images, planned, requests, settings.config.verbose)
         dense = {each.runtime: each for each in planned if each.is_dense}
         return ComparisonPlan(
-            planned=[dense_if_slower(p, self.decisions.get(p.request), dense[p.runtime]) for p in planned],
+            planned=[dense_if_slower(p, dense[p.runtime], self.tokens) for p in planned],
             unreached=unreached,
             context=self._context(),
             dense_tokens=self.tokens,
@@ -210,8 +211,14 @@ class ComparisonPlanner:
         return {**first, "runtime": names, "compiled": False}
 
     def _plan_group(self, group: ObjectiveGroup) -> None:
-        """Plans the requests of a group together."""
+        """Plans the requests of a group together, unless an interrupted run has."""
         config = group.config
+        kept = self.state.group(group.name) if self.state is not None else None
+        if kept is not None and [each.request for each in kept] == [request.name for request in group.requests]:
+            self.shares.skip(group.name)
+            self.fixed |= {each.request: each for each in kept}
+            self.on_message(f"Planned before: {group.name}")
+            return
         is_paper = config.protocol == "paper"
         seconds = self.shares.seconds(group.name, 0.0 if is_paper else self._least_of_front())
         if seconds is None:
@@ -224,8 +231,9 @@ class ComparisonPlanner:
         curve = None if is_paper else self.curves[group.runtime]
         made = planned_for(config, module, images, self.calibration, group.objectives, curve, limit)
         for request, decision in zip(group.requests, made, strict=True):
-            self.decisions[request.name] = decision
             self.fixed[request.name] = variant_of_decision(request, decision)
+        if self.state is not None:
+            self.state.keep_group(group.name, [self.fixed[request.name] for request in group.requests])
         if is_paper:  # hours on a CPU, and nothing of it can be cut short: the limit is that of all the rest
             self.limit.start += limit.elapsed
 

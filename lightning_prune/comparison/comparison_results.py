@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_prune import __version__
-from lightning_prune._utils.files import read_document, slug, write_document
+from lightning_prune._utils.files import read_document, slug, staging_folder, write_document
 from lightning_prune._utils.measurement_source import MeasurementSource
 from lightning_prune.comparison.best_variant import BestVariant
 from lightning_prune.comparison.planned_variants import ComparisonPlan, PlannedVariant
@@ -91,12 +90,13 @@ class Comparison:
 
         Returns:
             The files written, without the schedules of the single variants.
+
+        Raises:
+            FileWriteError: If one cannot be written, for example on a full disk; names it.
         """
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         document = self.to_dict()
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".") as name:
-            stage = Path(name)
+        with staging_folder(folder) as stage:
             write_table(stage / "results.csv", self.rows)
             write_document(stage / "results.json", document)
             for planned in self.plan.planned:

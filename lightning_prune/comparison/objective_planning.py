@@ -14,10 +14,11 @@ from lightning_prune.patching import check_schedule
 from lightning_prune.patching.compatibility import check_depth
 from lightning_prune.patching.schedule_forms import resolve_schedule
 from lightning_prune.planning import Objective
+from lightning_prune.planning.results import no_gain
 from lightning_prune.profiling.measurement import ready_to_run
 from lightning_prune.reduction import Reduction
 from lightning_prune.runtimes import Runtime
-from lightning_prune.schedule import KeepRates
+from lightning_prune.schedule import KeepRates, Schedule
 
 
 class ObjectiveGroup(NamedTuple):
@@ -122,27 +123,28 @@ def given_variant(first: FirstBatch, request: VariantRequest) -> PlannedVariant:
     )
 
 
-def dense_if_slower(planned: PlannedVariant, decision: Decision | None, dense: PlannedVariant) -> PlannedVariant:
+def dense_if_slower(planned: PlannedVariant, dense: PlannedVariant, dense_tokens: int) -> PlannedVariant:
     """A variant of an objective; one that removes nothing if it is not faster than dense in the run of all variants.
 
     Args:
         planned: The variant, with its timing of that run.
-        decision: What planned it; None where no objective did.
         dense: The dense model in that run.
+        dense_tokens: N.
     """
-    if decision is None or decision.plan is None or planned.timing is None or planned.plan is None:
+    if planned.plan is None or planned.schedule is None or planned.timing is None:
         return planned
-    made = replace(decision.plan, dense=dense.timing, pruned=planned.timing).or_dense_if_slower()
-    if made.schedule == planned.schedule:
+    reason = no_gain(planned.schedule, dense_tokens, planned.timing)
+    if reason is None:
         return planned
+    schedule = planned.schedule
     return replace(
         planned,
-        schedule=made.schedule,
+        schedule=Schedule([0] * schedule.depth, schedule.method, schedule.made_on),
         timing=dense.timing,
         joules_per_image=dense.joules_per_image,
         watts=dense.watts,
         note="nothing is gained",
-        plan={**planned.plan, "reason": made.reason},
+        plan={**planned.plan, "reason": reason},
     )
 
 

@@ -3,7 +3,9 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +17,10 @@ from torch import Tensor, nn
 from lightning_prune import __version__
 from lightning_prune._utils.files import SavedDocument, atomic_write, read_document, slug, write_document
 from lightning_prune._utils.trees import tree_flatten, tree_leaves
-from lightning_prune.comparison.planned_variants import ComparisonPlan
+from lightning_prune.comparison.planned_variants import ComparisonPlan, PlannedVariant
 from lightning_prune.comparison.predictions import Predictions
 from lightning_prune.comparison.requests import VariantRequest
-from lightning_prune.errors import ArgumentError, FileFormatError, PruneError
+from lightning_prune.errors import ArgumentError, FileFormatError, FileWriteError, PruneError
 
 
 def tensor_digest(value: Tensor) -> str:
@@ -137,7 +139,7 @@ def _bytes_of(value: Tensor) -> bytes:
 
 
 _VERSION = 2
-_FORMATS = {name: f"lightning_prune.comparison.{name}" for name in ("fingerprint", "plan", "variant")}
+_FORMATS = {name: f"lightning_prune.comparison.{name}" for name in ("fingerprint", "group", "plan", "variant")}
 
 
 @dataclass(frozen=True)
@@ -183,8 +185,9 @@ class ResumeState:
         self.is_known = self._read("fingerprint") is not None
         try:
             self._write("fingerprint", {"fingerprint": self._fingerprint})
-        except OSError as error:
+        except FileWriteError as error:
             raise ArgumentError(f"`output` must have a folder `state` that can be written to: {error}") from error
+        self._is_full = False  # whether something could not be kept
 
     def changed_settings(self) -> list[str]:
         """What differs from the most similar comparison in the same folder; empty if this one or none was there."""
@@ -208,7 +211,56 @@ class ResumeState:
 
     def keep_plan(self, plan: ComparisonPlan) -> None:
         """Keeps the plan."""
-        self._write("plan", {"plan": plan.to_dict()})
+        with self._keeping():
+            self._write("plan", {"plan": plan.to_dict()})
+
+    def group(self, name: str) -> list[PlannedVariant] | None:
+        """The variants that were planned together and kept, or None.
+
+        Args:
+            name: Of the group of requests.
+        """
+        values = self._read(f"groups/{slug(name)}", "group")
+        try:
+            if values is None or values["group"] != name:
+                return None
+            return [PlannedVariant.from_dict(each) for each in values["planned"]]
+        except (AttributeError, KeyError, TypeError, PruneError):
+            return None
+
+    def keep_group(self, name: str, planned: Sequence[PlannedVariant]) -> None:
+        """Keeps variants that were planned together, before they are timed with all others.
+
+        Args:
+            name: Of the group of requests.
+            planned: Its variants.
+        """
+        with self._keeping():
+            values = {"group": name, "planned": [each.to_dict() for each in planned]}
+            self._write(f"groups/{slug(name)}", values, "group")
+
+    def summary(self) -> str:
+        """What is kept, for a message after an interruption; empty if nothing is."""
+        plan = self.plan()
+        if plan is None:
+            files = sorted((self.folder / "groups").glob("*.json"))
+            names = [str(values["group"]) for path in files if (values := _load(path, "group")) is not None]
+            what = f"the schedules of {', '.join(names)}" if names else ""
+        else:
+            names = [planned.variant for planned in plan.planned if planned.timing is not None]
+            known = sum(self.result(name) is not None for name in names)
+            what = f"the plan and {known} of {len(names)} validated variants"
+        return f"Kept in {self.folder}: {what}. The same comparison goes on from there." if what else ""
+
+    @contextmanager
+    def _keeping(self) -> Iterator[None]:
+        """A context in which a full disk does not end the comparison: what is not kept would be done again."""
+        try:
+            yield
+        except FileWriteError as error:
+            if not self._is_full:
+                warnings.warn(f"After an interruption this comparison would begin anew: {error}", stacklevel=4)
+            self._is_full = True
 
     def result(self, variant: str) -> VariantResult | None:
         """The result of a variant that was kept, or None."""
@@ -224,12 +276,13 @@ class ResumeState:
 
     def keep_result(self, variant: str, result: VariantResult) -> None:
         """Keeps the result of a variant; it counts once its own file is there, which is written last."""
-        if result.predictions is not None:
-            with atomic_write(self._array(variant)) as temporary, temporary.open("wb") as stream:
-                np.save(stream, np.array(result.predictions, dtype=np.int32))
         values = {"variant": variant, "metrics": dict(result.metrics), "images": result.images}
-        has_predictions = result.predictions is not None
-        self._write(f"variants/{slug(variant)}", {**values, "has_predictions": has_predictions}, "variant")
+        with self._keeping():
+            if result.predictions is not None:
+                with atomic_write(self._array(variant)) as temporary, temporary.open("wb") as stream:
+                    np.save(stream, np.array(result.predictions, dtype=np.int32))
+            has_predictions = result.predictions is not None
+            self._write(f"variants/{slug(variant)}", {**values, "has_predictions": has_predictions}, "variant")
 
     def _predictions(self, variant: str, images: int) -> Predictions:
         try:

@@ -82,7 +82,8 @@ class ComparisonSetup(L.Callback):
         plan = self.state.plan() if self.state is not None else None
         if plan is None:
             self._report_other_states()
-            plan = ComparisonPlanner(first, self.settings, calibration, given, limit, self.on_message).plan()
+            planner = ComparisonPlanner(first, self.settings, calibration, given, limit, self.on_message, self.state)
+            plan = planner.plan()
             if self.state is not None:
                 self.state.keep_plan(plan)
         results = self._known_results(plan)

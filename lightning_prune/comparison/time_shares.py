@@ -57,9 +57,17 @@ class TimeShares:
             least: Seconds that it takes at least.
         """
         share = self._weights[task] / sum(self._weights.values())
-        del self._weights[task]
+        self.skip(task)
         if task == self._last:
             return self.limit.left()
         free = max(self.limit.left() - self.reserved, 0.0)
         is_first, self._is_first = self._is_first, False
         return None if least > free and not is_first else max(share * free, least)
+
+    def skip(self, task: str) -> None:
+        """Leaves the share of a task to the others.
+
+        Args:
+            task: Its name.
+        """
+        del self._weights[task]

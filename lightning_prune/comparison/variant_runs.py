@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_prune.callbacks.first_batch import refuse_sharded
 from lightning_prune.callbacks.hooks import EvaluationCallback, command_run
@@ -91,10 +92,24 @@ def validate_variants(
             own = replace(config, runtime=variant.runtime.name) if variant.runtime is not None else config
             with command_run(trainer, own, deployment, recorder):
                 metrics = trainer.validate(module, verbose=False, **loaders)
+            exit_if_terminated(trainer)
             results[name] = VariantResult(flat_metrics(metrics), recorder.images, recorder.predictions)
         if state is not None:
             state.keep_result(name, results[name])
     return results
+
+
+def exit_if_terminated(trainer: L.Trainer) -> None:
+    """Ends the process if SIGTERM came in the last run: Lightning does not end a run for it in its last batch.
+
+    Args:
+        trainer: Whose run is over.
+
+    Raises:
+        SIGTERMException: If it came.
+    """
+    if trainer.received_sigterm:
+        raise SIGTERMException
 
 
 def flat_metrics(metrics: Any) -> dict[str, float]:

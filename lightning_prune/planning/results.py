@@ -101,6 +101,22 @@ class Candidate:
         }
 
 
+def no_gain(schedule: Schedule, dense_tokens: int, timing: LatencyStats) -> str | None:
+    """Why a schedule is not worth using, in a sentence; None if it saves 2% or more, or removes nothing.
+
+    Args:
+        schedule: The schedule.
+        dense_tokens: N.
+        timing: Against dense.
+    """
+    if not schedule.total_removed or timing.ratio < 1 - SAVING:
+        return None
+    return (
+        f"Timed against dense, the schedule that leaves {schedule.tokens(dense_tokens)[-1]} tokens takes "
+        f"{100 * timing.ratio:.1f}% of its latency: nothing is gained."
+    )
+
+
 @dataclass(frozen=True)
 class Plan:
     """A schedule to deploy, and what it was chosen from.
@@ -237,7 +253,8 @@ class Plan:
 
     def or_dense_if_slower(self) -> Self:
         """This plan, or one that removes nothing if the schedule was timed and saves less than 2%."""
-        if self.pruned is None or not self.schedule.total_removed or self.pruned.ratio < 1 - SAVING:
+        reason = None if self.pruned is None else no_gain(self.schedule, self.dense_tokens, self.pruned)
+        if reason is None:
             return self
         return replace(
             self,
@@ -245,10 +262,7 @@ class Plan:
             met=self.objective.dense_is_feasible(self.dense_ms),
             accuracy=1.0,
             predicted_ratio=1.0,
-            reason=(
-                f"Timed against dense, the schedule that leaves {self.tokens} tokens takes "
-                f"{100 * self.pruned.ratio:.1f}% of its latency: nothing is gained."
-            ),
+            reason=reason,
             pruned=None,
         )
 

@@ -73,7 +73,7 @@ CASES = {
     "profile ctrl-c": ("profile", signal.SIGINT, "timing", 4),
     "compare planning": ("compare", signal.SIGTERM, "timing", 4),
     "compare ctrl-c": ("compare", signal.SIGINT, "step", 3),
-    "compare validating": ("compare", signal.SIGTERM, "step", 3),
+    "compare validating": ("compare", signal.SIGTERM, "step", 4),
 }
 
 
@@ -103,6 +103,13 @@ def test_signals_end_a_command_with_their_status(name: str, ended: dict[str, dic
     assert "Written" not in end["out"]
     assert "val/top1" not in end["out"]
     assert end["restored"]
+
+
+def test_a_comparison_says_what_is_kept(ended: dict[str, dict[str, Any]]) -> None:
+    assert "the plan and 0 of 2 validated variants. The same comparison goes on" in ended["compare ctrl-c"]["err"]
+    assert "the plan and 1 of 2 validated variants." in ended["compare validating"]["err"]
+    for name in ("compare planning", "compare ctrl-c", "compare validating"):
+        assert ended[name]["files"] == ["state"]
 
 
 def test_an_ignored_signal_stays_ignored() -> None:
@@ -196,6 +203,7 @@ def full(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
         ("profile", ".png", "profile.png", "latency ms"),
         ("plan", ".yaml", "schedule.yaml", "because"),
         ("plan", ".png", "plan.png", "because"),
+        ("compare", ".png", "profile.png", "pomt utility"),
     ],
 )
 def test_a_full_disk_is_one_line_after_the_table(
