@@ -7,9 +7,11 @@ from typing import Any, NamedTuple
 import lightning as L
 import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Subset
 
+from lightning_prune._utils.random_state import preserve_generators_of
 from lightning_prune._utils.trees import tree_flatten
 from lightning_prune.callbacks.config import PruningConfig
 from lightning_prune.errors import ArgumentError, DataError
@@ -255,11 +257,17 @@ def calibration_images(
         return Calibration(*_join(batches, count, extract), "the loader given as `calibration`", targets)
     count = max(calibration, minimum)
     loader = sampling_loader(loaders, count, config.seed)
-    sampled = iter(()) if loader is None else _transferred(trainer, pl_module, loader)
-    begin = next(sampled, None)
-    if begin is None or not _same_structure(begin, first_batch):
-        source = "the first batch, since the dataset cannot be sampled"
-        return Calibration(*_join([first_batch], None, extract), source, targets)
-    images, labels = _join(chain([begin], sampled), count, extract)
-    source = f"{len(images)} images sampled from the dataset, seed {config.seed}"
-    return Calibration(images, labels, source, targets)
+    problem = "the dataset cannot be sampled"
+    if loader is not None:
+        try:
+            with preserve_generators_of(loader.dataset):
+                sampled = _transferred(trainer, pl_module, loader)
+                begin = next(sampled, None)
+                if begin is not None and _same_structure(begin, first_batch):
+                    images, labels = _join(chain([begin], sampled), count, extract)
+                    source = f"{len(images)} images sampled from the dataset, seed {config.seed}"
+                    return Calibration(images, labels, source, targets)
+        except Exception as error:  # of the user's dataset, which the run itself may never read there
+            problem = f"sampling the dataset failed ({type(error).__name__}: {error})"
+            rank_zero_warn(f"The accuracy is estimated on the first batch alone, since {problem}.")
+    return Calibration(*_join([first_batch], None, extract), f"the first batch, since {problem}", targets)

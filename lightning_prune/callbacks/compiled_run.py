@@ -69,9 +69,14 @@ class CompiledRun:
             self._run, self._compiles = stack.pop_all(), runtime.compiles
 
 
+def is_wrapped_by_compile(pl_module: L.LightningModule) -> bool:
+    """Whether the LightningModule itself is compiled."""
+    return getattr(pl_module, "_compiler_ctx", None) is not None
+
+
 def warn_if_wrapped_by_compile(pl_module: L.LightningModule) -> None:
     """Warns where the LightningModule itself is compiled: what is measured is not what will run."""
-    if getattr(pl_module, "_compiler_ctx", None) is not None:
+    if is_wrapped_by_compile(pl_module):
         rank_zero_warn(
             "The whole LightningModule is compiled, but latency is measured on its Vision Transformer alone, which is "
             "not. Compile the transformer instead, as in `module.vit.compile()`."

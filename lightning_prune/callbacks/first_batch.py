@@ -8,11 +8,12 @@ from typing import Any, Generic, NamedTuple, TypeVar, cast
 import lightning as L
 from torch import Tensor
 
-from lightning_prune._utils.device import preserve_random_state
+from lightning_prune._utils.random_state import preserve_random_state
 from lightning_prune.callbacks.batches import Calibration, calibration_images, images_from_batch
 from lightning_prune.callbacks.config import PruningConfig
+from lightning_prune.callbacks.first_call import FirstCall, as_passed
 from lightning_prune.callbacks.hooks import command_run
-from lightning_prune.errors import DataError, PruneError, UnsupportedModelError
+from lightning_prune.errors import ArgumentError, DataError, PruneError, UnsupportedModelError
 from lightning_prune.patching import VisionTransformer, find_vision_transformer
 from lightning_prune.planning.paper_protocol import PAPER_IMAGES
 from lightning_prune.profiling import measurement_context
@@ -47,10 +48,18 @@ class FirstBatch:
         module: The module, dense.
         batch: As the step will receive it.
         config: The settings.
+        call: What the step passed to the transformer, where that is known to differ from the images of the batch.
     """
 
-    def __init__(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, config: PruningConfig) -> None:
-        self.trainer, self.module, self.batch, self.config = trainer, module, batch, config
+    def __init__(
+        self,
+        trainer: L.Trainer,
+        module: L.LightningModule,
+        batch: Any,
+        config: PruningConfig,
+        call: FirstCall | None = None,
+    ) -> None:
+        self.trainer, self.module, self.batch, self.config, self.call = trainer, module, batch, config, call
 
     @cached_property
     def images(self) -> Tensor:
@@ -60,6 +69,8 @@ class FirstBatch:
             ArgumentError: If there are none in the batch. Read them inside `on_rank_zero`: if only one rank raises, the
                 others wait.
         """
+        if self.call is not None:
+            return self.call.images
         return images_from_batch(self.batch, self.config.images_from_batch)
 
     @cached_property
@@ -100,7 +111,10 @@ class FirstBatch:
         loaders = trainer.val_dataloaders if trainer.validating else None
         if loaders is None:
             loaders = trainer.test_dataloaders if trainer.testing else trainer.predict_dataloaders
-        return calibration_images(trainer, self.module, loaders, self.batch, self.config, calibration, minimum)
+        sampled = calibration_images(trainer, self.module, loaders, self.batch, self.config, calibration, minimum)
+        if self.call is None:
+            return sampled
+        return as_passed(sampled, images_from_batch(self.batch, self.config.images_from_batch), self.call.images)
 
     def on_rank_zero(self, decide: Callable[[], T]) -> T:
         """Returns on every rank what `decide` returns on rank 0; an error there is raised on every rank.
@@ -184,6 +198,23 @@ def join_decision(trainer: L.Trainer) -> Any:
         return None
     refuse_sharded(trainer)
     return _from_rank_zero(trainer, _Outcome(has_batch=False), has_batch=False)
+
+
+def can_run(first: FirstBatch) -> bool:
+    """Whether the transformer runs on the images of the batch as they are.
+
+    Args:
+        first: The batch, with the model dense.
+
+    Raises:
+        ArgumentError: If there are no images in the batch.
+    """
+    images = first.images
+    try:
+        first.transformer.count_tokens(images)
+    except ArgumentError:
+        return False
+    return True
 
 
 @contextmanager

@@ -133,7 +133,7 @@ def _tokens_left(transformer: VisionTransformer, images: Tensor, reduction: Redu
     with PatchHandle(transformer, reduction):
         hook = block.register_forward_hook(lambda _, args, output: counts.append(output.shape[1]))
         try:
-            transformer.root.forward(images)  # not `root(images)`: a compiled graph would not call the hook
+            transformer.run_eagerly(images)  # not `root(images)`: a compiled graph would not call the hook
         finally:
             hook.remove()
     return counts[0]

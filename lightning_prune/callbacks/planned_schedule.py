@@ -11,7 +11,7 @@ from lightning_prune.callbacks.config import PruningConfig
 from lightning_prune.callbacks.decision import Decision
 from lightning_prune.callbacks.first_batch import FirstBatch
 from lightning_prune.errors import ArgumentError
-from lightning_prune.patching import find_vision_transformer
+from lightning_prune.patching import VisionTransformer, find_vision_transformer
 from lightning_prune.planning import Objective, plan_many
 from lightning_prune.planning.api import PROFILE_SHARE
 from lightning_prune.profiling import TOKEN_CURVE
@@ -54,6 +54,11 @@ def check_labels(config: PruningConfig, calibration: Calibration) -> None:
         raise ArgumentError("`calibration` must have labels with protocol='paper', got batches without.")
 
 
+def proxy_for(config: PruningConfig, transformer: VisionTransformer, calibration: Calibration) -> str:
+    """The proxy of the config, else the one for which the targets of the loop speak, else `"auto"`."""
+    return config.proxy if config.proxy != "auto" else proxy_of_targets(calibration.targets, transformer.num_classes)
+
+
 def _blocks(config: PruningConfig, depth: int) -> str | int | float | list[int]:
     """The blocks that may reduce: one, unless all are searched or the method reduces in many from there on."""
     if config.plans_blocks:
@@ -90,7 +95,6 @@ def planned_for(
     limit = TimeLimit(config.time_limit) if limit is None else limit
     profile = profiled(config, pl_module, images) if profile is None else profile
     transformer = find_vision_transformer(pl_module, config.module_path)
-    proxy = config.proxy if config.proxy != "auto" else proxy_of_targets(calibration.targets, transformer.num_classes)
     plans = plan_many(
         pl_module,
         images,
@@ -104,7 +108,7 @@ def planned_for(
         verbose=config.verbose,
         module_path=config.module_path,
         protocol=config.protocol,
-        proxy=proxy,
+        proxy=proxy_for(config, transformer, calibration),
         labels=calibration.labels if config.protocol == "paper" else None,
         clock=limit.clock,
     )

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal
@@ -11,13 +12,16 @@ import lightning as L
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
+from lightning_prune._utils.random_state import preserve_random_state
 from lightning_prune._utils.validation import check_bool
 from lightning_prune.callbacks.batches import BatchShape, batch_shape
-from lightning_prune.callbacks.compiled_run import CompiledRun, warn_if_wrapped_by_compile
+from lightning_prune.callbacks.compiled_run import CompiledRun, is_wrapped_by_compile, warn_if_wrapped_by_compile
 from lightning_prune.callbacks.config import PruningConfig
 from lightning_prune.callbacks.decision import Decision
 from lightning_prune.callbacks.decision_panel import print_decision
-from lightning_prune.callbacks.first_batch import FirstBatch, join_decision, open_first_batch
+from lightning_prune.callbacks.decision_reuse import DecisionConditions, checked_anew
+from lightning_prune.callbacks.first_batch import FirstBatch, can_run, join_decision, open_first_batch
+from lightning_prune.callbacks.first_call import FirstCall, watch_first_call
 from lightning_prune.callbacks.given_schedule import time_adaptive, time_given
 from lightning_prune.callbacks.hooks import (
     EvaluationCallback,
@@ -28,6 +32,7 @@ from lightning_prune.callbacks.hooks import (
 from lightning_prune.callbacks.planned_schedule import planned
 from lightning_prune.errors import ArgumentError, UnsupportedModelError
 from lightning_prune.patching import PatchHandle
+from lightning_prune.patching.models.base import calling_with
 from lightning_prune.planning import Objective
 from lightning_prune.profiling.measurement import ProfilingMode, check_dense
 from lightning_prune.reduction import Reduction
@@ -146,13 +151,17 @@ class TokenPruning(EvaluationCallback):
         )
         self.enabled = enabled
         self.decision: Decision | None = None
-        self._decided_for: tuple[Any, ...] | None = ()  # what `decision` holds for; None: any run, () none
+        self._decided_for: DecisionConditions | None = None  # None: `decision` holds for no run
+        self._is_fixed = False  # whether `decision` was given by `use`, and holds for all runs
         self._compiled = CompiledRun()
         self._handle: PatchHandle | None = None
         self._shape: BatchShape | None = None  # of the run's first batch; None where unknown, or after a warning
         self._running: ReferenceType[L.Trainer] | None = None  # whose run is pruned
         self._is_idle = False  # whether the run is that of a command
-        self._saw_batch = False
+        self._is_decided = False
+        self._waits = False  # until the step calls the transformer
+        self._end_watch: Callable[[], None] | None = None  # of the first call of the transformer in a run
+        self._call_differs = False  # whether steps were seen to pass something else than the images of the batch
 
     @property
     def config(self) -> PruningConfig:
@@ -161,12 +170,18 @@ class TokenPruning(EvaluationCallback):
 
     @config.setter
     def config(self, config: PruningConfig) -> None:
-        self._config, self._decided_for = config, ()
+        self._config, self._decided_for, self._is_fixed, self._call_differs = config, None, False, False
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the current run and the measured model: a copy decides again, for the model of its own runs."""
-        idle = {"_handle": None, "_shape": None, "_running": None}
-        return {**vars(self), **idle, "_decided_for": None if self._decided_for is None else ()}
+        return {
+            **vars(self),
+            "_handle": None,
+            "_shape": None,
+            "_running": None,
+            "_decided_for": None,
+            "_end_watch": None,
+        }
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Called when a run begins. Refuses a second pruner, and moves this one to the front."""
@@ -181,13 +196,16 @@ class TokenPruning(EvaluationCallback):
         if not self._is_idle:
             # First, because Lightning stops at the first callback whose on_exception fails and calls no other hook.
             callbacks.insert(0, callbacks.pop(callbacks.index(self)))
-        self._saw_batch = False
+        self._is_decided = False
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Called when a run ends. Restores the model if that was not done; warns where there was nothing to prune."""
         super().teardown(trainer, pl_module, stage)
-        if self.enabled and stage != "fit" and not self._saw_batch and not self._is_idle:
-            rank_zero_warn("TokenPruning saw no batch: nothing was measured and nothing pruned.")
+        if self.enabled and stage != "fit" and not self._is_decided and not self._is_idle:
+            rank_zero_warn(
+                "TokenPruning measured nothing and pruned nothing: there was no batch, or no step called the Vision "
+                "Transformer."
+            )
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Called when a checkpoint is saved, perhaps during a validation. Keeps the patch out of it."""
@@ -200,7 +218,7 @@ class TokenPruning(EvaluationCallback):
         Args:
             decision: Of this model, on this device, at this batch size and precision.
         """
-        self.decision, self._decided_for = decision, None
+        self.decision, self._is_fixed = decision, True
 
     def _before_batch(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int
@@ -221,28 +239,77 @@ class TokenPruning(EvaluationCallback):
             self._check_shape(self._shape, batch, batch_idx)
 
     def _open(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any) -> None:
-        self._saw_batch = True
         with open_first_batch(trainer, pl_module, batch, self.config) as first:
-            self.decision = first.on_rank_zero(lambda: self._decide(first))
-        self._shape, self._running = batch_shape(batch, self.config.images_from_batch), ref(trainer)
+            self._waits = self._has_to_wait(first)
+            if not self._waits:
+                self._decide_and_patch(first)
+                self._shape = batch_shape(batch, self.config.images_from_batch)
+        self._running = ref(trainer)
+        if trainer.is_global_zero and not is_wrapped_by_compile(pl_module):  # only that rank measures
+            self._end_watch = watch_first_call(first.transformer, partial(self._check_call, first))
+
+    def _has_to_wait(self, first: FirstBatch) -> bool:
+        """Whether to decide when the step calls the transformer, since the images of the batch are not what it gets.
+
+        Ranks would have to agree on it, so with several processes the images of the batch are measured in any case.
+        """
+        if first.trainer.world_size > 1 or self._is_fixed or is_wrapped_by_compile(first.module):
+            return False
+        return self._call_differs or (self._decided_for is None and not can_run(first))
+
+    def _decide_and_patch(self, first: FirstBatch) -> None:
+        self.decision = first.on_rank_zero(lambda: self._decide(first))
+        self._is_decided = True
         if self.decision.prunes:
             schedule = self.decision.deployable(first.transformer)
             self._handle = PatchHandle(first.transformer, self.decision.reduction, schedule)
+
+    def _check_call(self, first: FirstBatch, call: FirstCall) -> None:
+        """Decides anew where the step passes something else to the transformer than what was measured."""
+        if not self._waits and self.decision is not None:
+            precision_then = str(self.decision.context.get("precision", call.precision))
+            differences = call.differences(first.images, precision_then)
+            if not differences:
+                return
+            text = f"The step passes {', '.join(differences)} to the Vision Transformer"
+            if self._is_fixed or first.trainer.world_size > 1 or not call.is_repeatable:
+                rank_zero_warn(
+                    f"{text}: the schedule and its latency are for what was measured. `images_from_batch` can return "
+                    "what the transformer receives."
+                )
+                return
+            rank_zero_warn(f"{text}: it is measured again with that, and the schedule is decided anew.")
+            self._decided_for = None
+        self._call_differs, self._waits, self._shape = True, False, None
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+        with preserve_random_state(), calling_with(first.transformer.root, call.keywords):
+            self._decide_and_patch(FirstBatch(first.trainer, first.module, first.batch, first.config, call))
 
     def _decide(self, first: FirstBatch) -> Decision:
         """The decision of an earlier run if it holds for this one, else a new one."""
         start = perf_counter()
         check_dense(first.transformer)  # also if nothing is measured: a patch of the user would be replaced
-        # Schedules cost models of one shape different amounts of accuracy, so a decision holds for one model object;
-        # its weights are left out, since training changes them between validations.
-        holds_for = (ref(first.transformer.root), first.context)
-        if self.decision is not None and self._decided_for in (None, holds_for):
+        if self.decision is not None and self._is_fixed:
             return self.decision
+        conditions = DecisionConditions.of(first)
+        earlier = self._reused(first, conditions)
+        if earlier is not None:
+            self._decided_for = conditions
+            return earlier
         warn_if_wrapped_by_compile(first.module)
         decision = replace(self._decide_anew(first), seconds=perf_counter() - start)
-        self._decided_for = holds_for
+        self._decided_for = conditions
         self._report(decision)
         return decision
+
+    def _reused(self, first: FirstBatch, conditions: DecisionConditions) -> Decision | None:
+        """The decision of an earlier run, if it holds for this one."""
+        earlier, known = self.decision, self._decided_for
+        if earlier is None or known is None or not known.same_latency(conditions):
+            return None
+        return earlier if known.accuracy == conditions.accuracy else checked_anew(first, earlier)
 
     def _decide_anew(self, first: FirstBatch) -> Decision:
         """Plans a schedule, or times what was given, against the dense model."""
@@ -271,7 +338,8 @@ class TokenPruning(EvaluationCallback):
                 self.decision, self._running = joined, ref(trainer)
 
     def _figures(self) -> dict[str, float]:
-        return self.decision.metrics() if self._running is not None and self.decision is not None else {}
+        is_known = self._running is not None and self.decision is not None and not self._waits
+        return self.decision.metrics() if is_known and self.decision is not None else {}
 
     def _report(self, decision: Decision) -> None:
         for difference in decision.differences:
@@ -283,9 +351,11 @@ class TokenPruning(EvaluationCallback):
         if self._running is not None and self._running() not in (None, trainer):
             return  # a run of another Trainer, which was refused in `setup`
         self._compiled.end()
+        if self._end_watch is not None:
+            self._end_watch()
         if self._handle is not None:
             self._handle.remove()
-        self._handle, self._shape, self._running = None, None, None
+        self._handle, self._shape, self._running, self._end_watch = None, None, None, None
 
 
 def config_of(trainer: L.Trainer) -> PruningConfig:

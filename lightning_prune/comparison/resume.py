@@ -11,30 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_prune import __version__
+from lightning_prune._utils.digests import tensor_bytes, tensor_digest
 from lightning_prune._utils.files import SavedDocument, atomic_write, read_document, slug, write_document
 from lightning_prune._utils.trees import tree_flatten, tree_leaves
 from lightning_prune.comparison.planned_variants import ComparisonPlan, PlannedVariant
 from lightning_prune.comparison.predictions import Predictions
 from lightning_prune.comparison.requests import VariantRequest
 from lightning_prune.errors import ArgumentError, FileFormatError, FileWriteError, PruneError
-
-
-def tensor_digest(value: Tensor) -> str:
-    """A digest of shape, dtype and every bit of a tensor."""
-    return hashlib.sha256(_bytes_of(value)).hexdigest()[:32]
-
-
-def weights_digest(model: nn.Module) -> str:
-    """A digest of every parameter and buffer that a checkpoint would hold, names, shapes and dtypes included."""
-    found = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        found.update(name.encode())
-        found.update(_bytes_of(value) if isinstance(value, Tensor) else repr(value).encode())
-    return found.hexdigest()[:32]
 
 
 def data_identity(loaders: Any, batch: Any, limit: int | float | None) -> dict[str, Any]:
@@ -49,7 +35,7 @@ def data_identity(loaders: Any, batch: Any, limit: int | float | None) -> dict[s
     datasets = [getattr(loader, "dataset", loader) for loader in found]
     first = hashlib.sha256()
     for leaf in tree_leaves(batch):
-        first.update(_bytes_of(leaf) if isinstance(leaf, Tensor) else repr(leaf).encode())
+        first.update(tensor_bytes(leaf) if isinstance(leaf, Tensor) else repr(leaf).encode())
     return {
         "datasets": [type(dataset).__name__ for dataset in datasets],
         "items": [_length(dataset) for dataset in datasets],
@@ -127,15 +113,6 @@ def _length(dataset: Any) -> int | None:
 def _text_of(value: Any) -> str:
     """A setting as text; of a tensor everything, where `repr` would leave out its middle."""
     return tensor_digest(value) if isinstance(value, Tensor) else repr(value)
-
-
-def _bytes_of(value: Tensor) -> bytes:
-    head = f"{tuple(value.shape)} {value.dtype}".encode()
-    try:
-        flat = value.detach().cpu().contiguous().reshape(-1)
-        return head + flat.view(torch.uint8).numpy().tobytes() if flat.numel() else head
-    except (RuntimeError, TypeError):  # subclasses have no bytes of their own: by what they stand for, nothing left out
-        return head + value.detach().float().cpu().contiguous().reshape(-1).numpy().tobytes()
 
 
 _VERSION = 2

@@ -7,6 +7,7 @@ from typing import Any
 import lightning as L
 from torch import Tensor
 
+from lightning_prune._utils.digests import tensor_digest, weights_digest
 from lightning_prune._utils.time_limit import TimeLimit
 from lightning_prune.callbacks.batches import Calibration
 from lightning_prune.callbacks.first_batch import FirstBatch, join_decision, open_first_batch
@@ -19,8 +20,6 @@ from lightning_prune.comparison.resume import (
     VariantResult,
     data_identity,
     fingerprint_of,
-    tensor_digest,
-    weights_digest,
 )
 from lightning_prune.errors import DataError
 from lightning_prune.patching import TokenTrace, trace_tokens

@@ -1,12 +1,12 @@
 """The two parts of each kind of block: attention with its residual, and MLP with its residual."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from lightning_prune._utils.isolation import isolated
 from lightning_prune.patching.class_swap import original_class
 
 
@@ -147,7 +147,7 @@ def verify_split(
     noise = torch.randn(1, tokens, channels, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
     x = noise.to(device=parameter.device, dtype=parameter.dtype)
     more = {name: _like(value, x) for name, value in (kwargs or {}).items()}
-    with torch.no_grad(), eval_mode(block):
+    with torch.no_grad(), isolated(block):
         try:
             expected = block.forward(x, **more)  # without its hooks
             return torch.equal(attn_mlp_split.mlp(block, attn_mlp_split.attention(block, x, **more)), expected)
@@ -159,15 +159,3 @@ def _like(value: Any, x: Tensor) -> Any:
     if isinstance(value, tuple):
         return tuple(_like(each, x) for each in value)
     return value.to(device=x.device, dtype=x.dtype) if isinstance(value, Tensor) else value
-
-
-@contextmanager
-def eval_mode(module: nn.Module) -> Iterator[None]:
-    """Sets evaluation mode; restores the training flag of every submodule on exit."""
-    flags = [(m, m.training) for m in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for m, flag in flags:
-            m.training = flag

@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightning_prune._utils.isolation import isolated
 from lightning_prune.errors import ArgumentError
 from lightning_prune.patching.api import make_handle
-from lightning_prune.patching.block_split import eval_mode
 from lightning_prune.patching.models import find_vision_transformer
 from lightning_prune.patching.patched_block import BlockPatch
 from lightning_prune.reduction import Reduction, ReductionOutput, TokenSequence
@@ -69,12 +69,12 @@ def trace_tokens(
     """
     transformer = find_vision_transformer(model, module_path)
     outputs: list[tuple[Tensor, Tensor]] = []
-    with torch.no_grad(), eval_mode(transformer.root), make_handle(transformer, method, schedule) as handle:
+    with torch.no_grad(), isolated(transformer.root), make_handle(transformer, method, schedule) as handle:
         for block in transformer.blocks:
             block_patch = vars(block).get("_prune_patch")
             if isinstance(block_patch, BlockPatch):
                 block_patch.reduction = _RecordingReduction(block_patch.reduction, outputs)
-        transformer.root.forward(images)  # not a compiled graph, which would not call the recorder
+        transformer.run_eagerly(images)  # not a compiled graph, which would not call the recorder
     if not outputs:
         raise ArgumentError(f"`schedule` must remove tokens to be traced, got {handle.schedule!r}.")
     sources, sizes = outputs[0][0], outputs[-1][1]

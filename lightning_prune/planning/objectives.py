@@ -13,6 +13,7 @@ from lightning_prune.profiling import LatencyStats
 
 Column = NDArray[np.float64]
 RATIO_TOLERANCE = 0.005  # share by which a latency may exceed a budget and still meet it: timers are no more exact
+_TOLERANCE = 0.005  # loss of the proxy, with other weights, that is no reason to plan again
 _ACCURACY_ROUNDING = 1e-6  # a proxy is a mean of float32 probabilities: a smaller difference is no loss
 
 
@@ -55,6 +56,15 @@ class Objective(ABC):
             dense_ms: Latency of the dense model.
         """
         return bool(self.score(np.array([dense_ms]), np.ones(1))[0] > -inf)
+
+    def tolerates(self, accuracy: float, planned: float) -> bool:
+        """Whether a schedule that was planned before is still good enough with other weights.
+
+        Args:
+            accuracy: The proxy of the schedule with the present weights, relative to dense.
+            planned: The proxy when it was planned.
+        """
+        return accuracy >= planned - _TOLERANCE
 
     def score_feasible(self, milliseconds: Column, accuracy: Column) -> Column:
         """The value of candidates that are known to meet a latency budget.
@@ -140,6 +150,10 @@ class AccuracyBudget(Objective):
         within = accuracy >= 1 - self.max_drop - _ACCURACY_ROUNDING
         within[-1] = True
         return np.where(within, 1 - milliseconds / milliseconds.max(), -np.inf)
+
+    def tolerates(self, accuracy: float, planned: float) -> bool:
+        """Whether the loss is within the budget."""
+        return accuracy >= 1 - self.max_drop - _ACCURACY_ROUNDING
 
     def __str__(self) -> str:
         return f"accuracy budget, at most {100 * self.max_drop:g}% lost"

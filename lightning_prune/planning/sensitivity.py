@@ -106,10 +106,10 @@ class Sensitivity:
         Raises:
             DataError: If the outputs are not finite.
         """
-        root, family = self._transformer.root, self._transformer.adapter
+        family = self._transformer.adapter
         with torch.no_grad(), force_eager():  # without compiling: each count runs a few times only
             with recorded(self._transformer.blocks) as outputs:
-                dense = family.output(root.forward(images)).cpu().double()
+                dense = family.output(self._transformer.run_eagerly(images)).cpu().double()
             if self._scale is None:
                 self._scale = dense.square().mean(0).sqrt().clamp_min(1e-12)
             on_step()
@@ -122,7 +122,7 @@ class Sensitivity:
                 ):
                     for column, count in enumerate(self.counts[:-1]):
                         handle.update(Schedule.single(self._transformer.depth, block, self._n - count))
-                        pruned = family.output(root.forward(images)).cpu().double()
+                        pruned = family.output(self._transformer.run_eagerly(images)).cpu().double()
                         found[row, column] = self._kind.divergence(dense, pruned, self._scale)
                         on_step()
         if not np.isfinite(found).all():

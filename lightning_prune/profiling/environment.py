@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lightning_prune import __version__
 from lightning_prune._utils.device import device_name
+from lightning_prune._utils.isolation import user_hooks
 from lightning_prune.patching import VisionTransformer
 from lightning_prune.patching.class_swap import original_class
 from lightning_prune.reduction import Reduction
@@ -24,7 +25,6 @@ UNKNOWN = "unknown"
 
 _PACKAGE = __name__.partition(".")[0]
 _MODEL_LIBRARIES = ("timm", "torchvision", "transformers")
-_LIBRARIES = ("torch", *_MODEL_LIBRARIES)
 
 
 def measurement_context(model: nn.Module, example_inputs: Tensor) -> dict[str, Any]:
@@ -87,17 +87,6 @@ def runtime_name(model: nn.Module) -> str:
     return UNKNOWN if runtime is None else runtime.name
 
 
-def hook_condition(model: nn.Module) -> str:
-    """Empty where only the libraries of the model have hooks on its modules; `UNKNOWN` where the user has."""
-    hooks = (
-        hook
-        for module in model.modules()
-        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    )
-    mine = [hook for hook in hooks if (getattr(hook, "__module__", "") or "").partition(".")[0] not in _LIBRARIES]
-    return UNKNOWN if mine else ""
-
-
 def profile_dependencies(
     transformer: VisionTransformer,
     example_inputs: Tensor,
@@ -119,18 +108,33 @@ def profile_dependencies(
         source) is `"unknown"`, and `lightning_prune.profiling.ProfileStore` keeps nothing under it.
     """
     return {
-        **measurement_context(transformer.compiled_root, example_inputs),
-        "hooks": hook_condition(transformer.root),
-        "image_dtype": str(example_inputs.dtype).removeprefix("torch."),
-        "channels_last": not example_inputs.is_contiguous()
-        and example_inputs.is_contiguous(memory_format=torch.channels_last),
-        "structure": structure(transformer.root),
-        "depth": transformer.depth,
+        **model_conditions(transformer, example_inputs),
         "method": reduction.name,
         "method_class": _class_identity(type(reduction)),
         "settings": {key: repr(value) for key, value in reduction.settings().items()},
         "block": block,
         "protocol": protocol,
+    }
+
+
+def model_conditions(transformer: VisionTransformer, example_inputs: Tensor) -> dict[str, Any]:
+    """Everything that the latency of the dense model depends on, as plain values.
+
+    Args:
+        transformer: The Vision Transformer.
+        example_inputs: (B, C, H, W) images on its device, in the precision that it will run in.
+
+    Returns:
+        One entry per condition, as `profile_dependencies` returns them.
+    """
+    return {
+        **measurement_context(transformer.compiled_root, example_inputs),
+        "hooks": UNKNOWN if user_hooks(transformer.root) else "",
+        "image_dtype": str(example_inputs.dtype).removeprefix("torch."),
+        "channels_last": not example_inputs.is_contiguous()
+        and example_inputs.is_contiguous(memory_format=torch.channels_last),
+        "structure": structure(transformer.root),
+        "depth": transformer.depth,
         "kernels": _kernel_switches(),
         "packages": package_versions(transformer.root),
         "lightning_prune": __version__,

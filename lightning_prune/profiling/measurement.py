@@ -1,6 +1,7 @@
 """Measures latency on the device at hand: against the token count, and of variants against each other."""
 
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -10,10 +11,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_prune._utils.isolation import isolated, user_hooks
 from lightning_prune._utils.progress import progress_bar
 from lightning_prune.errors import ArgumentError
 from lightning_prune.patching import PatchHandle, VisionTransformer, find_vision_transformer
-from lightning_prune.patching.block_split import eval_mode
 from lightning_prune.patching.class_swap import is_patched_module
 from lightning_prune.patching.schedule_forms import allocate_schedule, reducing_block, refuse_adaptive
 from lightning_prune.profiling.count_search import profile_builder, search_counts
@@ -116,7 +117,7 @@ def profile_latency(
         try:
             timer = InterleavedTimer[int](
                 prepare=lambda count: handle.update(allocate_schedule(reduction, n - count, n, prefix, depth, index)),
-                run=lambda: transformer.compiled_root(example_inputs),
+                run=lambda: transformer.run(example_inputs),
                 device=example_inputs.device,
                 reference=n,
                 clock=clock,
@@ -190,7 +191,7 @@ def compare_latency(
     ):
         timer = InterleavedTimer[str](
             prepare=lambda name: switch.to(chosen[name]),
-            run=lambda: transformer.compiled_root(example_inputs),
+            run=lambda: transformer.run(example_inputs),
             device=example_inputs.device,
             reference=dense,
             clock=clock,
@@ -209,9 +210,20 @@ def _applied(runtime: str | Runtime | None, transformer: VisionTransformer) -> A
 
 @contextmanager
 def ready_to_run(transformer: VisionTransformer) -> Iterator[None]:
-    """Evaluation mode without autograd, and a limit on compiled graphs that suffices for all variants."""
+    """Evaluation mode without autograd and without the user's hooks; a limit on compiled graphs for all variants.
+
+    Buffers that a forward pass changes are put back; a warning names the hooks that are not called.
+    """
+    hooks = user_hooks(transformer.root)
+    if hooks:
+        names = ", ".join(sorted({getattr(hook, "__qualname__", type(hook).__qualname__) for hook in hooks}))
+        warnings.warn(
+            f"The {len(hooks)} forward hooks on the Vision Transformer ({names}) are not called while it is measured: "
+            "no latency and no estimate of accuracy includes what they do.",
+            stacklevel=4,
+        )
     limit = raised_recompile_limit() if is_compiled(transformer.compiled_root) else nullcontext()
-    with torch.no_grad(), eval_mode(transformer.root), limit:
+    with torch.no_grad(), isolated(transformer.root), limit:
         yield
 
 

@@ -121,7 +121,7 @@ def variant_timer(
     try:
         yield InterleavedTimer[Variant](
             prepare=switch.to,
-            run=lambda: transformer.compiled_root(example_inputs),
+            run=lambda: transformer.run(example_inputs),
             device=example_inputs.device,
             reference=DENSE,
             clock=clock,

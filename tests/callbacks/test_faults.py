@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 import lightning_prune as lp
 from helpers.data import labelled, loader, noise_images
 from helpers.models import TOKENS, tiny_vit
+from helpers.watch import before_forward
 from lightning_prune.callbacks.decision import Decision
 from lightning_prune.patching.class_swap import is_patched_module
 
@@ -274,13 +275,23 @@ class Fragile(Tiny):
     def __init__(self, part: str, time: int, error: BaseException) -> None:
         super().__init__()
         self.times, self.time, self.error = 0, time, error
-        self.vit.get_submodule(part).register_forward_pre_hook(self._fail)
+        self.watch(self.vit.get_submodule(part))
+
+    def watch(self, part: torch.nn.Module) -> None:
+        part.register_forward_pre_hook(self._fail)
 
     def _fail(self, *_: Any) -> None:
         self.times += is_patched_module(self.vit.blocks[1])
         if self.times == self.time:
             self.times += 1
             raise self.error
+
+
+class FragileWhileMeasured(Fragile):
+    """Fails in measurements, too, where hooks are not called."""
+
+    def watch(self, part: torch.nn.Module) -> None:
+        before_forward(part, self._fail)
 
 
 @ERRORS
@@ -307,7 +318,7 @@ def test_an_error_inside_the_transformer_leaves_the_model_as_it_was(
 def test_an_error_while_profiling_leaves_the_model_as_it_was(
     time: int, schedule: Any, error: BaseException, bystanders: Bystanders, decisions: list[str]
 ) -> None:
-    module = Fragile("blocks.1.attn.proj", time, error)
+    module = FragileWhileMeasured("blocks.1.attn.proj", time, error)
     account = Account(module, bystanders)
     with interrupted(error):
         trainer(pruner(schedule=schedule)).validate(module, loader(), verbose=False)
@@ -420,7 +431,7 @@ def test_a_run_inside_another_prunes_its_own_model(bystanders: Bystanders) -> No
 
 
 def test_a_failing_run_inside_another_leaves_the_outer_model_pruned(bystanders: Bystanders) -> None:
-    inner, outer = Fragile("blocks.1.mlp", 5, Fault()), Tiny()
+    inner, outer = FragileWhileMeasured("blocks.1.mlp", 5, Fault()), Tiny()
     accounts = [Account(inner, bystanders), Account(outer, bystanders)]
 
     def fail() -> None:

@@ -18,7 +18,7 @@ from helpers.data import loader, noise_images
 from helpers.models import TOKENS, tiny_vit
 from lightning_prune.patching.class_swap import is_patched_module
 
-from .tiny import Snapshot, Tiny, brief, trainer, validated
+from .tiny import Snapshot, Tiny, brief, stop_counting, trainer, validated
 
 pytestmark = pytest.mark.usefixtures("clockwork")
 COUNT = 22
@@ -105,7 +105,7 @@ def test_limits_on_batches_are_kept(stage: str, limit: Any, batches: int) -> Non
 
 def test_limit_val_batches_0_warns() -> None:
     module = Tiny()
-    with pytest.warns(UserWarning, match="TokenPruning saw no batch"):
+    with pytest.warns(UserWarning, match="TokenPruning measured nothing"):
         validated(brief(), module, limit_val_batches=0)
     assert module.steps == []
 
@@ -381,7 +381,7 @@ class Unwatched(Tiny):
 
     def __init__(self) -> None:
         super().__init__(depth=2)  # every token count is traced anew
-        self.vit.norm._forward_pre_hooks.clear()
+        stop_counting(self.vit.norm)
         self.logits: list[Tensor] = []
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:

@@ -156,15 +156,11 @@ def test_a_module_converted_to_half_precision_by_the_user_is_pruned(schedule: An
     )
 
 
-def test_a_step_that_casts_its_images_needs_images_from_batch() -> None:
-    module = Halved()
-    message = (
-        r"^`images` must be valid inputs .*, got \(4, 3, 32, 32\), torch.float32: .*Pass images as your "
-        r"module passes them to it \(`images_from_batch` of TokenPruning\)\.$"
-    )
-    with pytest.raises(lp.ArgumentError, match=message):
-        trainer(brief(schedule=6)).validate(module, loader(), verbose=False)
-    assert module.steps == []
+def test_a_step_that_casts_its_images_is_measured_with_what_it_passes() -> None:
+    module, callback = Halved(), brief(schedule=6)
+    trainer(callback).validate(module, loader(), verbose=False)
+    assert module.tokens() == {TOKENS - 6}
+    assert callback.decision.context["precision"] == "float16"
 
 
 def test_an_autocast_inside_the_step_is_pruned() -> None:
@@ -177,7 +173,10 @@ def test_an_autocast_inside_the_step_is_pruned() -> None:
 
     module = Autocasting()
     before = Snapshot(module)
-    trainer(brief(schedule=6)).validate(module, loader(), verbose=False)
+    callback = brief(schedule=6)
+    with pytest.warns(UserWarning, match="precision bf16-mixed instead of float32"):
+        trainer(callback).validate(module, loader(), verbose=False)
     assert module.tokens() == {TOKENS - 6}
     assert torch.bfloat16 in module.dtypes
+    assert callback.decision.context["precision"] == "bf16-mixed"
     before.assert_unchanged()

@@ -10,7 +10,7 @@ import lightning_prune as lp
 from helpers.data import loader
 from lightning_prune.profiling import cache as reuse
 
-from .tiny import Tiny, pruner, trainer
+from .tiny import Tiny, pruner, stop_counting, trainer
 
 pytestmark = pytest.mark.usefixtures("clockwork")
 
@@ -30,9 +30,9 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def unhooked() -> Tiny:
-    """Without the hook that counts tokens: profiles of a model with a user's hook are not kept."""
+    """Whose tokens are not counted."""
     module = Tiny()
-    module.vit.norm._forward_pre_hooks.clear()
+    stop_counting(module.vit.norm)
     return module
 
 
@@ -99,7 +99,9 @@ def test_a_cache_dir_that_is_no_path_is_refused(value: Any) -> None:
 
 
 def test_the_profile_of_a_hooked_model_is_not_kept(measured: list[str]) -> None:
+    hooked = Tiny()
+    hooked.vit.norm.register_forward_hook(lambda *_: None)
     for _ in range(2):
         with pytest.warns(UserWarning, match="not kept: hooks cannot be compared"):
-            trainer(pruner()).validate(Tiny(), loader(8), verbose=False)
+            trainer(pruner()).validate(hooked, loader(8), verbose=False)
     assert measured == ["profile"] * 2

@@ -16,7 +16,7 @@ from lightning_prune.callbacks.batches import sampling_loader
 from lightning_prune.callbacks.first_batch import FirstBatch, refuse_sharded
 from lightning_prune.patching.class_swap import is_patched_module
 
-from .tiny import OPTIONS, brief
+from .tiny import OPTIONS, brief, count_forwards
 
 pytestmark = pytest.mark.usefixtures("clockwork")
 
@@ -27,7 +27,7 @@ class Theirs(pl.LightningModule):
         self.vit = tiny_vit().train()
         self.left = 0
         self.tokens: dict[str, list[int]] = {}
-        self.vit.norm.register_forward_pre_hook(self._count)
+        count_forwards(self.vit.norm, self._count)
 
     def _count(self, norm: torch.nn.Module, args: tuple[Tensor]) -> None:
         self.left = args[0].shape[1]

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from helpers.data import noise_images
-from lightning_prune._utils.device import preserve_random_state
+from lightning_prune._utils.random_state import preserve_random_state
 
 from .tiny import Tiny, pruner, validated
 

@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import lightning_prune as lp
+from lightning_prune._utils.digests import weights_digest
 from lightning_prune._utils.files import slug
 from lightning_prune._utils.measurement_source import MeasurementSource
 from lightning_prune.comparison.planned_variants import ComparisonPlan, PlannedVariant, UnreachedTarget
@@ -22,7 +23,6 @@ from lightning_prune.comparison.resume import (
     differences,
     fingerprint_digest,
     fingerprint_of,
-    weights_digest,
 )
 from lightning_prune.profiling import LatencyProfile, LatencyStats
 from lightning_prune.reduction import POMT, RandomDrop

@@ -12,6 +12,8 @@ from lightning_prune.profiling import InterleavedTimer
 class TokenClock:
     """A clock for the `clock` argument: every block that runs takes a fixed time for each token that leaves it.
 
+    The time passes in the MLP, which runs on these tokens; a hook would not be called while a model is measured.
+
     Args:
         blocks: Of the model that is timed.
         seconds: For each token.
@@ -21,14 +23,18 @@ class TokenClock:
         self.now = 0.0
         self.seconds = seconds
         for block in blocks:
-            block.register_forward_hook(self._spend)
+            vars(block.mlp)["forward"] = self._timed(block.mlp.forward)
 
     def __call__(self) -> float:
         """Seconds."""
         return self.now
 
-    def _spend(self, block: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        self.now += self.seconds * output.shape[1]
+    def _timed(self, forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        def timed(tokens: Tensor) -> Tensor:
+            self.now += self.seconds * tokens.shape[1]
+            return forward(tokens)
+
+        return timed
 
 
 class TickingClock:

@@ -15,6 +15,7 @@ from timm.models.vision_transformer import Block
 
 import lightning_prune as lp
 from helpers.clock import TokenClock
+from helpers.watch import before_forward
 from lightning_prune.patching import find_vision_transformer
 from lightning_prune.patching.class_swap import is_patched_module
 from lightning_prune.planning import AUTO_METHODS, plan_many
@@ -340,13 +341,13 @@ def test_everything_is_as_before_also_if_planning_fails(fails_at):
         if len(passes) - 1 == fails_at:
             raise KeyboardInterrupt
 
-    hook = model.blocks[3].register_forward_hook(interrupt)
+    stop = before_forward(model.blocks[3].mlp, interrupt)
     before = state(model)
     with pytest.raises(KeyboardInterrupt) if fails_at is not None else nullcontext():
         lp.plan(model, IMAGES[:2], methods="topk", **OPTIONS)
     assert state(model) == before
     assert fails_at is None or len(passes) == fails_at + 1
-    hook.remove()
+    stop()
 
 
 def test_a_cut_after_the_mlp_is_said_once(caplog):

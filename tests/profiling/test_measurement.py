@@ -7,6 +7,7 @@ import lightning_prune as lp
 from helpers.clock import TokenClock
 from helpers.data import noise_images
 from helpers.models import tiny_vit
+from helpers.watch import before_forward
 from lightning_prune.patching.class_swap import is_patched_module
 from lightning_prune.profiling import InterleavedTimer, resolve_block
 from lightning_prune.profiling.count_search import profile_builder, search_counts
@@ -108,7 +109,7 @@ def test_by_default_all_blocks_see_the_same_count():
 def test_measures_the_cut_that_is_deployed(monkeypatch):
     """Every count asked for is what really leaves the reducing block, mean token included."""
     model, seen = tiny_vit(), set()
-    model.blocks[1].mlp.register_forward_pre_hook(lambda _, args: seen.add(args[0].shape[1]))
+    before_forward(model.blocks[1].mlp, lambda _, args: seen.add(args[0].shape[1]))
     profile = lp.profile_latency(
         model, IMAGES, method="pomt", block=1, counts=[5, 9, 12], time_limit=0.2, verbose=False
     )
@@ -142,7 +143,7 @@ def test_the_time_limit_is_on_the_clock():
 
 def test_paper_protocol_drops_random_tokens_before_block_0_at_every_count():
     model, seen = tiny_vit(), set()
-    model.blocks[0].attn.register_forward_pre_hook(lambda _, args: seen.add(args[0].shape[1]))
+    before_forward(model.blocks[0].attn.qkv, lambda _, args: seen.add(args[0].shape[1]))
     profile = lp.profile_latency(model, IMAGES, method="pomt", protocol="paper", time_limit=1.0, verbose=False)
     assert profile.tokens == tuple(range(3, 18)) == tuple(sorted(seen))  # 2 is more than pomt can deploy
     assert (profile.protocol, profile.method) == ("paper", "random")
@@ -157,7 +158,7 @@ def test_model_is_restored_when_measuring_fails():
         if args[0].shape[1] < 17:
             raise RuntimeError("out of memory")
 
-    model.blocks[3].register_forward_pre_hook(fail)
+    before_forward(model.blocks[3].mlp, fail)
     with pytest.raises(RuntimeError, match="out of memory"):
         lp.profile_latency(model, IMAGES, time_limit=0.2, verbose=False)
     assert not any(map(is_patched_module, model.modules()))
@@ -266,7 +267,7 @@ def test_every_run_under_autocast_casts_the_weights():
     casts = []
     with torch.autocast("cpu", torch.bfloat16):
         model = tiny_vit()
-        model.blocks[0].register_forward_pre_hook(lambda *_: casts.append(None))
+        before_forward(model.blocks[0].mlp, lambda *_: casts.append(None))
         cleared = []
         original = torch.clear_autocast_cache
         torch.clear_autocast_cache = lambda: (cleared.append(None), original())

@@ -2,20 +2,48 @@
 
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
+from lightning_prune._utils.isolation import isolated
 from lightning_prune.errors import ArgumentError, UnsupportedModelError
 from lightning_prune.patching.attention_capture import CapturedAttention, CaptureSlot, Capturing, SDPARecorder
-from lightning_prune.patching.block_split import AttnMlpSplit, eval_mode
+from lightning_prune.patching.block_split import AttnMlpSplit
 from lightning_prune.patching.class_swap import PatchedModule
 from lightning_prune.patching.token_state import TokenState
 from lightning_prune.reduction.base import AttentionInputs
+
+_call_keywords: "WeakKeyDictionary[nn.Module, Mapping[str, Any]]" = WeakKeyDictionary()
+
+
+def call_keywords(root: nn.Module) -> Mapping[str, Any]:
+    """The further arguments that `calling_with` passes to a transformer; empty outside."""
+    return _call_keywords.get(root, {})
+
+
+@contextmanager
+def calling_with(root: nn.Module, keywords: Mapping[str, Any]) -> Iterator[None]:
+    """Has everything that runs the transformer pass further arguments, as the user's model does.
+
+    Args:
+        root: The transformer.
+        keywords: Name -> value, such as `interpolate_pos_encoding=True` of Hugging Face models.
+    """
+    before = _call_keywords.get(root)
+    _call_keywords[root] = keywords
+    try:
+        yield
+    finally:
+        if before is None:
+            del _call_keywords[root]
+        else:
+            _call_keywords[root] = before
 
 
 @dataclass(frozen=True)
@@ -68,6 +96,14 @@ class VisionTransformer:
         """Number of blocks."""
         return len(self.blocks)
 
+    def run(self, images: Tensor) -> Any:
+        """Calls the transformer as the user's model does, with the further arguments of `calling_with`."""
+        return self.compiled_root(images, **call_keywords(self.root))
+
+    def run_eagerly(self, images: Tensor) -> Any:
+        """Runs `forward` itself: without hooks on the root, and without a compiled graph of it."""
+        return self.root.forward(images, **call_keywords(self.root))
+
     def count_tokens(self, images: Tensor) -> int:
         """N, the number of tokens that enter the first prunable block, counted in a forward pass.
 
@@ -82,9 +118,9 @@ class VisionTransformer:
             lambda _, args: counts.append(args[0].shape[1])
         )
         try:
-            with torch.no_grad(), eval_mode(self.root):
-                self.root.forward(images)  # not a compiled graph, which would not call the hook
-        except (AssertionError, RuntimeError) as error:
+            with torch.no_grad(), isolated(self.root):
+                self.run_eagerly(images)  # not a compiled graph, which would not call the hook
+        except (AssertionError, RuntimeError, ValueError) as error:
             raise ArgumentError(
                 f"`images` must be valid inputs of the Vision Transformer, got {tuple(images.shape)}, {images.dtype}: "
                 f"{error} Pass images as your module passes them to it (`images_from_batch` of TokenPruning)."
@@ -95,7 +131,7 @@ class VisionTransformer:
 
     def outputs(self, images: Tensor) -> Tensor:
         """Runs the transformer: (B, classes) logits or (B, C) features of (B, channels, height, width) images."""
-        return self.adapter.output(self.compiled_root(images))
+        return self.adapter.output(self.run(images))
 
 
 def loaded_class(name: str) -> type[nn.Module] | None:

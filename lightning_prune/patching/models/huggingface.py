@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lightning_prune.errors import ArgumentError, UnsupportedModelError
 from lightning_prune.patching.block_split import DROPOUT, LAYER_SCALE, OUTPUT, TOWER, AttnMlpSplit
 from lightning_prune.patching.class_swap import original_class
-from lightning_prune.patching.models.base import ModelAdapter, SplitCheckInput, VisionTransformer
+from lightning_prune.patching.models.base import ModelAdapter, SplitCheckInput, VisionTransformer, call_keywords
 from lightning_prune.patching.models.unsupported import unsupported_reason
 from lightning_prune.patching.position_terms import patch_positions, take_rotation
 from lightning_prune.patching.token_state import TokenState
@@ -55,6 +55,7 @@ class HuggingFace(ModelAdapter):
         if blocks is None:
             raise UnsupportedModelError(f"{kind.__name__} contains no list of {' or '.join(self.layers)}.")
         prefix = self.num_prefix_tokens(core.embeddings)
+        any_size = self.any_size or bool(call_keywords(root).get("interpolate_pos_encoding"))
         return VisionTransformer(
             root=root,
             path=path,
@@ -62,7 +63,7 @@ class HuggingFace(ModelAdapter):
             blocks=blocks,
             num_prefix_tokens=prefix,
             has_class_token=self.class_token,
-            num_tokens=None if self.any_size else prefix + _patches(core.config),
+            num_tokens=None if any_size else prefix + _patches(core.config),
             embed_dim=core.config.hidden_size,
             patch_embed=core.embeddings,
             num_classes=_classes(root),

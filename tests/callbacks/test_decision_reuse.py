@@ -1,0 +1,149 @@
+"""When the decision of an earlier run holds for the next one."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import lightning_prune as lp
+from helpers.data import loader
+from lightning_prune._utils.digests import weights_digest
+
+from .tiny import Tiny, pruner, trainer
+
+BUDGET = {"objective": lp.AccuracyBudget(0.01), "method": "random", "calibration": 8}
+
+
+def tolerant() -> Tiny:
+    """Returns the same logits whatever tokens are left."""
+    module = Tiny(noise=0.5)
+    nn.init.zeros_(module.vit.head.weight)
+    with torch.no_grad():
+        module.vit.head.bias.copy_(torch.arange(5.0))
+    return module
+
+
+def sensitive(module: Tiny) -> None:
+    """Gives the model a head whose logits change with every token."""
+    torch.manual_seed(0)
+    nn.init.normal_(module.vit.head.weight, std=30.0)
+
+
+def kept(module: Tiny, decision: Any) -> float:
+    """The soft agreement that a schedule keeps, from its definition."""
+    images = torch.cat([batch[0] for batch in loader(8)])
+    module.eval()
+    with torch.no_grad():
+        dense = module(images)
+        with lp.patch(module, decision.reduction, decision.schedule):
+            pruned = module(images)
+    top = dense.argmax(1, keepdim=True)
+    return float(pruned.softmax(1).gather(1, top).mean() / dense.softmax(1).gather(1, top).mean())
+
+
+@pytest.mark.usefixtures("clockwork")
+def test_other_weights_that_do_not_tolerate_the_schedule_are_planned_anew(decisions: list[str]) -> None:
+    module, callback = tolerant(), pruner(**BUDGET)
+    running = trainer(callback)
+    running.validate(module, loader(8), verbose=False)
+    first = callback.decision
+    assert first.schedule.total_removed > 0
+    sensitive(module)
+    assert kept(module, first) < 0.99
+    running.validate(module, loader(8), verbose=False)
+    assert decisions == ["plan", "plan"]
+    assert kept(module, callback.decision) >= 0.99
+
+
+@pytest.mark.usefixtures("clockwork")
+def test_other_weights_that_tolerate_the_schedule_keep_it_and_say_so(decisions: list[str]) -> None:
+    module, callback = tolerant(), pruner(**BUDGET)
+    running = trainer(callback)
+    running.validate(module, loader(8), verbose=False)
+    first = callback.decision
+    for shift in (1.0, 2.0):
+        with torch.no_grad():
+            module.vit.head.bias[0] -= shift
+        running.validate(module, loader(8), verbose=False)
+    assert decisions == ["plan"]
+    assert callback.decision.schedule == first.schedule
+    assert callback.decision.plan.accuracy == pytest.approx(kept(module, first), abs=1e-4)
+    assert callback.decision.reason.count("on 8 images") == 1
+    assert callback.decision.latency_ms == first.latency_ms
+
+
+@pytest.mark.usefixtures("clockwork")
+def test_other_images_are_checked_as_other_weights_are(decisions: list[str]) -> None:
+    module, callback = tolerant(), pruner(**BUDGET)
+    running = trainer(callback)
+    running.validate(module, loader(8), verbose=False)
+    batches = [(images + 1, labels) for images, labels in loader(8)]
+    running.validate(module, (batch for batch in batches), verbose=False)
+    assert decisions == ["plan"]
+    assert "on 4 images" in callback.decision.reason  # a list of batches cannot be sampled
+
+
+def change_mlp(module: Tiny) -> None:
+    class Slow(nn.Module):
+        def __init__(self, mlp: nn.Module) -> None:
+            super().__init__()
+            self.mlp = mlp
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.mlp(x)
+
+    module.vit.blocks[0].mlp = Slow(module.vit.blocks[0].mlp)
+
+
+def change_attention(module: Tiny) -> None:
+    for block in module.vit.blocks:
+        block.attn.fused_attn = not block.attn.fused_attn
+
+
+def change_activation(module: Tiny) -> None:
+    module.vit.blocks[2].mlp.act = nn.ReLU()
+
+
+def add_hook(module: Tiny) -> None:
+    module.vit.blocks[2].mlp.register_forward_hook(lambda *_: None)
+
+
+@pytest.mark.parametrize("change", [change_mlp, change_attention, change_activation, add_hook])
+@pytest.mark.usefixtures("clockwork")
+def test_a_model_that_was_changed_in_place_is_measured_again(change: Any, decisions: list[str]) -> None:
+    module, callback = Tiny(), pruner(schedule=5)
+    running = trainer(callback)
+    running.validate(module, loader(8), verbose=False)
+    change(module)
+    for _ in range(2):
+        running.validate(module, loader(8), verbose=False)
+    assert decisions == ["given", "given"]
+
+
+@pytest.mark.usefixtures("clockwork")
+def test_weights_do_not_matter_to_a_given_schedule(decisions: list[str]) -> None:
+    module, callback = Tiny(), pruner(schedule=5)
+    running = trainer(callback)
+    running.validate(module, loader(8), verbose=False)
+    sensitive(module)
+    running.validate(module, loader(8), verbose=False)
+    assert decisions == ["given"]
+
+
+@pytest.mark.parametrize("change", [lambda weight: weight[0, 0].add_(1e-6), lambda weight: weight.transpose_(0, 1)])
+def test_the_digest_of_weights_changes_with_every_bit(change: Any) -> None:
+    one, other = nn.Linear(4, 4), nn.Linear(4, 4)
+    other.load_state_dict(one.state_dict())
+    assert weights_digest(one) == weights_digest(other)
+    with torch.no_grad():
+        change(other.weight)
+    assert weights_digest(one) != weights_digest(other)
+
+
+def test_the_digest_of_sparse_weights_is_that_of_their_layout_and_values() -> None:
+    one, other = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+    sparse = one.weight.detach().to_sparse_csr()
+    other.weight = nn.Parameter(sparse, requires_grad=False)
+    assert weights_digest(other) != weights_digest(one)
+    assert weights_digest(other) == weights_digest(other)
