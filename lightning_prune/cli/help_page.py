@@ -43,8 +43,8 @@ def command_help(command: str) -> str:
     about = COMMANDS[command][0].upper() + COMMANDS[command][1:]
     lines = [f"usage: lightning-prune {command} [--config FILE] [--KEY VALUE ...]", "", f"{about}.", ""]
     lines += ["pruning:", *_entries(groups["prune"], "prune.")]
-    lines += _entry("budget", "1.5x or 12ms: short for --prune.objective LatencyBudget with `speedup` or `ms`")
-    lines += _entry("max-drop", "0.5%: short for --prune.objective AccuracyBudget with `max_drop`")
+    lines += _entry("budget", "1.5x, 12ms or 12ms@p90: --prune.objective LatencyBudget; exit status 3 if it is missed")
+    lines += _entry("max-drop", "0.5%: --prune.objective AccuracyBudget")
     lines += ["", "objectives (--prune.objective CLASS --prune.objective.KEY VALUE):"]
     for kind, options in objective_options().items():
         lines += [f"  {kind}", *(line for option in options for line in _entry(f"  {option.name}", _first(option)))]

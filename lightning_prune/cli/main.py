@@ -10,6 +10,7 @@ import yaml
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from lightning_prune.callbacks import TokenPruning
+from lightning_prune.callbacks.hooks import trainer_callbacks
 from lightning_prune.classification.datamodules import DigitsData, ImageFolderData
 from lightning_prune.classification.image_classifier import ImageClassifier
 from lightning_prune.cli.endings import BUDGET_MISSED, run_to_end
@@ -85,8 +86,8 @@ def run(args: list[str] | None = None) -> int:
         args: Command and options; those of the process if None.
 
     Returns:
-        Exit status: 0; 2 after an error in the input, which is printed on one line; 3 if no variant of a comparison
-        meets the budget; 130 after SIGINT, 143 after SIGTERM.
+        Exit status: 0; 2 after an error in the input, which is printed on one line; 3 if the budget is missed, by
+        every variant of a comparison; 130 after SIGINT, 143 after SIGTERM.
     """
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed", _SIGNALS):
         logging.getLogger(name).setLevel(logging.WARNING)  # what they log is not about the run
@@ -110,4 +111,8 @@ def _run(words: list[str]) -> int:
         },
     )
     missed = isinstance(cli.trainer, PruneTrainer) and cli.trainer.budget_missed
+    if cli.subcommand in ("validate", "test"):
+        pruners = [each for each in trainer_callbacks(cli.trainer) if isinstance(each, TokenPruning)]
+        plans = [pruner.decision.plan for pruner in pruners if pruner.decision is not None]
+        missed = any(plan is not None and not plan.met for plan in plans)
     return BUDGET_MISSED if missed else 0

@@ -109,8 +109,10 @@ def signature(path: Path, kind: str, method: str = "__init__") -> tuple[Option, 
     if documented is found and function is not None:
         texts = {**_texts(ast.get_docstring(function) or ""), **texts}
     if function is None:
-        fields = [n for n in found.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)]
-        pairs = [(ast.unparse(field.target), field.value) for field in fields]
+        fields = [
+            (n.target.id, n) for n in found.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)
+        ]
+        pairs = [(name, field.value) for name, field in fields if not name.startswith("_")]
     else:
         arguments = function.args
         missing = len(arguments.args) - len(arguments.defaults)
@@ -119,7 +121,7 @@ def signature(path: Path, kind: str, method: str = "__init__") -> tuple[Option, 
     return tuple(
         Option(name, _text_of(default), texts.get(name, ""))
         for name, default in pairs
-        if name not in _PASSED_BY_CODE or (kind == "ImageClassifier" and name == "model")
+        if (name not in _PASSED_BY_CODE and name[0] != "_") or (kind == "ImageClassifier" and name == "model")
     )
 
 

@@ -32,7 +32,7 @@ class PruneTrainer(L.Trainer):
 
     Attributes:
         command: The command line, for the report of a comparison; empty if called from Python.
-        budget_missed: Whether no variant of the last comparison met the budget that was stated.
+        budget_missed: Whether the last plan, or every variant of the last comparison, misses the budget.
         settings: The configuration of the command line, as plain values; empty if called from Python.
     """
 
@@ -97,7 +97,9 @@ class PruneTrainer(L.Trainer):
             FileFormatError: If `profile` does not hold a profile.
         """
         data = {"dataloaders": dataloaders, "datamodule": datamodule}
-        return run_plan(self, model, self.config, output, profile, device, **data)
+        made = run_plan(self, model, self.config, output, profile, device, **data)
+        self.budget_missed = not made.met
+        return made
 
     def compare(
         self,

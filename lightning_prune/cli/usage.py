@@ -21,7 +21,8 @@ _OPTIONS = {
     "number for each block, or a file",
     "--prune.block VALUE": "the reducing block: an index, or a fraction of the depth",
     "--prune.objective CLASS": "AccuracyBudget, LatencyBudget or Utility; two short forms follow",
-    "--budget 1.5x | 12ms": "the most accurate schedule with that speed-up, or with at most that latency",
+    "--budget 1.5x | 12ms": "the most accurate schedule with that speed-up, or with at most that latency; 12ms@p90\n"
+    "bounds the 90th percentile; status 3 if it is missed",
     "--max-drop 0.5%": "the fastest schedule that loses at most that share of the accuracy proxy",
     "--prune.time_limit S": "seconds for measuring and planning",
     "--output DIR": "folder for the files (compare, profile, plan)",

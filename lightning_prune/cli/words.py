@@ -59,11 +59,14 @@ def parser_words(words: list[str]) -> list[str]:
 
 
 def _budget(value: str) -> list[str]:
-    match = re.fullmatch(_NUMBER + r"\s*(x|ms)", value.strip().lower())
+    match = re.fullmatch(_NUMBER + r"\s*(?:(x)|ms(?:@p(50|90))?)", value.strip().lower())
     if match is None:
-        raise ArgumentError(f"`budget` must be a speed-up such as 1.5x or a latency such as 12ms, got {value!r}.")
-    unit = "speedup" if match[2] == "x" else "ms"
-    return ["--prune.objective=LatencyBudget", f"--prune.objective.{unit}={match[1]}"]
+        raise ArgumentError(
+            f"`budget` must be a speed-up such as 1.5x, or a latency such as 12ms or 12ms@p90, got {value!r}."
+        )
+    unit = "speedup" if match[2] else "ms"
+    words = ["--prune.objective=LatencyBudget", f"--prune.objective.{unit}={match[1]}"]
+    return [*words, f"--prune.objective.percentile={match[3]}"] if match[3] else words
 
 
 def _max_drop(value: str) -> list[str]:

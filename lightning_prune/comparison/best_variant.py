@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lightning_prune.comparison.planned_variants import PlannedVariant
-from lightning_prune.planning import Objective
+from lightning_prune.planning import LatencyBudget, Objective
 from lightning_prune.report.rows import AGREEMENT, TOP1, Row, Score, score_of
 
 
@@ -46,7 +46,8 @@ def choose_best(rows: Sequence[Row], planned: Sequence[PlannedVariant], objectiv
         for row in rows[1:]
         if row.speedup and not row.int8 and row.variant in deployable and shares[row.variant] is not None
     ]
-    latency = np.array([row.latency_ms or 0.0 for row in [*candidates, dense]])
+    tail = isinstance(objective, LatencyBudget) and objective.percentile == 90
+    latency = np.array([(row.latency_p90_ms if tail else row.latency_ms) or 0.0 for row in [*candidates, dense]])
     accuracy = np.array([*(shares[row.variant] or 0.0 for row in candidates), 1.0])
     highest = accuracy.copy()
     for number, row in enumerate(candidates):

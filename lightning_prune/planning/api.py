@@ -15,7 +15,7 @@ from lightning_prune.planning.candidate_search import CandidateSearch, run_searc
 from lightning_prune.planning.measurements import TUNING, Measurements
 from lightning_prune.planning.method_front import dense_reason, missed_budget
 from lightning_prune.planning.method_selection import Blocks, Methods, usable_methods
-from lightning_prune.planning.objectives import AccuracyBudget, Objective
+from lightning_prune.planning.objectives import AccuracyBudget, LatencyBudget, Objective
 from lightning_prune.planning.paper_protocol import plan_by_paper
 from lightning_prune.planning.profile_validation import check_profile, is_other_environment, nothing_timed
 from lightning_prune.planning.results import Candidate, Plan
@@ -186,7 +186,16 @@ def plan_many(  # noqa: D417  all other arguments are those of `plan`
                 usable,
                 objectives,
             )
-    return [replace(made, seconds=limit.elapsed).or_dense_if_slower() for made in plans]
+    return [_finished(made, limit.elapsed) for made in plans]
+
+
+def _finished(plan: Plan, seconds: float) -> Plan:
+    """A plan with the time that it took; a budget that the dense model meets is named as such."""
+    plan = replace(plan, seconds=seconds).or_dense_if_slower()
+    if isinstance(plan.objective, LatencyBudget) and plan.objective.dense_is_feasible(plan.dense_ms):
+        met = f"The dense model meets the {plan.objective}, already: it takes {plan.dense_ms:.3g} ms."
+        plan = replace(plan, reason=f"{met} {plan.reason}")
+    return plan
 
 
 def _dense_plan(

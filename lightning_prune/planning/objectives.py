@@ -1,13 +1,15 @@
 """Objectives: from the latency and the accuracy of each candidate to the one to deploy."""
 
+import copy
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import inf
 from numbers import Real
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_prune._utils.validation import check
 from lightning_prune.errors import ArgumentError
 from lightning_prune.profiling import LatencyStats
 
@@ -48,6 +50,10 @@ class Objective(ABC):
             timing: Latency of the candidate, from a run together with the dense model.
         """
         return 0.0
+
+    def with_tail_of(self, dense: LatencyStats) -> "Objective":
+        """This objective for a model whose latencies vary as those of a timed dense model; most do not depend on it."""
+        return self
 
     def dense_is_feasible(self, dense_ms: float) -> bool:
         """Whether removing nothing meets the objective.
@@ -166,9 +172,11 @@ class LatencyBudget(Objective):
     Args:
         ms: Milliseconds that a batch may take at most.
         speedup: Smallest ratio of the dense latency to the candidate's; one of the two is given.
+        percentile: Percentile of the latencies that `ms` bounds: 50, the median, or 90. The 90th percentile of what is
+            not timed is predicted by that of the dense model.
 
     Raises:
-        ArgumentError: If not exactly one of the two is given, or it is out of range.
+        ArgumentError: If not exactly one of `ms` and `speedup` is given, or an argument is out of range.
 
     Example:
         >>> import numpy as np
@@ -180,9 +188,11 @@ class LatencyBudget(Objective):
 
     ms: float | None = None
     speedup: float | None = None
+    percentile: int = 50
+    _tail_ratio: float = field(default=1.0, init=False, repr=False, compare=False)  # that percentile over the median
 
     def __post_init__(self) -> None:
-        """Checks the two."""
+        """Checks the arguments."""
         if (self.ms is None) == (self.speedup is None):
             raise ArgumentError(
                 f"A LatencyBudget has one of `ms` and `speedup`, got ms={self.ms!r}, speedup={self.speedup!r}."
@@ -190,14 +200,24 @@ class LatencyBudget(Objective):
         name, value, minimum = ("ms", self.ms, 0) if self.speedup is None else ("speedup", self.speedup, 1)
         if value is None or not _is_number(value) or not minimum < value < inf:
             raise ArgumentError(f"`{name}` must be a finite number > {minimum}, got {value!r}.")
+        check("percentile", self.percentile, "50 or 90", self.percentile in (50, 90))
+        check("percentile", self.percentile, "50 with `speedup`", self.ms is not None or self.percentile == 50)
+
+    def with_tail_of(self, dense: LatencyStats) -> "LatencyBudget":
+        """The same budget, with the ratio of the percentile to the median of a timed dense model."""
+        if self.percentile == 50 or dense.p90_ms is None:
+            return self
+        known = copy.copy(self)
+        object.__setattr__(known, "_tail_ratio", dense.p90_ms / dense.milliseconds)
+        return known
 
     def limit_ms(self, dense_ms: float) -> float:
-        """The longest latency that meets the budget, without tolerance.
+        """The longest median latency that meets the budget, without tolerance.
 
         Args:
             dense_ms: Latency of the dense model.
         """
-        return self.ms if self.ms is not None else dense_ms / float(self.speedup or 1)
+        return self.ms / self._tail_ratio if self.ms is not None else dense_ms / float(self.speedup or 1)
 
     def score(self, milliseconds: Column, accuracy: Column) -> Column:
         """The accuracy within the budget, -inf outside."""
@@ -213,17 +233,20 @@ class LatencyBudget(Objective):
         fastest, dense_ms = float(np.min(milliseconds)), float(milliseconds[-1])
         if fastest <= self.limit_ms(dense_ms) * (1 + RATIO_TOLERANCE):
             return None
-        return f"The {self} cannot be reached: the fastest candidate takes {fastest:.3g} ms, {dense_ms / fastest:.2f}x."
+        takes = f"{fastest * self._tail_ratio:.3g} ms, {dense_ms / fastest:.2f}x"
+        return f"The {self} cannot be reached: the fastest candidate takes {takes}."
 
     def violation(self, timing: LatencyStats) -> float:
         """The share by which the latency exceeds the budget."""
         if self.ms is not None:
-            return timing.milliseconds / self.ms - 1
+            median = timing.milliseconds
+            tail_ms = median * self._tail_ratio if timing.p90_ms is None else timing.p90_ms
+            return (median if self.percentile == 50 else tail_ms) / self.ms - 1
         return timing.ratio * float(self.speedup or 1) - 1
 
     def __str__(self) -> str:
         limit = f"{self.ms:g} ms" if self.ms is not None else f"{self.speedup:g}x"
-        return f"latency budget, {limit}"
+        return f"latency budget, {limit}" + (" at the 90th percentile" if self.percentile == 90 else "")
 
 
 def _is_number(value: object) -> bool:

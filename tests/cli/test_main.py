@@ -210,6 +210,23 @@ def test_a_missed_budget_gives_exit_status_3(tmp_path: Path, capsys: pytest.Capt
     assert "No variant meets the latency budget, 500x." in " ".join(capsys.readouterr().out.split())
 
 
+@pytest.mark.parametrize("command", ["plan", "validate", "test"])
+def test_a_single_plan_that_misses_the_budget_gives_exit_status_3(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny = [word for word in TINY if not word.startswith("--prune.objective")]
+    output = [f"--output={tmp_path}"] if command == "plan" else []
+    assert main([command, *tiny, *output, "--budget=500x"]) == 3
+    printed = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "latency budget, 500x" in printed
+    assert re.search(r"(fastest candidate takes|closest takes) [\d.]+", printed)
+    if command == "plan":
+        assert (tmp_path / "schedule.yaml").exists()
+        assert json.loads((tmp_path / "plan.json").read_text())["met"] is False
+    assert main([command, *tiny, *output, "--budget=9999999ms@p90"]) == 0
+    assert "The dense model meets the latency budget" in " ".join(capsys.readouterr().out.replace("│", " ").split())
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -56,10 +56,17 @@ def test_short_forms_become_an_objective(words: list[str], objective: list[str])
     assert parser_words(["validate", *words, "--seed-everything=1"]) == expected
 
 
+def test_a_budget_may_bound_the_90th_percentile() -> None:
+    expected = ["--prune.objective=LatencyBudget", "--prune.objective.ms=12", "--prune.objective.percentile=90"]
+    assert parser_words(["plan", "--budget=12ms@p90"]) == ["plan", *expected]
+    with pytest.raises(lp.ArgumentError, match=r"`budget` must be .* got '1.5x@p90'"):
+        parser_words(["plan", "--budget=1.5x@p90"])
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--budget", "fast"], "`budget` must be a speed-up such as 1.5x or .* got 'fast'"),
+        (["--budget", "fast"], "`budget` must be a speed-up such as 1.5x, or .* got 'fast'"),
         (["--budget", "1.5"], "`budget` must be .* got '1.5'"),
         (["--budget"], "`budget` must be .* got ''"),
         (["--max-drop", "half"], "`max_drop` must be .* got 'half'"),

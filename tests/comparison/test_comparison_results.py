@@ -217,6 +217,17 @@ def test_the_best_by_an_objective(objective: Objective, figures: Any, variant: s
     assert str(objective) in best.reason
 
 
+def test_a_budget_on_the_tail_is_judged_by_the_90th_percentile() -> None:
+    rows = [Row(variant="dense", top1=0.9, latency_ms=10.0, latency_p90_ms=11.0, speedup=1.0)]
+    rows += [
+        Row(variant="steady", method="tome", top1=0.8, latency_ms=7.0, latency_p90_ms=7.5, speedup=1.4),
+        Row(variant="uneven", method="pomt", top1=0.85, latency_ms=6.0, latency_p90_ms=9.0, speedup=1.6),
+    ]
+    planned = [PlannedVariant(row.variant, row.method or "dense", schedule=lp.Schedule([1, 0])) for row in rows]
+    assert choose_best(rows, planned, lp.LatencyBudget(ms=8)).variant == "uneven"
+    assert choose_best(rows, planned, lp.LatencyBudget(ms=8, percentile=90)).variant == "steady"
+
+
 def test_without_top1_the_agreement_with_dense_counts() -> None:
     rows = [Row(variant="dense", latency_ms=10.0, speedup=1.0)]
     rows += [Row(variant=str(a), agreement=a, speedup=1 / a, latency_ms=10 * a) for a in (0.9, 0.995, 0.98)]

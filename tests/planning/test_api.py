@@ -197,7 +197,10 @@ def test_a_flat_curve_removes_nothing_and_says_why(elsewhere):
     missed, _ = elsewhere(flat, ACCURACIES["linear"], lp.LatencyBudget(speedup=1.5))
     assert not missed.met
     assert "The latency budget, 1.5x is not met." in missed.reason
-    assert elsewhere(flat, ACCURACIES["linear"], lp.LatencyBudget(ms=5.0))[0].met
+    already = elsewhere(flat, ACCURACIES["linear"], lp.LatencyBudget(ms=5.0))[0]
+    assert already.met
+    assert already.reason.startswith("The dense model meets the latency budget, 5 ms, already: it takes 5 ms.")
+    assert "already" not in made.reason + missed.reason
 
 
 def test_noise_is_no_reason_to_prune_and_no_flat_curve(elsewhere):

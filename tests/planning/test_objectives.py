@@ -95,6 +95,26 @@ def test_the_violation_of_a_latency_budget():
     assert Utility().violation(timing) == AccuracyBudget(0).violation(timing) == 0
 
 
+def test_a_budget_on_the_tail_bounds_the_90th_percentile():
+    budget = LatencyBudget(ms=5, percentile=90)
+    timing = LatencyStats(milliseconds=4.0, spread=0.1, ratio=0.4, ratio_spread=0.01, rounds=31, p90_ms=6.0)
+    assert budget.violation(timing) == pytest.approx(0.2)
+    assert LatencyBudget(ms=5).violation(timing) == pytest.approx(-0.2)
+    assert str(budget) == "latency budget, 5 ms at the 90th percentile"
+    # What is not timed varies as the dense model does.
+    dense = LatencyStats(milliseconds=10.0, spread=0.1, ratio=1.0, ratio_spread=0.0, rounds=31, p90_ms=12.5)
+    known = budget.with_tail_of(dense)
+    assert known == budget
+    assert (known.limit_ms(10.0), budget.limit_ms(10.0)) == (4.0, 5)
+    assert known.best(np.array([3.0, 4.5, 10.0]), np.array([0.8, 0.9, 1.0])) == 0
+    assert (known.dense_is_feasible(4.0), known.dense_is_feasible(4.5)) == (True, False)
+    without = LatencyStats(milliseconds=4.8, spread=0.1, ratio=0.48, ratio_spread=0.01, rounds=1)
+    assert known.violation(without) == pytest.approx(0.2)
+    assert "takes 6.25 ms, 2.00x" in known.infeasible_reason(np.array([5.0, 10.0]))
+    for other in (LatencyBudget(ms=5), LatencyBudget(speedup=2), AccuracyBudget(0), Utility()):
+        assert other.with_tail_of(dense) is other
+
+
 def test_the_limit_of_a_latency_budget():
     assert LatencyBudget(ms=6).limit_ms(99.0) == 6
     assert LatencyBudget(speedup=2).limit_ms(99.0) == 49.5
@@ -110,6 +130,8 @@ def test_the_limit_of_a_latency_budget():
         ({"ms": float("inf")}, "`ms` must be a finite number > 0, got inf"),
         ({"speedup": 1}, "`speedup` must be a finite number > 1, got 1"),
         ({"speedup": float("nan")}, "`speedup` must be a finite number > 1, got nan"),
+        ({"ms": 5, "percentile": 75}, "`percentile` must be 50 or 90, got 75"),
+        ({"speedup": 2, "percentile": 90}, "`percentile` must be 50 with `speedup`, got 90"),
         ({"speedup": True}, "`speedup` must be a finite number > 1, got True"),
     ],
 )
