@@ -9,7 +9,7 @@ from lightning_prune.errors import ArgumentError
 from lightning_prune.patching.models import VisionTransformer, find_vision_transformer
 from lightning_prune.patching.patch_handle import PatchHandle
 from lightning_prune.patching.schedule_forms import reductions_of, resolve_schedule
-from lightning_prune.reduction import Reduction, resolve
+from lightning_prune.reduction import Reduction, names, resolve
 from lightning_prune.schedule import MethodSpec, ScheduleLike, read_schedule
 
 
@@ -103,5 +103,6 @@ def make_handle(
 def _is_schedule(value: str | MethodSpec | Reduction | ScheduleLike) -> TypeGuard[ScheduleLike]:
     """Whether `value` is a schedule, or the path of one, and not a method."""
     if isinstance(value, str):
-        return Path(value).suffix in (".yaml", ".yml", ".json") or (":" not in value and Path(value).is_file())
+        is_document = Path(value).suffix in (".yaml", ".yml", ".json")
+        return is_document or (":" not in value and value not in names() and Path(value).is_file())
     return not isinstance(value, MethodSpec | Reduction)

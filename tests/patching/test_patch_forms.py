@@ -124,6 +124,19 @@ class TestForms:
             with pytest.raises(ScheduleError, match=rf"`schedule` must be .* with tome, .* got {value}\."):
                 lp.patch(build("dynamic-size"), "tome", value)
 
+    def test_a_file_with_the_name_of_a_method_is_not_read(
+        self, build: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "tome").write_text("[0, 6, 0, 0]")
+        (tmp_path / "mine").write_text("{}")
+        with lp.patch(build(), "tome", 6) as handle:
+            assert handle.schedule.removed == (2, 2, 1, 1)
+        with pytest.raises(ScheduleError):  # a method without a schedule
+            lp.patch(build(), "tome")
+        with pytest.raises(FileFormatError, match="mine"):
+            lp.patch(build(), "mine")
+
     def test_files_without_a_schedule_are_rejected(self, build: Any, tmp_path: Path) -> None:
         for arguments in (("none.yaml",), ("pomt", "none.yaml")):
             with pytest.raises(FileFormatError, match=r"Cannot read .*none\.yaml"):
