@@ -46,8 +46,17 @@ class TokenPruning(EvaluationCallback):
     of tokens on the trainer's accelerator, at the loop's batch size and precision, estimates what each schedule costs
     in accuracy on a sample of the dataset, chooses one and patches the model; the run is pruned from that batch on.
     When the run ends, also by an exception, the model is bit-identical to before. In `trainer.fit` only validation is
-    pruned: training, the sanity check and checkpoints stay dense. The schedule is decided once and kept. The callback
-    moves to the front of the trainer's callbacks, so that the others see the model restored when a run ends or fails.
+    pruned: training, the sanity check and checkpoints stay dense. The callback moves to the front of the trainer's
+    callbacks, so that the others see the model restored when a run ends or fails.
+
+    What is measured is what runs. If the step passes something else to the transformer than the images of the batch (it
+    resizes or normalises them, casts them, uses an autocast or further arguments), the schedule is decided anew with
+    that. Measuring leaves no trace: the user's forward hooks are not called for it, which a warning says, since no
+    figure includes what they do; buffers and random generators are put back.
+
+    A later run keeps the schedule if it is of the same model under the same conditions (structure, kernels, batch,
+    precision, versions). With other weights or images its accuracy is estimated again, and it is planned anew if the
+    objective does not tolerate it.
 
     Under DDP rank 0 decides and every rank gets the same schedule, or the same error, also a rank that gets no batch;
     strategies that shard the model are refused.
@@ -73,8 +82,8 @@ class TokenPruning(EvaluationCallback):
             (images, C, H, W), or a loader. Where the dataset cannot be sampled (an IterableDataset, a loader of
             another kind, a sampler that may skip items) the first batch is used unless images or a loader are given.
         images_from_batch: A function from a batch to its images, where a batch is not a tensor, a sequence that
-            begins with one, or a mapping with `image`, `images`, `pixel_values` or `inputs`. Return what the ViT
-            receives: where the module resizes or normalises in its step, do so here too.
+            begins with one, or a mapping with `image`, `images`, `pixel_values` or `inputs`. With several processes, or
+            where the step passes tensors along with the images, return what the ViT receives.
         time_limit: Seconds in total for profiling, planning and timing. If the time is short, fewer images and methods
             are used, and the best schedule that was timed is taken.
         module_path: Dotted path of the transformer in the LightningModule, where there are several.
