@@ -14,6 +14,7 @@ from typing import Any, ClassVar, TypeVar
 
 import yaml
 
+from lightning_prune._utils.validation import check_path
 from lightning_prune.errors import ArgumentError, FileFormatError, FileWriteError, PruneError
 
 D = TypeVar("D", bound="SavedDocument")
@@ -91,6 +92,7 @@ def write_document(path: str | PathLike[str], document: Mapping[str, Any]) -> Pa
         ArgumentError: If an entry has a type that cannot be written; names the entry. An existing file is kept.
         FileWriteError: If the file cannot be written.
     """
+    check_path("path", path)
     target = Path(path)
     dump = _json if target.suffix == ".json" else _yaml
     try:
@@ -132,8 +134,10 @@ def read_document(
         version: The version that can be read, or several.
 
     Raises:
+        ArgumentError: If `path` is not a path.
         FileFormatError: If the file is missing, unreadable or truncated, or has another format or version.
     """
+    check_path("path", path)
     source = Path(path)
     kinds = (kind,) if isinstance(kind, str) else kind
     named = " or ".join(kinds)
@@ -226,6 +230,7 @@ def ensure_output_dir(output: str | Path) -> Path:
     Raises:
         ArgumentError: If it cannot be created or written to.
     """
+    check_path("output", output)
     folder = Path(output)
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -2,7 +2,8 @@
 
 import operator
 from collections.abc import Collection
-from typing import Any, TypeGuard
+from os import PathLike
+from typing import Any, TypeGuard, cast
 
 from lightning_prune.errors import ArgumentError
 
@@ -64,6 +65,12 @@ def check_positive(name: str, value: object, unit: str = "a number") -> None:
     check(name, value, f"{unit} > 0", _is_number(value) and value > 0)
 
 
+def check_not_negative(name: str, value: object) -> None:
+    """Raises ArgumentError unless `value` is an int, a float or a tensor of one >= 0; NaN is not."""
+    is_scalar = _is_number(value) or getattr(value, "ndim", None) == 0
+    check(name, value, "a number >= 0", is_scalar and bool(cast(Any, value) >= 0))
+
+
 def check_between(name: str, value: object, low: float, high: float, unit: str = "a number") -> None:
     """Raises ArgumentError unless `value` is an int or float in [`low`, `high`]; NaN is not."""
     check(name, value, f"{unit} in [{low}, {high}]", _is_number(value) and low <= value <= high)
@@ -72,6 +79,24 @@ def check_between(name: str, value: object, low: float, high: float, unit: str =
 def check_bool(name: str, value: object) -> None:
     """Raises ArgumentError unless `value` is a bool."""
     check(name, value, "True or False", isinstance(value, bool))
+
+
+def check_path(name: str, value: object) -> None:
+    """Raises ArgumentError unless `value` is a str or a PathLike."""
+    check(name, value, "a path", isinstance(value, str | PathLike))
+
+
+def check_callable(name: str, value: object) -> None:
+    """Raises ArgumentError unless `value` can be called."""
+    check(name, value, "a function", callable(value))
+
+
+def check_images(name: str, value: object) -> None:
+    """Raises ArgumentError unless `value` is a tensor of images (B, C, H, W), with at least one image."""
+    shape = getattr(value, "shape", None)
+    if not isinstance(shape, tuple) or len(shape) != 4 or not shape[0]:
+        found = type(value).__name__ if shape is None else tuple(shape)
+        raise ArgumentError(f"`{name}` must be images (B, C, H, W), got {found}.")
 
 
 def check_choice(name: str, value: object, choices: Collection[Any]) -> None:

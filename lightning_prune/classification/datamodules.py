@@ -1,6 +1,6 @@
 """LightningDataModules for image folders, archives, timm's datasets and the embedded digits."""
 
-from collections.abc import Sized
+from collections.abc import Mapping, Sized
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from timm.data.dataset_factory import create_dataset
 from timm.data.transforms_factory import create_transform
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_prune._utils.validation import check, check_int
+from lightning_prune._utils.validation import check, check_bool, check_int, check_path
 from lightning_prune.classification.digits import CANVAS, CLASSES, ClutteredDigits, EpochSampler
 from lightning_prune.classification.preprocessing import complete_config, describe_config
 from lightning_prune.errors import DataError
@@ -161,6 +161,13 @@ class ImageFolderData(_EvaluationData):
         download: bool = False,
     ) -> None:
         super().__init__(batch_size, num_workers)
+        check_path("root", root)
+        check("split", split, "a name", isinstance(split, str))
+        check("dataset", dataset, "a name", isinstance(dataset, str))
+        if class_map is not None:
+            check_path("class_map", class_map)
+        check("data_config", data_config, "a mapping or None", data_config is None or isinstance(data_config, Mapping))
+        check_bool("download", download)
         check("download", download, "False without the name of a `dataset`", bool(dataset) or not download)
         self.root = root
         self.split = split

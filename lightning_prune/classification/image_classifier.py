@@ -6,7 +6,7 @@ from typing import Any
 import lightning as L
 from torch import Tensor, nn
 
-from lightning_prune._utils.validation import check_int
+from lightning_prune._utils.validation import check, check_bool, check_int, check_path
 from lightning_prune.classification.checkpoints import load_weights
 from lightning_prune.classification.evaluation import Evaluation, check_batch, split_batch
 from lightning_prune.classification.hugging_face import is_hugging_face
@@ -80,6 +80,11 @@ class ImageClassifier(L.LightningModule):
         if num_classes is not None:
             check_int("num_classes", num_classes, 1)
         check_int("warmup", warmup, 0, "a number of batches")
+        check_bool("pretrained", pretrained)
+        check("model", model, "a name or a module", isinstance(model, str | dict | nn.Module))
+        check("model_kwargs", model_kwargs, "a dict or None", model_kwargs is None or isinstance(model_kwargs, dict))
+        if weights is not None:
+            check_path("weights", weights)
         parsed = parse_runtime(runtime)
         if not isinstance(parsed, TorchEager | TorchCompile):
             raise ArgumentError(f"`runtime` must be 'torch' or 'torch.compile', got {runtime!r}.")

@@ -1,18 +1,21 @@
 """Comparing dense with pruned: methods, objectives, target speed-ups and given schedules on the same images."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from rich.console import Console
+from torch import nn
 
 from lightning_prune._utils.files import ensure_output_dir
-from lightning_prune._utils.validation import check
+from lightning_prune._utils.trees import tree_leaves
+from lightning_prune._utils.validation import check, check_bool, check_callable
 from lightning_prune.callbacks import config_of
 from lightning_prune.callbacks.hooks import command_run
 from lightning_prune.comparison.best_variant import choose_best
@@ -103,6 +106,16 @@ def compare(
         >>> trainer = L.Trainer(callbacks=[lp.TokenPruning()], logger=False)
         >>> # results = lp.compare(trainer, module, data, methods=["tome", "auto"], speedups=[1.25, 1.5], output="out")
     """
+    is_trainer = any(kind.__name__ == "Trainer" for kind in type(trainer).__mro__)  # also of pytorch_lightning
+    check("trainer", trainer, "a lightning.Trainer", is_trainer)
+    check("module", module, "a LightningModule", isinstance(module, nn.Module) and hasattr(module, "validation_step"))
+    _check_data(data, module)
+    for name, function in (("on_message", on_message), ("on_results", on_results)):
+        check(name, function, "a function or None", function is None or callable(function))
+    check_bool("resume", resume)
+    check_callable("clock", clock)
+    check("settings", settings, "a mapping or None", settings is None or isinstance(settings, Mapping))
+    check("command", command, "a text", isinstance(command, str))
     config = config_of(trainer)
     used = read_runtimes(runtimes, config.runtime)
     valid = objective is None or isinstance(objective, Objective)
@@ -152,6 +165,19 @@ def compare(
     if on_results is not None:
         on_results(found)
     return found if folder is None else _written(found, folder, is_shown=on_results is not None)
+
+
+def _check_data(data: Any, module: nn.Module) -> None:
+    """Raises unless there is something to validate on: Lightning would say so in its own words, or much later."""
+    if isinstance(data, L.LightningDataModule):
+        return
+    if data is None:
+        valid = is_overridden("val_dataloader", module)
+        check("data", data, "given for a module without `val_dataloader`", valid)
+        return
+    loaders = tree_leaves(getattr(data, "iterables", data))
+    valid = bool(loaders) and all(isinstance(each, Iterable) and not isinstance(each, str) for each in loaders)
+    check("data", data, "a LightningDataModule, or validation loaders", valid)
 
 
 def _written(found: Comparison, folder: Path, is_shown: bool) -> Comparison:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_prune._utils.validation import check, check_choice
+from lightning_prune._utils.validation import check_choice, check_not_negative
 
 QUANTITIES = ("joules_per_image", "watts")
 
@@ -68,7 +68,7 @@ class Energy(Metric):
             ArgumentError: If one of them is negative.
         """
         for name, number in (("joules", joules), ("images", images), ("seconds", seconds)):
-            check(name, number, "a number >= 0", number >= 0)
+            check_not_negative(name, number)
         self.joules += joules
         self.images += images
         self.seconds += seconds

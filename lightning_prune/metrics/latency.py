@@ -13,7 +13,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from lightning_prune._utils.device import synchronize
-from lightning_prune._utils.validation import check, check_between
+from lightning_prune._utils.validation import check_between, check_not_negative
 
 
 class Step(NamedTuple):
@@ -160,7 +160,7 @@ class Latency(Metric):
         Raises:
             ArgumentError: If it is negative.
         """
-        check("seconds", seconds, "a number >= 0", not seconds < 0)
+        check_not_negative("seconds", seconds)
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         rank = torch.distributed.get_rank() if distributed else 0
         self.milliseconds.append(torch.tensor([1e3 * seconds], device=self.device))

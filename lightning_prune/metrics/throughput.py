@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_prune._utils.validation import check
+from lightning_prune._utils.validation import check_not_negative
 
 
 def images_per_second(images: Tensor, seconds: Tensor) -> Tensor:
@@ -56,8 +56,8 @@ class Throughput(Metric):
         Raises:
             ArgumentError: If one of them is negative.
         """
-        check("images", images, "a number >= 0", not images < 0)
-        check("seconds", seconds, "a number >= 0", not seconds < 0)
+        check_not_negative("images", images)
+        check_not_negative("seconds", seconds)
         self.images += images
         self.seconds += seconds
 

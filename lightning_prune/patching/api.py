@@ -5,6 +5,7 @@ from typing import TypeGuard
 
 from torch import nn
 
+from lightning_prune._utils.validation import as_int, check
 from lightning_prune.errors import ArgumentError
 from lightning_prune.patching.models import VisionTransformer, find_vision_transformer
 from lightning_prune.patching.patch_handle import PatchHandle
@@ -84,6 +85,9 @@ def make_handle(
     Raises:
         ArgumentError, FileFormatError, ScheduleError, UnsupportedModelError: As `patch`.
     """
+    index = as_int(block)
+    is_place = (index is not None and index >= 0) or (isinstance(block, float) and 0 <= block < 1)
+    check("block", block, "an index >= 0 or a fraction of the depth in [0, 1)", is_place)
     if schedule is None and _is_schedule(method):
         schedule = read_schedule(method, "method")
         if isinstance(schedule, int | float):

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune._utils.isolation import isolated
+from lightning_prune._utils.validation import check_images
 from lightning_prune.errors import ArgumentError
 from lightning_prune.patching.api import make_handle
 from lightning_prune.patching.models import find_vision_transformer
@@ -54,7 +55,7 @@ def trace_tokens(
         The trace.
 
     Raises:
-        ArgumentError: If the schedule removes nothing.
+        ArgumentError: If the schedule removes nothing, or `images` are none.
         UnsupportedModelError, ScheduleError: See `lightning_prune.patch`.
 
     Example:
@@ -68,6 +69,7 @@ def trace_tokens(
         ([141, 141], (14, 14))
     """
     transformer = find_vision_transformer(model, module_path)
+    check_images("images", images)
     outputs: list[tuple[Tensor, Tensor]] = []
     with torch.no_grad(), isolated(transformer.root), make_handle(transformer, method, schedule) as handle:
         for block in transformer.blocks:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune._utils.time_limit import TimeLimit
+from lightning_prune._utils.validation import check, check_bool, check_callable, check_int
 from lightning_prune.errors import ArgumentError
 from lightning_prune.patching import VisionTransformer, find_vision_transformer
 from lightning_prune.planning.candidate_search import CandidateSearch, run_searches
@@ -154,6 +155,10 @@ def plan_many(  # noqa: D417  all other arguments are those of `plan`
     Raises:
         ArgumentError, UnsupportedModelError, DataError: As `plan`.
     """
+    check_int("seed", seed, 0)
+    check_bool("verbose", verbose)
+    check_callable("clock", clock)
+    check("labels", labels, "a tensor or None", labels is None or isinstance(labels, Tensor))
     limit = TimeLimit(time_limit, clock)
     transformer = find_vision_transformer(model, module_path)
     _check_arguments(transformer, example_inputs, calibration, objectives, proxy, time_limit, protocol)

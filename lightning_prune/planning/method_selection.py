@@ -3,12 +3,14 @@
 from collections.abc import Sequence
 from typing import Any
 
+from lightning_prune._utils.validation import check
 from lightning_prune.errors import ArgumentError, UnsupportedModelError
 from lightning_prune.patching import VisionTransformer
 from lightning_prune.patching.compatibility import check_reduction
 from lightning_prune.patching.schedule_forms import refuse_adaptive
 from lightning_prune.profiling import resolve_block
 from lightning_prune.reduction import Reduction, resolve
+from lightning_prune.schedule import MethodSpec
 
 AUTO_METHODS = ("tome", "pomt-nearest", "topk", "random")
 """What `methods="auto"` searches: the two that lose the least accuracy and the two that cost the least latency."""
@@ -39,6 +41,8 @@ def usable_methods(
     found: dict[Reduction, tuple[int, ...]] = {}
     reasons: list[str] = []
     for method in listed:
+        is_method = isinstance(method, str | MethodSpec | Reduction)
+        check("methods", method, '"auto", a name or a Reduction, or a list of these', is_method)
         reduction = resolve(method)
         refuse_adaptive(reduction)
         try:
@@ -72,7 +76,7 @@ def allowed_blocks(blocks: Blocks, transformer: VisionTransformer) -> tuple[int,
     if isinstance(blocks, str) and blocks == "all":
         return tuple(range(first, depth))
     listed: Sequence[Any] = blocks if isinstance(blocks, list | tuple | range) else [blocks]
-    if not listed or any(isinstance(block, str) for block in listed):
+    if not listed or any(isinstance(block, bool) or not isinstance(block, int | float) for block in listed):
         raise ArgumentError(f'`blocks` must be "all", a block, or a list of at least one, got {blocks!r}.')
     return tuple(sorted({resolve_block(block, depth, first) for block in listed}))
 

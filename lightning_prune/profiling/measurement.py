@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from datetime import datetime
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from lightning_prune._utils.isolation import isolated, user_hooks
 from lightning_prune._utils.progress import progress_bar
+from lightning_prune._utils.validation import as_int, check, check_bool, check_callable, check_images, check_int
 from lightning_prune.errors import ArgumentError
 from lightning_prune.patching import PatchHandle, VisionTransformer, find_vision_transformer
 from lightning_prune.patching.class_swap import is_patched_module
@@ -94,6 +95,8 @@ def profile_latency(
     """
     transformer = find_vision_transformer(model, module_path)
     check_measurable(transformer, example_inputs, time_limit, protocol)
+    check_bool("verbose", verbose)
+    check_callable("clock", clock)
     requested = resolve(method)
     refuse_adaptive(requested)
     if requested == TOKEN_CURVE and transformer.first_prunable_block:  # no token may go before block 0
@@ -178,6 +181,13 @@ def compare_latency(
     """
     transformer = find_vision_transformer(model, module_path)
     check_measurable(transformer, example_inputs, time_limit)
+    check_int("rounds", rounds, 1)
+    check_bool("verbose", verbose)
+    check_callable("clock", clock)
+    check("variants", variants, "a mapping of names to variants", isinstance(variants, Mapping))
+    for name, variant in variants.items():
+        is_pair = isinstance(variant, tuple) and 1 <= len(variant) <= len(Variant._fields)
+        check(f"variants[{name!r}]", variant, "(method, schedule), a Variant or None", variant is None or is_pair)
     chosen = {name: DENSE if variant is None else Variant(*variant) for name, variant in variants.items()}
     dense = next((name for name, variant in chosen.items() if variant == DENSE), None)
     if dense is None:
@@ -231,9 +241,7 @@ def check_measurable(
     transformer: VisionTransformer, example_inputs: Tensor, time_limit: float | None, protocol: str = "deployed"
 ) -> None:
     """Raises ArgumentError if a model cannot be measured as it is, or with these arguments."""
-    if not isinstance(example_inputs, Tensor) or example_inputs.ndim != 4 or not example_inputs.shape[0]:
-        found = tuple(example_inputs.shape) if isinstance(example_inputs, Tensor) else type(example_inputs).__name__
-        raise ArgumentError(f"`example_inputs` must be images (B, C, H, W), got {found}.")
+    check_images("example_inputs", example_inputs)
     number = isinstance(time_limit, int | float) and not isinstance(time_limit, bool)
     if time_limit is not None and not (number and time_limit > 0):
         raise ArgumentError(f"`time_limit` must be a number > 0, got {time_limit!r}.")
@@ -248,7 +256,9 @@ def check_dense(transformer: VisionTransformer) -> None:
         raise ArgumentError("`model` must be dense, got a patched model; remove the patch before measuring it.")
 
 
-def _check_counts(counts: Sequence[int], lowest: int, n: int) -> None:
-    wrong = [count for count in counts if not lowest <= count <= n]
+def _check_counts(counts: Any, lowest: int, n: int) -> None:
+    is_list = not isinstance(counts, str) and isinstance(counts, Sequence) and len(counts) > 0
+    check("counts", counts, "a list of at least one number of tokens", is_list)
+    wrong = [count for count in counts if (number := as_int(count)) is None or not lowest <= number <= n]
     if wrong:
-        raise ArgumentError(f"`counts` must lie between {lowest} and {n}, got {wrong[0]}.")
+        raise ArgumentError(f"`counts` must lie between {lowest} and {n}, got {wrong[0]!r}.")

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Sequence
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from lightning_prune._utils.files import atomic_write
-from lightning_prune._utils.validation import check, check_int
+from lightning_prune._utils.validation import check, check_int, check_path, is_int
 from lightning_prune.errors import ArgumentError, FileFormatError
 
 _FORMAT, _VERSION = "lightning_prune.vocabulary", 1
@@ -59,6 +60,9 @@ class Vocabulary:
         source: str = "",
     ) -> None:
         check_int("patch_size", patch_size, 1, "a number of pixels")
+        check("centroids", centroids, "a tensor", isinstance(centroids, Tensor))
+        check_int("patches", patches, 0)
+        check("seed", seed, "an integer >= 0 or None", seed is None or is_int(seed, 0))
         valid = centroids.ndim == 2 and centroids.numel() > 0 and centroids.shape[1] % patch_size**2 == 0
         expected = f"of shape (words, channels * {patch_size} * {patch_size})"
         check("centroids", tuple(centroids.shape), expected, valid)
@@ -94,6 +98,7 @@ class Vocabulary:
         """
         from safetensors.torch import save
 
+        check_path("path", path)
         target = Path(path)
         check("path", str(target), "a file that ends in .safetensors", target.suffix == ".safetensors")
         properties = {
@@ -117,6 +122,7 @@ class Vocabulary:
         Raises:
             FileFormatError: If the file is missing or truncated, or has another format or version.
         """
+        check_path("path", path)
         source = Path(path)
         metadata, centroids = _read(source)
         found = metadata.get("format")
@@ -175,6 +181,10 @@ def _read(source: Path) -> tuple[dict[str, str], Tensor]:
 def _per_channel(name: str, values: Sequence[float] | None, channels: int) -> tuple[float, ...] | None:
     if values is None:
         return None
-    numbers = tuple(float(value) for value in values)
-    check(name, numbers, f"one number for each of {channels} channels", len(numbers) == channels)
+    try:
+        numbers = tuple(float(value) for value in values)
+    except (TypeError, ValueError):
+        numbers = ()
+    valid = len(numbers) == channels and all(map(isfinite, numbers))
+    check(name, values, f"one number for each of {channels} channels", valid)
     return numbers

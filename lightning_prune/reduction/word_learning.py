@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_prune._utils.progress import progress_bar
-from lightning_prune._utils.validation import check, check_int, is_int
+from lightning_prune._utils.validation import check, check_bool, check_int, is_int
 from lightning_prune.errors import DataError
 from lightning_prune.reduction.patchify import cut
 from lightning_prune.reduction.vocabulary import Vocabulary
@@ -61,6 +61,8 @@ def learn_vocabulary(
         torch.Size([20, 192])
     """
     learner = WordLearner(patch_size, words, seed)
+    check_bool("progress", progress)
+    check("batches", batches, "batches of images (B, channels, height, width)", isinstance(batches, Iterable))
     with progress_bar(f"Learning {words} words", None, progress) as tick:
         for images in batches:
             learner.add(images)
@@ -108,10 +110,11 @@ class WordLearner:
         Raises:
             DataError: See `learn_vocabulary`.
         """
-        if images.ndim != 4 or min(images.shape[2:]) < self.patch_size:
+        shape = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
+        if not isinstance(images, Tensor) or images.ndim != 4 or min(images.shape[2:]) < self.patch_size:
             raise DataError(
-                f"`images` must be (B, channels, height, width) with sides >= {self.patch_size}, the patch size, got "
-                f"{tuple(images.shape)}."
+                f"`images` must be batches (B, channels, height, width) with sides >= {self.patch_size}, the "
+                f"patch size, got {shape}."
             )
         patches = cut(images.detach().to("cpu", torch.float32), self.patch_size).flatten(0, 1)
         if not patches.isfinite().all():

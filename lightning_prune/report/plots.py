@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lightning_prune._utils.formatting import context_line
+from lightning_prune._utils.validation import check, check_path
 from lightning_prune.errors import ArgumentError
 from lightning_prune.planning.latency_model import removes_before_blocks
 from lightning_prune.planning.results import Plan
@@ -111,6 +112,10 @@ def plot(
     """
     if eager is not None and not isinstance(result, LatencyProfile):
         raise ArgumentError(f"`eager` must come with a LatencyProfile, got {type(result).__name__}.")
+    valid = eager is None or isinstance(eager, LatencyProfile)
+    check("eager", eager, "a LatencyProfile or None", valid)
+    if path is not None:
+        check_path("path", path)
     figure = _draw(result, eager)
     if path is not None:
         save_figure(figure, path)

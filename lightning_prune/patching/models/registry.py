@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from torch import nn
 
+from lightning_prune._utils.validation import check
 from lightning_prune.errors import ArgumentError, UnsupportedModelError
 from lightning_prune.patching.class_swap import original_class
 from lightning_prune.patching.models.base import ModelAdapter, VisionTransformer
@@ -50,6 +51,7 @@ def find_vision_transformer(model: nn.Module, module_path: str | None = None) ->
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(f"`model` must be a torch.nn.Module, got {type(model).__name__}.")
     if module_path is not None:
+        check("module_path", module_path, "a dotted path or None", isinstance(module_path, str))
         modules = dict(model.named_modules())
         if module_path not in modules:
             raise ArgumentError(
