@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Subset
 
 from lightning_prune._utils.random_state import preserve_generators_of
+from lightning_prune._utils.time_limit import TimeLimit
 from lightning_prune._utils.trees import tree_flatten
 from lightning_prune.callbacks.config import PruningConfig
 from lightning_prune.errors import ArgumentError, DataError
@@ -20,6 +21,7 @@ Extract = Callable[[Any], Tensor]
 
 _IMAGE_KEYS = ("image", "images", "pixel_values", "inputs")
 _LABEL_KEYS = ("label", "labels", "target", "targets")
+_SAMPLING_SHARE = 0.25  # of the time limit
 _IMAGES_FROM_LOADER = 512  # images taken from a loader that was passed as `calibration`
 
 # Class names, because pytorch_lightning has copies of Lightning's classes.
@@ -155,7 +157,7 @@ def _visits_all(sampler: Any, dataset: Any) -> bool:
 
 
 def sampling_loader(loaders: Any, count: int, seed: int) -> DataLoader[Any] | None:
-    """A loader of a random sample of the first dataset, with the dataset's collation and no workers.
+    """A loader of a random sample of the first dataset, in random order, with its collation and no workers.
 
     Args:
         loaders: The loop's loaders, in any nesting.
@@ -174,7 +176,7 @@ def sampling_loader(loaders: Any, count: int, seed: int) -> DataLoader[Any] | No
     if type(batches) is not BatchSampler or not _visits_all(batches.sampler, loader.dataset):
         return None
     dataset: Any = loader.dataset
-    chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:count].sort().values
+    chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:count]
     subset: Subset[Any] = Subset(dataset, chosen.tolist())
     return DataLoader(subset, batch_size=batches.batch_size, collate_fn=loader.collate_fn, num_workers=0)
 
@@ -202,8 +204,10 @@ def _transferred(trainer: L.Trainer, pl_module: L.LightningModule, batches: Iter
         yield trainer.strategy.batch_to_device(batch, device=pl_module.device, dataloader_idx=0)
 
 
-def _join(batches: Iterable[Any], count: int | None, extract: Extract | None) -> tuple[Tensor, Tensor | None]:
-    """Up to `count` images and, if every batch has them, their labels."""
+def _join(
+    batches: Iterable[Any], count: int | None, extract: Extract | None, is_late: Callable[[], bool] = lambda: False
+) -> tuple[Tensor, Tensor | None]:
+    """Up to `count` images and, if every batch has them, their labels; no further batch is read when it is late."""
     images: list[Tensor] = []
     labels: list[Tensor] = []
     for batch in batches:
@@ -211,7 +215,7 @@ def _join(batches: Iterable[Any], count: int | None, extract: Extract | None) ->
         batch_labels = labels_from_batch(batch)
         if batch_labels is not None:
             labels.append(batch_labels.cpu())
-        if count is not None and sum(map(len, images)) >= count:
+        if (count is not None and sum(map(len, images)) >= count) or is_late():
             break
     if not images:
         raise DataError("`calibration` must yield images, got none.")
@@ -231,6 +235,7 @@ def calibration_images(
     config: PruningConfig,
     calibration: int | Tensor | Iterable[Any],
     minimum: int = 0,
+    limit: TimeLimit | None = None,
 ) -> Calibration:
     """Samples the first dataset of a loop by a loader of its own, so that the running loader loses no batch.
 
@@ -242,6 +247,7 @@ def calibration_images(
         config: Its `images_from_batch` and `seed` are used.
         calibration: How many images to sample, or the images themselves, or a loader of batches.
         minimum: How many images there are at least, if the dataset has as many.
+        limit: Sampling ends early when a quarter of the time that is left has passed; None for no limit.
 
     Raises:
         ArgumentError: If there are no images in a batch.
@@ -256,6 +262,7 @@ def calibration_images(
         count = max(_IMAGES_FROM_LOADER, minimum)
         return Calibration(*_join(batches, count, extract), "the loader given as `calibration`", targets)
     count = max(calibration, minimum)
+    deadline = float("inf") if limit is None or minimum else limit.deadline(_SAMPLING_SHARE)
     loader = sampling_loader(loaders, count, config.seed)
     problem = "the dataset cannot be sampled"
     if loader is not None:
@@ -264,8 +271,11 @@ def calibration_images(
                 sampled = _transferred(trainer, pl_module, loader)
                 begin = next(sampled, None)
                 if begin is not None and _same_structure(begin, first_batch):
-                    images, labels = _join(chain([begin], sampled), count, extract)
+                    is_late = (lambda: False) if limit is None else (lambda: limit.clock() >= deadline)
+                    images, labels = _join(chain([begin], sampled), count, extract, is_late)
                     source = f"{len(images)} images sampled from the dataset, seed {config.seed}"
+                    if is_late() and len(images) < count:
+                        source += f"; there was no time to load {count}"
                     return Calibration(images, labels, source, targets)
         except Exception as error:  # of the user's dataset, which the run itself may never read there
             problem = f"sampling the dataset failed ({type(error).__name__}: {error})"

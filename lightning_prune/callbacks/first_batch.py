@@ -7,12 +7,15 @@ from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 import lightning as L
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from lightning_prune._utils.random_state import preserve_random_state
-from lightning_prune.callbacks.batches import Calibration, calibration_images, images_from_batch
+from lightning_prune._utils.time_limit import TimeLimit
+from lightning_prune._utils.trees import tree_leaves
+from lightning_prune.callbacks.batches import Calibration, batch_shape, calibration_images, images_from_batch
 from lightning_prune.callbacks.config import PruningConfig
 from lightning_prune.callbacks.first_call import FirstCall, as_passed
-from lightning_prune.callbacks.hooks import command_run
+from lightning_prune.callbacks.hooks import command_run, limit_val_batches
 from lightning_prune.errors import ArgumentError, DataError, PruneError, UnsupportedModelError
 from lightning_prune.patching import VisionTransformer, find_vision_transformer
 from lightning_prune.planning.paper_protocol import PAPER_IMAGES
@@ -87,31 +90,54 @@ class FirstBatch:
         """What a latency measured on this batch depends on; see `lightning_prune.profiling.measurement_context`."""
         return measurement_context(self.transformer.compiled_root, self.images)
 
-    def calibration(self) -> Calibration:
-        """The calibration images that the config asks for, from the running loop.
+    def calibration(self, limit: TimeLimit | None = None) -> Calibration:
+        """The calibration images that the config asks for, from the running loop; no more than the loop itself reads.
+
+        Args:
+            limit: See `calibration_images`.
 
         Raises:
             ArgumentError: If a batch holds no images.
             DataError: If there are no batches, or images of several sizes.
         """
-        return self.sample(self.config.calibration, PAPER_IMAGES if self.config.protocol == "paper" else 0)
+        wanted = self.config.calibration
+        if self.config.protocol == "paper":
+            return self.sample(wanted, PAPER_IMAGES)
+        return self.sample(int(min(wanted, self._images_of_loop())) if isinstance(wanted, int) else wanted, limit=limit)
 
-    def sample(self, calibration: Any, minimum: int = 0) -> Calibration:
+    def _images_of_loop(self) -> float:
+        """How many images the loop reads on all ranks, if the user limits its batches; else infinity."""
+        trainer, shape = self.trainer, batch_shape(self.batch, self.config.images_from_batch)
+        limit = limit_val_batches(trainer)
+        if not trainer.validating:
+            limit = trainer.limit_test_batches if trainer.testing else trainer.limit_predict_batches
+        if isinstance(limit, float):
+            loader = next(iter(tree_leaves(getattr(self._loaders, "iterables", self._loaders))), None)
+            limit = int(limit * len(loader)) if limit < 1 and isinstance(loader, DataLoader) else None
+        return float("inf") if shape is None or limit is None else max(limit, 1) * shape.images * trainer.world_size
+
+    @property
+    def _loaders(self) -> Any:
+        trainer = self.trainer
+        loaders = trainer.val_dataloaders if trainer.validating else None
+        if loaders is None:
+            loaders = trainer.test_dataloaders if trainer.testing else trainer.predict_dataloaders
+        return loaders
+
+    def sample(self, calibration: Any, minimum: int = 0, limit: TimeLimit | None = None) -> Calibration:
         """Images of the dataset of the running loop.
 
         Args:
             calibration: How many, or the images, or a loader of batches.
             minimum: How many there are at least, if the dataset has as many.
+            limit: See `calibration_images`.
 
         Raises:
             ArgumentError: If a batch holds no images.
             DataError: If there are no batches, or images of several sizes.
         """
-        trainer = self.trainer
-        loaders = trainer.val_dataloaders if trainer.validating else None
-        if loaders is None:
-            loaders = trainer.test_dataloaders if trainer.testing else trainer.predict_dataloaders
-        sampled = calibration_images(trainer, self.module, loaders, self.batch, self.config, calibration, minimum)
+        common = self.trainer, self.module, self._loaders, self.batch, self.config
+        sampled = calibration_images(*common, calibration, minimum, limit)
         if self.call is None:
             return sampled
         return as_passed(sampled, images_from_batch(self.batch, self.config.images_from_batch), self.call.images)

@@ -105,10 +105,11 @@ class CommandRun(EvaluationCallback):
 
     Args:
         config: Its `runtime` is what runs the transformer.
+        limit: The `limit_val_batches` of the user.
     """
 
-    def __init__(self, config: PruningConfig) -> None:
-        self.config = config
+    def __init__(self, config: PruningConfig, limit: int | float | None) -> None:
+        self.config, self.limit = config, limit
         self._compiled = CompiledRun()
 
     def _before_batch(
@@ -128,6 +129,12 @@ def is_command_run(trainer: L.Trainer) -> bool:
     return any(isinstance(callback, CommandRun) for callback in trainer_callbacks(trainer))
 
 
+def limit_val_batches(trainer: L.Trainer) -> int | float | None:
+    """The `limit_val_batches` of the user, also during a command's run of one batch."""
+    commands = [callback for callback in trainer_callbacks(trainer) if isinstance(callback, CommandRun)]
+    return commands[-1].limit if commands else trainer.limit_val_batches
+
+
 @contextmanager
 def command_run(
     trainer: L.Trainer, config: PruningConfig, *callbacks: L.Callback, one_batch: bool = False
@@ -143,8 +150,8 @@ def command_run(
         callbacks: What takes part in these runs.
         one_batch: Whether a validation has one batch; it has none where the user limited it to none.
     """
-    added = [CommandRun(config), *callbacks]
     limit = trainer.limit_val_batches
+    added = [CommandRun(config, limit_val_batches(trainer)), *callbacks]
     trainer_callbacks(trainer)[:0] = added
     if one_batch:
         trainer.limit_val_batches = 1 if limit is None or limit > 0 else 0

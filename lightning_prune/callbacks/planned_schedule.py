@@ -127,5 +127,7 @@ def planned(first: FirstBatch, profile: CachedProfile | None = None) -> Decision
         DataError: If there are no calibration images, or they have several sizes.
     """
     config, limit = first.config, TimeLimit(first.config.time_limit)
-    (decision,) = planned_for(config, first.module, first.images, first.calibration(), [config.goal], profile, limit)
+    (decision,) = planned_for(
+        config, first.module, first.images, first.calibration(limit), [config.goal], profile, limit
+    )
     return decision

@@ -79,7 +79,8 @@ class TokenPruning(EvaluationCallback):
         block: The reducing block of a given method: an index, or a fraction of the depth (0.25 is the POMT paper's);
             `"auto"` searches which blocks reduce, and by how much.
         calibration: How many images to sample from the dataset (at least 1024 for `protocol="paper"`), or the images
-            (images, C, H, W), or a loader. Where the dataset cannot be sampled (an IterableDataset, a loader of
+            (images, C, H, W), or a loader. No more are sampled than a run with limited batches reads, and none after
+            a quarter of the time limit. Where the dataset cannot be sampled (an IterableDataset, a loader of
             another kind, a sampler that may skip items) the first batch is used unless images or a loader are given.
         images_from_batch: A function from a batch to its images, where a batch is not a tensor, a sequence that
             begins with one, or a mapping with `image`, `images`, `pixel_values` or `inputs`. With several processes, or

@@ -23,9 +23,10 @@ from torch.utils.data import (
 import lightning_prune as lp
 from helpers.data import labelled, loader, noise_images
 from helpers.models import TOKENS
+from lightning_prune._utils.time_limit import TimeLimit
 from lightning_prune.callbacks import batches as images_module
 from lightning_prune.callbacks.batches import Calibration, images_from_batch, labels_from_batch
-from lightning_prune.callbacks.first_batch import FirstBatch
+from lightning_prune.callbacks.first_batch import FirstBatch, on_first_batch
 
 from .tiny import Spying, Stream, Tiny, pruner, trainer, validated
 
@@ -256,7 +257,8 @@ def test_a_sampler_that_skips_items_in_predict_gives_the_first_batch_for_calibra
 @pytest.mark.usefixtures("clockwork")
 def test_sample_of_a_subset_stays_within_it(sampled: list[Calibration]) -> None:
     validated(pruner(calibration=24), data=DataLoader(Subset(labelled(), range(12, 24)), batch_size=4))
-    assert torch.equal(sampled[0].images, noise_images(24, seed=1)[12:])
+    found, expected = sampled[0].images, noise_images(24, seed=1)[12:]
+    assert torch.equal(found[found[:, 0, 0, 0].argsort()], expected[expected[:, 0, 0, 0].argsort()])
 
 
 class Hooked(Tiny):
@@ -398,3 +400,56 @@ def test_calibration_batches_without_images_or_of_several_sizes_are_refused(cali
 def test_calibration_images_of_three_dimensions_are_refused() -> None:
     with pytest.raises(lp.ArgumentError, match=r"tensor of shape \(3, 32, 32\)"):
         validated(pruner(calibration=noise_images(1, seed=1)[0]))
+
+
+@pytest.mark.parametrize(("limit", "count"), [(2, 8), (1, 4), (0.5, 12), (1.0, 16), (100, 16)])
+@pytest.mark.usefixtures("clockwork")
+def test_no_more_images_are_sampled_than_the_run_reads(
+    limit: int | float, count: int, sampled: list[Calibration]
+) -> None:
+    """Images of the whole dataset, though: the first batches may be of one class."""
+    callback = pruner(calibration=16)
+    validated(callback, data=loader(24, batch_size=4), limit_val_batches=limit)
+    assert len(sampled[0].images) == count
+    assert callback.decision.calibration == f"{count} images sampled from the dataset, seed 0"
+    first = labelled(24).tensors[0][: 4 * int(limit)]
+    inside = [any(torch.equal(image, other) for other in first) for image in sampled[0].images]
+    assert not all(inside) or limit == 100
+
+
+@pytest.mark.parametrize(("limit", "count"), [(2, 8), (1.0, 16)])
+def test_a_command_samples_what_its_validations_read_and_not_its_one_batch(
+    limit: int | float, count: int, sampled: list[Calibration]
+) -> None:
+    running = trainer(pruner(calibration=16), limit_val_batches=limit)
+    config = pruner(calibration=16).config
+    seen = on_first_batch(
+        running, Tiny(), config, lambda first: len(first.calibration().images), dataloaders=loader(24, batch_size=4)
+    )
+    assert seen == len(sampled[0].images) == count
+    assert running.limit_val_batches == limit
+
+
+def test_sampling_ends_when_its_share_of_the_time_has_passed(sampled: list[Calibration]) -> None:
+    class Slow(Dataset[Any]):
+        """A second for each image."""
+
+        now = 0.0
+
+        def __len__(self) -> int:
+            return 24
+
+        def __getitem__(self, index: int) -> tuple[Tensor, int]:
+            Slow.now += 1.0
+            return noise_images(1, seed=index)[0], index % 5
+
+    running = trainer(pruner())
+    limit = TimeLimit(40.0, lambda: Slow.now)  # a quarter of which are ten seconds
+    config = pruner(calibration=24).config
+    data = DataLoader(Slow(), batch_size=4)
+    on_first_batch(
+        running, Tiny(), config, lambda first: (first.calibration(limit), first.calibration()), dataloaders=data
+    )
+    assert [len(taken.images) for taken in sampled] == [12, 24]
+    assert "there was no time to load 24" in sampled[0].source
+    assert "time" not in sampled[1].source

@@ -70,7 +70,7 @@ class DoublingData(Data):
 def test_all_loops_of_pytorch_lightning_are_pruned(stage: str, data: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     sampled: list[Any] = []
     real = FirstBatch.sample
-    monkeypatch.setattr(FirstBatch, "sample", lambda *a: sampled.append(real(*a)) or sampled[-1])
+    monkeypatch.setattr(FirstBatch, "sample", lambda *a, **k: sampled.append(real(*a, **k)) or sampled[-1])
     module, callback = Theirs(), brief()
     options = {"max_epochs": 1, "num_sanity_val_steps": 0} if stage == "fit" else {}
     running = pl.Trainer(callbacks=[callback], **OPTIONS, **options)
