@@ -1,6 +1,7 @@
 """Digests of tensors and weights: what tells two of them apart, to the bit."""
 
 import hashlib
+import os
 
 import torch
 from torch import Tensor, nn
@@ -21,14 +22,27 @@ def weights_digest(model: nn.Module) -> str:
 
 
 def tensor_bytes(value: Tensor) -> bytes:
-    """Shape, dtype and every bit of a tensor; of one that has no bytes of its own, those of what it stands for."""
+    """Shape, dtype and every bit of a tensor; of one that has no bytes of its own, those of what it stands for.
+
+    Random bytes where the values are not there or cannot be read, as of weights on the meta device, which libraries
+    leave in the place of weights that they keep elsewhere: no two are known to be the same.
+    """
+    try:
+        return _readable_bytes(value)
+    except (RuntimeError, TypeError, NotImplementedError):
+        return os.urandom(32)
+
+
+def _readable_bytes(value: Tensor) -> bytes:
     head = f"{tuple(value.shape)} {value.dtype} {value.layout}".encode()
     if hasattr(value, "__tensor_flatten__"):  # made of other tensors, as quantized weights are
         names, context = value.__tensor_flatten__()
         parts = [tensor_bytes(getattr(value, name)) for name in names]
         return b"".join([head, repr((type(value).__name__, names, context)).encode(), *parts])
     with torch.no_grad():
-        if value.layout is not torch.strided:
+        if value.is_quantized:
+            value = value.dequantize()
+        elif value.layout is not torch.strided:
             value = value.to_dense()
         try:
             flat = value.cpu().contiguous().reshape(-1)

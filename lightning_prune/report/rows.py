@@ -141,7 +141,7 @@ class Score(NamedTuple):
         """The figure as people read it.
 
         Example:
-            >>> TOP1.text(0.931), metric_score("val/loss").text(0.12345)
+            >>> TOP1.text(0.931), metric_score("val/loss").text(0.1234)
             ('93.10%', '0.1234')
         """
         if self.is_share or figure is None:
