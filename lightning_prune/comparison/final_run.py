@@ -65,6 +65,8 @@ class Target:
             method: The method, as the user calls it.
         """
         reason = f"timed up to {self.source.fastest().schedule}, the most that the method can remove"
+        if not self.source.largest:
+            reason = "no schedule was found that takes less time than dense"
         return UnreachedTarget(method, float(self.budget.speedup or 1), self.best_speedup, reason)
 
 
@@ -165,7 +167,7 @@ def verify_targets(
         targets: Changed in place; their sources must be restarted.
         others: Variants without a target.
         rounds: Rounds of each variant, if time allows.
-        time_limit: Seconds; three rounds of each variant are completed all the same.
+        time_limit: Seconds; three rounds of each variant, also of those that are chosen, are completed all the same.
         on_step: Called after every run.
     """
     deadline = timer.clock() + time_limit
@@ -178,14 +180,18 @@ def verify_targets(
         return timer.result(timer.reference), {c.key: timer.result(c.variant) for c in candidates}
 
     run_searches([target.search for target in targets], time_candidates, deadline, clock=timer.clock)
-    if untimed:
-        timing.time_variants(untimed)
+    wanted = list(others)
     for target in targets:
-        choice = target.search.result()
+        choice, source = target.search.result(), target.source
         target.candidate, target.reached = choice.candidate, choice.met
-        fails = target.source.reaches(target.source.largest, target.budget, 1.0) is False
+        fails = not source.largest or source.reaches(source.largest, target.budget, 1.0) is False
         target.exhausted = not choice.met and fails
-        target.best_speedup = max(1 / timed.timing.ratio for timed in target.search.timed)
+        target.best_speedup = max((1 / timed.timing.ratio for timed in target.search.timed), default=1.0)
+        wanted.append(choice.candidate.variant)
+    # Whatever the searches had time for: without a complete round a variant has no latency.
+    missing = [variant for variant in dict.fromkeys(wanted) if not timer.has(variant)]
+    if missing:
+        timing.time_variants(missing)
 
 
 def with_energy(

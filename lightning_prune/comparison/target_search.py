@@ -106,6 +106,8 @@ def search_targets(
     searches = {budget: CandidateSearch(budget, [source], 1.0, tuning=TARGET_TUNING) for budget in budgets}
     timing = VariantTimer(timer, TUNING.search_rounds, deadline, on_step)
     run_searches(list(searches.values()), timing, deadline, clock=timer.clock)
+    if not timer.has(DENSE):  # a method with nothing to remove: no candidate was timed
+        timer.measure([], 1, on_step=on_step)
     dense_ms = timer.result(DENSE).milliseconds
     return {budget: source.amount(source.propose(budget, dense_ms, deadline).candidate) for budget in budgets}
 

@@ -98,6 +98,33 @@ def is_smallest(amount: int, share: Callable[[int], float], speedup: float) -> b
     return exact is not None and nearly is not None and nearly <= amount <= exact
 
 
+def test_every_variant_of_the_final_run_has_a_latency_after_the_deadline() -> None:
+    device, others = Device(straight), [Variant(POMT(), lp.Schedule.single(12, 3, amount)) for amount in (20, 40)]
+    device.now = 1e6
+    source = OrderedCandidates("pomt", removes, 1, MOST)
+    targets = [target(source, 1.25, 60), target(source, 2.0, 120)]
+    timer = device.timer()
+    verify_targets(timer, targets, others, 51, -10.0, lambda: None)
+    for variant in [DENSE, *others, *(t.candidate.variant for t in targets if t.candidate is not None)]:
+        assert timer.result(variant).rounds >= 3
+        assert timer.result(variant).ratio == pytest.approx(device.seconds(variant) / 0.01, rel=0.05)
+
+
+def test_a_source_without_candidates_leaves_its_targets_unreached() -> None:
+    def dense(_: int) -> Candidate:
+        return Candidate("auto", None, lp.Schedule([0] * 12), 1.0)
+
+    device, budget = Device(straight), lp.LatencyBudget(speedup=1.5)
+    source = OrderedCandidates("auto", dense, 0, 0, {budget: 0})
+    starts = search_targets(device.timer(), source, [budget], 1.0, lambda: None)
+    source.restart(starts)
+    only, timer = target(source, 1.5, starts[budget]), device.timer()
+    verify_targets(timer, [only], [], 51, 1.0, lambda: None)
+    assert (starts, only.reached, only.exhausted, only.best_speedup) == ({budget: 0}, False, True, 1.0)
+    assert timer.result(DENSE).rounds >= 3
+    assert (only.unreached("auto").best, only.unreached("auto").target_speedup) == (1.0, 1.5)
+
+
 @pytest.mark.parametrize("share", [straight, cliff, plateau])
 def test_finds_the_smallest_amount_that_reaches_each_target(share: Callable[[int], float]) -> None:
     speedups = [1.1, 1.25, 1.5, 2.0]
