@@ -48,7 +48,7 @@ def fingerprint_of(
     *,
     weights: str,
     data: Mapping[str, Any],
-    context: Mapping[str, Any],
+    conditions: Mapping[str, Any],
     requests: Sequence[VariantRequest],
     speedups: Sequence[float],
     settings: Mapping[str, Any],
@@ -58,7 +58,7 @@ def fingerprint_of(
     Args:
         weights: The result of `weights_digest`.
         data: The result of `data_identity`.
-        context: Device, batch, precision and versions.
+        conditions: Everything that the latency of the dense model depends on: the result of `model_conditions`.
         requests: What is compared.
         speedups: The targets.
         settings: All other settings.
@@ -66,7 +66,7 @@ def fingerprint_of(
     fingerprint = {
         "weights": weights,
         "data": dict(data),
-        **dict(context),
+        **dict(conditions),
         "methods": {request.name: _contents(request) for request in requests},
         "speedups": list(speedups),
         **dict(settings),

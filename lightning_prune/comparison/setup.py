@@ -2,12 +2,14 @@
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 from torch import Tensor
 
 from lightning_prune._utils.digests import tensor_digest, weights_digest
+from lightning_prune._utils.isolation import user_hooks
 from lightning_prune._utils.time_limit import TimeLimit
 from lightning_prune.callbacks.batches import Calibration
 from lightning_prune.callbacks.first_batch import FirstBatch, join_decision, open_first_batch
@@ -23,7 +25,7 @@ from lightning_prune.comparison.resume import (
 )
 from lightning_prune.errors import DataError
 from lightning_prune.patching import TokenTrace, trace_tokens
-from lightning_prune.profiling import measurement_context
+from lightning_prune.profiling.environment import UNKNOWN, model_conditions, unknown_conditions
 
 _PICTURES = 4  # images whose tokens are traced
 
@@ -39,7 +41,8 @@ class ComparisonSetup(L.Callback):
     Attributes:
         plan: The plan; None before the first batch.
         results: Results of variants that were validated before.
-        state: What is known on disk; None on ranks other than 0, and where nothing is written.
+        state: What is known on disk; None on ranks other than 0, where nothing is written, and where the results depend
+            on what cannot be compared between two runs, as a hook of the user.
         pictures: A few images of the dataset, on rank 0.
         traces: Variant -> what became of their patches, on rank 0.
     """
@@ -77,7 +80,7 @@ class ComparisonSetup(L.Callback):
         if any(request.searches or request.objective is not None for request in self.settings.requests):
             calibration = first.calibration()
         if self.settings.output is not None:
-            self.state = ResumeState(self.settings.output, self._fingerprint(first, calibration), self.settings.resume)
+            self.state = self._open_state(self.settings.output, self._fingerprint(first, calibration))
         plan = self.state.plan() if self.state is not None else None
         if plan is None:
             self._report_other_states()
@@ -91,9 +94,22 @@ class ComparisonSetup(L.Callback):
         self.traces = self._trace(first, pictures, plan)
         return plan, results
 
+    def _open_state(self, output: Path, fingerprint: dict[str, Any]) -> ResumeState | None:
+        """What is known on disk; None, with a message, where nobody can know whether it is of the same comparison."""
+        unknown = unknown_conditions(fingerprint)
+        if unknown:
+            self.on_message(
+                "Nothing is resumed and nothing is kept for a later run, since the results depend on what cannot be "
+                f"compared between two runs: {', '.join(unknown)}."
+            )
+            return None
+        return ResumeState(output, fingerprint, self.settings.resume)
+
     def _fingerprint(self, first: FirstBatch, calibration: Calibration | None) -> dict[str, Any]:
-        config = self.settings.config
+        config, module = self.settings.config, first.module
         settings: dict[str, Any] = {
+            "module": f"{type(module).__module__}.{type(module).__qualname__}",
+            "hooks": UNKNOWN if user_hooks(module) else "",  # also around the transformer: accuracy depends on them
             "block": config.block,
             "time_limit": config.time_limit,
             "module_path": config.module_path,
@@ -103,9 +119,9 @@ class ComparisonSetup(L.Callback):
         if calibration is not None:
             settings |= {"calibration": tensor_digest(calibration.images), "seed": config.seed}
         return fingerprint_of(
-            weights=weights_digest(first.module),
+            weights=weights_digest(module),
             data=data_identity(first.trainer.val_dataloaders, first.batch, self.settings.limit_val_batches),
-            context=measurement_context(first.transformer.compiled_root, first.images),
+            conditions=model_conditions(first.transformer, first.images),
             requests=self.settings.requests,
             speedups=self.settings.speedups,
             settings=settings,

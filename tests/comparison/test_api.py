@@ -189,6 +189,38 @@ def test_another_question_begins_anew_and_loses_nothing(
     assert (len(asked), model.runs) == (4, 0)  # the weights are the same again
 
 
+def test_another_attention_implementation_is_measured_again(module: Any, running: Any, tmp_path: Path) -> None:
+    model, messages = module(Counting), []
+    fused = model.model.blocks[0].attn.fused_attn
+    run(model, running, tmp_path, ["random"], [1.5])
+    for block in model.model.blocks:
+        block.attn.fused_attn = not fused
+    found = run(model, running, tmp_path, ["random"], [1.5], messages=messages)
+    assert messages[0].startswith("A new comparison: structure differ")
+    assert model.runs == 4
+    assert found.rows[0].images == 16
+
+
+@pytest.mark.parametrize("place", ["model", "model.blocks.1", ""])
+def test_where_a_condition_is_unknown_nothing_is_resumed_and_that_is_said(
+    place: str, module: Any, running: Any, tmp_path: Path
+) -> None:
+    model = module(Counting)
+    messages: list[str] = []
+    hook = model.get_submodule(place).register_forward_hook(lambda *_: None)
+    for runs in (2, 4):
+        run(model, running, tmp_path, ["random"], [1.5], messages=messages)
+        assert model.runs == runs
+        assert not (tmp_path / "state").exists()
+    assert len([line for line in messages if line.startswith("Nothing is resumed") and "hooks" in line]) == 2
+    assert not any("Resuming" in line for line in messages)
+    hook.remove()
+    run(model, running, tmp_path, ["random"], [1.5])
+    assert model.runs == 6
+    run(model, running, tmp_path, ["random"], [1.5])
+    assert model.runs == 6
+
+
 def test_targets_of_one_schedule_are_validated_once(module: Any, running: Any, tmp_path: Path) -> None:
     model = module(Counting)
     found = run(model, running, tmp_path, ["random"], [1.5, 1.5004])

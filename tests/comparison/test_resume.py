@@ -219,7 +219,7 @@ def test_tensors_that_a_method_holds_are_told_apart_everywhere() -> None:
         return fingerprint_of(
             weights="",
             data={},
-            context={},
+            conditions={},
             requests=[VariantRequest("random", method, False)],
             speedups=[],
             settings={},
@@ -235,7 +235,7 @@ def test_tensors_that_a_method_holds_are_told_apart_everywhere() -> None:
 def test_objectives_and_given_schedules_are_told_apart() -> None:
     def fingerprint(**more: Any) -> dict[str, Any]:
         requests = [VariantRequest("pomt", POMT(), False, **more)]
-        return fingerprint_of(weights="", data={}, context={}, requests=requests, speedups=[], settings={})
+        return fingerprint_of(weights="", data={}, conditions={}, requests=requests, speedups=[], settings={})
 
     objectives = [lp.AccuracyBudget(0.1), lp.AccuracyBudget(0.2), lp.Utility(0.1), lp.LatencyBudget(speedup=1.1)]
     schedules = [60, 0.5, [0, 60, 0, 0], lp.Schedule([0, 60, 0, 0]), lp.Schedule([0, 0, 60, 0]), lp.KeepRates([1, 0.5])]
@@ -258,7 +258,7 @@ def test_another_release_is_not_resumed_but_named(tmp_path: Path) -> None:
 
 
 def test_a_fingerprint_is_what_the_results_depend_on() -> None:
-    shared: dict[str, Any] = {"weights": "a", "data": {"items": [3]}, "context": {"device": "Abacus"}}
+    shared: dict[str, Any] = {"weights": "a", "data": {"items": [3]}, "conditions": {"device": "Abacus"}}
     first = fingerprint_of(**shared, requests=read_methods(["pomt"], POMT()), speedups=[1.5], settings={"block": 0.25})
     again = fingerprint_of(**shared, requests=read_methods(["pomt"], POMT()), speedups=[1.5], settings={"block": 0.25})
     assert fingerprint_digest(first) == fingerprint_digest(again)
