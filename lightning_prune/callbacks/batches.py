@@ -22,6 +22,7 @@ Extract = Callable[[Any], Tensor]
 _IMAGE_KEYS = ("image", "images", "pixel_values", "inputs")
 _LABEL_KEYS = ("label", "labels", "target", "targets")
 _SAMPLING_SHARE = 0.25  # of the time limit
+_SHORTEST_SAMPLING = 1.0  # seconds; less would be left to chance
 _IMAGES_FROM_LOADER = 512  # images taken from a loader that was passed as `calibration`
 
 # Class names, because pytorch_lightning has copies of Lightning's classes.
@@ -247,7 +248,8 @@ def calibration_images(
         config: Its `images_from_batch` and `seed` are used.
         calibration: How many images to sample, or the images themselves, or a loader of batches.
         minimum: How many images there are at least, if the dataset has as many.
-        limit: Sampling ends early when a quarter of the time that is left has passed; None for no limit.
+        limit: Sampling ends early when a quarter of the time that is left has passed, but not within a second; None
+            for no limit.
 
     Raises:
         ArgumentError: If there are no images in a batch.
@@ -262,7 +264,9 @@ def calibration_images(
         count = max(_IMAGES_FROM_LOADER, minimum)
         return Calibration(*_join(batches, count, extract), "the loader given as `calibration`", targets)
     count = max(calibration, minimum)
-    deadline = float("inf") if limit is None or minimum else limit.deadline(_SAMPLING_SHARE)
+    deadline = float("inf")
+    if limit is not None and not minimum:
+        deadline = limit.clock() + max(_SAMPLING_SHARE * limit.left(), _SHORTEST_SAMPLING)
     loader = sampling_loader(loaders, count, config.seed)
     problem = "the dataset cannot be sampled"
     if loader is not None:
