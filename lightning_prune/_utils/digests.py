@@ -34,6 +34,8 @@ def tensor_bytes(value: Tensor) -> bytes:
 
 
 def _readable_bytes(value: Tensor) -> bytes:
+    if value.is_nested:  # its shape is a symbol, which differs each time
+        return b"".join([f"nested {value.layout}".encode(), *map(tensor_bytes, value.unbind())])
     head = f"{tuple(value.shape)} {value.dtype} {value.layout}".encode()
     if hasattr(value, "__tensor_flatten__"):  # made of other tensors, as quantized weights are
         names, context = value.__tensor_flatten__()

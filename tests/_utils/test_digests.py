@@ -30,6 +30,7 @@ KINDS: dict[str, Callable[[Tensor], Tensor]] = {
     ),
     "subclass": lambda x: x.as_subclass(Sub),
     "parameter": lambda x: nn.Parameter(x.clone()),
+    "nested": lambda x: torch.nested.nested_tensor([x[0], x[1, :3]]),
     "jagged": lambda x: torch.nested.nested_tensor([x[0], x[1, :3]], layout=torch.jagged),
 }
 
