@@ -12,7 +12,7 @@ from lightning_prune.callbacks.batches import Calibration
 from lightning_prune.callbacks.first_batch import FirstBatch
 from lightning_prune.callbacks.planned_schedule import planned_for
 from lightning_prune.comparison.compared_method import ComparedMethod
-from lightning_prune.comparison.final_run import FinalTimer, Target, verify_targets, with_energy
+from lightning_prune.comparison.final_run import FinalTimer, Target, verify_targets
 from lightning_prune.comparison.objective_planning import (
     ObjectiveGroup,
     dense_if_slower,
@@ -24,6 +24,7 @@ from lightning_prune.comparison.requests import ComparisonSettings, VariantReque
 from lightning_prune.comparison.resume import ResumeState
 from lightning_prune.comparison.target_search import TUNING, auto_source, search_targets
 from lightning_prune.comparison.time_shares import SHARES, TimeShares
+from lightning_prune.comparison.variant_costs import with_energy, with_model_costs
 from lightning_prune.errors import UnsupportedModelError
 from lightning_prune.planning import measurements
 from lightning_prune.planning.candidate_search import CandidateSearch, CandidateSource
@@ -106,6 +107,7 @@ class ComparisonPlanner:
             planned, unreached = self._time_all()
             seconds = self.limit.elapsed
             requests = {request.name: request for request in settings.requests}
+            planned = with_model_costs(transformer, images, planned, requests)
             planned, energy = with_energy(transformer, images, planned, requests, settings.config.verbose)
         dense = {each.runtime: each for each in planned if each.is_dense}
         return ComparisonPlan(

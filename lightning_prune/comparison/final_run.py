@@ -1,26 +1,22 @@
 """The run in which all variants of a comparison are timed together, and the energy of each."""
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lightning_prune._utils.progress import OnStep, progress_bar
-from lightning_prune.comparison.planned_variants import PlannedVariant, UnreachedTarget, variant_of
-from lightning_prune.comparison.requests import VariantRequest
+from lightning_prune._utils.progress import OnStep
+from lightning_prune.comparison.planned_variants import UnreachedTarget
 from lightning_prune.comparison.target_search import TUNING, VariantTimer
-from lightning_prune.errors import DataError
 from lightning_prune.patching import VisionTransformer
 from lightning_prune.planning.candidate_search import CandidateSearch, Timings, run_searches
 from lightning_prune.planning.objectives import LatencyBudget
 from lightning_prune.planning.ordered_candidates import OrderedCandidates
 from lightning_prune.planning.results import Candidate
 from lightning_prune.profiling import InterleavedTimer, Variant, VariantSwitch
-from lightning_prune.profiling.energy_counter import NO_COUNTER, Unavailable, find_counter
-from lightning_prune.profiling.energy_meter import measure_energy
 from lightning_prune.profiling.environment import precision
 from lightning_prune.runtimes import Runtime, TorchEager, is_compiled
 from lightning_prune.runtimes.torch_runtime import uncompiled
@@ -192,47 +188,3 @@ def verify_targets(
     missing = [variant for variant in dict.fromkeys(wanted) if not timer.has(variant)]
     if missing:
         timing.time_variants(missing)
-
-
-def with_energy(
-    transformer: VisionTransformer,
-    images: Tensor,
-    planned: Sequence[PlannedVariant],
-    requests: Mapping[str, VariantRequest],
-    progress: bool = True,
-) -> tuple[list[PlannedVariant], str]:
-    """Measures what an image costs as each variant, in windows of a second or more.
-
-    To be used inside `ready_to_run`.
-
-    Args:
-        transformer: The Vision Transformer, dense; so it is afterwards.
-        images: (B, channels, height, width) on its device.
-        planned: The variants.
-        requests: Name -> request.
-        progress: Shows a bar on a terminal.
-
-    Returns:
-        The variants with their energy, and where that comes from; as they were, and why, where there is no counter.
-    """
-    counter = find_counter(images.device)
-    if isinstance(counter, Unavailable):
-        return list(planned), counter.text
-    switch, found, idle = VariantSwitch(transformer), [], 0.0
-    try:
-        with progress_bar("Measuring energy", None, progress) as tick:
-            for each in planned:
-                if each.timing is not None:
-                    switch.to(variant_of(each, requests[each.request]))
-                    reading = measure_energy(
-                        lambda: transformer.compiled_root(images), len(images), images.device, counter
-                    )
-                    each = replace(each, joules_per_image=reading.joules_per_image, watts=reading.watts)
-                    idle = reading.idle_watts
-                    tick()
-                found.append(each)
-    except DataError as error:  # the counter stands still under load: what it says is no energy
-        return list(planned), f"{NO_COUNTER}: {error}"
-    finally:
-        switch.off()
-    return found, f"{counter.name}; the idle device draws {idle:.1f} W"

@@ -141,6 +141,8 @@ def dense_if_slower(planned: PlannedVariant, dense: PlannedVariant, dense_tokens
         planned,
         schedule=Schedule([0] * schedule.depth, schedule.method, schedule.made_on),
         timing=dense.timing,
+        gmacs=dense.gmacs,
+        peak_memory_mib=dense.peak_memory_mib,
         joules_per_image=dense.joules_per_image,
         watts=dense.watts,
         note="nothing is gained",

@@ -25,6 +25,8 @@ class PlannedVariant:
         schedule: What it removes; None for dense, int8, and where the images decide.
         timing: Of the interleaved run of all variants; None where it cannot be run.
         note: A remark, such as why it cannot be run.
+        gmacs: 10^9 multiply-accumulates of an image; None in 8 bits.
+        peak_memory_mib: MiB of weights and activations of a batch; None in 8 bits.
         joules_per_image: Energy; None where there is no counter.
         watts: Mean power.
         chosen: Name of the reduction that `auto` chose; empty where the request says it.
@@ -44,6 +46,8 @@ class PlannedVariant:
     schedule: Schedule | None = None
     timing: LatencyStats | None = None
     note: str = ""
+    gmacs: float | None = None
+    peak_memory_mib: float | None = None
     joules_per_image: float | None = None
     watts: float | None = None
     chosen: str = ""

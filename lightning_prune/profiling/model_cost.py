@@ -29,7 +29,7 @@ class ModelCost(NamedTuple):
     peak_memory_mib: float
 
 
-def model_cost(transformer: VisionTransformer, images: Tensor) -> ModelCost:
+def count_model_cost(transformer: VisionTransformer, images: Tensor) -> ModelCost:
     """Counts what a forward pass costs, in two passes without compilation.
 
     To be used inside `lightning_prune.profiling.measurement.ready_to_run`. Attention is counted as the two products
@@ -44,10 +44,10 @@ def model_cost(transformer: VisionTransformer, images: Tensor) -> ModelCost:
         >>> import torch
         >>> from lightning_prune.patching import find_vision_transformer
         >>> from lightning_prune.profiling.measurement import ready_to_run
-        >>> from lightning_prune.profiling.model_cost import model_cost
+        >>> from lightning_prune.profiling.model_cost import count_model_cost
         >>> transformer = find_vision_transformer(timm.create_model("vit_tiny_patch16_224"))
         >>> with ready_to_run(transformer):
-        ...     round(model_cost(transformer, torch.randn(1, 3, 224, 224)).gmacs, 2)
+        ...     round(count_model_cost(transformer, torch.randn(1, 3, 224, 224)).gmacs, 2)
         1.25
     """
     root = transformer.root

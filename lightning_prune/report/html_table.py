@@ -164,6 +164,7 @@ def columns_of(rows: Sequence[Row]) -> list[Column]:
         Column("same class", "as dense", lambda row: _share(row.agreement)),
         Column("top-5", "", lambda row: _share(row.top5)),
         Column("images/s", "end to end", rate),
+        Column("GMACs", "MiB", lambda row: Cell(_digits(row.gmacs, 2), _digits(row.peak_memory_mib, 0))),
         Column("J/image", "watts", lambda row: Cell(_digits(row.joules_per_image, 3), _digits(row.watts, 1))),
     ]
     return [column for column in columns if any(column.cell(row).text for row in rows)]

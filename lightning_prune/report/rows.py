@@ -25,6 +25,9 @@ class Row:
         latency_p90_ms: 90th percentile of these times.
         runtime: What executed the model, such as `torch` or `torch.compile:mode=blocks`.
         precision: Of the computation.
+        peak_memory_mib: MiB of weights, and of activations of a batch that exist at the same time, in PyTorch without
+            compilation.
+        gmacs: 10^9 multiply-accumulates of an image.
         speedup_vs_eager: Latency of dense in float32 and PyTorch without compilation over that of this variant.
         metric: What the module itself logs, where it logs no top-1; None where it does.
         metric_change: Difference to dense, in the same runtime, in that metric.
@@ -64,6 +67,8 @@ class Row:
     latency_p90_ms: float | None = None
     runtime: str = ""
     precision: str = ""
+    peak_memory_mib: float | None = None
+    gmacs: float | None = None
     speedup_vs_eager: float | None = None
     metric: float | None = None
     metric_change: float | None = None

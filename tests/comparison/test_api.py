@@ -292,10 +292,14 @@ def test_energy_where_there_is_a_counter(
         run()
         return EnergyReading(2.0 / images, 0.0, 40.0, 10.0, 1.0, images, 1, "meter")
 
-    monkeypatch.setattr("lightning_prune.comparison.final_run.find_counter", lambda _: Meter())
-    monkeypatch.setattr("lightning_prune.comparison.final_run.measure_energy", measure)
+    monkeypatch.setattr("lightning_prune.comparison.variant_costs.find_counter", lambda _: Meter())
+    monkeypatch.setattr("lightning_prune.comparison.variant_costs.measure_energy", measure)
     found = run(module, running, tmp_path, ["random", "int8"], [1.5])
     assert [(row.joules_per_image, row.watts) for row in found.rows] == [(0.25, 40.0)] * 3
+    dense, pruned, in_8_bits = found.rows
+    assert 0 < pruned.gmacs < dense.gmacs
+    assert 0 < pruned.peak_memory_mib <= 1.1 * dense.peak_memory_mib
+    assert (in_8_bits.gmacs, in_8_bits.peak_memory_mib) == (None, None)
     assert found.plan.energy == "meter; the idle device draws 10.0 W"
 
 

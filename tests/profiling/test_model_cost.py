@@ -8,7 +8,7 @@ from helpers.data import noise_images
 from helpers.models import tiny_hugging_face_vit, tiny_torchvision_vit, tiny_vit
 from lightning_prune.patching import find_vision_transformer
 from lightning_prune.profiling.measurement import ready_to_run
-from lightning_prune.profiling.model_cost import _LiveMemory, model_cost
+from lightning_prune.profiling.model_cost import _LiveMemory, count_model_cost
 
 C, DEPTH, CLASSES, PATCH, N = 32, 4, 5, 8, 17
 
@@ -30,9 +30,9 @@ def cost(model, images, patch=None):
     transformer = find_vision_transformer(model)
     with ready_to_run(transformer):
         if patch is None:
-            return model_cost(transformer, images)
+            return count_model_cost(transformer, images)
         with lp.patch(model, *patch):
-            return model_cost(transformer, images)
+            return count_model_cost(transformer, images)
 
 
 @pytest.mark.parametrize("batch", [1, 3])
