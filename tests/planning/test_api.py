@@ -18,7 +18,7 @@ from helpers.clock import TokenClock
 from helpers.watch import before_forward
 from lightning_prune.patching import find_vision_transformer
 from lightning_prune.patching.class_swap import is_patched_module
-from lightning_prune.planning import AUTO_METHODS, plan_many
+from lightning_prune.planning import AUTO_METHODS, api, plan_many
 from lightning_prune.planning.latency_model import PROBES, probe_schedules
 from lightning_prune.planning.measurements import Measurements
 from lightning_prune.planning.method_selection import method_labels
@@ -425,6 +425,9 @@ def test_a_schedule_that_is_not_faster_in_the_end_is_not_deployed():
     assert dense.dense_ms == dense.latency_ms == made.dense_ms
     assert dense.tokens == N
     assert made.or_dense_if_slower() is made
+    missed = "The latency budget, 1.5x is not met: the dense model is the best that can be had."
+    assert api._finished(replace(made, pruned=slow), 1.0).reason == f"{dense.reason} {missed}"
+    assert api._finished(made, 1.0) == replace(made, seconds=1.0)
 
 
 def test_the_prediction_is_a_share_of_dense():
