@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from lightning_prune.callbacks import PruningConfig
 from lightning_prune.callbacks.decision import Decision
@@ -12,7 +12,7 @@ from lightning_prune.comparison.planned_variants import PlannedVariant, plain_se
 from lightning_prune.comparison.requests import VariantRequest
 from lightning_prune.patching import check_schedule
 from lightning_prune.patching.compatibility import check_depth
-from lightning_prune.patching.schedule_forms import resolve_schedule
+from lightning_prune.patching.schedule_forms import reductions_of, resolve_schedule
 from lightning_prune.planning import Objective
 from lightning_prune.planning.results import no_gain
 from lightning_prune.profiling.measurement import ready_to_run
@@ -101,9 +101,11 @@ def given_variant(first: FirstBatch, request: VariantRequest) -> PlannedVariant:
         ScheduleError: If the schedule does not fit the model.
     """
     transformer, reduction, config = first.transformer, request.reduction, first.config
-    assert reduction is not None
     assert request.schedule is not None
-    value = resolve_schedule(request.schedule, transformer, reduction, config.place, first.images)
+    if reduction is None:  # only a Schedule or KeepRates names a method for each block
+        value = cast(Schedule | KeepRates, request.schedule)
+    else:
+        value = resolve_schedule(request.schedule, transformer, reduction, config.place, first.images)
     with ready_to_run(transformer):
         tokens = transformer.count_tokens(first.images)
     if isinstance(value, KeepRates):
@@ -111,7 +113,7 @@ def given_variant(first: FirstBatch, request: VariantRequest) -> PlannedVariant:
         counts, rates = value.schedule(tokens, transformer.num_prefix_tokens), value
     else:
         counts, rates = value, None
-    check_schedule(transformer, reduction, counts)
+    check_schedule(transformer, reduction or reductions_of(value), counts)
     return PlannedVariant(
         variant=request.name,
         request=request.name,

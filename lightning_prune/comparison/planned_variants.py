@@ -89,7 +89,10 @@ class PlannedVariant:
 
 
 def reduction_of(planned: PlannedVariant, request: VariantRequest) -> Reduction | None:
-    """The method of a planned variant; None where no token is removed. Those that `auto` chooses from have names."""
+    """The method of a planned variant; None where no token is removed, or the schedule names one for each block.
+
+    Those that `auto` chooses from have names.
+    """
     return resolve(planned.chosen) if planned.chosen else request.reduction
 
 
@@ -97,9 +100,11 @@ def variant_of(planned: PlannedVariant, request: VariantRequest) -> Variant:
     """What a planned variant runs as."""
     reduction = reduction_of(planned, request)
     weights = Int8Weights if request.int8 else None
-    if reduction is None or (planned.schedule is not None and not planned.schedule.total_removed):
+    schedule = planned.schedule
+    removes = reduction is not None if schedule is None else schedule.total_removed > 0
+    if not removes:
         return Variant(weights=weights, runtime=request.runtime)
-    return Variant(reduction, planned.schedule, weights, request.runtime)
+    return Variant(reduction, schedule, weights, request.runtime)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,8 @@ class VariantRequest(NamedTuple):
 
     Attributes:
         name: Its name, unique in a comparison: `pomt`, `int8`, `pomt+int8`, `auto accuracy budget`, `pomt given`.
-        reduction: The reduction; None where no token is removed, or the planner chooses it.
+        reduction: The reduction; None where no token is removed, the planner chooses it, or the schedule that was given
+            names one for each block.
         int8: Whether the model runs in 8 bits.
         searched: The methods from which the planner chooses; empty where the method is fixed.
         objective: What its schedule is planned by; None where target speed-ups decide, or there is nothing to plan.
@@ -64,7 +65,7 @@ class VariantRequest(NamedTuple):
     @property
     def method(self) -> str:
         """What the column `method` says."""
-        if self.reduction is None and not self.searches:
+        if self.reduction is None and not self.searches and self.schedule is None:
             return INT8_NAME if self.int8 else ""
         return (self.label or self.stem).removesuffix(_AND_INT8)
 
@@ -143,10 +144,9 @@ def read_requests(
         if not any((each.reduction, each.objective) == (paper.reduction, paper.objective) for each in requests):
             requests.insert(1, paper)
     if is_given:
-        own = config.reduction
-        requests.append(
-            VariantRequest(f"{own.name} given", own, False, schedule=cast(Any, config.schedule), label=own.name)
-        )
+        own, label = None if config.is_mixed else config.reduction, config.label
+        given = cast(Any, config.schedule)
+        requests.append(VariantRequest(f"{label} given", own, False, schedule=given, label=label))
     names = [request.name for request in requests]
     return [
         request._replace(name=f"{request.label} {request.objective}") if names.count(request.name) > 1 else request

@@ -176,9 +176,11 @@ class ComparisonSetup(L.Callback):
         for name, group in variants.items():
             middle = group[len(group) // 2]
             chosen = next((p for p in group if shared and p.target_speedup == shared[-1]), middle)
-            reduction = reduction_of(chosen, requests[name])
-            assert reduction is not None  # as every request with a method and a timing has one
-            path = self.settings.config.module_path
-            trace = trace_tokens(first.module, images, reduction, chosen.schedule, module_path=path)
+            reduction, path = reduction_of(chosen, requests[name]), self.settings.config.module_path
+            if reduction is None:  # the schedule names a method for each block
+                assert chosen.schedule is not None
+                trace = trace_tokens(first.module, images, chosen.schedule, module_path=path)
+            else:
+                trace = trace_tokens(first.module, images, reduction, chosen.schedule, module_path=path)
             traces[chosen.variant] = TokenTrace(trace.groups.cpu(), trace.held.cpu(), trace.tokens.cpu(), trace.grid)
         return traces

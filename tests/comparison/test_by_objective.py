@@ -170,6 +170,41 @@ def test_a_given_schedule_is_the_only_variant(
     assert lp.Schedule.load(tmp_path / "schedules" / "pomt-given.yaml").total_removed == removed
 
 
+MIXED = lp.Schedule([0, 40, 0, 30], (None, "topk", None, "tome"))
+
+
+@pytest.mark.parametrize("schedule", [MIXED, KeepRates.of(MIXED, 197)], ids=["schedule", "keep rates"])
+def test_a_given_schedule_that_names_a_method_for_each_block(
+    schedule: Any, module: Any, running: Any, tmp_path: Path
+) -> None:
+    model = module()
+    with lp.patch(model, schedule):
+        (expected,) = L.Trainer(**OPTIONS, enable_model_summary=False).validate(model, data(), verbose=False)
+    trainer, _ = running(schedule=schedule, method="auto")
+    messages: list[str] = []
+    shared: dict[str, Any] = {"output": tmp_path, "on_message": messages.append, "clock": clock_of(model)}
+    found = lp.compare(trainer, model, data(), ["random"], [1.1], **shared)
+    row = found.rows[-1]
+    assert [each.variant for each in found.rows] == ["dense", "random 1.1x", "mixed given"]
+    assert (row.method, row.block, row.removed, row.tokens) == ("mixed", "1 3", 70, 127)
+    # A token that is removed in block 1 of 4 is missing in the 3 blocks whose clock looks at what leaves them.
+    assert row.speedup == pytest.approx(4 * 197 / (4 * 197 - 3 * 40 - 30), rel=1e-6)
+    assert (row.top1, row.top5) == (expected["val/top1"], expected["val/top5"])
+    assert found.traces["mixed given"].tokens.tolist() == [127] * len(found.pictures)
+    saved = lp.Schedule.load(tmp_path / "schedules" / "mixed-given.yaml")
+    assert (saved.removed, saved.method) == (MIXED.removed, MIXED.method)
+    messages.clear()
+    again = lp.compare(trainer, model, data(), ["random"], [1.1], **shared)
+    assert "3 of 3 variants were finished before" in messages[0]
+    assert [each.to_dict() for each in again.rows] == [each.to_dict() for each in found.rows]
+
+
+def test_a_given_schedule_of_several_methods_is_the_only_variant(module: Any, running: Any) -> None:
+    found = run(module, running, schedule=MIXED, method="auto")
+    assert [row.variant for row in found.rows] == ["dense", "mixed given"]
+    assert found.plan.planned[1].settings == {}
+
+
 def test_a_given_schedule_among_methods_at_targets(module: Any, running: Any, tmp_path: Path) -> None:
     trainer, _ = running(method="pomt", schedule=60)
     model = module()
