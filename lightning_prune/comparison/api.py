@@ -20,6 +20,7 @@ from lightning_prune.callbacks import config_of
 from lightning_prune.callbacks.hooks import command_run
 from lightning_prune.comparison.best_variant import choose_best
 from lightning_prune.comparison.comparison_results import Comparison, check_output_paths, normalisation_of
+from lightning_prune.comparison.first_loader import FirstLoader
 from lightning_prune.comparison.planned_variants import plain_value
 from lightning_prune.comparison.requests import (
     ComparisonSettings,
@@ -72,7 +73,8 @@ def compare(
         trainer: Runs all validations. Settings come from its `TokenPruning`, which is idle meanwhile, or are the
             defaults of `PruningConfig`.
         module: Contains one Vision Transformer; dense again afterwards.
-        data: A LightningDataModule, or the validation loaders.
+        data: A LightningDataModule, or the validation loaders; of several loaders the first is compared, and a warning
+            says so.
         methods: Reductions and names: of reductions, `"auto"`, `"int8"`, and of reductions with `+int8`; dense is
             always there. None for the method of the callback.
         speedups: Dense latency over that of each method, each > 1; None to plan by the objective.
@@ -128,18 +130,17 @@ def compare(
         check_output_paths(folder)
     asked = ComparisonSettings(config, requests, used, targets, folder, resume, trainer.limit_val_batches)
     report = rank_zero_only(on_message or (_print_line if config.verbose else _ignore))
-    loaders = {"datamodule" if isinstance(data, L.LightningDataModule) else "dataloaders": data}
+    loader = FirstLoader(module, data)
     setup = ComparisonSetup(asked, report, clock)
     try:
-        with command_run(
-            trainer, replace(config, runtime="torch"), setup, one_batch=True
-        ):  # which applies the runtimes
-            trainer.validate(module, verbose=False, **loaders)
+        plain = replace(config, runtime="torch")  # the setup applies the runtimes
+        with command_run(trainer, plain, setup, one_batch=True), loader.arguments() as arguments:
+            trainer.validate(module, verbose=False, **arguments)
         exit_if_terminated(trainer)
         if setup.plan is None:
             raise DataError("The validation loader yielded no batch to compare on.")
         plan = setup.plan
-        results = validate_variants(trainer, module, loaders, asked, plan, setup.results, setup.state, report)
+        results = validate_variants(trainer, module, loader, asked, plan, setup.results, setup.state, report)
     except BaseException as error:
         kept = "" if setup.state is None else setup.state.summary()
         if kept:
@@ -147,7 +148,7 @@ def compare(
         if isinstance(error, SIGTERMException):
             error.code = 143  # Lightning's is 0
         raise
-    rows = tuple(row_of(planned, plan, results) for planned in plan.planned)
+    rows = tuple(row_of(planned, plan, results, loader.note) for planned in plan.planned)
     is_stated = objective is not None or config.objective is not None
     is_by_objective = is_stated or any(request.objective is not None for request in requests)
     found = Comparison(

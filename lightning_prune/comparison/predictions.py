@@ -1,6 +1,6 @@
 """The predicted class of every image of a validation, recorded without changing what the module does."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import lightning as L
@@ -8,9 +8,11 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.utils.data import RandomSampler
+from torchmetrics import Metric
 
 from lightning_prune._utils.sampler_shares import SamplerShare, shares_of
 from lightning_prune._utils.trees import tree_leaves
+from lightning_prune._utils.validation import is_int
 from lightning_prune.callbacks.batches import Extract, images_from_batch, labels_from_batch
 from lightning_prune.errors import ArgumentError
 from lightning_prune.patching import VisionTransformer, find_vision_transformer
@@ -44,9 +46,11 @@ class PredictionRecorder(L.Callback):
     """Records the predicted class of every image of a validation, whatever the LightningModule is.
 
     The logits are the output of the module's own `forward` where the step calls it once a batch, else the output of the
-    Vision Transformer where that returns logits. Otherwise (several calls in a step, features, a LightningModule
-    compiled as a whole), or if the loader shuffles, nothing is recorded. Images that several processes repeat are left
-    out, as in the accuracy.
+    Vision Transformer where that returns logits. Their columns must match the number of classes that the module or the
+    transformer states, or the last linear layer after it. Otherwise (several calls in a step, features, a
+    LightningModule compiled as a whole), or if the loader shuffles, nothing is recorded. Labels are unknown where one
+    lies outside the columns, or a batch holds several tensors that may be the labels. Images that several processes
+    repeat are left out, as in the accuracy.
 
     Args:
         module_path: Dotted path of the transformer, where there are several.
@@ -54,15 +58,18 @@ class PredictionRecorder(L.Callback):
 
     Attributes:
         predictions: Of the last run; None where they are not known.
+        missing: Why the predicted or the right classes of the last run are not known; empty where they are.
         images: Images of the first loader of the last run, of all processes.
     """
 
     def __init__(self, module_path: str | None = None, extract: Extract | None = None) -> None:
         self.module_path, self.extract = module_path, extract
         self.predictions: Predictions | None = None
-        self.images = 0
+        self.images, self.missing = 0, ""
+        self._share: SamplerShare | None = None
         self._stop: list[Callable[[], None]] = []
         self._transformer: VisionTransformer | None = None
+        self._columns: tuple[set[int], set[int]] = set(), set()  # by what the module states, and of its own head
         self._forget(None)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -70,10 +77,12 @@ class PredictionRecorder(L.Callback):
         self._close()
         self._forget(shares_of(trainer)[0] if shares_of(trainer) else None)
         self._transformer = find_vision_transformer(pl_module, self.module_path)
-        self._known = getattr(pl_module, "_compiler_ctx", None) is None
-        if self._known and _shuffled(trainer):
+        self._columns = _stated_classes(pl_module), _head_sizes(pl_module, self._transformer)
+        if getattr(pl_module, "_compiler_ctx", None) is not None:
+            self._give_up("the LightningModule is compiled as a whole")
+        elif _shuffled(trainer):
             rank_zero_warn("The validation loader shuffles, so that images of two runs cannot be paired: no intervals.")
-            self._known = False
+            self._give_up("the validation loader shuffles")
         if self._known:
             self._stop = [
                 capture_outputs(pl_module, self._own.append),
@@ -102,19 +111,18 @@ class PredictionRecorder(L.Callback):
         try:
             images = images_from_batch(batch, self.extract)
         except ArgumentError:  # no reason to end the run; whoever needs the images says so
-            self._known = False
+            self._give_up("no images are found in a batch")
             return
         count = len(images) if self._share is None else self._share.counted(batch_idx, len(images))
         self.images += count
         logits = self._logits(len(images)) if self._known else None
         if logits is None:
-            self._known = False
             return
-        labels = labels_from_batch(batch)
         predicted = logits.argmax(dim=1)
-        if labels is None or len(labels) != len(predicted):
-            labels = torch.full_like(predicted, _NONE)
-        self._batches.append(torch.stack([predicted, labels.to(predicted)])[:, :count])
+        labels, missing = _labels(batch, *logits.shape)
+        self.missing = self.missing or missing
+        labels = torch.full_like(predicted, _NONE) if labels is None else labels.to(predicted)
+        self._batches.append(torch.stack([predicted, labels])[:, :count])
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Gathers the predictions of all processes."""
@@ -122,6 +130,7 @@ class PredictionRecorder(L.Callback):
         everywhere = _gathered(trainer, numbers)
         self.images = int(everywhere[:, 0].sum())
         if not bool(everywhere[:, 1].all()) or not self.images:
+            self.missing = self.missing or "the classes of another process are not known"
             return
         own = torch.cat(self._batches, dim=1) if self._batches else numbers.new_zeros(2, 0)
         room = int(everywhere[:, 0].max())
@@ -143,8 +152,11 @@ class PredictionRecorder(L.Callback):
         """Ends recording, if nothing has before."""
         self._close()
 
+    def _give_up(self, reason: str) -> None:
+        self._known, self.missing = False, self.missing or reason
+
     def _forget(self, share: SamplerShare | None) -> None:
-        self.predictions, self.images = None, 0
+        self.predictions, self.images, self.missing = None, 0, ""
         self._own: list[Any] = []
         self._inner: list[Any] = []
         self._batches: list[Tensor] = []
@@ -157,16 +169,30 @@ class PredictionRecorder(L.Callback):
             stop()
 
     def _logits(self, images: int) -> Tensor | None:
-        """The only output for this batch that looks like logits."""
-        if len(self._own) == 1:
-            output = getattr(self._own[0], "logits", self._own[0])
-            if _are_logits(output, images):
-                return output
-        if self._transformer is not None and self._transformer.num_classes and len(self._inner) == 1:
-            output = self._transformer.adapter.output(self._inner[0])
-            if _are_logits(output, images):
-                return output
-        return None
+        """The only output for this batch that is known to be logits; without one nothing more is recorded."""
+        transformer = self._transformer
+        assert transformer is not None
+        calls = [len(self._own), len(self._inner)]
+        inner = _output(transformer, self._inner[0]) if calls[1] == 1 else None
+        own = getattr(self._own[0], "logits", self._own[0]) if calls[0] == 1 else inner
+        found = [output for output in (own, inner) if output is not None and _is_table(output, images)]
+        logits = next((output for output in found if self._fits(output, output is inner)), None)
+        if logits is None and found:
+            self._give_up(f"the {found[0].shape[1]} columns of the output are not known to be those of a head")
+        elif logits is None:
+            self._give_up("no output of the module or the transformer is one row of logits for each image")
+        return logits
+
+    def _fits(self, output: Tensor, is_transformers: bool) -> bool:
+        """Whether the columns of an output are those of a head: features must not be taken for logits."""
+        assert self._transformer is not None
+        columns, classes = output.shape[1], self._transformer.num_classes
+        stated, heads = self._columns
+        if columns in stated or (is_transformers and columns == classes):
+            return True
+        if stated or columns == self._transformer.embed_dim:
+            return False
+        return bool(classes) if is_transformers else columns in heads
 
 
 def capture_outputs(module: nn.Module, receive: Callable[[Any], None]) -> Callable[[], None]:
@@ -188,8 +214,53 @@ def capture_outputs(module: nn.Module, receive: Callable[[Any], None]) -> Callab
     return stop
 
 
-def _are_logits(output: Any, images: int) -> bool:
+def _output(transformer: VisionTransformer, result: Any) -> Tensor | None:
+    """Logits or features of what the transformer returned; None where the step asked it for something else."""
+    try:
+        return transformer.adapter.output(result)
+    except (AssertionError, AttributeError, IndexError, StopIteration, TypeError):
+        return None
+
+
+def _is_table(output: Any, images: int) -> bool:
     return isinstance(output, Tensor) and output.ndim == 2 and len(output) == images and output.shape[1] > 1
+
+
+def _stated_classes(module: L.LightningModule) -> set[int]:
+    """The numbers of classes that a module states: its attribute, its hyperparameters, those of its metrics."""
+    found = [getattr(module, "num_classes", None), module.hparams.get("num_classes")]
+    found += [getattr(metric, "num_classes", None) for metric in module.modules() if isinstance(metric, Metric)]
+    return {int(number) for number in found if number is not None and is_int(number, 2)}
+
+
+def _head_sizes(module: L.LightningModule, transformer: VisionTransformer) -> set[int]:
+    """How many columns a head outside the transformer makes: its last linear layer, or a table of text embeddings."""
+    inside = {id(tensor) for tensor in (*transformer.root.parameters(), *transformer.root.buffers())}
+    weights = [each for each in module.parameters() if id(each) not in inside and each.ndim == 2]
+    if weights:
+        return {weights[-1].shape[0]}
+    return {size for each in module.buffers() if id(each) not in inside and each.ndim == 2 for size in each.shape}
+
+
+def _labels(batch: Any, images: int, columns: int) -> tuple[Tensor | None, str]:
+    """The labels of a batch, or None and why they are not known."""
+    if isinstance(batch, Sequence):
+        integers = [
+            each for each in batch[1:] if isinstance(each, Tensor) and each.ndim == 1 and not each.is_floating_point()
+        ]
+        if len(integers) > 1:
+            return None, f"{len(integers)} tensors of integers in a batch may be the labels"
+    labels = labels_from_batch(batch)
+    if labels is None or len(labels) != images:
+        return None, "no labels are found in a batch"
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= columns:
+        return None, f"the labels reach from {low} to {high}, the head has {columns} classes"
+    return labels, ""
+
+
+def _are_integers(values: Tensor) -> bool:
+    return values.ndim == 1 and not values.is_floating_point()
 
 
 def _shuffled(trainer: L.Trainer) -> bool:

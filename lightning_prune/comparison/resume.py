@@ -127,11 +127,13 @@ class VariantResult:
         metrics: What the module logged.
         images: How many images were validated.
         predictions: The predicted class of each image; None where it is not known.
+        missing: Why the predicted or the right classes are not known; empty where they are.
     """
 
     metrics: Mapping[str, float]
     images: int
     predictions: Predictions | None
+    missing: str = ""
 
 
 class _DamagedError(Exception):
@@ -247,13 +249,14 @@ class ResumeState:
                 return None
             metrics, images = {name: float(value) for name, value in values["metrics"].items()}, int(values["images"])
             predictions = self._predictions(variant, images) if values["has_predictions"] else None
-            return VariantResult(metrics, images, predictions)
+            return VariantResult(metrics, images, predictions, str(values.get("missing", "")))
         except (AttributeError, KeyError, TypeError, ValueError, _DamagedError):
             return None
 
     def keep_result(self, variant: str, result: VariantResult) -> None:
         """Keeps the result of a variant; it counts once its own file is there, which is written last."""
         values = {"variant": variant, "metrics": dict(result.metrics), "images": result.images}
+        values["missing"] = result.missing
         with self._keeping():
             if result.predictions is not None:
                 with atomic_write(self._array(variant)) as temporary, temporary.open("wb") as stream:

@@ -4,9 +4,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from lightning_prune._utils.formatting import percent
 from lightning_prune.comparison.paired_statistics import agreement, paired_difference
 from lightning_prune.comparison.planned_variants import ComparisonPlan, PlannedVariant
-from lightning_prune.comparison.predictions import Predictions
 from lightning_prune.comparison.requests import INT8_NAME
 from lightning_prune.comparison.resume import VariantResult
 from lightning_prune.profiling import LatencyStats
@@ -16,22 +16,28 @@ from lightning_prune.report.rows import Row, metric_score
 # Words in the names of figures that say nothing about the quality of predictions.
 _OTHER = {"throughput", "latency", "time", "seconds", "lr", "epoch", "step", "energy", "joules", "watts", "memory"}
 
+_ROUNDING = 1e-4  # by which two computations of the same accuracy may differ
 
-def row_of(planned: PlannedVariant, plan: ComparisonPlan, results: Mapping[str, VariantResult]) -> Row:
+
+def row_of(planned: PlannedVariant, plan: ComparisonPlan, results: Mapping[str, VariantResult], note: str = "") -> Row:
     """The row of a variant.
 
     Args:
         planned: The variant.
         plan: The plan that it is part of.
         results: Variant -> result of its validation, dense included.
+        note: A remark on all figures, for the row of dense.
     """
     result, dense = results.get(planned.variant), results[plan.dense_of(planned).variant]
+    notes = [planned.note, note if planned.is_dense else ""]
     figures: dict[str, Any] = {**_schedule_columns(planned, plan.dense_tokens), **_latency_columns(planned.timing)}
     if result is not None:
         figures |= _logged_columns(result.metrics)
-        if not planned.is_dense:
-            figures |= paired_columns(dense.predictions, result.predictions)
         name = own_metric(dense.metrics)
+        if not planned.is_dense:
+            figures |= paired_columns(dense, result)
+        if planned.is_dense or not unpaired_reason(dense):
+            notes.append(_unpaired_note(result, bool(name)))
         if name:
             figures |= dict.fromkeys(("top1_change", "top1_low", "top1_high"))
             figures |= _metric_columns(name, result.metrics, None if planned.is_dense else dense.metrics)
@@ -45,7 +51,7 @@ def row_of(planned: PlannedVariant, plan: ComparisonPlan, results: Mapping[str, 
         peak_memory_mib=planned.peak_memory_mib,
         joules_per_image=planned.joules_per_image,
         watts=planned.watts,
-        note=planned.note,
+        note="; ".join(filter(None, notes)),
         images=result.images if result is not None else 0,
         **{name: plan.context[name] for name in ("device", "batch_size", "precision")},
         runtime=UNKNOWN if plan.context.get("runtime") == UNKNOWN else planned.runtime,
@@ -74,18 +80,47 @@ def own_metric(metrics: Mapping[str, float]) -> str:
     return next((name for name in names if not metric_score(name).lower_is_better), next(iter(names), ""))
 
 
-def paired_columns(dense: Predictions | None, variant: Predictions | None) -> dict[str, float]:
+def unpaired_reason(result: VariantResult) -> str:
+    """Why the images of a validation cannot be compared with those of another; empty where they can.
+
+    The accuracy that the module logs must be that of the recorded classes and labels. Where it is not, one of the two
+    is of other images, of features instead of logits, or of other labels.
+
+    Args:
+        result: The outcome of the validation.
+    """
+    found, logged = result.predictions, result.metrics.get("val/top1")
+    if found is None or not found.labelled or logged is None:
+        return result.missing
+    own = sum(found.correct) / len(found.correct)
+    if abs(own - logged) <= _ROUNDING:
+        return result.missing
+    return f"the module logs a top-1 of {percent(logged)}, the recorded classes and labels give {percent(own)}"
+
+
+def _unpaired_note(result: VariantResult, has_own_metric: bool) -> str:
+    reason = unpaired_reason(result)
+    only_labels = result.predictions is not None and not result.predictions.labelled
+    if not reason or (only_labels and has_own_metric):
+        return ""
+    return f"no {'change in top-1' if only_labels else 'change and no agreement'} by the same images: {reason}"
+
+
+def paired_columns(dense: VariantResult, variant: VariantResult) -> dict[str, float]:
     """The columns that compare a variant with dense image by image; empty where that cannot be done.
 
     Args:
-        dense: Predictions of the dense model, or None where they are not known.
-        variant: Predictions of the variant.
+        dense: The outcome of the dense model.
+        variant: That of the variant.
     """
-    if dense is None or variant is None or dense.labels != variant.labels:
+    first, second = dense.predictions, variant.predictions
+    if first is None or second is None or first.labels != second.labels:
         return {}
-    columns = {"agreement": agreement(dense.predicted, variant.predicted)}
-    if dense.labelled:
-        change, low, high = paired_difference(dense.correct, variant.correct)
+    if first.labelled and (unpaired_reason(dense) or unpaired_reason(variant)):
+        return {}
+    columns = {"agreement": agreement(first.predicted, second.predicted)}
+    if first.labelled:
+        change, low, high = paired_difference(first.correct, second.correct)
         columns |= {"top1_change": change, "top1_low": low, "top1_high": high}
     return columns
 

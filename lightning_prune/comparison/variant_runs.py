@@ -9,6 +9,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_prune.callbacks.first_batch import refuse_sharded
 from lightning_prune.callbacks.hooks import EvaluationCallback, command_run
+from lightning_prune.comparison.first_loader import FirstLoader
 from lightning_prune.comparison.planned_variants import ComparisonPlan, PlannedVariant, variant_of
 from lightning_prune.comparison.predictions import PredictionRecorder
 from lightning_prune.comparison.requests import ComparisonSettings, VariantRequest
@@ -57,7 +58,7 @@ class Deployment(EvaluationCallback):
 def validate_variants(
     trainer: L.Trainer,
     module: L.LightningModule,
-    loaders: dict[str, Any],
+    loader: FirstLoader,
     settings: ComparisonSettings,
     plan: ComparisonPlan,
     known: Mapping[str, VariantResult],
@@ -69,7 +70,7 @@ def validate_variants(
     Args:
         trainer: Runs the validations.
         module: Contains the Vision Transformer; dense again afterwards.
-        loaders: As `Trainer.validate` takes them.
+        loader: The validation data.
         settings: What was asked for.
         plan: The variants.
         known: Variant -> result of an earlier run.
@@ -90,10 +91,11 @@ def validate_variants(
             deployment = Deployment(variant, plan.dense_tokens, config.module_path)
             recorder = PredictionRecorder(config.module_path, config.images_from_batch)
             own = replace(config, runtime=variant.runtime.name) if variant.runtime is not None else config
-            with command_run(trainer, own, deployment, recorder):
-                metrics = trainer.validate(module, verbose=False, **loaders)
+            with command_run(trainer, own, deployment, recorder), loader.arguments() as arguments:
+                metrics = trainer.validate(module, verbose=False, **arguments)
             exit_if_terminated(trainer)
-            results[name] = VariantResult(flat_metrics(metrics), recorder.images, recorder.predictions)
+            found = recorder.predictions
+            results[name] = VariantResult(flat_metrics(metrics), recorder.images, found, recorder.missing)
         if state is not None:
             state.keep_result(name, results[name])
     return results
@@ -113,8 +115,9 @@ def exit_if_terminated(trainer: L.Trainer) -> None:
 
 
 def flat_metrics(metrics: Any) -> dict[str, float]:
-    """What `trainer.validate` returned, as plain numbers; of several dataloaders the first counts."""
-    return {name: float(value) for name, value in dict(metrics[0]).items()} if metrics else {}
+    """What `trainer.validate` returned, as plain numbers; of several loaders those of the first, without its number."""
+    first = dict(metrics[0]) if metrics else {}
+    return {name.removesuffix("/dataloader_idx_0"): float(value) for name, value in first.items()}
 
 
 def _run_as(planned: PlannedVariant, request: VariantRequest) -> Variant:
