@@ -19,7 +19,12 @@ from lightning_prune.cli.usage import COMMANDS
 from lightning_prune.cli.words import parser_words
 from lightning_prune.errors import ArgumentError, PruneError
 
-_SIGNALS = "lightning.pytorch.trainer.connectors.signal_connector"
+_QUIET_LOGGERS = (  # what they log is not about the run
+    "lightning.pytorch.utilities.rank_zero",
+    "lightning.pytorch.trainer.connectors.signal_connector",
+    "lightning.fabric.utilities.seed",
+    "lightning.fabric.utilities.distributed",
+)
 _PASSED_BY_CODE = {"model", "dataloaders", "datamodule"}
 
 __all__ = [
@@ -89,8 +94,8 @@ def run(args: list[str] | None = None) -> int:
         Exit status: 0; 2 after an error in the input, which is printed on one line; 3 if the budget is missed, by
         every variant of a comparison; 130 after SIGINT, 143 after SIGTERM.
     """
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed", _SIGNALS):
-        logging.getLogger(name).setLevel(logging.WARNING)  # what they log is not about the run
+    for name in _QUIET_LOGGERS:
+        logging.getLogger(name).setLevel(logging.WARNING)
     return run_to_end(lambda: _run(sys.argv[1:] if args is None else args))
 
 
