@@ -7,6 +7,8 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from PIL import Image
+from timm.data.dataset import ImageDataset
 from timm.data.dataset_factory import create_dataset
 from timm.data.transforms_factory import create_transform
 from torch.utils.data import DataLoader, Dataset
@@ -47,6 +49,8 @@ def open_dataset(root: str, split: str, name: str = "", class_map: str | None = 
     except Exception as error:  # each reader raises other types, including RuntimeError and AssertionError
         reason = str(error) or type(error).__name__
         raise DataError(f"`root` must hold a dataset that timm can open, got {root}: {reason}") from error
+    if type(dataset) is ImageDataset:
+        dataset = _ReadableImages.of(dataset)
     if isinstance(dataset, Sized) and not len(dataset):
         raise DataError(f"`root` must hold images in one subfolder per class, got {root} with none.")
     # If the split does not exist, timm silently uses the whole root, including training images.
@@ -60,6 +64,43 @@ def open_dataset(root: str, split: str, name: str = "", class_map: str | None = 
         if split not in _PARTS:
             raise DataError(f"`split` must be the name of a folder in {root}, or left out, got {split!r}.")
     return dataset
+
+
+class _ReadableImages(ImageDataset):
+    """timm's dataset of images, which ends with the name of a file that cannot be read.
+
+    timm takes the next image in its place, so that an accuracy counts that one twice.
+    """
+
+    @classmethod
+    def of(cls, dataset: ImageDataset) -> "_ReadableImages":
+        """The same images, transforms and reader."""
+        found = cls.__new__(cls)
+        vars(found).update(vars(dataset))
+        return found
+
+    def __getitem__(self, index: int) -> tuple[Any, ...]:
+        """The image, its label (-1 without), and further columns where they were asked for."""
+        try:
+            file, target, *columns = self.reader[index]
+            image = file.read() if self.load_bytes else Image.open(file)
+            if self.input_img_mode and not self.load_bytes:
+                image = image.convert(self.input_img_mode)  # which decodes all of it
+        except Exception as error:  # of damage PIL makes OSError, SyntaxError, ValueError, struct.error, ...
+            reason = str(error) or type(error).__name__
+            raise DataError(f"`root` must hold images that can be read, got {self._name(index)}: {reason}") from error
+        image = image if self.transform is None else self.transform(image)
+        if target is None:
+            target = -1
+        elif self.target_transform is not None:
+            target = self.target_transform(target)
+        return (image, target) if self.additional_features is None else (image, target, *columns)
+
+    def _name(self, index: int) -> str:
+        try:
+            return str(self.reader.filename(index, absolute=True))
+        except Exception:  # a reader without names of files
+            return f"image {index}"
 
 
 def class_count(dataset: Dataset[Any]) -> int | None:

@@ -50,6 +50,32 @@ def trainer(**kwargs: Any) -> L.Trainer:
     return L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False, **kwargs)
 
 
+@pytest.mark.parametrize("damage", ["no image", "cut", "empty"])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_image_is_named_and_no_other_takes_its_place(damage: str, workers: int, folder: Path) -> None:
+    path = folder / "val" / "ant" / "2.png"
+    Image.effect_noise((64, 64), 50).save(path)  # large enough for a cut behind its header
+    whole = path.read_bytes()
+    path.write_bytes({"no image": b"damaged", "cut": whole[: len(whole) // 2], "empty": b""}[damage])
+    data = ImageFolderData(str(folder), batch_size=4, num_workers=workers, data_config=CONFIG)
+    data.setup("validate")
+    with pytest.raises(DataError, match=r"`root` must hold images that can be read, got .*val/ant/2\.png"):
+        list(data.val_dataloader())
+    path.write_bytes(whole)
+    assert torch.cat([labels for _, labels in data.val_dataloader()]).tolist() == [0, 0, 0, 1, 1, 1]
+
+
+def test_images_are_those_of_timm(folder: Path) -> None:
+    data = ImageFolderData(str(folder), batch_size=4, num_workers=0, data_config=CONFIG)
+    data.setup("validate")
+    plain = dataset_factory.create_dataset("", str(folder), "val", transform=data.dataset.transform)
+    assert len(data.dataset) == len(plain) == 6
+    for index in range(6):
+        (image, label), (expected, right) = data.dataset[index], plain[index]
+        assert torch.equal(image, expected)
+        assert label == right
+
+
 def test_folder_uses_the_data_config(folder: Path) -> None:
     data = ImageFolderData(str(folder), batch_size=4, num_workers=0, data_config=CONFIG)
     data.setup("validate")
