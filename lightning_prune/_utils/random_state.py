@@ -1,8 +1,10 @@
 """The state of random generators: the global ones, and those that an object holds."""
 
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import islice
 from types import ModuleType
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 _MAX_OBJECTS = 10_000  # that are searched for generators
+_MAX_ITEMS = 64  # of a container
 
 
 @contextmanager
@@ -60,9 +63,10 @@ def _restorer(generator: Any) -> Callable[[], Any]:
 
 
 def _generators_of(holder: Any) -> list[Any]:
-    found, seen, waiting = [], {id(holder)}, [holder]
+    """The generators that are found breadth-first, so that a large container hides none beside it."""
+    found, seen, waiting = [], {id(holder)}, deque([holder])
     while waiting and len(seen) < _MAX_OBJECTS:
-        value = waiting.pop()
+        value = waiting.popleft()
         if isinstance(value, torch.Generator | random.Random | np.random.Generator | np.random.RandomState):
             found.append(value)
             continue
@@ -76,9 +80,10 @@ def _generators_of(holder: Any) -> list[Any]:
 def _parts(value: Any) -> list[Any]:
     if isinstance(value, Tensor | np.ndarray | nn.Module | type | ModuleType):
         return []
-    if isinstance(value, Mapping):
-        return list(value.values())
+    # A list of a million paths or labels holds no generator: what its first items are, the others are.
+    if type(value) is dict:  # other mappings, such as open archives, would load what they hold
+        return list(islice(value.values(), _MAX_ITEMS))
     if isinstance(value, list | tuple | set | frozenset):
-        # A list of a million paths or labels holds no generator: what its first items are, the others are.
-        return list(value)[:64]
-    return list(vars(value).values()) if hasattr(value, "__dict__") else []
+        return list(islice(value, _MAX_ITEMS))
+    attributes = getattr(value, "__dict__", None)
+    return list(attributes.values()) if isinstance(attributes, dict) else []

@@ -271,7 +271,7 @@ def calibration_images(
     problem = "the dataset cannot be sampled"
     if loader is not None:
         try:
-            with preserve_generators_of(loader.dataset):
+            with preserve_generators_of((loader.dataset, loader.collate_fn)):
                 sampled = _transferred(trainer, pl_module, loader)
                 begin = next(sampled, None)
                 if begin is not None and _same_structure(begin, first_batch):

@@ -8,9 +8,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_prune.callbacks.batches import images_from_batch
 from lightning_prune.callbacks.config import PruningConfig
-from lightning_prune.patching import find_vision_transformer
+from lightning_prune.patching import VisionTransformer, find_vision_transformer
 from lightning_prune.runtimes import parse_runtime
-from lightning_prune.runtimes.torch_runtime import force_eager
+from lightning_prune.runtimes.torch_runtime import force_eager, is_compiled_itself
 
 
 class CompiledRun:
@@ -69,15 +69,19 @@ class CompiledRun:
             self._run, self._compiles = stack.pop_all(), runtime.compiles
 
 
-def is_wrapped_by_compile(pl_module: L.LightningModule) -> bool:
-    """Whether the LightningModule itself is compiled."""
-    return getattr(pl_module, "_compiler_ctx", None) is not None
+def is_wrapped_by_compile(pl_module: L.LightningModule, transformer: VisionTransformer) -> bool:
+    """Whether the LightningModule, or a module in it that contains the transformer, is compiled."""
+    if getattr(pl_module, "_compiler_ctx", None) is not None:
+        return True
+    own = (transformer.root, transformer.compiled_root)
+    around = (m for m in pl_module.modules() if not any(m is each for each in own) and transformer.root in m.modules())
+    return any(map(is_compiled_itself, around))
 
 
-def warn_if_wrapped_by_compile(pl_module: L.LightningModule) -> None:
-    """Warns where the LightningModule itself is compiled: what is measured is not what will run."""
-    if is_wrapped_by_compile(pl_module):
+def warn_if_wrapped_by_compile(pl_module: L.LightningModule, transformer: VisionTransformer) -> None:
+    """Warns where a module around the transformer is compiled: what is measured is not what will run."""
+    if is_wrapped_by_compile(pl_module, transformer):
         rank_zero_warn(
-            "The whole LightningModule is compiled, but latency is measured on its Vision Transformer alone, which is "
-            "not. Compile the transformer instead, as in `module.vit.compile()`."
+            "The LightningModule, or a module in it around the Vision Transformer, is compiled, but latency is "
+            "measured on the transformer alone. Compile the transformer instead, as in `module.vit.compile()`."
         )

@@ -5,19 +5,24 @@ from dataclasses import dataclass, replace
 from typing import Any, Self
 from weakref import ReferenceType, ref
 
-from torch import nn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor, nn
 
 from lightning_prune._utils.digests import tensor_digest, weights_digest
 from lightning_prune._utils.isolation import user_hooks
-from lightning_prune.callbacks.batches import Calibration
 from lightning_prune.callbacks.decision import Decision
 from lightning_prune.callbacks.first_batch import FirstBatch
 from lightning_prune.callbacks.planned_schedule import proxy_for
+from lightning_prune.errors import DataError
 from lightning_prune.patching import PatchHandle
+from lightning_prune.planning.api import shuffled
+from lightning_prune.planning.method_front import dense_reason
 from lightning_prune.profiling import Proxy
 from lightning_prune.profiling.environment import model_conditions
 from lightning_prune.profiling.measurement import ready_to_run
+from lightning_prune.profiling.output_kinds import OUTPUT_KINDS
 from lightning_prune.runtimes.torch_runtime import runtime_of
+from lightning_prune.schedule import Schedule
 
 _IMAGES = 64  # on which the accuracy is estimated anew: two passes over them
 
@@ -31,7 +36,8 @@ class DecisionConditions:
         latency: The conditions of its latency, as plain values.
         objects: What plain values cannot say, compared by identity: the user's hooks, and what `torch.compile` made.
             Weak references, so that no model is kept alive.
-        accuracy: A digest of the weights and of the images of the first batch; empty where no accuracy was estimated.
+        accuracy: A digest of the weights and of the images of the first batch; empty for a given schedule, which
+            depends on neither.
     """
 
     root: ReferenceType[nn.Module]
@@ -48,15 +54,14 @@ class DecisionConditions:
         """
         transformer = first.transformer
         compiled = transformer.compiled_root
+        depends = first.config.is_planned or first.config.is_adaptive
         is_users = runtime_of(compiled) is None  # what this package compiled, its runtime says
         graph = filter(None, [getattr(compiled, "_compiled_call_impl", None)]) if is_users else ()
         return cls(
             root=ref(transformer.root),
             latency=model_conditions(transformer, first.images),
             objects=tuple(map(ref, (*user_hooks(transformer.root), compiled, *graph))),
-            accuracy=f"{weights_digest(transformer.root)} {tensor_digest(first.images)}"
-            if first.config.is_planned
-            else "",
+            accuracy=f"{weights_digest(transformer.root)} {tensor_digest(first.images)}" if depends else "",
         )
 
     def same_latency(self, other: "DecisionConditions") -> bool:
@@ -68,38 +73,44 @@ class DecisionConditions:
 
 
 def checked_anew(first: FirstBatch, decision: Decision) -> Decision | None:
-    """A planned decision with its accuracy estimated anew, if the objective tolerates it; None if it does not.
+    """A decision of a run with other weights or images, if it holds for this one as well; None if it does not.
 
-    For a run of the same model with other weights or other images.
-
-    Nothing is timed, as latency does not depend on them. A decision that removes nothing is never kept: other weights
-    may tolerate more.
+    The accuracy of the schedule is estimated anew, and the objective has to tolerate it. Nothing is timed, as latency
+    does not depend on weights. Where the device gains nothing from fewer tokens, that holds for all weights; another
+    decision that removes nothing does not, as other weights may tolerate more.
 
     Args:
         first: The first batch of the present run, with the model dense.
         decision: Of an earlier run.
     """
-    plan = decision.plan
-    if plan is None or not plan.total_removed or first.config.protocol == "paper":
+    plan, config = decision.plan, first.config
+    if plan is None or config.protocol == "paper":
         return None
-    calibration = first.calibration()
-    accuracy, images = _accuracy(first, calibration, decision)
+    if not plan.total_removed:
+        return decision if dense_reason(plan.profile) is not None else None
+    try:
+        count = min(config.calibration, _IMAGES) if isinstance(config.calibration, int) else config.calibration
+        calibration = first.sample(count)
+        proxy_name = proxy_for(config, first.module, first.transformer, calibration)
+        if OUTPUT_KINDS[proxy_name].label != plan.proxy:  # the targets of this run are of another kind
+            return None
+        images = shuffled(calibration.images, config.seed)[:_IMAGES]
+        accuracy = _accuracy(first, images, decision, proxy_name)
+    except DataError as error:
+        rank_zero_warn(f"The schedule of an earlier run stays, but its accuracy cannot be estimated here: {error}")
+        return decision
     if not plan.objective.tolerates(accuracy, plan.accuracy):
         return None
-    note = f"Here it keeps {accuracy:.2%} of the {plan.proxy}, on {images} images."
-    reason = f"{plan.reason.split(_SEPARATOR)[0]}{_SEPARATOR}{note}"
-    return replace(decision, reason=reason, plan=replace(plan, accuracy=accuracy, reason=reason))
+    note = f"Here it keeps {accuracy:.2%} of the {plan.proxy}, on {len(images)} images."
+    return replace(decision, reason=f"{plan.reason} Planned for other weights or images. {note}")
 
 
-_SEPARATOR = " Planned for other weights or images. "
-
-
-def _accuracy(first: FirstBatch, calibration: Calibration, decision: Decision) -> tuple[float, int]:
-    """The proxy of the decided schedule in this run, and on how many images."""
-    transformer, images = first.transformer, calibration.images[:_IMAGES]
-    proxy_name = proxy_for(first.config, transformer, calibration)
+def _accuracy(first: FirstBatch, images: Tensor, decision: Decision, proxy_name: str) -> float:
+    """The proxy of the decided schedule in this run."""
+    transformer = first.transformer
     with ready_to_run(transformer):
         size = max(len(first.images), 32)
         proxy = Proxy(transformer, images, first.images.device, size, None, proxy=proxy_name)
-        with PatchHandle(transformer, decision.reduction, decision.schedule):
-            return proxy.measure(), len(images)
+        counts = Schedule(decision.schedule.removed, decision.schedule.method)  # without what it was made on
+        with PatchHandle(transformer, decision.reduction, counts):
+            return proxy.measure()

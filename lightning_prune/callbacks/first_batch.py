@@ -138,9 +138,12 @@ class FirstBatch:
         """
         common = self.trainer, self.module, self._loaders, self.batch, self.config
         sampled = calibration_images(*common, calibration, minimum, limit)
-        if self.call is None:
+        if self.call is None or isinstance(calibration, Tensor):  # the user gave what the transformer receives
             return sampled
-        return as_passed(sampled, images_from_batch(self.batch, self.config.images_from_batch), self.call.images)
+        loaded = self.call.loaded
+        if loaded is None:
+            loaded = images_from_batch(self.batch, self.config.images_from_batch)
+        return as_passed(sampled, loaded, self.call.images)
 
     def on_rank_zero(self, decide: Callable[[], T]) -> T:
         """Returns on every rank what `decide` returns on rank 0; an error there is raised on every rank.

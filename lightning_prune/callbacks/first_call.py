@@ -24,32 +24,39 @@ class FirstCall:
         images: (B, C, H, W), a copy.
         keywords: Further arguments whose values are not the defaults.
         precision: As `lightning_prune.profiling.environment.precision` returns it.
+        loaded: (B, C, H, W) images of the batch before the step; None if there are none.
     """
 
     images: Tensor
     keywords: Mapping[str, Any]
     precision: str
+    loaded: Tensor | None = None
 
     @property
     def is_repeatable(self) -> bool:
         """Whether other images can be passed in the same way; not where a tensor of this batch goes with them."""
         return not any(isinstance(value, Tensor) for value in self.keywords.values())
 
-    def differences(self, images: Tensor, measured_precision: str) -> list[str]:
+    def _changes(self, images: Tensor) -> bool:
+        loaded = images.to(self.images.device).float()
+        return not torch.allclose(self.images.float(), loaded, rtol=0.02, atol=0.02, equal_nan=True)
+
+    def differences(self, context: Mapping[str, Any], images: Tensor | None) -> list[str]:
         """How the call differs from what was measured, as "A instead of B"; empty if it does not.
 
         Args:
-            images: (B, C, H, W) that were measured.
-            measured_precision: The precision that was measured in.
+            context: Of the measurement; see `lightning_prune.profiling.measurement_context`.
+            images: (B, C, H, W) that were measured; None if only their shape is known.
         """
         found = []
-        if self.images.shape != images.shape:
-            found.append(f"images {tuple(self.images.shape)} instead of {tuple(images.shape)}")
-        if self.images.dtype != images.dtype:
+        shape = (context.get("batch_size"), *context.get("image_shape", ()))
+        if len(shape) == 4 and tuple(self.images.shape) != shape:
+            found.append(f"images {tuple(self.images.shape)} instead of {shape}")
+        if images is not None and self.images.dtype != images.dtype:
             found.append(f"{self.images.dtype} images instead of {images.dtype}")
-        if self.precision != measured_precision:
-            found.append(f"precision {self.precision} instead of {measured_precision}")
-        if not found and not torch.allclose(self.images.float(), images.float(), rtol=0.02, atol=0.02):
+        if self.precision != context.get("precision", self.precision):
+            found.append(f"precision {self.precision} instead of {context['precision']}")
+        if not found and images is not None and self._changes(images):
             found.append("images that the step changed, by a normalisation for example")
         if self.keywords:
             found.append(f"the arguments {', '.join(self.keywords)} in addition to the images")
@@ -73,7 +80,7 @@ def read_call(root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any])
     keywords = {
         name: value
         for name, value in by_name.items()
-        if name not in (images, *_OUTPUT_ARGUMENTS) and value is not None and value is not defaults.get(name)
+        if name not in (images, *_OUTPUT_ARGUMENTS) and not _is_default(value, defaults.get(name))
     }
     copy = by_name[images].detach().clone()
     return FirstCall(copy, keywords, precision(root, copy.device))
@@ -123,7 +130,7 @@ def as_passed(sampled: Calibration, loaded: Tensor, passed: Tensor) -> Calibrati
         passed: The same images as the step passed them.
     """
     if sampled.images.shape[1:] == passed.shape[1:] and loaded.shape == passed.shape:
-        found = channelwise_affine(loaded, passed)
+        found = channelwise_affine(loaded.to(passed.device), passed)
         if found is not None:
             scale, shift = found
             return sampled._replace(images=sampled.images * scale.cpu() + shift.cpu())
@@ -149,6 +156,11 @@ def channelwise_affine(loaded: Tensor, passed: Tensor) -> tuple[Tensor, Tensor] 
     shift = y_mean - scale * x_mean
     error = (scale * x + shift - y).abs().amax()
     return (scale, shift) if error <= 0.02 * y.std() else None
+
+
+def _is_default(value: Any, default: Any) -> bool:
+    """Whether an argument is left at its default; None and False are the same where that is one of them."""
+    return value is default or value is None or (value is False and default is None)
 
 
 def _is_images(value: Any) -> bool:

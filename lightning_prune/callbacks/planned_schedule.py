@@ -16,7 +16,7 @@ from lightning_prune.planning import Objective, plan_many
 from lightning_prune.planning.api import PROFILE_SHARE
 from lightning_prune.profiling import TOKEN_CURVE
 from lightning_prune.profiling.cache import CachedProfile, get_or_profile
-from lightning_prune.profiling.output_kinds import proxy_of_targets
+from lightning_prune.profiling.output_kinds import choose_proxy
 
 
 def profiled(
@@ -54,9 +54,11 @@ def check_labels(config: PruningConfig, calibration: Calibration) -> None:
         raise ArgumentError("`calibration` must have labels with protocol='paper', got batches without.")
 
 
-def proxy_for(config: PruningConfig, transformer: VisionTransformer, calibration: Calibration) -> str:
-    """The proxy of the config, else the one for which the targets of the loop speak, else `"auto"`."""
-    return config.proxy if config.proxy != "auto" else proxy_of_targets(calibration.targets, transformer.num_classes)
+def proxy_for(
+    config: PruningConfig, pl_module: L.LightningModule, transformer: VisionTransformer, calibration: Calibration
+) -> str:
+    """The proxy of the config, else the one that fits the outputs, by the module and the targets of the loop."""
+    return choose_proxy(pl_module, transformer, config.proxy, calibration.targets)
 
 
 def _blocks(config: PruningConfig, depth: int) -> str | int | float | list[int]:
@@ -108,7 +110,7 @@ def planned_for(
         verbose=config.verbose,
         module_path=config.module_path,
         protocol=config.protocol,
-        proxy=proxy_for(config, transformer, calibration),
+        proxy=proxy_for(config, pl_module, transformer, calibration),
         labels=calibration.labels if config.protocol == "paper" else None,
         clock=limit.clock,
     )

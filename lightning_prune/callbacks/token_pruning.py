@@ -30,7 +30,7 @@ from lightning_prune.callbacks.hooks import (
     unpatch_hyperparameters,
 )
 from lightning_prune.callbacks.planned_schedule import planned
-from lightning_prune.errors import ArgumentError, UnsupportedModelError
+from lightning_prune.errors import ArgumentError, DataError, UnsupportedModelError
 from lightning_prune.patching import PatchHandle
 from lightning_prune.patching.models.base import calling_with
 from lightning_prune.planning import Objective
@@ -255,30 +255,33 @@ class TokenPruning(EvaluationCallback):
                 self._decide_and_patch(first)
                 self._shape = batch_shape(batch, self.config.images_from_batch)
         self._running = ref(trainer)
-        if trainer.is_global_zero and not is_wrapped_by_compile(pl_module):  # only that rank measures
-            self._end_watch = watch_first_call(first.transformer, partial(self._check_call, first))
+        # Only rank 0 measures.
+        if trainer.is_global_zero and not is_wrapped_by_compile(pl_module, first.transformer):
+            # A copy, since the step may change the images in place.
+            loaded = None if self._is_fixed else first.images.clone()
+            self._end_watch = watch_first_call(first.transformer, partial(self._check_call, first, loaded))
 
     def _has_to_wait(self, first: FirstBatch) -> bool:
         """Whether to decide when the step calls the transformer, since the images of the batch are not what it gets.
 
         Ranks would have to agree on it, so with several processes the images of the batch are measured in any case.
         """
-        if first.trainer.world_size > 1 or self._is_fixed or is_wrapped_by_compile(first.module):
+        if first.trainer.world_size > 1 or self._is_fixed or is_wrapped_by_compile(first.module, first.transformer):
             return False
         return self._call_differs or (self._decided_for is None and not can_run(first))
 
     def _decide_and_patch(self, first: FirstBatch) -> None:
         self.decision = first.on_rank_zero(lambda: self._decide(first))
         self._is_decided = True
-        if self.decision.prunes:
+        if self.decision is not None and self.decision.prunes:
             schedule = self.decision.deployable(first.transformer)
             self._handle = PatchHandle(first.transformer, self.decision.reduction, schedule)
 
-    def _check_call(self, first: FirstBatch, call: FirstCall) -> None:
+    def _check_call(self, first: FirstBatch, loaded: Tensor | None, call: FirstCall) -> None:
         """Decides anew where the step passes something else to the transformer than what was measured."""
-        if not self._waits and self.decision is not None:
-            precision_then = str(self.decision.context.get("precision", call.precision))
-            differences = call.differences(first.images, precision_then)
+        self._end_watch = None  # which holds the batch
+        if not self._waits:
+            differences = [] if self.decision is None else call.differences(self.decision.context, loaded)
             if not differences:
                 return
             text = f"The step passes {', '.join(differences)} to the Vision Transformer"
@@ -295,10 +298,14 @@ class TokenPruning(EvaluationCallback):
             self._handle.remove()
             self._handle = None
         with preserve_random_state(), calling_with(first.transformer.root, call.keywords):
+            call = replace(call, loaded=loaded)
             self._decide_and_patch(FirstBatch(first.trainer, first.module, first.batch, first.config, call))
 
-    def _decide(self, first: FirstBatch) -> Decision:
-        """The decision of an earlier run if it holds for this one, else a new one."""
+    def _decide(self, first: FirstBatch) -> Decision | None:
+        """The decision of an earlier run if it holds for this one, else a new one.
+
+        None in training where none can be made, as for outputs that are not finite: that ends no training.
+        """
         start = perf_counter()
         check_dense(first.transformer)  # also if nothing is measured: a patch of the user would be replaced
         if self.decision is not None and self._is_fixed:
@@ -308,8 +315,14 @@ class TokenPruning(EvaluationCallback):
         if earlier is not None:
             self._decided_for = conditions
             return earlier
-        warn_if_wrapped_by_compile(first.module)
-        decision = replace(self._decide_anew(first), seconds=perf_counter() - start)
+        warn_if_wrapped_by_compile(first.module, first.transformer)
+        try:
+            decision = replace(self._decide_anew(first), seconds=perf_counter() - start)
+        except DataError as error:
+            if first.trainer.state.fn != "fit":
+                raise
+            rank_zero_warn(f"This validation is dense, as no schedule can be decided: {error}")
+            return None
         self._decided_for = conditions
         self._report(decision)
         return decision

@@ -111,7 +111,7 @@ class Sensitivity:
             with recorded(self._transformer.blocks) as outputs:
                 dense = family.output(self._transformer.run_eagerly(images)).cpu().double()
             if self._scale is None:
-                self._scale = dense.square().mean(0).sqrt().clamp_min(1e-12)
+                self._scale = _typical_spread(dense)
             on_step()
             found = np.zeros_like(self._sum)
             for row, block in enumerate(self.blocks):
@@ -197,3 +197,10 @@ def divergence_at(counts: Sequence[int], divergence: Table, wanted: Table) -> Ta
     above = np.exp(logs[-1]) * (np.maximum(gone, removed[-1]) / removed[-1]) ** min(power, TUNING.max_power)
     between = np.exp(np.interp(gone, removed, logs))
     return np.where(gone < removed[0], below, np.where(gone > removed[-1], above, between))
+
+
+def _typical_spread(outputs: Tensor) -> Tensor:
+    """(K,) standard deviation of each output over the images; the size of the output for a single image."""
+    size = outputs.square().mean(0).sqrt()
+    spread = outputs.std(0) if len(outputs) > 1 else size
+    return spread.clamp_min(1e-6 * float(size.max()) + 1e-12)

@@ -102,7 +102,11 @@ class ProfileStore:
         return entry.profile if entry is not None and _suffices(entry, time_limit) else None
 
     def put(
-        self, dependencies: Mapping[str, Any], profile: LatencyProfile, time_limit: float | None = None
+        self,
+        dependencies: Mapping[str, Any],
+        profile: LatencyProfile,
+        time_limit: float | None = None,
+        replace: bool = False,
     ) -> Path | None:
         """Keeps a profile, unless a better one is there.
 
@@ -114,6 +118,7 @@ class ProfileStore:
             dependencies: The conditions of the measurement.
             profile: What was measured.
             time_limit: Seconds that the measurement had, None without a limit.
+            replace: Whether to replace also a better one, as it does not hold any more.
 
         Returns:
             The file; None where nothing was written.
@@ -125,7 +130,7 @@ class ProfileStore:
             present = _find_entry(path, dependencies)
         except (FileFormatError, OSError):  # damaged, or the folder cannot be searched, as writing will say
             present = None
-        if present is not None and _rank(present) > _rank(_Entry(profile, time_limit)):
+        if present is not None and not replace and _rank(present) > _rank(_Entry(profile, time_limit)):
             warnings.warn(
                 f"The profile in {path} (time_limit={present.time_limit}) is better than the new one "
                 f"(time_limit={time_limit}) and is kept. Use a longer time limit or delete the file to replace it.",
@@ -310,7 +315,7 @@ def get_or_profile(
     """
     transformer = find_vision_transformer(model, module_path)
     check_measurable(transformer, example_inputs, time_limit, protocol)
-    dependencies = None
+    dependencies, kept = None, None
     if store is not None:
         index = reducing_block(method, block, transformer)
         dependencies = profile_dependencies(transformer, example_inputs, method, index, protocol)
@@ -336,5 +341,5 @@ def get_or_profile(
         clock=clock,
     )
     if store is not None and dependencies is not None and not profile.is_inconclusive:
-        store.put(dependencies, profile, time_limit)
+        store.put(dependencies, profile, time_limit, replace=kept is not None)
     return CachedProfile(profile, reused=False)

@@ -17,6 +17,7 @@ from lightning_prune._utils.device import device_name
 from lightning_prune._utils.isolation import user_hooks
 from lightning_prune.patching import VisionTransformer
 from lightning_prune.patching.class_swap import original_class
+from lightning_prune.patching.models.base import call_keywords
 from lightning_prune.reduction import Reduction
 from lightning_prune.runtimes.torch_runtime import is_compiled, runtime_of
 
@@ -135,6 +136,7 @@ def model_conditions(transformer: VisionTransformer, example_inputs: Tensor) -> 
         and example_inputs.is_contiguous(memory_format=torch.channels_last),
         "structure": structure(transformer.root),
         "depth": transformer.depth,
+        "arguments": {name: _plain_argument(value) for name, value in call_keywords(transformer.root).items()},
         "kernels": _kernel_switches(),
         "packages": package_versions(transformer.root),
         "lightning_prune": __version__,
@@ -163,6 +165,10 @@ def structure(model: nn.Module) -> str:
 
 def _is_contiguous(tensor: Tensor) -> bool:
     return tensor.layout is torch.strided and tensor.is_contiguous()  # sparse layouts have no strides
+
+
+def _plain_argument(value: Any) -> str:
+    return repr(value) if _is_plain(value) else UNKNOWN
 
 
 def _plain_settings(module: nn.Module) -> Iterator[tuple[str, Any]]:

@@ -30,8 +30,9 @@ def soft_agreement(dense: Tensor, pruned: Tensor) -> float:
 def tag_agreement(dense: Tensor, pruned: Tensor) -> float:
     """Mean probability that the pruned model gives to the dense model's decision about each tag, relative to dense.
 
-    Tags are independent: each has a sigmoid of its own. Decisions for and against a tag have the same weight, as most
-    tags are absent from most images. 1 for the dense model itself.
+    Tags are independent: each has a sigmoid of its own. A decision of which the pruned model is surer than dense counts
+    as 1, so that it makes up for no other. Decisions for and against a tag have the same weight, as most tags are
+    absent from most images. 1 for the dense model itself.
 
     Args:
         dense: (B, K) logits of the dense model.
@@ -41,8 +42,8 @@ def tag_agreement(dense: Tensor, pruned: Tensor) -> float:
     ratios = []
     for decisions, sign in ((dense > 0, 1.0), (dense <= 0, -1.0)):
         if decisions.any():
-            given = (sign * pruned[decisions]).sigmoid().mean()
-            ratios.append(float(given / (sign * dense[decisions]).sigmoid().mean()))
+            shares = (sign * pruned[decisions]).sigmoid() / (sign * dense[decisions]).sigmoid()
+            ratios.append(float(shares.clamp(max=1).mean()))
     return sum(ratios) / len(ratios)
 
 
@@ -72,8 +73,20 @@ def r2(dense: Tensor, pruned: Tensor) -> float:
 
 
 def feature_similarity(dense: Tensor, pruned: Tensor) -> float:
-    """Mean cosine similarity of the features (B, ...) of the same images."""
-    return float(F.cosine_similarity(dense.float().flatten(1), pruned.float().flatten(1), dim=1).mean())
+    """Mean cosine similarity of the features of the same images, without what all images have in common.
+
+    The mean features of the dense model over the images are subtracted from both: often they are the larger part, and
+    say nothing about an image.
+
+    Args:
+        dense: (B, ...) features of the dense model.
+        pruned: (B, ...) features of the pruned model for the same images.
+    """
+    dense, pruned = dense.double().flatten(1), pruned.double().flatten(1)
+    common = dense.mean(0) if len(dense) > 1 else torch.zeros_like(dense[0])
+    if torch.equal(dense, pruned):
+        return 1.0
+    return float(F.cosine_similarity(dense - common, pruned - common, dim=1).mean())
 
 
 def _class_divergence(dense: Tensor, pruned: Tensor, scale: Tensor) -> float:
@@ -140,17 +153,20 @@ _EVIDENCE = {
 }
 
 
-def choose_proxy(model: nn.Module, transformer: VisionTransformer, proxy: str = "auto") -> str:
+def choose_proxy(
+    model: nn.Module, transformer: VisionTransformer, proxy: str = "auto", targets: Tensor | None = None
+) -> str:
     """The proxy that fits the outputs of a model.
 
-    `"auto"` takes, in this order: cosine similarity where there is no head; R2 for a single output; what the
-    configuration of a Hugging Face model calls its problem; what the losses and metrics among the modules are for, if
-    they agree; else soft agreement.
+    `"auto"` takes cosine similarity where there is no head. Otherwise it takes, in this order, what the configuration
+    of a Hugging Face model calls its problem; what the losses and metrics among the modules are for, if they agree; R2
+    for a single output; what the targets look like; soft agreement.
 
     Args:
         model: The module that contains the transformer.
         transformer: The Vision Transformer.
         proxy: `"auto"`, or one of `OUTPUT_KINDS`.
+        targets: Of some images; see `proxy_of_targets`.
 
     Raises:
         ArgumentError: If there is no such proxy, or it does not fit the outputs.
@@ -158,21 +174,25 @@ def choose_proxy(model: nn.Module, transformer: VisionTransformer, proxy: str = 
     check_choice("proxy", proxy, PROXIES)
     outputs = transformer.num_classes
     if proxy != "auto":
-        least = {"soft_agreement": 2, "tag_agreement": 1}.get(proxy, 0)
-        check("proxy", proxy, f"one that fits a model with {outputs or 'no'} logits", outputs >= least)
+        check("proxy", proxy, f"one that fits a model with {outputs or 'no'} logits", outputs >= _least_outputs(proxy))
         return proxy
-    if outputs < 2:
-        return "r2" if outputs else "cosine"
+    if not outputs:
+        return "cosine"
     problem = getattr(getattr(transformer.root, "config", None), "problem_type", None)
-    if problem in _PROBLEM_TYPES:
-        return _PROBLEM_TYPES[problem]
     names = {type(module).__name__ for module in model.modules()}
     found = [kind for kind, known in _EVIDENCE.items() if any(name.startswith(known) for name in names)]
-    return found[0] if len(found) == 1 else "soft_agreement"
+    said = _PROBLEM_TYPES.get(str(problem)) or (found[0] if len(found) == 1 else "")
+    if said and outputs >= _least_outputs(said):
+        return said
+    return "r2" if outputs == 1 else proxy_of_targets(targets, outputs) or "soft_agreement"
+
+
+def _least_outputs(proxy: str) -> int:
+    return {"soft_agreement": 2, "tag_agreement": 1}.get(proxy, 0)
 
 
 def proxy_of_targets(targets: Tensor | None, outputs: int) -> str:
-    """The proxy for which the targets of a batch speak; `"auto"` where they do not say.
+    """The proxy for which the targets of a batch speak; empty where they do not say.
 
     Args:
         targets: (B,) class indices, or (B, K) tags, probabilities or numbers; None without.
@@ -185,11 +205,11 @@ def proxy_of_targets(targets: Tensor | None, outputs: int) -> str:
         ('soft_agreement', 'tag_agreement')
     """
     if targets is None or outputs < 2:
-        return "auto"
+        return ""
     if targets.ndim == 1:
-        return "auto" if targets.is_floating_point() else "soft_agreement"
+        return "" if targets.is_floating_point() else "soft_agreement"
     if targets.shape[1:] != (outputs,) or not len(targets):
-        return "auto"
+        return ""
     values = targets.double()
     is_share = bool(((values >= 0) & (values <= 1)).all())
     if is_share and torch.allclose(

@@ -24,7 +24,12 @@ _compiled: "WeakKeyDictionary[nn.Module, Runtime]" = WeakKeyDictionary()
 
 def is_compiled(model: nn.Module) -> bool:
     """Whether calling the model runs compiled graphs, of the whole of it or of a part."""
-    return any(hasattr(m, "_orig_mod") or _compiled_call(m) is not None for m in model.modules())
+    return any(map(is_compiled_itself, model.modules()))
+
+
+def is_compiled_itself(module: nn.Module) -> bool:
+    """Whether this very module, and not only a part of it, is compiled in place or is the wrapper of a compiled one."""
+    return hasattr(module, "_orig_mod") or _compiled_call(module) is not None
 
 
 def applied_runtime(transformer: VisionTransformer) -> Runtime | None:

@@ -39,6 +39,18 @@ def test_generators_in_attributes_objects_and_containers_are_put_back():
     assert draws(holder) == first
 
 
+def test_a_large_container_hides_no_generator_and_archives_are_not_read(tmp_path):
+    np.savez(tmp_path / "a.npz", objects=np.array([{}], dtype=object))
+    holder = SimpleNamespace(
+        rng=np.random.default_rng(0),
+        archive=np.load(tmp_path / "a.npz"),
+        annotations={number: [number] for number in range(20_000)},
+    )
+    with preserve_generators_of((holder, None)):
+        first = holder.rng.random()
+    assert holder.rng.random() == first
+
+
 def test_an_object_without_attributes_is_fine():
     with preserve_generators_of(3), preserve_generators_of(None):
         pass

@@ -81,6 +81,55 @@ def test_a_normalisation_in_the_step_is_applied_to_the_calibration_images(monkey
     assert torch.allclose(passed, raw * scale + shift, atol=1e-4)
 
 
+@pytest.mark.usefixtures("clockwork")
+def test_a_change_in_place_is_noticed_and_given_calibration_images_are_used_as_they_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from lightning_prune.callbacks import planned_schedule
+
+    seen: list[Tensor] = []
+    plan_many = planned_schedule.plan_many
+
+    def plan(*args: Any, calibration: Tensor, **kwargs: Any) -> Any:
+        seen.append(calibration)
+        return plan_many(*args, calibration=calibration, **kwargs)
+
+    monkeypatch.setattr(planned_schedule, "plan_many", plan)
+    given = noise_images(8, seed=5)
+    module = Changing(lambda images: images.mul_(3).add_(5))
+    with pytest.warns(UserWarning, match="images that the step changed"):
+        trainer(brief(calibration=given)).validate(module, loader(8), verbose=False)
+    assert len(seen) == 2
+    assert torch.equal(seen[1].sort(0).values, given.sort(0).values)
+
+
+@pytest.mark.usefixtures("clockwork")
+def test_a_compiled_module_around_the_transformer_is_said(recwarn: pytest.WarningsRecorder) -> None:
+    class Around(Tiny):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(nn.Identity(), self.vit)
+            self.net.compile(backend="eager")
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.net(images)
+
+    torch._dynamo.reset()
+    trainer(brief(schedule=6, module_path="vit")).validate(Around(), loader(8), verbose=False)
+    assert any("around the Vision Transformer, is compiled" in str(each.message) for each in recwarn)
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("clockwork")
+def test_a_decision_that_is_used_needs_no_images_in_the_batch() -> None:
+    callback = brief(schedule=6)
+    trainer(callback).validate(Tiny(), loader(8), verbose=False)
+    again, module = brief(), Tiny()
+    again.use(callback.decision)
+    trainer(again).validate(module, ({"x": batch[0]} for batch in loader(8)), verbose=False)
+    assert module.tokens() == {TOKENS - 6}
+
+
 class Interpolating(Tiny):
     """A Hugging Face model that receives images of another size, and a further argument."""
 

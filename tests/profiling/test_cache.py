@@ -433,6 +433,20 @@ def test_a_profile_is_measured_again_where_dense_takes_much_longer_or_shorter(tm
         assert measure(ProfileStore(tmp_path)) == (again.profile, True)
 
 
+def test_a_profile_that_does_not_hold_is_replaced_by_one_that_has_not_converged(tmp_path, monkeypatch, speed):
+    monkeypatch.setattr(LatencyProfile, "is_inconclusive", False)
+    first = measure(ProfileStore(tmp_path)).profile
+    converged, not_converged = replace(first, converged=True), replace(first, converged=False)
+    (entry,) = tmp_path.iterdir()
+    document = json.loads(entry.read_text())
+    entry.write_text(json.dumps(document | {"profile": converged.to_dict()}))
+    speed.ms *= 2
+    doubled = replace(not_converged, milliseconds=tuple(2 * ms for ms in first.milliseconds))
+    monkeypatch.setattr(cache, "profile_latency", lambda *_, **__: doubled)
+    assert measure(ProfileStore(tmp_path)) == (doubled, False)
+    assert measure(ProfileStore(tmp_path)) == (doubled, True)
+
+
 def test_without_a_home_profiles_are_measured_and_not_kept(monkeypatch):
     def no_home(*_, **__):
         raise RuntimeError("could not determine the home directory")
@@ -450,9 +464,12 @@ def test_a_folder_that_cannot_be_searched_does_not_end_a_run(tmp_path, monkeypat
     def denied(self, **_):
         raise PermissionError(13, "Permission denied", str(self))
 
+    def not_written(path, _):
+        raise lp.errors.FileWriteError(f"`{path}` cannot be written: Permission denied.")
+
     monkeypatch.setattr(cache, "profile_latency", lambda *_, **__: profile())
     monkeypatch.setattr(Path, "exists", denied)
-    monkeypatch.setattr(cache, "write_document", lambda path, _: denied(path))
+    monkeypatch.setattr(cache, "write_document", not_written)
     with pytest.warns(UserWarning, match="Permission denied") as told:
         assert measure(ProfileStore(tmp_path)) == (profile(), False)
     assert len(told) == 2  # reading and writing

@@ -44,14 +44,14 @@ def naive_soft_agreement(dense, pruned):
 def naive_tag_agreement(dense, pruned):
     ratios = []
     for present in (True, False):
-        given, own = [], []
+        shares = []
         for dense_row, pruned_row in zip(dense, pruned, strict=True):
             for d, p in zip(dense_row, pruned_row, strict=True):
                 if (d > 0) == present:
-                    given.append(sigmoid(p) if present else 1 - sigmoid(p))
-                    own.append(sigmoid(d) if present else 1 - sigmoid(d))
-        if own:
-            ratios.append(sum(given) / sum(own))
+                    given, own = (sigmoid(p), sigmoid(d)) if present else (1 - sigmoid(p), 1 - sigmoid(d))
+                    shares.append(min(given / own, 1.0))
+        if shares:
+            ratios.append(sum(shares) / len(shares))
     return sum(ratios) / len(ratios)
 
 
@@ -79,10 +79,43 @@ def test_agreement_is_its_definition(agreement, naive, dtype):
     assert agreement(dense, dense) == pytest.approx(1.0)
 
 
-def test_feature_similarity_ignores_length_but_not_direction():
-    features, _ = pair(outputs=8)
-    assert feature_similarity(features, 3 * features) == pytest.approx(1.0)
-    assert feature_similarity(features, -features) == pytest.approx(-1.0)
+def naive_similarity(dense, pruned):
+    common = (
+        [sum(column) / len(dense) for column in zip(*dense, strict=True)] if len(dense) > 1 else [0.0] * len(dense[0])
+    )
+    total = 0.0
+    for d, p in zip(dense, pruned, strict=True):
+        a, b = ([x - m for x, m in zip(row, common, strict=True)] for row in (d, p))
+        total += sum(x * y for x, y in zip(a, b, strict=True)) / math.sqrt(
+            sum(x * x for x in a) * sum(y * y for y in b)
+        )
+    return total / len(dense)
+
+
+@pytest.mark.parametrize("images", [1, 20])
+def test_feature_similarity_is_its_definition(images):
+    dense, other = pair(images=images, outputs=8)
+    pruned = dense + 0.3 * other
+    assert feature_similarity(dense, pruned) == pytest.approx(
+        naive_similarity(dense.tolist(), pruned.tolist()), rel=1e-5
+    )
+    assert feature_similarity(dense, dense) == 1.0
+
+
+def test_unrelated_features_are_not_similar_whatever_they_have_in_common():
+    dense, other = pair(images=200, outputs=16)
+    assert feature_similarity(100 + dense, 100 + other) == pytest.approx(0.0, abs=0.1)
+
+
+def test_flipped_tags_are_not_made_up_for_by_surer_ones():
+    dense = torch.full((10, 10), -2.0)
+    dense[:, 0] = 0.1
+    pruned = dense.clone()
+    pruned[:, 0] = 5.0  # surer than dense
+    assert tag_agreement(dense, pruned) == pytest.approx(1.0)
+    pruned[:, 1:3] = 2.0  # flipped
+    lost = 2 / 9 * (1 - sigmoid(-2) / sigmoid(2)) / 2
+    assert tag_agreement(dense, pruned) == pytest.approx(1 - lost)
 
 
 def test_rare_tags_weigh_as_much_as_absent_ones():
@@ -152,7 +185,8 @@ class Task(nn.Module):
         (5, {"metric": torchmetrics.classification.MulticlassAccuracy(5)}, "soft_agreement"),
         (5, {"metric": torchmetrics.MeanSquaredError()}, "r2"),
         (5, {"loss": nn.BCEWithLogitsLoss(), "metric": torchmetrics.MeanSquaredError()}, "soft_agreement"),  # both
-        (1, {"loss": nn.BCEWithLogitsLoss()}, "r2"),
+        (1, {"loss": nn.BCEWithLogitsLoss()}, "tag_agreement"),
+        (1, {"loss": nn.CrossEntropyLoss()}, "r2"),
     ],
 )
 def test_the_proxy_is_chosen_by_the_outputs_losses_and_metrics(outputs, members, expected):
@@ -183,18 +217,27 @@ def test_a_proxy_that_does_not_fit_is_refused(outputs, proxy):
 @pytest.mark.parametrize(
     ("targets", "expected"),
     [
-        (None, "auto"),
+        (None, ""),
         (torch.tensor([1, 2]), "soft_agreement"),
-        (torch.tensor([0.5, 2.0]), "auto"),
+        (torch.tensor([0.5, 2.0]), ""),
         (torch.tensor([[0, 1, 0], [1, 0, 0]]), "soft_agreement"),  # one-hot
         (torch.tensor([[0.1, 0.8, 0.1]]), "soft_agreement"),  # smoothed
         (torch.tensor([[0, 1, 1], [0, 0, 0]]), "tag_agreement"),
         (torch.tensor([[0.0, 1.0, 1.0]]), "tag_agreement"),
         (torch.tensor([[0.5, -2.0, 7.0]]), "r2"),
-        (torch.rand(2, 3, 8, 8), "auto"),  # a second view
-        (torch.rand(2, 4), "auto"),  # not one for each output
+        (torch.rand(2, 3, 8, 8), ""),  # a second view
+        (torch.rand(2, 4), ""),  # not one for each output
     ],
 )
 def test_targets_say_what_the_outputs_are(targets, expected):
     assert proxy_of_targets(targets, 3) == expected
-    assert proxy_of_targets(targets, 1) == "auto"
+    assert proxy_of_targets(targets, 1) == ""
+    plain = tiny_vit(num_classes=3)
+    assert choose_proxy(plain, find_vision_transformer(plain), targets=targets) == (expected or "soft_agreement")
+
+
+def test_losses_count_more_than_targets_which_may_happen_to_look_like_classes():
+    """One tag an image in the first batch."""
+    model = Task(tiny_vit(num_classes=3), loss=nn.BCEWithLogitsLoss())
+    one_tag = torch.tensor([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
+    assert choose_proxy(model, find_vision_transformer(model), targets=one_tag) == "tag_agreement"
