@@ -138,13 +138,15 @@ def _schedule_columns(planned: PlannedVariant, dense_tokens: int) -> dict[str, A
 def _latency_columns(timing: LatencyStats | None) -> dict[str, float | None]:
     if timing is None:
         return {}
-    return {
-        "latency_ms": timing.milliseconds,
-        "latency_p90_ms": timing.p90_ms,
-        "latency_spread": timing.spread,
-        "speedup": 1 / timing.ratio,
-        "speedup_spread": timing.ratio_spread / timing.ratio**2,
-    }
+    columns = {"latency_ms": timing.milliseconds, "latency_p90_ms": timing.p90_ms, "speedup": 1 / timing.ratio}
+    if timing.rounds > 1:  # a single round has no spread, which is not the same as none
+        columns |= {
+            "latency_low_ms": timing.low_ms,
+            "latency_high_ms": timing.high_ms,
+            "latency_spread": timing.spread,
+            "speedup_spread": timing.ratio_spread / timing.ratio**2,
+        }
+    return columns
 
 
 def _metric_columns(

@@ -226,7 +226,9 @@ class CandidateSearch:
 
     def _success_reason(self, candidate: Candidate, source: CandidateSource) -> str:
         saved, kept = 100 * (1 - candidate.latency_ratio), 100 * source.accuracy(candidate)
-        return f"Best by {self.objective}: {saved:.1f}% less latency, {kept:.2f}% of the dense {self._proxy}."
+        basis = "predicted" if candidate.timing is None else "timed against dense"
+        less = f"{saved:.1f}% less latency ({basis})"
+        return f"Best by {self.objective}: {less}, {kept:.2f}% of the dense {self._proxy}."
 
     def _near_misses(self, sources: Iterable[CandidateSource]) -> list[tuple[CandidateSource, Candidate]]:
         """The fastest candidates, not timed yet, that are predicted to miss a budget by little."""

@@ -105,7 +105,7 @@ def plan_by_paper(
         reason = flat or (
             f"Dense is best by {objective}: every faster count costs too much."
             if candidate.is_dense
-            else f"Best of all counts by {objective}: {100 * (1 - candidate.ratio):.1f}% less latency, "
+            else f"Best of all counts by {objective}: {100 * (1 - candidate.ratio):.1f}% less latency by the profile, "
             f"{100 * (candidate.accuracy or 0.0):.2f}% of the dense {proxy.name}, both of random tokens."
         )
         if candidate.is_dense:

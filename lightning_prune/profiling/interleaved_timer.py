@@ -48,6 +48,9 @@ class LatencyStats:
         ratio_spread: Half the interquartile range of that ratio.
         rounds: Number of measurements.
         p90_ms: 90th percentile in milliseconds; None where it is not known.
+        low_ms: Lower quartile of the milliseconds as they were timed; None where it is not known. With the drift of the
+            machine the median, which is free of it, may lie outside the quartiles.
+        high_ms: Upper quartile.
     """
 
     milliseconds: float
@@ -56,6 +59,8 @@ class LatencyStats:
     ratio_spread: float
     rounds: int
     p90_ms: float | None = None
+    low_ms: float | None = None
+    high_ms: float | None = None
 
     @property
     def ratio_stderr(self) -> float:
@@ -181,8 +186,10 @@ class InterleavedTimer(Generic[K]):
         ratio, ratio_spread = _median_and_spread(ratios)
         _, spread = _median_and_spread(1e3 * seconds)
         # The median ratio times one common baseline: alternatives that joined in later rounds stay comparable.
-        p90_ms = 1e3 * float(np.percentile(seconds, 90))
-        return LatencyStats(ratio * baseline_ms, spread, ratio, ratio_spread, len(shared), p90_ms)
+        low_ms, high_ms, p90_ms = (1e3 * float(each) for each in np.percentile(seconds, (25, 75, 90)))
+        return LatencyStats(
+            ratio * baseline_ms, spread, ratio, ratio_spread, len(shared), p90_ms, low_ms=low_ms, high_ms=high_ms
+        )
 
     def levels(self) -> dict[K, LatencyStats]:
         """Statistics of all alternatives at once, free of drift; the reference is treated like the others.
@@ -209,8 +216,8 @@ class InterleavedTimer(Generic[K]):
             own = residuals[known[:, index], index]
             _, spread = _median_and_spread(own)
             ms, ratio = 1e3 * float(np.exp(effects[index] + typical_round)), float(np.exp(effects[index] - reference))
-            p90_ms = ms * float(np.exp(np.percentile(own, 90)))
-            stats[name] = LatencyStats(ms, ms * spread, ratio, ratio * spread, len(own), p90_ms)
+            low_ms, high_ms, p90_ms = (ms * float(each) for each in np.exp(np.percentile(own, (25, 75, 90))))
+            stats[name] = LatencyStats(ms, ms * spread, ratio, ratio * spread, len(own), p90_ms, low_ms, high_ms)
         return stats
 
 

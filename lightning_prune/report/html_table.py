@@ -112,7 +112,11 @@ def _metric(row: Row) -> Cell:
 
 
 def _with_spread(text: str, known: bool, spread: float | None) -> Cell:
-    return Cell(text, f"±{spread:.2f}" if spread is not None else "") if known else Cell("")
+    if not known:
+        return Cell("")
+    if spread is None:
+        return Cell(text)
+    return Cell(text, f"±{spread:.2f}" if spread >= 0.005 else "±<0.01")
 
 
 def _blocks(row: Row) -> str:
@@ -163,7 +167,7 @@ def columns_of(rows: Sequence[Row]) -> list[Column]:
         Column("tokens", "removed", lambda row: Cell(_digits(row.removed), _blocks(row))),
         Column("same class", "as dense", lambda row: _share(row.agreement)),
         Column("top-5", "", lambda row: _share(row.top5)),
-        Column("images/s", "end to end", rate),
+        Column("images/s later,", "in validation (end to end)", rate),
         Column("GMACs", "MiB", lambda row: Cell(_digits(row.gmacs, 2), _digits(row.peak_memory_mib, 0))),
         Column("J/image", "watts", lambda row: Cell(_digits(row.joules_per_image, 3), _digits(row.watts, 1))),
     ]
@@ -194,18 +198,29 @@ def _section(
     lines = []
     for row in group:
         figure = None if score is None or target is None or missed(row) else score.rank(row)
-        best = figure is not None and figure == max(figures)
+        best = figure is not None and figure == max(figures) and _is_certain(row, reached)
         cells = [column.cell(row) for column in columns]
         color, _, hollow = styles[series_name(row)]
         lines.append(Line(row.variant or "?", color, hollow, best, cells))
     return Section("No target" if target is None else f"Target {ratio(target)}", lines)
 
 
+def _is_certain(row: Row, reached: Sequence[Row]) -> bool:
+    """Whether the 95% interval of the best row lies above those of all others, where they are known."""
+    own = interval_of(row)
+    others = [known for other in reached if other is not row and (known := interval_of(other)) is not None]
+    return own is None or all(other[1] < own[0] for other in others)
+
+
 def legend_of(rows: Sequence[Row]) -> list[str]:
     """The sentences below the table."""
     lines = ["±: half the distance between the quartiles."]
     if score_of(rows) == TOP1 and any(row.target_speedup is not None for row in rows):
-        lines.append("Bold: the best top-1 of the variants that reach the target.")
+        lines.append(
+            "Bold: the best top-1 of the variants that reach the target, where its interval lies above all others."
+        )
+    if any(row.throughput is not None for row in rows):
+        lines.append("images/s: of the validation, after the latency was timed, when the machine may differ in speed.")
     if any(interval_of(row) for row in rows):
         lines.append("Grey change: the 95% interval holds 0.")
     return lines

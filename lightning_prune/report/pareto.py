@@ -24,9 +24,9 @@ from lightning_prune.report.rows import (
 from lightning_prune.report.styles import INK, add_speedups, line_styles
 
 _BARS = {
-    "top1": "bars: half the distance between the quartiles of the latency; 95% interval of the change against dense",
-    "metric": "bars: half the distance between the quartiles of the latency",
-    "agreement": "bars: half the distance between the quartiles of the latency",
+    "top1": "bars: quartiles of the latency; 95% interval of the change against dense",
+    "metric": "bars: quartiles of the latency",
+    "agreement": "bars: quartiles of the latency",
 }
 _GREY = "#7f8c8d"
 _Styles = Mapping[str, tuple[str, str, bool]]
@@ -37,7 +37,7 @@ _SLOW = 1.25  # times the latency of dense: slower rows would compress the other
 def plot_pareto(document: Mapping[str, Any]) -> Figure:
     """Draws top-1 against measured latency: a line for each method, points for dense and int8.
 
-    Horizontal bars are half the distance between the quartiles of the latency, vertical bars the 95% interval of the
+    Horizontal bars reach from the lower to the upper quartile of the latency, vertical bars are the 95% interval of the
     paired difference to dense. A broad grey line is the Pareto front. If the module logs no top-1, its own metric is
     drawn instead, else the agreement with dense; if that is unknown too, the plot says so. Rows that take more than
     1.25 times as long as dense are not drawn but named below.
@@ -143,8 +143,7 @@ def _mark_dense(axes: Axes, dense: Row, latency: float, score: Score | None) -> 
     if height is None:
         return
     axes.axhline(height, color=_GREY, linewidth=0.8, linestyle=":")
-    spread = dense.latency_spread or 0.0
-    axes.errorbar(latency, height, xerr=spread, color=INK, fmt="*", markersize=13, label="dense", zorder=5)
+    axes.errorbar(latency, height, xerr=_quartiles([dense]), color=INK, fmt="*", markersize=13, label="dense", zorder=5)
 
 
 def _draw_lines(axes: Axes, lines: Mapping[str, Sequence[Row]], score: Score, styles: _Styles) -> None:
@@ -155,11 +154,10 @@ def _draw_lines(axes: Axes, lines: Mapping[str, Sequence[Row]], score: Score, st
         color, marker, eight_bit = styles[name]
         latencies = [row.latency_ms or 0.0 for row in rows]
         heights = [score.scale * (score.of(row) or 0.0) for row in rows]
-        spreads = [row.latency_spread or 0.0 for row in rows]
         axes.errorbar(
             latencies,
             heights,
-            xerr=spreads,
+            xerr=_quartiles(rows),
             yerr=_intervals(rows, score),
             color=color,
             marker=marker,
@@ -173,6 +171,21 @@ def _draw_lines(axes: Axes, lines: Mapping[str, Sequence[Row]], score: Score, st
             label=name,
             zorder=4,
         )
+
+
+def _quartiles(rows: Sequence[Row]) -> np.ndarray:
+    """Distances (2, rows) from each latency to its quartiles, in ms; 0 where they are not known.
+
+    Results of before have half the distance between the quartiles only, and get no bar: it would have to be drawn to
+    both sides alike, below what was ever measured.
+    """
+    ends = []
+    for row in rows:
+        middle = row.latency_ms or 0.0
+        low = middle if row.latency_low_ms is None else row.latency_low_ms
+        high = middle if row.latency_high_ms is None else row.latency_high_ms
+        ends.append((max(middle - low, 0.0), max(high - middle, 0.0)))
+    return np.array(ends).T
 
 
 def _intervals(rows: Sequence[Row], score: Score) -> np.ndarray | None:

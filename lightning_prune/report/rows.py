@@ -41,9 +41,12 @@ class Row:
         top1_high: Upper end.
         top5: Share of images with the right class among the best five.
         agreement: Share of images with the same best class as dense.
-        latency_spread: Half the distance between the quartiles of the latencies.
-        speedup_spread: Half the distance between the quartiles of the speed-up.
-        throughput: Images a second in forward during validation.
+        latency_low_ms: Lower quartile of the latencies; None where it is not known, as after a single round.
+        latency_high_ms: Upper quartile.
+        latency_spread: Half the distance between the quartiles of the latencies; None after a single round.
+        speedup_spread: Half the distance between the quartiles of the speed-up; None after a single round.
+        throughput: Images a second in forward during validation, which runs after `latency_ms` was timed and may find
+            the machine faster or slower.
         throughput_end_to_end: Images a second of the whole loop, loading included; dense, which comes first, pays for
             cold file caches.
         joules_per_image: Energy of an image; None where the device has no counter.
@@ -82,6 +85,8 @@ class Row:
     top1_high: float | None = None
     top5: float | None = None
     agreement: float | None = None
+    latency_low_ms: float | None = None
+    latency_high_ms: float | None = None
     latency_spread: float | None = None
     speedup_spread: float | None = None
     throughput: float | None = None

@@ -24,11 +24,10 @@ def profile_table(profile: LatencyProfile) -> Table:
     above: tuple[int, float] | None = None
     for tokens, latency in sorted(zip(profile.tokens, profile.milliseconds, strict=True), reverse=True):
         saved = f"{1e3 * (above[1] - latency) / (above[0] - tokens):.0f}" if above else ""
-        spread = profile.spread[profile.tokens.index(tokens)]
+        place = profile.tokens.index(tokens)
+        spread = f" ± {profile.spread[place]:.2f}" if profile.rounds[place] > 1 else ""  # one round shows none
         style = "bold red" if tokens in cliffs else None
-        table.add_row(
-            str(tokens), f"{latency:.2f} ± {spread:.2f}", speedup(profile.dense_ms / latency), saved, style=style
-        )
+        table.add_row(str(tokens), f"{latency:.2f}{spread}", speedup(profile.dense_ms / latency), saved, style=style)
         above = (tokens, latency)
     return table
 

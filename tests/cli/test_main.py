@@ -43,7 +43,7 @@ COLUMNS = [
     *("variant", "method", "top1", "top1_change", "speedup", "latency_ms", "latency_p90_ms", "runtime", "precision"),
     *("speedup_vs_eager", "metric", "metric_change", "metric_name"),
     *("int8", "target_speedup", "block", "removed", "tokens", "top1_low", "top1_high", "top5", "agreement"),
-    *("latency_spread", "speedup_spread", "throughput", "throughput_end_to_end"),
+    *("latency_low_ms", "latency_high_ms", "latency_spread", "speedup_spread", "throughput", "throughput_end_to_end"),
     *("joules_per_image", "watts", "images", "device", "batch_size", "note"),
 ]
 
@@ -515,7 +515,16 @@ def test_compare_in_two_processes_writes_the_same_as_in_one(folder: Path, tmp_pa
     assert run.returncode == 0, run.stderr
     assert main(["compare", *images_of(folder), f"--output={tmp_path / 'one'}"]) == 0
     one, two = (json.loads((tmp_path / name / "results.json").read_text())["rows"] for name in ("one", "two"))
-    timed = ("latency_ms", "latency_p90_ms", "latency_spread", "speedup", "speedup_spread", "speedup_vs_eager")
+    timed = (
+        "latency_low_ms",
+        "latency_high_ms",
+        "latency_ms",
+        "latency_p90_ms",
+        "latency_spread",
+        "speedup",
+        "speedup_spread",
+        "speedup_vs_eager",
+    )
     timed += ("throughput", "throughput_end_to_end")
     same = [name for name in COLUMNS if name not in timed]
     assert [[row[key] for key in same] for row in two] == [[row[key] for key in same] for row in one]

@@ -14,9 +14,11 @@ from helpers.clock import TickingClock, set_latency
 from helpers.data import noise_images
 from helpers.models import tiny_vit
 from lightning_prune.comparison.first_loader import FirstLoader
+from lightning_prune.comparison.planned_variants import ComparisonPlan, PlannedVariant
 from lightning_prune.comparison.predictions import Predictions
 from lightning_prune.comparison.resume import VariantResult
-from lightning_prune.comparison.variant_rows import paired_columns, unpaired_reason
+from lightning_prune.comparison.variant_rows import paired_columns, row_of, unpaired_reason
+from lightning_prune.profiling import LatencyStats
 
 IMAGES = noise_images(24)
 
@@ -46,6 +48,18 @@ def compared(running: Any, module: L.LightningModule, loaders: Any) -> Any:
 
 def loader(*parts: Tensor) -> DataLoader[Any]:
     return DataLoader(TensorDataset(*parts), batch_size=8)
+
+
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_one_round_has_no_spread(rounds: int) -> None:
+    timing = LatencyStats(10.0, 0.0, 0.5, 0.0, rounds, 10.0, 9.5, 10.5)
+    planned = PlannedVariant("dense", "dense", timing=timing)
+    context = {"device": "Abacus", "batch_size": 8, "precision": "float32"}
+    plan = ComparisonPlan([planned], [], context, 17, "n/a", 1.0, "now")
+    row = row_of(planned, plan, {"dense": VariantResult({}, 8, None)})
+    assert (row.latency_ms, row.speedup) == (10.0, 2.0)
+    known = (row.latency_low_ms, row.latency_high_ms, row.latency_spread, row.speedup_spread)
+    assert known == ((None,) * 4 if rounds == 1 else (9.5, 10.5, 0.0, 0.0))
 
 
 class Loaders(L.LightningDataModule):

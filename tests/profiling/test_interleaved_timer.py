@@ -61,6 +61,24 @@ def test_spread_is_half_the_distance_between_the_quartiles():
     assert timer.result("dense").spread == pytest.approx(1000)
 
 
+def test_quartiles_are_of_the_times_themselves_and_not_symmetric():
+    bench = Bench({"dense": 1.0}, drift=lambda run: [9, 1, 1, 1, 5, 13][run])  # a warm-up, then the rounds
+    timer = bench.timer()
+    timer.measure([], rounds=5)
+    found = timer.result("dense")
+    assert (found.milliseconds, found.low_ms, found.high_ms) == pytest.approx((1000, 1000, 5000))
+    assert found.milliseconds - found.spread < 1000  # what a symmetric bar would show, though nothing was as fast
+
+
+def test_quartiles_of_levels_are_free_of_drift():
+    bench = Bench({"dense": 0.010, "a": 0.005}, drift=lambda run: 1 + run / 10)
+    timer = bench.timer()
+    timer.measure(["a"], rounds=20)
+    for stats in timer.levels().values():
+        assert stats.low_ms <= stats.milliseconds <= stats.high_ms
+        assert (stats.high_ms - stats.low_ms) / 2 == pytest.approx(stats.spread, rel=0.05)
+
+
 def test_drift_cancels_in_the_ratio():
     """The machine becomes four times slower while it is measured; a plain median would not notice which is faster."""
     bench = Bench({"dense": 0.010, "a": 0.008}, drift=lambda run: 1 + run / 20)

@@ -46,11 +46,18 @@ def test_bars_are_the_spread_and_the_interval_of_the_change() -> None:
     row = next(row for row in document["rows"] if row["variant"] == "tome 1.5x")
     _, _, (across, upright) = lines(plot_pareto(document).axes[0])["tome"]
     (left, _), (right, _) = across.get_segments()[2]
-    assert (left, right) == pytest.approx(
-        (row["latency_ms"] - row["latency_spread"], row["latency_ms"] + row["latency_spread"])
-    )
+    assert (left, right) == pytest.approx((row["latency_low_ms"], row["latency_high_ms"]))
     (_, low), (_, high) = upright.get_segments()[2]
     assert (low, high) == pytest.approx((93.1 + 100 * row["top1_low"], 93.1 + 100 * row["top1_high"]))
+
+
+def test_results_without_quartiles_have_no_bars_of_latency() -> None:
+    document = comparison()
+    for each in document["rows"]:
+        del each["latency_low_ms"], each["latency_high_ms"]
+    _, _, (across, _) = lines(plot_pareto(document).axes[0])["tome"]
+    for (left, _), (right, _) in across.get_segments():
+        assert left == right
 
 
 def test_a_second_panel_shows_what_is_near_dense_only_where_the_range_is_wide() -> None:

@@ -6,8 +6,9 @@ from typing import Any
 
 from rich.console import Console
 
+from lightning_prune.profiling import LatencyProfile
 from lightning_prune.report.rows import Row
-from lightning_prune.report.tables import comparison_table, remarks
+from lightning_prune.report.tables import comparison_table, profile_table, remarks
 
 WHERE: dict[str, Any] = {"images": 2000, "device": "Abacus", "batch_size": 16, "precision": "float32"}
 DENSE = Row(variant="dense", removed=0, tokens=197, top1=0.9725, latency_ms=106.99, latency_spread=2.2, **WHERE)
@@ -50,6 +51,16 @@ def test_table_has_a_line_for_each_row_fits_eighty_columns_and_cuts_nothing() ->
     assert dense == ["dense", "197", "97.25%", "-", "107.0", "-"]
     (line,) = (line.split() for line in lines if line.split()[:2] == ["vwt-intra+int8", "1.25x"])
     assert line == [*("vwt-intra+int8", "1.25x", "141", "95.60%", "-1.65", "-2.31", "-1.02", "97.9%", "85.59", "1.25x")]
+
+
+def test_a_latency_of_one_round_has_no_spread() -> None:
+    profile = LatencyProfile((1, 9), (1.5, 2.0), (0.0, 0.25), (1, 3), "random", 0, 4)
+    out = StringIO()
+    Console(file=out, width=80).print(profile_table(profile))
+    text = out.getvalue()
+    assert "2.00 ± 0.25" in text
+    assert "1.50" in text
+    assert "1.50 ±" not in text
 
 
 def test_energy_has_a_column_if_it_is_known() -> None:
