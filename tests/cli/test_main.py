@@ -41,7 +41,7 @@ TINY = [
 ]
 COLUMNS = [
     *("variant", "method", "top1", "top1_change", "speedup", "latency_ms", "latency_p90_ms", "runtime", "precision"),
-    *("speedup_vs_eager", "metric", "metric_change", "metric_name"),
+    *("peak_memory_mib", "gmacs", "speedup_vs_eager", "metric", "metric_change", "metric_name"),
     *("int8", "target_speedup", "block", "removed", "tokens", "top1_low", "top1_high", "top5", "agreement"),
     *("latency_low_ms", "latency_high_ms", "latency_spread", "speedup_spread", "throughput", "throughput_end_to_end"),
     *("joules_per_image", "watts", "images", "device", "batch_size", "note"),
@@ -525,7 +525,7 @@ def test_compare_in_two_processes_writes_the_same_as_in_one(folder: Path, tmp_pa
         "speedup_spread",
         "speedup_vs_eager",
     )
-    timed += ("throughput", "throughput_end_to_end")
+    timed += ("throughput", "throughput_end_to_end", "peak_memory_mib")
     same = [name for name in COLUMNS if name not in timed]
     assert [[row[key] for key in same] for row in two] == [[row[key] for key in same] for row in one]
     assert [row["variant"] for row in two] == ["dense", "pomt given"]
