@@ -127,7 +127,7 @@ def test_sizes_weight_later_attention(images: Tensor) -> None:
 @pytest.mark.parametrize("name", ["cait", "convit"])
 def test_models_without_key_bias_are_rejected(name: str) -> None:
     model, _ = build(name)
-    with pytest.raises(UnsupportedModelError, match=r"pomt-nearest weighs .* use proportional_attention=False"):
+    with pytest.raises(UnsupportedModelError, match=r"pomt-nearest .*proportional_attention=False"):
         lp.patch(model, "pomt-nearest", REMOVED)
 
 
