@@ -10,7 +10,7 @@ from lightning_prune._utils.progress import progress_bar
 from lightning_prune._utils.time_limit import TimeLimit
 from lightning_prune.callbacks.batches import Calibration
 from lightning_prune.callbacks.first_batch import FirstBatch
-from lightning_prune.callbacks.planned_schedule import planned_for
+from lightning_prune.callbacks.planned_schedule import planned_for, proxy_for
 from lightning_prune.comparison.compared_method import ComparedMethod
 from lightning_prune.comparison.final_run import FinalTimer, Target, verify_targets
 from lightning_prune.comparison.objective_planning import (
@@ -278,6 +278,7 @@ class ComparisonPlanner:
             limit=limit,
             module_path=config.module_path,
             verbose=config.verbose,
+            proxy_name=proxy_for(config, self.first.module, self.first.transformer, self.calibration),
         )
 
     def _time_all(self) -> tuple[list[PlannedVariant], list[UnreachedTarget]]:

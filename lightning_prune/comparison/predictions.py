@@ -259,10 +259,6 @@ def _labels(batch: Any, images: int, columns: int) -> tuple[Tensor | None, str]:
     return labels, ""
 
 
-def _are_integers(values: Tensor) -> bool:
-    return values.ndim == 1 and not values.is_floating_point()
-
-
 def _shuffled(trainer: L.Trainer) -> bool:
     """Whether the first loader yields its images in another order each time."""
     loaders = tree_leaves(getattr(trainer.val_dataloaders, "iterables", trainer.val_dataloaders))

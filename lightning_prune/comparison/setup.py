@@ -111,6 +111,7 @@ class ComparisonSetup(L.Callback):
             "module": f"{type(module).__module__}.{type(module).__qualname__}",
             "hooks": UNKNOWN if user_hooks(module) else "",  # also around the transformer: accuracy depends on them
             "block": config.block,
+            "proxy": config.proxy,
             "time_limit": config.time_limit,
             "module_path": config.module_path,
             "protocol": config.protocol,

@@ -136,7 +136,7 @@ def model_conditions(transformer: VisionTransformer, example_inputs: Tensor) -> 
         and example_inputs.is_contiguous(memory_format=torch.channels_last),
         "structure": structure(transformer.root),
         "depth": transformer.depth,
-        "arguments": {name: _plain_argument(value) for name, value in call_keywords(transformer.root).items()},
+        "arguments": _plain_arguments(call_keywords(transformer.root)),
         "kernels": _kernel_switches(),
         "packages": package_versions(transformer.root),
         "lightning_prune": __version__,
@@ -167,8 +167,9 @@ def _is_contiguous(tensor: Tensor) -> bool:
     return tensor.layout is torch.strided and tensor.is_contiguous()  # sparse layouts have no strides
 
 
-def _plain_argument(value: Any) -> str:
-    return repr(value) if _is_plain(value) else UNKNOWN
+def _plain_arguments(arguments: Mapping[str, Any]) -> Any:
+    plain = all(map(_is_plain, arguments.values()))
+    return {name: repr(value) for name, value in arguments.items()} if plain else UNKNOWN
 
 
 def _plain_settings(module: nn.Module) -> Iterator[tuple[str, Any]]:

@@ -1,9 +1,9 @@
 """The latency profile: measured latency against token count on one device, with its cliffs and plateaus."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from functools import cached_property
-from math import exp, hypot, log, sqrt
+from math import hypot, sqrt
 from os import PathLike
 from statistics import NormalDist, median
 from typing import Any, ClassVar, NamedTuple
@@ -221,34 +221,6 @@ class LatencyProfile(SavedDocument):
         wide = [stretch for stretch in stretches if stretch.above - stretch.below >= width]
         missing = {stretch: self.ms_per_token * (stretch.above - stretch.below) - stretch.saved for stretch in wide}
         return [stretch for stretch in wide if missing[stretch] > self.significance * self.step_stderr(stretch)]
-
-    def merged_with(self, other: "LatencyProfile") -> "LatencyProfile":
-        """This profile with the counts that only `other` has, scaled to this profile.
-
-        The scale is the geometric mean ratio over all counts that both have, as the machine may have been in different
-        states.
-
-        Args:
-            other: A later profile of the same model, device and batch.
-        """
-        common = sorted(set(self.tokens) & set(other.tokens))
-        scale = exp(sum(log(self.latency_ms(count) / other.latency_ms(count)) for count in common) / len(common))
-        columns = {
-            count: (ms, spread, rounds)
-            for count, ms, spread, rounds in zip(self.tokens, self.milliseconds, self.spread, self.rounds, strict=True)
-        }
-        for count, ms, spread, rounds in zip(other.tokens, other.milliseconds, other.spread, other.rounds, strict=True):
-            columns.setdefault(count, (scale * ms, scale * spread, rounds))
-        tokens = sorted(columns)
-        milliseconds, spreads, repeats = zip(*(columns[count] for count in tokens), strict=True)
-        return replace(
-            self,
-            tokens=tuple(tokens),
-            milliseconds=milliseconds,
-            spread=spreads,
-            rounds=repeats,
-            seconds=self.seconds + other.seconds,
-        )
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> "LatencyProfile":

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from timm.models import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -172,7 +173,7 @@ def test_what_cannot_be_repeated_is_a_warning() -> None:
         def forward(self, images: Tensor) -> Tensor:
             return self.vit(images, bias=torch.zeros(len(images), 1))
 
-    class WithBias(type(tiny_vit())):  # type: ignore[misc]
+    class WithBias(VisionTransformer):
         def __new__(cls, vit: nn.Module) -> Any:
             vit.__class__ = cls
             return vit

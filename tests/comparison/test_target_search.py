@@ -10,6 +10,7 @@ import torch
 import lightning_prune as lp
 from lightning_prune.comparison.planned_variants import PlannedVariant, variant_of
 from lightning_prune.comparison.requests import VariantRequest, read_methods
+from lightning_prune.planning.measurements import Measurements
 from lightning_prune.planning.method_selection import AUTO_METHODS
 from lightning_prune.reduction import POMT, resolve
 
@@ -24,7 +25,9 @@ def run(module: Any, running: Any, output: Path, messages: list[str], **more: An
     )
 
 
-def test_auto_is_planned_validated_and_found_again(clocked_module: Any, running: Any, tmp_path: Path) -> None:
+def test_auto_is_planned_validated_and_found_again(
+    clocked_module: Any, running: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     module = clocked_module()
     before = {name: value.clone() for name, value in module.state_dict().items()}
     found = run(module, running, tmp_path, [])
@@ -50,8 +53,16 @@ def test_auto_is_planned_validated_and_found_again(clocked_module: Any, running:
     assert any("finished before" in line for line in messages)
     assert [row.to_dict() for row in again.rows] == [row.to_dict() for row in found.rows]
     messages.clear()
-    run(module, running, tmp_path, messages, seed=1)
-    assert any(line.startswith("A new comparison: calibration, seed differ ") for line in messages)
+    proxies: list[str] = []
+    fronts = Measurements.fronts
+    monkeypatch.setattr(
+        Measurements, "fronts", lambda self, methods: proxies.append(self.proxy_name) or fronts(self, methods)
+    )
+    run(module, running, tmp_path, messages, seed=1, proxy="cosine")
+    (new,) = (line for line in messages if line.startswith("A new comparison: "))
+    changed = new.removeprefix("A new comparison: ").split(" differ ")[0]
+    assert set(changed.split(", ")) == {"calibration", "proxy", "seed"}
+    assert proxies == ["cosine"]
 
 
 def test_a_plan_read_from_a_file_runs_as_the_method_that_was_chosen() -> None:

@@ -148,7 +148,7 @@ class Separate(L.LightningModule):
         super().__init__()
         self.encoder = lively(0)
         self.features = features(self.encoder)
-        self.head = nn.Linear(width, 5)
+        self.head: nn.Module = nn.Linear(width, 5)
         centre(self.head, nn.Sequential(self.encoder, self.features, self.head))
 
     def forward(self, images: Tensor) -> Tensor:
@@ -213,7 +213,7 @@ class Stated(Separate):
         super().__init__(lambda _: nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 5)), 5)
         centre(self.features[-1], nn.Sequential(self.encoder, self.features))
         self.num_classes = 5
-        self.head = nn.Identity()  # type: ignore[assignment]
+        self.head = nn.Identity()
 
 
 @pytest.mark.parametrize("kind", [Stated, "metric"])

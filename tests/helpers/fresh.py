@@ -57,7 +57,8 @@ def _server() -> Any:
         [sys.executable, "-c", _SERVER], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
     )
     atexit.register(server.wait)
-    atexit.register(server.stdin.close)  # type: ignore[union-attr]  # its input ends, so it does; called first
+    assert server.stdin is not None
+    atexit.register(server.stdin.close)  # its input ends, so it does; called first
     return server
 
 

@@ -5,11 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import lightning_prune as lp
 from helpers.data import noise_images
 from helpers.models import tiny_vit
+from helpers.watch import before_forward
 from lightning_prune.patching import find_vision_transformer
 from lightning_prune.patching.schedule_forms import (
     allocate_schedule,
@@ -102,13 +103,7 @@ def test_a_wrong_allocation_is_rejected() -> None:
 def count_tokens(norm: nn.Module) -> set[int]:
     """The numbers of tokens that a normalisation receives from now on, in a set that grows; hooks are left out."""
     seen: set[int] = set()
-
-    class Counting(type(norm)):  # type: ignore[misc]
-        def forward(self, x: Tensor) -> Tensor:
-            seen.add(x.shape[1])
-            return super().forward(x)
-
-    norm.__class__ = Counting
+    before_forward(norm, lambda _, args: seen.add(args[0].shape[1]))
     return seen
 
 

@@ -18,6 +18,7 @@ from helpers.clock import set_latency
 from helpers.data import noise_images
 from helpers.models import tiny_hugging_face_vit, tiny_torchvision_vit, tiny_vit
 from lightning_prune.patching import find_vision_transformer
+from lightning_prune.patching.models.base import calling_with
 from lightning_prune.profiling import (
     LatencyProfile,
     ProfileStore,
@@ -473,6 +474,17 @@ def test_a_folder_that_cannot_be_searched_does_not_end_a_run(tmp_path, monkeypat
     with pytest.warns(UserWarning, match="Permission denied") as told:
         assert measure(ProfileStore(tmp_path)) == (profile(), False)
     assert len(told) == 2  # reading and writing
+
+
+def test_arguments_of_the_call_are_conditions_and_tensors_among_them_are_unknown():
+    model = tiny_vit()
+    plain = dependencies(model)
+    with calling_with(model, {"passes": 2}):
+        twice = dependencies(model)
+    assert twice["arguments"] == {"passes": "2"} != plain["arguments"]
+    assert "arguments" not in unknown_conditions(twice)
+    with calling_with(model, {"passes": 2, "mask": torch.ones(2)}):
+        assert "arguments" in unknown_conditions(dependencies(model))
 
 
 def test_sparse_weights_are_part_of_the_structure():

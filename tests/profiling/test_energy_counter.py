@@ -136,7 +136,8 @@ def test_a_gpu_is_found_by_its_uuid(zeus: FakeZeus) -> None:
     counter = find_counter("cuda:0", zeus.sleep)
     assert zeus.monitored == ([1], [])
     assert joules_of(counter, zeus, 2.0) == pytest.approx(80.0)
-    assert counter.name == "zeus (GPU board)"  # type: ignore[union-attr]
+    assert not isinstance(counter, Unavailable)
+    assert counter.name == "zeus (GPU board)"
     assert not any(zeus.synchronised)
 
 
@@ -175,7 +176,8 @@ def test_a_system_on_a_chip_is_one_counter(
     zeus.chip, zeus.chip_fields = AppleSilicon(), fields
     counter = find_counter(device, zeus.sleep)
     assert joules_of(counter, zeus, 1.0) == pytest.approx(joules)
-    assert counter.name == "zeus (AppleSilicon)"  # type: ignore[union-attr]
+    assert not isinstance(counter, Unavailable)
+    assert counter.name == "zeus (AppleSilicon)"
     assert zeus.monitored == ([], [])
 
 
