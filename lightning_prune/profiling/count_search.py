@@ -90,6 +90,8 @@ def profile_builder(method: str, block: int, depth: int, protocol: str) -> Build
             block=block,
             depth=depth,
             protocol=protocol,
+            low_ms=tuple(s.low_ms or s.milliseconds for s in stats),
+            high_ms=tuple(s.high_ms or s.milliseconds for s in stats),
         )
 
     return build

@@ -194,6 +194,8 @@ class InterleavedTimer(Generic[K]):
     def levels(self) -> dict[K, LatencyStats]:
         """Statistics of all alternatives at once, free of drift; the reference is treated like the others.
 
+        The quartiles and the 90th percentile are free of it, too.
+
         Model: log(seconds) = (effect of the round) + (effect of the alternative), fitted by least squares with Huber's
         weights, so that load spikes have little influence. The ratio of two alternatives is then not as noisy as the
         reference, by which `result` divides. Rounds of a single run compare nothing and are left out.

@@ -73,10 +73,13 @@ class LatencyProfile(SavedDocument):
         seconds: How long measuring took.
         context: Device, threads, batch, precision and versions.
         converged: Whether measuring ended because more time would not change the result.
+        low_ms: Lower quartile of the latencies, for each count, in milliseconds, the drift of the machine taken out as
+            from the median. Empty where it is not known, as in profiles of earlier releases.
+        high_ms: Upper quartile.
     """
 
     FORMAT: ClassVar[str] = "lightning_prune.profile"
-    VERSIONS: ClassVar[tuple[int, ...]] = (1, 2)
+    VERSIONS: ClassVar[tuple[int, ...]] = (1, 2, 3)
 
     tokens: tuple[int, ...]
     milliseconds: tuple[float, ...]
@@ -89,6 +92,8 @@ class LatencyProfile(SavedDocument):
     seconds: float = 0.0
     context: Mapping[str, Any] = field(default_factory=dict)
     converged: bool = False
+    low_ms: tuple[float, ...] = ()
+    high_ms: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         """Raises ArgumentError if an entry is impossible, or the columns do not fit together."""
@@ -240,6 +245,8 @@ class LatencyProfile(SavedDocument):
     def _from_values(cls, values: Mapping[str, Any], version: int) -> "LatencyProfile":
         if version == 1:  # `converged` was called `settled`, and could be left out
             values = {"converged": values.get("settled", False), **values}
+        if version < 3:  # without quartiles
+            values = {"low_ms": [], "high_ms": [], **values}
         try:
             entries = {f.name: values[f.name] for f in fields(cls)}
             plain: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in entries.items()}
@@ -266,7 +273,7 @@ def _check_entries(profile: LatencyProfile) -> None:
     lengths = {len(profile.tokens), len(profile.milliseconds), len(profile.spread), len(profile.rounds)}
     if len(lengths) != 1 or not profile.tokens:
         raise ArgumentError(f"`tokens` and the measurements must be of one length >= 1, got {sorted(lengths)}.")
-    numbers = (*profile.milliseconds, *profile.spread)
+    numbers = (*profile.milliseconds, *profile.spread, *profile.low_ms, *profile.high_ms)
     integers = (*profile.tokens, *profile.rounds, profile.block, profile.depth)
     for number in (*numbers, *integers):
         if not _is_number(number):
@@ -280,6 +287,7 @@ def _check_entries(profile: LatencyProfile) -> None:
         raise ArgumentError(f"`milliseconds` must be positive and finite, got {list(profile.milliseconds)}.")
     if not all(0 <= spread < float("inf") for spread in profile.spread):
         raise ArgumentError(f"`spread` must be finite and >= 0, got {list(profile.spread)}.")
+    _check_quartiles(profile)
     if min(profile.rounds) < 1:
         raise ArgumentError(f"`rounds` must be >= 1, got {min(profile.rounds)}.")
     for name, valid, expected in (
@@ -291,6 +299,19 @@ def _check_entries(profile: LatencyProfile) -> None:
     ):
         if not valid:
             raise ArgumentError(f"`{name}` of a profile must be {expected}, got {getattr(profile, name)!r}.")
+
+
+def _check_quartiles(profile: LatencyProfile) -> None:
+    low, high = profile.low_ms, profile.high_ms
+    if {len(low), len(high)} not in ({0}, {len(profile.tokens)}):
+        raise ArgumentError(
+            f"`low_ms` and `high_ms` must be one for each of {len(profile.tokens)} counts, or empty, got {len(low)} "
+            f"and {len(high)}."
+        )
+    if not all(0 < below <= above < float("inf") for below, above in zip(low, high, strict=True)):
+        raise ArgumentError(
+            f"`low_ms` must be positive and at most `high_ms`, which must be finite, got {list(low)} and {list(high)}."
+        )
 
 
 def _is_number(value: object) -> bool:

@@ -23,7 +23,7 @@ _ORANGE = "#d35400"
 
 
 def plot_profile(profile: LatencyProfile, eager: LatencyProfile | None = None) -> Figure:
-    """Draws latency against tokens with its spread, the cliffs and the plateaus.
+    """Draws latency against tokens between its quartiles, the cliffs and the plateaus.
 
     Args:
         profile: The profile.
@@ -59,11 +59,10 @@ def plot_profile(profile: LatencyProfile, eager: LatencyProfile | None = None) -
 
 def _draw_curve(axes: Axes, profile: LatencyProfile, color: str, label: str) -> None:
     tokens, latency = np.array(profile.tokens), np.array(profile.milliseconds)
-    spread = np.array(profile.spread)
     axes.plot(tokens, latency, color=color, marker=".", linewidth=1.4, label=label)
-    if spread.any():
-        low, high = np.maximum(latency - spread, 0), latency + spread
-        axes.fill_between(tokens, low, high, color=color, alpha=0.18, linewidth=0, label="half the interquartile range")
+    low, high = np.array(profile.low_ms), np.array(profile.high_ms)
+    if (high > low).any():  # neither of profiles without quartiles, nor of single rounds
+        axes.fill_between(tokens, low, high, color=color, alpha=0.18, linewidth=0, label=f"quartiles, {label}")
 
 
 def _title(profile: LatencyProfile) -> str:

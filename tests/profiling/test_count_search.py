@@ -195,3 +195,22 @@ def test_the_grid_lies_where_tiles_may_end():
         assert len({count * batch % 8 for count in inner}) == 1
     assert coarse_grid(16, 17, 20, 1) == [16, 17]
     assert coarse_grid(17, 17, 20, 1) == [17]
+
+
+def test_a_profile_has_the_quartiles_of_what_was_timed():
+    """Interference only ever makes a run slower: the quartiles of such runs are not symmetric about their median."""
+    counts, slow, now, running = list(range(10, 30)), 10, [0.0], [29]
+    drawn = iter(0.005 * (1 + np.random.default_rng(0).exponential(0.2, 501)))
+    seconds = []
+
+    def run():
+        seconds.append(next(drawn)) if running[0] == slow else None
+        now[0] += seconds[-1] if running[0] == slow else 0.01
+
+    timer = InterleavedTimer[int](lambda count: running.__setitem__(0, count), run, CPU, 29, lambda: now[0])
+    timer.measure(counts, 500)
+    profile = profile_builder("pomt", BLOCK, DEPTH, "deployed")(timer, counts)
+    low, high = np.percentile(1e3 * np.array(seconds[1:]), (25, 75))  # the first run only warms up
+    assert (profile.low_ms[0], profile.high_ms[0]) == pytest.approx((low, high), rel=0.02)
+    assert profile.high_ms[0] - profile.milliseconds[0] > 1.2 * (profile.milliseconds[0] - profile.low_ms[0])
+    assert profile.low_ms[1:] == pytest.approx(profile.milliseconds[1:], rel=1e-3)

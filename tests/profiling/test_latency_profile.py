@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -131,6 +132,32 @@ def test_a_profile_of_an_older_release_loads(tmp_path):
             *((100, 197), (7.0, 10.5), (0.1, 0.2), (7, 31), "pomt", 3, 12), seconds=12.5, context=context,
             converged=converged,
         )  # fmt: skip
+
+
+def test_quartiles_are_saved_and_profiles_of_version_2_load_without_them(tmp_path):
+    known = replace(profile({100: 7, 197: 10}), low_ms=(6.9, 9.5), high_ms=(7.5, 12.0))
+    path = known.save(tmp_path / "profile.json")
+    assert LatencyProfile.load(path) == known
+    document = json.loads(path.read_text())
+    del document["low_ms"], document["high_ms"]
+    path.write_text(json.dumps(document | {"version": 2}))
+    assert LatencyProfile.load(path) == replace(known, low_ms=(), high_ms=())
+
+
+@pytest.mark.parametrize(
+    ("low", "high"),
+    [
+        ((6.9,), (7.5,)),
+        ((6.9, 9.5), ()),
+        ((6.9, 9.5), (7.5, 9.0)),
+        ((0.0, 9.5), (7.5, 12.0)),
+        ((6.9, 9.5), (7.5, float("inf"))),
+        ((6.9, float("nan")), (7.5, 12.0)),
+    ],
+)
+def test_quartiles_must_be_one_pair_a_count_and_in_order(low, high):
+    with pytest.raises(ArgumentError, match="`low_ms`"):
+        replace(profile({100: 7, 197: 10}), low_ms=low, high_ms=high)
 
 
 def test_load_names_the_file_and_what_is_wrong(tmp_path):

@@ -21,7 +21,9 @@ CURVE = {40: 30.0, 70: 40.0, 100: 50.0, 120: 90.0, 150: 90.5, 180: 91.0, 197: 91
 
 
 def profile(**changes: Any) -> lp.LatencyProfile:
+    quartiles = {"low_ms": tuple(ms - 0.5 for ms in CURVE.values()), "high_ms": tuple(ms + 3 for ms in CURVE.values())}
     columns = {"milliseconds": tuple(CURVE.values()), "spread": (1.0,) * len(CURVE), "rounds": (49,) * len(CURVE)}
+    columns |= quartiles
     facts = {"method": "pomt", "block": 3, "depth": 12, "context": CONTEXT}
     return lp.LatencyProfile(tokens=tuple(CURVE), **{**columns, **facts, **changes})
 
@@ -53,7 +55,7 @@ def test_profile_shows_curve_spread_cliff_and_plateau() -> None:
     assert dict(zip(curve.get_xdata().tolist(), curve.get_ydata().tolist(), strict=True)) == CURVE
     assert labels(axes) == [
         "measured",
-        "half the interquartile range",
+        "quartiles, measured",
         "straight line between the ends",
         "cliff",
         "plateau",
@@ -102,7 +104,38 @@ def test_simulated_profile_is_named_as_such() -> None:
 def test_a_single_point_can_be_drawn() -> None:
     short = lp.LatencyProfile((197,), (1.0,), (0.1,), (3,), "pomt", 3, 12, context=CONTEXT)
     (axes,) = plot_profile(short).axes
-    assert labels(axes) == ["measured", "half the interquartile range"]
+    assert labels(axes) == ["measured"]
+
+
+def band(axes: Axes) -> list[tuple[float, float]]:
+    """The lowest and the highest point of the band at each token count."""
+    (drawn,) = axes.collections
+    corners = drawn.get_paths()[0].vertices.tolist()
+    heights = {count: [y for x, y in corners if x == count] for count in CURVE}
+    return [(min(all_), max(all_)) for all_ in heights.values()]
+
+
+def test_the_band_is_the_quartiles_and_not_symmetric_about_the_median() -> None:
+    (axes,) = plot_profile(profile()).axes
+    assert band(axes) == [(ms - 0.5, ms + 3) for ms in CURVE.values()]
+
+
+@pytest.mark.parametrize(
+    "quartiles", [{"low_ms": (), "high_ms": ()}, dict.fromkeys(("low_ms", "high_ms"), tuple(CURVE.values()))]
+)
+def test_no_band_without_quartiles_or_after_single_rounds(quartiles: dict[str, Any]) -> None:
+    (axes,) = plot_profile(profile(**quartiles)).axes
+    assert not axes.collections
+    assert not any("quartiles" in label for label in labels(axes))
+
+
+def test_two_curves_have_a_band_each() -> None:
+    (axes,) = plot_profile(profile(), eager=profile()).axes
+    assert len(axes.collections) == 2
+    assert [text for text in labels(axes) if "quartiles" in text] == [
+        "quartiles, measured, compiled",
+        "quartiles, measured, eager",
+    ]
 
 
 @pytest.mark.parametrize("suffix", ["png", "pdf", "svg"])
