@@ -15,8 +15,8 @@ from lightning_prune.patching import VisionTransformer, find_vision_transformer
 from lightning_prune.planning import Objective, plan_many
 from lightning_prune.planning.api import PROFILE_SHARE
 from lightning_prune.profiling import TOKEN_CURVE
-from lightning_prune.profiling.cache import CachedProfile, get_or_profile
 from lightning_prune.profiling.output_kinds import choose_proxy
+from lightning_prune.profiling.profile_reuse import CachedProfile, get_or_profile
 
 
 def profiled(

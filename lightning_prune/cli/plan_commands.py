@@ -14,7 +14,7 @@ from lightning_prune.callbacks.first_batch import FirstBatch, on_first_batch
 from lightning_prune.callbacks.planned_schedule import planned, profiled
 from lightning_prune.planning import Plan
 from lightning_prune.profiling import TOKEN_CURVE, LatencyProfile, SimulatedDevice, profile_latency, simulate_latency
-from lightning_prune.profiling.cache import CachedProfile
+from lightning_prune.profiling.profile_reuse import CachedProfile
 from lightning_prune.report.plots import plot
 from lightning_prune.report.tables import against_eager, profile_table, shape_of
 from lightning_prune.runtimes.torch_runtime import is_compiled, uncompiled

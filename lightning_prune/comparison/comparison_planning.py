@@ -33,9 +33,9 @@ from lightning_prune.planning.measurements import Measurements
 from lightning_prune.planning.objectives import LatencyBudget
 from lightning_prune.planning.ordered_candidates import TARGET_TUNING
 from lightning_prune.profiling import Variant, measurement_context
-from lightning_prune.profiling.cache import CachedProfile, get_or_profile
 from lightning_prune.profiling.measurement import check_dense, ready_to_run
 from lightning_prune.profiling.model_variants import variant_timer
+from lightning_prune.profiling.profile_reuse import CachedProfile, get_or_profile
 from lightning_prune.runtimes import Runtime
 
 NOT_PLANNED = "not planned for lack of time (`time_limit`)"

@@ -2,7 +2,6 @@
 
 from lightning_prune.patching.schedule_forms import reducing_block, resolve_block
 from lightning_prune.profiling.accuracy_proxy import Proxy
-from lightning_prune.profiling.cache import ProfileStore
 from lightning_prune.profiling.energy_counter import Unavailable, find_counter
 from lightning_prune.profiling.energy_meter import EnergyReading, measure_energy
 from lightning_prune.profiling.environment import measurement_context, profile_dependencies
@@ -11,6 +10,7 @@ from lightning_prune.profiling.latency_profile import CountStep, LatencyProfile
 from lightning_prune.profiling.measurement import TOKEN_CURVE, compare_latency, profile_latency
 from lightning_prune.profiling.model_variants import DENSE, Variant, VariantSwitch
 from lightning_prune.profiling.output_kinds import soft_agreement
+from lightning_prune.profiling.profile_store import ProfileStore
 from lightning_prune.profiling.simulated_device import SimulatedDevice, Workload
 from lightning_prune.profiling.simulation import SimulatedClock, simulate_latency
 

@@ -8,7 +8,7 @@ import pytest
 
 import lightning_prune as lp
 from helpers.data import loader
-from lightning_prune.profiling import cache as reuse
+from lightning_prune.profiling import profile_reuse as reuse
 
 from .tiny import Tiny, pruner, stop_counting, trainer
 

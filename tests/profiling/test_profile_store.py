@@ -6,51 +6,31 @@ import multiprocessing
 import sys
 import warnings
 from contextlib import contextmanager
-from dataclasses import replace
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 import lightning_prune as lp
-from helpers.clock import set_latency
-from helpers.data import noise_images
 from helpers.models import tiny_hugging_face_vit, tiny_torchvision_vit, tiny_vit
 from lightning_prune.patching import find_vision_transformer
 from lightning_prune.patching.models.base import calling_with
 from lightning_prune.profiling import (
-    LatencyProfile,
     ProfileStore,
-    cache,
     environment,
     measurement_context,
     profile_dependencies,
 )
-from lightning_prune.profiling.cache import get_or_profile
 from lightning_prune.profiling.environment import runtime_name, structure, unknown_conditions
 from lightning_prune.reduction import resolve
 from lightning_prune.runtimes.torch_runtime import Compiled
 
-IMAGES = noise_images(2)
-POMT = resolve("pomt")
+from .kept import IMAGES, POMT, by_us, dependencies, profile
 
 
 def unfused(model):
     for block in model.blocks:
         block.attn.fused_attn = False
     return model
-
-
-def profile(ms=1.0, **changes):
-    context = measurement_context(tiny_vit(), IMAGES) | {"measured": "once"}
-    curve = LatencyProfile((9, 17), (ms, 2.0), (0.01, 0.01), (9, 9), "pomt", 1, 4, context=context)
-    return replace(curve, **changes)
-
-
-def dependencies(model=None, images=IMAGES, method=POMT, block=1):
-    model = tiny_vit() if model is None else model
-    return profile_dependencies(find_vision_transformer(model), images, method, block)
 
 
 def test_profile_is_found_again_under_the_same_conditions(tmp_path):
@@ -137,30 +117,6 @@ def test_switch_used_in_its_newer_form_is_read_as_unknown(monkeypatch):
     assert dependencies()["kernels"]["matmul_precision"] is None
 
 
-def by_us(mode):
-    model = tiny_vit()
-    Compiled(model, mode, list(model.blocks))
-    return model
-
-
-def compiled(**kwargs):
-    model = tiny_vit()
-    model.compile(**kwargs)
-    return model
-
-
-def with_a_compiled_block():
-    model = tiny_vit()
-    model.blocks[1].compile(backend="eager")
-    return model
-
-
-def hooked(method):
-    model = tiny_vit()
-    getattr(model.blocks[2].mlp, method)(lambda *_: None)
-    return model
-
-
 def test_each_mode_of_compilation_is_another_profile(tmp_path):
     store = ProfileStore(tmp_path)
     models = {mode: by_us(mode) for mode in ("default", "reduce-overhead", "blocks")}
@@ -174,33 +130,6 @@ def test_each_mode_of_compilation_is_another_profile(tmp_path):
     undone = tiny_vit()
     Compiled(undone, "default").undo()
     assert runtime_name(undone) == "torch"
-
-
-@pytest.mark.parametrize(
-    ("build", "condition"),
-    [
-        (lambda: compiled(), "runtime"),
-        (lambda: compiled(mode="reduce-overhead"), "runtime"),
-        (lambda: torch.compile(tiny_vit()), "runtime"),
-        (lambda: torch.compile(tiny_vit(), backend=lambda graph, inputs: graph.forward), "runtime"),
-        (with_a_compiled_block, "runtime"),
-        (lambda: hooked("register_forward_hook"), "hooks"),
-        (lambda: hooked("register_forward_pre_hook"), "hooks"),
-    ],
-)
-def test_profile_of_a_model_with_the_users_compilation_or_hooks_is_neither_kept_nor_reused(
-    tmp_path, monkeypatch, build, condition
-):
-    """Torch does not tell how a module was compiled, and a hook may take any time."""
-    store, model = ProfileStore(tmp_path), build()
-    assert unknown_conditions(dependencies(model)) == [condition]
-    assert store.put(dependencies(model), profile()) is None
-    assert store.get(dependencies(model)) is None
-    monkeypatch.setattr(cache, "profile_latency", lambda *_, **__: profile())
-    for _ in range(2):
-        with pytest.warns(UserWarning, match=f"not kept: {condition} cannot be compared"):
-            assert measure(store, model) == (profile(), False)
-    assert not list(tmp_path.iterdir())
 
 
 def test_hooks_of_the_libraries_are_known():
@@ -386,96 +315,6 @@ def test_the_folder_is_that_of_the_environment_or_the_users_cache(monkeypatch, t
         assert ProfileStore().folder == tmp_path / caches[sys.platform] / "lightning_prune"
 
 
-def measure(store, model=None, **kwargs):
-    return get_or_profile(
-        tiny_vit() if model is None else model,
-        IMAGES,
-        store,
-        method=POMT,
-        block=1,
-        time_limit=0.2,
-        verbose=False,
-        **kwargs,
-    )
-
-
-@pytest.fixture
-def speed(monkeypatch):
-    """Milliseconds that a token takes in all blocks; every timed alternative is noted in `timed`."""
-    state = SimpleNamespace(ms=4.0, timed=[])
-
-    def seconds(alternative):
-        state.timed.append(alternative)
-        return 1e-3 * state.ms * (alternative if isinstance(alternative, int) else 17)
-
-    set_latency(monkeypatch, seconds)
-    return state
-
-
-def test_the_second_time_only_the_dense_model_is_timed(tmp_path, speed):
-    first = measure(ProfileStore(tmp_path))
-    assert not first.reused
-    speed.timed.clear()
-    assert measure(ProfileStore(tmp_path)) == (first.profile, True)
-    assert speed.timed == ["dense"] * 6  # the first of them warms up
-
-
-@pytest.mark.parametrize(("factor", "reused"), [(0.5, False), (0.7, True), (1.4, True), (1.6, False)])
-def test_a_profile_is_measured_again_where_dense_takes_much_longer_or_shorter(tmp_path, recwarn, speed, factor, reused):
-    first = measure(ProfileStore(tmp_path))
-    speed.ms *= factor
-    again = measure(ProfileStore(tmp_path))
-    assert again.reused == reused
-    assert again.profile.dense_ms == pytest.approx(first.profile.dense_ms * (1 if reused else factor))
-    lines = [str(warning.message) for warning in recwarn if "measured again" in str(warning.message)]
-    assert len(lines) == (not reused)
-    assert all("68 ms" in line and f"{68 * factor:.3g} ms" in line for line in lines)
-    if not reused:  # and the new one is kept in its place
-        assert measure(ProfileStore(tmp_path)) == (again.profile, True)
-
-
-def test_a_profile_that_does_not_hold_is_replaced_by_one_that_has_not_converged(tmp_path, monkeypatch, speed):
-    monkeypatch.setattr(LatencyProfile, "is_inconclusive", False)
-    first = measure(ProfileStore(tmp_path)).profile
-    converged, not_converged = replace(first, converged=True), replace(first, converged=False)
-    (entry,) = tmp_path.iterdir()
-    document = json.loads(entry.read_text())
-    entry.write_text(json.dumps(document | {"profile": converged.to_dict()}))
-    speed.ms *= 2
-    doubled = replace(not_converged, milliseconds=tuple(2 * ms for ms in first.milliseconds))
-    monkeypatch.setattr(cache, "profile_latency", lambda *_, **__: doubled)
-    assert measure(ProfileStore(tmp_path)) == (doubled, False)
-    assert measure(ProfileStore(tmp_path)) == (doubled, True)
-
-
-def test_without_a_home_profiles_are_measured_and_not_kept(monkeypatch):
-    def no_home(*_, **__):
-        raise RuntimeError("could not determine the home directory")
-
-    monkeypatch.delenv("LIGHTNING_PRUNE_CACHE", raising=False)
-    monkeypatch.setattr(cache, "user_cache_path", no_home)
-    monkeypatch.setattr(cache, "profile_latency", lambda *_, **__: profile())
-    with pytest.warns(UserWarning, match="not kept: could not determine the home directory"):
-        store = ProfileStore()
-    for _ in range(2):
-        assert measure(store) == (profile(), False)
-
-
-def test_a_folder_that_cannot_be_searched_does_not_end_a_run(tmp_path, monkeypatch):
-    def denied(self, **_):
-        raise PermissionError(13, "Permission denied", str(self))
-
-    def not_written(path, _):
-        raise lp.errors.FileWriteError(f"`{path}` cannot be written: Permission denied.")
-
-    monkeypatch.setattr(cache, "profile_latency", lambda *_, **__: profile())
-    monkeypatch.setattr(Path, "exists", denied)
-    monkeypatch.setattr(cache, "write_document", not_written)
-    with pytest.warns(UserWarning, match="Permission denied") as told:
-        assert measure(ProfileStore(tmp_path)) == (profile(), False)
-    assert len(told) == 2  # reading and writing
-
-
 def test_arguments_of_the_call_are_conditions_and_tensors_among_them_are_unknown():
     model = tiny_vit()
     plain = dependencies(model)
@@ -492,33 +331,6 @@ def test_sparse_weights_are_part_of_the_structure():
     weight = sparse.blocks[0].mlp.fc1.weight
     sparse.blocks[0].mlp.fc1.weight = torch.nn.Parameter(weight.detach().to_sparse_csr(), requires_grad=False)
     assert dependencies(model)["structure"] != dependencies(sparse)["structure"]
-
-
-def test_inconclusive_profile_is_not_kept(tmp_path, monkeypatch):
-    noisy = LatencyProfile((9, 17), (1.0, 2.0), (3.0, 3.0), (5, 5), "pomt", 1, 4)
-    assert noisy.is_inconclusive
-    monkeypatch.setattr(cache, "profile_latency", lambda *_, **__: noisy)
-    assert measure(ProfileStore(tmp_path)) == (noisy, False)
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_patched_model_is_refused_also_where_its_profile_is_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr(cache, "profile_latency", lambda *_, **__: profile())
-    model = tiny_vit()
-    measure(ProfileStore(tmp_path), model)
-    with (
-        lp.patch(model, "pomt", [0, 4, 0, 0]),
-        pytest.raises(lp.ArgumentError, match="`model` must be dense, got a patched model"),
-    ):
-        measure(ProfileStore(tmp_path), model)
-
-
-def test_without_a_store_every_time_is_measured(tmp_path, monkeypatch):
-    monkeypatch.setenv("LIGHTNING_PRUNE_CACHE", str(tmp_path))
-    monkeypatch.setattr(cache, "profile_latency", lambda *_, **__: profile())
-    for _ in range(2):
-        assert measure(None) == (profile(), False)
-    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
