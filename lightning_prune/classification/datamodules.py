@@ -1,6 +1,6 @@
 """LightningDataModules for image folders, archives, timm's datasets and the embedded digits."""
 
-from collections.abc import Mapping, Sized
+from collections.abc import Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from timm.data.dataset_factory import create_dataset
 from timm.data.transforms_factory import create_transform
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_prune._utils.validation import check, check_bool, check_int, check_path
+from lightning_prune._utils.validation import check, check_bool, check_int, check_path, is_int
 from lightning_prune.classification.digits import CANVAS, CLASSES, ClutteredDigits, EpochSampler
 from lightning_prune.classification.preprocessing import complete_config, describe_config
 from lightning_prune.errors import DataError
@@ -103,17 +103,21 @@ class _ReadableImages(ImageDataset):
             return f"image {index}"
 
 
-def class_count(dataset: Dataset[Any]) -> int | None:
-    """Number of classes of a dataset; None if it is unknown.
+def class_names(dataset: Dataset[Any]) -> dict[int, str] | None:
+    """Index -> name of each class of a dataset; None if they are unknown.
 
     Args:
-        dataset: One that `open_dataset` opened.
+        dataset: One that `open_dataset` opened, or any that has `classes` or `class_to_idx`, as in torchvision.
 
     Returns:
-        With a class map, the number of classes in the map, with or without images.
+        With a class map, the classes in the map, with or without images.
     """
-    names = getattr(getattr(dataset, "reader", None), "class_to_idx", None) or getattr(dataset, "classes", None)
-    return len(names) if names else None
+    own = getattr(dataset, "reader", None)
+    indices = getattr(own, "class_to_idx", None) or getattr(dataset, "class_to_idx", None)
+    if isinstance(indices, Mapping) and indices:
+        return {index: str(name) for name, index in indices.items() if is_int(index, 0)}
+    names = getattr(dataset, "classes", None)
+    return {index: str(name) for index, name in enumerate(names)} if isinstance(names, Sequence) and names else None
 
 
 class _EvaluationData(L.LightningDataModule):
@@ -247,10 +251,10 @@ class ImageFolderData(_EvaluationData):
         options |= {"batch_size": self.batch_size, "transform": create_transform(**config, is_training=False)}
         options |= {"download": True} if self.download else {}
         self.dataset = open_dataset(self.root, self.split, self.dataset_name, self.class_map, **options)
-        classes, head = class_count(self.dataset), self._of_model("num_classes")
-        if classes is not None and head is not None and classes != head:
+        names, head = class_names(self.dataset), self._of_model("num_classes")
+        if names is not None and head is not None and len(names) != head:
             raise DataError(
-                f"`root` must have the {head} classes of the model's head, got {self.root} with {classes}. Give a "
+                f"`root` must have the {head} classes of the model's head, got {self.root} with {len(names)}. Give a "
                 "model trained on these classes, or a `class_map` with those of the head."
             )
 

@@ -111,6 +111,7 @@ class PruneTrainer(L.Trainer):
         speedups: list[float] | None = None,
         runtimes: list[str] | None = None,
         resume: bool = True,
+        per_class: bool = False,
     ) -> Comparison:
         """Validate dense and pruned in one run; writes tables, schedules, plots and report.html.
 
@@ -129,6 +130,7 @@ class PruneTrainer(L.Trainer):
             runtimes: What executes the model: torch, torch.compile:mode=blocks, ...; each variant in each of them, and
                 in that of the pruner if not given.
             resume: Whether to go on from what was finished before.
+            per_class: Whether to say the change of each class, too, and the worst of each variant.
 
         Raises:
             ArgumentError: If `output` cannot be written to, a method is not known, or a speed-up is not above 1.
@@ -149,6 +151,7 @@ class PruneTrainer(L.Trainer):
             runtimes=runtimes,
             output=output,
             resume=resume,
+            per_class=per_class,
             command=command,
             settings=settings,
             on_results=_print_comparison,

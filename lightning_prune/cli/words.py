@@ -8,6 +8,7 @@ from math import isfinite
 from lightning_prune.errors import ArgumentError
 
 _LISTS = ("--methods", "--speedups", "--runtimes")
+_FLAGS = ("--per_class", "--resume")  # a value may follow; alone they are true
 _NUMBER = r"(\d+\.?\d*(?:e[+-]?\d+)?|\.\d+)"
 
 
@@ -16,7 +17,7 @@ def parser_words(words: list[str]) -> list[str]:
 
     Hyphens in names of options become underscores. Several words after an option become a list, as in
     `--methods dense pomt tome`. `--budget` and `--max-drop` become the options of the objective. A class of a model
-    whose arguments are given becomes a class path.
+    whose arguments are given becomes a class path. A switch without a value is true.
 
     Args:
         words: The command line after `lightning-prune`.
@@ -28,6 +29,8 @@ def parser_words(words: list[str]) -> list[str]:
         >>> from lightning_prune.cli.words import parser_words
         >>> parser_words(["compare", "--speedups", "1.5", "2", "--resume=false"])
         ['compare', '--speedups=["1.5", "2"]', '--resume=false']
+        >>> parser_words(["compare", "--per-class"])
+        ['compare', '--per_class=true']
         >>> parser_words(["plan", "--budget", "1.5x", "--prune.time-limit=20"])
         ['plan', '--prune.objective=LatencyBudget', '--prune.objective.speedup=1.5', '--prune.time_limit=20']
     """
@@ -52,6 +55,8 @@ def parser_words(words: list[str]) -> list[str]:
                 value, position = (following[0], position + 1) if following else ("", position)
             rewritten += _SHORT_FORMS[name](value)
             continue
+        elif name in _FLAGS and not equals and not following:
+            word = f"{name}=true"
         elif name == "--model.model" and any(each.startswith("--model.model.") for each in words):
             word = f"--model.model.class_path{equals}{value}"  # since the parser would take the path for a plain text
         rewritten.append(word)

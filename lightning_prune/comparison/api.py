@@ -19,9 +19,10 @@ from lightning_prune._utils.validation import check, check_bool, check_callable
 from lightning_prune.callbacks import config_of
 from lightning_prune.callbacks.hooks import command_run
 from lightning_prune.comparison.best_variant import choose_best
+from lightning_prune.comparison.class_changes import ClassChange, names_of_classes
 from lightning_prune.comparison.comparison_results import Comparison, check_output_paths, normalisation_of
 from lightning_prune.comparison.first_loader import FirstLoader
-from lightning_prune.comparison.planned_variants import plain_value
+from lightning_prune.comparison.planned_variants import ComparisonPlan, plain_value
 from lightning_prune.comparison.requests import (
     ComparisonSettings,
     check_speedups,
@@ -29,8 +30,9 @@ from lightning_prune.comparison.requests import (
     read_requests,
     read_runtimes,
 )
+from lightning_prune.comparison.resume import VariantResult
 from lightning_prune.comparison.setup import ComparisonSetup
-from lightning_prune.comparison.variant_rows import row_of
+from lightning_prune.comparison.variant_rows import paired_classes, row_of
 from lightning_prune.comparison.variant_runs import exit_if_terminated, validate_variants
 from lightning_prune.errors import DataError, FileWriteError
 from lightning_prune.planning import Objective
@@ -49,6 +51,7 @@ def compare(
     output: str | Path | None = None,
     *,
     resume: bool = True,
+    per_class: bool = False,
     command: str = "",
     settings: Mapping[str, Any] | None = None,
     on_message: Callable[[str], None] | None = None,
@@ -85,6 +88,7 @@ def compare(
             takes seconds for each variant: give time.
         output: Folder for the files; None writes none.
         resume: Whether to go on from what is kept in `output`.
+        per_class: Whether to say the change of each class, too, and the worst of each variant.
         command: What was typed, for the report.
         settings: More settings for `results.json`, as plain values.
         on_message: Called with lines about the progress, on rank 0; they are printed if None and the settings are
@@ -115,6 +119,7 @@ def compare(
     for name, function in (("on_message", on_message), ("on_results", on_results)):
         check(name, function, "a function or None", function is None or callable(function))
     check_bool("resume", resume)
+    check_bool("per_class", per_class)
     check_callable("clock", clock)
     check("settings", settings, "a mapping or None", settings is None or isinstance(settings, Mapping))
     check("command", command, "a text", isinstance(command, str))
@@ -148,18 +153,20 @@ def compare(
         if isinstance(error, SIGTERMException):
             error.code = 143  # Lightning's is 0
         raise
-    rows = tuple(row_of(planned, plan, results, loader.note) for planned in plan.planned)
+    classes = _changes_of_classes(plan, results, names_of_classes(trainer, data)) if per_class else None
+    rows = tuple(row_of(planned, plan, results, loader.note, classes) for planned in plan.planned)
     is_stated = objective is not None or config.objective is not None
     is_by_objective = is_stated or any(request.objective is not None for request in requests)
     found = Comparison(
         rows=rows,
         plan=plan,
         best=choose_best(rows, plan.planned, goal) if is_by_objective else None,
-        config={**_plain_config(asked, goal, trainer), **(settings or {})},
+        config={**_plain_config(asked, goal, trainer), "per_class": per_class, **(settings or {})},
         command=command,
         pictures=setup.pictures,
         traces=setup.traces,
         normalisation=normalisation_of(module),
+        classes=classes,
     )
     if not trainer.is_global_zero:
         return found
@@ -179,6 +186,17 @@ def _check_data(data: Any, module: nn.Module) -> None:
     loaders = tree_leaves(getattr(data, "iterables", data))
     valid = bool(loaders) and all(isinstance(each, Iterable) and not isinstance(each, str) for each in loaders)
     check("data", data, "a LightningDataModule, or validation loaders", valid)
+
+
+def _changes_of_classes(
+    plan: ComparisonPlan, results: Mapping[str, VariantResult], names: Mapping[int, str]
+) -> dict[str, tuple[ClassChange, ...]]:
+    """Variant -> the changes of its classes, of those that were validated; dense has none."""
+    return {
+        planned.variant: paired_classes(results[plan.dense_of(planned).variant], results[planned.variant], names)
+        for planned in plan.planned
+        if not planned.is_dense and planned.variant in results
+    }
 
 
 def _written(found: Comparison, folder: Path, is_shown: bool) -> Comparison:

@@ -13,6 +13,7 @@ from lightning_prune import __version__
 from lightning_prune._utils.files import read_document, slug, staging_folder, write_document
 from lightning_prune._utils.measurement_source import MeasurementSource
 from lightning_prune.comparison.best_variant import BestVariant
+from lightning_prune.comparison.class_changes import ClassChange
 from lightning_prune.comparison.planned_variants import ComparisonPlan, PlannedVariant
 from lightning_prune.errors import ArgumentError
 from lightning_prune.patching import TokenTrace
@@ -47,6 +48,7 @@ class Comparison:
         traces: Variant -> what became of the patches of these images; one variant for each method.
         normalisation: Mean and standard deviation by which the images were normalised; None where not known.
         files: What was written, without the schedules of the single variants.
+        classes: Variant -> the changes of its classes, the worst first; None where they were not asked for.
     """
 
     rows: tuple[Row, ...]
@@ -58,10 +60,12 @@ class Comparison:
     traces: Mapping[str, TokenTrace] = field(default_factory=dict)
     normalisation: Normalisation | None = None
     files: tuple[Path, ...] = ()
+    classes: Mapping[str, Sequence[ClassChange]] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The results as plain values, as `results.json` holds them."""
         plan = self.plan
+        changes = {name: [each.to_dict() for each in found] for name, found in (self.classes or {}).items()}
         return {
             "format": _FORMAT,
             "version": _VERSION,
@@ -69,6 +73,7 @@ class Comparison:
             "best": None if self.best is None else asdict(self.best),
             "unreached": [asdict(unreached) for unreached in plan.unreached],
             "variants": {p.variant: _described(p) for p in plan.planned if not p.is_dense},
+            **({} if self.classes is None else {"classes": changes}),
             "context": dict(plan.context),
             "energy": plan.energy,
             "calibration": plan.calibration,
@@ -97,7 +102,7 @@ class Comparison:
         folder = Path(folder)
         document = self.to_dict()
         with staging_folder(folder) as stage:
-            write_table(stage / "results.csv", self.rows)
+            write_table(stage / "results.csv", self.rows, per_class=self.classes is not None)
             write_document(stage / "results.json", document)
             for planned in self.plan.planned:
                 if planned.schedule is not None:

@@ -1,12 +1,14 @@
 """The rows of a comparison, from what was planned, timed and validated."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning_prune._utils.formatting import percent
+from lightning_prune.comparison.class_changes import ClassChange, changes_by_class
 from lightning_prune.comparison.paired_statistics import agreement, paired_difference
 from lightning_prune.comparison.planned_variants import ComparisonPlan, PlannedVariant
+from lightning_prune.comparison.predictions import Predictions
 from lightning_prune.comparison.requests import INT8_NAME
 from lightning_prune.comparison.resume import VariantResult
 from lightning_prune.profiling import LatencyStats
@@ -19,7 +21,13 @@ _OTHER = {"throughput", "latency", "time", "seconds", "lr", "epoch", "step", "en
 _ROUNDING = 1e-4  # by which two computations of the same accuracy may differ
 
 
-def row_of(planned: PlannedVariant, plan: ComparisonPlan, results: Mapping[str, VariantResult], note: str = "") -> Row:
+def row_of(
+    planned: PlannedVariant,
+    plan: ComparisonPlan,
+    results: Mapping[str, VariantResult],
+    note: str = "",
+    classes: Mapping[str, Sequence[ClassChange]] | None = None,
+) -> Row:
     """The row of a variant.
 
     Args:
@@ -27,6 +35,7 @@ def row_of(planned: PlannedVariant, plan: ComparisonPlan, results: Mapping[str, 
         plan: The plan that it is part of.
         results: Variant -> result of its validation, dense included.
         note: A remark on all figures, for the row of dense.
+        classes: Variant -> the changes of its classes, the worst first; None where nobody asked for them.
     """
     result, dense = results.get(planned.variant), results[plan.dense_of(planned).variant]
     notes = [planned.note, note if planned.is_dense else ""]
@@ -36,6 +45,7 @@ def row_of(planned: PlannedVariant, plan: ComparisonPlan, results: Mapping[str, 
         name = own_metric(dense.metrics)
         if not planned.is_dense:
             figures |= paired_columns(dense, result)
+            figures |= _worst_class((classes or {}).get(planned.variant, ()))
         if planned.is_dense or not unpaired_reason(dense):
             notes.append(_unpaired_note(result, bool(name)))
         if name:
@@ -113,16 +123,41 @@ def paired_columns(dense: VariantResult, variant: VariantResult) -> dict[str, fl
         dense: The outcome of the dense model.
         variant: That of the variant.
     """
-    first, second = dense.predictions, variant.predictions
-    if first is None or second is None or first.labels != second.labels:
+    pair = _paired(dense, variant)
+    if pair is None:
         return {}
-    if first.labelled and (unpaired_reason(dense) or unpaired_reason(variant)):
-        return {}
+    first, second = pair
     columns = {"agreement": agreement(first.predicted, second.predicted)}
     if first.labelled:
         change, low, high = paired_difference(first.correct, second.correct)
         columns |= {"top1_change": change, "top1_low": low, "top1_high": high}
     return columns
+
+
+def paired_classes(dense: VariantResult, variant: VariantResult, names: Mapping[int, str]) -> tuple[ClassChange, ...]:
+    """The change of each class, the worst first; none where images or their right classes cannot be compared.
+
+    Args:
+        dense: The outcome of the dense model.
+        variant: That of the variant.
+        names: Index -> name of a class, where it is known.
+    """
+    pair = _paired(dense, variant)
+    return changes_by_class(*pair, names) if pair is not None and pair[0].labelled else ()
+
+
+def _paired(dense: VariantResult, variant: VariantResult) -> tuple[Predictions, Predictions] | None:
+    """The predictions of both where they are of the same images; None where that is not known."""
+    first, second = dense.predictions, variant.predictions
+    if first is None or second is None or first.labels != second.labels:
+        return None
+    if first.labelled and (unpaired_reason(dense) or unpaired_reason(variant)):
+        return None
+    return first, second
+
+
+def _worst_class(changes: Sequence[ClassChange]) -> dict[str, Any]:
+    return {"worst_class": changes[0].name, "worst_class_change": changes[0].change} if changes else {}
 
 
 def _schedule_columns(planned: PlannedVariant, dense_tokens: int) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from lightning_prune._utils import formatting
 from lightning_prune._utils.files import atomic_write
 from lightning_prune.profiling.environment import UNKNOWN
+from lightning_prune.report.class_table import SHOWN, losing_classes
 from lightning_prune.report.html_table import (
     breakable,
     change_text,
@@ -254,6 +255,8 @@ def _page(document: Mapping[str, Any], folder: Path) -> str:
         breakable=breakable,
         notes=[(row.variant, row.note) for row in rows if row.note],
         legend=legend_of(rows),
+        classes=losing_classes(document),
+        classes_shown=SHOWN,
         pictures=_pictures(folder),
         schedules=_schedules(document),
         schedules_folder=(folder / "schedules").is_dir(),

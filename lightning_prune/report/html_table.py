@@ -111,6 +111,10 @@ def _metric(row: Row) -> Cell:
     return Cell(score.text(row.metric), "" if row.metric_change is None else change_text(row.metric_change, score))
 
 
+def _worst_class(row: Row) -> Cell:
+    return Cell(row.worst_class, points(row.worst_class_change)) if row.worst_class else Cell("")
+
+
 def _with_spread(text: str, known: bool, spread: float | None) -> Cell:
     if not known:
         return Cell("")
@@ -166,6 +170,7 @@ def columns_of(rows: Sequence[Row]) -> list[Column]:
         Column("tokens", "left", lambda row: Cell(_digits(row.tokens))),
         Column("tokens", "removed", lambda row: Cell(_digits(row.removed), _blocks(row))),
         Column("same class", "as dense", lambda row: _share(row.agreement)),
+        Column("worst class", "change, points", _worst_class),
         Column("top-5", "", lambda row: _share(row.top5)),
         Column("images/s later,", "in validation (end to end)", rate),
         Column("GMACs", "MiB", lambda row: Cell(_digits(row.gmacs, 2), _digits(row.peak_memory_mib, 0))),

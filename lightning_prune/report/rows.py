@@ -41,6 +41,8 @@ class Row:
         top1_high: Upper end.
         top5: Share of images with the right class among the best five.
         agreement: Share of images with the same best class as dense.
+        worst_class: The class that loses most against dense; empty where nobody asked for changes of classes.
+        worst_class_change: Difference to dense in the share of right images of that class.
         latency_low_ms: Lower quartile of the latencies; None where it is not known, as after a single round.
         latency_high_ms: Upper quartile.
         latency_spread: Half the distance between the quartiles of the latencies; None after a single round.
@@ -85,6 +87,8 @@ class Row:
     top1_high: float | None = None
     top5: float | None = None
     agreement: float | None = None
+    worst_class: str = ""
+    worst_class_change: float | None = None
     latency_low_ms: float | None = None
     latency_high_ms: float | None = None
     latency_spread: float | None = None
@@ -111,7 +115,9 @@ class Row:
         return cls(**{**figures, **text, "int8": known["int8"] is True})
 
 
-_TEXT = ("variant", "method", "runtime", "precision", "metric_name", "block", "device", "note")
+_TEXT = ("variant", "method", "runtime", "precision", "metric_name", "block", "worst_class", "device", "note")
+OF_CLASSES = ("worst_class", "worst_class_change")
+"""Columns that are written only where changes of classes were asked for."""
 
 
 # Words in the name of a metric that is better the lower it is.

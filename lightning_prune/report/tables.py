@@ -11,7 +11,8 @@ from rich.table import Table
 from lightning_prune._utils.files import atomic_write
 from lightning_prune._utils.formatting import context_line, milliseconds, percent, points, speedup
 from lightning_prune.profiling import LatencyProfile
-from lightning_prune.report.rows import Row, score_of
+from lightning_prune.report.class_table import losing_classes
+from lightning_prune.report.rows import OF_CLASSES, Row, score_of
 
 
 def profile_table(profile: LatencyProfile) -> Table:
@@ -51,11 +52,18 @@ def against_eager(compiled: LatencyProfile, eager: LatencyProfile) -> str:
     )
 
 
-def write_table(path: Path, rows: Sequence[Row]) -> Path:
-    """Writes rows as CSV; what is not known is empty."""
+def write_table(path: Path, rows: Sequence[Row], per_class: bool = False) -> Path:
+    """Writes rows as CSV; what is not known is empty.
+
+    Args:
+        path: The file.
+        rows: Of a comparison.
+        per_class: Whether there are columns of the worst class.
+    """
     table = [row.to_dict() for row in rows]
+    columns = [name for name in table[0] if per_class or name not in OF_CLASSES]
     with atomic_write(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, fieldnames=list(table[0]), lineterminator="\n")
+        writer = csv.DictWriter(stream, fieldnames=columns, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows(table)
     return path
@@ -127,8 +135,12 @@ def remarks(document: Mapping[str, Any]) -> list[str]:
         f"at most {speedup(entry['best'])} ({entry['reason']})"
         for entry in document["unreached"]
     ]
+    classes = [
+        f"classes that lose most by {found.variant}: {', '.join(e.sentence for e in found.losing) or found.sentence}"
+        for found in losing_classes(document)
+    ]
     chosen = [f"schedule.yaml is that of {best['variant']}. {best['reason']}"] if best else []
-    return [*notes, *reasons, *unreached, f"energy: {document['energy']}", *chosen]
+    return [*notes, *reasons, *unreached, *classes, f"energy: {document['energy']}", *chosen]
 
 
 def _interval(row: Row) -> str:

@@ -75,6 +75,7 @@ def test_a_mistake_in_a_configuration_is_named_with_its_file(
         "validate --prune.objective mine.Goal --prune.objective.x 3 --prune.method mine.Method --prune.method.y 3",
         "validate --prune.method random:seed=3 --prune.objective.init_args.max_drop=0.1 --ckpt_path=a --verbose false",
         "compare --methods dense pomt+int8 vwt-inter:vocabulary=x --speedups 1.5 2 --runtimes torch --resume=false",
+        "compare --per-class --resume --output o",
         "plan --budget 12ms --max-drop=1% --device simulated:tile=8 --profile p.json --output o --print_config",
         "--config configs/digits.yaml validate",
         "models vit_*",

@@ -13,6 +13,7 @@ from lightning_prune.cli.words import parser_words
         (["--speedups", "1.5", "-2"], ['--speedups=["1.5", "-2"]']),
         (["--methods=[x,y]", "--speedups", "[1.5]"], ["--methods=[x,y]", "--speedups", "[1.5]"]),
         (["--methods", "--speedups"], ["--methods", "--speedups"]),
+        (["--per-class", "--resume", "false"], ["--per_class=true", "--resume", "false"]),
         (
             ["--runtimes", "torch", "torch.compile:mode=blocks", "--resume=false"],
             ['--runtimes=["torch", "torch.compile:mode=blocks"]', "--resume=false"],
