@@ -82,7 +82,7 @@ class PruningConfig:
         self._check_together()
 
     @property
-    def goal(self) -> Objective:
+    def effective_objective(self) -> Objective:
         """The objective to plan by: the stated one, or the default, a budget of half a percent."""
         return DEFAULT_OBJECTIVE if self.objective is None else self.objective
 
@@ -114,7 +114,7 @@ class PruningConfig:
         return "mixed" if self.is_mixed else self.reduction.name
 
     @property
-    def place(self) -> int | float:
+    def reducing_block(self) -> int | float:
         """The reducing block, as an index or a fraction of the depth.
 
         Raises:

@@ -1,9 +1,9 @@
-"""Measuring on the first batch of an evaluation loop: images, precision, random state, and rank 0 deciding for all."""
+"""Measuring on the first batch of an evaluation loop: its images, precision, and random state."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
-from typing import Any, Generic, NamedTuple, TypeVar, cast
+from typing import Any, Generic, TypeVar
 
 import lightning as L
 from torch import Tensor
@@ -16,31 +16,13 @@ from lightning_prune.callbacks.batches import Calibration, batch_shape, calibrat
 from lightning_prune.callbacks.config import PruningConfig
 from lightning_prune.callbacks.first_call import FirstCall, as_passed
 from lightning_prune.callbacks.hooks import command_run, limit_val_batches
-from lightning_prune.errors import ArgumentError, DataError, PruneError, UnsupportedModelError
+from lightning_prune.callbacks.rank_agreement import join_decision, on_rank_zero, refuse_sharded
+from lightning_prune.errors import ArgumentError, DataError
 from lightning_prune.patching import VisionTransformer, find_vision_transformer
 from lightning_prune.planning.paper_protocol import PAPER_IMAGES
 from lightning_prune.profiling import measurement_context
 
 T = TypeVar("T")
-
-
-def refuse_sharded(trainer: L.Trainer) -> None:
-    """Refuses strategies that shard the model: a forward pass on rank 0 alone would wait for the other ranks.
-
-    Args:
-        trainer: Whose strategy it is.
-
-    Raises:
-        UnsupportedModelError: On every rank.
-    """
-    strategy = trainer.strategy
-    names = {kind.__name__ for kind in type(strategy).__mro__}  # names, because pytorch_lightning has its own classes
-    is_whole = "DDPStrategy" in names and "DeepSpeedStrategy" not in names  # the latter is derived from the former
-    if trainer.world_size > 1 and not is_whole:
-        raise UnsupportedModelError(
-            f"TokenPruning needs the whole model in each process, which {type(strategy).__name__} with "
-            f"{trainer.world_size} processes does not promise; evaluate with strategy='ddp' or on one device."
-        )
 
 
 class FirstBatch:
@@ -145,89 +127,6 @@ class FirstBatch:
             loaded = images_from_batch(self.batch, self.config.images_from_batch)
         return as_passed(sampled, loaded, self.call.images)
 
-    def on_rank_zero(self, decide: Callable[[], T]) -> T:
-        """Returns on every rank what `decide` returns on rank 0; an error there is raised on every rank.
-
-        If the error were raised on rank 0 only, the other ranks would wait until the process group times out and would
-        then report a closed connection.
-
-        Args:
-            decide: Called on rank 0 only; its result must be picklable.
-
-        Raises:
-            DataError: If rank 0 has no batch.
-            PruneError: On the other ranks, with the message of the error that rank 0 raises as it is.
-        """
-        result: T | None = None
-        error: Exception | None = None
-        if self.trainer.is_global_zero:
-            try:
-                result = decide()
-            except Exception as caught:
-                error = caught
-        message = f"{type(error).__name__} on rank 0: {error}" if error else None
-        outcome = _from_rank_zero(self.trainer, _Outcome(result, message), has_batch=True)
-        if error is not None:
-            raise error
-        return cast(T, outcome)
-
-
-class _Outcome(NamedTuple):
-    """What rank 0 tells the others: the result, or the message of an error, or that it has no batch."""
-
-    result: Any = None
-    message: str | None = None
-    has_batch: bool = True
-
-
-def _from_rank_zero(trainer: L.Trainer, outcome: _Outcome, has_batch: bool) -> Any:
-    """The result of rank 0, on every rank.
-
-    Args:
-        trainer: Of this rank.
-        outcome: That of this rank; counts on rank 0.
-        has_batch: Whether this rank has a batch.
-
-    Raises:
-        DataError: On every rank, if rank 0 has no batch and another rank has.
-        PruneError: On ranks other than 0, if there was an error on rank 0.
-    """
-    result, message, decided = trainer.strategy.broadcast(outcome)
-    if not decided:
-        if trainer.strategy.reduce_boolean_decision(has_batch, all=False):
-            raise DataError(
-                "The loader must yield at least one batch on rank 0, which decides for all ranks, got none there and "
-                "batches on other ranks."
-            )
-        return None
-    if message is not None and not trainer.is_global_zero:
-        raise PruneError(message)
-    return result
-
-
-def join_decision(trainer: L.Trainer) -> Any:
-    """Takes part in `FirstBatch.on_rank_zero` on a rank whose loaders yielded no batch.
-
-    Streams may be divided so that a rank gets none. Without this the other ranks would wait in `on_rank_zero` while
-    this one is in the next collective operation, and the run would end in an error of the process group. Call it in
-    `on_*_epoch_end`, which is the first hook of that rank after the others have decided.
-
-    Args:
-        trainer: Of this rank.
-
-    Returns:
-        What rank 0 decided; None if no rank has a batch, or there is one process.
-
-    Raises:
-        DataError: On every rank, if rank 0 has no batch and another rank has.
-        PruneError: On ranks other than 0, if there was an error on rank 0.
-        UnsupportedModelError: If the strategy shards the model.
-    """
-    if trainer.world_size == 1:
-        return None
-    refuse_sharded(trainer)
-    return _from_rank_zero(trainer, _Outcome(has_batch=False), has_batch=False)
-
 
 def can_run(first: FirstBatch) -> bool:
     """Whether the transformer runs on the images of the batch as they are.
@@ -280,7 +179,7 @@ class _FirstBatchCallback(L.Callback, Generic[T]):
     ) -> None:
         if not self.results:
             with open_first_batch(trainer, pl_module, batch, self.config) as first:
-                self.results.append(first.on_rank_zero(lambda: self.work(first)))
+                self.results.append(on_rank_zero(trainer, lambda: self.work(first)))
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not self.results:

@@ -100,7 +100,9 @@ def _method_and_schedule(first: FirstBatch) -> tuple[Reduction | None, Schedule 
     config = first.config
     if config.is_mixed:
         return None, cast(Schedule | KeepRates, config.schedule)
-    schedule = resolve_schedule(config.schedule, first.transformer, config.reduction, config.place, first.images)
+    schedule = resolve_schedule(
+        config.schedule, first.transformer, config.reduction, config.reducing_block, first.images
+    )
     return config.reduction, schedule
 
 

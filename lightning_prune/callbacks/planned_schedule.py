@@ -33,7 +33,7 @@ def profiled(
     """
     # One curve is used for all methods and blocks, except in the paper's protocol, whose lowest count depends on both.
     general = config.uses_token_curve or not (of_method or config.protocol == "paper")
-    method, block = (TOKEN_CURVE, 0) if general else (config.reduction, config.place)
+    method, block = (TOKEN_CURVE, 0) if general else (config.reduction, config.reducing_block)
     seconds = config.time_limit if of_method else PROFILE_SHARE * config.time_limit
     return get_or_profile(
         pl_module,
@@ -66,8 +66,8 @@ def _blocks(config: PruningConfig, depth: int) -> str | int | float | list[int]:
     if config.plans_blocks:
         return "all"
     if config.reduction.multi_block:
-        return "all" if isinstance(config.place, float) else list(range(config.place, depth))
-    return config.place
+        return "all" if isinstance(config.reducing_block, float) else list(range(config.reducing_block, depth))
+    return config.reducing_block
 
 
 def planned_for(
@@ -130,6 +130,6 @@ def planned(first: FirstBatch, profile: CachedProfile | None = None) -> Decision
     """
     config, limit = first.config, TimeLimit(first.config.time_limit)
     (decision,) = planned_for(
-        config, first.module, first.images, first.calibration(limit), [config.goal], profile, limit
+        config, first.module, first.images, first.calibration(limit), [config.effective_objective], profile, limit
     )
     return decision

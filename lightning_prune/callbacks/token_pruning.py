@@ -20,7 +20,7 @@ from lightning_prune.callbacks.config import PruningConfig
 from lightning_prune.callbacks.decision import Decision
 from lightning_prune.callbacks.decision_panel import print_decision
 from lightning_prune.callbacks.decision_reuse import DecisionConditions, checked_anew
-from lightning_prune.callbacks.first_batch import FirstBatch, can_run, join_decision, open_first_batch
+from lightning_prune.callbacks.first_batch import FirstBatch, can_run, open_first_batch
 from lightning_prune.callbacks.first_call import FirstCall, watch_first_call
 from lightning_prune.callbacks.given_schedule import time_adaptive, time_given
 from lightning_prune.callbacks.hooks import (
@@ -30,6 +30,7 @@ from lightning_prune.callbacks.hooks import (
     unpatch_hyperparameters,
 )
 from lightning_prune.callbacks.planned_schedule import planned
+from lightning_prune.callbacks.rank_agreement import join_decision, on_rank_zero
 from lightning_prune.errors import ArgumentError, DataError, UnsupportedModelError
 from lightning_prune.patching import PatchHandle
 from lightning_prune.patching.models.base import calling_with
@@ -271,7 +272,7 @@ class TokenPruning(EvaluationCallback):
         return self._call_differs or (self._decided_for is None and not can_run(first))
 
     def _decide_and_patch(self, first: FirstBatch) -> None:
-        self.decision = first.on_rank_zero(lambda: self._decide(first))
+        self.decision = on_rank_zero(first.trainer, lambda: self._decide(first))
         self._is_decided = True
         if self.decision is not None and self.decision.prunes:
             schedule = self.decision.deployable(first.transformer)

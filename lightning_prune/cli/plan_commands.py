@@ -136,7 +136,7 @@ def _eager_profile(first: FirstBatch, compiled: LatencyProfile) -> LatencyProfil
             first.module,
             first.images,
             method=TOKEN_CURVE if config.uses_token_curve else config.reduction,
-            block=0 if config.uses_token_curve else config.place,
+            block=0 if config.uses_token_curve else config.reducing_block,
             counts=compiled.tokens[:-1],
             time_limit=config.time_limit,
             protocol=config.protocol,
@@ -151,7 +151,7 @@ def _profile(first: FirstBatch, simulated: SimulatedDevice | None, of_method: bo
         return profiled(config, first.module, first.images, of_method)
     # The latencies of a method in one block are exact, overhead included, so that a plan can be based on them.
     general = config.uses_token_curve or (config.reduction.multi_block and not of_method)
-    method, block = (TOKEN_CURVE, 0) if general else (config.reduction, config.place)
+    method, block = (TOKEN_CURVE, 0) if general else (config.reduction, config.reducing_block)
     profile = simulate_latency(
         first.module,
         first.images,

@@ -127,7 +127,7 @@ def compare(
     used = read_runtimes(runtimes, config.runtime)
     valid = objective is None or isinstance(objective, Objective)
     check("objective", objective, "an Objective such as AccuracyBudget(0.005), or None", valid)
-    goal = config.goal if objective is None else objective
+    goal = config.effective_objective if objective is None else objective
     requests = in_runtimes(read_requests(config, methods, speedups, goal), used)
     targets = [] if speedups is None else check_speedups(speedups)
     folder = None if output is None else ensure_output_dir(output)

@@ -106,7 +106,7 @@ def given_variant(first: FirstBatch, request: VariantRequest) -> PlannedVariant:
     if reduction is None:  # only a Schedule or KeepRates names a method for each block
         value = cast(Schedule | KeepRates, request.schedule)
     else:
-        value = resolve_schedule(request.schedule, transformer, reduction, config.place, first.images)
+        value = resolve_schedule(request.schedule, transformer, reduction, config.reducing_block, first.images)
     with ready_to_run(transformer):
         tokens = transformer.count_tokens(first.images)
     if isinstance(value, KeepRates):

@@ -12,7 +12,8 @@ from lightning_prune._utils.digests import tensor_digest, weights_digest
 from lightning_prune._utils.isolation import user_hooks
 from lightning_prune._utils.time_limit import TimeLimit
 from lightning_prune.callbacks.batches import Calibration
-from lightning_prune.callbacks.first_batch import FirstBatch, join_decision, open_first_batch
+from lightning_prune.callbacks.first_batch import FirstBatch, open_first_batch
+from lightning_prune.callbacks.rank_agreement import join_decision, on_rank_zero
 from lightning_prune.comparison.comparison_planning import ComparisonPlanner
 from lightning_prune.comparison.objective_planning import given_variant
 from lightning_prune.comparison.planned_variants import ComparisonPlan, PlannedVariant, reduction_of
@@ -66,7 +67,7 @@ class ComparisonSetup(L.Callback):
         """Plans, once."""
         if self.plan is None and not dataloader_idx:
             with open_first_batch(trainer, pl_module, batch, self.settings.config) as first:
-                self.plan, self.results = first.on_rank_zero(lambda: self._set_up(first))
+                self.plan, self.results = on_rank_zero(trainer, lambda: self._set_up(first))
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Takes part in the decision of the other ranks, where this one had no batch."""

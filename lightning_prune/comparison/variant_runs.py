@@ -7,8 +7,8 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from lightning_prune.callbacks.first_batch import refuse_sharded
 from lightning_prune.callbacks.hooks import EvaluationCallback, command_run
+from lightning_prune.callbacks.rank_agreement import refuse_sharded
 from lightning_prune.comparison.first_loader import FirstLoader
 from lightning_prune.comparison.planned_variants import ComparisonPlan, PlannedVariant, variant_of
 from lightning_prune.comparison.predictions import PredictionRecorder

@@ -1,4 +1,4 @@
-"""Two processes: one decides, both do the same; and what `FirstBatch.on_rank_zero` promises."""
+"""Two processes: one decides, both do the same; and what `on_rank_zero` promises."""
 
 import json
 import os

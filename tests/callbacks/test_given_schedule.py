@@ -134,10 +134,15 @@ def test_lists_that_are_no_schedule_are_refused_when_the_callback_is_made() -> N
 
 def test_the_default_plans_all_methods_within_half_a_percent_of_accuracy() -> None:
     config = lp.TokenPruning().config
-    assert (config.label, config.plans_blocks, config.goal) == ("auto", True, lp.AccuracyBudget(0.005))
+    assert (config.label, config.plans_blocks, config.effective_objective) == ("auto", True, lp.AccuracyBudget(0.005))
     assert len(config.methods) > 1
     paper = lp.TokenPruning(method="pomt", objective=lp.Utility(0.5)).config
-    assert (paper.label, paper.plans_blocks, paper.place, paper.goal) == ("pomt", False, 0.25, lp.Utility(0.5))
+    assert (paper.label, paper.plans_blocks, paper.reducing_block, paper.effective_objective) == (
+        "pomt",
+        False,
+        0.25,
+        lp.Utility(0.5),
+    )
 
 
 @pytest.mark.parametrize("schedule", [8, 0.5, [2, 2, 2, 2], lp.Schedule([2, 2, 2, 2])])

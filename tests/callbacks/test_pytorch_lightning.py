@@ -13,7 +13,8 @@ import lightning_prune as lp
 from helpers.data import labelled, loader, noise_images
 from helpers.models import TOKENS, tiny_vit
 from lightning_prune.callbacks.batches import sampling_loader
-from lightning_prune.callbacks.first_batch import FirstBatch, refuse_sharded
+from lightning_prune.callbacks.first_batch import FirstBatch
+from lightning_prune.callbacks.rank_agreement import refuse_sharded
 from lightning_prune.patching.class_swap import is_patched_module
 
 from .tiny import OPTIONS, brief, count_forwards

@@ -12,26 +12,21 @@ from lightning.pytorch.strategies import (
 
 import lightning_prune as lp
 from helpers.data import noise_images
-from lightning_prune.callbacks import PruningConfig
-from lightning_prune.callbacks.first_batch import FirstBatch, refuse_sharded
+from lightning_prune.callbacks.rank_agreement import on_rank_zero, refuse_sharded
 
 from .tiny import Tiny, pruner, trainer
 
 
-def first_batch() -> FirstBatch:
-    return FirstBatch(trainer(), Tiny(), noise_images(4, seed=1), PruningConfig())
-
-
 def test_on_rank_zero_in_one_process_returns_the_result_or_raises_the_error() -> None:
     value = object()
-    assert first_batch().on_rank_zero(lambda: value) is value
-    assert first_batch().on_rank_zero(lambda: None) is None
+    assert on_rank_zero(trainer(), lambda: value) is value
+    assert on_rank_zero(trainer(), lambda: None) is None
 
     def fail() -> None:
         raise KeyError("as it was")
 
     with pytest.raises(KeyError, match="as it was"):
-        first_batch().on_rank_zero(fail)
+        on_rank_zero(trainer(), fail)
 
 
 def test_on_rank_zero_lets_keyboard_interrupt_pass() -> None:
@@ -39,7 +34,7 @@ def test_on_rank_zero_lets_keyboard_interrupt_pass() -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        first_batch().on_rank_zero(interrupt)
+        on_rank_zero(trainer(), interrupt)
 
 
 def running(kind: type, ranks: int) -> Any:
