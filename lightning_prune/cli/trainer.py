@@ -160,7 +160,6 @@ class PruneTrainer(L.Trainer):
         if self.is_global_zero:
             written = ", ".join(str(path) for path in found.files)
             Console(markup=False).print(f"Planning took {found.plan.seconds:.0f} s. Written: {written}", soft_wrap=True)
-            self._log_comparison([row.to_dict() for row in found.rows])
         return found
 
     def vocabulary(
@@ -190,19 +189,6 @@ class PruneTrainer(L.Trainer):
         """
         data = {"dataloaders": dataloaders, "datamodule": datamodule}
         return learn_words(self, model, self.config, output, words, limit, seed, **data)
-
-    def _log_comparison(self, rows: list[dict[str, Any]]) -> None:
-        """Logs the figures of each variant under its own keys, at step 0."""
-        figures = {
-            f"compare/{row['variant']}/{key}": value
-            for row in rows
-            for key, value in row.items()
-            if isinstance(value, int | float)
-        }
-        for logger in self.loggers:
-            logger.log_metrics(figures, step=0)
-            logger.save()
-            logger.finalize("success")
 
 
 def _print_comparison(found: Comparison) -> None:

@@ -22,6 +22,7 @@ from lightning_prune.comparison.best_variant import choose_best
 from lightning_prune.comparison.class_changes import ClassChange, names_of_classes
 from lightning_prune.comparison.comparison_results import Comparison, check_output_paths, normalisation_of
 from lightning_prune.comparison.first_loader import FirstLoader
+from lightning_prune.comparison.loggers import log_rows, muted_loggers
 from lightning_prune.comparison.planned_variants import ComparisonPlan, plain_value
 from lightning_prune.comparison.requests import (
     ComparisonSettings,
@@ -68,6 +69,8 @@ def compare(
     energy is measured and the paper's protocol are not part of it. What is left is divided among what is still to do. A
     method that there is no time for is not planned, and its row says so. The least work is done whatever time it takes:
     the first method is planned, and each variant timed in three rounds.
+
+    Loggers of the trainer get the figures of each row as `compare/<variant>/<column>`, and nothing of the validations.
 
     With `output`, the plan and each finished variant are kept under `output/state`: the same comparison, started again,
     goes on from there. An error or an interruption says in a note what is kept.
@@ -139,13 +142,14 @@ def compare(
     setup = ComparisonSetup(asked, report, clock)
     try:
         plain = replace(config, runtime="torch")  # the setup applies the runtimes
-        with command_run(trainer, plain, setup, one_batch=True), loader.arguments() as arguments:
-            trainer.validate(module, verbose=False, **arguments)
-        exit_if_terminated(trainer)
-        if setup.plan is None:
-            raise DataError("The validation loader yielded no batch to compare on.")
-        plan = setup.plan
-        results = validate_variants(trainer, module, loader, asked, plan, setup.results, setup.state, report)
+        with muted_loggers(trainer):
+            with command_run(trainer, plain, setup, one_batch=True), loader.arguments() as arguments:
+                trainer.validate(module, verbose=False, **arguments)
+            exit_if_terminated(trainer)
+            if setup.plan is None:
+                raise DataError("The validation loader yielded no batch to compare on.")
+            plan = setup.plan
+            results = validate_variants(trainer, module, loader, asked, plan, setup.results, setup.state, report)
     except BaseException as error:
         kept = "" if setup.state is None else setup.state.summary()
         if kept:
@@ -172,7 +176,10 @@ def compare(
         return found
     if on_results is not None:
         on_results(found)
-    return found if folder is None else _written(found, folder, is_shown=on_results is not None)
+    if folder is not None:
+        found = _written(found, folder, is_shown=on_results is not None)
+    log_rows(trainer, found.rows)
+    return found
 
 
 def _check_data(data: Any, module: nn.Module) -> None:
