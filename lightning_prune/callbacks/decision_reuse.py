@@ -17,7 +17,7 @@ from lightning_prune.errors import DataError
 from lightning_prune.patching import PatchHandle
 from lightning_prune.planning.api import shuffled
 from lightning_prune.planning.method_front import dense_reason
-from lightning_prune.profiling import Proxy
+from lightning_prune.profiling import Estimate, Proxy
 from lightning_prune.profiling.environment import model_conditions
 from lightning_prune.profiling.measurement import ready_to_run
 from lightning_prune.profiling.output_kinds import OUTPUT_KINDS
@@ -101,11 +101,11 @@ def checked_anew(first: FirstBatch, decision: Decision) -> Decision | None:
         return decision
     if not plan.objective.tolerates(accuracy, plan.accuracy):
         return None
-    note = f"Here it keeps {accuracy:.2%} of the {plan.proxy}, on {len(images)} images."
+    note = f"Here it keeps {accuracy} of the {plan.proxy}, on {len(images)} images."
     return replace(decision, reason=f"{plan.reason} Planned for other weights or images. {note}")
 
 
-def _accuracy(first: FirstBatch, images: Tensor, decision: Decision, proxy_name: str) -> float:
+def _accuracy(first: FirstBatch, images: Tensor, decision: Decision, proxy_name: str) -> Estimate:
     """The proxy of the decided schedule in this run."""
     transformer = first.transformer
     with ready_to_run(transformer):

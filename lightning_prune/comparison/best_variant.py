@@ -2,12 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf, sqrt
 
 import numpy as np
 
 from lightning_prune.comparison.planned_variants import PlannedVariant
-from lightning_prune.planning import LatencyBudget, Objective
-from lightning_prune.report.rows import AGREEMENT, TOP1, Row, Score, score_of
+from lightning_prune.planning import AccuracyBudget, LatencyBudget, Objective
+from lightning_prune.profiling import DENSE_ACCURACY, Estimate
+from lightning_prune.profiling.accuracy_proxy import Z95
+from lightning_prune.report.rows import AGREEMENT, TOP1, Row, Score, interval_of, score_of
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,8 @@ def choose_best(rows: Sequence[Row], planned: Sequence[PlannedVariant], objectiv
     """The best variant by an objective, from measured latencies and validated accuracies.
 
     A variant that misses an accuracy budget, but whose 95% interval reaches it, is chosen only if no other variant
-    meets the budget. If neither a variant nor dense does, the fastest is chosen.
+    meets the budget. With a `confidence`, the lower bound of its accuracy has to meet it instead. If neither a variant
+    nor dense does, the fastest is chosen.
 
     Args:
         rows: Dense first. With several runtimes, speed-ups of a budget refer to dense in the first, and dense in
@@ -53,6 +57,11 @@ def choose_best(rows: Sequence[Row], planned: Sequence[PlannedVariant], objectiv
     for number, row in enumerate(candidates):
         if score == TOP1 and row.top1_high is not None and dense.top1 is not None:
             highest[number] = max(accuracy[number], (dense.top1 + row.top1_high) / whole)
+    if isinstance(objective, AccuracyBudget) and objective.confidence > 0.5:
+        # The lower bound has to meet the budget, so that there is no doubt that could speak for a variant.
+        stderr = [_stderr(row, score) / whole for row in candidates]
+        accuracy = objective.judged([*map(Estimate, accuracy[:-1], stderr), DENSE_ACCURACY])
+        highest = accuracy
     values, doubtful = objective.score(latency, accuracy.copy()), objective.score(latency, highest.copy())
     if np.isfinite(values[:-1]).any() or (np.isfinite(values[-1]) and not np.isfinite(doubtful[:-1]).any()):
         row = [*candidates, dense][int(len(values) - 1 - np.argmax(values[::-1]))]
@@ -83,6 +92,16 @@ def _relative(row: Row, dense: Row, score: Score) -> float | None:
     if figure is None:
         return None
     return whole / figure if score.lower_is_better else figure / whole
+
+
+def _stderr(row: Row, score: Score) -> float:
+    """The standard error of the score of a row, against dense on the same images where that is known."""
+    interval = interval_of(row)
+    if score == TOP1 and interval is not None:
+        return (interval[1] - interval[0]) / (2 * Z95)
+    if score == AGREEMENT and row.agreement is not None and row.images:
+        return sqrt(row.agreement * (1 - row.agreement) / row.images)
+    return inf
 
 
 def _figures(row: Row, dense: Row) -> str:

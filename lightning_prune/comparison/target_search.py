@@ -128,7 +128,7 @@ def merged_front(fronts: Sequence[MethodFront], chosen: Sequence[Candidate]) -> 
 
     timed = pareto_front([candidate for candidate in chosen if not candidate.is_dense], key)
     predicted = [
-        replace(candidate, accuracy=front.estimate(candidate))
+        candidate.with_accuracy(front.estimate(candidate))
         for front in fronts
         for candidate in front.candidates
         if not candidate.is_dense

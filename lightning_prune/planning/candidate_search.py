@@ -10,7 +10,7 @@ import numpy as np
 from lightning_prune.planning.latency_model import budget_tolerance
 from lightning_prune.planning.objectives import RATIO_TOLERANCE, Objective
 from lightning_prune.planning.results import Candidate
-from lightning_prune.profiling import LatencyStats
+from lightning_prune.profiling import DENSE_ACCURACY, Estimate, LatencyStats
 from lightning_prune.schedule import Schedule
 
 
@@ -76,7 +76,7 @@ class CandidateSource(Protocol):
         """Corrects the predictions by a timing."""
         ...
 
-    def accuracy(self, candidate: Candidate) -> float:
+    def accuracy(self, candidate: Candidate) -> Estimate:
         """The proxy of a proposed candidate relative to dense; 1 for dense."""
         ...
 
@@ -222,13 +222,13 @@ class CandidateSearch:
     def _choice(
         candidate: Candidate, source: CandidateSource, met: bool, reason: str, dense: LatencyStats | None = None
     ) -> Choice:
-        return Choice(replace(candidate, accuracy=source.accuracy(candidate)), met, reason, dense)
+        return Choice(candidate.with_accuracy(source.accuracy(candidate)), met, reason, dense)
 
     def _success_reason(self, candidate: Candidate, source: CandidateSource) -> str:
-        saved, kept = 100 * (1 - candidate.latency_ratio), 100 * source.accuracy(candidate)
+        saved, kept = 100 * (1 - candidate.latency_ratio), source.accuracy(candidate)
         basis = "predicted" if candidate.timing is None else "timed against dense"
         less = f"{saved:.1f}% less latency ({basis})"
-        return f"Best by {self.objective}: {less}, {kept:.2f}% of the dense {self._proxy}."
+        return f"Best by {self.objective}: {less}, {kept} of the dense {self._proxy}."
 
     def _near_misses(self, sources: Iterable[CandidateSource]) -> list[tuple[CandidateSource, Candidate]]:
         """The fastest candidates, not timed yet, that are predicted to miss a budget by little."""
@@ -263,7 +263,7 @@ class CandidateSearch:
         Latencies are cut at that of dense, so that the score of one does not depend on how slow another is.
         """
         ratios = np.array([*(candidate.latency_ratio for candidate, _ in candidates), 1.0])
-        accuracy = np.array([*(source.accuracy(candidate) for candidate, source in candidates), 1.0])
+        accuracy = self.objective.judged([*(source.accuracy(c) for c, source in candidates), DENSE_ACCURACY])
         values = self.objective.score_feasible(self._dense_ms * np.minimum(ratios, 1.0), accuracy)
         values = np.where(ratios > 1, -np.inf, values)
         if not self.objective.dense_is_feasible(self._dense_ms):

@@ -16,7 +16,7 @@ from lightning_prune.planning.latency_model import PROBES, LatencyModel, probe_s
 from lightning_prune.planning.method_front import MethodFront
 from lightning_prune.planning.results import Candidate
 from lightning_prune.planning.sensitivity import Sensitivity
-from lightning_prune.profiling import LatencyProfile, LatencyStats, Proxy, Variant, Workload, compare_latency
+from lightning_prune.profiling import Estimate, LatencyProfile, LatencyStats, Proxy, Variant, Workload, compare_latency
 from lightning_prune.profiling.measurement import ready_to_run
 from lightning_prune.profiling.output_kinds import choose_proxy
 from lightning_prune.profiling.simulated_device import attention_share
@@ -112,7 +112,7 @@ class Measurements:
                 self._proxy = Proxy(self.transformer, self.images, device, size, None, on_step, self.proxy_name)
         return self._proxy
 
-    def accuracy(self, reduction: Reduction, schedule: Schedule) -> float:
+    def accuracy(self, reduction: Reduction, schedule: Schedule) -> Estimate:
         """The proxy of a schedule, relative to dense."""
         proxy = self.proxy
         with (

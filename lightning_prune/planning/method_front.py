@@ -14,7 +14,7 @@ from lightning_prune.planning.latency_model import LatencyModel, fit_overhead
 from lightning_prune.planning.objectives import Column, Objective
 from lightning_prune.planning.results import Candidate, pareto_front
 from lightning_prune.planning.sensitivity import Table
-from lightning_prune.profiling import LatencyProfile, LatencyStats
+from lightning_prune.profiling import DENSE_ACCURACY, Estimate, LatencyProfile, LatencyStats
 from lightning_prune.profiling.latency_profile import SAVING
 from lightning_prune.reduction import Reduction
 from lightning_prune.schedule import Schedule
@@ -67,7 +67,7 @@ class MethodFront:
         reduction: Reduction,
         latency: LatencyModel,
         costs: Table,
-        measure: Callable[[Reduction, Schedule], float],
+        measure: Callable[[Reduction, Schedule], Estimate],
         probed: Iterable[tuple[Schedule, LatencyStats]] = (),
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
@@ -75,8 +75,8 @@ class MethodFront:
         self._latency, self._costs, self._measure, self._clock = latency, costs, measure, clock
         self._probed = list(probed)
         self._timed: dict[tuple[int, ...], tuple[Schedule, LatencyStats]] = {}
-        self._proxies: dict[tuple[int, ...], float] = {}
-        self._proxy_at_cost: dict[float, float] = {0.0: 1.0}
+        self._proxies: dict[tuple[int, ...], Estimate] = {}
+        self._proxy_at_cost: dict[float, Estimate] = {0.0: DENSE_ACCURACY}
         self._front: list[Candidate] = []
         self.candidates: list[Candidate] = []
         self._solve()
@@ -95,22 +95,23 @@ class MethodFront:
         self._timed[candidate.schedule.removed] = candidate.schedule, timing
         self._solve()
 
-    def accuracy(self, candidate: Candidate) -> float:
+    def accuracy(self, candidate: Candidate) -> Estimate:
         """The proxy of a candidate, measured once; 1 for dense."""
         removed = candidate.schedule.removed
         if not candidate.schedule.total_removed:
-            return 1.0
+            return DENSE_ACCURACY
         if removed not in self._proxies:
             self._proxies[removed] = self._measure(self.reduction, candidate.schedule)
             self._proxy_at_cost[candidate.cost] = self._proxies[removed]
         return self._proxies[removed]
 
-    def estimate(self, candidate: Candidate) -> float:
+    def estimate(self, candidate: Candidate) -> Estimate:
         """The proxy of a candidate; if it was not measured, interpolated between those that cost less and more."""
         if candidate.schedule.removed in self._proxies:
             return self._proxies[candidate.schedule.removed]
         costs = sorted(self._proxy_at_cost)
-        return float(np.interp(candidate.cost, costs, [self._proxy_at_cost[cost] for cost in costs]))
+        known = np.array([self._proxy_at_cost[cost] for cost in costs])
+        return Estimate(*(float(np.interp(candidate.cost, costs, column)) for column in known.T))
 
     def all_candidates(self, chosen: Candidate | None = None) -> list[Candidate]:
         """The whole front from dense to the fastest, and the chosen candidate, with all that was measured.
@@ -121,8 +122,7 @@ class MethodFront:
         found = {c.schedule.removed: c for c in ([chosen] if chosen is not None else []) + self._front}
         return [
             replace(
-                candidate,
-                accuracy=1.0 if candidate.is_dense else self._proxies.get(candidate.schedule.removed),
+                candidate.with_accuracy(self.accuracy(candidate)) if self._is_known(candidate) else candidate,
                 timing=self._timed.get(candidate.schedule.removed, (None, None))[1],
             )
             for candidate in sorted(found.values(), key=lambda c: -c.ratio)
@@ -160,7 +160,7 @@ class MethodFront:
                 break
             self.accuracy(promising)
         places = [i for i, candidate in enumerate(candidates) if self._is_known(candidate)]
-        accuracy = np.array([self.accuracy(candidates[place]) for place in places])
+        accuracy = objective.judged([self.accuracy(candidates[place]) for place in places])
         chosen = candidates[places[objective.best(milliseconds[places], accuracy)]]
         if chosen.is_dense:
             return Proposal(
@@ -180,7 +180,7 @@ class MethodFront:
         Between measured candidates the proxy is interpolated. It is usually better, but hardly better than that of the
         next slower measured one: a gap is entered as long as even this would make a difference.
         """
-        estimates = np.array([self.estimate(candidate) for candidate in candidates])
+        estimates = objective.judged([self.estimate(candidate) for candidate in candidates])
         best = objective.best(milliseconds, estimates)
         if not self._is_known(candidates[best]):
             return candidates[best]

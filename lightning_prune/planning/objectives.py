@@ -2,16 +2,18 @@
 
 import copy
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import inf
 from numbers import Real
+from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lightning_prune._utils.validation import check
 from lightning_prune.errors import ArgumentError
-from lightning_prune.profiling import LatencyStats
+from lightning_prune.profiling import Estimate, LatencyStats
 
 Column = NDArray[np.float64]
 RATIO_TOLERANCE = 0.005  # share by which a latency may exceed a budget and still meet it: timers are no more exact
@@ -63,14 +65,22 @@ class Objective(ABC):
         """
         return bool(self.score(np.array([dense_ms]), np.ones(1))[0] > -inf)
 
-    def tolerates(self, accuracy: float, planned: float) -> bool:
+    def tolerates(self, accuracy: Estimate, planned: float) -> bool:
         """Whether a schedule that was planned before is still good enough with other weights.
 
         Args:
             accuracy: The proxy of the schedule with the present weights, relative to dense.
             planned: The proxy when it was planned.
         """
-        return accuracy >= planned - _TOLERANCE
+        return accuracy.value >= planned - _TOLERANCE
+
+    def judged(self, accuracy: Sequence[Estimate]) -> Column:
+        """(candidates,) the accuracies by which candidates are judged: as measured, unless a confidence is asked for.
+
+        Args:
+            accuracy: The proxy of each candidate relative to dense.
+        """
+        return np.array([estimate.value for estimate in accuracy])
 
     def score_feasible(self, milliseconds: Column, accuracy: Column) -> Column:
         """The value of candidates that are known to meet a latency budget.
@@ -132,9 +142,12 @@ class AccuracyBudget(Objective):
 
     Args:
         max_drop: Share of the dense proxy that may be lost: 0.005 is half a percent, 0 is nothing.
+        confidence: One-sided confidence with which the loss has to be within `max_drop`, in [0.5, 1). The proxy is
+            measured on some images, and varies with them: 0.5 takes it as it was measured, 0.95 takes it less 1.64
+            standard errors. With more images, less is taken off.
 
     Raises:
-        ArgumentError: If `max_drop` is outside [0, 1).
+        ArgumentError: If `max_drop` is outside [0, 1), or `confidence` outside [0.5, 1).
 
     Example:
         >>> import numpy as np
@@ -145,11 +158,21 @@ class AccuracyBudget(Objective):
     """
 
     max_drop: float = 0.005
+    confidence: float = 0.5
 
     def __post_init__(self) -> None:
-        """Checks `max_drop`."""
+        """Checks the arguments."""
         if not _is_number(self.max_drop) or not 0 <= self.max_drop < 1:
             raise ArgumentError(f"`max_drop` must be a number in [0, 1), got {self.max_drop!r}.")
+        if not _is_number(self.confidence) or not 0.5 <= self.confidence < 1:
+            raise ArgumentError(f"`confidence` must be a number in [0.5, 1), got {self.confidence!r}.")
+
+    def judged(self, accuracy: Sequence[Estimate]) -> Column:
+        """(candidates,) the lower bound of each accuracy at the confidence."""
+        if self.confidence == 0.5:  # a standard error may be infinite
+            return super().judged(accuracy)
+        quantile = NormalDist().inv_cdf(float(self.confidence))
+        return np.array([estimate.value - quantile * estimate.stderr for estimate in accuracy])
 
     def score(self, milliseconds: Column, accuracy: Column) -> Column:
         """1 - L / max L within the budget, -inf outside; dense is always within."""
@@ -157,12 +180,13 @@ class AccuracyBudget(Objective):
         within[-1] = True
         return np.where(within, 1 - milliseconds / milliseconds.max(), -np.inf)
 
-    def tolerates(self, accuracy: float, planned: float) -> bool:
+    def tolerates(self, accuracy: Estimate, planned: float) -> bool:
         """Whether the loss is within the budget."""
-        return accuracy >= 1 - self.max_drop - _ACCURACY_ROUNDING
+        return float(self.judged([accuracy])[0]) >= 1 - self.max_drop - _ACCURACY_ROUNDING
 
     def __str__(self) -> str:
-        return f"accuracy budget, at most {100 * self.max_drop:g}% lost"
+        with_confidence = f" with {100 * self.confidence:.4g}% confidence" if self.confidence > 0.5 else ""
+        return f"accuracy budget, at most {100 * self.max_drop:g}% lost{with_confidence}"
 
 
 @dataclass(frozen=True)

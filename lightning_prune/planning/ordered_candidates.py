@@ -11,7 +11,7 @@ from lightning_prune.planning.candidate_search import CandidateKey, Proposal, Se
 from lightning_prune.planning.latency_model import budget_tolerance
 from lightning_prune.planning.objectives import LatencyBudget, Objective
 from lightning_prune.planning.results import Candidate
-from lightning_prune.profiling import LatencyStats
+from lightning_prune.profiling import Estimate, LatencyStats
 from lightning_prune.profiling.latency_profile import SAVING
 
 TARGET_TUNING = SearchTuning(max_runs=6, max_tolerance_ratio=SAVING)
@@ -80,9 +80,9 @@ class OrderedCandidates:
         """The candidate of the largest amount."""
         return self.candidate(self.largest)
 
-    def accuracy(self, candidate: Candidate) -> float:
+    def accuracy(self, candidate: Candidate) -> Estimate:
         """Minus the amount: accuracy is not measured, but falls with it."""
-        return -float(self.amount(candidate))
+        return Estimate(-float(self.amount(candidate)), 0.0)
 
     def observe(self, candidate: Candidate, timing: LatencyStats) -> None:
         """Takes a timing."""

@@ -15,7 +15,7 @@ from lightning_prune.planning.measurements import TUNING, Measurements
 from lightning_prune.planning.method_front import dense_reason, missed_budget
 from lightning_prune.planning.objectives import RATIO_TOLERANCE, Objective
 from lightning_prune.planning.results import Candidate, Plan
-from lightning_prune.profiling import LatencyProfile, Proxy, profile_latency
+from lightning_prune.profiling import DENSE_ACCURACY, LatencyProfile, Proxy, profile_latency
 from lightning_prune.profiling.measurement import ready_to_run
 from lightning_prune.reduction import RandomDrop, Reduction
 from lightning_prune.schedule import Schedule
@@ -90,10 +90,9 @@ def plan_by_paper(
             with PatchHandle(transformer, drop, allocate_schedule(drop, n - count, n, prefix, depth, 0)):
                 accuracy = proxy.measure()
             schedule = allocate_schedule(reduction, n - count, n, prefix, depth, block)
-            candidates.append(
-                Candidate(label, reduction, schedule, profile.latency_ms(count) / profile.dense_ms, 0.0, accuracy)
-            )
-    candidates.append(Candidate(label, reduction, Schedule([0] * depth), 1.0, accuracy=1.0))
+            ratio = profile.latency_ms(count) / profile.dense_ms
+            candidates.append(Candidate(label, reduction, schedule, ratio).with_accuracy(accuracy))
+    candidates.append(Candidate(label, reduction, Schedule([0] * depth), 1.0).with_accuracy(DENSE_ACCURACY))
     flat = dense_reason(profile)
     chosen = [candidates[-1] if flat else _best(candidates, objective, profile.dense_ms) for objective in objectives]
     pruned = [candidate for candidate in chosen if not candidate.is_dense]
@@ -106,7 +105,7 @@ def plan_by_paper(
             f"Dense is best by {objective}: every faster count costs too much."
             if candidate.is_dense
             else f"Best of all counts by {objective}: {100 * (1 - candidate.ratio):.1f}% less latency by the profile, "
-            f"{100 * (candidate.accuracy or 0.0):.2f}% of the dense {proxy.name}, both of random tokens."
+            f"{candidate.estimate} of the dense {proxy.name}, both of random tokens."
         )
         if candidate.is_dense:
             met, reason = (
@@ -135,5 +134,4 @@ def _best(candidates: Sequence[Candidate], objective: Objective, dense_ms: float
     milliseconds = dense_ms * np.array([candidate.ratio for candidate in candidates])
     if objective.infeasible_reason(milliseconds) is not None:
         return candidates[int(np.argmin(milliseconds))]
-    accuracy = np.array([candidate.accuracy for candidate in candidates], dtype=float)
-    return candidates[objective.best(milliseconds, accuracy)]
+    return candidates[objective.best(milliseconds, objective.judged([each.estimate for each in candidates]))]

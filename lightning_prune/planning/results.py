@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from math import inf, isfinite, nan
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -9,7 +10,7 @@ from torch import nn
 
 from lightning_prune._utils.measurement_source import MeasurementSource
 from lightning_prune.planning.objectives import Objective
-from lightning_prune.profiling import LatencyProfile, LatencyStats, Variant
+from lightning_prune.profiling import Estimate, LatencyProfile, LatencyStats, Variant
 from lightning_prune.profiling.latency_profile import SAVING
 from lightning_prune.profiling.model_variants import WeightTransform
 from lightning_prune.reduction import Reduction, spec_of
@@ -54,6 +55,7 @@ class Candidate:
         timing: The latency, if it was measured in a run together with the dense model.
         weights: Makes the weights to run with; None keeps the model's own.
         runtime: What executes the model, where that is not the same for all candidates.
+        accuracy_stderr: Standard error of the proxy over the calibration images; infinite where it is not known.
     """
 
     method: str
@@ -65,6 +67,7 @@ class Candidate:
     timing: LatencyStats | None = None
     weights: Callable[[nn.Module], WeightTransform] | None = None
     runtime: Runtime | None = None
+    accuracy_stderr: float = inf
 
     @property
     def key(self) -> tuple[str, tuple[int, ...]]:
@@ -84,6 +87,15 @@ class Candidate:
         """Whether it is the dense model itself."""
         return not self.schedule.total_removed and self.weights is None
 
+    def with_accuracy(self, estimate: Estimate) -> Self:
+        """The candidate with its measured proxy."""
+        return replace(self, accuracy=estimate.value, accuracy_stderr=estimate.stderr)
+
+    @property
+    def estimate(self) -> Estimate:
+        """The proxy with its standard error; not a number where it was not measured."""
+        return Estimate(nan if self.accuracy is None else self.accuracy, self.accuracy_stderr)
+
     @property
     def latency_ratio(self) -> float:
         """Latency over dense: measured if it was, else predicted."""
@@ -97,6 +109,7 @@ class Candidate:
             "ratio": self.ratio,
             "cost": self.cost,
             "accuracy": self.accuracy,
+            "accuracy_stderr": self.accuracy_stderr if isfinite(self.accuracy_stderr) else None,
             "measured_ratio": None if self.timing is None else self.timing.ratio,
         }
 
@@ -140,6 +153,7 @@ class Plan:
         sensitivity_images: Number of them that the sensitivity of the blocks was measured on.
         sensitivity_seconds: Time that the sensitivities of all methods took.
         seconds: Time that planning took, profiling included if no profile was given.
+        accuracy_stderr: Standard error of the proxy over the calibration images; infinite where it is not known.
 
     Example:
         >>> import timm
@@ -170,6 +184,7 @@ class Plan:
     sensitivity_images: int = 0
     sensitivity_seconds: float = 0.0
     seconds: float = 0.0
+    accuracy_stderr: float = 0.0
 
     @classmethod
     def of(
@@ -210,6 +225,7 @@ class Plan:
             reason=reason,
             profile=profile,
             accuracy=1.0 if candidate.accuracy is None else candidate.accuracy,
+            accuracy_stderr=0.0 if candidate.is_dense else candidate.accuracy_stderr,
             predicted_ratio=candidate.ratio,
             pruned=candidate.timing,
             label=candidate.method,
@@ -237,6 +253,11 @@ class Plan:
         return self.dense.milliseconds if self.dense else self.profile.dense_ms
 
     @property
+    def accuracy_interval(self) -> tuple[float, float] | None:
+        """95% interval of the proxy over images like those of the calibration; None where it is not known."""
+        return Estimate(self.accuracy, self.accuracy_stderr).interval
+
+    @property
     def predicted_ms(self) -> float:
         """Predicted latency: the predicted ratio times `dense_ms`, since the machine may have changed its speed."""
         return self.predicted_ratio * self.dense_ms
@@ -261,6 +282,7 @@ class Plan:
             schedule=Schedule([0] * self.schedule.depth, self.schedule.method, self.schedule.made_on),
             met=self.objective.dense_is_feasible(self.dense_ms),
             accuracy=1.0,
+            accuracy_stderr=0.0,
             predicted_ratio=1.0,
             reason=reason,
             pruned=None,
@@ -280,6 +302,7 @@ class Plan:
             "reason": self.reason,
             "proxy": self.proxy,
             "accuracy": self.accuracy,
+            "accuracy_interval": None if self.accuracy_interval is None else list(self.accuracy_interval),
             "tokens": self.tokens,
             "removed": self.total_removed,
             "dense_ms": self.dense_ms,

@@ -1,7 +1,7 @@
 """What tokens cost, and what they are worth, on this device: latency profiles and accuracy proxies."""
 
 from lightning_prune.patching.schedule_forms import reducing_block, resolve_block
-from lightning_prune.profiling.accuracy_proxy import Proxy
+from lightning_prune.profiling.accuracy_proxy import DENSE_ACCURACY, Estimate, Proxy
 from lightning_prune.profiling.energy_counter import Unavailable, find_counter
 from lightning_prune.profiling.energy_meter import EnergyReading, measure_energy
 from lightning_prune.profiling.environment import measurement_context, profile_dependencies
@@ -16,9 +16,11 @@ from lightning_prune.profiling.simulation import SimulatedClock, simulate_latenc
 
 __all__ = [
     "DENSE",
+    "DENSE_ACCURACY",
     "TOKEN_CURVE",
     "CountStep",
     "EnergyReading",
+    "Estimate",
     "InterleavedTimer",
     "LatencyProfile",
     "LatencyStats",

@@ -22,8 +22,8 @@ def plot_plan(plan: Plan) -> Figure:
     """Draws the measured proxy and the predicted KL divergence against speed-up, and the tokens that leave each block.
 
     A budget is a line: of a speed-up in both panels of the candidates, of accuracy in the panel of the proxy. A filled
-    marker is a candidate that was timed against dense; a hollow one has a predicted speed-up. The chosen candidate and
-    its two neighbours are labelled.
+    marker is a candidate that was timed against dense; a hollow one has a predicted speed-up. Vertical lines are 95%
+    intervals over images like those of the calibration. The chosen candidate and its two neighbours are labelled.
 
     Args:
         plan: The plan. The panel of the divergence is left out where none was predicted.
@@ -66,8 +66,12 @@ def _draw_accuracy(axes: Axes, plan: Plan, styles: _Styles) -> None:
         for candidate, place in zip(candidates, places, strict=True):
             filled = candidate.is_dense or candidate.timing is not None
             axes.plot(*place, marker, color=color, markersize=5, markerfacecolor=color if filled else "white")
+            if candidate.estimate.interval is not None:
+                low, high = candidate.estimate.interval
+                axes.vlines(place[0], 100 * low, 100 * high, color=color, linewidth=1.0, alpha=0.5)
     axes.plot(plan.speedup, 100 * plan.accuracy, "*", color=INK, markersize=14, fillstyle="none", zorder=5)
-    axes.set_ylabel(f"{plan.proxy or 'proxy'}, measured\n[% of dense]")
+    known = any(each.estimate.interval is not None and not each.is_dense for each in plan.front)
+    axes.set_ylabel(f"{plan.proxy or 'proxy'}, measured\n[% of dense{', 95% intervals' if known else ''}]")
     axes.margins(0.08, 0.15)
     axes.grid(alpha=0.25)
 

@@ -217,6 +217,18 @@ def test_the_best_by_an_objective(objective: Objective, figures: Any, variant: s
     assert str(objective) in best.reason
 
 
+@pytest.mark.parametrize(("confidence", "best"), [(0.5, "far"), (0.95, "near"), (0.9999, "dense")])
+def test_with_a_confidence_the_lower_bound_of_the_change_has_to_meet_the_budget(confidence: float, best: str) -> None:
+    """Standard errors of 0.4% and 0.1% of the images: 1.645 of them are taken off for 95%."""
+    rows = [Row(variant="dense", top1=0.9, latency_ms=10.0, speedup=1.0)]
+    for name, change, stderr, speedup in (("far", -0.008, 0.004, 2.0), ("near", -0.006, 0.001, 1.5)):
+        low, high = change - 1.96 * stderr, change + 1.96 * stderr
+        top1 = {"top1": 0.9 + change, "top1_change": change, "top1_low": low, "top1_high": high}
+        rows.append(Row(variant=name, method="tome", latency_ms=10 / speedup, speedup=speedup, **top1))
+    planned = [PlannedVariant(row.variant, row.method or "dense", schedule=lp.Schedule([1, 0])) for row in rows]
+    assert choose_best(rows, planned, lp.AccuracyBudget(0.01, confidence)).variant == best
+
+
 def test_a_budget_on_the_tail_is_judged_by_the_90th_percentile() -> None:
     rows = [Row(variant="dense", top1=0.9, latency_ms=10.0, latency_p90_ms=11.0, speedup=1.0)]
     rows += [

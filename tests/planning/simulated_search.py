@@ -7,7 +7,7 @@ import numpy as np
 from lightning_prune.planning.candidate_search import CandidateSearch, run_searches
 from lightning_prune.planning.latency_model import NO_OVERHEAD, LatencyModel
 from lightning_prune.planning.method_front import MethodFront
-from lightning_prune.profiling import LatencyStats
+from lightning_prune.profiling import Estimate, LatencyStats
 from lightning_prune.reduction import resolve
 
 N, DEPTH = 17, 4
@@ -42,7 +42,8 @@ def front(name, proxy=lambda schedule: 1 - schedule.total_removed / 60, probed=(
     def measure(reduction, schedule):
         assert reduction == resolve(name)
         asked.append(schedule.removed)
-        return proxy(schedule)
+        known = proxy(schedule)
+        return known if isinstance(known, Estimate) else Estimate(known, 0.0)
 
     return MethodFront(name, resolve(name), latency(), costs(most), measure, probed), asked
 

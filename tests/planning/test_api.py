@@ -23,7 +23,7 @@ from lightning_prune.planning.latency_model import PROBES, probe_schedules
 from lightning_prune.planning.measurements import Measurements
 from lightning_prune.planning.method_selection import method_labels
 from lightning_prune.planning.sensitivity import Sensitivity
-from lightning_prune.profiling import LatencyStats
+from lightning_prune.profiling import Estimate, LatencyStats
 from lightning_prune.profiling.interleaved_timer import InterleavedTimer
 from lightning_prune.profiling.output_kinds import OUTPUT_KINDS
 from lightning_prune.reduction import Reduction, ToMe, resolve
@@ -160,7 +160,7 @@ def elsewhere(monkeypatch):
 
         def measure(self, reduction, schedule):
             asked.append(N - schedule.total_removed)
-            return accuracy(N - schedule.total_removed)
+            return Estimate(float(accuracy(N - schedule.total_removed)), 0.0)
 
         monkeypatch.setattr(Measurements, "accuracy", measure)
         profile = known_profile(latency, **kwargs)

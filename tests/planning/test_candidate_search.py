@@ -10,7 +10,7 @@ from lightning_prune import Schedule
 from lightning_prune.planning.candidate_search import TUNING, CandidateSearch, Proposal, run_searches
 from lightning_prune.planning.latency_model import ReductionOverhead
 from lightning_prune.planning.results import Candidate
-from lightning_prune.profiling import LatencyStats
+from lightning_prune.profiling import Estimate, LatencyStats
 
 from .simulated_search import DENSE_MS, DEPTH, Device, front, ratio, timing
 
@@ -215,7 +215,7 @@ class Fixed:
         pass
 
     def accuracy(self, candidate):
-        return candidate.accuracy
+        return Estimate(candidate.accuracy, 0.0)
 
 
 @pytest.mark.parametrize("over", [1.003, 1.006, 1.04])

@@ -11,6 +11,7 @@ from lightning_prune.planning.dynamic_program import Solution
 from lightning_prune.planning.latency_model import ReductionOverhead, token_levels
 from lightning_prune.planning.method_front import TUNING, corrected_front, dense_reason, evenly_spaced, thinned
 from lightning_prune.planning.results import Candidate
+from lightning_prune.profiling import Estimate
 from lightning_prune.reduction import TopK
 
 from .simulated_search import DENSE_MS, DEPTH, N, front, latency, timing
@@ -29,16 +30,17 @@ def test_the_front_goes_from_dense_to_the_fastest():
 
 
 def test_a_proxy_is_measured_once_and_estimated_elsewhere():
-    topk, asked = front("topk")
+    topk, asked = front("topk", lambda schedule: Estimate(1 - schedule.total_removed / 60, 0.004))
     low, high = topk.candidates[0], topk.candidates[-2]
-    assert topk.estimate(low) == 1.0  # only dense is known
-    assert topk.accuracy(low) == topk.accuracy(low) == 1 - low.schedule.total_removed / 60
+    assert topk.estimate(low) == (1.0, 0.0)  # only dense is known
+    assert topk.accuracy(low) == topk.accuracy(low) == (1 - low.schedule.total_removed / 60, 0.004)
     assert asked == [low.schedule.removed]
-    linear = 1 - (1 - topk.accuracy(low)) * high.cost / low.cost
-    assert topk.estimate(high) == pytest.approx(linear)
-    assert topk.accuracy(topk.dense) == 1.0
+    share = high.cost / low.cost
+    linear = 1 - (1 - topk.accuracy(low).value) * share
+    assert topk.estimate(high) == pytest.approx((linear, 0.004 * share))
+    assert topk.accuracy(topk.dense) == (1.0, 0.0)
     assert len(asked) == 1
-    assert {c.schedule.removed: c.accuracy for c in topk.all_candidates()}[low.schedule.removed] == topk.accuracy(low)
+    assert {c.schedule.removed: c.estimate for c in topk.all_candidates()}[low.schedule.removed] == topk.accuracy(low)
 
 
 @pytest.mark.parametrize("speedup", [1.2, 1.6, 2.2])
@@ -48,7 +50,7 @@ def test_the_proposal_is_the_best_of_all(speedup):
     best = max(1 - c.schedule.total_removed / 60 for c in topk.candidates if c.ratio <= 1.005 / speedup)
     assert proposal.feasible
     assert proposal.candidate.schedule.removed in asked
-    assert topk.accuracy(proposal.candidate) == pytest.approx(best, abs=0.03)
+    assert topk.accuracy(proposal.candidate).value == pytest.approx(best, abs=0.03)
 
 
 @pytest.mark.parametrize(
@@ -197,3 +199,14 @@ def test_a_device_that_gains_nothing_is_not_searched(profile, reason):
     assert token_levels(profile) == [100]
     assert reason in dense_reason(profile)
     assert dense_reason(curve({20: 2.0, 60: 5.0, 100: 10.0})) is None
+
+
+def test_a_confidence_takes_a_slower_candidate_whose_lower_bound_meets_the_budget():
+    noisy = lambda schedule: Estimate(1 - schedule.total_removed / 600, schedule.total_removed / 600)  # noqa: E731
+    removed = {}
+    for confidence in (0.5, 0.95):
+        topk, _ = front("topk", noisy)
+        chosen = topk.propose(lp.AccuracyBudget(0.01, confidence), DENSE_MS, LATER).candidate
+        removed[confidence] = chosen.schedule.total_removed
+    assert 0.01 >= removed[0.5] / 600 > removed[0.95] / 600 > 0
+    assert removed[0.95] / 600 * (1 + 1.645) <= 0.01

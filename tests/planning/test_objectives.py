@@ -3,7 +3,7 @@ import pytest
 
 from lightning_prune import AccuracyBudget, ArgumentError, LatencyBudget, Utility
 from lightning_prune.planning.objectives import RATIO_TOLERANCE
-from lightning_prune.profiling import LatencyStats
+from lightning_prune.profiling import DENSE_ACCURACY, Estimate, LatencyStats
 
 LATENCY = np.array([4.0, 6.0, 9.0, 10.0])  # ascending tokens, dense last
 ACCURACY = np.array([0.5, 0.9, 0.996, 1.0])
@@ -42,6 +42,33 @@ def test_budget_judges_by_latency_and_not_by_tokens():
 
 def test_dense_is_always_inside():
     assert AccuracyBudget(0.001).best(LATENCY, np.array([0.1, 0.2, 0.3, 0.9])) == 3
+
+
+def test_a_confidence_judges_by_the_lower_bound():
+    """1.2816 standard errors below the mean for 90%."""
+    measured = [Estimate(0.998, 0.002), Estimate(0.999, 0.004), DENSE_ACCURACY]
+    judged = AccuracyBudget(0.005, confidence=0.9).judged(measured)
+    assert judged.tolist() == pytest.approx([0.998 - 1.2816 * 0.002, 0.999 - 1.2816 * 0.004, 1.0], abs=1e-6)
+    assert AccuracyBudget(0.005).judged(measured).tolist() == [0.998, 0.999, 1.0]
+
+
+def test_what_has_no_standard_error_is_within_no_budget_of_a_confidence():
+    few = [Estimate(1.0), DENSE_ACCURACY]
+    latency = np.array([5.0, 10.0])
+    cautious = AccuracyBudget(0.005, confidence=0.95)
+    assert cautious.best(latency, cautious.judged(few)) == 1
+    assert AccuracyBudget(0.005).best(latency, AccuracyBudget(0.005).judged(few)) == 0
+
+
+@pytest.mark.parametrize(("confidence", "tolerated"), [(0.5, True), (0.95, False)])
+def test_tolerates_by_the_confidence(confidence, tolerated):
+    assert AccuracyBudget(0.005, confidence).tolerates(Estimate(0.996, 0.002), 1.0) is tolerated
+
+
+@pytest.mark.parametrize("confidence", [0.4, 1.0, float("nan"), "high", True])
+def test_confidence_outside_its_range(confidence):
+    with pytest.raises(ArgumentError, match=r"`confidence` must be a number in \[0.5, 1\), got"):
+        AccuracyBudget(0.005, confidence)
 
 
 @pytest.mark.parametrize("alpha", [-0.1, 1.1, float("nan"), "half", True])

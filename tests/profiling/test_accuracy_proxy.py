@@ -6,8 +6,9 @@ import torch
 import lightning_prune as lp
 from helpers.data import noise_images
 from helpers.models import tiny_vit
-from lightning_prune.profiling import Proxy
-from lightning_prune.profiling.accuracy_proxy import top1
+from lightning_prune.profiling import Estimate, Proxy
+from lightning_prune.profiling.accuracy_proxy import jackknife, relative_accuracy, top1
+from lightning_prune.profiling.output_kinds import feature_similarity, r2, soft_agreement
 
 CPU = torch.device("cpu")
 
@@ -46,7 +47,7 @@ def test_proxy_chooses_by_what_there_is(classes, labels, name):
     known = model(IMAGES).argmax(-1) if labels else None
     proxy = Proxy(lp.patching.find_vision_transformer(model), IMAGES, CPU, 3, known)
     assert proxy.name == name
-    assert proxy.measure() == pytest.approx(1.0)
+    assert proxy.measure().value == pytest.approx(1.0)
 
 
 def test_proxy_runs_the_model_as_it_is_patched():
@@ -54,8 +55,10 @@ def test_proxy_runs_the_model_as_it_is_patched():
     proxy = Proxy(lp.patching.find_vision_transformer(model), IMAGES, CPU, 3)
     dense = model(IMAGES)
     with lp.patch(model, "pomt", [0, 10, 0, 0]):
-        assert proxy.measure() == pytest.approx(naive_soft_agreement(dense.tolist(), model(IMAGES).tolist()), rel=1e-4)
-        assert proxy.measure() != 1.0
+        assert proxy.measure().value == pytest.approx(
+            naive_soft_agreement(dense.tolist(), model(IMAGES).tolist()), rel=1e-4
+        )
+        assert proxy.measure().value != 1.0
 
 
 @pytest.mark.parametrize(("label", "message"), [(5, "Label 5 is out of range.*5 classes"), (-1, "Label -1 is out of")])
@@ -105,4 +108,47 @@ def test_labels_for_a_model_without_logits():
 
 def test_images_come_in_the_precision_of_the_model():
     proxy = Proxy(lp.patching.find_vision_transformer(tiny_vit().bfloat16()), IMAGES, CPU, 3)
-    assert proxy.measure() == pytest.approx(1.0)
+    assert proxy.measure().value == pytest.approx(1.0)
+
+
+def test_standard_error_of_a_mean_is_the_textbooks():
+    """Delete-a-group over groups of one image is the ordinary jackknife, which is exact for a mean."""
+    values = torch.randn(20, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    estimate = jackknife(lambda dense, pruned: float((pruned - dense).mean()), torch.zeros_like(values), values)
+    assert estimate.value == pytest.approx(float(values.mean()))
+    assert estimate.stderr == pytest.approx(float(values.std() / 20**0.5))
+
+
+@pytest.mark.parametrize("agreement", [soft_agreement, r2, feature_similarity])
+def test_standard_error_is_the_spread_over_samples_of_images(agreement):
+    """400 images at a time, 60 times: the spread of the values is what each of them says that it is."""
+    generator = torch.Generator().manual_seed(0)
+    estimates = []
+    for _ in range(60):
+        dense = 2 * torch.randn(400, 10, generator=generator)
+        estimates.append(jackknife(agreement, dense, dense + torch.randn(400, 10, generator=generator)))
+    values = torch.tensor([estimate.value for estimate in estimates], dtype=torch.float64)
+    said = torch.tensor([estimate.stderr for estimate in estimates], dtype=torch.float64)
+    assert float(said.mean()) == pytest.approx(float(values.std()), rel=0.3)
+
+
+def test_standard_error_of_relative_accuracy_is_paired():
+    """What both models get wrong is no noise of the change between them."""
+    dense = torch.rand(1000, generator=torch.Generator().manual_seed(1)) < 0.5
+    assert jackknife(relative_accuracy, dense, dense) == (1.0, 0.0)
+    pruned = dense.clone()
+    pruned[dense.nonzero()[:10]] = False
+    estimate = jackknife(relative_accuracy, dense, pruned)
+    assert estimate.value == 1 - 10 / int(dense.sum())
+    assert 0 < estimate.stderr < 0.02
+
+
+def test_one_image_says_nothing_about_the_spread():
+    estimate = jackknife(soft_agreement, torch.eye(3)[:1], torch.eye(3)[:1])
+    assert estimate == (1.0, math.inf)
+    assert estimate.interval is None
+
+
+def test_interval_holds_95_percent_of_a_normal_distribution():
+    low, high = Estimate(0.98, 0.01).interval
+    assert (low, high) == (pytest.approx(0.98 - 0.0196), pytest.approx(0.98 + 0.0196))

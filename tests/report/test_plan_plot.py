@@ -100,6 +100,15 @@ def test_every_method_has_its_measured_and_its_predicted_figures() -> None:
     assert "predicted" in divergence.get_ylabel()
 
 
+def test_measured_candidates_have_their_95_percent_intervals() -> None:
+    made = plan()
+    front = tuple(each if each.is_dense else replace(each, accuracy_stderr=0.002) for each in made.front)
+    axes = plot_plan(replace(made, front=front)).axes[0]
+    drawn = {tuple(lines.get_segments()[0][:, 1].round(4)) for lines in axes.collections}
+    assert drawn == {(89.608, 90.392), (79.608, 80.392)}  # 1.96 standard errors to each side
+    assert "95% intervals" in axes.get_ylabel()
+
+
 def test_chosen_candidate_has_a_star_in_both_panels() -> None:
     accuracy, divergence, _ = plot_plan(plan()).axes
     ((measured,), (predicted,)) = markers(accuracy, "*"), markers(divergence, "*")
