@@ -1,5 +1,6 @@
 """The Python of the README runs as it stands, and does what the README says."""
 
+import dataclasses
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,6 +26,13 @@ def validates(names: Names, tokens: list[int]) -> None:
     figures = {"latency_ms", "dense_latency_ms", "speedup", "tokens", "removed"}
     assert {f"pruning/{figure}" for figure in figures} <= metrics.keys()
     assert metrics["pruning/tokens"] == 197 - metrics["pruning/removed"] == tokens[-1]
+    decision = names["decision"]
+    assert {name: float(metrics[name]) for name in decision.metrics()} == pytest.approx(decision.metrics())
+    assert decision.schedule == decision.plan.schedule == lp.Schedule.load("schedule.yaml")
+    assert (decision.dense_tokens, decision.tokens) == (197, tokens[-1])
+    assert TokenPruning().decision is None
+    (described,) = re.findall(r"It has (`schedule`.*?)\. `use", README.read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert set(re.findall(r"`(\w+)`", described)) <= {field.name for field in dataclasses.fields(decision)}
 
 
 def patches(names: Names, tokens: list[int]) -> None:
