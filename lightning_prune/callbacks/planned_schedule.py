@@ -112,6 +112,8 @@ def planned_for(
         protocol=config.protocol,
         proxy=proxy_for(config, pl_module, transformer, calibration),
         labels=calibration.labels if config.protocol == "paper" else None,
+        use_cache=config.use_cache,
+        cache_dir=config.cache_dir,
         clock=limit.clock,
     )
     return [Decision.from_plan(made, calibration.source, profile.reused) for made in plans]

@@ -94,8 +94,8 @@ class TokenPruning(EvaluationCallback):
             tags, `"r2"` for numbers, `"cosine"` for features. `"auto"` chooses by the outputs, the targets in the
             batches, and the losses and metrics of the module.
         protocol: `"paper"` profiles and estimates as POMT does; needs labels in the batches and hours on a CPU.
-        use_cache: False neither reads nor keeps latency profiles of other runs.
-        cache_dir: Folder of the latency profiles; None for the user's cache folder (see
+        use_cache: False neither reads nor keeps latency profiles and estimates of accuracy of other runs.
+        cache_dir: Folder of what is kept; None for the user's cache folder (see
             `lightning_prune.profiling.ProfileStore`).
         runtime: What runs the model: `"torch"` as it is, or `"torch.compile"`, also with a mode of torch as in
             `"torch.compile:mode=reduce-overhead"`, or `"torch.compile:mode=blocks"`, which compiles each block by

@@ -279,6 +279,8 @@ class ComparisonPlanner:
             module_path=config.module_path,
             verbose=config.verbose,
             proxy_name=proxy_for(config, self.first.module, self.first.transformer, self.calibration),
+            use_cache=config.use_cache,
+            cache_dir=config.cache_dir,
         )
 
     def _time_all(self) -> tuple[list[PlannedVariant], list[UnreachedTarget]]:

@@ -149,7 +149,7 @@ def auto_source(
         budgets: The targets.
     """
     fronts = measured.fronts(usable_methods(list(request.searched), "all", transformer))
-    searches = [CandidateSearch(budget, fronts, measured.dense_ms, measured.proxy.name) for budget in budgets]
+    searches = [CandidateSearch(budget, fronts, measured.dense_ms, measured.proxy_label) for budget in budgets]
     limit = measured.limit
     run_searches(searches, measured.time_candidates, limit.deadline(), 0.6, limit.clock)
     choices = {search.objective: search.result() for search in searches}

@@ -4,6 +4,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from os import PathLike
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +50,8 @@ def plan(
     module_path: str | None = None,
     protocol: ProfilingMode = "deployed",
     labels: Tensor | None = None,
+    use_cache: bool = True,
+    cache_dir: str | Path | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Plan:
     """Plans which blocks remove tokens, how many, and by which method.
@@ -85,6 +89,9 @@ def plan(
         module_path: Dotted path of the transformer in `model`, needed if there are several.
         protocol: `"paper"` is POMT's computation (arXiv 2407.05941, section 3.2); see `plan_by_paper`.
         labels: (images,) int64 labels of the calibration images; needed by `protocol="paper"`, unused otherwise.
+        use_cache: False neither uses nor keeps estimates of accuracy of other runs. They are those of the same weights,
+            images and methods, and are made once.
+        cache_dir: Folder of what is kept; None for the one of the user (see `lightning_prune.profiling.ProfileStore`).
         clock: Seconds: what latencies and the time limit are measured with.
 
     Returns:
@@ -121,6 +128,8 @@ def plan(
         module_path=module_path,
         protocol=protocol,
         labels=labels,
+        use_cache=use_cache,
+        cache_dir=cache_dir,
         clock=clock,
     )
     return made
@@ -143,6 +152,8 @@ def plan_many(  # noqa: D417  all other arguments are those of `plan`
     module_path: str | None = None,
     protocol: ProfilingMode = "deployed",
     labels: Tensor | None = None,
+    use_cache: bool = True,
+    cache_dir: str | Path | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> list[Plan]:
     """One plan for each of several objectives, from one measurement; the time limit is that of all together.
@@ -157,6 +168,8 @@ def plan_many(  # noqa: D417  all other arguments are those of `plan`
     """
     check_int("seed", seed, 0)
     check_bool("verbose", verbose)
+    check_bool("use_cache", use_cache)
+    check("cache_dir", cache_dir, "a folder or None", cache_dir is None or isinstance(cache_dir, str | PathLike))
     check_callable("clock", clock)
     check("labels", labels, "a tensor or None", labels is None or isinstance(labels, Tensor))
     limit = TimeLimit(time_limit, clock)
@@ -187,7 +200,7 @@ def plan_many(  # noqa: D417  all other arguments are those of `plan`
             images = shuffled(calibration, seed)
             where = model, transformer, images, example_inputs, profile, is_foreign
             plans = _searched(
-                Measurements(*where, limit, module_path, verbose, proxy),
+                Measurements(*where, limit, module_path, verbose, proxy, use_cache, cache_dir),
                 usable,
                 objectives,
             )
@@ -228,7 +241,7 @@ def _searched(
 ) -> list[Plan]:
     """The plans of all objectives, from the fronts of all methods."""
     fronts = measured.fronts(methods)
-    proxy, limit = measured.proxy.name, measured.limit
+    proxy, limit = measured.proxy_label, measured.limit
     searches = [CandidateSearch(objective, fronts, measured.dense_ms, proxy) for objective in objectives]
     if measured.is_foreign:
         for search in searches:

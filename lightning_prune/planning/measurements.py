@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,8 +18,10 @@ from lightning_prune.planning.method_front import MethodFront
 from lightning_prune.planning.results import Candidate
 from lightning_prune.planning.sensitivity import Sensitivity
 from lightning_prune.profiling import Estimate, LatencyProfile, LatencyStats, Proxy, Variant, Workload, compare_latency
+from lightning_prune.profiling.accuracy_store import AccuracyStore, KeptSensitivity
+from lightning_prune.profiling.environment import accuracy_dependencies
 from lightning_prune.profiling.measurement import ready_to_run
-from lightning_prune.profiling.output_kinds import choose_proxy
+from lightning_prune.profiling.output_kinds import OUTPUT_KINDS, choose_proxy
 from lightning_prune.profiling.simulated_device import attention_share
 from lightning_prune.reduction import Reduction
 from lightning_prune.schedule import Schedule
@@ -41,6 +44,9 @@ class MeasurementTuning:
         min_runs_per_probe: Runs of each schedule from which an overhead follows, warm-up included, whatever time it
             takes.
         min_proxies: Proxies that one method needs at least, on `min_images` images.
+        kept_ratio: Kept estimates are used where they were made on at least this share of the images, or of the time,
+            that there is now: their standard error is then at most 1.4 times as large. Nor on as many times more, as
+            further ones would take too long.
     """
 
     overhead_share: float = 0.2
@@ -54,6 +60,7 @@ class MeasurementTuning:
     passes_per_method: int = 6
     min_runs_per_probe: int = 3
     min_proxies: int = 2
+    kept_ratio: float = 0.5
 
 
 TUNING = MeasurementTuning()
@@ -74,6 +81,8 @@ class Measurements:
         module_path: Dotted path of the transformer in the model.
         verbose: Shows progress bars on a terminal.
         proxy_name: What is estimated; see `lightning_prune.profiling.output_kinds.choose_proxy`.
+        use_cache: Whether to use and to keep estimates of accuracy of other runs.
+        cache_dir: Folder of what is kept; see `lightning_prune.profiling.ProfileStore`.
 
     Attributes:
         sensitivity_images: Number of images that the sensitivities were measured on.
@@ -91,16 +100,27 @@ class Measurements:
     module_path: str | None
     verbose: bool
     proxy_name: str = "auto"
+    use_cache: bool = False
+    cache_dir: str | Path | None = None
     sensitivity_images: int = 0
     sensitivity_seconds: float = 0.0
     dense_ms: float = field(init=False)
     _proxy: Proxy | None = None
+    _store: AccuracyStore | None = None
     _seconds_per_image: float = 0.0
 
     def __post_init__(self) -> None:
-        """Takes the dense latency of the curve until it is timed, and chooses the proxy."""
+        """Takes the dense latency of the curve until it is timed, chooses the proxy and finds what is kept."""
         self.dense_ms = self.profile.dense_ms
         self.proxy_name = choose_proxy(self.model, self.transformer, self.proxy_name)
+        if self.use_cache:
+            depends = accuracy_dependencies(self.transformer, self.example_inputs, self.images, self.proxy_name)
+            self._store = AccuracyStore(depends, self.cache_dir)
+
+    @property
+    def proxy_label(self) -> str:
+        """What the proxy is called in tables and reasons."""
+        return OUTPUT_KINDS[self.proxy_name].label
 
     @property
     def proxy(self) -> Proxy:
@@ -113,14 +133,20 @@ class Measurements:
         return self._proxy
 
     def accuracy(self, reduction: Reduction, schedule: Schedule) -> Estimate:
-        """The proxy of a schedule, relative to dense."""
+        """The proxy of a schedule, relative to dense; that of an earlier run if it is kept."""
+        kept = None if self._store is None else self._store.estimate(reduction, schedule, len(self.images))
+        if kept is not None:
+            return kept
         proxy = self.proxy
         with (
             ready_to_run(self.transformer),
             progress_bar(f"Accuracy of {reduction.name}", None, self.verbose),
             PatchHandle(self.transformer, reduction, schedule),
         ):
-            return proxy.measure()
+            found = proxy.measure()
+        if self._store is not None:
+            self._store.keep_estimate(reduction, schedule, len(self.images), found)
+        return found
 
     def time_candidates(self, candidates: Sequence[Candidate]) -> Timings:
         """Times candidates and the dense model in one interleaved run."""
@@ -172,19 +198,31 @@ class Measurements:
         return timings
 
     def _limit_images(self, methods: int) -> None:
-        """Takes as many calibration images as there is time to measure the proxies on."""
-        if self.limit.seconds is None:
+        """Takes as many calibration images as there is time to measure the proxies on, and finds what is kept of them.
+
+        About as many as an earlier run took are as good, and their proxies need not be measured again.
+        """
+        if self.limit.seconds is None and self._store is None:
             return
         device, size = self.example_inputs.device, TUNING.first_images
         with ready_to_run(self.transformer):
             for _ in range(2):  # the first pass is slow
                 start = self.limit.clock()
-                Proxy(self.transformer, self.images[:size], device, size, None, proxy="cosine")  # only its time matters
+                first = Proxy(
+                    self.transformer, self.images[:size], device, size, None, proxy="cosine"
+                )  # of any outputs
                 seconds = (self.limit.clock() - start) / min(size, len(self.images))
+        if self._store is not None:
+            self._store.check(first.dense)
+        if self.limit.seconds is None:
+            return
         self._seconds_per_image = seconds
         passes = 1 + methods * TUNING.passes_per_method
         affordable = int(TUNING.proxy_share * self.limit.left() / (passes * max(seconds, 1e-9)))
-        self.images = self.images[: max(affordable, TUNING.min_images)]
+        count = min(max(affordable, TUNING.min_images), len(self.images))
+        kept = [] if self._store is None else self._store.image_counts()
+        near = [other for other in kept if TUNING.kept_ratio <= other / count <= 1 / TUNING.kept_ratio]
+        self.images = self.images[: max(near, default=count)]
 
     def _affordable(
         self, methods: Mapping[str, tuple[Reduction, Sequence[int]]]
@@ -231,35 +269,56 @@ class Measurements:
     def _measure_sensitivities(self, methods: Mapping[str, tuple[Reduction, Sequence[int]]]) -> dict[str, Sensitivity]:
         """The sensitivities to the methods, on the same images: as many as the time allows.
 
-        All methods get a batch before any gets the next, and its size follows from the time of the last one. The first
-        method is measured whatever time it takes; others are left out if there is no time for their first batch.
+        Those that are kept of an earlier run with about as much time are not measured again. Of the others all get a
+        batch before any gets the next, and its size follows from the time of the last one. The first method is measured
+        whatever time it takes; others are left out if there is no time for their first batch.
         """
         transformer, clock = self.transformer, self.limit.clock
         began, deadline = clock(), self.limit.deadline(TUNING.sensitivity_share)
+        own_seconds = (deadline - began) / len(methods)
         tables = {label: self._sensitivity(*method) for label, method in methods.items()}
+        missing = {
+            label: table for label, table in tables.items() if not self._recall(methods[label][0], table, own_seconds)
+        }
         weight = next((p for p in transformer.root.parameters() if p.is_floating_point()), self.images)
         device = self.example_inputs.device
         dtype = self.images.dtype if torch.is_autocast_enabled(device.type) else weight.dtype
-        text = f"Sensitivity of the blocks to {', '.join(methods)}"
-        seen, size = 0, self._first_images(methods, deadline - began)
+        text = f"Sensitivity of the blocks to {', '.join(missing)}"
+        seen, size = 0, self._first_images({label: methods[label] for label in missing}, deadline - began)
         with (
             ready_to_run(transformer),
             progress_bar(text, self.limit.share(TUNING.sensitivity_share), self.verbose) as on_step,
         ):
-            while size and seen < len(self.images):
+            while missing and size and seen < len(self.images):
                 started = clock()
                 images = self.images[seen : seen + size].to(device, dtype)
-                for number, (label, table) in enumerate(list(tables.items())):
-                    if number and not seen and clock() >= deadline:
-                        del tables[label]
+                for label, table in list(missing.items()):
+                    if label != next(iter(tables)) and not seen and clock() >= deadline:
+                        del missing[label], tables[label]
                     else:
                         table.add(images, on_step)
                 seen += len(images)
                 now = clock()
                 affordable = len(images) * max(deadline - now, 0.0) / max(now - started, 1e-9)
                 size = int(min(affordable, TUNING.batch_images)) // TUNING.first_images * TUNING.first_images
-        self.sensitivity_images, self.sensitivity_seconds = seen, clock() - began
+        for label, table in missing.items():
+            self._keep(methods[label][0], table, own_seconds)
+        self.sensitivity_images = min(table.images for table in tables.values())
+        self.sensitivity_seconds = clock() - began
         return tables
+
+    def _recall(self, reduction: Reduction, table: Sensitivity, seconds: float) -> bool:
+        """Fills a table with what is kept, unless there is time for much better figures now; whether it did."""
+        kept = None if self._store is None else self._store.sensitivity(reduction, table.blocks, table.counts)
+        if kept is None or (kept.images < len(self.images) and kept.seconds < TUNING.kept_ratio * seconds):
+            return False
+        table.take(np.array(kept.table), kept.images)
+        return True
+
+    def _keep(self, reduction: Reduction, table: Sensitivity, seconds: float) -> None:
+        if self._store is not None:
+            kept = KeptSensitivity(table.table.tolist(), table.images, seconds)
+            self._store.keep_sensitivity(reduction, table.blocks, table.counts, kept)
 
     def _first_images(self, methods: Mapping[str, tuple[Reduction, Sequence[int]]], seconds: float) -> int:
         """Images in the first batch of the sensitivity: fewer than usual if even that would take too long."""

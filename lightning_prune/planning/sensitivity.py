@@ -130,6 +130,15 @@ class Sensitivity:
         self._sum += found
         self.images += len(images)
 
+    def take(self, table: Table, images: int) -> None:
+        """Takes what was measured before, in place of measuring it.
+
+        Args:
+            table: (blocks, counts) mean divergence.
+            images: Number of images.
+        """
+        self._sum, self.images = np.array(table, dtype=float) * images, images
+
     def costs(self, levels: Sequence[int], depth: int, max_removed: Callable[[int], int]) -> Table:
         """(depth, levels, levels) cost of going from one count to another at each block, for the dynamic programme.
 

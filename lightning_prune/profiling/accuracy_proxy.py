@@ -160,6 +160,11 @@ class Proxy:
         relative_accuracy(is_right, is_right)  # raises where none is right
         return "top-1 accuracy relative to dense"
 
+    @property
+    def dense(self) -> Tensor:
+        """(images, K) outputs of the dense model."""
+        return self._dense
+
     def measure(self) -> Estimate:
         """The value for the present state of the model; 1 for dense."""
         outputs = self._outputs()

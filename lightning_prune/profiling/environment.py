@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lightning_prune import __version__
 from lightning_prune._utils.device import device_name
+from lightning_prune._utils.digests import tensor_digest, weights_digest
 from lightning_prune._utils.isolation import user_hooks
 from lightning_prune.patching import VisionTransformer
 from lightning_prune.patching.class_swap import original_class
@@ -140,6 +141,57 @@ def model_conditions(transformer: VisionTransformer, example_inputs: Tensor) -> 
         "kernels": _kernel_switches(),
         "packages": package_versions(transformer.root),
         "lightning_prune": __version__,
+    }
+
+
+def accuracy_dependencies(
+    transformer: VisionTransformer, example_inputs: Tensor, images: Tensor, proxy: str
+) -> dict[str, Any]:
+    """Everything that estimates of accuracy depend on besides method and schedule: the key of those that are kept.
+
+    They are made without compilation, so that the runtime is no condition, nor is the batch that latency is measured
+    on.
+
+    Args:
+        transformer: The Vision Transformer, dense.
+        example_inputs: (B, C, H, W) images on its device, in the precision that it will run in.
+        images: (images, C, H, W) calibration images, in the order in which they are used.
+        proxy: What is estimated.
+
+    Returns:
+        One entry per condition. `"unknown"` are hooks and compilation of the user, and a module whose own `forward`
+        replaces that of its class.
+    """
+    conditions = model_conditions(transformer, example_inputs)
+    for name in ("runtime", "compiled", "batch_size", "image_dtype", "channels_last"):
+        if conditions[name] != UNKNOWN:
+            del conditions[name]
+    wrapped = any("forward" in vars(module) for module in transformer.root.modules())
+    return {
+        **conditions,
+        "forward": UNKNOWN if wrapped else "",
+        "weights": weights_digest(transformer.root),
+        "images": tensor_digest(images),
+        "proxy": proxy,
+    }
+
+
+def method_identity(reduction: Reduction) -> dict[str, Any]:
+    """What tells the outputs of one method from those of another: its class, and all that it holds.
+
+    Args:
+        reduction: The method.
+
+    Returns:
+        Plain values; `"unknown"` where the class has no source, or a setting is neither plain nor a tensor.
+    """
+    held = dict(sorted(vars(reduction).items()))
+    known = all(_is_plain(value) or isinstance(value, Tensor) for value in held.values())
+    state = {name: tensor_digest(v) if isinstance(v, Tensor) else repr(v) for name, v in held.items()}
+    return {
+        "method": reduction.name,
+        "method_class": _class_identity(type(reduction)),
+        "state": state if known else UNKNOWN,
     }
 
 
