@@ -1,7 +1,10 @@
 """Checks of arguments. All messages have the form "`name` must be A, got B."."""
 
 import operator
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from difflib import get_close_matches
+from math import isfinite
+from numbers import Real
 from os import PathLike
 from typing import Any, TypeGuard, cast
 
@@ -57,7 +60,8 @@ def check_int(name: str, value: object, minimum: int, unit: str = "an integer") 
 
 
 def _is_number(value: object) -> TypeGuard[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """Whether it is a number of Python or NumPy; a bool is none."""
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def check_positive(name: str, value: object, unit: str = "a number") -> None:
@@ -74,6 +78,53 @@ def check_not_negative(name: str, value: object) -> None:
 def check_between(name: str, value: object, low: float, high: float, unit: str = "a number") -> None:
     """Raises ArgumentError unless `value` is an int or float in [`low`, `high`]; NaN is not."""
     check(name, value, f"{unit} in [{low}, {high}]", _is_number(value) and low <= value <= high)
+
+
+def check_half_open(name: str, value: object, low: float, high: float) -> None:
+    """Raises ArgumentError unless `value` is a number in [`low`, `high`); NaN is not."""
+    check(name, value, f"a number in [{low}, {high})", _is_number(value) and low <= value < high)
+
+
+def check_above(name: str, value: object, minimum: float) -> None:
+    """Raises ArgumentError unless `value` is a finite number > `minimum`."""
+    check(name, value, f"a finite number > {minimum}", _is_number(value) and isfinite(value) and value > minimum)
+
+
+def check_speedups(speedups: Sequence[float]) -> list[float]:
+    """The target speed-ups in ascending order.
+
+    Args:
+        speedups: Dense latency over wanted latency, each > 1.
+
+    Raises:
+        ArgumentError: If there is none, one is not a finite number > 1 (1 is the dense model), or one occurs twice.
+    """
+    if not isinstance(speedups, list | tuple) or not speedups:
+        raise ArgumentError(f"`speedups` must be a list of numbers > 1, got {speedups!r}.")
+    for value in speedups:
+        if not isinstance(value, int | float) or isinstance(value, bool) or not isfinite(value) or value <= 1:
+            raise ArgumentError(f"`speedups` must be finite numbers > 1 (1 is the dense model), got {value!r}.")
+    names = [f"{value:g}" for value in speedups]  # as variants are called
+    repeated = next((name for name in names if names.count(name) > 1), None)
+    if repeated is not None:
+        raise ArgumentError(f"`speedups` must differ from one another, got {repeated} twice.")
+    return sorted(float(value) for value in speedups)
+
+
+def check_name(argument: str, name: str, known: Collection[str], given: object = None) -> None:
+    """Raises ArgumentError, with the name that was probably meant, unless `name` is one of `known`.
+
+    Args:
+        argument: The argument that holds the name.
+        name: The name.
+        known: Those that there are.
+        given: What was passed, where that is more than the name.
+    """
+    if name not in known:
+        near = get_close_matches(name.lower(), known, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        listed = ", ".join(map(repr, known))
+        raise ArgumentError(f"`{argument}` must be one of {listed}, got {(name if given is None else given)!r}.{hint}")
 
 
 def check_bool(name: str, value: object) -> None:

@@ -87,6 +87,15 @@ def method_names() -> tuple[str, ...]:
     return tuple(sorted(found))
 
 
+@cache
+def runtime_names() -> tuple[str, ...]:
+    """The names of runtimes, the keys of `lightning_prune.runtimes.RUNTIMES`."""
+    for node in _parsed(_PACKAGE / "runtimes" / "registry.py").body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.target.id == "RUNTIMES":
+            return tuple(ast.literal_eval(node.value)) if node.value is not None else ()
+    return ()
+
+
 def signature(path: Path, kind: str, method: str = "__init__") -> tuple[Option, ...]:
     """The arguments of a method, or the fields of a dataclass, with their texts in the docstring.
 

@@ -1,9 +1,7 @@
 """Finds mistakes in the names of commands, options and keys before anything heavy is imported."""
 
 import difflib
-import re
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +13,12 @@ from lightning_prune.cli.options import (
     SHORT_FORMS,
     data_options,
     groups_of,
-    method_names,
     names_of,
     objective_options,
 )
 from lightning_prune.cli.usage import COMMANDS
+from lightning_prune.cli.values import mistake_in_values
+from lightning_prune.cli.words import values_of
 
 _LISTS = ("methods", "speedups", "runtimes")  # options with several words as values
 _CLASS = ("class_path", "init_args", "dict_kwargs", "help")  # keys of any class
@@ -27,7 +26,7 @@ _VALUES_MAY_FOLLOW = ("print_config",)
 
 
 def mistake_in(words: list[str]) -> str | None:
-    """The first mistake in the names of a command line, as an error message; None if there is none.
+    """The first mistake in the names and values of a command line, as an error message; None if there is none.
 
     What depends on classes that are not of this package is left to the parser.
 
@@ -48,10 +47,10 @@ def mistake_in(words: list[str]) -> str | None:
         return f"`command` must be one of {', '.join(COMMANDS)}, got {command!r}.{_meant(command, COMMANDS, '')}"
     if command == "models":
         return None
-    paths = _values(rest, "config")
+    paths = values_of(rest, "config")
     classes = [_classes_in(_mapping(path)) for path in paths]
     data, objective = (
-        ([found[place] for found in classes] + _values(rest, key) + _values(rest, f"{key}.class_path") or [""])[-1]
+        ([found[place] for found in classes] + values_of(rest, key) + values_of(rest, f"{key}.class_path") or [""])[-1]
         for place, key in enumerate(("data", "prune.objective"))
     )
     known = _known(command, data, objective)
@@ -61,13 +60,9 @@ def mistake_in(words: list[str]) -> str | None:
             return f"Unknown argument {written!r}: values follow an option.{hint}"
         if not _is_known(name, known):
             return f"Unknown option --{written}.{_meant(name, _all_names(known), '--')}"
-    methods = [value for option in ("prune.method", "methods") for value in _values(rest, option)]
-    for method in methods:
-        name = method.partition("+")[0].partition(":")[0]
-        if re.fullmatch(r"[\w-]+", name) and name not in method_names():
-            close = difflib.get_close_matches(name, method_names(), n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
-            return f"`method` must be one of {', '.join(method_names())}, or a class, got {name!r}.{hint}"
+    mistake = mistake_in_values(rest, objective)
+    if mistake:
+        return mistake
     for path in paths:
         mistake = _mistake_in_config(path, known)
         if mistake:
@@ -144,18 +139,6 @@ def _options(words: list[str]) -> Iterator[tuple[str | None, str]]:
             values -= 1
         else:
             yield None, word
-
-
-def _values(words: list[str], option: str) -> list[str]:
-    """The values of an option in a command line."""
-    found = []
-    for index, word in enumerate(words):
-        name, equals, value = word.partition("=")
-        if name == f"--{option}" or (option == "config" and name == "-c"):
-            following = list(takewhile(lambda each: not each.startswith("--"), words[index + 1 :]))
-            found += [value] if equals else []
-            found += following if option in _LISTS else following[: not equals]
-    return found
 
 
 def _mapping(path: str) -> dict[str, Any]:

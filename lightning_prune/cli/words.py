@@ -63,6 +63,23 @@ def parser_words(words: list[str]) -> list[str]:
     return rewritten
 
 
+def values_of(words: list[str], option: str) -> list[str]:
+    """The values of an option in a command line.
+
+    Args:
+        words: The command line, as it was typed or as `parser_words` rewrites it.
+        option: Its name, without hyphens.
+    """
+    found: list[str] = []
+    for index, word in enumerate(words):
+        name, equals, value = word.partition("=")
+        if name.replace("-", "_") == f"__{option}" or (option == "config" and name == "-c"):
+            following = list(takewhile(lambda each: not each.startswith("--"), words[index + 1 :]))
+            found += [value] if equals else []
+            found += following if f"--{option}" in _LISTS else following[: not equals]
+    return found
+
+
 def _budget(value: str) -> list[str]:
     match = re.fullmatch(_NUMBER + r"\s*(?:(x)|ms(?:@p(50|90))?)", value.strip().lower())
     if match is None:

@@ -15,7 +15,7 @@ from torch import nn
 
 from lightning_prune._utils.files import ensure_output_dir
 from lightning_prune._utils.trees import tree_leaves
-from lightning_prune._utils.validation import check, check_bool, check_callable
+from lightning_prune._utils.validation import check, check_bool, check_callable, check_speedups
 from lightning_prune.callbacks import config_of
 from lightning_prune.callbacks.hooks import command_run
 from lightning_prune.comparison.best_variant import choose_best
@@ -26,7 +26,6 @@ from lightning_prune.comparison.loggers import log_rows, muted_loggers
 from lightning_prune.comparison.planned_variants import ComparisonPlan, plain_value
 from lightning_prune.comparison.requests import (
     ComparisonSettings,
-    check_speedups,
     in_runtimes,
     read_requests,
     read_runtimes,

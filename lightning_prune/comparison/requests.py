@@ -4,7 +4,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from math import isfinite
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -257,25 +256,3 @@ def _read(name: object, own: Reduction | None) -> VariantRequest:
 def _kind_of(objective: Objective) -> str:
     """The class of an objective in words: of `LatencyBudget` "latency budget"."""
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", type(objective).__name__).lower()
-
-
-def check_speedups(speedups: Sequence[float]) -> list[float]:
-    """The target speed-ups in ascending order.
-
-    Args:
-        speedups: Dense latency over wanted latency, each > 1.
-
-    Raises:
-        ArgumentError: If there is none, one is not a finite number > 1 (1 is the dense model), or one occurs twice.
-    """
-    if not isinstance(speedups, list | tuple) or not speedups:
-        raise ArgumentError(f"`speedups` must be a list of numbers > 1, got {speedups!r}.")
-    for value in speedups:
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not is_number or not isfinite(value) or value <= 1:
-            raise ArgumentError(f"`speedups` must be finite numbers > 1 (1 is the dense model), got {value!r}.")
-    names = [f"{value:g}" for value in speedups]  # as variants are called
-    repeated = next((name for name in names if names.count(name) > 1), None)
-    if repeated is not None:
-        raise ArgumentError(f"`speedups` must differ from one another, got {repeated} twice.")
-    return sorted(float(value) for value in speedups)

@@ -5,13 +5,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import inf
-from numbers import Real
 from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_prune._utils.validation import check
+from lightning_prune._utils.validation import check, check_above, check_between, check_half_open
 from lightning_prune.errors import ArgumentError
 from lightning_prune.profiling import Estimate, LatencyStats
 
@@ -125,8 +124,7 @@ class Utility(Objective):
 
     def __post_init__(self) -> None:
         """Checks `alpha`."""
-        if not _is_number(self.alpha) or not 0 <= self.alpha <= 1:
-            raise ArgumentError(f"`alpha` must be a number in [0, 1], got {self.alpha!r}.")
+        check_between("alpha", self.alpha, 0, 1)
 
     def score(self, milliseconds: Column, accuracy: Column) -> Column:
         """The utility of every candidate."""
@@ -162,10 +160,8 @@ class AccuracyBudget(Objective):
 
     def __post_init__(self) -> None:
         """Checks the arguments."""
-        if not _is_number(self.max_drop) or not 0 <= self.max_drop < 1:
-            raise ArgumentError(f"`max_drop` must be a number in [0, 1), got {self.max_drop!r}.")
-        if not _is_number(self.confidence) or not 0.5 <= self.confidence < 1:
-            raise ArgumentError(f"`confidence` must be a number in [0.5, 1), got {self.confidence!r}.")
+        check_half_open("max_drop", self.max_drop, 0, 1)
+        check_half_open("confidence", self.confidence, 0.5, 1)
 
     def judged(self, accuracy: Sequence[Estimate]) -> Column:
         """(candidates,) the lower bound of each accuracy at the confidence."""
@@ -221,9 +217,10 @@ class LatencyBudget(Objective):
             raise ArgumentError(
                 f"A LatencyBudget has one of `ms` and `speedup`, got ms={self.ms!r}, speedup={self.speedup!r}."
             )
-        name, value, minimum = ("ms", self.ms, 0) if self.speedup is None else ("speedup", self.speedup, 1)
-        if value is None or not _is_number(value) or not minimum < value < inf:
-            raise ArgumentError(f"`{name}` must be a finite number > {minimum}, got {value!r}.")
+        if self.speedup is None:
+            check_above("ms", self.ms, 0)
+        else:
+            check_above("speedup", self.speedup, 1)
         check("percentile", self.percentile, "50 or 90", self.percentile in (50, 90))
         check("percentile", self.percentile, "50 with `speedup`", self.ms is not None or self.percentile == 50)
 
@@ -271,8 +268,3 @@ class LatencyBudget(Objective):
     def __str__(self) -> str:
         limit = f"{self.ms:g} ms" if self.ms is not None else f"{self.speedup:g}x"
         return f"latency budget, {limit}" + (" at the 90th percentile" if self.percentile == 90 else "")
-
-
-def _is_number(value: object) -> bool:
-    """Whether it is a number of Python or NumPy; a bool is none."""
-    return isinstance(value, Real) and not isinstance(value, bool)

@@ -1,10 +1,10 @@
 """Runtimes by spec: `torch`, `torch.compile:mode=blocks`, ..."""
 
-from difflib import get_close_matches
 from importlib import import_module
 from inspect import signature
 
 from lightning_prune._utils.spec import Spec
+from lightning_prune._utils.validation import check_name
 from lightning_prune.errors import ArgumentError, RuntimeUnavailableError
 from lightning_prune.runtimes.base import Runtime
 
@@ -38,10 +38,7 @@ def parse_runtime(runtime: str | Runtime) -> Runtime:
     if isinstance(runtime, Runtime):
         return runtime
     spec = Spec.of(runtime, "runtime")
-    if spec.name not in RUNTIMES:
-        near = get_close_matches(spec.name.lower(), RUNTIMES, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ArgumentError(f"`runtime` must be one of {', '.join(map(repr, RUNTIMES))}, got {runtime!r}.{hint}")
+    check_name("runtime", spec.name, RUNTIMES, runtime)
     kind = _load(spec.name)
     try:
         signature(kind).bind(**spec.settings)

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import lightning_prune as lp
+from lightning_prune._utils.validation import check_speedups
 from lightning_prune.comparison.final_run import Target, verify_targets
-from lightning_prune.comparison.requests import check_speedups
 from lightning_prune.comparison.target_search import search_targets
 from lightning_prune.planning.candidate_search import CandidateSearch
 from lightning_prune.planning.ordered_candidates import TARGET_TUNING, OrderedCandidates, amount_grid
