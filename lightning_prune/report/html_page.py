@@ -247,6 +247,7 @@ def _page(document: Mapping[str, Any], folder: Path) -> str:
         facts=_facts(document, rows[0]),
         score=score,
         top1=TOP1,
+        change="change, points" if score is None or score.is_share else "change",
         deployed=_deployed(document),
         best_of=_best_of(summary, rows),
         warnings=_warnings(summary, sum(row is not dense_of(rows, row) for row in rows)),

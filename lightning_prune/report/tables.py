@@ -1,7 +1,7 @@
 """Tables: latency profiles and comparisons on the terminal, comparisons as CSV."""
 
 import csv
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from lightning_prune._utils.files import atomic_write
 from lightning_prune._utils.formatting import context_line, milliseconds, percent, points, speedup
 from lightning_prune.profiling import LatencyProfile
 from lightning_prune.report.class_table import losing_classes
-from lightning_prune.report.rows import OF_CLASSES, Row, score_of
+from lightning_prune.report.rows import OF_CLASSES, TOP1, Row, Score, score_of
 
 
 def profile_table(profile: LatencyProfile) -> Table:
@@ -80,29 +80,14 @@ def comparison_table(rows: Sequence[Row]) -> Table:
     title = f"{context_line(context)}, {first.images} images"
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=0)
     table.add_column("variant", overflow="fold")
-    score = score_of(rows)
-    accuracy: dict[str, Callable[[Row], str]] = {
-        "top-1": lambda row: percent(row.top1),
-        "change": lambda row: "" if row.top1_change is None else points(row.top1_change),
-        "95% interval": _interval,
-    }
-    caption = "change: of top-1 against dense, in points, by the same images"
-    if score is not None and score.key == "metric":
-        accuracy = {
-            "metric": lambda row: score.text(row.metric),
-            "change": lambda row: "" if row.metric_change is None else score.change_text(row.metric_change),
-        }
-        better = ", better the lower it is" if score.lower_is_better else ""
-        caption = f"metric: {score.label}{better}; change: against dense"
     columns: dict[str, Callable[[Row], str]] = {
         "tokens": lambda row: "-" if row.tokens is None else str(row.tokens),
-        **accuracy,
-        "same": lambda row: percent(row.agreement, 1),
+        **_accuracy_columns(rows),
         "ms": lambda row: milliseconds(row.latency_ms),
         "faster": lambda row: speedup(row.speedup),
     }
     if any(row.joules_per_image is not None for row in rows):
-        del columns["same"]
+        columns.pop("same", None)
         columns["J/im."] = lambda row: "-" if row.joules_per_image is None else f"{row.joules_per_image:.3g}"
     for heading in columns:
         table.add_column(heading, justify="right", no_wrap=True)
@@ -112,13 +97,50 @@ def comparison_table(rows: Sequence[Row]) -> Table:
             table.add_section()
         last = row.method, row.int8, row.runtime
         table.add_row(row.variant, *(cell(row) for cell in columns.values()))
-    table.caption = (
-        f"{caption}\n"
-        "same: share of images with the best class of dense\n"
-        "ms: median latency of a batch; faster: dense latency over this one"
-    )
+    table.caption = "\n".join(_caption(rows, columns))
     table.caption_justify = "left"
     return table
+
+
+def _accuracy_columns(rows: Sequence[Row]) -> dict[str, Callable[[Row], str]]:
+    """The columns of top-1 or of the metric of the module, and of the agreement, of which at least one row has one."""
+    score = score_of(rows)
+    if score is not None and score.key == "metric":
+        own: dict[str, tuple[str, Callable[[Row], str]]] = {
+            "metric": ("metric", lambda row: score.text(row.metric)),
+            "change": (
+                "metric_change",
+                lambda row: "" if row.metric_change is None else score.change_text(row.metric_change),
+            ),
+        }
+    else:
+        own = {
+            "top-1": ("top1", lambda row: percent(row.top1)),
+            "change": ("top1_change", lambda row: _change(row.top1_change, TOP1)),
+            "95% interval": ("top1_low", _interval),
+        }
+    own["same"] = "agreement", lambda row: percent(row.agreement, 1)
+    known = {heading: cell for heading, cell in own.items() if any(getattr(row, cell[0]) is not None for row in rows)}
+    return {heading: cell for heading, (_, cell) in known.items()}
+
+
+def _change(change: float | None, score: Score) -> str:
+    return "" if change is None else score.change_text(change)
+
+
+def _caption(rows: Sequence[Row], columns: Collection[str]) -> list[str]:
+    """What the headings of the columns that are there mean."""
+    score = score_of(rows)
+    if score is None:
+        lines = ["accuracy: not known"]
+    elif score.key == "metric":
+        better = ", better the lower it is" if score.lower_is_better else ""
+        lines = [f"metric: {score.label}{better}" + ("; change: against dense" if "change" in columns else "")]
+    else:
+        lines = ["change: of top-1 against dense, in points, by the same images"] if "change" in columns else []
+    if "same" in columns:
+        lines.append("same: share of images with the best class of dense")
+    return [*lines, "ms: median latency of a batch; faster: dense latency over this one"]
 
 
 def remarks(document: Mapping[str, Any]) -> list[str]:

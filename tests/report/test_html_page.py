@@ -319,6 +319,17 @@ def test_a_page_for_every_kind_of_comparison(document: dict[str, Any], tmp_path:
     assert "nan" not in found.text
 
 
+def test_words_about_the_change_follow_the_metric_that_is_used(tmp_path: Path) -> None:
+    own = [row("dense", metric=0.4, metric_name="val/loss", top1=None)]
+    own.append(row("pomt 2x", method="pomt", target_speedup=2.0, speedup=2.1, metric=0.5, metric_change=0.1, top1=None))
+    found = page({"rows": [own[0], own[1] | {"metric_name": "val/loss"}]}, tmp_path)
+    (best,) = (cells for cells in found.rows if cells[:2] == ["target", "variant"])
+    assert best[2:4] == ["val/loss", "change"]
+    assert "is the difference to dense in val/loss" in found.text
+    assert "in points" not in found.text
+    assert "change, points" in page(comparison(), tmp_path).text
+
+
 def test_hostile_names_are_text(tmp_path: Path) -> None:
     bad = row(HOSTILE, method=HOSTILE, target_speedup=1.5, block=HOSTILE, note=HOSTILE, speedup=0.9)
     document = {

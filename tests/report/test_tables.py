@@ -68,6 +68,7 @@ def test_energy_has_a_column_if_it_is_known() -> None:
     assert max(map(len, lines)) <= 80
     assert any("J/im." in line for line in lines)
     assert sum("0.123" in line for line in lines) == len(ROWS)
+    assert not any("same:" in line for line in lines)
 
 
 def test_a_metric_of_the_module_takes_the_place_of_top1() -> None:
@@ -79,6 +80,20 @@ def test_a_metric_of_the_module_takes_the_place_of_top1() -> None:
     (line,) = (line.split() for line in lines if line.split()[:2] == ["pomt", "2x"])
     assert line == ["pomt", "2x", "141", "1.235", "+0.01", "97.9%", "53.49", "2.00x"]
     assert any("metric: val/loss, better the lower it is" in line for line in lines)
+
+
+def test_the_words_follow_what_is_known() -> None:
+    """A tower logs no top-1 and has no classes; a module without metric may have classes."""
+    unknown = dict.fromkeys(("top1", "top1_change", "top1_low", "top1_high"))
+    lines = printed([replace(row, agreement=None, **unknown) for row in ROWS])
+    assert not any(word in line for line in lines for word in ("top-1", "change", "same:"))
+    assert any("accuracy: not known" in line for line in lines)
+    (line,) = (line.split() for line in lines if line.split()[:2] == ["pomt", "2x"])
+    assert line == ["pomt", "2x", "141", "53.49", "2.00x"]
+
+    lines = printed([replace(row, **unknown) for row in ROWS])
+    assert not any(word in line for line in lines for word in ("top-1", "change", "not known"))
+    assert any("same: share of images" in line for line in lines)
 
 
 def test_a_row_without_figures() -> None:
