@@ -1,30 +1,139 @@
-"""A progress bar that shows elapsed time, on terminals only."""
+"""One progress of a whole piece of work: a bar on a terminal, elsewhere a line now and then, with the time left."""
 
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TextColumn
 
 OnStep = Callable[[], None]
 
+SECONDS_BETWEEN_LINES = 15.0
 
-@contextmanager
-def progress_bar(description: str, time_limit: float | None, enabled: bool = True) -> Iterator[OnStep]:
-    """Yields a function to call after each step. The bar shows the elapsed time and disappears at the end.
 
-    It is written to standard error if that is a terminal, so it does not mix with tables and logs.
+class WorkProgress:
+    """What is being done, how long the whole has taken, and about how long it will take yet.
+
+    On a terminal it is a bar, which disappears at the end. Elsewhere, as in a log, it is a line at most every 15
+    seconds. Both go to standard error, so that they do not mix with tables.
 
     Args:
-        description: Text to the left of the bar.
-        time_limit: Seconds at which the bar is full; None for a bar without an end.
-        enabled: Whether to show the bar.
+        whole: Name of the whole work.
+        seconds: Seconds that it may take; None where that is not known.
+        enabled: Whether to show anything.
     """
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    quiet = not (enabled and sys.stderr.isatty())
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=quiet) as bar:
-        task = bar.add_task(description, total=time_limit)
-        start = time.perf_counter()
-        yield lambda: bar.update(task, completed=time.perf_counter() - start)
+
+    def __init__(self, whole: str, seconds: float | None, enabled: bool = True) -> None:
+        self.whole = whole
+        self._start = self._last_line = time.perf_counter()
+        self._end: float | None = None
+        self._doing: list[str] = []
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[times]}"))
+        on_terminal = enabled and sys.stderr.isatty()
+        # What is printed meanwhile appears above the bar; where it goes to a file it stays in the file.
+        self._bar = Progress(
+            *columns,
+            console=Console(stderr=True),
+            transient=True,
+            disable=not on_terminal,
+            redirect_stdout=sys.stdout.isatty(),
+        )
+        self._task = self._bar.add_task(whole, total=None, times="")
+        self._writes_lines = enabled and not on_terminal
+        self.expect(seconds)
+
+    def expect(self, seconds: float | None) -> None:
+        """Says about how long the whole will take from now on.
+
+        Args:
+            seconds: None where that is not known.
+        """
+        self._end = None if seconds is None or seconds == float("inf") else time.perf_counter() + seconds
+        self.step()
+
+    def step(self) -> None:
+        """Shows how far the work is; called after each part of it."""
+        now = time.perf_counter()
+        if self._writes_lines and now - self._last_line >= SECONDS_BETWEEN_LINES:
+            self._last_line = now
+            print(f"{self._text()}: {self._times(now)}", file=sys.stderr, flush=True)
+        total = None if self._end is None else max(self._end, now) - self._start
+        self._bar.update(
+            self._task, description=self._text(), completed=now - self._start, total=total, times=self._times(now)
+        )
+
+    @contextmanager
+    def doing(self, part: str) -> Iterator[None]:
+        """A context in which a part of the work is done.
+
+        Args:
+            part: Its name.
+        """
+        self._doing.append(part)
+        self.step()
+        try:
+            yield
+        finally:
+            self._doing.pop()
+            self.step()
+
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        """A context in which the bar is visible."""
+        with self._bar:
+            yield
+
+    def _text(self) -> str:
+        return f"{self.whole}: {self._doing[-1]}" if self._doing else self.whole
+
+    def _times(self, now: float) -> str:
+        taken = f"{_duration(now - self._start)} taken"
+        return taken if self._end is None else f"{taken}, about {_duration(max(self._end - now, 0.0))} left"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+_current: ContextVar[WorkProgress | None] = ContextVar("progress of the whole work", default=None)
+
+
+@contextmanager
+def progress_bar(description: str, time_limit: float | None = None, enabled: bool = True) -> Iterator[OnStep]:
+    """Shows the progress of some work, and yields a function to call after each step.
+
+    Inside the context of another one, this work is a part of that: it has no bar of its own, but is named in the other
+    one, whose time limit is that of the whole.
+
+    Args:
+        description: The work.
+        time_limit: Seconds that it may take; None where that is not known.
+        enabled: Whether to show anything.
+    """
+    outer = _current.get()
+    if outer is not None:
+        with outer.doing(description[:1].lower() + description[1:]):
+            yield outer.step
+        return
+    whole = WorkProgress(description, time_limit, enabled)
+    token = _current.set(whole)
+    try:
+        with whole.shown():
+            yield whole.step
+    finally:
+        _current.reset(token)
+
+
+def expect_seconds(seconds: float | None) -> None:
+    """Says about how long the whole work will take from now on, where its progress is shown.
+
+    Args:
+        seconds: None where that is not known.
+    """
+    whole = _current.get()
+    if whole is not None:
+        whole.expect(seconds)

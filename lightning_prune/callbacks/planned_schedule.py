@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import lightning as L
 from torch import Tensor
 
+from lightning_prune._utils.progress import progress_bar
 from lightning_prune._utils.time_limit import TimeLimit
 from lightning_prune.callbacks.batches import Calibration
 from lightning_prune.callbacks.config import PruningConfig
@@ -131,7 +132,8 @@ def planned(first: FirstBatch, profile: CachedProfile | None = None) -> Decision
         DataError: If there are no calibration images, or they have several sizes.
     """
     config, limit = first.config, TimeLimit(first.config.time_limit)
-    (decision,) = planned_for(
-        config, first.module, first.images, first.calibration(limit), [config.effective_objective], profile, limit
-    )
+    goals, seconds = [config.effective_objective], None if config.protocol == "paper" else config.time_limit
+    with progress_bar("Planning", seconds, config.verbose):
+        calibration = first.calibration(limit)
+        (decision,) = planned_for(config, first.module, first.images, calibration, goals, profile, limit)
     return decision

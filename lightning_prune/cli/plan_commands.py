@@ -6,6 +6,7 @@ import lightning as L
 from rich.console import Console
 
 from lightning_prune._utils.files import ensure_output_dir, write_document
+from lightning_prune._utils.progress import progress_bar
 from lightning_prune._utils.validation import check
 from lightning_prune.callbacks import PruningConfig
 from lightning_prune.callbacks.decision import Decision
@@ -103,8 +104,9 @@ def run_plan(
     folder = ensure_output_dir(output)
 
     def decide(first: FirstBatch) -> Decision:
-        latency = _profile(first, simulated) if given is None else given
-        return planned(first, latency)
+        with progress_bar("Planning", config.time_limit, config.verbose):
+            latency = _profile(first, simulated) if given is None else given
+            return planned(first, latency)
 
     decision = on_first_batch(trainer, model, config, decide, **data)
     result = decision.plan

@@ -14,6 +14,7 @@ from rich.console import Console
 from torch import nn
 
 from lightning_prune._utils.files import ensure_output_dir
+from lightning_prune._utils.progress import progress_bar
 from lightning_prune._utils.trees import tree_leaves
 from lightning_prune._utils.validation import check, check_bool, check_callable, check_speedups
 from lightning_prune.callbacks import config_of
@@ -32,6 +33,7 @@ from lightning_prune.comparison.requests import (
 )
 from lightning_prune.comparison.resume import VariantResult
 from lightning_prune.comparison.setup import ComparisonSetup
+from lightning_prune.comparison.validation_progress import without_bars
 from lightning_prune.comparison.variant_rows import paired_classes, row_of
 from lightning_prune.comparison.variant_runs import exit_if_terminated, validate_variants
 from lightning_prune.errors import DataError, FileWriteError
@@ -141,7 +143,7 @@ def compare(
     setup = ComparisonSetup(asked, report, clock)
     try:
         plain = replace(config, runtime="torch")  # the setup applies the runtimes
-        with muted_loggers(trainer):
+        with progress_bar("Comparing", None, config.verbose), without_bars(trainer), muted_loggers(trainer):
             with command_run(trainer, plain, setup, one_batch=True), loader.arguments() as arguments:
                 trainer.validate(module, verbose=False, **arguments)
             exit_if_terminated(trainer)

@@ -6,7 +6,7 @@ from datetime import datetime
 from typing import Any
 
 from lightning_prune._utils.device import synchronize
-from lightning_prune._utils.progress import progress_bar
+from lightning_prune._utils.progress import expect_seconds, progress_bar
 from lightning_prune._utils.time_limit import TimeLimit
 from lightning_prune.callbacks.batches import Calibration
 from lightning_prune.callbacks.first_batch import FirstBatch
@@ -89,6 +89,7 @@ class ComparisonPlanner:
             self._find_methods()
         if settings.config.verbose:
             self.on_message(f"Planning and timing take up to {self.limit.seconds:g} s (`time_limit`).")
+        expect_seconds(self.limit.left())
         weights = self._weights()
         for runtime in settings.runtimes:
             with runtime.applied(transformer):
@@ -107,6 +108,7 @@ class ComparisonPlanner:
             planned, unreached = self._time_all()
             seconds = self.limit.elapsed
             requests = {request.name: request for request in settings.requests}
+            expect_seconds(None)
             planned = with_model_costs(transformer, images, planned, requests)
             planned, energy = with_energy(transformer, images, planned, requests, settings.config.verbose)
         dense = {each.runtime: each for each in planned if each.is_dense}
@@ -231,13 +233,15 @@ class ComparisonPlanner:
             self.on_message(f"Planning {group.name}")
         module, images, limit = self.first.module, self.first.images, TimeLimit(max(seconds, 1e-3), self.limit.clock)
         curve = None if is_paper else self.curves[group.runtime]
-        made = planned_for(config, module, images, self.calibration, group.objectives, curve, limit)
+        with progress_bar(f"Planning {group.name}", limit.left(), config.verbose):
+            made = planned_for(config, module, images, self.calibration, group.objectives, curve, limit)
         for request, decision in zip(group.requests, made, strict=True):
             self.fixed[request.name] = variant_of_decision(request, decision)
         if self.state is not None:
             self.state.keep_group(group.name, [self.fixed[request.name] for request in group.requests])
         if is_paper:  # hours on a CPU, and nothing of it can be cut short: the limit is that of all the rest
             self.limit.start += limit.elapsed
+            expect_seconds(self.limit.left())
 
     def _plan_targets(self, request: VariantRequest) -> None:
         """Finds candidates for the target speed-ups of one method; the final run verifies them."""

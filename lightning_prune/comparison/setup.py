@@ -145,7 +145,8 @@ class ComparisonSetup(L.Callback):
             return
         folder, changed, unreadable = self.state.folder.parent, self.state.changed_settings(), self.state.unreadable()
         if changed:
-            self.on_message(f"A new comparison: {', '.join(changed)} differ from what is kept in {folder}.")
+            verb = "differ" if len(changed) > 1 or changed[0].endswith("s") else "differs"
+            self.on_message(f"A new comparison: {', '.join(changed)} {verb} from what is kept in {folder}.")
         if unreadable:
             names = ", ".join(path.name for path in unreadable)
             self.on_message(f"Not resumed, since another release wrote them or they are damaged: {names} in {folder}.")

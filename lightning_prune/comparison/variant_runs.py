@@ -7,6 +7,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from lightning_prune._utils.progress import progress_bar
 from lightning_prune.callbacks.hooks import EvaluationCallback, command_run
 from lightning_prune.callbacks.rank_agreement import refuse_sharded
 from lightning_prune.comparison.first_loader import FirstLoader
@@ -14,6 +15,7 @@ from lightning_prune.comparison.planned_variants import ComparisonPlan, PlannedV
 from lightning_prune.comparison.predictions import PredictionRecorder
 from lightning_prune.comparison.requests import ComparisonSettings, VariantRequest
 from lightning_prune.comparison.resume import ResumeState, VariantResult
+from lightning_prune.comparison.validation_progress import ValidationProgress
 from lightning_prune.patching import find_vision_transformer
 from lightning_prune.profiling import Variant, VariantSwitch
 from lightning_prune.schedule import KeepRates, Schedule
@@ -78,7 +80,7 @@ def validate_variants(
         report: Called with lines about the progress.
     """
     results, config = dict(known), settings.config
-    requests = {request.name: request for request in settings.requests}
+    requests, progress = {request.name: request for request in settings.requests}, ValidationProgress()
     runs = {p.variant: _run_as(p, requests[p.request]) for p in plan.planned if p.timing is not None}
     for number, (name, variant) in enumerate(runs.items(), 1):
         if name in results:
@@ -91,7 +93,12 @@ def validate_variants(
             deployment = Deployment(variant, plan.dense_tokens, config.module_path)
             recorder = PredictionRecorder(config.module_path, config.images_from_batch)
             own = replace(config, runtime=variant.runtime.name) if variant.runtime is not None else config
-            with command_run(trainer, own, deployment, recorder), loader.arguments() as arguments:
+            progress.runs_left = len({other for each, other in runs.items() if each not in results})
+            with (
+                progress_bar(f"Validating {name} ({number} of {len(runs)})", None, config.verbose),
+                command_run(trainer, own, deployment, recorder, progress),
+                loader.arguments() as arguments,
+            ):
                 metrics = trainer.validate(module, verbose=False, **arguments)
             exit_if_terminated(trainer)
             found = recorder.predictions

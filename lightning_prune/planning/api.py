@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from lightning_prune._utils.progress import progress_bar
 from lightning_prune._utils.time_limit import TimeLimit
 from lightning_prune._utils.validation import check, check_bool, check_callable, check_int
 from lightning_prune.errors import ArgumentError
@@ -178,7 +179,11 @@ def plan_many(  # noqa: D417  all other arguments are those of `plan`
     usable = usable_methods(methods, blocks, transformer)
     if profile is not None:
         check_profile(profile, transformer, protocol)
-    with nullcontext() if runtime is None else parse_runtime(runtime).applied(transformer):
+    seconds = None if protocol == "paper" else time_limit  # which bounds only the least part of that
+    with (
+        progress_bar("Planning", seconds, verbose),
+        nullcontext() if runtime is None else parse_runtime(runtime).applied(transformer),
+    ):
         if protocol == "paper":
             common = model, transformer, example_inputs, objectives, calibration
             return plan_by_paper(*common, labels, usable, profile, limit, module_path, verbose)

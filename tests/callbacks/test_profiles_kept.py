@@ -76,11 +76,12 @@ def test_another_config_makes_the_next_run_decide_again_once(measured: list[str]
     assert measured == ["profile"] * 2
 
 
-def test_cache_dir_is_where_profiles_are_kept(measured: list[str], tmp_path: Path) -> None:
+def test_cache_dir_is_where_profiles_and_estimates_are_kept(measured: list[str], tmp_path: Path) -> None:
     for _ in range(2):
         run(cache_dir=tmp_path / "mine")
     assert measured == ["profile"]
-    assert len(list((tmp_path / "mine").iterdir())) == 1
+    names = [path.name for path in (tmp_path / "mine").iterdir()]
+    assert (len(names), sum(name.startswith("accuracy-") for name in names)) == (2, 1)
 
 
 def test_another_batch_size_needs_another_profile_and_another_block_does_not(measured: list[str]) -> None:

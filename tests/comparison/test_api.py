@@ -196,7 +196,7 @@ def test_another_attention_implementation_is_measured_again(module: Any, running
     for block in model.model.blocks:
         block.attn.fused_attn = not fused
     found = run(model, running, tmp_path, ["random"], [1.5], messages=messages)
-    assert messages[0].startswith("A new comparison: structure differ")
+    assert messages[0].startswith("A new comparison: structure differs from ")
     assert model.runs == 4
     assert found.rows[0].images == 16
 
