@@ -41,6 +41,10 @@ from lightning_prune.planning import Objective
 from lightning_prune.reduction import Reduction
 from lightning_prune.report.tables import comparison_table
 
+_KEPT_OF_SEARCHES = (
+    "Of searches for target speed-ups the latency profile and the estimates of accuracy are kept; timings are repeated."
+)
+
 
 def compare(
     trainer: L.Trainer,
@@ -74,7 +78,8 @@ def compare(
     Loggers of the trainer get the figures of each row as `compare/<variant>/<column>`, and nothing of the validations.
 
     With `output`, the plan and each finished variant are kept under `output/state`: the same comparison, started again,
-    goes on from there. An error or an interruption says in a note what is kept.
+    goes on from there. An error or an interruption says in a note what is kept. Of unfinished searches for target
+    speed-ups timings are repeated; their estimates of accuracy are kept as those of `lightning_prune.plan` are.
 
     Args:
         trainer: Runs all validations. Settings come from its `TokenPruning`, which is idle meanwhile, or are the
@@ -153,6 +158,8 @@ def compare(
             results = validate_variants(trainer, module, loader, asked, plan, setup.results, setup.state, report)
     except BaseException as error:
         kept = "" if setup.state is None else setup.state.summary()
+        if targets and setup.plan is None and config.use_cache and isinstance(error, KeyboardInterrupt | SystemExit):
+            kept = f"{kept} {_KEPT_OF_SEARCHES}".strip()
         if kept:
             error.add_note(kept)
         if isinstance(error, SIGTERMException):

@@ -6,13 +6,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from timm.layers import Mlp
+from torch import Tensor
 
 import lightning_prune as lp
 from helpers import ROOT
+from helpers.clock import TickingClock
 from helpers.fresh import run_fresh
 from lightning_prune.comparison import comparison_planning
+from lightning_prune.comparison.comparison_planning import ComparisonPlanner
 from lightning_prune.comparison.planned_variants import PlannedVariant
 from lightning_prune.comparison.resume import ResumeState, VariantResult
+from lightning_prune.planning.measurements import Measurements
+from lightning_prune.planning.sensitivity import Sensitivity
+from lightning_prune.profiling.accuracy_store import AccuracyStore
 from lightning_prune.report import styles
 
 from .conftest import clock_of
@@ -81,6 +88,59 @@ def test_an_interruption_of_validation_says_how_much_is_kept(
         run(clocked_module(), running, tmp_path, [])
     (note,) = error.value.__notes__
     assert "the plan and 1 of 3 validated variants" in note
+
+
+@pytest.fixture
+def tokens_clock(monkeypatch: pytest.MonkeyPatch) -> TickingClock:
+    """A clock on which each block takes 0.5 ms a token, also of a model that looks like any other."""
+    clock, forward = TickingClock(0.0), Mlp.forward
+
+    def timed(self: Mlp, x: Tensor) -> Tensor:
+        clock.now += 5e-4 * x.shape[1]
+        return forward(self, x)
+
+    monkeypatch.setattr(Mlp, "forward", timed)
+    return clock
+
+
+def test_of_an_interrupted_search_for_speedups_only_timings_are_repeated(
+    module: Any, running: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokens_clock: TickingClock
+) -> None:
+    model, made, real = module(), list[Any](), ComparisonPlanner._time_all
+    keep, add, time_candidates = AccuracyStore.keep_estimate, Sensitivity.add, Measurements.time_candidates
+
+    def noted(function: Any, name: str) -> Any:
+        def run(*args: Any) -> Any:
+            made.append((name, args[1].name, args[2].removed) if name == "estimate" else name)
+            return function(*args)
+
+        return run
+
+    def compared() -> tuple[Any, list[Any]]:
+        made.clear()
+        trainer, _ = running(calibration=8, time_limit=40, limit_val_batches=1)
+        data = lp.DigitsData(batch_size=8)
+        found = lp.compare(trainer, model, data, ["auto"], [1.2], output=tmp_path, clock=tokens_clock)
+        return found, list(made)
+
+    monkeypatch.setattr(AccuracyStore, "keep_estimate", noted(keep, "estimate"))
+    monkeypatch.setattr(Sensitivity, "add", noted(add, "sensitivity"))
+    monkeypatch.setattr(Measurements, "time_candidates", noted(time_candidates, "timing"))
+    monkeypatch.setattr(ComparisonPlanner, "_time_all", stopped)
+    with pytest.raises(SystemExit) as error:
+        compared()
+    (note,) = error.value.__notes__
+    assert "estimates of accuracy are kept; timings are repeated" in note
+    first = list(made)
+    estimates = {each for each in first if each[0] == "estimate"}
+    assert estimates
+    assert {"sensitivity", "timing"} <= set(first)
+    monkeypatch.setattr(ComparisonPlanner, "_time_all", real)
+    found, second = compared()
+    assert found.rows[1].speedup > 1.15
+    assert "timing" in second
+    assert "sensitivity" not in second
+    assert not estimates & set(second)
 
 
 def test_a_full_disk_at_the_end_is_an_error_after_the_table(
