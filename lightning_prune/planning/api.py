@@ -216,7 +216,8 @@ def _finished(plan: Plan, seconds: float) -> Plan:
     """A plan with the time that it took; its reason says if the dense model meets the budget, or nothing does."""
     plan = replace(plan, seconds=seconds).or_dense_if_slower()
     if isinstance(plan.objective, LatencyBudget) and plan.objective.dense_is_feasible(plan.dense_ms):
-        met = f"The dense model meets the {plan.objective}, already: it takes {plan.dense_ms:.3g} ms."
+        takes = plan.objective.latency_text(plan.dense_ms, None if plan.dense is None else plan.dense.p90_ms)
+        met = f"The dense model meets the {plan.objective}, already: it takes {takes}."
         plan = replace(plan, reason=f"{met} {plan.reason}")
     elif not plan.met and str(plan.objective) not in plan.reason:  # it was timed, and is slower than dense
         missed = f"The {plan.objective} is not met: the dense model is the best that can be had."

@@ -211,9 +211,10 @@ class CandidateSearch:
     def _closest(self) -> Choice:
         """The timed candidate that misses the budget by the least."""
         best = min(self.timed, key=lambda t: self.objective.violation(t.timing))
+        takes = self.objective.latency_text(best.timing.milliseconds, best.timing.p90_ms)
         reason = (
             f"The {self.objective} is not met. Timed against dense, the closest takes "
-            f"{100 * self.objective.violation(best.timing):.1f}% longer, {best.timing.milliseconds:.3g} ms: "
+            f"{100 * self.objective.violation(best.timing):.1f}% longer, {takes}: "
             f"{1 / best.timing.ratio:.2f}x is the best of the {len(self.timed)} that were timed."
         )
         return self._choice(best.candidate, best.source, False, reason, best.dense)

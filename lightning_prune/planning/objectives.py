@@ -52,6 +52,15 @@ class Objective(ABC):
         """
         return 0.0
 
+    def latency_text(self, milliseconds: float, p90_ms: float | None = None) -> str:
+        """The latency that the objective is about, in words.
+
+        Args:
+            milliseconds: The median.
+            p90_ms: The 90th percentile; None where it is not known.
+        """
+        return f"{milliseconds:.3g} ms"
+
     def with_tail_of(self, dense: LatencyStats) -> "Objective":
         """This objective for a model whose latencies vary as those of a timed dense model; most do not depend on it."""
         return self
@@ -224,6 +233,15 @@ class LatencyBudget(Objective):
         check("percentile", self.percentile, "50 or 90", self.percentile in (50, 90))
         check("percentile", self.percentile, "50 with `speedup`", self.ms is not None or self.percentile == 50)
 
+    def latency_text(self, milliseconds: float, p90_ms: float | None = None) -> str:
+        """The latency at the percentile of the budget; the median, which is said, where its tail was never timed."""
+        if self.percentile == 50:
+            return super().latency_text(milliseconds)
+        if p90_ms is None and self._tail_ratio == 1:
+            return f"{milliseconds:.3g} ms at the median"
+        tail_ms = milliseconds * self._tail_ratio if p90_ms is None else p90_ms
+        return f"{tail_ms:.3g} ms at the 90th percentile"
+
     def with_tail_of(self, dense: LatencyStats) -> "LatencyBudget":
         """The same budget, with the ratio of the percentile to the median of a timed dense model."""
         if self.percentile == 50 or dense.p90_ms is None:
@@ -254,8 +272,8 @@ class LatencyBudget(Objective):
         fastest, dense_ms = float(np.min(milliseconds)), float(milliseconds[-1])
         if fastest <= self.limit_ms(dense_ms) * (1 + RATIO_TOLERANCE):
             return None
-        takes = f"{fastest * self._tail_ratio:.3g} ms, {dense_ms / fastest:.2f}x"
-        return f"The {self} cannot be reached: the fastest candidate takes {takes}."
+        takes = self.latency_text(fastest)
+        return f"The {self} cannot be reached: the fastest candidate takes {takes}, {dense_ms / fastest:.2f}x."
 
     def violation(self, timing: LatencyStats) -> float:
         """The share by which the latency exceeds the budget."""

@@ -201,6 +201,8 @@ def test_a_flat_curve_removes_nothing_and_says_why(elsewhere):
     assert already.met
     assert already.reason.startswith("The dense model meets the latency budget, 5 ms, already: it takes 5 ms.")
     assert "already" not in made.reason + missed.reason
+    tail = elsewhere(flat, ACCURACIES["linear"], lp.LatencyBudget(ms=5.0, percentile=90))[0]
+    assert "already: it takes 5 ms at the median." in tail.reason  # whose tail nobody has timed
 
 
 def test_noise_is_no_reason_to_prune_and_no_flat_curve(elsewhere):

@@ -66,6 +66,11 @@ def test_a_budget_on_the_tail_is_met_at_the_90th_percentile():
     assert found.candidate.timing.p90_ms <= 1.005 * budget
     missed = Varying().search(fronts("topk"), lp.LatencyBudget(ms=0.3 * DENSE_MS, percentile=90))
     assert not missed.met
+    missed = Varying().search(fronts("topk"), lp.LatencyBudget(ms=0.4 * DENSE_MS, percentile=90))
+    closest = missed.candidate.timing
+    assert closest.milliseconds < 0.4 * DENSE_MS < closest.p90_ms
+    assert f"{closest.p90_ms:.3g} ms at the 90th percentile" in missed.reason
+    assert f"{closest.milliseconds:.3g} ms" not in missed.reason
 
 
 def test_nothing_is_timed_twice_and_the_number_of_runs_is_bounded():
