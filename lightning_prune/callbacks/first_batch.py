@@ -14,8 +14,9 @@ from lightning_prune._utils.time_limit import TimeLimit
 from lightning_prune._utils.trees import tree_leaves
 from lightning_prune.callbacks.batches import Calibration, batch_shape, calibration_images, images_from_batch
 from lightning_prune.callbacks.config import PruningConfig
-from lightning_prune.callbacks.first_call import FirstCall, as_passed
+from lightning_prune.callbacks.first_call import FirstCall
 from lightning_prune.callbacks.hooks import command_run, limit_val_batches
+from lightning_prune.callbacks.passed_images import as_passed
 from lightning_prune.callbacks.rank_agreement import join_decision, on_rank_zero, refuse_sharded
 from lightning_prune.errors import ArgumentError, DataError
 from lightning_prune.patching import VisionTransformer, find_vision_transformer
@@ -33,7 +34,8 @@ class FirstBatch:
         module: The module, dense.
         batch: As the step will receive it.
         config: The settings.
-        call: What the step passed to the transformer, where that is known to differ from the images of the batch.
+        call: What the step passes to the transformer, where that is known to differ from the images of the batch.
+        limit: The time limit of what is measured on it.
     """
 
     def __init__(
@@ -43,8 +45,27 @@ class FirstBatch:
         batch: Any,
         config: PruningConfig,
         call: FirstCall | None = None,
+        limit: TimeLimit | None = None,
     ) -> None:
         self.trainer, self.module, self.batch, self.config, self.call = trainer, module, batch, config, call
+        self.limit = TimeLimit(config.time_limit) if limit is None else limit
+
+    def passing(self, call: FirstCall | None) -> "FirstBatch":
+        """The same batch as the step passes it to the transformer.
+
+        Args:
+            call: What it passes; None for the images of the batch.
+        """
+        return FirstBatch(self.trainer, self.module, self.batch, self.config, call, self.limit)
+
+    def within(self, share: float) -> "FirstBatch":
+        """The same batch within a share of the time that is left.
+
+        Args:
+            share: From 0 to 1.
+        """
+        limit = TimeLimit(self.limit.share(share), self.limit.clock)
+        return FirstBatch(self.trainer, self.module, self.batch, self.config, self.call, limit)
 
     @cached_property
     def images(self) -> Tensor:

@@ -25,13 +25,16 @@ def trainer_callbacks(trainer: L.Trainer) -> list[L.Callback]:
 
 
 class EvaluationCallback(L.Callback, ABC):
-    """Base of callbacks that act before a batch, at the end of an epoch and at the end of a run, in all three loops."""
+    """Base of callbacks that act around a batch, at the end of an epoch and at the end of a run, in all three loops."""
 
     @abstractmethod
     def _before_batch(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int
     ) -> None:
         """Called with each batch: it is on the device in its dtype, and its step has not run."""
+
+    def _after_batch(self) -> None:
+        """Called when the step of a batch has run."""
 
     @abstractmethod
     def _figures(self) -> dict[str, float]:
@@ -61,6 +64,18 @@ class EvaluationCallback(L.Callback, ABC):
     ) -> None:
         """See `on_validation_batch_start`."""
         self._before_batch(trainer, pl_module, batch, batch_idx, dataloader_idx)
+
+    def on_validation_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        """Calls `_after_batch`."""
+        self._after_batch()
+
+    def on_test_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        """See `on_validation_batch_end`."""
+        self._after_batch()
+
+    def on_predict_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        """See `on_validation_batch_end`."""
+        self._after_batch()
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Logs the metrics."""

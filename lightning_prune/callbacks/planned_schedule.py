@@ -21,7 +21,11 @@ from lightning_prune.profiling.profile_reuse import CachedProfile, get_or_profil
 
 
 def profiled(
-    config: PruningConfig, pl_module: L.LightningModule, images: Tensor, of_method: bool = False
+    config: PruningConfig,
+    pl_module: L.LightningModule,
+    images: Tensor,
+    of_method: bool = False,
+    limit: TimeLimit | None = None,
 ) -> CachedProfile:
     """The latency profile to plan on, measured or read from the cache; call it inside `open_first_batch`.
 
@@ -31,11 +35,14 @@ def profiled(
         images: (B, C, H, W) as the transformer receives them.
         of_method: Measures the latency of the method at its block instead, if one is given, and uses the whole time
             limit instead of the share that planning leaves for it.
+        limit: A time limit that may have begun before, of which no more than what is left is used; None for none.
     """
     # One curve is used for all methods and blocks, except in the paper's protocol, whose lowest count depends on both.
     general = config.uses_token_curve or not (of_method or config.protocol == "paper")
     method, block = (TOKEN_CURVE, 0) if general else (config.reduction, config.reducing_block)
     seconds = config.time_limit if of_method else PROFILE_SHARE * config.time_limit
+    if limit is not None:
+        seconds = min(seconds, limit.share(1.0) or seconds)
     return get_or_profile(
         pl_module,
         images,
@@ -96,7 +103,7 @@ def planned_for(
     """
     check_labels(config, calibration)
     limit = TimeLimit(config.time_limit) if limit is None else limit
-    profile = profiled(config, pl_module, images) if profile is None else profile
+    profile = profiled(config, pl_module, images, limit=limit) if profile is None else profile
     transformer = find_vision_transformer(pl_module, config.module_path)
     plans = plan_many(
         pl_module,
@@ -131,9 +138,9 @@ def planned(first: FirstBatch, profile: CachedProfile | None = None) -> Decision
         ArgumentError: As `planned_for`, and if a batch holds no images.
         DataError: If there are no calibration images, or they have several sizes.
     """
-    config, limit = first.config, TimeLimit(first.config.time_limit)
-    goals, seconds = [config.effective_objective], None if config.protocol == "paper" else config.time_limit
+    config, limit = first.config, first.limit
+    objectives, seconds = [config.effective_objective], None if config.protocol == "paper" else limit.seconds
     with progress_bar("Planning", seconds, config.verbose):
         calibration = first.calibration(limit)
-        (decision,) = planned_for(config, first.module, first.images, calibration, goals, profile, limit)
+        (decision,) = planned_for(config, first.module, first.images, calibration, objectives, profile, limit)
     return decision

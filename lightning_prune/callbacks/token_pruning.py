@@ -1,10 +1,7 @@
 """`TokenPruning`, the callback that profiles, plans and patches in a Trainer's evaluation loops."""
 
 from collections.abc import Callable
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from time import perf_counter
 from typing import Any, Literal
 from weakref import ReferenceType, ref
 
@@ -12,30 +9,21 @@ import lightning as L
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from lightning_prune._utils.random_state import preserve_random_state
 from lightning_prune._utils.validation import check_bool
-from lightning_prune.callbacks.batches import BatchShape, batch_shape
-from lightning_prune.callbacks.compiled_run import CompiledRun, is_wrapped_by_compile, warn_if_wrapped_by_compile
+from lightning_prune.callbacks.compiled_run import CompiledRun
 from lightning_prune.callbacks.config import PruningConfig
+from lightning_prune.callbacks.decider import Decider
 from lightning_prune.callbacks.decision import Decision
-from lightning_prune.callbacks.decision_panel import print_decision
-from lightning_prune.callbacks.decision_reuse import DecisionConditions, checked_anew
-from lightning_prune.callbacks.first_batch import FirstBatch, can_run, open_first_batch
-from lightning_prune.callbacks.first_call import FirstCall, watch_first_call
-from lightning_prune.callbacks.given_schedule import time_adaptive, time_given
 from lightning_prune.callbacks.hooks import (
     EvaluationCallback,
     is_command_run,
     trainer_callbacks,
     unpatch_hyperparameters,
 )
-from lightning_prune.callbacks.planned_schedule import planned
-from lightning_prune.callbacks.rank_agreement import join_decision, on_rank_zero
-from lightning_prune.errors import ArgumentError, DataError, UnsupportedModelError
-from lightning_prune.patching import PatchHandle
-from lightning_prune.patching.models.base import calling_with
+from lightning_prune.callbacks.pruned_run import PrunedRun, join_agreements
+from lightning_prune.errors import ArgumentError
 from lightning_prune.planning import Objective
-from lightning_prune.profiling.measurement import ProfilingMode, check_dense
+from lightning_prune.profiling.measurement import ProfilingMode
 from lightning_prune.reduction import Reduction
 from lightning_prune.schedule import KeepRates, Schedule
 
@@ -50,17 +38,21 @@ class TokenPruning(EvaluationCallback):
     pruned: training, the sanity check and checkpoints stay dense. The callback moves to the front of the trainer's
     callbacks, so that the others see the model restored when a run ends or fails.
 
-    What is measured is what runs. If the step passes something else to the transformer than the images of the batch (it
-    resizes or normalises them, casts them, uses an autocast or further arguments), the schedule is decided anew with
-    that. Measuring leaves no trace: the user's forward hooks are not called for it, which a warning says, since no
+    What is measured is what runs. Before anything is measured, `forward` of the module runs up to the transformer, to
+    see what it makes of the images of the batch (another size, precision or normalisation, further arguments). Then the
+    first step is watched, also where it calls a method of the transformer such as `forward_features`, or its blocks: if
+    it passes something else, the schedule is decided anew with that in the time that is left, or a warning gives both
+    figures. Measuring leaves no trace: the user's forward hooks are not called for it, which a warning says, since no
     figure includes what they do; buffers and random generators are put back.
 
     A later run keeps the schedule if it is of the same model under the same conditions (structure, kernels, batch,
     precision, versions). With other weights or images its accuracy is estimated again, and it is planned anew if the
-    objective does not tolerate it.
+    objective does not tolerate it. A later validation of `fit` then plans on the latency profile of the first one, in a
+    quarter of `time_limit` at most.
 
     Under DDP rank 0 decides and every rank gets the same schedule, or the same error, also a rank that gets no batch;
-    strategies that shard the model are refused.
+    a schedule that is decided anew holds on all ranks from their second batch on. Strategies that shard the model are
+    refused.
 
     `pruning/latency_ms`, `pruning/dense_latency_ms`, `pruning/speedup`, `pruning/tokens` and `pruning/removed` go to
     the trainer's loggers and `callback_metrics` (in `predict`, which has no metrics, to the loggers).
@@ -84,10 +76,10 @@ class TokenPruning(EvaluationCallback):
             a quarter of the time limit. Where the dataset cannot be sampled (an IterableDataset, a loader of
             another kind, a sampler that may skip items) the first batch is used unless images or a loader are given.
         images_from_batch: A function from a batch to its images, where a batch is not a tensor, a sequence that
-            begins with one, or a mapping with `image`, `images`, `pixel_values` or `inputs`. With several processes, or
-            where the step passes tensors along with the images, return what the ViT receives.
-        time_limit: Seconds in total for profiling, planning and timing. If the time is short, fewer images and methods
-            are used, and the best schedule that was timed is taken.
+            begins with one, or a mapping with `image`, `images`, `pixel_values` or `inputs`. Where the step, and not
+            `forward`, changes them or passes tensors along with them, return what the ViT receives.
+        time_limit: Seconds in total for profiling, planning and timing in a run, also if it has to decide twice. If the
+            time is short, fewer images and methods are used, and the best schedule that was timed is taken.
         module_path: Dotted path of the transformer in the LightningModule, where there are several.
         enabled: False leaves every run dense; can be changed between runs.
         proxy: What the accuracy is estimated by: `"soft_agreement"` for classes, `"tag_agreement"` for independent
@@ -161,18 +153,12 @@ class TokenPruning(EvaluationCallback):
             verbose=verbose,
         )
         self.enabled = enabled
-        self.decision: Decision | None = None
-        self._decided_for: DecisionConditions | None = None  # None: `decision` holds for no run
-        self._is_fixed = False  # whether `decision` was given by `use`, and holds for all runs
+        self._decider = Decider()
         self._compiled = CompiledRun()
-        self._handle: PatchHandle | None = None
-        self._shape: BatchShape | None = None  # of the run's first batch; None where unknown, or after a warning
+        self._run: PrunedRun | None = None  # on ranks that have a batch
         self._running: ReferenceType[L.Trainer] | None = None  # whose run is pruned
         self._is_idle = False  # whether the run is that of a command
         self._is_decided = False
-        self._waits = False  # until the step calls the transformer
-        self._end_watch: Callable[[], None] | None = None  # of the first call of the transformer in a run
-        self._call_differs = False  # whether steps were seen to pass something else than the images of the batch
 
     @property
     def config(self) -> PruningConfig:
@@ -181,18 +167,17 @@ class TokenPruning(EvaluationCallback):
 
     @config.setter
     def config(self, config: PruningConfig) -> None:
-        self._config, self._decided_for, self._is_fixed, self._call_differs = config, None, False, False
+        self._config = config
+        self._decider.forget()
+
+    @property
+    def decision(self) -> Decision | None:
+        """What was decided last."""
+        return self._decider.decision
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the current run and the measured model: a copy decides again, for the model of its own runs."""
-        return {
-            **vars(self),
-            "_handle": None,
-            "_shape": None,
-            "_running": None,
-            "_decided_for": None,
-            "_end_watch": None,
-        }
+        """Without the current run: a copy decides again, for the model of its own runs."""
+        return {**vars(self), "_run": None, "_running": None}
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Called when a run begins. Refuses a second pruner, and moves this one to the front."""
@@ -220,7 +205,7 @@ class TokenPruning(EvaluationCallback):
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Called when a checkpoint is saved, perhaps during a validation. Keeps the patch out of it."""
-        if self._handle is not None:
+        if self._run is not None:
             unpatch_hyperparameters(checkpoint)
 
     def use(self, decision: Decision) -> None:
@@ -229,7 +214,7 @@ class TokenPruning(EvaluationCallback):
         Args:
             decision: Of this model, on this device, at this batch size and precision.
         """
-        self.decision, self._is_fixed = decision, True
+        self._decider.give(decision)
 
     def _before_batch(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int
@@ -239,147 +224,36 @@ class TokenPruning(EvaluationCallback):
         self._compiled.before_batch(self._config, pl_module, batch, first=batch_idx == 0)
         if not self.enabled:
             return
-        if self._running is None:
-            self._open(trainer, pl_module, batch)
-        elif self._handle is not None and not self._handle.active:
-            raise UnsupportedModelError(
-                f"The patch of this run was removed or replaced before batch {batch_idx}; leave it in place until the "
-                "run ends."
-            )
-        elif self._shape is not None and dataloader_idx == 0:
-            self._check_shape(self._shape, batch, batch_idx)
+        if self._run is None:
+            self._run = PrunedRun(self._config, self._decider)
+            self._run.begin(trainer, pl_module, batch)
+            self._running = ref(trainer)
+        else:
+            self._run.check(batch, batch_idx, dataloader_idx)
 
-    def _open(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any) -> None:
-        with open_first_batch(trainer, pl_module, batch, self.config) as first:
-            self._waits = self._has_to_wait(first)
-            if not self._waits:
-                self._decide_and_patch(first)
-                self._shape = batch_shape(batch, self.config.images_from_batch)
-        self._running = ref(trainer)
-        # Only rank 0 measures.
-        if trainer.is_global_zero and not is_wrapped_by_compile(pl_module, first.transformer):
-            # A copy, since the step may change the images in place.
-            loaded = None if self._is_fixed else first.images.clone()
-            self._end_watch = watch_first_call(first.transformer, partial(self._check_call, first, loaded))
-
-    def _has_to_wait(self, first: FirstBatch) -> bool:
-        """Whether to decide when the step calls the transformer, since the images of the batch are not what it gets.
-
-        Ranks would have to agree on it, so with several processes the images of the batch are measured in any case.
-        """
-        if first.trainer.world_size > 1 or self._is_fixed or is_wrapped_by_compile(first.module, first.transformer):
-            return False
-        return self._call_differs or (self._decided_for is None and not can_run(first))
-
-    def _decide_and_patch(self, first: FirstBatch) -> None:
-        self.decision = on_rank_zero(first.trainer, lambda: self._decide(first))
-        self._is_decided = True
-        if self.decision is not None and self.decision.prunes:
-            schedule = self.decision.deployable(first.transformer)
-            self._handle = PatchHandle(first.transformer, self.decision.reduction, schedule)
-
-    def _check_call(self, first: FirstBatch, loaded: Tensor | None, call: FirstCall) -> None:
-        """Decides anew where the step passes something else to the transformer than what was measured."""
-        self._end_watch = None  # which holds the batch
-        if not self._waits:
-            differences = [] if self.decision is None else call.differences(self.decision.context, loaded)
-            if not differences:
-                return
-            text = f"The step passes {', '.join(differences)} to the Vision Transformer"
-            if self._is_fixed or first.trainer.world_size > 1 or not call.is_repeatable:
-                rank_zero_warn(
-                    f"{text}: the schedule and its latency are for what was measured. `images_from_batch` can return "
-                    "what the transformer receives."
-                )
-                return
-            rank_zero_warn(f"{text}: it is measured again with that, and the schedule is decided anew.")
-            self._decided_for = None
-        self._call_differs, self._waits, self._shape = True, False, None
-        if self._handle is not None:
-            self._handle.remove()
-            self._handle = None
-        with preserve_random_state(), calling_with(first.transformer.root, call.keywords):
-            call = replace(call, loaded=loaded)
-            self._decide_and_patch(FirstBatch(first.trainer, first.module, first.batch, first.config, call))
-
-    def _decide(self, first: FirstBatch) -> Decision | None:
-        """The decision of an earlier run if it holds for this one, else a new one.
-
-        None in training where none can be made, as for outputs that are not finite: that ends no training.
-        """
-        start = perf_counter()
-        check_dense(first.transformer)  # also if nothing is measured: a patch of the user would be replaced
-        if self.decision is not None and self._is_fixed:
-            return self.decision
-        conditions = DecisionConditions.of(first)
-        earlier = self._reused(first, conditions)
-        if earlier is not None:
-            self._decided_for = conditions
-            return earlier
-        warn_if_wrapped_by_compile(first.module, first.transformer)
-        try:
-            decision = replace(self._decide_anew(first), seconds=perf_counter() - start)
-        except DataError as error:
-            if first.trainer.state.fn != "fit":
-                raise
-            rank_zero_warn(f"This validation is dense, as no schedule can be decided: {error}")
-            return None
-        self._decided_for = conditions
-        self._report(decision)
-        return decision
-
-    def _reused(self, first: FirstBatch, conditions: DecisionConditions) -> Decision | None:
-        """The decision of an earlier run, if it holds for this one."""
-        earlier, known = self.decision, self._decided_for
-        if earlier is None or known is None or not known.same_latency(conditions):
-            return None
-        return earlier if known.accuracy == conditions.accuracy else checked_anew(first, earlier)
-
-    def _decide_anew(self, first: FirstBatch) -> Decision:
-        """Plans a schedule, or times what was given, against the dense model."""
-        config = self._config
-        if not config.is_planned:
-            return time_adaptive(first) if config.is_adaptive else time_given(first)
-        if config.verbose and config.protocol == "deployed":
-            print(f"Planning a schedule for this device and batch takes up to {config.time_limit:g} s (`time_limit`).")
-        return planned(first)
-
-    def _check_shape(self, measured: BatchShape, batch: Any, batch_idx: int) -> None:
-        shape = batch_shape(batch, self._config.images_from_batch)
-        if shape is None or shape == measured:
-            return
-        rank_zero_warn(
-            f"Batch {batch_idx} {measured.difference(shape)}. Pruning goes on, but its measured latency is for that "
-            "size."
-        )
-        self._shape = None
+    def _after_batch(self) -> None:
+        if self._run is not None:
+            self._run.after_step()
 
     def _before_figures(self, trainer: L.Trainer) -> None:
-        """Takes part in the decision of the other ranks, where this one had no batch."""
+        """Takes part in what the other ranks agree on, where this one had no batch."""
         if self._running is None and self.enabled and not (self._is_idle or trainer.sanity_checking):
-            joined: Decision | None = join_decision(trainer)
+            joined = join_agreements(trainer)
             if joined is not None:
-                self.decision, self._running = joined, ref(trainer)
+                self._decider.decision, self._running = joined.decision, ref(trainer)
 
     def _figures(self) -> dict[str, float]:
-        is_known = self._running is not None and self.decision is not None and not self._waits
-        return self.decision.metrics() if is_known and self.decision is not None else {}
-
-    def _report(self, decision: Decision) -> None:
-        for difference in decision.differences:
-            rank_zero_warn(f"The schedule was made elsewhere: {difference}.")
-        if self.config.verbose:
-            print_decision(decision)
+        waits = self._run is not None and self._run.waits
+        return self.decision.metrics() if self._running is not None and self.decision is not None and not waits else {}
 
     def _close(self, trainer: L.Trainer) -> None:
         if self._running is not None and self._running() not in (None, trainer):
             return  # a run of another Trainer, which was refused in `setup`
         self._compiled.end()
-        if self._end_watch is not None:
-            self._end_watch()
-        if self._handle is not None:
-            self._handle.remove()
-        self._handle, self._shape, self._running, self._end_watch = None, None, None, None
+        if self._run is not None:
+            self._is_decided = self._is_decided or not self._run.waits
+            self._run.close()
+        self._run, self._running = None, None
 
 
 def config_of(trainer: L.Trainer) -> PruningConfig:

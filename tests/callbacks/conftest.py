@@ -20,10 +20,10 @@ def clockwork(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def decisions(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What was measured in the test: one entry for every profile and every timing of a given schedule."""
-    from lightning_prune.callbacks import planned_schedule, token_pruning
+    from lightning_prune.callbacks import decider, planned_schedule
 
     made: list[str] = []
-    for module, name, entry in ((planned_schedule, "profiled", "plan"), (token_pruning, "time_given", "given")):
+    for module, name, entry in ((planned_schedule, "profiled", "plan"), (decider, "time_given", "given")):
         real = getattr(module, name)
 
         def counted(*args: Any, _real: Any = real, _entry: str = entry, **kwargs: Any) -> Any:

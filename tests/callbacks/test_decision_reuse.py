@@ -195,3 +195,34 @@ def test_outputs_that_are_not_finite_do_not_end_training() -> None:
     with pytest.warns(UserWarning, match="accuracy cannot be estimated here|no schedule can be decided"):
         running.fit(module, loader(4), loader(8))
     assert running.current_epoch == 3
+
+
+@pytest.mark.usefixtures("clockwork")
+def test_a_later_validation_of_fit_plans_on_the_known_profile_within_a_quarter_of_the_limit(
+    decisions: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lightning_prune.callbacks import planned_schedule
+
+    class Learning(Tiny):
+        def on_validation_start(self) -> None:
+            if self.trainer.current_epoch == 1:
+                sensitive(self)
+
+    module, callback = Learning(noise=0.5), pruner(**BUDGET, use_cache=False)
+    module.load_state_dict(tolerant().state_dict())
+    asked: list[dict[str, Any]] = []
+    plan_many = planned_schedule.plan_many
+
+    def plan(*args: Any, **kwargs: Any) -> Any:
+        asked.append(kwargs)
+        return plan_many(*args, **kwargs)
+
+    monkeypatch.setattr(planned_schedule, "plan_many", plan)
+    running = trainer(callback, max_epochs=2, num_sanity_val_steps=0, limit_train_batches=1)
+    running.fit(module, loader(4), loader(8))
+    first, later = asked
+    assert decisions == ["plan"]  # one latency profile
+    assert later["profile"] is first["profile"]
+    assert 0.25 < first["time_limit"] <= 1.0
+    assert later["time_limit"] <= 0.25
+    assert callback.decision.reused

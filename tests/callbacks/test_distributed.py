@@ -190,3 +190,56 @@ def test_no_batch_on_any_rank_is_no_error_of_pruning(counted: list[dict[str, Any
         assert (found["error"], found["removed"]) == (None, None)
         assert found["errors"][:2] == [None, None]
         assert found["errors"][2].startswith("DataError: ")
+
+
+def test_a_step_that_changes_images_is_measured_again_after_the_first_batch(counted: list[dict[str, Any]]) -> None:
+    """On rank 0 alone, and all ranks take the new schedule at the same batch."""
+    first, second = (rank["halved"]["first"] for rank in counted)
+    assert (first["error"], second["error"]) == (None, None)
+    assert (first["measured"], second["measured"]) == (["time_given", "time_given"], [])
+    assert first["dense_tokens"] == second["dense_tokens"] == 17
+    assert first["removed"] == second["removed"] == [0, 8, 0, 0]
+    assert first["steps"] == second["steps"] == [9, 9]
+    (text,) = first["warned"]
+    assert "images (4, 3, 32, 32) instead of (4, 3, 64, 64)" in text
+    assert "after this batch" in text
+    assert second["warned"] == []
+
+
+def test_the_next_run_of_two_ranks_keeps_that_schedule(counted: list[dict[str, Any]]) -> None:
+    for rank in counted:
+        found = rank["halved"]["second"]
+        assert (found["error"], found["warned"], found["dense_tokens"]) == (None, [], 17)
+        assert found["measured"] == []
+        assert found["steps"] == [9] * 4  # of both runs
+
+
+def test_two_ranks_plan_again_and_agree(counted: list[dict[str, Any]]) -> None:
+    first, second = (rank["halved"]["planned"] for rank in counted)
+    assert (first["error"], second["error"]) == (None, None)
+    assert (first["measured"], second["measured"]) == (["plan_many", "plan_many"], [])
+    assert first["removed"] == second["removed"]
+    assert first["dense_tokens"] == second["dense_tokens"] == 17
+    assert first["steps"] == second["steps"]
+    assert first["steps"][1] == 17 - sum(first["removed"])
+
+
+def test_what_forward_changes_is_measured_once_before_the_first_batch(counted: list[dict[str, Any]]) -> None:
+    first, second = (rank["halved"]["in forward"] for rank in counted)
+    assert (first["error"], second["error"]) == (None, None)
+    assert (first["measured"], second["measured"]) == (["time_given"], [])
+    assert first["dense_tokens"] == second["dense_tokens"] == 17
+    assert first["steps"] == second["steps"] == [9, 9]
+    assert first["warned"] == second["warned"] == []
+
+
+@pytest.mark.parametrize("name", ["one rank skips", "uneven"])
+def test_ranks_agree_though_one_does_not_call_the_transformer_or_has_fewer_batches(
+    counted: list[dict[str, Any]], name: str
+) -> None:
+    first, second = (rank["halved"][name] for rank in counted)
+    assert (first["error"], second["error"]) == (None, None)
+    assert first["measured"] == ["time_given", "time_given"]
+    assert first["dense_tokens"] == second["dense_tokens"] == 17
+    assert (first["steps"], second["steps"]) == ([9, 9], [9])
+    assert first["metrics"] == second["metrics"]

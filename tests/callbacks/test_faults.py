@@ -333,12 +333,12 @@ def test_an_error_while_profiling_leaves_the_model_as_it_was(
 def test_an_error_in_a_function_of_the_callback_leaves_the_model_as_it_was(
     name: str, bystanders: Bystanders, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lightning_prune.callbacks import first_batch, planned_schedule, token_pruning
+    from lightning_prune.callbacks import decider, first_batch, planned_schedule, pruned_run
 
     def fail(*_: Any, **__: Any) -> Any:
         raise Fault(name)
 
-    home = next(module for module in (token_pruning, first_batch, planned_schedule) if hasattr(module, name))
+    home = next(module for module in (pruned_run, decider, first_batch, planned_schedule) if hasattr(module, name))
     monkeypatch.setattr(home, name, fail)
     module = Tiny()
     account = Account(module, bystanders)

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 import lightning_prune as lp
 from helpers.data import loader, noise_images
 from helpers.models import TOKENS, tiny_vit
-from lightning_prune.callbacks import TokenPruning
+from lightning_prune.callbacks import TokenPruning, decider
 from lightning_prune.runtimes import parse_runtime
 
 from .tiny import Snapshot, Stream, Tiny, pruner, stop_counting, trainer, validated
@@ -216,14 +216,14 @@ def test_model_is_restored_after_an_error_while_deciding(forward: int) -> None:
 
 
 def test_model_is_restored_after_an_error_in_reporting(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(self: TokenPruning, decision: Any) -> None:
+    def fail(decision: Any) -> None:
         raise Stop("reporting")
 
-    monkeypatch.setattr(TokenPruning, "_report", fail)
+    monkeypatch.setattr(decider, "print_decision", fail)
     module = Tiny()
     before = Snapshot(module)
     with pytest.raises(Stop, match="reporting"):
-        validated(pruner(), module)
+        validated(pruner(verbose=True), module)
     before.assert_unchanged()
 
 

@@ -28,7 +28,7 @@ import lightning_prune as lp
 from helpers.data import loader, noise_images
 from helpers.models import TOKENS, tiny_vit
 from lightning_prune import ImageClassifier
-from lightning_prune.callbacks import TokenPruning, planned_schedule, token_pruning
+from lightning_prune.callbacks import TokenPruning, decider, planned_schedule
 from lightning_prune.patching.class_swap import is_patched_module
 
 
@@ -46,10 +46,54 @@ class Scored(Tiny):
         self.log("loss", torch.nn.functional.cross_entropy(logits, batch[1]), sync_dist=True)
 
 
-def run(callback: TokenPruning, data: Any = None, **options: Any) -> dict[str, Any]:
+class Halving(Tiny):
+    """Halves the size of the images in its step, and in `forward` only if asked; this rank may skip its first step."""
+
+    def __init__(self, in_forward: bool = False, skips: bool = False) -> None:
+        super().__init__(dynamic_img_size=True)
+        self.in_forward, self.skips = in_forward, skips
+
+    def half(self, images: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.interpolate(images, 32)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.vit(self.half(images) if self.in_forward else images)
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        if not (self.skips and batch_idx == 0):
+            self.step("val", batch if self.in_forward else self.half(batch))
+
+
+def large(count: int = 16) -> DataLoader[Any]:
+    """Images of twice the size that reaches the transformer."""
+    return DataLoader(noise_images(count, size=64, seed=1), 4)
+
+
+class UnevenLarge(IterableDataset[Any]):
+    """A stream of eight large images for rank 0, and of four for rank 1."""
+
+    def __iter__(self) -> Any:
+        yield from noise_images(8 if torch.distributed.get_rank() == 0 else 4, size=64, seed=1)
+
+
+def halved(**ddp: Any) -> dict[str, Any]:
+    """Runs of modules whose step passes other images to the transformer than those of the batch."""
+    found, callback, module = {}, pruner(schedule=0.5, time_limit=0.01), Halving()
+    for name in ("first", "second"):  # with one callback and one module, as in fit
+        found[name] = run(callback, large(), module, **ddp)
+    found["planned"] = run(pruner(time_limit=0.01), large(), Halving(), **ddp)
+    found["in forward"] = run(pruner(schedule=0.5), large(), Halving(in_forward=True), **ddp)
+    skips = int(os.environ.get("LOCAL_RANK", 0)) == 1
+    found["one rank skips"] = run(pruner(schedule=0.5), large(), Halving(skips=skips), **ddp)
+    uneven = {**ddp, "use_distributed_sampler": False}
+    found["uneven"] = run(pruner(schedule=0.5), DataLoader(UnevenLarge(), 4), Halving(), **uneven)
+    return found
+
+
+def run(callback: TokenPruning, data: Any = None, module: Any = None, **options: Any) -> dict[str, Any]:
     """One validation: what was decided, seen and logged; `measured` counts what this process measured."""
     measured: list[str] = []
-    places: dict[str, Any] = {"plan_many": planned_schedule, "time_given": token_pruning}
+    places: dict[str, Any] = {"plan_many": planned_schedule, "time_given": decider}
     real = {name: getattr(place, name) for name, place in places.items()}
     for name, place in places.items():
 
@@ -58,13 +102,16 @@ def run(callback: TokenPruning, data: Any = None, **options: Any) -> dict[str, A
             return real[_name](*args, **kwargs)
 
         setattr(place, name, counted)
-    module = Scored() if data is None else Tiny()  # what a step logs, Lightning expects of each rank
+    if module is None:
+        module = Scored() if data is None else Tiny()  # what a step logs, Lightning expects of each rank
     trainer = L.Trainer(callbacks=[callback], **{**OPTIONS, **options})
     error = None
-    try:
-        trainer.validate(module, loader(32) if data is None else data, verbose=False)
-    except Exception as caught:
-        error = f"{type(caught).__name__}: {caught}"
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        try:
+            trainer.validate(module, loader(32) if data is None else data, verbose=False)
+        except Exception as caught:
+            error = f"{type(caught).__name__}: {caught}"
     for name, function in real.items():
         setattr(places[name], name, function)
     decision = callback.decision
@@ -73,6 +120,9 @@ def run(callback: TokenPruning, data: Any = None, **options: Any) -> dict[str, A
         "measured": measured,
         "removed": list(decision.schedule.removed) if decision else None,
         "tokens": sorted(module.tokens()),
+        "steps": [step.tokens for step in module.steps],
+        "dense_tokens": decision.dense_tokens if decision else None,
+        "warned": [str(each.message) for each in told if "Vision Transformer" in str(each.message)],
         "images": module.seen(),
         "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
         "error": error,
@@ -214,6 +264,7 @@ def main(path: Path) -> None:
     found["unreadable"] = run(pruner(images_from_batch=only_unlucky_on(0)), **ddp)
     found["tolerated"] = run(pruner(schedule=6, images_from_batch=only_unlucky_on(1)), **ddp)
     counted["empty"] = {str(ranks): without_batches(*ranks) for ranks in ((0,), (1,), ())}
+    counted["halved"] = halved(**ddp)
     for name, data in LOADERS.items():
         counted["two"][name] = classified(data, name == "one odd", **ddp)
     counted["own shards"] = classified(own_shards, use_distributed_sampler=False, **ddp)
