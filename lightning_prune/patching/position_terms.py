@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from lightning_prune.reduction.portable import exact_product, is_portable, one_hot
+
 
 def patch_positions(positions: Tensor, num_prefix_tokens: int) -> Tensor:
     """Converts positions among all tokens to positions among the patch tokens.
@@ -34,6 +36,8 @@ def take_rotation(table: Tensor, index: Tensor, neutral: Tensor) -> Tensor:
     count = table.shape[-2]
     table = torch.cat((table, neutral.to(table).expand(*table.shape[:-2], 1, -1)), dim=-2)
     index = torch.where(index < 0, count, index)
+    if is_portable():
+        return exact_product(one_hot(index, count + 1).to(table.dtype).unsqueeze(1), table)
     if table.ndim == 2:
         return table[index].unsqueeze(1)
     if table.ndim == 3:
@@ -61,6 +65,9 @@ def take_bias(bias: Tensor, positions: Tensor, num_prefix_tokens: int) -> Tensor
     bias = torch.cat((bias, bias[:, :, num_prefix_tokens:].mean(dim=2, keepdim=True)), dim=2)
     bias = torch.cat((bias, bias[..., num_prefix_tokens:].mean(dim=3, keepdim=True)), dim=3)
     index = torch.where(positions < 0, count, positions)
+    if is_portable():
+        chosen = one_hot(index, count + 1).to(bias.dtype).unsqueeze(1)
+        return exact_product(exact_product(chosen, bias), chosen.transpose(2, 3))
     batch, left = index.shape
     pairs = (index[:, :, None] * (count + 1) + index[:, None, :]).flatten(1)
     table = bias.flatten(2).expand(batch, -1, -1)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_prune.reduction.base import ReductionOutput
+from lightning_prune.reduction.functional import take_values
 
 T = TypeVar("T")
 
@@ -130,11 +131,11 @@ def next_token_state(
     positions, sources, sizes = reduced.positions, reduced.sources, reduced.sizes
     if arrived is not None:
         if sizes is None and arrived.sizes is not None:  # of an earlier block, whose method keeps them
-            sizes = torch.where(positions < 0, 1, arrived.sizes.gather(1, positions.clamp(min=0)))
+            sizes = torch.where(positions < 0, 1, take_values(arrived.sizes, positions.clamp(min=0)))
         if positions_needed:
-            original = arrived.positions.gather(1, positions.clamp(min=0))
+            original = take_values(arrived.positions, positions.clamp(min=0))
             positions = torch.where(positions < 0, -1, original)
         if sources is not None and arrived.sources is not None:
-            sources = sources.gather(1, arrived.sources)
+            sources = take_values(sources, arrived.sources)
     log_sizes = sizes.log()[:, None, None].to(reduced.tokens.dtype) if weighs_keys and sizes is not None else None
     return TokenState(positions.shape[1], [], positions if positions_needed else None, sizes, log_sizes, sources)

@@ -2,9 +2,11 @@
 
 from lightning_prune.reduction.base import AttentionInputs, Reduction, ReductionOutput, TokenSequence
 from lightning_prune.reduction.cls_attention import EViT, TopK, evit, topk, topk_scores
-from lightning_prune.reduction.functional import merge_into_nearest, sources_of
+from lightning_prune.reduction.functional import sources_of
+from lightning_prune.reduction.merging import merge_into_nearest
 from lightning_prune.reduction.pixel_variance import VWTIntra, vwt_intra
 from lightning_prune.reduction.pomt import POMT, pomt_reduce, pomt_scores
+from lightning_prune.reduction.portable import portable_graph
 from lightning_prune.reduction.random_drop import RandomDrop
 from lightning_prune.reduction.registry import METHODS, names, resolve, spec_of
 from lightning_prune.reduction.representation_shift import RepresentationShift, shift, shift_scores
@@ -32,6 +34,7 @@ __all__ = [
     "names",
     "pomt_reduce",
     "pomt_scores",
+    "portable_graph",
     "resolve",
     "shift",
     "shift_scores",

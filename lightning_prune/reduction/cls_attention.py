@@ -8,11 +8,9 @@ from torch import Tensor
 from lightning_prune.reduction.base import AttentionInputs, Reduction, ReductionOutput, TokenSequence
 from lightning_prune.reduction.functional import (
     attention_probabilities,
-    best_in_order,
     keep_best,
     precise_product,
-    take_tokens,
-    with_prefix,
+    select_best,
 )
 
 
@@ -123,15 +121,14 @@ def evit(
         tensor(-1)
     """
     scores = topk_scores(attention, num_prefix_tokens, has_class_token)
-    kept = best_in_order(scores, scores.shape[1] - remove - 1)
-    index = with_prefix(kept, num_prefix_tokens)
+    kept = select_best(scores, scores.shape[1] - remove - 1, num_prefix_tokens)
     # One product over all tokens, in which the kept ones have weight 0, is faster than gathering the others. Adding
     # `tiny` only changes scores that are zero.
-    weights = (scores + torch.finfo(scores.dtype).tiny).scatter(1, kept, 0.0)
+    weights = kept.clear(scores + torch.finfo(scores.dtype).tiny)
     weights = weights / weights.sum(dim=1, keepdim=True)
     fused = precise_product(weights.unsqueeze(1), tokens[:, num_prefix_tokens:].to(weights.dtype)).to(tokens.dtype)
-    nowhere = index.new_full((index.shape[0], 1), -1)
-    return ReductionOutput(torch.cat((take_tokens(tokens, index), fused), dim=1), torch.cat((index, nowhere), dim=1))
+    nowhere = kept.positions.new_full((tokens.shape[0], 1), -1)
+    return ReductionOutput(torch.cat((kept.take(tokens), fused), dim=1), torch.cat((kept.positions, nowhere), dim=1))
 
 
 class EViT(Reduction):

@@ -1,10 +1,19 @@
-"""Tensor operations shared by the reductions: selecting, gathering, fusing and merging tokens."""
+"""Tensor operations shared by the reductions: reading attention, and selecting tokens."""
+
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_prune.reduction.base import AttentionInputs, ReductionOutput
+from lightning_prune.reduction.portable import (
+    descending_ranks,
+    exact_product,
+    is_portable,
+    one_hot,
+    selection_matrix,
+    whole_numbers,
+)
 
 
 def attention_probabilities(attention: AttentionInputs, queries: slice = slice(None)) -> Tensor:
@@ -55,19 +64,77 @@ def precise_product(one: Tensor, other: Tensor) -> Tensor:
     Returns:
         (B, M, N) of that dtype.
     """
+    if is_exported():  # a runtime would really add the zeros
+        return exact_product(one, other)
     return one.new_zeros(one.shape[0], one.shape[1], other.shape[2]).baddbmm_(one, other)
 
 
-def best_in_order(scores: Tensor, keep: int) -> Tensor:
+def is_exported() -> bool:
+    """Whether the operations are being recorded for a runtime, by `torch.export` or in the portable form.
+
+    What runtimes lack or compute slowly is then written in another way, with the same result.
+    """
+    return is_portable() or torch.compiler.is_exporting()
+
+
+class Selection(NamedTuple):
+    """The patch tokens that are kept of each image, in their order. M = N - P patch tokens, of which K are kept."""
+
+    patch_indices: Tensor  # (B, K) int64, ascending indices among the patch tokens
+    positions: Tensor  # (B, P + K) int64, ascending indices among all tokens, prefix tokens included
+    matrix: Tensor | None = None  # (B, K, M) zeros and ones, in the portable form
+
+    def take(self, tokens: Tensor) -> Tensor:
+        """The prefix tokens and the kept ones: (B, N, C) -> (B, P + K, C)."""
+        if self.matrix is None:
+            return take_tokens(tokens, self.positions)
+        prefix = tokens.shape[1] - self.matrix.shape[2]
+        kept = precise_product(self.matrix.to(tokens.dtype), tokens[:, prefix:])
+        return torch.cat((tokens[:, :prefix], kept), dim=1)
+
+    def clear(self, values: Tensor) -> Tensor:
+        """The values (B, M) of the patch tokens, with 0 for the kept ones."""
+        if self.matrix is None:
+            return values.scatter(1, self.patch_indices, 0.0)
+        return values * (1 - self.matrix.to(values.dtype).sum(dim=1))
+
+
+def select_best(scores: Tensor, keep: int, num_prefix_tokens: int, stable: bool = False) -> Selection:
+    """Selects the `keep` patch tokens of each image with the highest scores.
+
+    Args:
+        scores: (B, N - P).
+        keep: K, at most N - P.
+        num_prefix_tokens: P, the first tokens, which are kept too.
+        stable: Whether the first of equal scores is preferred on every device. It always is in the portable form;
+            `topk` prefers any of them.
+    """
+    if is_portable():
+        matrix = selection_matrix(descending_ranks(scores) < keep, keep)
+        # The indices are used only by models that pass positions to their blocks; others export without them.
+        index = (matrix * whole_numbers(0, scores.shape[1], scores)).sum(dim=2).to(torch.int64)
+        return Selection(index, with_prefix(index, num_prefix_tokens), matrix)
+    index = best_in_order(scores, keep, stable)
+    return Selection(index, with_prefix(index, num_prefix_tokens))
+
+
+def best_in_order(scores: Tensor, keep: int, stable: bool = False) -> Tensor:
     """Indices of the `keep` highest scores of each row, in ascending order.
 
     Args:
         scores: (B, M).
         keep: At most M.
+        stable: Whether the first of equal scores is preferred; else any of them.
 
     Returns:
         (B, keep) int64, ascending.
     """
+    if is_exported():
+        # ONNX has no stable sort, ExecuTorch no sort, and TensorRT demands that the result of TopK is sorted.
+        ranked = -descending_ranks(scores) if stable else scores
+        return ranked.topk(keep, dim=-1).indices.topk(keep, dim=-1, largest=False).values
+    if stable:
+        return scores.sort(dim=-1, descending=True, stable=True).indices[:, :keep].sort(dim=-1).values
     return scores.topk(keep, dim=-1, sorted=False).indices.sort(dim=-1).values
 
 
@@ -77,16 +144,19 @@ def take_tokens(tokens: Tensor, index: Tensor) -> Tensor:
     `index_select` copies complete rows; `gather`, which looks up every channel, is several times slower on a CPU.
     """
     batch, count, channels = tokens.shape
+    if is_portable():
+        return precise_product(one_hot(index, count).to(tokens.dtype), tokens)
     first = torch.arange(batch, device=index.device).unsqueeze(1) * count
     return tokens.flatten(0, 1).index_select(0, (index + first).flatten()).view(batch, index.shape[1], channels)
 
 
-def add_rows_(table: Tensor, index: Tensor, rows: Tensor) -> Tensor:
-    """Adds rows (R, C) in place to the rows of a table (M, C) at the given indices (R,), which may repeat.
-
-    `index_add_` does the same but takes three times as long on a CPU.
-    """
-    return table.scatter_add_(0, index.unsqueeze(1).expand_as(rows), rows)
+def take_values(values: Tensor, index: Tensor) -> Tensor:
+    """Selects a value of each image by index: (B, N) and (B, K) -> (B, K), of the dtype of the values."""
+    if is_portable():
+        precise = torch.promote_types(values.dtype, torch.float32)
+        chosen = one_hot(index, values.shape[1]).to(precise) * values.to(precise).unsqueeze(1)
+        return chosen.sum(dim=2).to(values.dtype)
+    return values.gather(1, index)
 
 
 def with_prefix(index: Tensor, num_prefix_tokens: int) -> Tensor:
@@ -137,117 +207,5 @@ def keep_best(tokens: Tensor, scores: Tensor, remove: int, num_prefix_tokens: in
     Returns:
         N - R tokens.
     """
-    index = with_prefix(best_in_order(scores, scores.shape[1] - remove), num_prefix_tokens)
-    return ReductionOutput(take_tokens(tokens, index), index)
-
-
-def merge(
-    tokens: Tensor, source: Tensor, destination: Tensor, sizes: Tensor | None = None, trace: bool = False
-) -> ReductionOutput:
-    """Merges source tokens into destination tokens; the tokens that are left keep their order.
-
-    A destination becomes the mean of itself and its sources, weighted by size, and keeps its position. All other tokens
-    are returned bit-identically. Sums are computed in float32 or float64. On CUDA, several sources of the same
-    destination are added in arbitrary order, unless `torch.use_deterministic_algorithms(True)` is set.
-
-    Args:
-        tokens: (B, N, C).
-        source: (B, R) tokens to merge, without duplicates.
-        destination: (B, R) the token that each source is merged into, not a source itself. Destinations may repeat.
-        sizes: (B, N) number of patches merged into each token; None if all are 1.
-        trace: Whether to return `ReductionOutput.sources`.
-
-    Returns:
-        N - R tokens in the dtype of `tokens`, their positions (for a merged token that of the destination), and their
-        sizes in float32 or float64.
-
-    Source: arXiv 2210.09461, section 3 (merging by a size-weighted average).
-
-    Example:
-        >>> import torch
-        >>> from lightning_prune.reduction.functional import merge
-        >>> merged = merge(torch.tensor([[[1.0], [2.0], [3.0], [9.0]]]), torch.tensor([[1]]), torch.tensor([[2]]))
-        >>> merged.tokens.flatten().tolist(), merged.positions.tolist(), merged.sizes.tolist()
-        ([1.0, 2.5, 9.0], [[0, 2, 3]], [[1.0, 2.0, 1.0]])
-    """
-    batch, count, channels = tokens.shape
-    left = count - source.shape[1]
-    precise = torch.promote_types(tokens.dtype, torch.float32)
-    table = tokens.flatten(0, 1)
-    sizes = tokens.new_ones(batch * count, dtype=precise) if sizes is None else sizes.to(precise).flatten()
-
-    # The images form one table. `row` is the index, from 1, of each kept row among the kept ones; sources write to row
-    # 0, which is cut off. The code uses few kinds of operations, because the first call of each is the slow one when
-    # the caches are full of weights.
-    ones = torch.ones(batch * count, dtype=torch.int64, device=tokens.device)
-    index = ones.cumsum(0) - 1
-    first = index[::count].unsqueeze(1)
-    source_row, destination_row = (source + first).flatten(), (destination + first).flatten()
-    row = ones.scatter(0, source_row, 0).cumsum(0)
-    target = row.index_select(0, destination_row) - 1
-    kept = index.new_empty(batch * left + 1).scatter(0, row.scatter(0, source_row, 0), index)[1:]
-
-    moved = sizes.index_select(0, source_row)
-    left_sizes = sizes.index_select(0, kept).scatter_add_(0, target, moved)
-    share = (moved / left_sizes.index_select(0, target)).unsqueeze(1)
-
-    # The mean is computed as a shift of each destination: this reads only the rows that are merged and needs no product
-    # of all tokens with their sizes. A matrix product would be rounded to half precision by autocast.
-    shift = (table.index_select(0, source_row).to(precise) - table.index_select(0, destination_row).to(precise)) * share
-    merged = add_rows_(table.index_select(0, kept).to(precise), target, shift)
-
-    sources = None
-    if trace:
-        offsets = (index[: batch * left : left] + 1).unsqueeze(1)
-        sources = row.scatter(0, source_row, target + 1).view(batch, count) - offsets
-    return ReductionOutput(
-        merged.view(batch, left, channels).to(tokens.dtype),
-        kept.view(batch, left) - first,
-        left_sizes.view(batch, left),
-        sources,
-    )
-
-
-def merge_into_nearest(
-    tokens: Tensor,
-    key: Tensor,
-    scores: Tensor,
-    remove: int,
-    num_prefix_tokens: int,
-    sizes: Tensor | None = None,
-    trace: bool = False,
-) -> ReductionOutput:
-    """Keeps the N - P - R patch tokens with the highest scores; merges each other one into the most similar of them.
-
-    As in ToMe (arXiv 2210.09461, section 3), similarity is the cosine of the block's keys, averaged over heads. It is
-    computed between dropped and kept tokens only. See `merge` for the merging.
-
-    Args:
-        tokens: (B, N, C).
-        key: (B, H, N, D), keys of the block.
-        scores: (B, N - P).
-        remove: R, from 1 to N - P - 1.
-        num_prefix_tokens: P, the first tokens, which are kept unchanged.
-        sizes: (B, N) number of patches merged into each token; None if all are 1.
-        trace: Whether to return `ReductionOutput.sources`.
-
-    Returns:
-        N - R tokens in their order, and their sizes (float32; float64 if the tokens are).
-
-    Example:
-        >>> import torch
-        >>> from lightning_prune.reduction import merge_into_nearest
-        >>> key = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.1]]).view(1, 1, 3, 2)
-        >>> tokens, scores = torch.tensor([[[4.0], [9.0], [6.0]]]), torch.tensor([[3.0, 2.0, 1.0]])
-        >>> merged = merge_into_nearest(tokens, key, scores, remove=1, num_prefix_tokens=0)
-        >>> merged.tokens.flatten().tolist(), merged.sizes.tolist()
-        ([5.0, 9.0], [[2.0, 1.0]])
-    """
-    order = scores.argsort(dim=-1, descending=True) + num_prefix_tokens
-    kept, dropped = order[:, : scores.shape[1] - remove], order[:, scores.shape[1] - remove :]
-    # `mean` with a dtype is a single pass over the keys, and half precision would cause many ties. The keys of dropped
-    # tokens are not normalised, because their norm does not change which kept token is the most similar.
-    metric = key.mean(dim=1, dtype=torch.promote_types(key.dtype, torch.float32))
-    candidates = F.normalize(take_tokens(metric, kept), dim=-1)
-    similarity = precise_product(take_tokens(metric, dropped), candidates.transpose(1, 2))
-    return merge(tokens, dropped, kept.gather(1, similarity.argmax(dim=-1)), sizes, trace)
+    kept = select_best(scores, scores.shape[1] - remove, num_prefix_tokens)
+    return ReductionOutput(kept.take(tokens), kept.positions)

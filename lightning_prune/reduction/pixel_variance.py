@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_prune.reduction.base import Reduction, ReductionOutput, TokenSequence
-from lightning_prune.reduction.functional import take_tokens, with_prefix
+from lightning_prune.reduction.functional import select_best
 from lightning_prune.reduction.patchify import cut_like
 
 
@@ -53,10 +53,9 @@ def vwt_intra(tokens: Tensor, pixels: Tensor, remove: int, num_prefix_tokens: in
     count = tokens.shape[1]
     keep = count - num_prefix_tokens - remove
     variances = patch_variances(pixels, count - num_prefix_tokens)
-    # Sorting is stable: ties are common (saturated sky), and `topk` may break them depending on the batch size.
-    ranked = variances.sort(dim=-1, descending=True, stable=True).indices
-    index = with_prefix(ranked[:, :keep].sort(dim=-1).values, num_prefix_tokens)
-    return ReductionOutput(take_tokens(tokens, index), index)
+    # Ties are common (saturated sky), and `topk` may break them depending on the batch size.
+    kept = select_best(variances, keep, num_prefix_tokens, stable=True)
+    return ReductionOutput(kept.take(tokens), kept.positions)
 
 
 class VWTIntra(Reduction):

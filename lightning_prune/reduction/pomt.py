@@ -9,12 +9,10 @@ from lightning_prune._utils.validation import check_bool, check_choice
 from lightning_prune.reduction.base import AttentionInputs, Reduction, ReductionOutput, TokenSequence
 from lightning_prune.reduction.functional import (
     attention_probabilities,
-    best_in_order,
     is_half_on_cpu,
-    merge_into_nearest,
-    take_tokens,
-    with_prefix,
+    select_best,
 )
+from lightning_prune.reduction.merging import merge_into_nearest
 
 _CHUNK = {"cpu": 2**20}  # attention probabilities per image in a chunk, so that it fits into the cache
 _DEFAULT_CHUNK = 2**24  # enough to keep a GPU busy, with limited memory
@@ -80,15 +78,14 @@ def pomt_reduce(tokens: Tensor, attention: AttentionInputs, remove: int, num_pre
         torch.Size([2, 12, 32])
     """
     keep = tokens.shape[1] - num_prefix_tokens - remove - 1
-    kept = best_in_order(pomt_scores(attention, num_prefix_tokens), keep)
-    index = with_prefix(kept, num_prefix_tokens)
-    left = take_tokens(tokens, index)
+    kept = select_best(pomt_scores(attention, num_prefix_tokens), keep, num_prefix_tokens)
+    left = kept.take(tokens)
     # The difference of two sums is faster than gathering the dropped tokens.
     precise = torch.promote_types(tokens.dtype, torch.float32)
     dropped = tokens.sum(dim=1, keepdim=True, dtype=precise) - left.sum(dim=1, keepdim=True, dtype=precise)
     mean = (dropped / (remove + 1)).to(tokens.dtype)
-    fused = index.new_full((index.shape[0], 1), -1)
-    return ReductionOutput(torch.cat((left, mean), dim=1), torch.cat((index, fused), dim=1))
+    fused = kept.positions.new_full((tokens.shape[0], 1), -1)
+    return ReductionOutput(torch.cat((left, mean), dim=1), torch.cat((kept.positions, fused), dim=1))
 
 
 class POMT(Reduction):

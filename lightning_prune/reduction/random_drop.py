@@ -1,15 +1,16 @@
 """Random pruning: the baseline that every method must beat, and the reduction of the POMT paper's latency profiles."""
 
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from lightning_prune._utils.validation import check_choice, check_int
 from lightning_prune.reduction.base import Reduction, ReductionOutput, TokenSequence
-from lightning_prune.reduction.functional import best_in_order, take_tokens, with_prefix
+from lightning_prune.reduction.functional import is_exported, keep_best
 
 _MASK = 0xFFFFFFFF
+Bits = TypeVar("Bits", int, Tensor)
 
 
 def random_scores(count: int, seed: int, device: torch.device) -> Tensor:
@@ -17,16 +18,23 @@ def random_scores(count: int, seed: int, device: torch.device) -> Tensor:
 
     It is computed from `seed` and the position by integer arithmetic (the 32-bit finaliser of MurmurHash3), not by a
     generator. So it needs no state and no host synchronisation, is the same on every device, and can be traced by
-    `torch.compile`.
+    `torch.compile`. An exported graph holds the numbers, because not every runtime has operations on bits.
 
     Returns:
         (count,) float32.
     """
     start = (seed * 0x9E3779B9 + 0x85EBCA6B) & _MASK
-    value = (torch.arange(1, count + 1, device=device) * 0x9E3779B1 + start) & _MASK
+    if is_exported() and isinstance(count, int):
+        numbers = [_mixed(place * 0x9E3779B1 + start & _MASK) / 2**32 for place in range(1, count + 1)]
+        return torch.tensor(numbers, dtype=torch.float32, device=device)
+    return _mixed(torch.arange(1, count + 1, device=device) * 0x9E3779B1 + start & _MASK).float() / 2.0**32
+
+
+def _mixed(value: Bits) -> Bits:
+    """The finaliser of MurmurHash3 on 32-bit numbers, of a tensor or of Python."""
     value = ((value ^ (value >> 16)) * 0x85EBCA6B) & _MASK
     value = ((value ^ (value >> 13)) * 0xC2B2AE35) & _MASK
-    return (value ^ (value >> 16)).float() / 2.0**32
+    return value ^ (value >> 16)
 
 
 class RandomDrop(Reduction):
@@ -54,8 +62,7 @@ class RandomDrop(Reduction):
         batch, tokens, _ = sequence.tokens.shape
         patches = tokens - sequence.num_prefix_tokens
         scores = random_scores(patches, self.seed, sequence.tokens.device).expand(batch, -1)
-        index = with_prefix(best_in_order(scores, patches - remove), sequence.num_prefix_tokens)
-        return ReductionOutput(take_tokens(sequence.tokens, index), index)
+        return keep_best(sequence.tokens, scores, remove, sequence.num_prefix_tokens)
 
     def max_removed(self, tokens: int, num_prefix_tokens: int) -> int:
         """All patch tokens except one."""

@@ -8,7 +8,9 @@ from torch import Tensor
 from lightning_prune._utils.validation import check, check_between, check_bool, check_choice, check_int
 from lightning_prune.errors import ScheduleError
 from lightning_prune.reduction.base import Reduction, ReductionOutput, TokenSequence
-from lightning_prune.reduction.functional import merge, precise_product
+from lightning_prune.reduction.functional import is_exported, precise_product
+from lightning_prune.reduction.merging import merge, merge_into_targets
+from lightning_prune.reduction.portable import descending_ranks, first_index, is_portable, whole_numbers
 from lightning_prune.schedule import Schedule
 
 
@@ -171,14 +173,48 @@ def bipartite_matching(key: Tensor, remove: int, num_prefix_tokens: int) -> tupl
         >>> bipartite_matching(key, remove=1, num_prefix_tokens=0)
         (tensor([[3]]), tensor([[0]]))
     """
+    similarity, destination = _pair_similarity(key, num_prefix_tokens).max(dim=-1)
+    source = similarity.topk(remove, dim=-1, sorted=is_exported()).indices  # TensorRT demands a sorted result
+    return source * 2 + (num_prefix_tokens + 1), destination.gather(1, source) * 2 + num_prefix_tokens
+
+
+def matched_targets(key: Tensor, remove: int, num_prefix_tokens: int) -> Tensor:
+    """The portable form of `bipartite_matching`; of equally similar pairs the first is merged.
+
+    Args:
+        key: (B, H, N, D).
+        remove: R.
+        num_prefix_tokens: P.
+
+    Returns:
+        (B, N) float32, index of the token that each token is merged into; those that are left have their own.
+
+    Example:
+        >>> import torch
+        >>> from lightning_prune.reduction.tome import matched_targets
+        >>> key = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.1], [0.9, 0.0]]).view(1, 1, 4, 2)
+        >>> matched_targets(key, remove=1, num_prefix_tokens=0)
+        tensor([[0., 1., 2., 0.]])
+    """
+    similarity = _pair_similarity(key, num_prefix_tokens)
+    batch, tokens = key.shape[0], key.shape[2]
+    best = similarity.amax(dim=-1)
+    destination = first_index(similarity == best.unsqueeze(-1)) * 2 + num_prefix_tokens
+    own = whole_numbers(0, tokens, key)
+    even, odd = own[num_prefix_tokens::2], own[num_prefix_tokens + 1 :: 2]
+    merged = torch.where(descending_ranks(best) < remove, destination, odd)
+    paired = torch.stack((even[: len(odd)].expand(batch, -1), merged), dim=2).flatten(1)
+    return torch.cat((own[:num_prefix_tokens].expand(batch, -1), paired, even[len(odd) :].expand(batch, -1)), dim=1)
+
+
+def _pair_similarity(key: Tensor, num_prefix_tokens: int) -> Tensor:
+    """The cosine of the mean keys of each source and each destination, (B, sources, destinations)."""
     # Sum and mean have the same cosine. `sum` with a dtype is a single pass over the keys, and half precision would
     # cause many ties.
     metric = key.sum(dim=1, dtype=torch.promote_types(key.dtype, torch.float32))
     metric = metric / torch.linalg.vector_norm(metric, dim=-1, keepdim=True).clamp(min=1e-12)
     odd, even = metric[:, num_prefix_tokens + 1 :: 2], metric[:, num_prefix_tokens::2]
-    similarity, destination = precise_product(odd, even.transpose(1, 2)).max(dim=-1)
-    source = similarity.topk(remove, dim=-1, sorted=False).indices
-    return source * 2 + (num_prefix_tokens + 1), destination.gather(1, source) * 2 + num_prefix_tokens
+    return precise_product(odd, even.transpose(1, 2))
 
 
 class ToMe(Reduction):
@@ -225,8 +261,12 @@ class ToMe(Reduction):
     def reduce(self, sequence: TokenSequence, remove: int) -> ReductionOutput:
         """Merges the R most similar pairs; see `bipartite_matching` and `merge`."""
         assert sequence.attention is not None  # provided because of `reads`
-        source, destination = bipartite_matching(sequence.attention.key, remove, sequence.num_prefix_tokens)
-        return merge(sequence.tokens, source, destination, sequence.sizes, sequence.trace)
+        tokens, key = sequence.tokens, sequence.attention.key
+        if is_portable():
+            target = matched_targets(key, remove, sequence.num_prefix_tokens)
+            return merge_into_targets(tokens, target, tokens.shape[1] - remove, sequence.sizes, sequence.trace)
+        source, destination = bipartite_matching(key, remove, sequence.num_prefix_tokens)
+        return merge(tokens, source, destination, sequence.sizes, sequence.trace)
 
     def max_removed(self, tokens: int, num_prefix_tokens: int) -> int:
         """Half of the patch tokens, the sources."""

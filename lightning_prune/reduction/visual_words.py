@@ -11,8 +11,10 @@ from torch.nn.functional import normalize
 from lightning_prune._utils.validation import check, check_between, check_choice
 from lightning_prune.errors import ArgumentError, DataError
 from lightning_prune.reduction.base import Reduction, ReductionOutput, TokenSequence
-from lightning_prune.reduction.functional import add_rows_
+from lightning_prune.reduction.functional import is_exported, precise_product
+from lightning_prune.reduction.merging import add_rows_
 from lightning_prune.reduction.patchify import cut_like
+from lightning_prune.reduction.portable import first_index, is_portable, one_hot, whole_numbers
 from lightning_prune.reduction.vocabulary import Vocabulary
 
 PadTo = Literal["batch", "image"]
@@ -25,6 +27,8 @@ class Grouping(NamedTuple):
     Attributes:
         slots: (B, patches) index of the token that each patch is merged into; tokens are ordered by first patch.
         counts: (B,) number of tokens that are left of each image, without prefix tokens.
+
+    Both are int64, and float32 in the portable form.
     """
 
     slots: Tensor
@@ -76,6 +80,8 @@ def group_by_word(pixels: Tensor, patches: int, vocabulary: Vocabulary, threshol
     words = vocabulary.units(pixels.device)
     distance, word = nearest_words(cells, words.to(torch.promote_types(pixels.dtype, torch.float32)))
     is_word = distance <= threshold
+    if is_portable():
+        return _group_in_pairs(word, is_word)
     places = torch.arange(patches, device=pixels.device).expand_as(word)
     # The first patch of each word in the image; the extra column is for patches that are not assigned to a word.
     column = torch.where(is_word, word, len(vocabulary))
@@ -84,6 +90,21 @@ def group_by_word(pixels: Tensor, patches: int, vocabulary: Vocabulary, threshol
     first = torch.where(is_word, first, places)
     rank = (first == places).cumsum(dim=1)
     return Grouping(rank.gather(1, first) - 1, rank[:, -1])
+
+
+def _group_in_pairs(word: Tensor, is_word: Tensor) -> Grouping:
+    """The portable form of the grouping, which compares each patch with each other one.
+
+    Args:
+        word: (B, patches) the nearest word of each patch.
+        is_word: (B, patches) whether it is near enough.
+    """
+    places = whole_numbers(0, word.shape[1], word)
+    label = torch.where(is_word, word.to(torch.float32), -1 - places)  # a patch without a word is a group of its own
+    first = first_index(label.unsqueeze(2) == label.unsqueeze(1))
+    is_first = first == places
+    earlier = is_first.unsqueeze(1) & (places < first.unsqueeze(2))  # [i, j]: group j begins before that of patch i
+    return Grouping(earlier.to(torch.float32).sum(dim=2), is_first.to(torch.float32).sum(dim=1))
 
 
 def merge_groups(
@@ -103,27 +124,34 @@ def merge_groups(
         0 for padding.
     """
     batch, count, channels = tokens.shape
-    slots, patches = grouping.slots, count - num_prefix_tokens
-    row = torch.arange(batch, device=tokens.device).unsqueeze(1) * length
-    flat = (slots + row).flatten()
+    slots = grouping.slots
     precise = torch.promote_types(tokens.dtype, torch.float32)
-    sums = torch.zeros(batch * length, channels, dtype=precise, device=tokens.device)
-    add_rows_(sums, flat, tokens[:, num_prefix_tokens:].to(precise).flatten(0, 1))
-    members = torch.zeros(batch * length, dtype=precise, device=tokens.device)
-    members = members.index_add(0, flat, members.new_ones(batch * patches))
-    means = (sums / members.clamp(min=1).unsqueeze(1)).to(tokens.dtype).view(batch, length, channels)
-    members = members.view(batch, length)
-    # A group of one patch keeps its position.
+    patches = tokens[:, num_prefix_tokens:].to(precise)
     places = torch.arange(num_prefix_tokens, count, device=tokens.device).expand(batch, -1)
-    total = places.new_zeros(batch, length).scatter_add(1, slots, places)
+    if is_portable():
+        groups = one_hot(slots, length).transpose(1, 2)
+        members = groups.sum(dim=2).to(precise)
+        means = precise_product(groups.to(precise) / members.clamp(min=1).unsqueeze(2), patches)
+        total = (groups * places.unsqueeze(1)).sum(dim=2).to(torch.int64)
+    else:
+        row = torch.arange(batch, device=tokens.device).unsqueeze(1) * length
+        flat = (slots + row).flatten()
+        sums = torch.zeros(batch * length, channels, dtype=precise, device=tokens.device)
+        add_rows_(sums, flat, patches.flatten(0, 1))
+        members = torch.zeros(batch * length, dtype=precise, device=tokens.device)
+        members = members.index_add(0, flat, torch.ones_like(flat, dtype=precise))
+        means = (sums / members.clamp(min=1).unsqueeze(1)).view(batch, length, channels)
+        members = members.view(batch, length)
+        total = torch.zeros_like(members, dtype=torch.int64).scatter_add(1, slots, places)
+    # A group of one patch keeps its position.
     positions = torch.where(members == 1, total, -1)
     prefix = torch.arange(num_prefix_tokens, device=tokens.device).expand(batch, -1)
-    sizes = torch.cat((tokens.new_ones(batch, num_prefix_tokens), (members > 0).to(tokens.dtype)), dim=1)
+    is_token = torch.cat((torch.ones_like(tokens[:, :num_prefix_tokens, 0]), (members > 0).to(tokens.dtype)), dim=1)
     return ReductionOutput(
-        torch.cat((tokens[:, :num_prefix_tokens], means), dim=1),
+        torch.cat((tokens[:, :num_prefix_tokens], means.to(tokens.dtype)), dim=1),
         torch.cat((prefix, positions), dim=1),
-        sizes,
-        torch.cat((prefix, slots + num_prefix_tokens), dim=1) if trace else None,
+        is_token,
+        torch.cat((prefix, slots.to(torch.int64) + num_prefix_tokens), dim=1) if trace else None,
     )
 
 
@@ -146,7 +174,7 @@ class VWTInter(Reduction):
         threshold: Largest cosine distance at which a patch is assigned to a word, in [0, 2].
         pad_to: `"batch"` pads to the longest image of the batch. This synchronises with the device once and breaks the
             graph of `torch.compile`. `"image"` pads to the number of patch tokens of the dense model. This saves no
-            time, but the shape is static, so the model can be compiled as one graph and exported.
+            time, but the shape is static, so the model can be compiled as one graph; it is needed for export.
 
     Raises:
         ArgumentError: If an argument is invalid.
@@ -191,6 +219,11 @@ class VWTInter(Reduction):
     def reduce(self, sequence: TokenSequence, remove: int) -> ReductionOutput:
         """See the class; `remove` is 0, because the number of tokens depends on the images."""
         assert sequence.pixels is not None  # provided because of `reads`
+        if self.pad_to == "batch" and is_exported():
+            raise ArgumentError(
+                "`pad_to` must be 'image' to export a model with vwt-inter, got 'batch', with which the number of "
+                "tokens depends on the images."
+            )
         patches = sequence.tokens.shape[1] - sequence.num_prefix_tokens
         grouping = group_by_word(sequence.pixels, patches, self.vocabulary, self.threshold)
         length = patches if self.pad_to == "image" else int(grouping.counts.max())

@@ -9,7 +9,7 @@ from torch import Tensor
 from helpers.reference_tome import matching, merged
 from lightning_prune.errors import ArgumentError
 from lightning_prune.reduction import AttentionInputs, TokenSequence, ToMe, bipartite_matching, resolve
-from lightning_prune.reduction.functional import merge
+from lightning_prune.reduction.merging import merge
 
 
 def draw(batch: int, tokens: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple[Tensor, AttentionInputs]:

@@ -91,7 +91,7 @@ class TimmNaFlex(TimmRope):
 
 def _take(table: Tensor, positions: Tensor, num_prefix_tokens: int) -> Tensor:
     half = table.shape[-1] // 2
-    unrotated = torch.cat((table.new_zeros(half), table.new_ones(half)))
+    unrotated = torch.cat((table.new_zeros(half), table.new_full((half,), 1.0)))
     return take_rotation(table, patch_positions(positions, num_prefix_tokens), unrotated)
 
 
