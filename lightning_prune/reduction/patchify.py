@@ -57,7 +57,12 @@ def cut(images: Tensor, side: int) -> Tensor:
     """
     batch, channels, height, width = images.shape
     rows, columns = height // side, width // side
-    grid = images[:, :, : rows * side, : columns * side].reshape(batch, channels, rows, side, columns, side)
+    if (rows * side, columns * side) != (
+        height,
+        width,
+    ):  # else an exported graph has an `alias`, which few runtimes have
+        images = images[:, :, : rows * side, : columns * side]
+    grid = images.reshape(batch, channels, rows, side, columns, side)
     return grid.permute(0, 2, 4, 1, 3, 5).reshape(batch, rows * columns, channels * side * side)
 
 

@@ -53,6 +53,10 @@ def is_portable() -> bool:
 
 def exact_product(one: Tensor, other: Tensor) -> Tensor:
     """The matrix product (..., M, K) @ (..., K, N) in the precision of its operands, also under autocast."""
+    if not torch.is_autocast_enabled(
+        one.device.type
+    ):  # an exported graph would hold the context, as a graph of its own
+        return one @ other
     with torch.autocast(one.device.type, enabled=False):
         return one @ other
 

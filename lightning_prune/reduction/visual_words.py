@@ -14,7 +14,7 @@ from lightning_prune.reduction.base import Reduction, ReductionOutput, TokenSequ
 from lightning_prune.reduction.functional import is_exported, precise_product
 from lightning_prune.reduction.merging import add_rows_
 from lightning_prune.reduction.patchify import cut_like
-from lightning_prune.reduction.portable import first_index, is_portable, one_hot, whole_numbers
+from lightning_prune.reduction.portable import exact_product, first_index, is_portable, one_hot, whole_numbers
 from lightning_prune.reduction.vocabulary import Vocabulary
 
 PadTo = Literal["batch", "image"]
@@ -48,15 +48,15 @@ def nearest_words(patches: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
         Distances (B, M) in the dtype of the words, and indices of the words (B, M).
     """
     best = index = None
-    with torch.autocast(patches.device.type, enabled=False):  # half precision is too coarse for the threshold
-        units = normalize(patches.to(words.dtype), dim=-1)
-        for start in range(0, words.shape[0], _CHUNK):
-            similarity, nearest = (units @ words[start : start + _CHUNK].T).max(dim=-1)
-            if best is None or index is None:
-                best, index = similarity, nearest
-            else:
-                index = torch.where(similarity > best, nearest + start, index)
-                best = torch.maximum(similarity, best)
+    units = normalize(patches.to(words.dtype), dim=-1)
+    for start in range(0, words.shape[0], _CHUNK):
+        # Autocast would round to half precision, which is too coarse for the threshold.
+        similarity, nearest = exact_product(units, words[start : start + _CHUNK].T).max(dim=-1)
+        if best is None or index is None:
+            best, index = similarity, nearest
+        else:
+            index = torch.where(similarity > best, nearest + start, index)
+            best = torch.maximum(similarity, best)
     assert best is not None  # a vocabulary is never empty
     assert index is not None
     return 1 - best, index

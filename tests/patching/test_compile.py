@@ -1,3 +1,4 @@
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -6,7 +7,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import lightning_prune as lp
-from lightning_prune.reduction import RandomDrop, Reduction
+from lightning_prune.reduction import RandomDrop, Reduction, portable_graph
 
 REMOVED = [0, 6, 5, 0]
 CASES: list[tuple[str, str | Reduction, list[int]]] = [
@@ -153,11 +154,12 @@ def test_torch_jit_trace(build: Any, images: Tensor, method: str) -> None:
         assert torch.equal(torch.jit.trace(model, images)(images), expected)
 
 
+@pytest.mark.parametrize("form", [nullcontext, portable_graph], ids=["native", "portable"])
 @pytest.mark.parametrize("method", ["pomt", "pomt-nearest", "random", "tome"])
-def test_export_for_any_batch(build: Any, draw: Any, method: str) -> None:
+def test_export_for_any_batch(build: Any, draw: Any, method: str, form: Any) -> None:
     model = build()
     lp.patch(model, method, [0, 6, 5, 0])
-    with torch.no_grad():
+    with torch.no_grad(), form():
         batch = torch.export.Dim("batch", min=1, max=64)
         program = torch.export.export(model, (draw(3),), dynamic_shapes=({0: batch},))
     for size in (1, 3, 5):
