@@ -7,7 +7,7 @@ import re
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from os import PathLike
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -238,6 +238,34 @@ def ensure_output_dir(output: str | Path) -> Path:
             return folder
     except OSError as error:
         raise ArgumentError(f"`output` must be a writable folder, got {folder}: {error}") from error
+
+
+@contextmanager
+def output_folder(output: str | Path, foreign: Mapping[str, str] | None = None) -> Iterator[Path]:
+    """A context with the output folder, which is created if need be, and removed again if an error leaves it empty.
+
+    Args:
+        output: The folder.
+        foreign: File -> whose result it is, such as `{"plan.json": "a plan"}`: results of different kinds in one folder
+            would contradict each other.
+
+    Raises:
+        ArgumentError: If it cannot be created or written to, or holds a file of `foreign`.
+    """
+    check_path("output", output)
+    folder = Path(output)
+    for name, kind in (foreign or {}).items():
+        if (folder / name).exists():
+            raise ArgumentError(f"`output` must be a folder without {kind}, got {folder}, which holds {name}.")
+    created = [each for each in (folder, *folder.parents) if not each.exists()]
+    ensure_output_dir(folder)
+    try:
+        yield folder
+    except BaseException:
+        with suppress(OSError):  # a folder with something in it stays, and so do those above it
+            for each in created:
+                each.rmdir()
+        raise
 
 
 _MAX_BYTES = 180  # file systems allow 255, and temporary names are longer

@@ -5,7 +5,7 @@ from typing import Any
 import lightning as L
 from rich.console import Console
 
-from lightning_prune._utils.files import ensure_output_dir, write_document
+from lightning_prune._utils.files import output_folder, write_document
 from lightning_prune._utils.progress import progress_bar
 from lightning_prune._utils.validation import check
 from lightning_prune.callbacks import PruningConfig
@@ -43,30 +43,32 @@ def run_profile(
     """
     simulated = None if device is None else SimulatedDevice.parse(device)
     check("protocol", config.protocol, "'deployed' on a simulated device", simulated is None or _is_deployed(config))
-    folder = ensure_output_dir(output)
 
     def measure(first: FirstBatch) -> tuple[CachedProfile, LatencyProfile | None]:
         measured = _profile(first, simulated, of_method=True)
         compiled = simulated is None and is_compiled(first.module)
         return measured, _eager_profile(first, measured.profile) if compiled else None
 
-    measured, eager = on_first_batch(trainer, model, config, measure, **data)
-    profile = measured.profile
-    if trainer.is_global_zero:
-        console = Console(markup=False)  # the table is printed before anything is written, which may fail
-        console.print(profile_table(profile))
-        if measured.reused:
-            when = profile.context.get("measured", "earlier")
-            console.print(f"Stored profile, measured {when}; --prune.use_cache false measures again.", soft_wrap=True)
-        if eager is not None:
-            console.print(against_eager(profile, eager))
-        console.print(shape_of(profile), soft_wrap=True)
-        paths = [profile.save(folder / "profile.json"), folder / "profile.png"]
-        plot(profile, paths[1], eager=eager)
-        if eager is not None:
-            paths.append(eager.save(folder / "profile_eager.json"))
-        console.print(f"Written: {', '.join(map(str, paths))}", soft_wrap=True)
-    return profile
+    with output_folder(output, {"results.json": "a comparison", "plan.json": "a plan"}) as folder:
+        measured, eager = on_first_batch(trainer, model, config, measure, **data)
+        profile = measured.profile
+        if trainer.is_global_zero:
+            console = Console(markup=False)  # the table is printed before anything is written, which may fail
+            console.print(profile_table(profile))
+            if measured.reused:
+                when = profile.context.get("measured", "earlier")
+                console.print(
+                    f"Stored profile, measured {when}; --prune.use_cache false measures again.", soft_wrap=True
+                )
+            if eager is not None:
+                console.print(against_eager(profile, eager))
+            console.print(shape_of(profile), soft_wrap=True)
+            paths = [profile.save(folder / "profile.json"), folder / "profile.png"]
+            plot(profile, paths[1], eager=eager)
+            if eager is not None:
+                paths.append(eager.save(folder / "profile_eager.json"))
+            console.print(f"Written: {', '.join(map(str, paths))}", soft_wrap=True)
+        return profile
 
 
 def run_plan(
@@ -101,27 +103,27 @@ def run_plan(
     check("schedule", config.schedule, "left out for `plan`, which plans one", config.schedule == "auto")
     given = None if profile is None else CachedProfile(LatencyProfile.load(profile), reused=False)
     simulated = None if device is None else SimulatedDevice.parse(device)
-    folder = ensure_output_dir(output)
 
     def decide(first: FirstBatch) -> Decision:
         with progress_bar("Planning", config.time_limit, config.verbose):
             latency = _profile(first, simulated) if given is None else given
             return planned(first, latency)
 
-    decision = on_first_batch(trainer, model, config, decide, **data)
-    result = decision.plan
-    assert result is not None
-    if trainer.is_global_zero:
-        print_decision(decision)
-        paths = [
-            result.schedule.save(folder / "schedule.yaml"),
-            write_document(folder / "plan.json", result.to_dict()),
-            result.profile.save(folder / "profile.json"),
-            folder / "plan.png",
-        ]
-        plot(result, paths[-1])
-        Console(markup=False).print(f"Written: {', '.join(map(str, paths))}", soft_wrap=True)
-    return result
+    with output_folder(output, {"results.json": "a comparison"}) as folder:
+        decision = on_first_batch(trainer, model, config, decide, **data)
+        result = decision.plan
+        assert result is not None
+        if trainer.is_global_zero:
+            print_decision(decision)
+            paths = [
+                result.schedule.save(folder / "schedule.yaml"),
+                write_document(folder / "plan.json", result.to_dict()),
+                result.profile.save(folder / "profile.json"),
+                folder / "plan.png",
+            ]
+            plot(result, paths[-1])
+            Console(markup=False).print(f"Written: {', '.join(map(str, paths))}", soft_wrap=True)
+        return result
 
 
 def _is_deployed(config: PruningConfig) -> bool:

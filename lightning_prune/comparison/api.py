@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 from torch import nn
 
-from lightning_prune._utils.files import ensure_output_dir
+from lightning_prune._utils.files import output_folder
 from lightning_prune._utils.progress import progress_bar
 from lightning_prune._utils.trees import tree_leaves
 from lightning_prune._utils.validation import check, check_bool, check_callable, check_speedups
@@ -139,55 +140,62 @@ def compare(
     goal = config.effective_objective if objective is None else objective
     requests = in_runtimes(read_requests(config, methods, speedups, goal), used)
     targets = [] if speedups is None else check_speedups(speedups)
-    folder = None if output is None else ensure_output_dir(output)
-    if folder is not None:
-        check_output_paths(folder)
-    asked = ComparisonSettings(config, requests, used, targets, folder, resume, trainer.limit_val_batches)
-    report = rank_zero_only(on_message or (_print_line if config.verbose else _ignore))
-    loader = FirstLoader(module, data)
-    setup = ComparisonSetup(asked, report, clock)
-    try:
-        plain = replace(config, runtime="torch")  # the setup applies the runtimes
-        with progress_bar("Comparing", None, config.verbose), without_bars(trainer), muted_loggers(trainer):
-            with command_run(trainer, plain, setup, one_batch=True), loader.arguments() as arguments:
-                trainer.validate(module, verbose=False, **arguments)
-            exit_if_terminated(trainer)
-            if setup.plan is None:
-                raise DataError("The validation loader yielded no batch to compare on.")
-            plan = setup.plan
-            results = validate_variants(trainer, module, loader, asked, plan, setup.results, setup.state, report)
-    except BaseException as error:
-        kept = "" if setup.state is None else setup.state.summary()
-        if targets and setup.plan is None and config.use_cache and isinstance(error, KeyboardInterrupt | SystemExit):
-            kept = f"{kept} {_KEPT_OF_SEARCHES}".strip()
-        if kept:
-            error.add_note(kept)
-        if isinstance(error, SIGTERMException):
-            error.code = 143  # Lightning's is 0
-        raise
-    classes = _changes_of_classes(plan, results, names_of_classes(trainer, data)) if per_class else None
-    rows = tuple(row_of(planned, plan, results, loader.note, classes) for planned in plan.planned)
-    is_stated = objective is not None or config.objective is not None
-    is_by_objective = is_stated or any(request.objective is not None for request in requests)
-    found = Comparison(
-        rows=rows,
-        plan=plan,
-        best=choose_best(rows, plan.planned, goal) if is_by_objective else None,
-        config={**_plain_config(asked, goal, trainer), "per_class": per_class, **(settings or {})},
-        command=command,
-        pictures=setup.pictures,
-        traces=setup.traces,
-        normalisation=normalisation_of(module),
-        classes=classes,
-    )
-    if not trainer.is_global_zero:
+    with nullcontext() if output is None else output_folder(output, {"plan.json": "a plan"}) as folder:
+        if folder is not None:
+            check_output_paths(folder)
+        asked = ComparisonSettings(config, requests, used, targets, folder, resume, trainer.limit_val_batches)
+        report = rank_zero_only(on_message or (_print_line if config.verbose else _ignore))
+        loader = FirstLoader(module, data)
+        setup = ComparisonSetup(asked, report, clock)
+        try:
+            plain = replace(config, runtime="torch")  # the setup applies the runtimes
+            with progress_bar("Comparing", None, config.verbose), without_bars(trainer), muted_loggers(trainer):
+                with command_run(trainer, plain, setup, one_batch=True), loader.arguments() as arguments:
+                    trainer.validate(module, verbose=False, **arguments)
+                exit_if_terminated(trainer)
+                if setup.plan is None:
+                    raise DataError("The validation loader yielded no batch to compare on.")
+                plan = setup.plan
+                results = validate_variants(trainer, module, loader, asked, plan, setup.results, setup.state, report)
+        except BaseException as error:
+            kept = "" if setup.state is None else setup.state.summary()
+            if (
+                targets
+                and setup.plan is None
+                and config.use_cache
+                and isinstance(error, KeyboardInterrupt | SystemExit)
+            ):
+                kept = f"{kept} {_KEPT_OF_SEARCHES}".strip()
+            if kept:
+                error.add_note(kept)
+            elif setup.state is not None:
+                setup.state.forget_if_nothing_is_kept()
+            if isinstance(error, SIGTERMException):
+                error.code = 143  # Lightning's is 0
+            raise
+        classes = _changes_of_classes(plan, results, names_of_classes(trainer, data)) if per_class else None
+        rows = tuple(row_of(planned, plan, results, loader.note, classes) for planned in plan.planned)
+        is_stated = objective is not None or config.objective is not None
+        is_by_objective = is_stated or any(request.objective is not None for request in requests)
+        found = Comparison(
+            rows=rows,
+            plan=plan,
+            best=choose_best(rows, plan.planned, goal) if is_by_objective else None,
+            config={**_plain_config(asked, goal, trainer), "per_class": per_class, **(settings or {})},
+            command=command,
+            pictures=setup.pictures,
+            traces=setup.traces,
+            normalisation=normalisation_of(module),
+            classes=classes,
+        )
+        if not trainer.is_global_zero:
+            return found
+        if on_results is not None:
+            on_results(found)
+        if folder is not None:
+            found = _written(found, folder, is_shown=on_results is not None)
+        log_rows(trainer, found.rows)
         return found
-    if on_results is not None:
-        on_results(found)
-    if folder is not None:
-        found = _written(found, folder, is_shown=on_results is not None)
-    log_rows(trainer, found.rows)
-    return found
 
 
 def _check_data(data: Any, module: nn.Module) -> None:

@@ -15,7 +15,7 @@ from lightning_prune._utils.measurement_source import MeasurementSource
 from lightning_prune.comparison.best_variant import BestVariant
 from lightning_prune.comparison.class_changes import ClassChange
 from lightning_prune.comparison.planned_variants import ComparisonPlan, PlannedVariant
-from lightning_prune.errors import ArgumentError
+from lightning_prune.errors import ArgumentError, FileFormatError
 from lightning_prune.patching import TokenTrace
 from lightning_prune.report.html_page import write_page
 from lightning_prune.report.plots import plot
@@ -100,7 +100,7 @@ class Comparison:
             FileWriteError: If one cannot be written, for example on a full disk; names it.
         """
         folder = Path(folder)
-        document = self.to_dict()
+        document, earlier = self.to_dict(), _written_earlier(folder)
         with staging_folder(folder) as stage:
             write_table(stage / "results.csv", self.rows, per_class=self.classes is not None)
             write_document(stage / "results.json", document)
@@ -114,12 +114,14 @@ class Comparison:
             plot(document, stage / "pareto.png")
             self._write_tokens(stage)
             write_page(document, stage)
+            schedules = [f"schedules/{path.name}" for path in (stage / "schedules").glob("*.yaml")]
             for path in sorted((stage / "schedules").glob("*.yaml")):
                 (folder / "schedules").mkdir(exist_ok=True)
                 path.replace(folder / "schedules" / path.name)
-            if self.best is None:
-                (folder / "schedule.yaml").unlink(missing_ok=True)  # of an earlier comparison by an objective
-            return [(stage / name).replace(folder / name) for name in _FILES if (stage / name).exists()]
+            names = [name for name in _FILES if (stage / name).exists()]
+            for path in earlier - {folder / name for name in (*names, *schedules)}:
+                path.unlink(missing_ok=True)  # of an earlier comparison, whose figures would stand beside the new ones
+            return [(stage / name).replace(folder / name) for name in names]
 
     def _write_best(self, stage: Path) -> None:
         if self.best is None:
@@ -180,6 +182,18 @@ def normalisation_of(module: Any) -> Normalisation | None:
     except (KeyError, TypeError, ValueError):
         return None
     return mean, std
+
+
+def _written_earlier(folder: Path) -> set[Path]:
+    """What an earlier comparison has written to a folder, without its state; nothing where there was none."""
+    try:
+        variants = read_results(folder / "results.json").get("variants")
+    except FileFormatError:
+        return set()
+    described = variants.values() if isinstance(variants, Mapping) else ()
+    files = [str(each.get("file")) for each in described if isinstance(each, Mapping)]
+    schedules = {folder / "schedules" / Path(file).name for file in files if file.startswith("schedules/")}
+    return {folder / name for name in _FILES} | schedules
 
 
 def _described(planned: PlannedVariant) -> dict[str, Any]:

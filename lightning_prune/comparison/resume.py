@@ -5,7 +5,7 @@ import json
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -230,6 +230,13 @@ class ResumeState:
             known = sum(self.result(name) is not None for name in names)
             what = f"the plan and {known} of {len(names)} validated variants"
         return f"Kept in {self.folder}: {what}. The same comparison goes on from there." if what else ""
+
+    def forget_if_nothing_is_kept(self) -> None:
+        """Removes the folder where it holds the fingerprint only, as after an error before anything was planned."""
+        with suppress(OSError):  # another file is in the folder, or another comparison in that above it
+            if [path.name for path in self.folder.iterdir()] == ["fingerprint.json"]:
+                shutil.rmtree(self.folder)
+                self.folder.parent.rmdir()
 
     @contextmanager
     def _keeping(self) -> Iterator[None]:

@@ -21,7 +21,7 @@ from lightning_prune.planning.method_front import dense_reason, missed_budget
 from lightning_prune.planning.method_selection import Blocks, Methods, usable_methods
 from lightning_prune.planning.objectives import AccuracyBudget, LatencyBudget, Objective
 from lightning_prune.planning.paper_protocol import plan_by_paper
-from lightning_prune.planning.profile_validation import check_profile, is_other_environment, nothing_timed
+from lightning_prune.planning.profile_validation import check_profile, foreign_conditions, nothing_timed
 from lightning_prune.planning.results import Candidate, Plan
 from lightning_prune.profiling import TOKEN_CURVE, LatencyProfile, profile_latency
 from lightning_prune.profiling.measurement import ProfilingMode, check_measurable
@@ -187,7 +187,7 @@ def plan_many(  # noqa: D417  all other arguments are those of `plan`
         if protocol == "paper":
             common = model, transformer, example_inputs, objectives, calibration
             return plan_by_paper(*common, labels, usable, profile, limit, module_path, verbose)
-        is_foreign = profile is not None and is_other_environment(profile, transformer, example_inputs)
+        foreign = [] if profile is None else foreign_conditions(profile, transformer, example_inputs)
         if profile is None:
             profile = profile_latency(
                 model,
@@ -200,14 +200,15 @@ def plan_many(  # noqa: D417  all other arguments are those of `plan`
             )
         flat = dense_reason(profile)
         if flat is not None:
-            plans = [_dense_plan(usable, objective, profile, flat, is_foreign) for objective in objectives]
+            plans = [_dense_plan(usable, objective, profile, flat, foreign) for objective in objectives]
         else:
             images = shuffled(calibration, seed)
-            where = model, transformer, images, example_inputs, profile, is_foreign
+            where = model, transformer, images, example_inputs, profile, bool(foreign)
             plans = _searched(
                 Measurements(*where, limit, module_path, verbose, proxy, use_cache, cache_dir),
                 usable,
                 objectives,
+                foreign,
             )
     return [_finished(made, limit.elapsed) for made in plans]
 
@@ -230,20 +231,23 @@ def _dense_plan(
     objective: Objective,
     profile: LatencyProfile,
     reason: str,
-    is_foreign: bool,
+    foreign: Sequence[str],
 ) -> Plan:
     """The plan for a device that gains nothing from fewer tokens."""
     nothing = Schedule([0] * profile.depth)
     front = tuple(Candidate(label, reduction, nothing, 1.0, accuracy=1.0) for label, (reduction, _) in methods.items())
     reason += missed_budget(objective, profile.dense_ms)
-    reason = nothing_timed(reason, profile) if is_foreign else reason
+    reason = nothing_timed(reason, profile, foreign) if foreign else reason
     reduction = next(iter(methods.values()))[0]
     met = objective.dense_is_feasible(profile.dense_ms)
     return Plan.of(front[0], reduction, objective, met, reason, profile, front=front)
 
 
 def _searched(
-    measured: Measurements, methods: Mapping[str, tuple[Reduction, Sequence[int]]], objectives: Sequence[Objective]
+    measured: Measurements,
+    methods: Mapping[str, tuple[Reduction, Sequence[int]]],
+    objectives: Sequence[Objective],
+    foreign: Sequence[str],
 ) -> list[Plan]:
     """The plans of all objectives, from the fronts of all methods."""
     fronts = measured.fronts(methods)
@@ -268,7 +272,7 @@ def _searched(
             chosen.reduction,
             search.objective,
             met,
-            nothing_timed(reason, measured.profile) if measured.is_foreign else reason,
+            nothing_timed(reason, measured.profile, foreign) if foreign else reason,
             measured.profile,
             proxy=proxy,
             dense=dense,

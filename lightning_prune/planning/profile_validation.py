@@ -1,6 +1,7 @@
 """Whether a latency profile that a user gives is of this model, can be planned on, and is of this device."""
 
 import warnings
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -15,10 +16,11 @@ from lightning_prune.reduction import resolve
 _CONDITIONS = ("device", "threads", "batch_size", "image_shape", "precision", "compiled")
 
 
-def is_other_environment(profile: LatencyProfile, transformer: VisionTransformer, example_inputs: Tensor) -> bool:
-    """Whether a profile was measured under other conditions, so that it cannot be compared with timings made here.
+def foreign_conditions(profile: LatencyProfile, transformer: VisionTransformer, example_inputs: Tensor) -> list[str]:
+    """The conditions under which a profile was measured that are not those here, such as `batch_size 1 there, 4 here`.
 
-    Warns of each condition that differs. The number of threads counts on a CPU only.
+    Where there is one, the profile cannot be compared with timings made here. Warns of each. The number of threads
+    counts on a CPU only.
 
     Args:
         profile: The profile.
@@ -29,10 +31,10 @@ def is_other_environment(profile: LatencyProfile, transformer: VisionTransformer
     there = {key: profile.context[key] for key in _CONDITIONS if profile.context.get(key) is not None}
     if here["device_type"] != "cpu" or profile.context.get("device_type") != "cpu":
         there.pop("threads", None)
-    differing = [key for key, value in there.items() if value != here[key]]
-    for key in differing:
-        warnings.warn(f"The profile was measured elsewhere: {key} {there[key]} there, {here[key]} here.", stacklevel=4)
-    return bool(differing)
+    differing = [f"{key} {value} there, {here[key]} here" for key, value in there.items() if value != here[key]]
+    for difference in differing:
+        warnings.warn(f"The profile was measured elsewhere: {difference}.", stacklevel=4)
+    return differing
 
 
 def check_profile(profile: object, transformer: VisionTransformer, protocol: str) -> None:
@@ -73,6 +75,15 @@ def check_profile(profile: object, transformer: VisionTransformer, protocol: str
         )
 
 
-def nothing_timed(reason: str, profile: LatencyProfile) -> str:
-    """The reason of a plan for a device that is not here."""
-    return f"{reason} Nothing was timed here: the profile is of {profile.context.get('device', 'another device')}."
+def nothing_timed(reason: str, profile: LatencyProfile, differing: Sequence[str]) -> str:
+    """The reason of a plan for a device that is not here, or for other conditions on this one.
+
+    Args:
+        reason: Of the plan.
+        profile: That it was made by.
+        differing: The result of `foreign_conditions`.
+    """
+    of = profile.context.get("device", "another device")
+    is_elsewhere = any(difference.startswith("device ") for difference in differing)
+    where = f"of {of}" if is_elsewhere else f"of other conditions ({'; '.join(differing)})"
+    return f"{reason} Nothing was timed here: the profile is {where}."

@@ -5,7 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from lightning_prune._utils.files import atomic_write, ensure_output_dir, read_document, staging_folder, write_document
+from lightning_prune._utils.files import (
+    atomic_write,
+    ensure_output_dir,
+    output_folder,
+    read_document,
+    staging_folder,
+    write_document,
+)
 from lightning_prune.errors import ArgumentError, FileFormatError, FileWriteError
 
 KIND = "lightning_prune.note"
@@ -198,3 +205,31 @@ def test_an_output_folder_is_created_and_checked(tmp_path: Path) -> None:
     with pytest.raises(ArgumentError, match=r"^`output` must be a writable folder, got .*file"):
         ensure_output_dir(tmp_path / "file")
     assert (tmp_path / "file").read_text() == "old"
+
+
+def test_an_error_leaves_no_empty_output_folder(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+
+    def fail(name: str, left: list[str]) -> None:
+        with output_folder(tmp_path / name) as folder:
+            assert folder.is_dir()
+            for file in left:
+                (tmp_path / file).write_text("")
+            raise KeyError
+
+    for name, left in (("there", []), ("there/a/b", []), ("full/a", ["full/a/x"])):
+        with pytest.raises(KeyError):
+            fail(name, left)
+        assert (tmp_path / name).exists() is (name != "there/a/b")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["full", "there"]
+    assert list((tmp_path / "there").iterdir()) == []
+
+
+def test_results_of_another_kind_are_refused_and_no_folder_is_made(tmp_path: Path) -> None:
+    foreign = {"plan.json": "a plan"}
+    with output_folder(tmp_path / "new", foreign) as folder:
+        (folder / "plan.json").write_text("{}")
+    message = r"`output` must be a folder without a plan, got .*which holds plan\.json"
+    with pytest.raises(ArgumentError, match=message), output_folder(folder, foreign):
+        raise AssertionError
+    assert (folder / "plan.json").read_text() == "{}"

@@ -247,6 +247,7 @@ def test_methods_that_cannot_be_used_are_rows_with_a_note(module: Any, running: 
     assert [row.variant for row in found.rows] == ["dense", "foreign", "random 1.5x"]
     with pytest.raises(lp.UnsupportedModelError, match=r"None of the methods can be .*foreign: it is from elsewhere"):
         run(module, running, tmp_path / "alone", ["foreign"], [1.5], method=Foreign())
+    assert not (tmp_path / "alone").exists()
 
 
 def test_a_method_of_which_the_images_decide_has_one_row(module: Any, running: Any, tmp_path: Path) -> None:

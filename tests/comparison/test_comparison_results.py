@@ -127,6 +127,17 @@ def test_no_schedule_where_no_objective_was_stated(tmp_path: Path) -> None:
     assert not (tmp_path / "schedule.yaml").exists()
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_nothing_of_an_earlier_comparison_stays_beside_the_new_figures(tmp_path: Path) -> None:
+    comparison(best=BestVariant("pomt 2x", "It is the fastest.", True)).save(tmp_path)
+    (tmp_path / "schedules" / "mine.yaml").write_text("kept")
+    found = comparison([DENSE, pruned("tome", 1.5)], traces={})
+    names = [path.name for path in replace(found, plan=replace(found.plan, profile=None)).save(tmp_path)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*names, "schedules"])
+    assert {"schedule.yaml", "profile.json", "profile.png", "tokens.png"}.isdisjoint(names)
+    assert sorted(path.name for path in (tmp_path / "schedules").iterdir()) == ["mine.yaml", "tome-1.5x.yaml"]
+
+
 def test_the_schedule_of_dense_removes_nothing(tmp_path: Path) -> None:
     comparison(best=BestVariant("dense", "Nothing is gained.", True)).save(tmp_path)
     schedule = lp.Schedule.load(tmp_path / "schedule.yaml")
