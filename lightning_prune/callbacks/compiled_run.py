@@ -10,19 +10,20 @@ from lightning_prune.callbacks.batches import images_from_batch
 from lightning_prune.callbacks.config import PruningConfig
 from lightning_prune.patching import VisionTransformer, find_vision_transformer
 from lightning_prune.runtimes import parse_runtime
-from lightning_prune.runtimes.torch_runtime import force_eager, is_compiled_itself
+from lightning_prune.runtimes.in_place import force_eager, is_compiled_itself
 
 
 class CompiledRun:
     """Compiles the transformer while a run lasts; batches smaller than the first one run eagerly.
 
-    A short last batch would take seconds to compile and would run once.
+    A short last batch would take seconds to compile and would run once. A runtime that converts the model runs it all
+    the same, since the figures are to be those of what will be deployed.
     """
 
     def __init__(self) -> None:
         self._run: ExitStack | None = None  # undoes the compilation; None between runs
         self._batch = ExitStack()  # ends the eager execution of a short batch
-        self._compiles = False
+        self._compiles = False  # in a runtime whose outputs are those of PyTorch, so that a batch may run eagerly
         self._size = 0
 
     def __getstate__(self) -> dict[str, object]:
@@ -66,7 +67,7 @@ class CompiledRun:
             if runtime.compiles:
                 transformer = find_vision_transformer(pl_module, config.module_path)
                 stack.enter_context(runtime.applied(transformer))
-            self._run, self._compiles = stack.pop_all(), runtime.compiles
+            self._run, self._compiles = stack.pop_all(), runtime.compiles and not runtime.converts
 
 
 def is_wrapped_by_compile(pl_module: L.LightningModule, transformer: VisionTransformer) -> bool:

@@ -21,7 +21,7 @@ from lightning_prune.profiling import Estimate, Proxy
 from lightning_prune.profiling.environment import model_conditions
 from lightning_prune.profiling.measurement import ready_to_run
 from lightning_prune.profiling.output_kinds import OUTPUT_KINDS
-from lightning_prune.runtimes.torch_runtime import runtime_of
+from lightning_prune.runtimes.base import runtime_of
 from lightning_prune.schedule import Schedule
 
 _IMAGES = 64  # on which the accuracy is estimated anew: two passes over them

@@ -15,7 +15,8 @@ from lightning_prune.classification.preprocessing import data_config_of
 from lightning_prune.errors import ArgumentError
 from lightning_prune.patching import find_vision_transformer
 from lightning_prune.runtimes import TorchCompile, TorchEager, parse_runtime
-from lightning_prune.runtimes.torch_runtime import Compiled, force_eager
+from lightning_prune.runtimes.in_place import force_eager
+from lightning_prune.runtimes.torch_runtime import Compiled
 
 
 class ImageClassifier(L.LightningModule):

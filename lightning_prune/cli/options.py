@@ -89,10 +89,11 @@ def method_names() -> tuple[str, ...]:
 
 @cache
 def runtime_names() -> tuple[str, ...]:
-    """The names of runtimes, the keys of `lightning_prune.runtimes.RUNTIMES`."""
+    """The names of runtimes, the keys of `lightning_prune.runtimes.RUNTIMES`, and those of other packages."""
+    added = [each.name for each in entry_points(group="lightning_prune.runtimes")]
     for node in _parsed(_PACKAGE / "runtimes" / "registry.py").body:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.target.id == "RUNTIMES":
-            return tuple(ast.literal_eval(node.value)) if node.value is not None else ()
+            return tuple(dict.fromkeys([*(ast.literal_eval(node.value) if node.value is not None else ()), *added]))
     return ()
 
 

@@ -18,7 +18,7 @@ from lightning_prune.profiling import TOKEN_CURVE, LatencyProfile, SimulatedDevi
 from lightning_prune.profiling.profile_reuse import CachedProfile
 from lightning_prune.report.plots import plot
 from lightning_prune.report.tables import against_eager, profile_table, shape_of
-from lightning_prune.runtimes.torch_runtime import is_compiled, uncompiled
+from lightning_prune.runtimes.in_place import is_compiled, uncompiled
 
 
 def run_profile(

@@ -19,7 +19,7 @@ from lightning_prune.planning.results import Candidate
 from lightning_prune.profiling import InterleavedTimer, Variant, VariantSwitch
 from lightning_prune.profiling.environment import precision
 from lightning_prune.runtimes import Runtime, TorchEager, is_compiled
-from lightning_prune.runtimes.torch_runtime import uncompiled
+from lightning_prune.runtimes.in_place import uncompiled
 
 
 class _EagerFloat32(TorchEager):

@@ -13,7 +13,7 @@ from lightning_prune.errors import ArgumentError
 from lightning_prune.planning import Objective, Utility
 from lightning_prune.planning.method_selection import AUTO_METHODS
 from lightning_prune.reduction import POMT, Reduction, names, resolve
-from lightning_prune.runtimes import Runtime, TorchCompile, TorchEager, parse_runtime
+from lightning_prune.runtimes import Runtime, TorchEager, parse_runtime
 from lightning_prune.schedule import ScheduleLike
 
 DENSE_NAME, INT8_NAME, AUTO_NAME = "dense", "int8", "auto"
@@ -169,9 +169,6 @@ def read_runtimes(runtimes: Sequence[str] | None, default: str) -> list[Runtime]
     check("runtimes", runtimes, "a list of at least one runtime", is_list and len(runtimes) > 0)
     found = [parse_runtime(runtime) for runtime in runtimes]
     check("runtimes", runtimes, "different from one another", len(set(found)) == len(found))
-    for runtime in found:
-        valid = isinstance(runtime, TorchEager | TorchCompile)
-        check("runtimes", runtimes, "runtimes that run a torch module in place", valid)
     return found
 
 

@@ -1,6 +1,7 @@
 """Swapping the class of a module in place, and back."""
 
 import inspect
+import itertools
 from typing import Any
 
 from torch import nn
@@ -22,6 +23,8 @@ class PatchedModule(nn.Module):
         return (_rebuild, _parts(type(self)), *reduced[2:])
 
 
+_changes = itertools.count(1)
+_last_change = 0
 _classes: dict[tuple[type, type], type[nn.Module]] = {}
 
 
@@ -56,6 +59,20 @@ def swap_class(module: nn.Module, mixin: type[PatchedModule], site: Any = None) 
         )
     module.__dict__["_prune_patch"] = site
     module.__class__ = patched_class(type(module), mixin)
+    _note_change()
+
+
+def patch_generation() -> int:
+    """A number that changes whenever any module is patched or restored: whoever depends on a patch looks at it first.
+
+    It is one number for all models, so that reading it takes no time.
+    """
+    return _last_change
+
+
+def _note_change() -> None:
+    global _last_change
+    _last_change = next(_changes)
 
 
 def restore_class(module: nn.Module) -> None:
@@ -71,6 +88,7 @@ def restore_class(module: nn.Module) -> None:
     if is_patched_module(module):
         module.__class__ = original_class(module)
         module.__dict__.pop("_prune_patch", None)
+        _note_change()
     elif isinstance(module, PatchedModule):
         raise UnsupportedModelError(
             f"The class of a patched block was replaced by {type(module).__name__} after patching, for example by a "

@@ -1,13 +1,13 @@
 """The patched block, which removes tokens between its attention and its MLP."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_prune._utils.device import device_name
 from lightning_prune._utils.measurement_source import MeasurementSource
@@ -127,6 +127,27 @@ class BlockPatch:
                 "A hook that returns new tokens, for example, loses the positions and sizes of the tokens."
             )
         return carried.token_state
+
+
+def patch_key(root: nn.Module) -> Hashable:
+    """What the patch of a model makes of it, by value: two patches with the same key give the same forward pass.
+
+    Args:
+        root: The Vision Transformer, patched or dense.
+    """
+    patches = [state for each in root.modules() if isinstance(state := vars(each).get("_prune_patch"), BlockPatch)]
+    return tuple(
+        (
+            patch.index,
+            type(patch.reduction),
+            repr(sorted(patch.reduction.settings().items())),
+            patch.remove,
+            patch.tracks_state,
+            patch.weighs_keys,
+            patch.restores,
+        )
+        for patch in patches
+    )
 
 
 class CarriedState(NamedTuple):

@@ -13,8 +13,17 @@ from lightning_prune._utils.time_limit import TimeLimit
 from lightning_prune.errors import ArgumentError
 from lightning_prune.patching import PatchHandle, VisionTransformer
 from lightning_prune.planning.candidate_search import Timings
-from lightning_prune.planning.latency_model import PROBES, LatencyModel, probe_schedules, token_levels
+from lightning_prune.planning.latency_model import PROBES, LatencyModel, token_levels
 from lightning_prune.planning.method_front import MethodFront
+from lightning_prune.planning.overhead_probes import (
+    SHALLOW_BLOCKS,
+    SHALLOW_PROBES,
+    Methods,
+    Probes,
+    schedules_to_probe,
+    shallow_probes,
+    uses_shallow_copy,
+)
 from lightning_prune.planning.results import Candidate
 from lightning_prune.planning.sensitivity import Sensitivity
 from lightning_prune.profiling import Estimate, LatencyProfile, LatencyStats, Proxy, Variant, Workload, compare_latency
@@ -24,6 +33,7 @@ from lightning_prune.profiling.measurement import ready_to_run
 from lightning_prune.profiling.output_kinds import OUTPUT_KINDS, choose_proxy
 from lightning_prune.profiling.simulated_device import attention_share
 from lightning_prune.reduction import Reduction
+from lightning_prune.runtimes import applied_runtime
 from lightning_prune.schedule import Schedule
 
 
@@ -108,6 +118,7 @@ class Measurements:
     _proxy: Proxy | None = None
     _store: AccuracyStore | None = None
     _seconds_per_image: float = 0.0
+    _seconds_per_graph: float | None = None  # in a runtime that converts; None before it is known
 
     def __post_init__(self) -> None:
         """Takes the dense latency of the curve until it is timed, chooses the proxy and finds what is kept."""
@@ -154,7 +165,7 @@ class Measurements:
         timings = self._time(variants, TUNING.timing_share)
         return timings["dense"], {c.key: timings[str(number)] for number, c in enumerate(candidates)}
 
-    def fronts(self, methods: Mapping[str, tuple[Reduction, Sequence[int]]]) -> list[MethodFront]:
+    def fronts(self, methods: Methods) -> list[MethodFront]:
         """The front of each method; if time is short, of the first ones only.
 
         Args:
@@ -170,18 +181,20 @@ class Measurements:
         share = attention_share(workload, self.profile.dense_tokens)
         latency = LatencyModel.from_profile(self.profile, share, token_levels(self.profile))
         levels = [int(level) for level in latency.levels]
-        probed = {} if self.is_foreign else self._time_probes(methods)
+        # Before block 0, nothing of a block runs on the tokens that are removed.
+        own = {
+            label: replace(latency, attention_share=0.0) if reduction.site == "input" else latency
+            for label, (reduction, _) in methods.items()
+        }
+        probed = {} if self.is_foreign else self._time_probes(methods, own)
         sensitivities = self._measure_sensitivities(methods)
         fronts = []
         for label, sensitivity in sensitivities.items():
             reduction = methods[label][0]
             max_removed = lambda tokens, reduction=reduction: reduction.max_removed(tokens, prefix)  # noqa: E731
             costs = sensitivity.costs(levels, depth, max_removed)
-            # Before block 0, nothing of a block runs on the tokens that are removed.
-            own = replace(latency, attention_share=0.0) if reduction.site == "input" else latency
-            fronts.append(
-                MethodFront(label, reduction, own, costs, self.accuracy, probed.get(label, ()), self.limit.clock)
-            )
+            timed = probed.get(label, ())
+            fronts.append(MethodFront(label, reduction, own[label], costs, self.accuracy, timed, self.limit.clock))
         return fronts
 
     def _time(self, variants: Mapping[str, Variant], share: float) -> dict[str, LatencyStats]:
@@ -224,9 +237,7 @@ class Measurements:
         near = [other for other in kept if TUNING.kept_ratio <= other / count <= 1 / TUNING.kept_ratio]
         self.images = self.images[: max(near, default=count)]
 
-    def _affordable(
-        self, methods: Mapping[str, tuple[Reduction, Sequence[int]]]
-    ) -> Mapping[str, tuple[Reduction, Sequence[int]]]:
+    def _affordable(self, methods: Methods) -> Methods:
         """The first methods, at least one, for whose least work there is time: each is measured whole or not at all."""
         if self.limit.seconds is None:
             return methods
@@ -235,26 +246,44 @@ class Measurements:
         for label, (reduction, blocks) in methods.items():
             probes = 0 if self.is_foreign else PROBES * TUNING.min_runs_per_probe
             images = self._passes(blocks) + TUNING.min_proxies * min(TUNING.min_images, len(self.images))
-            left -= probes * self.dense_ms / 1e3 + images * self._seconds_per_image
+            left -= probes * self.dense_ms / 1e3 + images * self._seconds_per_image + self._seconds_to_convert()
             if kept and left < 0:
                 break
             kept[label] = reduction, blocks
         return kept
+
+    @property
+    def _probes_shallow(self) -> bool:
+        return not self.is_foreign and uses_shallow_copy(self.transformer)
+
+    def _seconds_to_convert(self) -> float:
+        """Seconds that a runtime takes to convert one schedule of a method to time it, and the probes before."""
+        if self._seconds_per_graph is None:
+            runtime = applied_runtime(self.transformer)
+            self._seconds_per_graph = 0.0
+            if not self.is_foreign and runtime is not None and runtime.converts:
+                start = self.limit.clock()
+                with ready_to_run(self.transformer):
+                    self.transformer.run(self.example_inputs)
+                self._seconds_per_graph = self.limit.clock() - start
+        graphs = 1.0 + PROBES
+        if self._probes_shallow:
+            graphs = 1 + SHALLOW_PROBES * (SHALLOW_BLOCKS + 1) / self.transformer.depth
+        return graphs * self._seconds_per_graph
 
     def _passes(self, blocks: Sequence[int]) -> float:
         """Forward passes of the whole model that the sensitivity of one image takes."""
         depth = self.transformer.depth
         return 1 + TUNING.sensitivity_counts * sum(1 - block / depth for block in blocks)
 
-    def _time_probes(
-        self, methods: Mapping[str, tuple[Reduction, Sequence[int]]]
-    ) -> dict[str, list[tuple[Schedule, LatencyStats]]]:
+    def _time_probes(self, methods: Methods, latency: Mapping[str, LatencyModel]) -> Probes:
         """Some schedules of every method, timed in one run, from which the overhead follows."""
-        n, depth, prefix = self.profile.dense_tokens, self.transformer.depth, self.transformer.num_prefix_tokens
-        tried = {
-            label: probe_schedules(reduction, n, prefix, blocks, depth)
-            for label, (reduction, blocks) in methods.items()
-        }
+        if self._probes_shallow:
+            share = self.limit.share(TUNING.overhead_share)
+            return shallow_probes(
+                self.transformer, self.example_inputs, methods, latency, share, self.limit, self.verbose
+            )
+        tried = schedules_to_probe(self.transformer, methods, self.profile.dense_tokens)
         variants = {
             f"{label} {number}": Variant(methods[label][0], schedule)
             for label, schedules in tried.items()
@@ -266,7 +295,7 @@ class Measurements:
             for label, schedules in tried.items()
         }
 
-    def _measure_sensitivities(self, methods: Mapping[str, tuple[Reduction, Sequence[int]]]) -> dict[str, Sensitivity]:
+    def _measure_sensitivities(self, methods: Methods) -> dict[str, Sensitivity]:
         """The sensitivities to the methods, on the same images: as many as the time allows.
 
         Those that are kept of an earlier run with about as much time are not measured again. Of the others all get a
@@ -320,7 +349,7 @@ class Measurements:
             kept = KeptSensitivity(table.table.tolist(), table.images, seconds)
             self._store.keep_sensitivity(reduction, table.blocks, table.counts, kept)
 
-    def _first_images(self, methods: Mapping[str, tuple[Reduction, Sequence[int]]], seconds: float) -> int:
+    def _first_images(self, methods: Methods, seconds: float) -> int:
         """Images in the first batch of the sensitivity: fewer than usual if even that would take too long."""
         passes = sum(self._passes(blocks) for _, blocks in methods.values())
         affordable = seconds / max(passes * self._seconds_per_image, 1e-9)

@@ -13,7 +13,17 @@ from lightning_prune.planning.latency_model import removes_before_blocks
 from lightning_prune.profiling import LatencyProfile, measurement_context
 from lightning_prune.reduction import resolve
 
-_CONDITIONS = ("device", "threads", "batch_size", "image_shape", "precision", "compiled")
+_CONDITIONS = (
+    "device",
+    "threads",
+    "batch_size",
+    "image_shape",
+    "precision",
+    "compiled",
+    "runtime",
+    "provider",
+    "runtime_precision",
+)
 
 
 def foreign_conditions(profile: LatencyProfile, transformer: VisionTransformer, example_inputs: Tensor) -> list[str]:
@@ -31,7 +41,7 @@ def foreign_conditions(profile: LatencyProfile, transformer: VisionTransformer, 
     there = {key: profile.context[key] for key in _CONDITIONS if profile.context.get(key) is not None}
     if here["device_type"] != "cpu" or profile.context.get("device_type") != "cpu":
         there.pop("threads", None)
-    differing = [f"{key} {value} there, {here[key]} here" for key, value in there.items() if value != here[key]]
+    differing = [f"{key} {value} there, {here.get(key)} here" for key, value in there.items() if value != here.get(key)]
     for difference in differing:
         warnings.warn(f"The profile was measured elsewhere: {difference}.", stacklevel=4)
     return differing

@@ -17,7 +17,7 @@ from lightning_prune.patching import PatchHandle, VisionTransformer
 from lightning_prune.planning.activation_cache import recorded, replayed
 from lightning_prune.profiling.output_kinds import OUTPUT_KINDS, choose_proxy
 from lightning_prune.reduction import Reduction
-from lightning_prune.runtimes.torch_runtime import force_eager
+from lightning_prune.runtimes.in_place import force_eager
 from lightning_prune.schedule import Schedule
 
 Table = NDArray[np.float64]

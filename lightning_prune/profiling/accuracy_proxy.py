@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_prune.errors import ArgumentError, DataError, UnsupportedModelError
 from lightning_prune.patching import VisionTransformer
 from lightning_prune.profiling.output_kinds import OUTPUT_KINDS, choose_proxy
-from lightning_prune.runtimes.torch_runtime import force_eager
+from lightning_prune.runtimes.in_place import force_eager
 
 
 def top1(labels: Tensor, logits: Tensor) -> float:

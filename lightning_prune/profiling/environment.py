@@ -20,7 +20,8 @@ from lightning_prune.patching import VisionTransformer
 from lightning_prune.patching.class_swap import original_class
 from lightning_prune.patching.models.base import call_keywords
 from lightning_prune.reduction import Reduction
-from lightning_prune.runtimes.torch_runtime import is_compiled, runtime_of
+from lightning_prune.runtimes.base import runtime_of
+from lightning_prune.runtimes.in_place import is_compiled
 
 UNKNOWN = "unknown"
 """Value of a condition that cannot be compared with others; nothing is reused under it."""
@@ -39,9 +40,11 @@ def measurement_context(model: nn.Module, example_inputs: Tensor) -> dict[str, A
         example_inputs: (B, C, H, W) images.
 
     Returns:
-        One entry per condition. Of the libraries of models (timm, torchvision, transformers) those that the modules of
-        `model` are from are named, with their version.
+        One entry per condition, and those of the runtime that is applied (version, provider, threads). Of the libraries
+        of models (timm, torchvision, transformers) those that the modules of `model` are from are named, with their
+        version.
     """
+    runtime = runtime_of(model)
     return {
         "device": device_name(example_inputs.device),
         "device_type": example_inputs.device.type,
@@ -50,11 +53,12 @@ def measurement_context(model: nn.Module, example_inputs: Tensor) -> dict[str, A
         "image_shape": list(example_inputs.shape[1:]),
         "precision": precision(model, example_inputs.device),
         "runtime": runtime_name(model),
-        "compiled": is_compiled(model),
+        "compiled": is_compiled(model) and not (runtime is not None and runtime.converts),
         "model": original_class(getattr(model, "_orig_mod", model)).__name__,
         "parameters": sum(p.numel() for p in model.parameters()),
         "torch": str(torch.__version__),  # a str subclass, which YAML and weights_only loading refuse
         **{name: number for name, number in package_versions(model).items() if name in _MODEL_LIBRARIES},
+        **({} if runtime is None else runtime.context()),
     }
 
 

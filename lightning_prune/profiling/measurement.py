@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_prune._utils.isolation import isolated, user_hooks
 from lightning_prune._utils.progress import progress_bar
 from lightning_prune._utils.validation import as_int, check, check_bool, check_callable, check_images, check_int
-from lightning_prune.errors import ArgumentError
+from lightning_prune.errors import ArgumentError, ExportError
 from lightning_prune.patching import PatchHandle, VisionTransformer, find_vision_transformer
 from lightning_prune.patching.class_swap import is_patched_module
 from lightning_prune.patching.schedule_forms import allocate_schedule, reducing_block, refuse_adaptive
@@ -24,9 +24,12 @@ from lightning_prune.profiling.interleaved_timer import InterleavedTimer, Latenc
 from lightning_prune.profiling.latency_profile import LatencyProfile
 from lightning_prune.profiling.model_variants import DENSE, Variant, VariantSwitch
 from lightning_prune.reduction import RandomDrop, Reduction, resolve
-from lightning_prune.runtimes.base import Runtime
+from lightning_prune.runtimes.base import Runtime, applied_runtime
+from lightning_prune.runtimes.converted import ConvertedRuntime
+from lightning_prune.runtimes.in_place import is_compiled
 from lightning_prune.runtimes.registry import parse_runtime
-from lightning_prune.runtimes.torch_runtime import TorchEager, applied_runtime, is_compiled, raised_recompile_limit
+from lightning_prune.runtimes.token_curve import TokenCurve
+from lightning_prune.runtimes.torch_runtime import TorchEager, raised_recompile_limit
 from lightning_prune.schedule import KeepRates, Schedule
 
 ProfilingMode = Literal["deployed", "paper"]
@@ -116,19 +119,10 @@ def profile_latency(
             _check_counts(counts, lowest, n)
         elif protocol == "paper":
             counts = range(lowest, n)
-        handle = PatchHandle(transformer, reduction, Schedule([0] * depth))
-        try:
-            timer = InterleavedTimer[int](
-                prepare=lambda count: handle.update(allocate_schedule(reduction, n - count, n, prefix, depth, index)),
-                run=lambda: transformer.run(example_inputs),
-                device=example_inputs.device,
-                reference=n,
-                clock=clock,
-            )
+        with _switching_counts(transformer, example_inputs, reduction, index, n) as (prepare, run):
+            timer = InterleavedTimer[int](prepare, run, example_inputs.device, reference=n, clock=clock)
             build = profile_builder(reduction.name, index, depth, protocol)
             profile = search_counts(timer, build, counts, lowest, n, time_limit, on_step, len(example_inputs))
-        finally:
-            handle.remove()
         context = measurement_context(transformer.compiled_root, example_inputs)
         context["method_settings"] = {key: repr(value) for key, value in reduction.settings().items()}
         context["measured"] = datetime.now().astimezone().isoformat(timespec="seconds")
@@ -216,6 +210,34 @@ def compare_latency(
 def _applied(runtime: str | Runtime | None, transformer: VisionTransformer) -> AbstractContextManager[None]:
     now = applied_runtime(transformer) or TorchEager()
     return (now if runtime is None else parse_runtime(runtime)).applied(transformer)
+
+
+@contextmanager
+def _switching_counts(
+    transformer: VisionTransformer, example_inputs: Tensor, reduction: Reduction, block: int, n: int
+) -> Iterator[tuple[Callable[[int], None], Callable[[], object]]]:
+    """Gives a function that prepares a token count, and one that runs it.
+
+    Where a runtime converts the model, one graph serves all counts if that can be; else each count is converted.
+    """
+    runtime = applied_runtime(transformer)
+    if isinstance(runtime, ConvertedRuntime) and reduction == TOKEN_CURVE:
+        try:
+            curve = TokenCurve(runtime, transformer, example_inputs)
+        except ExportError:
+            pass
+        else:
+            yield curve.to, curve.run
+            return
+    depth, prefix = transformer.depth, transformer.num_prefix_tokens
+    handle = PatchHandle(transformer, reduction, Schedule([0] * depth))
+    try:
+        yield (
+            lambda count: handle.update(allocate_schedule(reduction, n - count, n, prefix, depth, block)),
+            lambda: transformer.run(example_inputs),
+        )
+    finally:
+        handle.remove()
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_prune._utils.trees import tree_leaves
 from lightning_prune.patching import VisionTransformer
-from lightning_prune.runtimes.torch_runtime import force_eager, uncompiled
+from lightning_prune.runtimes.in_place import force_eager, uncompiled
 
 
 class ModelCost(NamedTuple):

@@ -11,7 +11,7 @@ from lightning_prune.patching import PatchHandle, VisionTransformer, unpatch
 from lightning_prune.profiling.interleaved_timer import InterleavedTimer
 from lightning_prune.reduction import Reduction, resolve
 from lightning_prune.runtimes.base import Runtime
-from lightning_prune.runtimes.torch_runtime import RuntimeSwitch
+from lightning_prune.runtimes.switch import RuntimeSwitch
 from lightning_prune.schedule import KeepRates, Schedule
 
 

@@ -2,9 +2,8 @@
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal, get_args
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -12,41 +11,17 @@ from torch import Tensor, nn
 from lightning_prune._utils.trees import tree_map
 from lightning_prune.errors import ArgumentError
 from lightning_prune.patching import VisionTransformer, find_vision_transformer
-from lightning_prune.runtimes.base import Runtime
+from lightning_prune.runtimes.base import Runtime, torch_context, without_autograd
+from lightning_prune.runtimes.in_place import InPlace, is_compiled
 
 Mode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs", "blocks"]
 """As `torch.compile` has them; `blocks` compiles each block by itself, which takes a fraction of the time."""
 
 _WITH_CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
-# Not an attribute of the module: copies and pickles of a compiled model are not compiled.
-_compiled: "WeakKeyDictionary[nn.Module, Runtime]" = WeakKeyDictionary()
 
 
-def is_compiled(model: nn.Module) -> bool:
-    """Whether calling the model runs compiled graphs, of the whole of it or of a part."""
-    return any(map(is_compiled_itself, model.modules()))
-
-
-def is_compiled_itself(module: nn.Module) -> bool:
-    """Whether this very module, and not only a part of it, is compiled in place or is the wrapper of a compiled one."""
-    return hasattr(module, "_orig_mod") or _compiled_call(module) is not None
-
-
-def applied_runtime(transformer: VisionTransformer) -> Runtime | None:
-    """The runtime that `Runtime.applied` applies to a transformer now.
-
-    None where the model runs as the user made it: eagerly, or compiled by the user (`is_compiled`) in some mode.
-    """
-    return runtime_of(transformer.compiled_root)
-
-
-def runtime_of(model: nn.Module) -> Runtime | None:
-    """The runtime that `Compiled` or `Runtime.applied` applies to a model now; None as in `applied_runtime`."""
-    return _compiled.get(model)
-
-
-class Compiled:
-    """Compiles in place until it is undone: modules, parameters and names stay what they are.
+class Compiled(InPlace):
+    """Compiles in place until it is undone; compiled graphs stay in torch's cache.
 
     Compiles with `dynamic=False`: one graph for each shape, as in deployment; graphs for symbolic shapes are slower.
 
@@ -62,49 +37,12 @@ class Compiled:
     def __init__(self, root: nn.Module, mode: Mode, blocks: list[nn.Module] | None = None) -> None:
         if is_compiled(root):
             raise ArgumentError(f"`mode` must be left out for a model that is compiled already, got {mode!r}.")
-        self._modules = (blocks or []) if mode == "blocks" else [root]
-        for module in self._modules:
+        modules = (blocks or []) if mode == "blocks" else [root]
+        for module in modules:
             module.compile(mode=None if mode in ("default", "blocks") else mode, dynamic=False)
         if mode in _WITH_CUDA_GRAPHS:
             vars(root)["_compiled_call_impl"] = _copying_outputs(vars(root)["_compiled_call_impl"])
-        self._root, self._runtime = root, TorchCompile(mode)
-        self._calls: list[Callable[..., Any]] = []  # of the modules, while the model runs eagerly
-        _compiled[root] = self._runtime
-
-    def suspend(self) -> None:
-        """Makes the model run eagerly until `resume`."""
-        _compiled.pop(self._root, None)
-        self._calls = [vars(module).pop("_compiled_call_impl") for module in self._modules]
-
-    def resume(self) -> None:
-        """Makes the model run compiled again, by the same graphs."""
-        for module, call in zip(self._modules, self._calls, strict=True):
-            vars(module)["_compiled_call_impl"] = call
-        _compiled[self._root] = self._runtime
-
-    def undo(self) -> None:
-        """Makes the model run eagerly again; compiled graphs stay in torch's cache."""
-        _compiled.pop(self._root, None)
-        for module in self._modules:
-            vars(module).pop("_compiled_call_impl", None)
-
-
-def force_eager() -> AbstractContextManager[Any]:
-    """A context in which nothing is compiled and nothing compiled is run: for a batch shape that comes only once."""
-    stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
-    return stance
-
-
-@contextmanager
-def uncompiled(model: nn.Module) -> Iterator[None]:
-    """A context in which a model that was compiled in place is as it was before."""
-    compiled = [(module, vars(module).pop("_compiled_call_impl", None)) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, call in compiled:
-            if call is not None:
-                vars(module)["_compiled_call_impl"] = call
+        super().__init__(root, modules, TorchCompile(mode))
 
 
 @contextmanager
@@ -132,17 +70,14 @@ class TorchEager(Runtime):
     def prepare(self, model: nn.Module, example_inputs: Tensor) -> Callable[[Tensor], Any]:
         """See `Runtime.prepare`."""
         self._check(model)
-        return _without_autograd(model)
+        return without_autograd(model)
 
     def context(self) -> dict[str, Any]:
         """See `Runtime.context`."""
-        return _torch_context(self.name)
+        return torch_context(self.name)
 
-    @contextmanager
-    def applied(self, transformer: VisionTransformer) -> Iterator[None]:
-        """See `Runtime.applied`; there is nothing to do."""
-        _check_applied(self, transformer)
-        yield
+    def install(self, transformer: VisionTransformer) -> None:
+        """See `Runtime.install`; there is nothing to install."""
 
 
 class TorchCompile(Runtime):
@@ -175,113 +110,25 @@ class TorchCompile(Runtime):
         shared = copy.deepcopy(model, tensors)
         blocks = list(find_vision_transformer(shared).blocks) if self.mode == "blocks" else None
         Compiled(shared, self.mode, blocks)
-        return _without_autograd(shared)
+        return without_autograd(shared)
 
     def context(self) -> dict[str, Any]:
         """See `Runtime.context`."""
-        return _torch_context(self.name)
+        return torch_context(self.name)
 
     def unsupported_reason(self, model: nn.Module) -> str | None:
         """See `Runtime.unsupported_reason`."""
         return "the model is compiled already." if is_compiled(model) else None
 
-    def compiled(self, transformer: VisionTransformer) -> Compiled:
-        """Compiles a transformer in place, until that is undone.
-
-        Args:
-            transformer: It runs eagerly.
-
-        Raises:
-            ArgumentError: If the model is compiled already.
-        """
+    def install(self, transformer: VisionTransformer) -> Compiled:
+        """See `Runtime.install`; compiles in place."""
         root = transformer.compiled_root
         self._check(root)
         return Compiled(root, self.mode, list(transformer.blocks))
 
-    @contextmanager
-    def applied(self, transformer: VisionTransformer) -> Iterator[None]:
-        """See `Runtime.applied`; compiles in place and undoes it."""
-        _check_applied(self, transformer)
-        if applied_runtime(transformer) == self:
-            yield
-            return
-        compiled = self.compiled(transformer)
-        try:
-            with raised_recompile_limit():
-                yield
-        finally:
-            compiled.undo()
-
-
-class RuntimeSwitch:
-    """Makes a transformer run in one runtime after another, in place; what each has compiled is kept until `off`.
-
-    Args:
-        transformer: The Vision Transformer in a user's model.
-    """
-
-    def __init__(self, transformer: VisionTransformer) -> None:
-        self._transformer = transformer
-        self._known: dict[Runtime, Compiled] = {}
-        self._current: Compiled | None = None
-        self._limit = ExitStack()
-
-    def to(self, runtime: Runtime) -> None:
-        """Makes the transformer run in a runtime; nothing changes where it is applied already.
-
-        Raises:
-            ArgumentError: As `Runtime.applied`.
-        """
-        if applied_runtime(self._transformer) == runtime:
-            return
-        if self._current is None:
-            _check_applied(runtime, self._transformer)
-        if not isinstance(runtime, TorchEager | TorchCompile):
-            runtime.applied(self._transformer)  # says why it cannot be
-            return
-        self._suspend()
-        if isinstance(runtime, TorchCompile):
-            if runtime in self._known:
-                self._known[runtime].resume()
-            else:
-                if not self._known:
-                    self._limit.enter_context(raised_recompile_limit())
-                self._known[runtime] = runtime.compiled(self._transformer)
-            self._current = self._known[runtime]
-
-    def off(self) -> None:
-        """Makes the transformer run as it did at first."""
-        self._suspend()
-        self._known.clear()
-        self._limit.close()
-
-    def _suspend(self) -> None:
-        current, self._current = self._current, None
-        if current is not None:
-            current.suspend()
-
-
-def _check_applied(runtime: Runtime, transformer: VisionTransformer) -> None:
-    now = applied_runtime(transformer)
-    if now is not None and now != runtime:
-        raise ArgumentError(f"`runtime` must be {now.name!r}, which is applied to the model, got {runtime.name!r}.")
-
-
-def _torch_context(name: str) -> dict[str, Any]:
-    return {"runtime": name, "torch": str(torch.__version__), "threads": torch.get_num_threads()}
-
-
-def _without_autograd(model: nn.Module) -> Callable[[Tensor], Any]:
-    def run(images: Tensor) -> Any:
-        with torch.no_grad():
-            return model(images)
-
-    return run
-
-
-def _compiled_call(module: nn.Module) -> Callable[..., Any] | None:
-    call: Callable[..., Any] | None = getattr(module, "_compiled_call_impl", None)
-    return call
+    def limits(self) -> AbstractContextManager[None]:
+        """See `Runtime.limits`."""
+        return raised_recompile_limit()
 
 
 def _copying_outputs(call: Callable[..., Any]) -> Callable[..., Any]:

@@ -14,7 +14,8 @@ from lightning_prune.comparison.final_run import EAGER, FinalTimer
 from lightning_prune.patching import find_vision_transformer
 from lightning_prune.profiling import InterleavedTimer, Variant
 from lightning_prune.runtimes import TorchEager, is_compiled, parse_runtime
-from lightning_prune.runtimes.torch_runtime import RuntimeSwitch, runtime_of
+from lightning_prune.runtimes.base import runtime_of
+from lightning_prune.runtimes.switch import RuntimeSwitch
 
 BLOCKS = "torch.compile:mode=blocks"
 

@@ -520,7 +520,9 @@ def test_no_method_is_begun_that_there_is_no_time_for(monkeypatch, pass_seconds,
     begun = []
     probes = Measurements._time_probes
     monkeypatch.setattr(
-        Measurements, "_time_probes", lambda self, methods: begun.append(list(methods)) or probes(self, methods)
+        Measurements,
+        "_time_probes",
+        lambda self, methods, *more: begun.append([*methods]) or probes(self, methods, *more),
     )
 
     def limit_images(self, methods):

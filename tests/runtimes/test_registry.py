@@ -1,5 +1,7 @@
 """Runtimes by spec, and what each makes of a model."""
 
+import sys
+from importlib.metadata import EntryPoint
 from typing import Any
 
 import pytest
@@ -9,8 +11,8 @@ from torch import nn
 import lightning_prune as lp
 from helpers.models import tiny_vit
 from lightning_prune.patching import find_vision_transformer
-from lightning_prune.runtimes import Runtime, TorchCompile, TorchEager, applied_runtime, is_compiled, parse_runtime
-from lightning_prune.runtimes.registry import RUNTIMES
+from lightning_prune.runtimes import TorchCompile, TorchEager, applied_runtime, is_compiled, parse_runtime, registry
+from lightning_prune.runtimes.registry import ENTRY_POINTS, EXTRAS, RUNTIMES
 
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs", "blocks")
@@ -54,13 +56,17 @@ class TestSpecs:
     @pytest.mark.parametrize(
         ("spec", "message"),
         [
-            ("troch", r"`runtime` must be one of 'torch', 'torch.compile', got 'troch'\. Did you mean 'torch'\?"),
+            ("troch", r"`runtime` must be one of 'torch', 'torch.compile', .* got 'troch'\. Did you mean 'torch'\?"),
             ("", "`runtime` must be "),
             (True, "`runtime` must be .* got True"),
             (None, "`runtime` must be .* got None"),
             ("torch:mode=blocks", "`runtime` must have settings that 'torch' takes, got 'torch:mode=blocks'"),
             ("torch.compile:speed=2", "`runtime` must have settings that 'torch.compile' takes"),
             ("torch.compile:blocks", "`runtime` must be a name or `name:key=value,...`, got 'torch.compile:blocks'"),
+            ("onnxruntime:provider=QNN", r"`provider` must be one of .*CPUExecutionProvider.*, got 'QNN'"),
+            ("onnxruntime:threads=0", "`threads` must be an integer >= 1, got"),
+            ("openvino:precision=int8", "`precision` must be .*'bf16'.*, got 'int8'"),
+            ("openvino:device=TPU", "`device` must be one of .*CPU.*, got 'TPU'"),
             ("torch.compile:mode=fast", "`mode` must be one of default, .*, blocks, got 'fast'"),
         ],
     )
@@ -70,7 +76,9 @@ class TestSpecs:
 
     def test_a_package_that_is_not_installed(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(RUNTIMES, "elsewhere", "a_package_of_elsewhere:Elsewhere")
-        with pytest.raises(lp.RuntimeUnavailableError, match=r"The runtime 'elsewhere' needs a package .*of_elsewhere"):
+        monkeypatch.setitem(EXTRAS, "elsewhere", "away")
+        message = r"The runtime 'elsewhere' needs a package .*of_elsewhere.*pip install 'lightning-prune\[away\]'"
+        with pytest.raises(lp.RuntimeUnavailableError, match=message):
             parse_runtime("elsewhere")
         assert issubclass(lp.RuntimeUnavailableError, ImportError)
 
@@ -158,16 +166,20 @@ class TestApplied:
             pass
         assert is_compiled(model)
 
-    def test_runtimes_that_convert(self) -> None:
-        class Converted(Runtime):
-            name = "converted"
 
-            def prepare(self, model: nn.Module, example_inputs: torch.Tensor) -> Any:
-                return model
+class Halving(TorchEager):
+    """A runtime of another package."""
 
-            def context(self) -> dict[str, Any]:
-                return {}
+    def __init__(self, factor: float = 0.5) -> None:
+        self.factor = factor
+        self.name = "halving" if factor == 0.5 else f"halving:factor={factor}"
 
-        transformer = find_vision_transformer(tiny_vit())
-        with pytest.raises(lp.ArgumentError, match=r"`runtime` .* got 'converted'"):
-            Converted().applied(transformer)
+
+def test_another_package_adds_a_runtime_by_an_entry_point(monkeypatch: pytest.MonkeyPatch) -> None:
+    added = [EntryPoint("halving", f"{__name__}:Halving", ENTRY_POINTS), EntryPoint("torch", "no:Such", ENTRY_POINTS)]
+    monkeypatch.setattr(registry, "entry_points", lambda group: added if group == ENTRY_POINTS else [])
+    monkeypatch.setitem(sys.modules, __name__, sys.modules[Halving.__module__])
+    assert parse_runtime("halving:factor=2").name == "halving:factor=2"
+    assert isinstance(parse_runtime("torch"), TorchEager)  # the names of this package are taken
+    with pytest.raises(lp.ArgumentError, match=r"`runtime` must be one of .*'halving'.* Did you mean 'halving'\?"):
+        parse_runtime("halvin")

@@ -14,13 +14,9 @@ import lightning_prune as lp
 from helpers.models import digits_module, tiny_vit
 from lightning_prune.report.plots import plot
 from lightning_prune.runtimes import parse_runtime
-from lightning_prune.runtimes.torch_runtime import (
-    Compiled,
-    force_eager,
-    is_compiled,
-    raised_recompile_limit,
-    runtime_of,
-)
+from lightning_prune.runtimes.base import runtime_of
+from lightning_prune.runtimes.in_place import force_eager, is_compiled
+from lightning_prune.runtimes.torch_runtime import Compiled, raised_recompile_limit
 
 
 @pytest.fixture

@@ -1,0 +1,149 @@
+"""Timings from which the overhead of each method follows, before any candidate is timed."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from lightning_prune._utils.progress import progress_bar
+from lightning_prune._utils.time_limit import TimeLimit
+from lightning_prune.patching import VisionTransformer
+from lightning_prune.patching.truncation import truncated
+from lightning_prune.planning.latency_model import LatencyModel, fit_overhead, probe_schedules
+from lightning_prune.profiling import InterleavedTimer, LatencyStats, Variant, VariantSwitch
+from lightning_prune.profiling.measurement import ready_to_run
+from lightning_prune.reduction import Reduction
+from lightning_prune.runtimes.base import Runtime, applied_runtime
+from lightning_prune.schedule import Schedule
+
+Methods = Mapping[str, tuple[Reduction, Sequence[int]]]
+Probes = dict[str, list[tuple[Schedule, LatencyStats]]]
+"""Label of a method -> schedules with their timings."""
+
+SHALLOW_BLOCKS = 3
+"""Blocks of the copy after the first that can reduce: one of each kind, that reduces and comes later."""
+SHALLOW_PROBES = 2
+"""Schedules of a method that are timed in the copy, each of which has to be converted."""
+_ROUNDS = 31
+
+
+def uses_shallow_copy(transformer: VisionTransformer) -> bool:
+    """Whether probes run in a copy with few blocks: where every schedule has to be converted, which takes seconds."""
+    runtime = applied_runtime(transformer)
+    blocks = transformer.first_prunable_block + SHALLOW_BLOCKS + 1
+    return runtime is not None and runtime.converts and 2 * blocks <= transformer.depth
+
+
+def schedules_to_probe(
+    transformer: VisionTransformer, methods: Methods, dense_tokens: int
+) -> dict[str, list[Schedule]]:
+    """Some schedules of every method, of the whole depth.
+
+    Args:
+        transformer: The Vision Transformer.
+        methods: Label -> the method and the blocks that may reduce.
+        dense_tokens: N.
+    """
+    prefix, depth = transformer.num_prefix_tokens, transformer.depth
+    return {
+        label: probe_schedules(reduction, dense_tokens, prefix, blocks, depth)
+        for label, (reduction, blocks) in methods.items()
+    }
+
+
+def shallow_probes(
+    transformer: VisionTransformer,
+    example_inputs: Tensor,
+    methods: Methods,
+    latency: Mapping[str, LatencyModel],
+    seconds: float | None,
+    limit: TimeLimit,
+    verbose: bool,
+) -> Probes:
+    """What the probes of the whole model would take, from probes of a copy with few blocks.
+
+    The overhead of a reducing block does not depend on how many blocks come before and after it: it is measured in the
+    copy and added to the latency that the curve gives for the whole model. The dense model is timed in the same run, so
+    that both are of one moment.
+
+    Args:
+        transformer: Dense, in a runtime that converts.
+        example_inputs: (B, C, H, W) images.
+        methods: Label -> the method and the blocks that may reduce.
+        latency: Label -> the latency of the tokens alone, of the whole model.
+        seconds: Time limit of the run; one round is completed in any case.
+        limit: Of planning; its clock is used.
+        verbose: Shows a progress bar on a terminal.
+
+    Raises:
+        UnsupportedModelError: If no such copy can be made.
+    """
+    first = transformer.first_prunable_block
+    shallow = truncated(transformer, first + SHALLOW_BLOCKS + 1)
+    n = int(next(iter(latency.values())).levels[-1])
+    blocks = range(first, shallow.depth)
+    own = {
+        label: (reduction, (0,) if reduction.site == "input" else blocks) for label, (reduction, _) in methods.items()
+    }
+    tried = {label: found[::2][:SHALLOW_PROBES] for label, found in schedules_to_probe(shallow, own, n).items()}
+    variants = {
+        f"{label} {number}": Variant(methods[label][0], schedule)
+        for label, schedules in tried.items()
+        for number, schedule in enumerate(schedules)
+    }
+    stats = _timed(transformer, shallow, example_inputs, variants, seconds, limit, verbose)
+    probes: Probes = {}
+    for label, whole in schedules_to_probe(transformer, methods, n).items():
+        share = stats["shallow"].ratio
+        model = replace(latency[label], depth=shallow.depth, dense_ms=share * latency[label].dense_ms)
+        timed = [(schedule, stats[f"{label} {number}"]) for number, schedule in enumerate(tried[label])]
+        overhead = fit_overhead(model, timed)
+        aware = replace(latency[label], overhead=overhead)
+        spread = share * max(timing.ratio_spread for _, timing in timed)
+        probes[label] = []
+        for schedule in whole:
+            ms = aware.predict(schedule)
+            ratio = ms / aware.dense_ms
+            probes[label].append((schedule, LatencyStats(ms, spread * ms, ratio, spread, timed[0][1].rounds)))
+    return probes
+
+
+def _timed(
+    transformer: VisionTransformer,
+    shallow: VisionTransformer,
+    example_inputs: Tensor,
+    variants: Mapping[str, Variant],
+    seconds: float | None,
+    limit: TimeLimit,
+    verbose: bool,
+) -> dict[str, LatencyStats]:
+    """Timings of the variants of the copy over the dense copy, and of that, `"shallow"`, over the dense model."""
+    runtime = applied_runtime(transformer)
+    assert isinstance(runtime, Runtime)
+    switch, runs = VariantSwitch(shallow), {"dense": lambda: transformer.run(example_inputs)}
+    current: list[Callable[[], object]] = []
+
+    def prepare(name: str) -> None:
+        if name in variants:
+            switch.to(variants[name])
+        else:
+            switch.off()
+        current[:] = [runs.get(name, lambda: shallow.run(example_inputs))]
+
+    with (
+        runtime.applied(shallow),
+        ready_to_run(transformer),
+        ready_to_run(shallow),
+        progress_bar("Overhead of the methods", seconds, verbose) as on_step,
+    ):
+        timer = InterleavedTimer[str](
+            prepare, lambda: current[0](), example_inputs.device, reference="dense", clock=limit.clock,
+            references=lambda name: ("shallow",) if name in variants else (),
+        )  # fmt: skip
+        deadline = float("inf") if seconds is None else limit.clock() + seconds
+        names = ["shallow", *variants]
+        try:
+            timer.measure(names, _ROUNDS, deadline, on_step)
+        finally:
+            switch.off()
+    return {name: timer.result(name) for name in names}

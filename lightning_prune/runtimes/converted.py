@@ -1,0 +1,166 @@
+"""Runtimes that run a converted graph of a model instead of the model itself."""
+
+from abc import abstractmethod
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_prune.errors import ArgumentError
+from lightning_prune.patching import VisionTransformer
+from lightning_prune.patching.class_swap import patch_generation
+from lightning_prune.patching.patched_block import patch_key
+from lightning_prune.runtimes.base import Runtime
+from lightning_prune.runtimes.graph_export import ExportedGraph, export_graph
+from lightning_prune.runtimes.in_place import InPlace, is_compiled, is_forced_eager
+
+RunGraph = Callable[..., list[Tensor]]
+TOKENS = "tokens"
+"""Name of the dynamic dimension of a graph that is converted once for all token counts."""
+MAX_GRAPHS = 32
+"""Graphs that are kept for one model: each holds a copy of its weights."""
+
+
+class ConvertedRuntime(Runtime):
+    """Base class of runtimes that export a model and run the graph, one for each shape and schedule.
+
+    Applied in place, the model is exported at the first call after each change of its patch, of its weights or of the
+    shape of the images, which takes seconds, and later calls run what was exported.
+    """
+
+    compiles = True
+    converts = True
+
+    @abstractmethod
+    def load(self, graph: ExportedGraph) -> RunGraph:
+        """Converts a graph with static shapes, and loads it.
+
+        Args:
+            graph: Of a model.
+
+        Returns:
+            A function of the inputs of the graph; it returns the tensors that the graph returns.
+
+        Raises:
+            ExportError: If the graph cannot be converted; names the operator where that is known.
+        """
+
+    @abstractmethod
+    def load_counts(self, graph: ExportedGraph) -> Callable[[int], RunGraph]:
+        """Converts a graph with one dynamic dimension, `TOKENS`, once for all its sizes.
+
+        Args:
+            graph: As `lightning_prune.runtimes.token_curve.export_token_curve` makes it.
+
+        Returns:
+            A function of the size of that dimension, which loads the graph with this size as a static one.
+
+        Raises:
+            ExportError: As `load`.
+        """
+
+    def prepare(self, model: nn.Module, example_inputs: Tensor) -> Callable[[Tensor], Any]:
+        """See `Runtime.prepare`. The weights are copied."""
+        self._check(model)
+        graph = export_graph(model, (example_inputs,))
+        run = self.load(graph)
+        return lambda images: graph.unflatten(run(images))
+
+    def install(self, transformer: VisionTransformer) -> InPlace:
+        """See `Runtime.install`."""
+        root = transformer.compiled_root
+        self._check(root)
+        return _ConvertedCalls(self, root)
+
+    def unsupported_reason(self, model: nn.Module) -> str | None:
+        """See `Runtime.unsupported_reason`."""
+        if is_compiled(model):
+            return "the model is compiled already."
+        if not all(map(_is_plain, model.parameters())):
+            return "its weights are quantized, or otherwise no plain tensors."
+        return None
+
+    @staticmethod
+    def _spec(name: str, **settings: tuple[object, object]) -> str:
+        """The shortest spec, from setting -> (value, default)."""
+        differing = [f"{key}={value}" for key, (value, default) in settings.items() if value != default]
+        return f"{name}:{','.join(differing)}" if differing else name
+
+
+class _ConvertedCalls(InPlace):
+    """Calls of a model that run converted graphs of it.
+
+    Args:
+        runtime: Converts and runs.
+        root: The model.
+    """
+
+    def __init__(self, runtime: ConvertedRuntime, root: nn.Module) -> None:
+        self._converter = runtime
+        self._graphs: OrderedDict[Hashable, tuple[ExportedGraph, RunGraph]] = OrderedDict()
+        self._weights: Hashable = None
+        self._last: tuple[Hashable, tuple[ExportedGraph, RunGraph]] | None = None
+        vars(root)["_compiled_call_impl"] = self._call
+        super().__init__(root, [root], runtime)
+
+    def resume(self) -> None:
+        """See `InPlace.resume`; the weights may have changed meanwhile."""
+        self._last = None
+        super().resume()
+
+    def undo(self) -> None:
+        """See `InPlace.undo`; frees the graphs."""
+        super().undo()
+        self._graphs.clear()
+        self._last = None
+
+    def _call(self, images: Tensor, **keywords: Any) -> Any:
+        if is_forced_eager():
+            call: Callable[..., Any] = self._root._call_impl
+            return call(images, **keywords)
+        # Checked in this order at every call, so that a call costs microseconds: a patch that was changed, or another
+        # shape, leads to a search among the graphs, and only then the weights are looked at.
+        key = patch_generation(), images.shape, images.dtype, images.device, tuple(keywords.items())
+        if self._last is None or self._last[0] != key:
+            self._last = key, self._graph(images, keywords)
+        graph, run = self._last[1]
+        return graph.unflatten(run(images.detach()))
+
+    def _graph(self, images: Tensor, keywords: Mapping[str, Any]) -> tuple[ExportedGraph, RunGraph]:
+        """The graph of the model as it is now, converted where that has not been done."""
+        self._check_call(images, keywords)
+        weights = tuple((id(t), t.data_ptr(), t._version) for t in (*self._root.parameters(), *self._root.buffers()))
+        if weights != self._weights:
+            self._graphs.clear()
+            self._weights = weights
+        key = patch_key(self._root), images.shape, images.dtype, images.device, repr(sorted(keywords.items()))
+        if key not in self._graphs:
+            graph = export_graph(self._root, (images.detach(),), keywords)
+            self._graphs[key] = graph, self._converter.load(graph)
+        self._graphs.move_to_end(key)
+        while len(self._graphs) > MAX_GRAPHS:
+            self._graphs.popitem(last=False)
+        return self._graphs[key]
+
+    def _check_call(self, images: Tensor, keywords: Mapping[str, Any]) -> None:
+        name = self._converter.name
+        if not all(map(_is_plain, self._root.parameters())):
+            raise ArgumentError(f"The weights must be plain tensors with the runtime {name!r}, got quantized ones.")
+        if torch.is_autocast_enabled(images.device.type):
+            raise ArgumentError(
+                f"`precision` must be '32-true' or 'true' half with the runtime {name!r}, got autocast."
+            )
+        if self._root.training:
+            raise ArgumentError(f"The model must be in evaluation mode with the runtime {name!r}, got training mode.")
+        tensors = [key for key, value in keywords.items() if isinstance(value, Tensor)]
+        if tensors:
+            raise ArgumentError(
+                f"The model must be called with images alone with the runtime {name!r}, got the tensor `{tensors[0]}`."
+            )
+
+
+def _is_plain(parameter: Tensor) -> bool:
+    """Whether it is a tensor of numbers, and no subclass such as a quantized one."""
+    return type(parameter) in (Tensor, nn.Parameter)

@@ -1,0 +1,134 @@
+"""ONNX Runtime: a model is exported to ONNX and run by an inference session."""
+
+from collections.abc import Callable
+from typing import Any
+
+import onnxruntime as ort
+import torch
+from torch import Tensor, nn
+
+from lightning_prune._utils.validation import check, check_int
+from lightning_prune.errors import ArgumentError, ExportError
+from lightning_prune.runtimes.converted import TOKENS, ConvertedRuntime, RunGraph
+from lightning_prune.runtimes.graph_export import ExportedGraph
+from lightning_prune.runtimes.onnx_conversion import NUMPY_DTYPES, to_onnx
+
+_CPU = "CPUExecutionProvider"
+
+
+class OnnxRuntime(ConvertedRuntime):
+    """ONNX Runtime, with static shapes; inputs and outputs stay in the memory of PyTorch's tensors.
+
+    Args:
+        provider: The execution provider; operators that it does not have run by the CPU provider.
+        threads: Threads of one operator on a CPU; as many as PyTorch has now if None.
+
+    Raises:
+        ArgumentError: If the provider is not installed here (lists those that are), or `threads` is below 1.
+
+    Example:
+        >>> from lightning_prune.runtimes import parse_runtime
+        >>> parse_runtime("onnxruntime"), parse_runtime("onnxruntime:threads=1").threads
+        (OnnxRuntime('onnxruntime'), 1)
+    """
+
+    def __init__(self, provider: str = _CPU, threads: int | None = None) -> None:
+        known = ort.get_available_providers()
+        check("provider", provider, f"one of {', '.join(known)}", provider in known)
+        if threads is not None:
+            check_int("threads", threads, 1)
+        self.provider, self.threads = provider, threads
+        self.name = self._spec("onnxruntime", provider=(provider, _CPU), threads=(threads, None))
+
+    def context(self) -> dict[str, Any]:
+        """See `Runtime.context`."""
+        return {
+            "runtime": self.name,
+            "onnxruntime": ort.__version__,
+            "torch": str(torch.__version__),  # its exporter makes the graph
+            "provider": self.provider,
+            "threads": self._threads(),
+        }
+
+    def unsupported_reason(self, model: nn.Module) -> str | None:
+        """See `Runtime.unsupported_reason`."""
+        wrong = {t.dtype for t in model.parameters() if t.is_floating_point()} - NUMPY_DTYPES.keys()
+        if wrong:
+            return f"the weights are {sorted(map(str, wrong))[0]}; it runs models in float32 or float16."
+        return super().unsupported_reason(model)
+
+    def load(self, graph: ExportedGraph) -> RunGraph:
+        """See `ConvertedRuntime.load`."""
+        return self._session(to_onnx(graph).SerializeToString())
+
+    def load_counts(self, graph: ExportedGraph) -> Callable[[int], RunGraph]:
+        """See `ConvertedRuntime.load_counts`."""
+        model = to_onnx(graph).SerializeToString()
+        return lambda count: self._session(model, {TOKENS: count})
+
+    def _session(self, model: bytes, dimensions: dict[str, int] | None = None) -> RunGraph:
+        """A function that runs an ONNX model.
+
+        Args:
+            model: The model, serialised.
+            dimensions: Name -> size of the symbolic dimensions, which become static.
+
+        Raises:
+            ExportError: If ONNX Runtime does not accept the model.
+        """
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = self._threads()
+        options.log_severity_level = 3
+        # Threads of a session that waits would take the cores from the one that is timed.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        for name, size in (dimensions or {}).items():
+            options.add_free_dimension_override_by_name(name, size)
+        providers = [self.provider] if self.provider == _CPU else [self.provider, _CPU]
+        try:
+            session = ort.InferenceSession(model, options, providers=providers)
+        except Exception as error:  # its errors have no common base class
+            raise ExportError(f"ONNX Runtime does not accept the model: {error}") from error
+        if session.get_providers()[0] != self.provider:
+            raise ArgumentError(f"`provider` must be one that starts here, got {self.provider!r}, which did not.")
+        return _bound(session)
+
+    def _threads(self) -> int:
+        return torch.get_num_threads() if self.threads is None else self.threads
+
+
+def _bound(session: Any) -> RunGraph:
+    """A function that runs a session on the memory of torch tensors."""
+    inputs = [each.name for each in session.get_inputs()]
+    outputs = session.get_outputs()
+    dtypes = [_TORCH_DTYPES[each.type] for each in outputs]
+
+    def run(*tensors: Tensor) -> list[Tensor]:
+        binding = session.io_binding()
+        held = [tensor.contiguous() for tensor in tensors]
+        device = held[0].device
+        place = device.type, device.index or 0
+        for name, tensor in zip(inputs, held, strict=True):
+            kind = NUMPY_DTYPES[tensor.dtype]
+            binding.bind_input(name, *place, kind, tuple(tensor.shape), tensor.data_ptr())
+        made = [
+            torch.empty(tuple(each.shape), dtype=dtype, device=device)
+            for each, dtype in zip(outputs, dtypes, strict=True)
+        ]
+        for each, tensor in zip(outputs, made, strict=True):
+            kind = NUMPY_DTYPES[tensor.dtype]
+            binding.bind_output(each.name, *place, kind, tuple(tensor.shape), tensor.data_ptr())
+        if device.type != "cpu":
+            torch.cuda.current_stream(device).synchronize()  # the session runs on a stream of its own
+        session.run_with_iobinding(binding)
+        binding.synchronize_outputs()
+        return made
+
+    return run
+
+
+_TORCH_DTYPES = {
+    "tensor(float)": torch.float32,
+    "tensor(float16)": torch.float16,
+    "tensor(int64)": torch.int64,
+    "tensor(bool)": torch.bool,
+}

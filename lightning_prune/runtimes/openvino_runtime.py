@@ -1,0 +1,150 @@
+"""OpenVINO: a model is exported, converted and compiled for one of its devices."""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any, Literal, get_args
+
+import numpy as np
+import openvino as ov
+import torch
+from torch import Tensor, nn
+
+from lightning_prune._utils.validation import check, check_choice, check_int
+from lightning_prune.errors import ExportError
+from lightning_prune.runtimes.converted import ConvertedRuntime, RunGraph
+from lightning_prune.runtimes.graph_export import ExportedGraph
+from lightning_prune.runtimes.onnx_conversion import NUMPY_DTYPES, to_onnx
+
+Precision = Literal["f32", "f16", "bf16", "default"]
+"""What OpenVINO computes in; its own default differs by device, and is often less than float32."""
+
+
+class OpenVINO(ConvertedRuntime):
+    """OpenVINO, with static shapes and one stream.
+
+    Args:
+        device: Such as `CPU`, `GPU` or `NPU`.
+        precision: What it computes in. `"default"` leaves that to OpenVINO, which takes bfloat16 on processors that
+            have it; `context` says what it takes here.
+        threads: Threads on a CPU; as many as PyTorch has now if None.
+
+    Raises:
+        ArgumentError: If there is no such device (lists those that are), or another argument is out of range.
+
+    Example:
+        >>> from lightning_prune.runtimes import parse_runtime
+        >>> parse_runtime("openvino"), parse_runtime("openvino:precision=bf16,threads=1")
+        (OpenVINO('openvino'), OpenVINO('openvino:precision=bf16,threads=1'))
+    """
+
+    def __init__(self, device: str = "CPU", precision: Precision = "f32", threads: int | None = None) -> None:
+        check_choice("precision", precision, get_args(Precision))
+        known = _core().available_devices
+        check("device", device, f"one of {', '.join(known)}", device in known)
+        if threads is not None:
+            check_int("threads", threads, 1)
+        self.device, self.precision, self.threads = device, precision, threads
+        settings = {"device": (device, "CPU"), "precision": (precision, "f32"), "threads": (threads, None)}
+        self.name = self._spec("openvino", **settings)
+
+    def context(self) -> dict[str, Any]:
+        """See `Runtime.context`. The precision is read back from what OpenVINO made of the settings."""
+        return {
+            "runtime": self.name,
+            "openvino": ov.get_version(),
+            "torch": str(torch.__version__),  # its exporter makes the graph
+            "provider": self.device,
+            "threads": self._threads(),
+            "runtime_precision": _precision_of(self.device, tuple(self._settings().items())),
+        }
+
+    def unsupported_reason(self, model: nn.Module) -> str | None:
+        """See `Runtime.unsupported_reason`."""
+        wrong = {t.dtype for t in model.parameters() if t.is_floating_point()} - NUMPY_DTYPES.keys()
+        if wrong:
+            return f"the weights are {min(map(str, wrong))}; it takes models in float32 or float16."
+        return super().unsupported_reason(model)
+
+    def load(self, graph: ExportedGraph) -> RunGraph:
+        """See `ConvertedRuntime.load`."""
+        return self._compiled(to_openvino(graph))
+
+    def load_counts(self, graph: ExportedGraph) -> Callable[[int], RunGraph]:
+        """See `ConvertedRuntime.load_counts`."""
+        model = to_openvino(graph)
+
+        def load(count: int) -> RunGraph:
+            static = model.clone()
+            images, _ = graph.inputs
+            ports = static.inputs
+            static.reshape({ports[0]: ov.PartialShape(list(images.shape)), ports[1]: ov.PartialShape([count])})
+            return self._compiled(static)
+
+        return load
+
+    def _compiled(self, model: ov.Model) -> RunGraph:
+        try:
+            compiled = _core().compile_model(model, self.device, self._settings())
+        except RuntimeError as error:
+            raise ExportError(f"OpenVINO does not accept the model on {self.device}: {error}") from error
+        return _bound(compiled)
+
+    def _settings(self) -> dict[str, Any]:
+        settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": "1"}
+        if self.precision != "default":
+            settings["INFERENCE_PRECISION_HINT"] = self.precision
+        if self.device == "CPU":
+            settings["INFERENCE_NUM_THREADS"] = self._threads()
+        return settings
+
+    def _threads(self) -> int:
+        return torch.get_num_threads() if self.threads is None else self.threads
+
+
+def to_openvino(graph: ExportedGraph) -> ov.Model:
+    """The OpenVINO model of a graph, its weights as they are.
+
+    The graph is read directly, which keeps attention one operator; by way of ONNX where an operator has no direct form.
+
+    Raises:
+        ExportError: If neither way leads there; names the operator.
+    """
+    try:
+        return ov.convert_model(graph.program)
+    except Exception:  # its front end raises what it likes
+        model = to_onnx(graph).SerializeToString()
+    try:
+        from io import BytesIO
+
+        return ov.convert_model(BytesIO(model))
+    except Exception as error:
+        raise ExportError(f"The graph cannot be converted to OpenVINO: {error}") from error
+
+
+def _bound(compiled: Any) -> RunGraph:
+    """A function that runs a compiled model on the memory of torch tensors."""
+    request = compiled.create_infer_request()
+    names = range(len(compiled.inputs))
+    outputs = compiled.outputs
+
+    def run(*tensors: Tensor) -> list[Tensor]:
+        held = [np.ascontiguousarray(tensor.cpu().numpy()) for tensor in tensors]
+        shared = {name: ov.Tensor(array, shared_memory=True) for name, array in zip(names, held, strict=True)}
+        results = request.infer(shared, share_outputs=False)
+        return [torch.from_numpy(results[port]).to(tensors[0].device) for port in outputs]
+
+    return run
+
+
+@cache
+def _core() -> ov.Core:
+    return ov.Core()
+
+
+@cache
+def _precision_of(device: str, settings: tuple[tuple[str, Any], ...]) -> str:
+    """What a device computes in with these settings, read from a compiled model."""
+    parameter = ov.opset13.parameter([1, 8], np.float32)
+    model = ov.Model([ov.opset13.matmul(parameter, np.ones((8, 8), np.float32), False, False)], [parameter])
+    compiled = _core().compile_model(model, device, dict(settings))
+    return str(compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name())

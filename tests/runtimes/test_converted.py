@@ -1,0 +1,244 @@
+"""Runtimes that convert: same outputs as PyTorch, in place and undone, converted once for each thing that matters."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+import lightning_prune as lp
+from helpers.models import tiny_vit
+from lightning_prune.patching import find_vision_transformer
+from lightning_prune.profiling.environment import measurement_context
+from lightning_prune.runtimes import applied_runtime, is_compiled, parse_runtime
+from lightning_prune.runtimes.base import Runtime
+from lightning_prune.runtimes.converted import ConvertedRuntime
+from lightning_prune.runtimes.graph_export import export_graph
+from lightning_prune.runtimes.in_place import force_eager
+from lightning_prune.runtimes.token_curve import TokenCurve
+
+SPECS = ("onnxruntime", "openvino")
+IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def tiny(depth: int = 2, **kwargs: Any) -> nn.Module:
+    return tiny_vit(depth=depth, embed_dim=24, **kwargs)
+
+
+def same(one: Tensor, other: Tensor) -> None:
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+class Counting(ConvertedRuntime):
+    """Runs the graph by PyTorch, and notes the shapes of the images that a graph was made for."""
+
+    name = "counting"
+
+    def __init__(self) -> None:
+        self.loaded: list[tuple[int, ...]] = []
+
+    def context(self) -> dict[str, Any]:
+        return {"runtime": self.name, "counting": "1.0"}
+
+    def load(self, graph: Any) -> Any:
+        self.loaded.append(tuple(graph.inputs[0].shape))
+        module = graph.program.module()
+        return lambda *tensors: [module(*tensors)]
+
+    def load_counts(self, graph: Any) -> Any:
+        return lambda count: self.load(graph)
+
+
+@pytest.fixture
+def counting() -> Counting:
+    return Counting()
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("method", [None, "pomt", "tome"])
+def test_outputs_are_those_of_pytorch(spec: str, method: str | None) -> None:
+    model, runtime = tiny(), parse_runtime(spec)
+    if method is not None:
+        lp.patch(model, method, [4, 3])
+    with torch.no_grad():
+        expected = model(IMAGES)
+        run = runtime.prepare(model, IMAGES)
+        same(run(IMAGES), expected)
+        same(run(IMAGES.flip(0)), expected.flip(0))
+    assert not run(IMAGES).requires_grad
+    assert not is_compiled(model)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_a_model_of_hugging_face_keeps_its_fields(spec: str) -> None:
+    import transformers
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    model = transformers.ViTModel(transformers.ViTConfig(**sizes, image_size=32, patch_size=8)).eval()
+    transformer = find_vision_transformer(model)
+    with torch.no_grad():
+        expected = model(IMAGES)
+        with parse_runtime(spec).applied(transformer):
+            found = model(IMAGES)
+    assert type(found) is type(expected)
+    assert list(found) == list(expected)
+    same(found.last_hidden_state, expected.last_hidden_state)
+    same(found.pooler_output, expected.pooler_output)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_one_graph_serves_all_token_counts(spec: str) -> None:
+    """Against dropping the same tokens by hand, before block 0."""
+    model = tiny()
+    transformer, runtime = find_vision_transformer(model), parse_runtime(spec)
+    assert isinstance(runtime, ConvertedRuntime)
+    curve = TokenCurve(runtime, transformer, IMAGES)
+    for count in (17, 9, 3):
+        curve.to(count)
+        with torch.no_grad():
+            tokens = model._pos_embed(model.patch_embed(IMAGES))[:, :count]
+            expected = model.forward_head(model.norm(model.blocks(model.norm_pre(tokens))))
+        same(curve.run()[0], expected)
+    assert not any(module.__class__.__name__.startswith("Patched") for module in model.modules())
+
+
+def test_precision_of_openvino_is_read_back() -> None:
+    assert parse_runtime("openvino").context()["runtime_precision"] == "f32"
+    chosen = parse_runtime("openvino:precision=f16,threads=1").context()
+    assert chosen["runtime_precision"] in ("f16", "bf16", "f32")  # a processor without float16 takes another
+    assert chosen["threads"] == 1
+
+
+def test_conditions_are_part_of_what_a_measurement_depends_on(counting: Counting) -> None:
+    transformer = find_vision_transformer(tiny())
+    with counting.applied(transformer):
+        context = measurement_context(transformer.compiled_root, IMAGES)
+    assert (context["runtime"], context["counting"]) == ("counting", "1.0")
+    for spec in SPECS:
+        assert {"runtime", "threads", "provider", "torch"} <= set(parse_runtime(spec).context())
+
+
+class TestInPlace:
+    @pytest.fixture
+    def model(self) -> Iterator[nn.Module]:
+        with torch.no_grad():
+            yield tiny()
+
+    def test_until_it_ends(self, model: nn.Module, counting: Counting) -> None:
+        transformer = find_vision_transformer(model)
+        before = [dict(vars(module)) for module in model.modules()]
+        expected = model(IMAGES)
+        with counting.applied(transformer):
+            assert applied_runtime(transformer) is counting
+            same(model(IMAGES), expected)
+            with counting.applied(transformer):
+                same(model(IMAGES), expected)
+            assert is_compiled(model)
+        assert torch.equal(model(IMAGES), expected)
+        assert [dict(vars(module)) for module in model.modules()] == before
+        assert counting.loaded == [(2, 3, 32, 32)]
+
+    def test_each_patch_and_shape_has_a_graph_of_its_own_made_once(self, model: nn.Module, counting: Counting) -> None:
+        transformer = find_vision_transformer(model)
+        schedules = ([5, 0], [0, 5], [5, 0], [0, 5])
+        with counting.applied(transformer):
+            for schedule in schedules:
+                with lp.patch(model, "topk", schedule):
+                    with force_eager():
+                        expected = model(IMAGES)
+                    same(model(IMAGES), expected)
+                    same(model(IMAGES), expected)
+            assert len(counting.loaded) == 2
+            model(IMAGES)
+            model(IMAGES[:1])
+            model(IMAGES)
+        assert counting.loaded[2:] == [(2, 3, 32, 32), (1, 3, 32, 32)]
+
+    def test_other_methods_and_settings_are_told_apart(self, model: nn.Module, counting: Counting) -> None:
+        with counting.applied(find_vision_transformer(model)):
+            for method in ("topk", "tome", "random", "random:seed=3"):
+                with lp.patch(model, method, [5, 0]):
+                    with force_eager():
+                        expected = model(IMAGES)
+                    same(model(IMAGES), expected)
+        assert len(counting.loaded) == 4
+
+    @pytest.mark.parametrize("change", ["in place", "another parameter"])
+    def test_changed_weights_are_converted_again(self, model: Any, counting: Counting, change: str) -> None:
+        transformer = find_vision_transformer(model)
+        with counting.applied(transformer):
+            model(IMAGES)
+            if change == "in place":
+                model.head.weight.mul_(2)
+            else:
+                model.head.weight = nn.Parameter(model.head.weight * 2)
+            with lp.patch(model, "topk", [5, 0]):  # looked at whenever the patch changes
+                pass
+            with force_eager():
+                expected = model(IMAGES)
+            same(model(IMAGES), expected)
+
+    def test_forced_eager_runs_pytorch(self, model: nn.Module, counting: Counting) -> None:
+        expected = model(IMAGES)
+        with counting.applied(find_vision_transformer(model)), force_eager():
+            assert torch.equal(model(IMAGES), expected)
+        assert counting.loaded == []
+
+    def test_hooks_of_the_user_see_no_export(self, model: Any, counting: Counting) -> None:
+        seen: list[Any] = []
+        model.blocks[0].register_forward_hook(lambda _, __, output: seen.append(output))
+        with counting.applied(find_vision_transformer(model)):
+            model(IMAGES)
+        assert seen == []
+
+    def test_what_cannot_be_passed(self, model: nn.Module, counting: Counting) -> None:
+        with counting.applied(find_vision_transformer(model)):
+            with pytest.raises(lp.ArgumentError, match="`precision` must be '32-true'"), torch.autocast("cpu"):
+                model(IMAGES)
+            with pytest.raises(lp.ArgumentError, match="got the tensor `attn_mask`"):
+                model(IMAGES, attn_mask=torch.ones(1))
+            model.train()
+            with pytest.raises(lp.ArgumentError, match="evaluation mode"):
+                model(IMAGES)
+
+    def test_compiled_and_quantized_models_are_refused(self, counting: Counting) -> None:
+        model = tiny()
+        model.compile()
+        with pytest.raises(lp.ArgumentError, match="compiled already"):
+            counting.prepare(model, IMAGES)
+        assert "bfloat16" in str(parse_runtime("onnxruntime").unsupported_reason(tiny().bfloat16()))
+
+
+def test_a_model_that_cannot_be_exported_says_why() -> None:
+    class Undecided(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            return images[images > 0] if images.sum() > 0 else images
+
+    with pytest.raises(lp.ExportError, match=r"Undecided cannot be exported by torch\.export: .+"):
+        export_graph(Undecided(), (IMAGES,))
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_profile_and_plan_in_the_runtime(spec: str) -> None:
+    model = timm.create_model("vit_tiny_patch16_224", depth=2, img_size=64, num_classes=5).eval()
+    images = torch.randn(16, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    profile = lp.profile_latency(model, images[:1], counts=[5, 9], runtime=spec, time_limit=1, verbose=False)
+    assert profile.tokens == (5, 9, 17)
+    assert profile.context["runtime"] == spec
+    plan = lp.plan(
+        model, images[:1], calibration=images, methods="topk", objective=lp.LatencyBudget(speedup=1.2),
+        profile=profile, runtime=spec, time_limit=10, verbose=False,
+    )  # fmt: skip
+    assert plan.profile is profile
+    assert not is_compiled(model)
+    assert applied_runtime(find_vision_transformer(model)) is None
+    with pytest.warns(UserWarning, match=f"runtime {spec} there, torch here"):
+        lp.plan(model, images[:1], calibration=images, methods="topk", profile=profile, time_limit=3, verbose=False)
+
+
+def test_runtimes_are_immutable_and_equal_by_name() -> None:
+    known: list[Runtime] = [parse_runtime(spec) for spec in (*SPECS, "onnxruntime:threads=1", "openvino:threads=1")]
+    assert len(set(known)) == 4
+    assert parse_runtime("onnxruntime:provider=CPUExecutionProvider").name == "onnxruntime"
