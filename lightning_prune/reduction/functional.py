@@ -10,6 +10,7 @@ from lightning_prune.reduction.portable import (
     descending_ranks,
     exact_product,
     is_portable,
+    joined,
     one_hot,
     selection_matrix,
     whole_numbers,
@@ -90,7 +91,7 @@ class Selection(NamedTuple):
             return take_tokens(tokens, self.positions)
         prefix = tokens.shape[1] - self.matrix.shape[2]
         kept = precise_product(self.matrix.to(tokens.dtype), tokens[:, prefix:])
-        return torch.cat((tokens[:, :prefix], kept), dim=1)
+        return joined(tokens[:, :prefix], kept)
 
     def clear(self, values: Tensor) -> Tensor:
         """The values (B, M) of the patch tokens, with 0 for the kept ones."""
@@ -162,7 +163,7 @@ def take_values(values: Tensor, index: Tensor) -> Tensor:
 def with_prefix(index: Tensor, num_prefix_tokens: int) -> Tensor:
     """Converts indices among the patch tokens (B, K) to indices among all tokens (B, P + K), prefix tokens first."""
     prefix = torch.arange(num_prefix_tokens, device=index.device).expand(index.shape[0], -1)
-    return torch.cat((prefix, index + num_prefix_tokens), dim=1)
+    return joined(prefix, index + num_prefix_tokens)
 
 
 def sources_of(reduced: ReductionOutput, tokens: int) -> Tensor:

@@ -10,6 +10,7 @@ from lightning_prune.reduction.portable import (
     descending_ranks,
     group_matrix,
     is_portable,
+    joined,
     whole_numbers,
 )
 
@@ -203,4 +204,4 @@ def _nearest_targets(metric: Tensor, scores: Tensor, keep: int, num_prefix_token
     nearest = ((rank.unsqueeze(1) == nearest_rank.unsqueeze(2)).to(torch.float32) * places).sum(dim=2)
     target = torch.where(kept, places, nearest) + num_prefix_tokens
     prefix = whole_numbers(0, num_prefix_tokens, scores).expand(scores.shape[0], -1)
-    return torch.cat((prefix, target), dim=1)
+    return joined(prefix, target)

@@ -57,10 +57,8 @@ def cut(images: Tensor, side: int) -> Tensor:
     """
     batch, channels, height, width = images.shape
     rows, columns = height // side, width // side
-    if (rows * side, columns * side) != (
-        height,
-        width,
-    ):  # else an exported graph has an `alias`, which few runtimes have
+    # A slice of everything would be an `alias` in an exported graph, which few runtimes have.
+    if (rows * side, columns * side) != (height, width):
         images = images[:, :, : rows * side, : columns * side]
     grid = images.reshape(batch, channels, rows, side, columns, side)
     return grid.permute(0, 2, 4, 1, 3, 5).reshape(batch, rows * columns, channels * side * side)

@@ -53,12 +53,17 @@ def is_portable() -> bool:
 
 def exact_product(one: Tensor, other: Tensor) -> Tensor:
     """The matrix product (..., M, K) @ (..., K, N) in the precision of its operands, also under autocast."""
-    if not torch.is_autocast_enabled(
-        one.device.type
-    ):  # an exported graph would hold the context, as a graph of its own
+    # An exported graph would hold the context as a graph of its own.
+    if not torch.is_autocast_enabled(one.device.type):
         return one @ other
     with torch.autocast(one.device.type, enabled=False):
         return one @ other
+
+
+def joined(*parts: Tensor) -> Tensor:
+    """The parts (B, ..., n) along dimension 1, without the empty ones, which OpenVINO cannot convert."""
+    filled = [part for part in parts if part.shape[1]]
+    return torch.cat(filled, dim=1) if len(filled) > 1 else filled[0]
 
 
 def whole_numbers(start: int, end: int, like: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from lightning_prune.errors import ScheduleError
 from lightning_prune.reduction.base import Reduction, ReductionOutput, TokenSequence
 from lightning_prune.reduction.functional import is_exported, precise_product
 from lightning_prune.reduction.merging import merge, merge_into_targets
-from lightning_prune.reduction.portable import descending_ranks, first_index, is_portable, whole_numbers
+from lightning_prune.reduction.portable import descending_ranks, first_index, is_portable, joined, whole_numbers
 from lightning_prune.schedule import Schedule
 
 
@@ -204,7 +204,7 @@ def matched_targets(key: Tensor, remove: int, num_prefix_tokens: int) -> Tensor:
     even, odd = own[num_prefix_tokens::2], own[num_prefix_tokens + 1 :: 2]
     merged = torch.where(descending_ranks(best) < remove, destination, odd)
     paired = torch.stack((even[: len(odd)].expand(batch, -1), merged), dim=2).flatten(1)
-    return torch.cat((own[:num_prefix_tokens].expand(batch, -1), paired, even[len(odd) :].expand(batch, -1)), dim=1)
+    return joined(own[:num_prefix_tokens].expand(batch, -1), paired, even[len(odd) :].expand(batch, -1))
 
 
 def _pair_similarity(key: Tensor, num_prefix_tokens: int) -> Tensor:

@@ -14,7 +14,7 @@ from lightning_prune.reduction.base import Reduction, ReductionOutput, TokenSequ
 from lightning_prune.reduction.functional import is_exported, precise_product
 from lightning_prune.reduction.merging import add_rows_
 from lightning_prune.reduction.patchify import cut_like
-from lightning_prune.reduction.portable import exact_product, first_index, is_portable, one_hot, whole_numbers
+from lightning_prune.reduction.portable import exact_product, first_index, is_portable, joined, one_hot, whole_numbers
 from lightning_prune.reduction.vocabulary import Vocabulary
 
 PadTo = Literal["batch", "image"]
@@ -146,12 +146,11 @@ def merge_groups(
     # A group of one patch keeps its position.
     positions = torch.where(members == 1, total, -1)
     prefix = torch.arange(num_prefix_tokens, device=tokens.device).expand(batch, -1)
-    is_token = torch.cat((torch.ones_like(tokens[:, :num_prefix_tokens, 0]), (members > 0).to(tokens.dtype)), dim=1)
     return ReductionOutput(
-        torch.cat((tokens[:, :num_prefix_tokens], means.to(tokens.dtype)), dim=1),
-        torch.cat((prefix, positions), dim=1),
-        is_token,
-        torch.cat((prefix, slots.to(torch.int64) + num_prefix_tokens), dim=1) if trace else None,
+        joined(tokens[:, :num_prefix_tokens], means.to(tokens.dtype)),
+        joined(prefix, positions),
+        joined(torch.ones_like(tokens[:, :num_prefix_tokens, 0]), (members > 0).to(tokens.dtype)),
+        joined(prefix, slots.to(torch.int64) + num_prefix_tokens) if trace else None,
     )
 
 
