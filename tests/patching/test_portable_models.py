@@ -1,5 +1,6 @@
 """Whole models in the portable form: the same outputs as in the native form, and ONNX graphs that accelerators take."""
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import lightning_prune as lp
+from helpers import ROOT
 from helpers.data import noise_images
 from helpers.models import tiny_vit
 from lightning_prune.reduction import VWTInter, portable_graph
@@ -53,6 +55,16 @@ def check_operators(proto: onnx.ModelProto) -> None:
     assert all(node.input[1] in constants for node in found if node.op_type == "Gather")
 
 
+def documented(method: str) -> set[str]:
+    """The operators of a method in the portable form, as docs/operators.md lists them, and those of the dense model."""
+    text = (ROOT / "docs" / "operators.md").read_text(encoding="utf-8")
+    row = re.search(rf"^\| `{method}` \|.*\|([^|]*)\|$", text, flags=re.MULTILINE)
+    dense = re.search(r"are left out:(.*?)\n\n", text, flags=re.DOTALL)
+    assert row is not None
+    assert dense is not None
+    return set(re.findall(r"\b[A-Z]\w+", row[1] + dense[1]))
+
+
 def check_parity(proto: onnx.ModelProto, model: nn.Module, images: Tensor) -> None:
     """ONNX Runtime gives the outputs of the native form in PyTorch."""
     session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
@@ -69,6 +81,7 @@ def test_onnx_graph(methods: tuple[str, str]) -> None:
     lp.patch(model, lp.Schedule([5, 4], method=methods))
     proto = export(model, images)
     check_operators(proto)
+    assert {node.op_type for node in nodes(proto.graph)} <= documented(methods[0]) | documented(methods[1])
     check_parity(proto, model, images)
 
 
@@ -88,6 +101,7 @@ def test_onnx_graph_of_visual_words() -> None:
     lp.patch(model, VWTInter(words, threshold=0.95, pad_to="image"))
     proto = export(model, images)
     check_operators(proto)
+    assert {node.op_type for node in nodes(proto.graph)} <= documented("vwt-inter")
     check_parity(proto, model, images)
 
 
