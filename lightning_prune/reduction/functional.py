@@ -109,6 +109,15 @@ def select_best(scores: Tensor, keep: int, num_prefix_tokens: int, stable: bool 
         num_prefix_tokens: P, the first tokens, which are kept too.
         stable: Whether the first of equal scores is preferred on every device. It always is in the portable form;
             `topk` prefers any of them.
+
+    Returns:
+        The selection of K patch tokens, with its matrix in the portable form.
+
+    Example:
+        >>> import torch
+        >>> from lightning_prune.reduction.functional import select_best
+        >>> select_best(torch.tensor([[0.1, 0.9, 0.3]]), keep=2, num_prefix_tokens=1).positions
+        tensor([[0, 2, 3]])
     """
     if is_portable():
         matrix = selection_matrix(descending_ranks(scores) < keep, keep)
