@@ -42,6 +42,16 @@ def milliseconds(latency: float | None) -> str:
     return f"{latency:.{digits}f}"
 
 
+def three_digits(value: float) -> str:
+    """A value with three significant digits in a sentence; large ones without an exponent.
+
+    Example:
+        >>> three_digits(0.12345), three_digits(5.0), three_digits(1284.6)
+        ('0.123', '5', '1280')
+    """
+    return f"{float(f'{value:.3g}'):.12g}"
+
+
 def speedup(ratio: float | None) -> str:
     """A speed-up over dense; a dash if it is unknown.
 

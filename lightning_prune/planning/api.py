@@ -275,7 +275,7 @@ def _searched(
             nothing_timed(reason, measured.profile, foreign) if foreign else reason,
             measured.profile,
             proxy=proxy,
-            dense=dense,
+            dense=dense or measured.dense,  # of now, as the reason says, and not of the profile
             front=tuple(entry for group in entries for entry in group),
             images=len(measured.images),
             sensitivity_images=measured.sensitivity_images,

@@ -98,6 +98,7 @@ class Measurements:
         sensitivity_images: Number of images that the sensitivities were measured on.
         sensitivity_seconds: Time that took.
         dense_ms: Latency of the dense model when it was timed last.
+        dense: The statistics of that; None if it was not timed since the profile.
     """
 
     model: nn.Module
@@ -115,6 +116,7 @@ class Measurements:
     sensitivity_images: int = 0
     sensitivity_seconds: float = 0.0
     dense_ms: float = field(init=False)
+    dense: LatencyStats | None = field(init=False, default=None)
     _proxy: Proxy | None = None
     _store: AccuracyStore | None = None
     _seconds_per_image: float = 0.0
@@ -207,7 +209,7 @@ class Measurements:
             verbose=self.verbose,
             clock=self.limit.clock,
         )
-        self.dense_ms = timings["dense"].milliseconds
+        self.dense, self.dense_ms = timings["dense"], timings["dense"].milliseconds
         return timings
 
     def _limit_images(self, methods: int) -> None:

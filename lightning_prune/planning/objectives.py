@@ -10,6 +10,7 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_prune._utils.formatting import three_digits
 from lightning_prune._utils.validation import check, check_above, check_between, check_half_open
 from lightning_prune.errors import ArgumentError
 from lightning_prune.profiling import Estimate, LatencyStats
@@ -59,7 +60,7 @@ class Objective(ABC):
             milliseconds: The median.
             p90_ms: The 90th percentile; None where it is not known.
         """
-        return f"{milliseconds:.3g} ms"
+        return f"{three_digits(milliseconds)} ms"
 
     def with_tail_of(self, dense: LatencyStats) -> "Objective":
         """This objective for a model whose latencies vary as those of a timed dense model; most do not depend on it."""
@@ -238,9 +239,9 @@ class LatencyBudget(Objective):
         if self.percentile == 50:
             return super().latency_text(milliseconds)
         if p90_ms is None and self._tail_ratio == 1:
-            return f"{milliseconds:.3g} ms at the median"
+            return f"{three_digits(milliseconds)} ms at the median"
         tail_ms = milliseconds * self._tail_ratio if p90_ms is None else p90_ms
-        return f"{tail_ms:.3g} ms at the 90th percentile"
+        return f"{three_digits(tail_ms)} ms at the 90th percentile"
 
     def with_tail_of(self, dense: LatencyStats) -> "LatencyBudget":
         """The same budget, with the ratio of the percentile to the median of a timed dense model."""
@@ -268,12 +269,12 @@ class LatencyBudget(Objective):
         return accuracy
 
     def infeasible_reason(self, milliseconds: Column) -> str | None:
-        """Why no candidate is within the budget: the latency of the fastest one."""
+        """Why no candidate is within the budget: the predicted latency of the fastest one."""
         fastest, dense_ms = float(np.min(milliseconds)), float(milliseconds[-1])
         if fastest <= self.limit_ms(dense_ms) * (1 + RATIO_TOLERANCE):
             return None
-        takes = self.latency_text(fastest)
-        return f"The {self} cannot be reached: the fastest candidate takes {takes}, {dense_ms / fastest:.2f}x."
+        takes = f"{self.latency_text(fastest)}, {dense_ms / fastest:.2f}x"
+        return f"The {self} cannot be reached: the fastest candidate is predicted to take {takes}."
 
     def violation(self, timing: LatencyStats) -> float:
         """The share by which the latency exceeds the budget."""

@@ -145,7 +145,8 @@ class Plan:
         proxy: What the accuracy estimate measures.
         accuracy: The proxy of the schedule relative to dense.
         predicted_ratio: Predicted latency of the schedule over dense.
-        dense: LatencyStats of the dense model, from a run together with the schedule; None if nothing was timed.
+        dense: LatencyStats of the dense model, from a run together with the schedule, or from the last run before;
+            None if nothing was timed.
         pruned: LatencyStats of the schedule.
         front: All candidates that no other of their method beats, and those that were timed; dense first.
         label: Name of the method in `front`.
@@ -249,7 +250,7 @@ class Plan:
 
     @property
     def dense_ms(self) -> float:
-        """Latency of the dense model: timed together with the schedule if it was, else of the profile."""
+        """Latency of the dense model: timed while planning if it was, else of the profile."""
         return self.dense.milliseconds if self.dense else self.profile.dense_ms
 
     @property

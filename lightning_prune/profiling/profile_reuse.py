@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from lightning_prune._utils.formatting import three_digits
 from lightning_prune.patching import find_vision_transformer
 from lightning_prune.patching.schedule_forms import reducing_block
 from lightning_prune.profiling.environment import profile_dependencies, unknown_conditions
@@ -147,8 +148,8 @@ def _still_holds(
     if 1 / _CHECK.max_ratio <= ratio <= _CHECK.max_ratio:
         return True
     warnings.warn(
-        f"The kept latency profile is measured again: it says that the dense model takes {profile.dense_ms:.3g} ms, "
-        f"which now takes {now.milliseconds:.3g} ms.",
+        f"The kept latency profile is measured again: it says that the dense model takes "
+        f"{three_digits(profile.dense_ms)} ms, which now takes {three_digits(now.milliseconds)} ms.",
         stacklevel=3,
     )
     return False

@@ -1,6 +1,7 @@
 """Planning on a small model under a clock that is known."""
 
 import json
+import re
 import warnings
 from collections import Counter
 from contextlib import nullcontext
@@ -233,6 +234,20 @@ def test_a_given_profile_is_planned_on_and_not_measured_again(monkeypatch):
     assert made.profile is profile
     assert made.met
     assert made.total_removed > 0
+
+
+def test_figures_of_a_plan_that_removes_nothing_are_of_the_dense_model_as_it_was_timed():
+    """A machine that is faster than when the profile was measured: the reason and `dense_ms` speak of the same."""
+    model = vit()
+    profile = lp.profile_latency(model, IMAGES[:2], method=lp.profiling.TOKEN_CURVE, time_limit=1, verbose=False)
+    before = replace(profile, milliseconds=tuple(1.4 * ms for ms in profile.milliseconds), low_ms=(), high_ms=())
+    missed = planned(model, methods="topk", profile=before, objective=lp.LatencyBudget(speedup=50))
+    assert (missed.total_removed, missed.met) == (0, False)
+    assert missed.dense_ms == missed.latency_ms == pytest.approx(DEPTH * N)
+    takes, ratio = re.search(r"predicted to take ([\d.]+) ms, ([\d.]+)x", missed.reason).groups()
+    assert float(takes) * float(ratio) == pytest.approx(missed.dense_ms, rel=0.01)
+    met = planned(model, methods="topk", profile=before, objective=lp.LatencyBudget(ms=1.2 * DEPTH * N))
+    assert f"already: it takes {DEPTH * N} ms." in met.reason
 
 
 def test_a_profile_from_elsewhere_is_used_and_said():

@@ -88,7 +88,7 @@ def test_an_infeasible_budget_is_a_proposal_with_the_fastest():
     candidate, reason, feasible = topk.propose(lp.LatencyBudget(speedup=50), DENSE_MS, LATER)
     assert not feasible
     assert candidate is topk.fastest()
-    assert reason.startswith("The latency budget, 50x cannot be reached: the fastest candidate takes")
+    assert reason.startswith("The latency budget, 50x cannot be reached: the fastest candidate is predicted to take")
     assert not asked
 
 

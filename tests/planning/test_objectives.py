@@ -105,7 +105,7 @@ def test_latency_budget_takes_the_most_accurate_point_inside(budget, best):
 
 
 def test_a_latency_budget_that_nothing_meets_names_the_fastest():
-    message = "The latency budget, 3 ms cannot be reached: the fastest candidate takes 4 ms, 2.50x."
+    message = "The latency budget, 3 ms cannot be reached: the fastest candidate is predicted to take 4 ms, 2.50x."
     assert LatencyBudget(ms=3).infeasible_reason(LATENCY) == message
     assert "latency budget, 3x" in LatencyBudget(speedup=3).infeasible_reason(LATENCY)
     assert LatencyBudget(speedup=2.5).infeasible_reason(LATENCY) is None
@@ -119,7 +119,7 @@ def test_a_budget_on_the_tail_says_the_latency_there():
     assert budget.latency_text(4.0) == "4 ms at the median"
     known = budget.with_tail_of(LatencyStats(10.0, 0.1, 1.0, 0.0, 31, p90_ms=12.5))
     assert known.latency_text(4.0) == "5 ms at the 90th percentile"
-    assert "the fastest candidate takes 5 ms at the 90th percentile, 2.50x" in known.infeasible_reason(LATENCY)
+    assert "the fastest candidate is predicted to take 5 ms at the 90th percentile, 2.50x" in known.infeasible_reason(LATENCY)
     assert LatencyBudget(ms=3).latency_text(4.0, 5.0) == Utility().latency_text(4.0, 5.0) == "4 ms"
 
 
@@ -147,7 +147,7 @@ def test_a_budget_on_the_tail_bounds_the_90th_percentile():
     assert (known.dense_is_feasible(4.0), known.dense_is_feasible(4.5)) == (True, False)
     without = LatencyStats(milliseconds=4.8, spread=0.1, ratio=0.48, ratio_spread=0.01, rounds=1)
     assert known.violation(without) == pytest.approx(0.2)
-    assert "takes 6.25 ms at the 90th percentile, 2.00x" in known.infeasible_reason(np.array([5.0, 10.0]))
+    assert "take 6.25 ms at the 90th percentile, 2.00x" in known.infeasible_reason(np.array([5.0, 10.0]))
     for other in (LatencyBudget(ms=5), LatencyBudget(speedup=2), AccuracyBudget(0), Utility()):
         assert other.with_tail_of(dense) is other
 
