@@ -18,7 +18,7 @@ from lightning_prune.patching import PatchHandle
 from lightning_prune.planning.api import shuffled
 from lightning_prune.planning.method_front import dense_reason
 from lightning_prune.profiling import Estimate, Proxy
-from lightning_prune.profiling.environment import model_conditions
+from lightning_prune.profiling.environment import model_conditions, replaced_methods
 from lightning_prune.profiling.measurement import ready_to_run
 from lightning_prune.profiling.output_kinds import OUTPUT_KINDS
 from lightning_prune.runtimes.base import runtime_of
@@ -34,8 +34,8 @@ class DecisionConditions:
     Attributes:
         root: The model object.
         latency: The conditions of its latency, as plain values.
-        objects: What plain values cannot say, compared by identity: the user's hooks, and what `torch.compile` made.
-            Weak references, so that no model is kept alive.
+        objects: What plain values cannot say, compared by identity: the user's hooks, methods that were replaced, and
+            what `torch.compile` made. Weak references, so that no model is kept alive.
         accuracy: A digest of the weights and of the images of the first batch; empty for a given schedule, which
             depends on neither.
     """
@@ -53,15 +53,15 @@ class DecisionConditions:
             first: Its first batch, with the model dense.
         """
         transformer = first.transformer
-        compiled = transformer.compiled_root
+        root, compiled = transformer.root, transformer.compiled_root
         depends = first.config.is_planned or first.config.is_adaptive
         is_users = runtime_of(compiled) is None  # what this package compiled, its runtime says
         graph = filter(None, [getattr(compiled, "_compiled_call_impl", None)]) if is_users else ()
         return cls(
-            root=ref(transformer.root),
+            root=ref(root),
             latency=model_conditions(transformer, first.images),
-            objects=tuple(map(ref, (*user_hooks(transformer.root), compiled, *graph))),
-            accuracy=f"{weights_digest(transformer.root)} {tensor_digest(first.images)}" if depends else "",
+            objects=tuple(map(ref, (*user_hooks(root), *replaced_methods(root), compiled, *graph))),
+            accuracy=f"{weights_digest(root)} {tensor_digest(first.images)}" if depends else "",
         )
 
     def same_latency(self, other: "DecisionConditions") -> bool:

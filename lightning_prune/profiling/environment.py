@@ -28,6 +28,7 @@ UNKNOWN = "unknown"
 
 _PACKAGE = __name__.partition(".")[0]
 _MODEL_LIBRARIES = ("timm", "torchvision", "transformers")
+_OF_TORCH = frozenset(vars(nn.Module())) | {"_is_hf_initialized"}  # no settings, though some are private and plain
 
 
 def measurement_context(model: nn.Module, example_inputs: Tensor) -> dict[str, Any]:
@@ -110,8 +111,9 @@ def profile_dependencies(
         protocol: As in `lightning_prune.profile_latency`.
 
     Returns:
-        One entry per condition. A condition that cannot be compared (a model that the user compiled, a method without
-        source) is `"unknown"`, and `lightning_prune.profiling.ProfileStore` keeps nothing under it.
+        One entry per condition. A condition that cannot be compared (a model that the user compiled, or whose methods
+        the user replaced, a reduction without source) is `"unknown"`, and `lightning_prune.profiling.ProfileStore`
+        keeps nothing under it.
     """
     return {
         **model_conditions(transformer, example_inputs),
@@ -136,6 +138,7 @@ def model_conditions(transformer: VisionTransformer, example_inputs: Tensor) -> 
     return {
         **measurement_context(transformer.compiled_root, example_inputs),
         "hooks": UNKNOWN if user_hooks(transformer.root) else "",
+        "replaced_methods": UNKNOWN if replaced_methods(transformer.root) else "",
         "image_dtype": str(example_inputs.dtype).removeprefix("torch."),
         "channels_last": not example_inputs.is_contiguous()
         and example_inputs.is_contiguous(memory_format=torch.channels_last),
@@ -163,17 +166,15 @@ def accuracy_dependencies(
         proxy: What is estimated.
 
     Returns:
-        One entry per condition. `"unknown"` are hooks and compilation of the user, and a module whose own `forward`
-        replaces that of its class.
+        One entry per condition. `"unknown"` are hooks and compilation of the user, and methods that replace those of
+        the class in one object.
     """
     conditions = model_conditions(transformer, example_inputs)
     for name in ("runtime", "compiled", "batch_size", "image_dtype", "channels_last"):
         if conditions[name] != UNKNOWN:
             del conditions[name]
-    wrapped = any("forward" in vars(module) for module in transformer.root.modules())
     return {
         **conditions,
-        "forward": UNKNOWN if wrapped else "",
         "weights": weights_digest(transformer.root),
         "images": tensor_digest(images),
         "proxy": proxy,
@@ -199,6 +200,20 @@ def method_identity(reduction: Reduction) -> dict[str, Any]:
     }
 
 
+def replaced_methods(model: nn.Module) -> list[Callable[..., Any]]:
+    """The methods that single modules have in place of those of their class, as a wrapper sets them.
+
+    Args:
+        model: The model, dense.
+    """
+    return [
+        value
+        for module in model.modules()
+        for name, value in vars(module).items()
+        if callable(value) and inspect.isfunction(getattr(type(module), name, None))
+    ]
+
+
 def unknown_conditions(dependencies: Mapping[str, Any]) -> list[str]:
     """Names of the conditions that are unknown; a profile can be found again only if there are none."""
     return [name for name, value in dependencies.items() if value == UNKNOWN]
@@ -207,8 +222,9 @@ def unknown_conditions(dependencies: Mapping[str, Any]) -> list[str]:
 def structure(model: nn.Module) -> str:
     """A digest of how a model is built.
 
-    It covers the classes and plain settings of its modules (heads, fused attention, ...), Hugging Face's configuration,
-    and the shapes, dtypes and layout of its tensors, but not their values.
+    It covers the classes and plain settings of its modules (heads, fused attention, ...), their private switches (of
+    adapters, for example), Hugging Face's configuration, and the shapes, dtypes and layout of its tensors, but not
+    their values.
     """
     parts = [
         (name, _qualified_name(original_class(module)), module.extra_repr(), list(_plain_settings(module)))
@@ -231,15 +247,23 @@ def _plain_arguments(arguments: Mapping[str, Any]) -> Any:
 def _plain_settings(module: nn.Module) -> Iterator[tuple[str, Any]]:
     """Attributes of a module besides tensors and modules, at which its `forward` may look."""
     for name, value in sorted(vars(module).items()):
-        if name == "training" or name.startswith("_"):
+        if name == "training" or name in _OF_TORCH:
             continue
-        if _is_plain(value):
+        if name.startswith("_"):
+            if _is_switch(value):
+                yield name, value
+        elif _is_plain(value):
             yield name, value
         elif inspect.isfunction(value) or inspect.isbuiltin(value):  # an activation
             yield name, _qualified_name(value)
         elif hasattr(value, "to_dict") and hasattr(value, "model_type"):  # Hugging Face; private names begin with "_"
             entries = {key: entry for key, entry in value.to_dict().items() if not key.startswith("_")}
             yield name, (getattr(value, "_attn_implementation", None), sorted(entries.items(), key=str))
+
+
+def _is_switch(value: Any) -> bool:
+    """Whether a private attribute chooses what runs, as adapters that are on or off do; numbers may be counters."""
+    return isinstance(value, bool | str) or (isinstance(value, list | tuple) and all(map(_is_switch, value)))
 
 
 def _is_plain(value: Any) -> bool:

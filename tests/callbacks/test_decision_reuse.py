@@ -1,5 +1,7 @@
 """When the decision of an earlier run holds for the next one."""
 
+from functools import partial
+from types import MethodType
 from typing import Any
 
 import pytest
@@ -111,7 +113,19 @@ def add_hook(module: Tiny) -> None:
     module.vit.blocks[2].mlp.register_forward_hook(lambda *_: None)
 
 
-@pytest.mark.parametrize("change", [change_mlp, change_attention, change_activation, add_hook])
+def replace_method(module: Tiny) -> None:
+    mlp = module.vit.blocks[2].mlp
+    mlp.forward = MethodType(lambda self, x: type(self).forward(self, x), mlp)
+
+
+def replace_function(module: Tiny) -> None:
+    mlp = module.vit.blocks[2].mlp
+    mlp.forward = partial(type(mlp).forward, mlp)
+
+
+@pytest.mark.parametrize(
+    "change", [change_mlp, change_attention, change_activation, add_hook, replace_method, replace_function]
+)
 @pytest.mark.usefixtures("clockwork")
 def test_a_model_that_was_changed_in_place_is_measured_again(change: Any, decisions: list[str]) -> None:
     module, callback = Tiny(), pruner(schedule=5)

@@ -108,7 +108,7 @@ def test_code_that_changes_under_the_same_structure_is_noticed(passes, monkeypat
     assert again == [LOOK, LOOK]
 
 
-@pytest.mark.parametrize("what", ["hooks", "forward"])
+@pytest.mark.parametrize("what", ["hooks", "replaced_methods"])
 def test_what_cannot_be_compared_is_not_kept_and_said_once(tmp_path, passes, what):
     model = vit()
     if what == "hooks":

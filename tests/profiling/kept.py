@@ -50,3 +50,9 @@ def hooked(method):
     model = tiny_vit()
     getattr(model.blocks[2].mlp, method)(lambda *_: None)
     return model
+
+
+def with_a_replaced_method(name):
+    model = tiny_vit()
+    setattr(model, name, getattr(model, name))  # as a wrapper would
+    return model

@@ -20,7 +20,7 @@ from lightning_prune.profiling import (
 from lightning_prune.profiling.environment import unknown_conditions
 from lightning_prune.profiling.profile_reuse import get_or_profile
 
-from .kept import IMAGES, POMT, compiled, dependencies, hooked, profile, with_a_compiled_block
+from .kept import IMAGES, POMT, compiled, dependencies, hooked, profile, with_a_compiled_block, with_a_replaced_method
 
 
 @pytest.mark.parametrize(
@@ -33,9 +33,11 @@ from .kept import IMAGES, POMT, compiled, dependencies, hooked, profile, with_a_
         (with_a_compiled_block, "runtime"),
         (lambda: hooked("register_forward_hook"), "hooks"),
         (lambda: hooked("register_forward_pre_hook"), "hooks"),
+        (lambda: with_a_replaced_method("forward"), "replaced_methods"),
+        (lambda: with_a_replaced_method("forward_features"), "replaced_methods"),
     ],
 )
-def test_profile_of_a_model_with_the_users_compilation_or_hooks_is_neither_kept_nor_reused(
+def test_profile_of_a_model_with_the_users_compilation_hooks_or_methods_is_neither_kept_nor_reused(
     tmp_path, monkeypatch, build, condition
 ):
     """Torch does not tell how a module was compiled, and a hook may take any time."""

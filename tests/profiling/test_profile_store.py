@@ -178,6 +178,20 @@ def test_profile_depends_on_classes_and_not_on_weights():
     assert structure(model) != structure(trained)
 
 
+def test_profile_depends_on_adapters_that_are_on_or_off_and_not_on_counters():
+    """Libraries of adapters keep a private switch, `_disable_adapters` for example."""
+    model = tiny_vit()
+    layer = model.blocks[0].mlp.fc1
+    layer._disable_adapters, layer._active_adapter, layer._calls = False, ["default"], 1
+    on = structure(model)
+    layer._calls = 2
+    assert structure(model) == on
+    layer._disable_adapters = True
+    off = structure(model)
+    layer._active_adapter = ["other"]
+    assert len({on, off, structure(model)}) == 3
+
+
 def test_profile_depends_on_the_configuration_of_hugging_face() -> None:
     import transformers
 
