@@ -21,6 +21,18 @@ D = TypeVar("D", bound="SavedDocument")
 _NOT_PLAIN = (TypeError, yaml.YAMLError)  # raised by json and yaml for values that they cannot write
 
 
+def user_path(path: str | PathLike[str]) -> Path:
+    """A path whose leading `~` is the user's home; as it is where there is no home.
+
+    Args:
+        path: As a user gives it. A shell leaves the `~` of `--output=~/results` as it is.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:  # no HOME, and no entry in the user database
+        return Path(path)
+
+
 @contextmanager
 def naming_file(path: str | PathLike[str]) -> Iterator[None]:
     """A context in which errors of the operating system are raised as errors that name the file that is written.
@@ -48,7 +60,7 @@ def atomic_write(path: str | PathLike[str]) -> Iterator[Path]:
     Raises:
         FileWriteError: If the file cannot be written, for example on a full disk.
     """
-    target = Path(path)
+    target = user_path(path)
     with naming_file(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.stem}.", suffix=target.suffix)
@@ -74,7 +86,7 @@ def staging_folder(folder: str | PathLike[str]) -> Iterator[Path]:
     Raises:
         FileWriteError: If a file cannot be written; names it as it would be named in `folder`.
     """
-    target = Path(folder)
+    target = user_path(folder)
     with naming_file(target):
         target.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target, prefix=".") as name:
@@ -93,7 +105,7 @@ def write_document(path: str | PathLike[str], document: Mapping[str, Any]) -> Pa
         FileWriteError: If the file cannot be written.
     """
     check_path("path", path)
-    target = Path(path)
+    target = user_path(path)
     dump = _json if target.suffix == ".json" else _yaml
     try:
         text = dump(dict(document))
@@ -138,7 +150,7 @@ def read_document(
         FileFormatError: If the file is missing, unreadable or truncated, or has another format or version.
     """
     check_path("path", path)
-    source = Path(path)
+    source = user_path(path)
     kinds = (kind,) if isinstance(kind, str) else kind
     named = " or ".join(kinds)
     try:
@@ -231,7 +243,7 @@ def ensure_output_dir(output: str | Path) -> Path:
         ArgumentError: If it cannot be created or written to.
     """
     check_path("output", output)
-    folder = Path(output)
+    folder = user_path(output)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -253,7 +265,7 @@ def output_folder(output: str | Path, foreign: Mapping[str, str] | None = None) 
         ArgumentError: If it cannot be created or written to, or holds a file of `foreign`.
     """
     check_path("output", output)
-    folder = Path(output)
+    folder = user_path(output)
     for name, kind in (foreign or {}).items():
         if (folder / name).exists():
             raise ArgumentError(f"`output` must be a folder without {kind}, got {folder}, which holds {name}.")

@@ -13,6 +13,7 @@ from timm.data.dataset_factory import create_dataset
 from timm.data.transforms_factory import create_transform
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_prune._utils.files import user_path
 from lightning_prune._utils.validation import check, check_bool, check_int, check_path, is_int
 from lightning_prune.classification.digits import CANVAS, CLASSES, ClutteredDigits, EpochSampler
 from lightning_prune.classification.preprocessing import complete_config, describe_config
@@ -214,10 +215,10 @@ class ImageFolderData(_EvaluationData):
         check("data_config", data_config, "a mapping or None", data_config is None or isinstance(data_config, Mapping))
         check_bool("download", download)
         check("download", download, "False without the name of a `dataset`", bool(dataset) or not download)
-        self.root = root
+        self.root = str(user_path(root))
         self.split = split
         self.dataset_name = dataset
-        self.class_map = class_map
+        self.class_map = None if class_map is None else str(user_path(class_map))
         self.data_config = data_config
         self.download = download
         self.preprocessing: dict[str, Any] = {}

@@ -2,11 +2,11 @@
 
 import difflib
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import yaml
 
+from lightning_prune._utils.files import user_path
 from lightning_prune.cli.options import (
     EVERYWHERE,
     FREE,
@@ -144,7 +144,7 @@ def _options(words: list[str]) -> Iterator[tuple[str | None, str]]:
 def _mapping(path: str) -> dict[str, Any]:
     """The content of a configuration file; empty if the parser has to say what is wrong with it."""
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content = yaml.safe_load(user_path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
         return {}
     return content if isinstance(content, dict) and all(isinstance(key, str) for key in content) else {}

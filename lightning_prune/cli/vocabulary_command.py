@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from rich.console import Console
 from torch import Tensor
 
-from lightning_prune._utils.files import ensure_output_dir
+from lightning_prune._utils.files import ensure_output_dir, user_path
 from lightning_prune._utils.trees import tree_map
 from lightning_prune._utils.validation import check, check_int
 from lightning_prune.callbacks import PruningConfig
@@ -67,7 +67,7 @@ def learn_words(
         check_int("limit", limit, 1, "a number of images")
     processes = trainer.world_size
     check("trainer.devices", processes, "1, because the words are learned in one process", processes == 1)
-    ensure_output_dir(Path(output).absolute().parent)
+    ensure_output_dir(user_path(output).absolute().parent)
     reader = _Reader(config, words, limit, seed)
     limited = None if dataloaders is None else _limit(dataloaders, reader)
     with command_run(trainer, config, reader), _replaced_methods(reader, model, datamodule):

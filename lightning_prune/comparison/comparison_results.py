@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_prune import __version__
-from lightning_prune._utils.files import read_document, slug, staging_folder, write_document
+from lightning_prune._utils.files import read_document, slug, staging_folder, user_path, write_document
 from lightning_prune._utils.measurement_source import MeasurementSource
 from lightning_prune.comparison.best_variant import BestVariant
 from lightning_prune.comparison.class_changes import ClassChange
@@ -99,7 +99,7 @@ class Comparison:
         Raises:
             FileWriteError: If one cannot be written, for example on a full disk; names it.
         """
-        folder = Path(folder)
+        folder = user_path(folder)
         document, earlier = self.to_dict(), _written_earlier(folder)
         with staging_folder(folder) as stage:
             write_table(stage / "results.csv", self.rows, per_class=self.classes is not None)

@@ -5,6 +5,7 @@ from typing import TypeGuard
 
 from torch import nn
 
+from lightning_prune._utils.files import user_path
 from lightning_prune._utils.validation import as_int, check
 from lightning_prune.errors import ArgumentError
 from lightning_prune.patching.models import VisionTransformer, find_vision_transformer
@@ -108,5 +109,5 @@ def _is_schedule(value: str | MethodSpec | Reduction | ScheduleLike) -> TypeGuar
     """Whether `value` is a schedule, or the path of one, and not a method."""
     if isinstance(value, str):
         is_document = Path(value).suffix in (".yaml", ".yml", ".json")
-        return is_document or (":" not in value and value not in names() and Path(value).is_file())
+        return is_document or (":" not in value and value not in names() and user_path(value).is_file())
     return not isinstance(value, MethodSpec | Reduction)

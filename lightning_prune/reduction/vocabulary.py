@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from lightning_prune._utils.files import atomic_write
+from lightning_prune._utils.files import atomic_write, user_path
 from lightning_prune._utils.validation import check, check_int, check_path, is_int
 from lightning_prune.errors import ArgumentError, FileFormatError
 
@@ -99,7 +99,7 @@ class Vocabulary:
         from safetensors.torch import save
 
         check_path("path", path)
-        target = Path(path)
+        target = user_path(path)
         check("path", str(target), "a file that ends in .safetensors", target.suffix == ".safetensors")
         properties = {
             "patch_size": self.patch_size,
@@ -123,7 +123,7 @@ class Vocabulary:
             FileFormatError: If the file is missing or truncated, or has another format or version.
         """
         check_path("path", path)
-        source = Path(path)
+        source = user_path(path)
         metadata, centroids = _read(source)
         found = metadata.get("format")
         if found != _FORMAT:

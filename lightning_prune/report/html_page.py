@@ -10,7 +10,7 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from lightning_prune._utils import formatting
-from lightning_prune._utils.files import atomic_write
+from lightning_prune._utils.files import atomic_write, user_path
 from lightning_prune.profiling.environment import UNKNOWN
 from lightning_prune.report.class_table import SHOWN, losing_classes
 from lightning_prune.report.html_table import (
@@ -288,8 +288,8 @@ def write_page(document: Mapping[str, Any], folder: str | Path) -> Path:
         >>> write_page({"rows": [dense, pruned]}, ".").name
         'report.html'
     """
-    path = Path(folder) / "report.html"
-    page = _page(document, Path(folder))
+    path = user_path(folder) / "report.html"
+    page = _page(document, path.parent)
     with atomic_write(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
     return path

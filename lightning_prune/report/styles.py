@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.text import Annotation
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from lightning_prune._utils.files import atomic_write
+from lightning_prune._utils.files import atomic_write, user_path
 
 # Okabe and Ito's colours, which colour-blind readers tell apart, and markers for those who print in grey.
 _STYLES = (
@@ -166,4 +166,4 @@ def save_figure(figure: Figure, path: str | Path) -> Path:
     """Writes the figure in the format of the suffix; the file appears whole or not at all."""
     with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=150)
-    return Path(path)
+    return user_path(path)

@@ -11,6 +11,7 @@ from lightning_prune._utils.files import (
     output_folder,
     read_document,
     staging_folder,
+    user_path,
     write_document,
 )
 from lightning_prune.errors import ArgumentError, FileFormatError, FileWriteError
@@ -205,6 +206,22 @@ def test_an_output_folder_is_created_and_checked(tmp_path: Path) -> None:
     with pytest.raises(ArgumentError, match=r"^`output` must be a writable folder, got .*file"):
         ensure_output_dir(tmp_path / "file")
     assert (tmp_path / "file").read_text() == "old"
+
+
+def test_a_leading_tilde_is_the_home_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shell does not expand it after an equals sign, and nobody does in a configuration file."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    assert user_path("~/a/b") == tmp_path / "a" / "b"
+    assert write_document("~/a/file.yaml", {"format": "f", "version": 1}) == tmp_path / "a" / "file.yaml"
+    assert read_document("~/a/file.yaml", "f", 1) == read_document(tmp_path / "a" / "file.yaml", "f", 1)
+    with output_folder("~/results") as folder, staging_folder("~/results") as stage:
+        assert folder == stage.parent == tmp_path / "results"
+    assert not Path("~").exists()
+
+
+def test_without_a_home_a_path_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert user_path("~nobody-of-this-name/results") == Path("~nobody-of-this-name/results")
 
 
 def test_an_error_leaves_no_empty_output_folder(tmp_path: Path) -> None:

@@ -160,6 +160,11 @@ def test_a_class_may_have_the_name_of_a_split(folder: Path) -> None:
         assert next(iter(data.val_dataloader()))[1].tolist() == [0, 0, 0, 1, 1, 1]
 
 
+def test_a_leading_tilde_is_the_home_of_the_user(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(folder.parent))
+    assert ImageFolderData(f"~/{folder.name}").root == str(folder)
+
+
 def test_a_missing_folder_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"`root`.*got .*nowhere\.$"):
         ImageFolderData(str(tmp_path / "nowhere"), data_config=CONFIG).setup("validate")
