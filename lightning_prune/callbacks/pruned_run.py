@@ -23,6 +23,7 @@ from lightning_prune.patching import PatchHandle
 from lightning_prune.patching.models.base import calling_with
 
 _WAY_OUT = "`images_from_batch` can return what the transformer receives."
+_WAY_OUT_OF_PRECISION = "`precision` of the Trainer can apply it to the whole step."
 
 
 class Agreed(NamedTuple):
@@ -168,6 +169,8 @@ class PrunedRun:
     def _decide_for(self, first: FirstBatch, call: FirstCall, is_refuted: bool = False) -> Agreed:
         """Decides for what the step passes to the transformer."""
         loaded = self._loaded
+        if not call.is_repeatable:  # other images cannot be passed with these arguments
+            call = replace(call, keywords={})
         call, self._measured = replace(call, loaded=loaded), call.images
         same_form = loaded is not None and (call.images.shape, call.images.dtype) == (loaded.shape, loaded.dtype)
         is_same = same_form and loaded is not None and not call.changes(loaded)
@@ -204,7 +207,7 @@ class PrunedRun:
         self._form = call.form
         if self.waits:
             first = FirstBatch(first.trainer, first.module, first.batch, self._config)  # nothing was measured so far
-            self._patch(first, self._decide_for(first, call if call.is_repeatable else replace(call, keywords={})))
+            self._patch(first, self._decide_for(first, call))
         if self._is_provisional:
             self._undecided = replace(call, images=call.images.clone())
             return
@@ -214,17 +217,19 @@ class PrunedRun:
         if not differences:
             return
         text = f"The step passes {', '.join(differences)} to the Vision Transformer"
+        is_precision = len(differences) == 1 and call.precision != self.decision.context.get("precision")
+        way_out = _WAY_OUT_OF_PRECISION if is_precision else _WAY_OUT
         if self._decider.is_given or not call.is_repeatable:
-            self._warn_once(f"{text}: the schedule and its latency are for what was measured. {_WAY_OUT}")
+            self._warn_once(f"{text}: the schedule and its latency are for what was measured. {way_out}")
             return
         left = first.limit.left()
         text += f": it is measured again with that, in the {left:.3g} s that are left of `time_limit`"
         self._decider.call_differs = True
         if first.trainer.world_size > 1:
-            self._warn_once(f"{text}, after this batch, and the schedule is decided anew. {_WAY_OUT}")
+            self._warn_once(f"{text}, after this batch, and the schedule is decided anew. {way_out}")
             self._undecided = replace(call, images=call.images.clone())
             return
-        self._warn_once(f"{text}, and the schedule is decided anew. {_WAY_OUT}")
+        self._warn_once(f"{text}, and the schedule is decided anew. {way_out}")
         self._unpatch()
         self._patch(first, self._decide_for(first, call, is_refuted=True))
 

@@ -67,11 +67,11 @@ def choose_best(rows: Sequence[Row], planned: Sequence[PlannedVariant], objectiv
         row = [*candidates, dense][int(len(values) - 1 - np.argmax(values[::-1]))]
         if row is dense:
             return BestVariant(row.variant, f"No other variant is better than dense by {objective}.", True)
-        reason = f"The best of {len(rows)} variants by {objective}: {_figures(row, dense)}."
+        reason = f"The best of {1 + len(candidates)} variants by {objective}: {_figures(row, dense)}."
         return BestVariant(row.variant, reason, True)
     if np.isfinite(doubtful[:-1]).any():
         row = candidates[int(np.argmax(doubtful[:-1]))]
-        reason = f"Within the 95% interval of its accuracy the best of {len(rows)} variants by {objective}"
+        reason = f"Within the 95% interval of its accuracy the best of {1 + len(candidates)} variants by {objective}"
         return BestVariant(row.variant, f"{reason}: {_figures(row, dense)}.", True)
     row = min([dense, *candidates], key=lambda row: row.latency_ms or float("inf"))
     return BestVariant(row.variant, f"No variant meets the {objective}. The fastest is {_figures(row, dense)}.", False)

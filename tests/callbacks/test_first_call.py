@@ -337,7 +337,7 @@ def test_an_autocast_around_a_method_of_the_transformer_is_measured() -> None:
                 return super().step(stage, batch)
 
     module, callback = Autocasting(lambda images: images), brief(schedule=6)
-    with pytest.warns(UserWarning, match="precision bf16-mixed instead of float32"):
+    with pytest.warns(UserWarning, match="precision bf16-mixed instead of float32.*`precision` of the Trainer"):
         trainer(callback).validate(module, loader(8), verbose=False)
     assert callback.decision.context["precision"] == "bf16-mixed"
 

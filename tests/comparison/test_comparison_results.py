@@ -228,6 +228,10 @@ def test_the_best_by_an_objective(objective: Objective, figures: Any, variant: s
     assert str(objective) in best.reason
 
 
+def test_variants_that_were_not_measured_are_not_among_those_that_one_is_the_best_of() -> None:
+    assert best_of(BUDGET, (0.895, None, 1.2), (None, None, None)).reason.startswith("The best of 2 variants by")
+
+
 @pytest.mark.parametrize(("confidence", "best"), [(0.5, "far"), (0.95, "near"), (0.9999, "dense")])
 def test_with_a_confidence_the_lower_bound_of_the_change_has_to_meet_the_budget(confidence: float, best: str) -> None:
     """Standard errors of 0.4% and 0.1% of the images: 1.645 of them are taken off for 95%."""
