@@ -19,12 +19,13 @@ from lightning_prune.cli.usage import COMMANDS
 from lightning_prune.cli.words import parser_words
 from lightning_prune.errors import ArgumentError, PruneError
 
-_QUIET_LOGGERS = (  # what they log is not about the run
-    "lightning.pytorch.utilities.rank_zero",
-    "lightning.pytorch.trainer.connectors.signal_connector",
-    "lightning.fabric.utilities.seed",
-    "lightning.fabric.utilities.distributed",
-)
+_LOWEST_LEVELS = {  # what is below is not about the run
+    "lightning.pytorch.utilities.rank_zero": logging.WARNING,
+    "lightning.pytorch.trainer.connectors.signal_connector": logging.WARNING,
+    "lightning.fabric.utilities.seed": logging.WARNING,
+    "lightning.fabric.utilities.distributed": logging.WARNING,
+    "torch.utils._pytree": logging.ERROR,  # deprecations in torchao, which transformers imports
+}
 _PASSED_BY_CODE = {"model", "dataloaders", "datamodule"}
 
 __all__ = [
@@ -94,8 +95,8 @@ def run(args: list[str] | None = None) -> int:
         Exit status: 0; 2 after an error in the input, which is printed on one line; 3 if the budget is missed, by
         every variant of a comparison; 130 after SIGINT, 143 after SIGTERM.
     """
-    for name in _QUIET_LOGGERS:
-        logging.getLogger(name).setLevel(logging.WARNING)
+    for name, level in _LOWEST_LEVELS.items():
+        logging.getLogger(name).setLevel(level)
     return run_to_end(lambda: _run(sys.argv[1:] if args is None else args))
 
 

@@ -3,6 +3,7 @@
 import csv
 import importlib.metadata
 import json
+import logging
 import os
 import re
 import subprocess
@@ -56,6 +57,16 @@ def fails(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     assert len(printed) == 1
     assert lines[-1] == printed[0]
     return printed[0].removeprefix("error: ")
+
+
+def test_deprecations_in_libraries_of_libraries_are_not_logged(capsys: pytest.CaptureFixture[str]) -> None:
+    """Importing transformers imports torchao, at whose classes torch warns in its log."""
+    from lightning_prune.cli.main import run  # as `main` does, after it has looked for mistakes
+
+    assert run(["validate", "--model.model=a/name", *TINY[1:]]) == 2
+    assert not logging.getLogger("torch.utils._pytree").isEnabledFor(logging.WARNING)
+    assert logging.getLogger("torch.utils._pytree").isEnabledFor(logging.ERROR)
+    assert len(capsys.readouterr().err.splitlines()) == 1
 
 
 def separate(*words: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
