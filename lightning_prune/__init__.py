@@ -40,7 +40,9 @@ _HOME = {
     "WeightsError": "errors",
     "compare": "comparison",
     "compare_latency": "profiling.measurement",
+    "export": "exporting",
     "learn_vocabulary": "reduction.word_learning",
+    "load_exported": "exporting",
     "patch": "patching",
     "plan": "planning.api",
     "profile_latency": "profiling.measurement",
@@ -50,6 +52,7 @@ _ROOMS = (
     "callbacks",
     "classification",
     "comparison",
+    "exporting",
     "metrics",
     "patching",
     "planning",
@@ -66,6 +69,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors, which cannot 
     from lightning_prune import callbacks as callbacks
     from lightning_prune import classification as classification
     from lightning_prune import comparison as comparison
+    from lightning_prune import exporting as exporting
     from lightning_prune import metrics as metrics
     from lightning_prune import patching as patching
     from lightning_prune import planning as planning
@@ -89,6 +93,8 @@ if TYPE_CHECKING:  # the same names for type checkers and editors, which cannot 
     from lightning_prune.errors import ScheduleError as ScheduleError
     from lightning_prune.errors import UnsupportedModelError as UnsupportedModelError
     from lightning_prune.errors import WeightsError as WeightsError
+    from lightning_prune.exporting import export as export
+    from lightning_prune.exporting import load_exported as load_exported
     from lightning_prune.patching import PatchHandle as PatchHandle
     from lightning_prune.patching import patch as patch
     from lightning_prune.patching import trace_tokens as trace_tokens

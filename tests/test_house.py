@@ -24,7 +24,7 @@ ORDER = (
     "quantization",
     "planning",
     "report",
-    "export",
+    "exporting",
     "callbacks",
     "comparison",
     "cli",
@@ -34,7 +34,7 @@ RANK = {room: rank for rank, room in enumerate(ORDER)}
 # Rooms that stand apart from the order, with what they may import and who may import them.
 APART = {
     "metrics": ({"errors", "_utils", "profiling"}, {"classification", "comparison", "cli"}),
-    "classification": ({*ORDER[: RANK["profiling"] + 1], "metrics"}, {"comparison", "cli", "__main__"}),
+    "classification": ({*ORDER[: RANK["profiling"] + 1], "metrics"}, {"exporting", "comparison", "cli", "__main__"}),
 }
 LOOSE = {"__init__", "__main__", "errors", "schedule"}
 SAME_NAME = {"__init__", "api", "base", "registry"}  # these mean the same in every room

@@ -1,6 +1,7 @@
 """Converting an exported graph to ONNX."""
 
 import logging
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,12 +17,13 @@ NUMPY_DTYPES = {torch.float32: np.float32, torch.float16: np.float16, torch.int6
 """dtypes that graphs exchange with PyTorch."""
 
 
-def to_onnx(graph: ExportedGraph, opset: int | None = None) -> Any:
+def to_onnx(graph: ExportedGraph, opset: int | None = None, dimension: str | None = None) -> Any:
     """The ONNX model of a graph, as an `onnx.ModelProto`.
 
     Args:
-        graph: Of a module, with static shapes, or with named dynamic ones.
+        graph: Of a module, with static shapes, or with one dynamic dimension.
         opset: Version of the operators; that of PyTorch's exporter if None.
+        dimension: What the dynamic dimension of the inputs is called in the model; the exporter invents a name.
 
     Raises:
         ExportError: If an operator has no ONNX form; names it.
@@ -32,7 +34,20 @@ def to_onnx(graph: ExportedGraph, opset: int | None = None) -> Any:
     except Exception as error:  # the exporter's errors are private
         raise ExportError(f"The graph cannot be converted to ONNX: {_innermost(error)}") from error
     assert made is not None
-    return made.model_proto
+    model = made.model_proto
+    if dimension is not None:
+        _name_dimension(model, dimension)
+    return model
+
+
+def _name_dimension(model: Any, name: str) -> None:
+    """Renames the symbol of the dynamic dimension of a model, also where shapes are computed from it."""
+    shapes = [each.type.tensor_type.shape.dim for each in (*model.graph.input, *model.graph.value_info)]
+    shapes += [each.type.tensor_type.shape.dim for each in model.graph.output]
+    symbols = {size.dim_param for each in model.graph.input for size in each.type.tensor_type.shape.dim}
+    for symbol in symbols - {""}:
+        for size in (size for shape in shapes for size in shape if size.dim_param):
+            size.dim_param = re.sub(rf"\b{re.escape(symbol)}\b", name, size.dim_param)
 
 
 def _innermost(error: BaseException) -> str:

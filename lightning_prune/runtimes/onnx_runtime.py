@@ -1,6 +1,7 @@
 """ONNX Runtime: a model is exported to ONNX and run by an inference session."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import onnxruntime as ort
@@ -63,10 +64,22 @@ class OnnxRuntime(ConvertedRuntime):
 
     def load_counts(self, graph: ExportedGraph) -> Callable[[int], RunGraph]:
         """See `ConvertedRuntime.load_counts`."""
-        model = to_onnx(graph).SerializeToString()
+        model = to_onnx(graph, dimension=TOKENS).SerializeToString()
         return lambda count: self._session(model, {TOKENS: count})
 
-    def _session(self, model: bytes, dimensions: dict[str, int] | None = None) -> RunGraph:
+    def load_file(self, path: Path, dimensions: Mapping[str, int]) -> RunGraph:
+        """Loads an ONNX file with static shapes.
+
+        Args:
+            path: The file.
+            dimensions: Name -> size of its symbolic dimensions.
+
+        Raises:
+            ExportError: If ONNX Runtime does not accept the model.
+        """
+        return self._session(path.read_bytes(), dimensions)
+
+    def _session(self, model: bytes, dimensions: Mapping[str, int] | None = None) -> RunGraph:
         """A function that runs an ONNX model.
 
         Args:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -81,6 +82,23 @@ class OpenVINO(ConvertedRuntime):
             return self._compiled(static)
 
         return load
+
+    def load_file(self, path: Path, shape: tuple[int, ...]) -> RunGraph:
+        """Loads a model file with static shapes.
+
+        Args:
+            path: The file, with its weights where OpenVINO looks for them.
+            shape: Of its input.
+
+        Raises:
+            ExportError: If OpenVINO does not accept the model.
+        """
+        try:
+            model = _core().read_model(path)
+            model.reshape(list(shape))
+        except RuntimeError as error:
+            raise ExportError(f"OpenVINO cannot read {path}: {error}") from error
+        return self._compiled(model)
 
     def _compiled(self, model: ov.Model) -> RunGraph:
         try:

@@ -1,0 +1,117 @@
+"""The report of an export: what was written, how far it agrees with the model, and how fast it is."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from os import PathLike
+from pathlib import Path
+from typing import Any, ClassVar
+
+from lightning_prune._utils.files import SavedDocument, load_saved
+from lightning_prune._utils.validation import check_path
+from lightning_prune.errors import FileFormatError
+from lightning_prune.exporting.parity import Parity
+
+REPORT = "report.json"
+"""Name of the report in the folder."""
+
+
+@dataclass(frozen=True)
+class TimedLatency:
+    """Latency of a batch in the runtime, dense and as exported, timed in one interleaved run.
+
+    Attributes:
+        dense_ms: Median milliseconds of the dense model.
+        exported_ms: Median milliseconds of the exported model; that of dense if it removes no tokens.
+        speedup: Dense over exported.
+        speedup_stderr: Its standard error.
+        rounds: Number of measurements.
+        context: What the latency depends on: versions, threads, provider, precision.
+    """
+
+    dense_ms: float
+    exported_ms: float
+    speedup: float
+    speedup_stderr: float
+    rounds: int
+    context: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class ExportReport(SavedDocument):
+    """What `export` wrote; `report.json` in the folder.
+
+    Attributes:
+        folder: The folder.
+        format: Name of the format.
+        files: Name of each file of the model, the one to load first -> its SHA-256.
+        input_shape: (B, C, H, W) of the images.
+        batch: Whether B is static or dynamic.
+        precision: Of the weights.
+        classes: Number of classes; 0 for a model that returns features.
+        opset: Version of ONNX's operators, read from the file; None for other formats.
+        method: Name of the method, `"mixed"` for several; None for a dense model.
+        tokens: Tokens that leave each block; None for a dense model, and where the images decide.
+        parity: How far the file agrees with PyTorch.
+        latency: How fast it is; None if it was not timed.
+        operators: Operator -> how often it is in the file, the most frequent first.
+        versions: Package -> version.
+    """
+
+    FORMAT: ClassVar[str] = "lightning_prune.export"
+
+    folder: Path = field(compare=False)
+    format: str
+    files: Mapping[str, str]
+    input_shape: tuple[int, int, int, int]
+    batch: str
+    precision: str
+    classes: int
+    opset: int | None
+    method: str | None
+    tokens: tuple[int, ...] | None
+    parity: Parity
+    latency: TimedLatency | None
+    operators: Mapping[str, int]
+    versions: Mapping[str, str]
+
+    @property
+    def model(self) -> Path:
+        """The file to load."""
+        return self.folder / next(iter(self.files))
+
+    @property
+    def max_relative_error(self) -> float:
+        """Largest relative error of an image against PyTorch in float32 with the same patch."""
+        return self.parity.max_relative_error
+
+    @classmethod
+    def read(cls, folder: str | PathLike[str]) -> "ExportReport":
+        """Reads the report of an exported folder.
+
+        Raises:
+            FileFormatError: If there is none, or it is damaged.
+        """
+        check_path("folder", folder)
+        found = load_saved(Path(folder) / REPORT, cls)
+        return cls(**{**vars(found), "folder": Path(folder)})
+
+    def _to_values(self) -> dict[str, Any]:
+        values = {key: value for key, value in asdict(self).items() if key not in ("folder", "format")}
+        values["input_shape"] = list(self.input_shape)
+        values["tokens"] = None if self.tokens is None else list(self.tokens)
+        return {"model_format": self.format, **values}  # `format` is that of the document
+
+    @classmethod
+    def _from_values(cls, values: Mapping[str, Any], version: int) -> "ExportReport":
+        try:
+            plain = {each.name: values[each.name] for each in fields(cls) if each.name not in ("folder", "format")}
+            tokens, latency = plain["tokens"], plain["latency"]
+            made = {
+                "input_shape": tuple(plain["input_shape"]),
+                "tokens": None if tokens is None else tuple(tokens),
+                "parity": Parity(**plain["parity"]),
+                "latency": None if latency is None else TimedLatency(**latency),
+            }
+            return cls(**{**plain, **made, "folder": Path(), "format": values["model_format"]})
+        except (KeyError, TypeError) as error:
+            raise FileFormatError(f"an entry is missing or invalid: {error}.") from error

@@ -1,0 +1,153 @@
+"""What is exported: a copy of a model, dense or patched, that takes float32 images and returns one tensor."""
+
+import copy
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lightning_prune.errors import ArgumentError, ExportError
+from lightning_prune.exporting.formats import BATCH
+from lightning_prune.patching import VisionTransformer, find_vision_transformer, unpatch
+from lightning_prune.patching.api import make_handle
+from lightning_prune.patching.patched_block import BlockPatch
+from lightning_prune.reduction.registry import spec_of
+from lightning_prune.runtimes.graph_export import ExportedGraph, export_graph
+from lightning_prune.schedule import MethodSpec, Schedule, ScheduleLike
+
+Precision = Literal["float32", "float16"]
+BatchSize = Literal["static", "dynamic"]
+_DTYPES = {"float32": torch.float32, "float16": torch.float16}
+
+
+class AppliedPatch(NamedTuple):
+    """How a model is patched.
+
+    Attributes:
+        method: Name of the method, with settings; `"mixed"` for several; None for a dense model.
+        schedule: In tokens; None for a dense model, and where the images decide.
+        tokens: Tokens that leave each block; None as for `schedule`.
+    """
+
+    method: str | None = None
+    schedule: Schedule | None = None
+    tokens: tuple[int, ...] | None = None
+
+
+class ExportedCopy(nn.Module):
+    """A copy of a model that takes float32 images and returns its logits or features in float32.
+
+    Args:
+        model: Contains one Vision Transformer; in evaluation mode, on the CPU.
+        module_path: Dotted path of the transformer in it.
+        dtype: What it computes in.
+    """
+
+    def __init__(self, model: nn.Module, module_path: str | None, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.model, self.module_path, self.dtype = model, module_path, dtype
+        self.eval()
+
+    @property
+    def transformer(self) -> VisionTransformer:
+        """The Vision Transformer in it."""
+        return find_vision_transformer(self.model, self.module_path)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Runs the model on (B, C, H, W) images; returns (B, ...)."""
+        output = self.model(images.to(self.dtype))
+        if not isinstance(output, Tensor):
+            transformer = self.transformer
+            if transformer.root is not self.model:
+                raise ArgumentError(
+                    f"`model` must return a tensor to be exported, got {type(output).__name__}. Export the Vision "
+                    "Transformer in it, or a module that returns the tensor."
+                )
+            output = transformer.adapter.output(output)
+        return output.float()
+
+    def converted(self, precision: Precision) -> "ExportedCopy":
+        """The same with other weights; itself for float32."""
+        dtype = _DTYPES[precision]
+        return self if dtype == self.dtype else ExportedCopy(_copy(self.model, dtype), self.module_path, dtype)
+
+    def patch(self, images: Tensor) -> AppliedPatch:
+        """How it is patched, for (B, C, H, W) images."""
+        transformer = self.transformer
+        states = [vars(block).get("_prune_patch") for block in transformer.blocks]
+        patches = [state if isinstance(state, BlockPatch) else None for state in states]
+        for patch in patches:
+            if patch is not None and patch.is_adaptive:
+                return AppliedPatch(str(spec_of(patch.reduction)))
+        count = entering = transformer.count_tokens(images)
+        removed: list[int] = []
+        methods: list[MethodSpec | None] = []
+        for patch in patches:
+            removed.append(0 if patch is None else patch.removes(count))
+            methods.append(spec_of(patch.reduction) if patch is not None and removed[-1] else None)
+            count -= removed[-1]
+        if not any(removed):
+            return AppliedPatch()
+        schedule = Schedule(removed, methods)
+        method = str(schedule.method) if isinstance(schedule.method, MethodSpec) else "mixed"
+        return AppliedPatch(method, schedule, schedule.tokens(entering))
+
+
+def exported_copy(model: nn.Module, plan: ScheduleLike | None, module_path: str | None) -> ExportedCopy:
+    """A copy of a model in float32, patched as the model is or by a plan; it shares the weights that it can.
+
+    Args:
+        model: As of `lightning_prune.export`.
+        plan: As of `lightning_prune.export`.
+        module_path: As of `lightning_prune.export`.
+
+    Raises:
+        ArgumentError: If the model is patched and a plan is given.
+        ScheduleError, UnsupportedModelError: As `lightning_prune.patch`.
+    """
+    transformer = find_vision_transformer(model, module_path)
+    if plan is not None and any(isinstance(vars(each).get("_prune_patch"), BlockPatch) for each in transformer.blocks):
+        raise ArgumentError("`plan` must be left out for a patched model, which is exported as it is patched.")
+    copied = ExportedCopy(_copy(model, torch.float32), module_path)
+    if plan is not None:
+        make_handle(copied.transformer, plan)
+    return copied
+
+
+def graph_of(model: nn.Module, images: Tensor, batch: BatchSize) -> ExportedGraph:
+    """The graph of a model for images of one size.
+
+    Args:
+        model: Takes images alone.
+        images: (B, C, H, W), float32.
+        batch: Whether the graph is for B images or for any number of them.
+
+    Raises:
+        ExportError: If the model cannot be exported, or not for any number of images.
+    """
+    if batch == "static":
+        return export_graph(model, (images,))
+    several = images if len(images) > 1 else torch.cat([images, images])  # a size of 1 would become a constant
+    try:
+        return export_graph(model, (several,), dynamic_shapes=({0: torch.export.Dim(BATCH, min=1)},))
+    except ExportError as error:
+        raise ExportError(f"`batch` must be 'static' for this model, got 'dynamic': {error}") from error
+
+
+def dense_graph(model: ExportedCopy, precision: Precision, images: Tensor) -> ExportedGraph:
+    """The graph of a model without its patch, for B images."""
+    dense = ExportedCopy(_shared(model.model), model.module_path)
+    unpatch(dense)
+    return export_graph(dense.converted(precision), (images,))
+
+
+def _copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy on the CPU in another precision; it shares the weights if none of them has to change."""
+    tensors = [*model.parameters(), *model.buffers()]
+    if all(each.device.type == "cpu" and (each.dtype == dtype or not each.is_floating_point()) for each in tensors):
+        return _shared(model)
+    return copy.deepcopy(model).to("cpu", dtype)
+
+
+def _shared(model: nn.Module) -> nn.Module:
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
