@@ -74,12 +74,12 @@ def context_line(context: Mapping[str, Any]) -> str:
         >>> context_line({"device": "NVIDIA H200", "device_type": "cuda", "threads": 8, "precision": "bf16-mixed"})
         'NVIDIA H200, bf16-mixed'
     """
-    threads, batch = context.get("threads"), context.get("batch_size")
+    threads, batch, runtime = (context.get(key) for key in ("threads", "batch_size", "runtime"))
     parts = [
         context.get("device"),
         f"{threads} thread{'s' * (threads != 1)}" if threads and context.get("device_type") == "cpu" else None,
         f"batch {batch}" if batch else None,
         context.get("precision"),
-        "compiled" if context.get("compiled") else None,
+        "compiled" if context.get("compiled") else runtime if runtime != "torch" else None,
     ]
     return ", ".join(str(part) for part in parts if part)

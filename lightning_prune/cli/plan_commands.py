@@ -1,5 +1,8 @@
 """The commands `profile` and `plan`."""
 
+import re
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import lightning as L
@@ -13,20 +16,28 @@ from lightning_prune.callbacks.decision import Decision
 from lightning_prune.callbacks.decision_panel import print_decision
 from lightning_prune.callbacks.first_batch import FirstBatch, on_first_batch
 from lightning_prune.callbacks.planned_schedule import planned, profiled
+from lightning_prune.comparison.requests import read_runtimes
 from lightning_prune.planning import Plan
 from lightning_prune.profiling import TOKEN_CURVE, LatencyProfile, SimulatedDevice, profile_latency, simulate_latency
 from lightning_prune.profiling.profile_reuse import CachedProfile
 from lightning_prune.report.plots import plot
-from lightning_prune.report.tables import against_eager, profile_table, shape_of
+from lightning_prune.report.tables import profile_table, runtimes_table, shape_of
 from lightning_prune.runtimes.in_place import is_compiled, uncompiled
 
 
 def run_profile(
-    trainer: L.Trainer, model: L.LightningModule, config: PruningConfig, output: str, device: str | None, **data: Any
+    trainer: L.Trainer,
+    model: L.LightningModule,
+    config: PruningConfig,
+    output: str,
+    device: str | None,
+    runtimes: Sequence[str] | None = None,
+    **data: Any,
 ) -> LatencyProfile:
     """Measures or simulates latency against the number of tokens; prints a table, writes profile.json and profile.png.
 
-    If the model is compiled in place, its profile without compilation is also measured, plotted and written.
+    With several runtimes, or if the model is compiled, in which case its profile without compilation is measured as
+    well, all curves are in one picture, and each further profile has a file of its own.
 
     Args:
         trainer: Its accelerator and precision are used.
@@ -34,7 +45,11 @@ def run_profile(
         config: Method, block, time limit and folder of stored profiles.
         output: Folder for the files.
         device: `simulated:...`, see `SimulatedDevice.parse`; None for the trainer's device.
+        runtimes: What executes the model, one after another; the runtime of the config if None.
         data: `datamodule` or `dataloaders`.
+
+    Returns:
+        The profile; that of the first runtime.
 
     Raises:
         ArgumentError: If `output` cannot be written to, `device` is invalid, or a setting has no effect on it.
@@ -43,15 +58,20 @@ def run_profile(
     """
     simulated = None if device is None else SimulatedDevice.parse(device)
     check("protocol", config.protocol, "'deployed' on a simulated device", simulated is None or _is_deployed(config))
+    check("runtimes", runtimes, "left out with a simulated device", runtimes is None or simulated is None)
+    named = [config.runtime] if runtimes is None else [each.name for each in read_runtimes(runtimes, config.runtime)]
+    configs = [replace(config, runtime=name) for name in named]
 
     def measure(first: FirstBatch) -> tuple[CachedProfile, LatencyProfile | None]:
         measured = _profile(first, simulated, of_method=True)
-        compiled = simulated is None and is_compiled(first.module)
+        compiled = runtimes is None and simulated is None and is_compiled(first.module)
         return measured, _eager_profile(first, measured.profile) if compiled else None
 
     with output_folder(output, {"results.json": "a comparison", "plan.json": "a plan"}) as folder:
-        measured, eager = on_first_batch(trainer, model, config, measure, **data)
+        found = [on_first_batch(trainer, model, each, measure, **data) for each in configs]
+        measured, eager = found[0]
         profile = measured.profile
+        others = [each.profile for each, _ in found[1:]] + ([] if eager is None else [eager])
         if trainer.is_global_zero:
             console = Console(markup=False)  # the table is printed before anything is written, which may fail
             console.print(profile_table(profile))
@@ -60,13 +80,12 @@ def run_profile(
                 console.print(
                     f"Stored profile, measured {when}; --prune.use_cache false measures again.", soft_wrap=True
                 )
-            if eager is not None:
-                console.print(against_eager(profile, eager))
+            if others:
+                console.print(runtimes_table([profile, *others]))
             console.print(shape_of(profile), soft_wrap=True)
             paths = [profile.save(folder / "profile.json"), folder / "profile.png"]
-            plot(profile, paths[1], eager=eager)
-            if eager is not None:
-                paths.append(eager.save(folder / "profile_eager.json"))
+            plot(profile, paths[1], others=others)
+            paths += [each.save(folder / f"profile_{_file_name(each)}.json") for each in others]
             console.print(f"Written: {', '.join(map(str, paths))}", soft_wrap=True)
         return profile
 
@@ -124,6 +143,10 @@ def run_plan(
             plot(result, paths[-1])
             Console(markup=False).print(f"Written: {', '.join(map(str, paths))}", soft_wrap=True)
         return result
+
+
+def _file_name(profile: LatencyProfile) -> str:
+    return re.sub(r"[^A-Za-z0-9.]+", "-", str(profile.context.get("runtime", "torch")))
 
 
 def _is_deployed(config: PruningConfig) -> bool:

@@ -52,6 +52,7 @@ class PruneTrainer(L.Trainer):
         datamodule: L.LightningDataModule | None = None,
         output: str = "results/profile",
         device: str | None = None,
+        runtimes: list[str] | None = None,
     ) -> LatencyProfile:
         """Measure latency against tokens on the first validation batch; writes profile.json and profile.png.
 
@@ -61,6 +62,7 @@ class PruneTrainer(L.Trainer):
             datamodule: Provides the validation loader.
             output: Folder for the files.
             device: A device to simulate, such as simulated:multiprocessors=8,tile=64; default: this device.
+            runtimes: What executes the model, such as torch onnxruntime openvino: all curves in one picture.
 
         Raises:
             ArgumentError: If `output` cannot be written to, `device` is invalid, or the paper's protocol is used with a
@@ -68,7 +70,7 @@ class PruneTrainer(L.Trainer):
             DataError: If there is no batch to profile on.
         """
         data = {"dataloaders": dataloaders, "datamodule": datamodule}
-        return run_profile(self, model, self.config, output, device, **data)
+        return run_profile(self, model, self.config, output, device, runtimes, **data)
 
     def plan(
         self,

@@ -40,7 +40,10 @@ def with_model_costs(
                 if variant not in known:
                     switch.to(variant)
                     known[variant] = count_model_cost(transformer, images)
-                each = replace(each, **known[variant]._asdict())
+                cost = known[variant]
+                each = replace(each, gmacs=cost.gmacs)
+                if not requests[each.request].runtime.compiles:  # compiled graphs allocate memory in their own way
+                    each = replace(each, peak_memory_mib=cost.peak_memory_mib)
             found.append(each)
     finally:
         switch.off()

@@ -1,6 +1,7 @@
 """The measurements that planning needs, within a time limit: overheads, sensitivities, proxies and timings."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_prune._utils.progress import progress_bar
 from lightning_prune._utils.time_limit import TimeLimit
-from lightning_prune.errors import ArgumentError
+from lightning_prune.errors import ArgumentError, UnsupportedModelError
 from lightning_prune.patching import PatchHandle, VisionTransformer
 from lightning_prune.planning.candidate_search import Timings
 from lightning_prune.planning.latency_model import PROBES, LatencyModel, token_levels
@@ -282,9 +283,10 @@ class Measurements:
         """Some schedules of every method, timed in one run, from which the overhead follows."""
         if self._probes_shallow:
             share = self.limit.share(TUNING.overhead_share)
-            return shallow_probes(
-                self.transformer, self.example_inputs, methods, latency, share, self.limit, self.verbose
-            )
+            with suppress(UnsupportedModelError):  # then the whole model is converted for each
+                return shallow_probes(
+                    self.transformer, self.example_inputs, methods, latency, share, self.limit, self.verbose
+                )
         tried = schedules_to_probe(self.transformer, methods, self.profile.dense_tokens)
         variants = {
             f"{label} {number}": Variant(methods[label][0], schedule)

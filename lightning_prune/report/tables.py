@@ -5,6 +5,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich import box
 from rich.table import Table
 
@@ -42,14 +43,23 @@ def shape_of(profile: LatencyProfile) -> str:
     return f"Cliffs: {cliffs}. Plateaus: {plateaus}. {took}"
 
 
-def against_eager(compiled: LatencyProfile, eager: LatencyProfile) -> str:
-    """What compiling brings with all tokens, and what pruning brings under each of the two."""
-    fewest = compiled.tokens[0]
-    best = [profile.dense_ms / min(profile.milliseconds) for profile in (compiled, eager)]
-    return (
-        f"Dense takes {compiled.dense_ms:.2f} ms compiled and {eager.dense_ms:.2f} ms eagerly; pruned, down to "
-        f"{fewest} tokens, it is up to {speedup(best[0])} as fast compiled, {speedup(best[1])} eagerly."
-    )
+def runtimes_table(profiles: Sequence[LatencyProfile]) -> Table:
+    """What each runtime takes with all tokens, and what fewer tokens bring in it: a row a runtime.
+
+    Args:
+        profiles: Of the same model. They were measured one after another, so that their latencies are of different
+            moments; their shapes are free of that.
+    """
+    table = Table(title="runtimes, one after another", title_justify="left", title_style="bold")
+    table.add_column("runtime", overflow="fold")
+    for heading in ("dense ms", "at half the tokens", "at a quarter", "cliffs"):
+        table.add_column(heading, justify="right")
+    for profile in profiles:
+        n = profile.dense_tokens
+        at = [profile.dense_ms / float(np.interp(n / part, profile.tokens, profile.milliseconds)) for part in (2, 4)]
+        name = str(profile.context.get("runtime", "torch"))
+        table.add_row(name, f"{profile.dense_ms:.2f}", *map(speedup, at), str(len(profile.cliffs())))
+    return table
 
 
 def write_table(path: Path, rows: Sequence[Row], per_class: bool = False) -> Path:

@@ -68,13 +68,18 @@ def is_compiled_itself(module: nn.Module) -> bool:
 @contextmanager
 def uncompiled(model: nn.Module) -> Iterator[None]:
     """A context in which a model that was compiled in place is as it was before."""
-    compiled = [(module, vars(module).pop("_compiled_call_impl", None)) for module in model.modules()]
+    modules = list(model.modules())
+    compiled = [(module, vars(module).pop("_compiled_call_impl", None)) for module in modules]
+    applied = [(module, _applied.pop(module, None)) for module in modules]
     try:
         yield
     finally:
         for module, call in compiled:
             if call is not None:
                 vars(module)["_compiled_call_impl"] = call
+        for module, runtime in applied:
+            if runtime is not None:
+                _applied[module] = runtime
 
 
 @contextmanager

@@ -129,13 +129,28 @@ def test_no_band_without_quartiles_or_after_single_rounds(quartiles: dict[str, A
     assert not any("quartiles" in label for label in labels(axes))
 
 
+def in_runtime(name: str, factor: float = 1.0) -> lp.LatencyProfile:
+    names = ("milliseconds", "low_ms", "high_ms")
+    columns = {name: tuple(factor * ms for ms in getattr(profile(), name)) for name in names}
+    return profile(**columns, context={**CONTEXT, "runtime": name})
+
+
 def test_two_curves_have_a_band_each() -> None:
-    (axes,) = plot_profile(profile(), eager=profile()).axes
+    axes, _ = plot_profile(in_runtime("onnxruntime"), [in_runtime("torch")]).axes
     assert len(axes.collections) == 2
     assert [text for text in labels(axes) if "quartiles" in text] == [
-        "quartiles, measured, compiled",
-        "quartiles, measured, eager",
+        "quartiles, measured, onnxruntime",
+        "quartiles, measured, torch",
     ]
+
+
+def test_shapes_of_several_runtimes_are_over_their_own_dense() -> None:
+    """A runtime that is twice as fast at every count has the same shape."""
+    _, shapes = plot_profile(in_runtime("torch"), [in_runtime("openvino", 0.5)]).axes
+    curves = [line.get_ydata() for line in shapes.lines if len(line.get_xdata()) == len(CURVE)]
+    assert curves[0].tolist() == pytest.approx(curves[1].tolist())
+    assert curves[0][-1] == pytest.approx(100)
+    assert len(curves) == 2
 
 
 @pytest.mark.parametrize("suffix", ["png", "pdf", "svg"])
@@ -175,9 +190,11 @@ def test_plot_refuses_what_it_cannot_draw(result: Any, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_eager_curve_belongs_to_a_profile() -> None:
-    with pytest.raises(ArgumentError, match=r"`eager`.*Plan"):
-        lp.report.plot(plan(40, lp.Utility()), eager=profile())
+def test_other_curves_belong_to_a_profile() -> None:
+    with pytest.raises(ArgumentError, match=r"`others`.*Plan"):
+        lp.report.plot(plan(40, lp.Utility()), others=[profile()])
+    with pytest.raises(ArgumentError, match=r"`others` must be a list of LatencyProfiles, got \[3\]"):
+        lp.report.plot(profile(), others=[3])
 
 
 def test_a_picture_that_fails_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
