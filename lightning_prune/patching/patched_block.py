@@ -139,8 +139,7 @@ def patch_key(root: nn.Module) -> Hashable:
     return tuple(
         (
             patch.index,
-            type(patch.reduction),
-            repr(sorted(patch.reduction.settings().items())),
+            _reduction_key(patch.reduction),
             patch.remove,
             patch.tracks_state,
             patch.weighs_keys,
@@ -148,6 +147,15 @@ def patch_key(root: nn.Module) -> Hashable:
         )
         for patch in patches
     )
+
+
+def _reduction_key(reduction: Reduction) -> Hashable:
+    """A method by value: its `settings` may name a file whose content has changed, and leave attributes out."""
+    try:
+        hash(reduction)
+    except TypeError:  # of a third party, with an attribute that cannot be hashed
+        return type(reduction), repr(sorted(vars(reduction).items()))
+    return reduction
 
 
 class CarriedState(NamedTuple):

@@ -14,8 +14,10 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import lightning_prune as lp
+from helpers.models import tiny_vit
+from lightning_prune.patching.patched_block import patch_key
 from lightning_prune.patching.token_state import TokenState, get_state
-from lightning_prune.reduction import POMT, RandomDrop, Reduction, ReductionOutput, TokenSequence
+from lightning_prune.reduction import POMT, RandomDrop, Reduction, ReductionOutput, TokenSequence, TopK
 
 from .by_hand import Pairs
 
@@ -321,3 +323,24 @@ class TestGradients:
             with torch.no_grad():
                 ahead, behind = (model(images + s * direction).square().sum() for s in (step, -step))
         assert (gradient * direction).sum().item() == pytest.approx(((ahead - behind) / (2 * step)).item(), rel=1e-6)
+
+
+class Hiding(TopK):
+    """Its settings name a file, say, and not what was in it."""
+
+    def __init__(self, held: Any) -> None:
+        super().__init__()
+        self.held = held
+
+    def settings(self) -> dict[str, Any]:
+        return {"held": "a file"}
+
+
+@pytest.mark.parametrize(("one", "other"), [((1, 2), (1, 3)), ([1, 2], [1, 3])])  # a list cannot be hashed
+def test_patches_by_other_methods_have_other_keys_whatever_their_settings_say(one: Any, other: Any) -> None:
+    model, keys = tiny_vit(), []
+    for held in (one, other, one):
+        with lp.patch(model, Hiding(held), [0, 4, 0, 0]):
+            keys.append(patch_key(model))
+    assert keys[0] == keys[2] != keys[1]
+    assert len({*keys, patch_key(model)}) == 3
