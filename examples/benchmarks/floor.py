@@ -6,8 +6,10 @@ Pruned and floor are timed alternately in one interleaved run; ratios are median
     python examples/benchmarks/floor.py --output results/floor
     python examples/benchmarks/floor.py --models deit_small_patch16_224 --batch-sizes 1 --trace --output results/floor
     python examples/benchmarks/floor.py --modes eager default reduce-overhead --device cuda --output results/floor
+    python examples/benchmarks/floor.py --modes eager onnxruntime openvino --precisions fp32 --output results/floor
 
-`--modes` other than eager compile both the floor and the patched model; reduce-overhead uses CUDA graphs.
+`--modes` other than eager compile or convert both the floor and the patched model: those of torch.compile, of which
+reduce-overhead uses CUDA graphs, or a runtime by its spec.
 """
 
 import argparse
@@ -26,6 +28,7 @@ from torch import Tensor, nn
 import lightning_prune as lp
 from lightning_prune.patching.block_split import PRE_NORM
 from lightning_prune.profiling import InterleavedTimer
+from lightning_prune.runtimes import parse_runtime
 
 FEWEST = 5  # rounds of the slowest case
 CASES = {  # name -> method, what each of 12 blocks removes, the ratio to stay below
@@ -33,7 +36,7 @@ CASES = {  # name -> method, what each of 12 blocks removes, the ratio to stay b
     "topk": ("topk", {3: 56}, 1.02),
     "tome, four blocks": ("tome", {2: 24, 4: 24, 6: 24, 8: 24}, 1.05),
 }
-MODES = ("eager", "default", "reduce-overhead", "max-autotune")
+COMPILED = ("default", "reduce-overhead", "max-autotune")  # any other mode but eager is the spec of a runtime
 
 
 def floor_forward(model: nn.Module, images: Tensor, removed: dict[int, int]) -> Tensor:
@@ -48,6 +51,17 @@ def floor_forward(model: nn.Module, images: Tensor, removed: dict[int, int]) -> 
     return model.forward_head(model.norm(x))
 
 
+class Floor(nn.Module):
+    """`floor_forward` as a module, which a runtime can convert."""
+
+    def __init__(self, model: nn.Module, removed: dict[int, int]) -> None:
+        super().__init__()
+        self.model, self.removed = model, removed
+
+    def forward(self, images: Tensor) -> Tensor:
+        return floor_forward(self.model, images, self.removed)
+
+
 def prepare(name: str, precision: str, batch: int, device: str) -> tuple[nn.Module, Tensor]:
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     model = timm.create_model(name, pretrained=False).eval().to(device, dtype)
@@ -55,22 +69,25 @@ def prepare(name: str, precision: str, batch: int, device: str) -> tuple[nn.Modu
     return model, torch.randn(batch, *size, generator=torch.Generator().manual_seed(0)).to(device, dtype)
 
 
-def contenders(model: nn.Module, case: str, mode: str) -> dict[str, Callable[[Tensor], Tensor]]:
-    """Dense, pruned and the floor on the same weights; if compiled, each has a graph of its own."""
+def contenders(model: nn.Module, images: Tensor, case: str, mode: str) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Dense, pruned and the floor on the same weights; if compiled or converted, each has a graph of its own."""
     method, removed, _ = CASES[case]
     weights = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     pruned, floor = copy.deepcopy(model, dict(weights)), copy.deepcopy(model, dict(weights))
     lp.patch(pruned, method, lp.Schedule([removed.get(block, 0) for block in range(len(model.blocks))]))
-    found = {"dense": model, "pruned": pruned, "floor": lambda images: floor_forward(floor, images, removed)}
+    found: dict[str, nn.Module] = {"dense": model, "pruned": pruned, "floor": Floor(floor, removed).eval()}
     if mode == "eager":
-        return found
+        return {**found}
+    if mode not in COMPILED:
+        runtime = parse_runtime(mode)
+        return {name: runtime.prepare(module, images) for name, module in found.items()}
     torch._dynamo.reset()  # graphs of other cases count towards the limit of recompilations
     return {name: torch.compile(forward, mode=mode, dynamic=False) for name, forward in found.items()}
 
 
 def measure(model: nn.Module, images: Tensor, case: str, mode: str, args: argparse.Namespace) -> Row:
     _, removed, limit = CASES[case]
-    forwards, current = contenders(model, case, mode), ["dense"]
+    forwards, current = contenders(model, images, case, mode), ["dense"]
 
     def switch(variant: str) -> None:
         current[0] = variant
@@ -79,15 +96,16 @@ def measure(model: nn.Module, images: Tensor, case: str, mode: str, args: argpar
         return forwards[current[0]](images)
 
     device = images.device
+    clock = {"wall": time.perf_counter, "cpu": time.process_time}[args.clock]
     with torch.inference_mode():
-        timer = InterleavedTimer(switch, run, device, reference="floor")
-        for variant in [] if mode == "eager" else [*forwards] * 2:  # to compile, then to record CUDA graphs
+        timer = InterleavedTimer(switch, run, device, reference="floor", clock=clock)
+        for variant in [*forwards] * 2 if mode in COMPILED else []:  # to compile, then to record CUDA graphs
             switch(variant)
             run()
         timer.measure(["pruned"], min(FEWEST, args.rounds))
-        timer.measure(["pruned"], args.rounds - FEWEST, time.perf_counter() + args.seconds)
-        over = InterleavedTimer(switch, run, device, reference="dense")
-        over.measure(["pruned"], max(args.rounds // 3, 3), time.perf_counter() + args.seconds / 3)
+        timer.measure(["pruned"], args.rounds - FEWEST, clock() + args.seconds)
+        over = InterleavedTimer(switch, run, device, reference="dense", clock=clock)
+        over.measure(["pruned"], max(args.rounds // 3, 3), clock() + args.seconds / 3)
     ratio, pruned = timer.result("pruned"), over.result("pruned")
     return {
         "mode": mode,
@@ -125,7 +143,7 @@ def draw(rows: list[Row], path: Path) -> None:
     for place, row in enumerate(reversed(rows)):
         axes.errorbar(row["pruned_over_floor"], place, xerr=2 * row["error"], fmt="o", color=colors[row["case"]], ms=4)
         axes.plot([row["limit"]] * 2, [place - 0.4, place + 0.4], color="#c0392b", lw=1.2)
-    modes = [r["mode"] if r["mode"] == "eager" else f"compiled ({r['mode']})" for r in rows]
+    modes = [f"compiled ({r['mode']})" if r["mode"] in COMPILED else r["mode"] for r in rows]
     labels = [
         f"{r['model'].split('_patch')[0]}, {r['precision']}, {mode}, batch {r['batch']}: {r['case']}"
         for r, mode in zip(rows, modes, strict=True)
@@ -146,13 +164,18 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"])
-    parser.add_argument("--modes", nargs="+", default=["eager"], choices=MODES)
+    parser.add_argument("--modes", nargs="+", default=["eager"], help=f"eager, {', '.join(COMPILED)}, or runtimes")
+    parser.add_argument(
+        "--clock", default="wall", choices=["wall", "cpu"], help="cpu: with --threads 1, where others run"
+    )
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=101)
     parser.add_argument("--seconds", type=float, default=15.0, help="limit of each case")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--trace", action="store_true", help="also write a profiler's table of each case")
     parser.add_argument("--output", type=Path, required=True, help="folder")
     args = parser.parse_args()
+    torch.set_num_threads(args.threads)
     args.output.mkdir(parents=True, exist_ok=True)
     context, rows = context_of(args.device), []
     for name in args.models:

@@ -72,7 +72,7 @@ def test_the_floor_is_compiled_as_the_patched_model_is(program: Any, monkeypatch
     monkeypatch.setattr(torch, "compile", lambda forward, **options: commands.append(options) or forward)
     model, images = floor.prepare("deit_tiny_patch16_224", "fp32", 1, "cpu")
     before = {name: value.data_ptr() for name, value in model.state_dict().items()}
-    forwards = floor.contenders(model, "pomt", "reduce-overhead")
+    forwards = floor.contenders(model, images, "pomt", "reduce-overhead")
     assert commands == [{"mode": "reduce-overhead", "dynamic": False}] * 3
     assert {name: value.data_ptr() for name, value in forwards["pruned"].state_dict().items()} == before
     with torch.inference_mode():
@@ -138,3 +138,20 @@ def test_all_runs_every_one_and_says_which_failed(
         assert Path(command[1]).is_file()
         assert command[3] == str(tmp_path / Path(command[1]).stem)
     assert commands[-1][4:6] == ["--trainer.accelerator", "cpu"]
+
+
+def test_runtimes(program: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import timm
+
+    tiny = timm.create_model("vit_tiny_patch16_224", depth=4, embed_dim=32, num_heads=2, img_size=64).eval()
+    tiny.pretrained_cfg = {**tiny.pretrained_cfg, "input_size": (3, 64, 64)}
+    monkeypatch.setattr(timm, "create_model", lambda *args, **kwargs: tiny)
+    words = ["--runtimes", "onnxruntime", "--speedups", "1.1", "--block", "1", "--seconds", "1", "--clock", "cpu"]
+    run(program("runtimes"), monkeypatch, *words, "--output", str(tmp_path))
+    rows = rows_of(program, tmp_path / "runtimes.csv")
+    assert [(row["runtime"], row["planned_on"]) for row in rows] == [
+        ("onnxruntime", "torch"),
+        ("onnxruntime", "onnxruntime"),
+    ]
+    assert all(2 <= int(row["left"]) < 17 for row in rows)
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
