@@ -28,9 +28,9 @@ def main(args: list[str] | None = None) -> int:
 
         print(command_help(words[0]), end="")
         return 0
-    from lightning_prune.cli.typos import mistake_in
+    from lightning_prune.cli.typos import missing_in, mistake_in
 
-    mistake = mistake_in(words)
+    mistake = mistake_in(words) or missing_in(words)
     if mistake:
         print(f"error: {mistake}", file=sys.stderr)
         return 2

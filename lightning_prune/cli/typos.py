@@ -8,6 +8,7 @@ import yaml
 
 from lightning_prune._utils.files import user_path
 from lightning_prune.cli.options import (
+    DATA_CLASSES,
     EVERYWHERE,
     FREE,
     SHORT_FORMS,
@@ -68,6 +69,34 @@ def mistake_in(words: list[str]) -> str | None:
         if mistake:
             return mistake
     return None
+
+
+def missing_in(words: list[str]) -> str | None:
+    """What a command needs and the command line does not give, as an error message; None if nothing is missing.
+
+    Where a configuration cannot be read, that is left to the parser.
+
+    Args:
+        words: The command line after `lightning-prune`, without a mistake.
+
+    Example:
+        >>> from lightning_prune.cli.typos import missing_in
+        >>> missing_in(["plan", "--model.model=vit_tiny_patch16_224"]).split(", got ")[0]
+        '`data` must be DigitsData, ImageFolderData, or the import path of a LightningDataModule'
+    """
+    command, *rest = words
+    if command not in COMMANDS or command == "models":
+        return None
+    given = {name.partition(".")[0] for name, _ in _options(rest) if name is not None}
+    for path in values_of(rest, "config"):
+        content = _mapping(path)
+        if not content:
+            return None
+        inner = content.get(command)
+        given |= {*content, *(inner if isinstance(inner, Mapping) else ())}
+    if given & {"data", "print_config"}:
+        return None
+    return f"`data` must be {', '.join(DATA_CLASSES)}, or the import path of a LightningDataModule, got none."
 
 
 def _known(command: str, data: str, objective: str) -> dict[str, set[str] | None]:

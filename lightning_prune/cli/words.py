@@ -9,6 +9,7 @@ from lightning_prune.errors import ArgumentError
 
 _LISTS = ("--methods", "--speedups", "--runtimes")
 _FLAGS = ("--per_class", "--resume")  # a value may follow; alone they are true
+_MAX_PLAIN_DROP = 0.1  # shares of accuracy from here on are taken for percentages whose sign was forgotten
 _NUMBER = r"(\d+\.?\d*(?:e[+-]?\d+)?|\.\d+)"
 
 
@@ -96,6 +97,10 @@ def _max_drop(value: str) -> list[str]:
     if match is None:
         raise ArgumentError(f"`max_drop` must be a share such as 0.5% or 0.005, got {value!r}.")
     share = float(match[1]) / 100 if match[2] else float(match[1])
+    if not match[2] and _MAX_PLAIN_DROP <= share < 1:  # 0.5 is hardly meant as a half
+        raise ArgumentError(
+            f"`max_drop` must have a percent sign, such as {match[1]}% or {100 * share:g}%, got {value!r}."
+        )
     return ["--prune.objective=AccuracyBudget", f"--prune.objective.max_drop={share:.12g}"]
 
 

@@ -18,6 +18,7 @@ import lightning_prune as lp
 from helpers.clock import set_latency
 from lightning_prune.__main__ import main
 from lightning_prune.callbacks import TokenPruning
+from lightning_prune.callbacks.decider import Decider
 from lightning_prune.cli.usage import COMMANDS
 from lightning_prune.comparison import read_results
 from lightning_prune.profiling.model_variants import Variant, VariantSwitch
@@ -326,10 +327,10 @@ def test_a_failed_comparison_keeps_the_folder(mistake: str, tmp_path: Path, caps
 def test_an_unexpected_error_keeps_its_traceback(error: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
     """A one-line message would hide the location of the error."""
 
-    def broken(self: TokenPruning, *args: Any) -> None:
+    def broken(self: Decider, *args: Any) -> None:
         raise error
 
-    monkeypatch.setattr(TokenPruning, "_decide", broken)
+    monkeypatch.setattr(Decider, "decide", broken)
     with pytest.raises(error):
         main(["validate", *TINY])
 

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from lightning_prune.__main__ import main
-from lightning_prune.cli.typos import mistake_in
+from lightning_prune.cli.typos import missing_in, mistake_in
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -40,6 +40,30 @@ def test_a_mistake_is_named_with_what_was_meant(line: str, named: str, meant: st
     assert found is not None
     assert named in found
     assert found.endswith(f"Did you mean {meant}?")
+
+
+@pytest.mark.parametrize(
+    ("line", "missing"),
+    [
+        ("validate", "`data`"),
+        ("validate --data DigitsData", None),
+        ("validate --print_config", None),
+        ("compare --model.model vit_tiny_patch16_224 --budget 2x", "`data`"),
+        ("plan --config {config}", "`data`"),
+        ("plan --config {config} --data.class_path DigitsData", None),
+        ("plan --config={config} --data=DigitsData", None),
+        ("plan --config {nested} --model.model=vit_tiny_patch16_224", None),
+        ("test --config {nested} --model.model=vit_tiny_patch16_224", "`data`"),
+        ("plan --config nowhere.yaml", None),
+        ("models", None),
+    ],
+)
+def test_what_is_missing_is_said_at_once(line: str, missing: str | None, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"model": {"model": "vit_tiny_patch16_224"}}))
+    (tmp_path / "nested.yaml").write_text(yaml.safe_dump({"plan": {"data": "DigitsData"}}))
+    words = line.format(config=tmp_path / "config.yaml", nested=tmp_path / "nested.yaml").split()
+    found = missing_in(words)
+    assert found is None if missing is None else found is not None and found.startswith(missing)
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,7 @@ def test_hyphens_in_option_names_become_underscores(separator: str) -> None:
         (["--budget", "0.5 ms"], ["LatencyBudget", "ms=0.5"]),
         (["--max-drop", "0.5%"], ["AccuracyBudget", "max_drop=0.005"]),
         (["--max_drop=.01"], ["AccuracyBudget", "max_drop=0.01"]),
+        (["--max_drop=50%"], ["AccuracyBudget", "max_drop=0.5"]),
     ],
 )
 def test_short_forms_become_an_objective(words: list[str], objective: list[str]) -> None:
@@ -72,6 +73,7 @@ def test_a_budget_may_bound_the_90th_percentile() -> None:
         (["--budget"], "`budget` must be .* got ''"),
         (["--max-drop", "half"], "`max_drop` must be .* got 'half'"),
         (["--max-drop", "-1%"], "`max_drop` must be .* got '-1%'"),
+        (["--max-drop", "0.5"], "`max_drop` must have a percent sign, such as 0.5% or 50%, got '0.5'"),
     ],
 )
 def test_invalid_short_forms_are_rejected(words: list[str], message: str) -> None:
