@@ -16,7 +16,7 @@ from lightning_prune._utils.device import device_name
 from lightning_prune.cli.main import run
 from lightning_prune.cli.trainer import PruneTrainer
 from lightning_prune.planning.method_selection import AUTO_METHODS
-from lightning_prune.profiling import DENSE, SimulatedDevice, Workload
+from lightning_prune.profiling import DENSE, SimulatedDevice, Workload, profile_reuse
 from lightning_prune.profiling.simulation import simulated_seconds
 
 DEVICE = "simulated:multiprocessors=9"
@@ -108,6 +108,7 @@ def test_command_and_method_give_the_same_result(tmp_path, capsys):
 
 def test_without_the_cache_it_is_measured_again(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(lp.LatencyProfile, "is_inconclusive", False)  # however busy the machine is that tests
+    monkeypatch.setattr(profile_reuse, "_still_holds", lambda *_: True)
     command = ["profile", *DATA, *QUICK, "--output", str(tmp_path)]
     run(command)
     run(command)
