@@ -1,5 +1,6 @@
 """Runtimes that run a converted graph of a model instead of the model itself."""
 
+import warnings
 from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
@@ -8,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_prune._utils.isolation import user_hooks
 from lightning_prune.errors import ArgumentError
 from lightning_prune.patching import VisionTransformer
 from lightning_prune.patching.class_swap import patch_generation
@@ -72,6 +74,14 @@ class ConvertedRuntime(Runtime):
         """See `Runtime.install`."""
         root = transformer.compiled_root
         self._check(root)
+        hooks = user_hooks(root)
+        if hooks:
+            names = ", ".join(sorted({getattr(hook, "__qualname__", type(hook).__qualname__) for hook in hooks}))
+            warnings.warn(
+                f"The {len(hooks)} forward hooks on the Vision Transformer ({names}) are not called while "
+                f"{self.name!r} runs it: they are no part of a converted graph.",
+                stacklevel=2,
+            )
         return _ConvertedCalls(self, root)
 
     def unsupported_reason(self, model: nn.Module) -> str | None:
