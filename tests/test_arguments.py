@@ -101,6 +101,18 @@ CALLEES: dict[str, Callable[[], Callee]] = {
         | {"labels": {"None"}},
         {"methods": "methods?", "blocks": "blocks?"},
     ),
+    "export": lambda: Callee(
+        lp.export,
+        {"model": tiny_vit(depth=1), "output": "x", "example_inputs": IMAGES, "format": "torch-export", "rounds": 0},
+        MODEL_PATH
+        | {name: {"None"} for name in ("plan", "calibration", "opset", "preprocessing")}
+        | {name: {"None", "fraction"} for name in ("tolerance", "time_limit")}
+        | {"output": {"text"}},
+        {"plan": "(plan|removed|nonsense)"},
+    ),
+    "load_exported": lambda: Callee(
+        lp.load_exported, {"folder": "x"}, {"runtime": {"None"}}, {"folder": "(folder|nonsense)"}
+    ),
     "compare": lambda: Callee(
         lp.compare,
         {"trainer": trainer(), "module": lp.ImageClassifier(tiny_vit()), "data": loader(4)},

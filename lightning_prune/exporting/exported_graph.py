@@ -6,6 +6,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightning_prune._utils.validation import check
 from lightning_prune.errors import ArgumentError, ExportError
 from lightning_prune.exporting.formats import BATCH
 from lightning_prune.patching import VisionTransformer, find_vision_transformer, unpatch
@@ -13,7 +14,7 @@ from lightning_prune.patching.api import make_handle
 from lightning_prune.patching.patched_block import BlockPatch
 from lightning_prune.reduction.registry import spec_of
 from lightning_prune.runtimes.graph_export import ExportedGraph, export_graph
-from lightning_prune.schedule import MethodSpec, Schedule, ScheduleLike
+from lightning_prune.schedule import KeepRates, MethodSpec, Schedule, ScheduleLike, read_schedule
 
 Precision = Literal["float32", "float16"]
 BatchSize = Literal["static", "dynamic"]
@@ -102,15 +103,19 @@ def exported_copy(model: nn.Module, plan: ScheduleLike | None, module_path: str 
         module_path: As of `lightning_prune.export`.
 
     Raises:
-        ArgumentError: If the model is patched and a plan is given.
+        ArgumentError: If the model is patched and a plan is given, or the plan names no method.
+        FileFormatError: If the plan is a file that cannot be read.
         ScheduleError, UnsupportedModelError: As `lightning_prune.patch`.
     """
     transformer = find_vision_transformer(model, module_path)
     if plan is not None and any(isinstance(vars(each).get("_prune_patch"), BlockPatch) for each in transformer.blocks):
         raise ArgumentError("`plan` must be left out for a patched model, which is exported as it is patched.")
+    schedule = None if plan is None else read_schedule(plan, "plan")
+    named = isinstance(schedule, Schedule | KeepRates) and (schedule.method is not None or not schedule.reducing)
+    check("plan", plan, "a Plan, or a schedule that names its method, or None", schedule is None or named)
     copied = ExportedCopy(_copy(model, torch.float32), module_path)
-    if plan is not None:
-        make_handle(copied.transformer, plan)
+    if schedule is not None and schedule.method is not None:
+        make_handle(copied.transformer, schedule)
     return copied
 
 

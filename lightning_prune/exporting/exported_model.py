@@ -12,6 +12,7 @@ from lightning_prune.exporting.export_report import ExportReport
 from lightning_prune.exporting.formats import ExportFormat, parse_format
 from lightning_prune.exporting.parity import in_batches
 from lightning_prune.runtimes.converted import RunGraph
+from lightning_prune.runtimes.registry import parse_runtime
 
 
 class ExportedModel(nn.Module):
@@ -99,6 +100,8 @@ def load_exported(folder: str | PathLike[str], runtime: str | None = None) -> Ex
         >>> torch.allclose(lp.load_exported("out")(images), model(images), atol=1e-4)
         True
     """
+    if runtime is not None:
+        parse_runtime(runtime)
     report = ExportReport.read(folder)
     check_files(report)
     return ExportedModel(report, parse_format(report.format, runtime))
