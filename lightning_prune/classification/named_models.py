@@ -17,7 +17,7 @@ from lightning_prune.classification.hugging_face import (
     is_hugging_face_name,
     quiet_transformers,
 )
-from lightning_prune.errors import ArgumentError, WeightsError
+from lightning_prune.errors import ArgumentError, PruneError, WeightsError
 
 _PARTS = ("class_path", "init_args", "dict_kwargs")  # of a mapping that names a model
 _FORMS = "the name of a timm model, hf:NAME_OR_FOLDER of Hugging Face, or an import path such as my_module.MyModel"
@@ -122,6 +122,8 @@ def _from_path(path: str, kwargs: dict[str, Any], weights: str | None) -> nn.Mod
             label, kwargs = "`weights`", {"config": made_by.config_class.from_pretrained(weights)}
         with quiet_transformers():
             model = made_by(**kwargs)
+    except PruneError:  # it names what is wrong
+        raise
     except (TypeError, OSError, ValueError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ArgumentError(

@@ -17,7 +17,7 @@ _PACKAGE = Path(__file__).parents[1]
 _OBJECTIVES = ("AccuracyBudget", "LatencyBudget", "Utility")
 DATA_CLASSES = ("DigitsData", "ImageFolderData")
 _PASSED_BY_CODE = ("self", "model", "dataloaders", "datamodule")
-SHORT_FORMS = ("budget", "max_drop")
+SHORT_FORMS = ("budget", "max_drop", "exported")
 """Options that `lightning_prune.cli.words` rewrites."""
 EVERYWHERE = {
     "config": "a YAML file with these keys; later files and options take precedence",

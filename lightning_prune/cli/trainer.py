@@ -1,4 +1,4 @@
-"""A Lightning Trainer with the methods profile, plan, compare and vocabulary."""
+"""A Lightning Trainer with the methods profile, plan, compare, export and vocabulary."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -9,10 +9,13 @@ from rich.console import Console
 
 from lightning_prune.callbacks import PruningConfig, config_of
 from lightning_prune.classification.datamodules import ImageFolderData
+from lightning_prune.cli.export_command import run_export
 from lightning_prune.cli.plan_commands import run_plan, run_profile
 from lightning_prune.cli.vocabulary_command import learn_words
 from lightning_prune.comparison.api import compare
 from lightning_prune.comparison.comparison_results import Comparison
+from lightning_prune.exporting import ExportReport
+from lightning_prune.exporting.exported_graph import BatchSize, GraphForm, Precision
 from lightning_prune.planning import Plan
 from lightning_prune.profiling import LatencyProfile
 from lightning_prune.reduction.vocabulary import Vocabulary
@@ -20,7 +23,7 @@ from lightning_prune.report.tables import comparison_table, remarks
 
 
 class PruneTrainer(L.Trainer):
-    """`lightning.Trainer` with `profile`, `plan`, `compare` and `vocabulary`; the command line runs its methods.
+    """`lightning.Trainer` with `profile`, `plan`, `compare`, `export` and `vocabulary`, which are commands.
 
     The settings are those of the `TokenPruning` callback among its callbacks, or the defaults of that callback.
 
@@ -163,6 +166,51 @@ class PruneTrainer(L.Trainer):
             written = ", ".join(str(path) for path in found.files)
             Console(markup=False).print(f"Planning took {found.plan.seconds:.0f} s. Written: {written}", soft_wrap=True)
         return found
+
+    def export(
+        self,
+        model: L.LightningModule,
+        dataloaders: Any = None,
+        datamodule: L.LightningDataModule | None = None,
+        output: str = "results/export",
+        schedule: str | None = None,
+        format: str = "onnx",
+        batch: BatchSize = "static",
+        batch_size: int | None = None,
+        precision: Precision = "float32",
+        graph: GraphForm = "native",
+        opset: int | None = None,
+        overwrite: bool = False,
+    ) -> ExportReport:
+        """Write the pruned model as a folder that a runtime loads, and check it against PyTorch in float32.
+
+        The model is checked on images of the validation data, at most `prune.calibration` of them, and nothing is
+        written if it gives other outputs. Latency is that of the runtime, dense and pruned.
+
+        Args:
+            model: The module that contains the Vision Transformer.
+            dataloaders: Validation loaders, if there is no datamodule.
+            datamodule: Provides the validation loader.
+            output: Folder for the files, new or empty.
+            schedule: File of a schedule that names its method; default: that of the pruner, which must have one.
+            format: onnx, openvino or torch-export.
+            batch: static, for batches of one size, or dynamic, for any.
+            batch_size: Number of images in a batch; default: that of the validation loader.
+            precision: float32 or float16.
+            graph: native, or portable for accelerators that refuse TopK, Gather or Scatter.
+            opset: Version of ONNX's operators; default: that of PyTorch's exporter.
+            overwrite: Whether an existing folder is replaced.
+
+        Raises:
+            ArgumentError: If an argument is invalid, the folder exists, or there is no schedule.
+            DataError: If there is nothing to validate on.
+            ExportError: If the model cannot be converted, or the file gives other outputs.
+            FileFormatError: If `schedule` does not hold a schedule.
+            RuntimeUnavailableError: If the runtime of the format is not installed.
+        """
+        data = {"dataloaders": dataloaders, "datamodule": datamodule}
+        options = (schedule, format, batch, batch_size, precision, graph, opset, overwrite)
+        return run_export(self, model, self.config, output, *options, **data)
 
     def vocabulary(
         self,

@@ -8,7 +8,7 @@ from math import isfinite
 from lightning_prune.errors import ArgumentError
 
 _LISTS = ("--methods", "--speedups", "--runtimes")
-_FLAGS = ("--per_class", "--resume")  # a value may follow; alone they are true
+_FLAGS = ("--per_class", "--resume", "--overwrite")  # a value may follow; alone they are true
 _MAX_PLAIN_DROP = 0.1  # shares of accuracy from here on are taken for percentages whose sign was forgotten
 _NUMBER = r"(\d+\.?\d*(?:e[+-]?\d+)?|\.\d+)"
 
@@ -17,14 +17,15 @@ def parser_words(words: list[str]) -> list[str]:
     """Rewrites a command line for the parser.
 
     Hyphens in names of options become underscores. Several words after an option become a list, as in
-    `--methods dense pomt tome`. `--budget` and `--max-drop` become the options of the objective. A class of a model
+    `--methods dense pomt tome`. `--budget` and `--max-drop` become the options of the objective, `--exported` those of
+    the model. A class of a model
     whose arguments are given becomes a class path. A switch without a value is true.
 
     Args:
         words: The command line after `lightning-prune`.
 
     Raises:
-        ArgumentError: If a speed-up is not a number, or `--budget` or `--max-drop` has another form.
+        ArgumentError: If a speed-up is not a number, or `--budget`, `--max-drop` or `--exported` has another form.
 
     Example:
         >>> from lightning_prune.cli.words import parser_words
@@ -104,7 +105,15 @@ def _max_drop(value: str) -> list[str]:
     return ["--prune.objective=AccuracyBudget", f"--prune.objective.max_drop={share:.12g}"]
 
 
-_SHORT_FORMS = {"--budget": _budget, "--max_drop": _max_drop}
+def _exported(value: str) -> list[str]:
+    if not value:
+        raise ArgumentError("`exported` must be a folder that `export` wrote, got nothing.")
+    # The file is run as it is: it is pruned already.
+    folder = json.dumps({"folder": value})
+    return ["--model.model=lightning_prune.load_exported", f"--model.model_kwargs={folder}", "--prune.enabled=false"]
+
+
+_SHORT_FORMS = {"--budget": _budget, "--max_drop": _max_drop, "--exported": _exported}
 
 
 def _check_speedups(values: list[str]) -> None:

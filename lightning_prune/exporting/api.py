@@ -6,6 +6,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, get_args
 
+import torch
 from torch import Tensor, nn
 
 from lightning_prune._utils.files import write_document
@@ -19,7 +20,14 @@ from lightning_prune._utils.validation import (
     check_positive,
 )
 from lightning_prune.exporting.export_report import REPORT, ExportReport
-from lightning_prune.exporting.exported_graph import BatchSize, Precision, dense_graph, exported_copy, graph_of
+from lightning_prune.exporting.exported_graph import (
+    BatchSize,
+    GraphForm,
+    Precision,
+    dense_graph,
+    exported_copy,
+    graph_of,
+)
 from lightning_prune.exporting.exported_latency import time_exported
 from lightning_prune.exporting.exported_model import file_digest
 from lightning_prune.exporting.folder import (
@@ -47,6 +55,7 @@ def export(
     opset: int | None = None,
     batch: BatchSize = "static",
     precision: Precision = "float32",
+    graph: GraphForm = "native",
     preprocessing: Mapping[str, Any] | None = None,
     module_path: str | None = None,
     tolerance: float | None = None,
@@ -76,6 +85,8 @@ def export(
         opset: Version of ONNX's operators; that of PyTorch's exporter if None.
         batch: `"static"` for batches of B images, which all runtimes take; `"dynamic"` for any number.
         precision: Of weights and operators. With `"float16"` images and outputs stay float32.
+        graph: `"portable"` for accelerators that refuse TopK, Gather or Scatter, see
+            `lightning_prune.reduction.portable_graph`; `"native"` is usually faster.
         preprocessing: How images are prepared (`input_size`, `mean`, `std`, `interpolation`, `crop_pct`), for
             `preprocessing.json`; what timm's configuration of the model says if None.
         module_path: Dotted path of the transformer in `model`, needed where there are several.
@@ -108,22 +119,23 @@ def export(
         >>> report.model.name, report.tokens, report.max_relative_error < 1e-5
         ('model.pt2', (3,), True)
     """
-    _check(example_inputs, calibration, batch, precision, tolerance, rounds, time_limit, overwrite)
+    _check(example_inputs, calibration, batch, precision, graph, tolerance, rounds, time_limit, overwrite)
     check_path("output", output)
     chosen = parse_format(format)
     if opset is not None:
         check("opset", opset, f"left out with format={format!r}, which has none", format == "onnx")
         check_int("opset", opset, 1, "a version of ONNX's operators")
     check_data_config(preprocessing)
-    images = example_inputs.detach().float().cpu()
-    compared = images if calibration is None else calibration.detach().float().cpu()
-    with new_folder(output, overwrite) as folder:
+    # Outside of inference mode, in which Lightning validates: what is made inside it cannot be exported.
+    with torch.inference_mode(False), torch.no_grad(), new_folder(output, overwrite) as folder:
+        images = _own_copy(example_inputs)
+        compared = images if calibration is None else _own_copy(calibration)
         copied = exported_copy(model, plan, module_path)
         chosen.refuse(copied.model)
         transformer = copied.transformer
         patch = copied.patch(images)
-        graph = graph_of(copied.converted(precision), images, batch)
-        converted = chosen.convert(graph, opset, batch == "dynamic")
+        program = graph_of(copied.converted(precision), images, batch, graph)
+        converted = chosen.convert(program, opset, batch == "dynamic")
         chosen.write(converted, folder)
         run = chosen.load(folder, tuple(images.shape))
 
@@ -145,6 +157,7 @@ def export(
             input_shape=(images.shape[0], images.shape[1], images.shape[2], images.shape[3]),
             batch=batch,
             precision=precision,
+            graph=graph,
             classes=transformer.num_classes,
             opset=chosen.opset(converted),
             method=patch.method,
@@ -165,11 +178,16 @@ def export(
     return replace(report, folder=Path(output))
 
 
+def _own_copy(images: Tensor) -> Tensor:
+    return images.detach().to("cpu", torch.float32, copy=True)
+
+
 def _check(
     example_inputs: Tensor,
     calibration: Tensor | None,
     batch: str,
     precision: str,
+    graph: str,
     tolerance: float | None,
     rounds: int,
     time_limit: float | None,
@@ -188,6 +206,7 @@ def _check(
         )
     check_choice("batch", batch, get_args(BatchSize))
     check_choice("precision", precision, get_args(Precision))
+    check_choice("graph", graph, get_args(GraphForm))
     if tolerance is not None:
         check_positive("tolerance", tolerance)
     check_int("rounds", rounds, 0, "a number of measurements")

@@ -47,6 +47,7 @@ class ExportReport(SavedDocument):
         input_shape: (B, C, H, W) of the images.
         batch: Whether B is static or dynamic.
         precision: Of the weights.
+        graph: How tokens are selected and merged: native or portable.
         classes: Number of classes; 0 for a model that returns features.
         opset: Version of ONNX's operators, read from the file; None for other formats.
         method: Name of the method, `"mixed"` for several; None for a dense model.
@@ -65,6 +66,7 @@ class ExportReport(SavedDocument):
     input_shape: tuple[int, int, int, int]
     batch: str
     precision: str
+    graph: str
     classes: int
     opset: int | None
     method: str | None

@@ -1,23 +1,26 @@
 """What is exported: a copy of a model, dense or patched, that takes float32 images and returns one tensor."""
 
 import copy
+from contextlib import nullcontext
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from lightning_prune._utils.validation import check
 from lightning_prune.errors import ArgumentError, ExportError
 from lightning_prune.exporting.formats import BATCH
 from lightning_prune.patching import VisionTransformer, find_vision_transformer, unpatch
 from lightning_prune.patching.api import make_handle
+from lightning_prune.patching.compatibility import check_depth
 from lightning_prune.patching.patched_block import BlockPatch
+from lightning_prune.reduction.portable import portable_graph
 from lightning_prune.reduction.registry import spec_of
 from lightning_prune.runtimes.graph_export import ExportedGraph, export_graph
-from lightning_prune.schedule import KeepRates, MethodSpec, Schedule, ScheduleLike, read_schedule
+from lightning_prune.schedule import MethodSpec, Schedule, ScheduleLike, read_schedule
 
 Precision = Literal["float32", "float16"]
 BatchSize = Literal["static", "dynamic"]
+GraphForm = Literal["native", "portable"]
 _DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
 
@@ -111,30 +114,38 @@ def exported_copy(model: nn.Module, plan: ScheduleLike | None, module_path: str 
     if plan is not None and any(isinstance(vars(each).get("_prune_patch"), BlockPatch) for each in transformer.blocks):
         raise ArgumentError("`plan` must be left out for a patched model, which is exported as it is patched.")
     schedule = None if plan is None else read_schedule(plan, "plan")
-    named = isinstance(schedule, Schedule | KeepRates) and (schedule.method is not None or not schedule.reducing)
-    check("plan", plan, "a Plan, or a schedule that names its method, or None", schedule is None or named)
     copied = ExportedCopy(_copy(model, torch.float32), module_path)
-    if schedule is not None and schedule.method is not None:
-        make_handle(copied.transformer, schedule)
+    if schedule is not None:
+        if isinstance(schedule, int | float) or (schedule.method is None and schedule.reducing):
+            raise ArgumentError(f"`plan` must be a Plan, or a schedule that names its method, or None, got {plan!r}.")
+        check_depth(copied.transformer, schedule)
+        if schedule.reducing:
+            make_handle(copied.transformer, schedule)
     return copied
 
 
-def graph_of(model: nn.Module, images: Tensor, batch: BatchSize) -> ExportedGraph:
+def graph_of(
+    model: nn.Module, images: Tensor, batch: BatchSize = "static", form: GraphForm = "native"
+) -> ExportedGraph:
     """The graph of a model for images of one size.
 
     Args:
         model: Takes images alone.
         images: (B, C, H, W), float32.
         batch: Whether the graph is for B images or for any number of them.
+        form: How tokens are selected and merged, see `lightning_prune.reduction.portable_graph`.
 
     Raises:
         ExportError: If the model cannot be exported, or not for any number of images.
     """
+    context = portable_graph() if form == "portable" else nullcontext()
     if batch == "static":
-        return export_graph(model, (images,))
+        with context:
+            return export_graph(model, (images,))
     several = images if len(images) > 1 else torch.cat([images, images])  # a size of 1 would become a constant
     try:
-        return export_graph(model, (several,), dynamic_shapes=({0: torch.export.Dim(BATCH, min=1)},))
+        with context:
+            return export_graph(model, (several,), dynamic_shapes=({0: torch.export.Dim(BATCH, min=1)},))
     except ExportError as error:
         raise ExportError(f"`batch` must be 'static' for this model, got 'dynamic': {error}") from error
 
@@ -143,7 +154,7 @@ def dense_graph(model: ExportedCopy, precision: Precision, images: Tensor) -> Ex
     """The graph of a model without its patch, for B images."""
     dense = ExportedCopy(_shared(model.model), model.module_path)
     unpatch(dense)
-    return export_graph(dense.converted(precision), (images,))
+    return graph_of(dense.converted(precision), images)
 
 
 def _copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from lightning_prune._utils.validation import check_images
 from lightning_prune.errors import ArgumentError, FileFormatError
 from lightning_prune.exporting.export_report import ExportReport
+from lightning_prune.exporting.folder import read_preprocessing
 from lightning_prune.exporting.formats import ExportFormat, parse_format
 from lightning_prune.exporting.parity import in_batches
 from lightning_prune.runtimes.converted import RunGraph
@@ -28,11 +29,13 @@ class ExportedModel(nn.Module):
     Attributes:
         report: What `export` found.
         num_classes: Number of classes; 0 for a model that returns features.
+        pretrained_cfg: How images are prepared, where that is known, under the name that timm gives it.
     """
 
     def __init__(self, report: ExportReport, format: ExportFormat) -> None:
         super().__init__()
         self.report, self.num_classes = report, report.classes
+        self.pretrained_cfg = read_preprocessing(report.folder)
         self._format = format
         self._runs: dict[int, RunGraph] = {}
         self._run_of(report.input_shape[0])

@@ -15,10 +15,22 @@ from torch import Tensor, nn
 from lightning_prune._utils.files import naming_file
 from lightning_prune._utils.validation import check, check_path
 from lightning_prune.classification.preprocessing import data_config_of
-from lightning_prune.errors import ArgumentError, FileWriteError
+from lightning_prune.errors import ArgumentError, FileFormatError, FileWriteError
 
 PREPROCESSING = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
 """Entries of a data config that say how images are prepared."""
+
+
+def check_new(output: Any, overwrite: bool) -> None:
+    """Raises ArgumentError unless `output` is a new or empty folder, or may be replaced."""
+    check_path("output", output)
+    target = Path(output)
+    if target.exists() and not target.is_dir():
+        raise ArgumentError(f"`output` must be a folder, got {output}, which is a file.")
+    if target.exists() and not overwrite and any(target.iterdir()):
+        raise ArgumentError(
+            f"`output` must be a new or empty folder, got {output}, which holds files. `overwrite` replaces it."
+        )
 
 
 @contextmanager
@@ -33,15 +45,8 @@ def new_folder(output: Any, overwrite: bool) -> Iterator[Path]:
         ArgumentError: If it exists and is not to be replaced, or cannot be created.
         FileWriteError: If a file cannot be written, for example on a full disk; names it as it would be in `output`.
     """
-    check_path("output", output)
+    check_new(output, overwrite)
     target = Path(output).absolute()
-    exists = target.is_dir() and any(target.iterdir())
-    if exists and not overwrite:
-        raise ArgumentError(
-            f"`output` must be a new or empty folder, got {output}, which holds files. `overwrite` replaces it."
-        )
-    if target.exists() and not target.is_dir():
-        raise ArgumentError(f"`output` must be a folder, got {output}, which is a file.")
     created = [each for each in target.parents if not each.exists()]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -123,6 +128,22 @@ def write_preprocessing(folder: Path, config: Mapping[str, Any]) -> None:
     remark = f"The model does not say: {', '.join(unknown)}." if unknown else ""
     document = {**known, "layout": "NCHW", "dtype": "float32", "remark": remark}
     (folder / "preprocessing.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+
+def read_preprocessing(folder: Path) -> dict[str, Any]:
+    """The data config that `write_preprocessing` wrote; empty if size or normalisation of the images are unknown.
+
+    Raises:
+        FileFormatError: If the file cannot be read.
+    """
+    path = folder / "preprocessing.json"
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        known = {name: document[name] for name in PREPROCESSING if document[name] is not None}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise FileFormatError(f"Cannot read {path}: {error}") from error
+    tuples = {name: tuple(value) if isinstance(value, list) else value for name, value in known.items()}
+    return tuples if {"input_size", "mean", "std"} <= known.keys() else {}
 
 
 def _plain(value: Any) -> Any:

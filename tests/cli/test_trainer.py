@@ -147,13 +147,16 @@ def settings_of(callback: L.Callback) -> dict[str, Any]:
     return {name: value for name, value in vars(callback).items() if name not in ("log", "log_dict", "_is_idle")}
 
 
-@pytest.mark.parametrize("command", ["profile", "plan", "compare", "compare methods", "vocabulary"])
+@pytest.mark.parametrize("command", ["profile", "plan", "compare", "compare methods", "export", "vocabulary"])
 def test_a_failed_command_restores_callback_and_trainer(command: str, tmp_path: Path) -> None:
     callback = TokenPruning("pomt", time_limit=0.1, calibration=8, verbose=False)
     running, module = trainer(callback, Interrupting()), digits_module()
     before, callbacks, limit = settings_of(callback), list(running.callbacks), running.limit_val_batches
     name, _, methods = command.partition(" ")
     options: dict[str, Any] = {"methods": ["random"], "speedups": [1.5]} if methods else {}
+    options |= (
+        {"schedule": str(lp.Schedule([0, 9, 0, 0], "pomt").save(tmp_path / "s.yaml"))} if name == "export" else {}
+    )
     output = str(tmp_path / ("words.safetensors" if command == "vocabulary" else "out"))
     with pytest.raises(Stop):
         getattr(running, name)(module, datamodule=lp.DigitsData(batch_size=8), output=output, **options)

@@ -33,6 +33,13 @@ def test_short_options_and_negative_numbers_after_a_list() -> None:
     assert parser_words(["--speedups", "-1", "2"]) == ['--speedups=["-1", "2"]']
 
 
+def test_an_exported_folder_becomes_the_model_and_is_not_pruned() -> None:
+    expected = ["--model.model=lightning_prune.load_exported", '--model.model_kwargs={"folder": "my-out"}']
+    assert parser_words(["validate", "--exported", "my-out"]) == ["validate", *expected, "--prune.enabled=false"]
+    with pytest.raises(lp.ArgumentError, match="`exported` must be a folder"):
+        parser_words(["validate", "--exported", "--output=x"])
+
+
 @pytest.mark.parametrize("separator", ["-", "_"])
 def test_hyphens_in_option_names_become_underscores(separator: str) -> None:
     option = f"--prune.time{separator}limit"

@@ -178,6 +178,15 @@ def test_a_plan_is_applied_to_a_copy(tmp_path: Path) -> None:
         lp.export(model, tmp_path / "other", IMAGES, plan=path, **QUICK)
 
 
+def test_a_portable_graph(tmp_path: Path) -> None:
+    native = lp.export(tiny(), tmp_path / "native", IMAGES, plan=SCHEDULE, **QUICK)
+    portable = lp.export(tiny(), tmp_path / "portable", IMAGES, plan=SCHEDULE, graph="portable", **QUICK)
+    assert (native.graph, portable.graph) == ("native", "portable")
+    refused = ("topk", "sort", "scatter", "cumsum")
+    assert any(word in name for name in native.operators for word in refused)
+    assert not any(word in name for name in portable.operators for word in refused)
+
+
 def test_several_methods_are_mixed(tmp_path: Path) -> None:
     schedule = lp.Schedule([4, 3], ["tome", "topk"])
     report = lp.export(tiny(depth=2), tmp_path / "out", IMAGES, plan=schedule, **QUICK)
@@ -220,6 +229,10 @@ def test_preprocessing(tmp_path: Path) -> None:
     found = json.loads((tmp_path / "out" / "preprocessing.json").read_text())
     assert (found["input_size"], found["mean"], found["std"]) == ([3, 32, 32], [0.1, 0.2, 0.3], [0.5] * 3)
     assert (found["interpolation"], found["crop_pct"], found["remark"]) == ("bicubic", 0.9, "")
+    module = lp.ImageClassifier(lp.load_exported(tmp_path / "out"))
+    assert module.num_classes == 5
+    assert module.data_config is not None
+    assert (module.data_config["input_size"], module.data_config["mean"]) == ((3, 32, 32), (0.1, 0.2, 0.3))
     with pytest.raises(lp.ArgumentError, match=r"`preprocessing` must be .*interpolation.* got \{'means'"):
         lp.export(model, tmp_path / "other", IMAGES, preprocessing={"means": 0}, **QUICK)
 
@@ -276,6 +289,7 @@ class TestRefused:
             ({"format": "onxx"}, r"`format` must be one of .*'onnx'.* Did you mean 'onnx'\?"),
             ({"opset": 17}, "`opset` must be left out with format='torch-export'"),
             ({"batch": "any"}, "`batch` must be 'static' or 'dynamic', got 'any'"),
+            ({"graph": "auto"}, "`graph` must be 'native' or 'portable', got 'auto'"),
             ({"precision": "int4"}, "`precision` must be 'float32' or 'float16', got 'int4'"),
             ({"calibration": noise_images(2, size=40)}, r"`calibration` must be images \(N, 3, 32, 32\)"),
             ({"images": IMAGES[0]}, "`example_inputs` must be images"),

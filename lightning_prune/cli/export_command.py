@@ -1,0 +1,149 @@
+"""The command `export`: writes the pruned model of a configuration for a runtime, checked on the validation images."""
+
+from contextlib import nullcontext
+from typing import Any
+
+import lightning as L
+from rich.console import Console
+from torch import Tensor, nn
+
+from lightning_prune._utils.validation import check, check_int, check_path
+from lightning_prune.callbacks import PruningConfig
+from lightning_prune.callbacks.first_batch import FirstBatch, on_first_batch
+from lightning_prune.classification.image_classifier import ImageClassifier
+from lightning_prune.errors import ArgumentError
+from lightning_prune.exporting import ExportReport, export
+from lightning_prune.exporting.exported_graph import BatchSize, GraphForm, Precision
+from lightning_prune.exporting.folder import PREPROCESSING, check_new
+from lightning_prune.exporting.formats import parse_format
+from lightning_prune.patching import PatchHandle, find_vision_transformer, patch
+from lightning_prune.schedule import KeepRates, Schedule
+
+_OPERATORS = 8  # that are printed
+
+
+def run_export(
+    trainer: L.Trainer,
+    model: L.LightningModule,
+    config: PruningConfig,
+    output: str,
+    schedule: str | None,
+    format: str,
+    batch: BatchSize,
+    batch_size: int | None,
+    precision: Precision,
+    graph: GraphForm,
+    opset: int | None,
+    overwrite: bool,
+    **data: Any,
+) -> ExportReport:
+    """Exports the model with a schedule; prints what was written, how far it agrees, and how fast it is.
+
+    Args:
+        trainer: Runs one validation batch, so that images are those that the transformer receives.
+        model: Contains the Vision Transformer.
+        config: Gives the schedule and its method if `schedule` is None, and the number of calibration images.
+        output: See `lightning_prune.export`.
+        schedule: File of a schedule that names its method.
+        format: See `lightning_prune.export`.
+        batch: See `lightning_prune.export`.
+        batch_size: Number of images in a batch; that of the validation loader if None.
+        precision: See `lightning_prune.export`.
+        graph: See `lightning_prune.export`.
+        opset: See `lightning_prune.export`.
+        overwrite: See `lightning_prune.export`.
+        data: `datamodule` or `dataloaders`.
+
+    Raises:
+        ArgumentError: As `lightning_prune.export`, or if there is no schedule.
+        DataError: If there is no batch.
+        ExportError: As `lightning_prune.export`.
+        FileFormatError: If the schedule cannot be read.
+        RuntimeUnavailableError: As `lightning_prune.export`.
+    """
+    plan = _plan(config, schedule)
+    parse_format(format)
+    check_new(output, overwrite)
+    if batch_size is not None:
+        check_int("batch_size", batch_size, 1, "a number of images")
+
+    def take(first: FirstBatch) -> tuple[Tensor, Tensor]:
+        return first.images.detach().cpu(), first.calibration().images
+
+    # The loop has ended when the model is exported: its precision and what it compiled would be a part of the graph.
+    images, calibration = on_first_batch(trainer, model, config, take, **data)
+    count = len(images) if batch_size is None else batch_size
+    example = images[:count] if count <= len(images) else images[:1].expand(count, -1, -1, -1).contiguous()
+    exported = model.model if isinstance(model, ImageClassifier) else _transformer(model, config)
+    with nullcontext() if plan is not None else _patched(exported, config):
+        report = export(
+            exported,
+            output,
+            example,
+            plan=plan,
+            format=format,
+            calibration=calibration,
+            opset=opset,
+            batch=batch,
+            precision=precision,
+            graph=graph,
+            preprocessing=_preprocessing(model),
+            overwrite=overwrite,
+        )
+    if trainer.is_global_zero:
+        _print(report)
+    return report
+
+
+def _transformer(model: nn.Module, config: PruningConfig) -> nn.Module:
+    return find_vision_transformer(model, config.module_path).root
+
+
+def _plan(config: PruningConfig, schedule: str | None) -> Schedule | KeepRates | None:
+    """The schedule that names its method; None where the method and the schedule of the config are to be applied."""
+    if schedule is not None:
+        check_path("schedule", schedule)
+        check("prune.schedule", config.schedule, "left out with `schedule`", config.schedule == "auto")
+        return Schedule.load(schedule)
+    if config.is_planned:
+        raise ArgumentError(
+            "`schedule` must be the file of a schedule, which `plan` writes, got None. `--prune.schedule` takes a "
+            "number or a list, too; 0 exports the dense model."
+        )
+    return config.schedule if config.is_mixed and isinstance(config.schedule, Schedule | KeepRates) else None
+
+
+def _patched(model: nn.Module, config: PruningConfig) -> PatchHandle:
+    """Patches a model by the method and the schedule of the config."""
+    schedule = None if config.is_adaptive or config.schedule == "auto" else config.schedule
+    return patch(model, config.reduction, schedule, block=config.reducing_block)
+
+
+def _preprocessing(model: nn.Module) -> dict[str, Any] | None:
+    """How the images of a module are prepared, if it says so."""
+    found = getattr(model, "data_config", None) or {}
+    return {key: value for key, value in found.items() if key in PREPROCESSING} or None
+
+
+def _print(report: ExportReport) -> None:
+    console = Console(markup=False)
+    parity, latency = report.parity, report.latency
+    removed = "no tokens removed" if report.method is None else f"tokens removed by {report.method}"
+    tokens = "" if report.tokens is None else f", {report.tokens[-1]} left"
+    lines = [f"{report.model}: {removed}{tokens}, {report.precision}, {report.batch} batch."]
+    agreement = "" if parity.top1_agreement is None else f"{parity.top1_agreement:.2%} of the same class, "
+    lines.append(
+        f"Against PyTorch in float32 on {parity.images} images: {agreement}largest relative error "
+        f"{parity.max_relative_error:.1e}, {parity.token_flips} token flips."
+    )
+    if latency is not None:
+        lines.append(
+            f"{latency.exported_ms:.2f} ms for {report.input_shape[0]} images, {latency.dense_ms:.2f} ms dense: "
+            f"{latency.speedup:.2f}x in {latency.context['runtime']}."
+        )
+    operators = [f"{name} {count}" for name, count in report.operators.items()]
+    more = f" and {len(operators) - _OPERATORS} more" if len(operators) > _OPERATORS else ""
+    lines.append(f"Operators: {', '.join(operators[:_OPERATORS])}{more}.")
+    lines.append(f"Written: {', '.join(str(path) for path in sorted(report.folder.iterdir()))}")
+    for line in lines:
+        console.print(line, soft_wrap=True, highlight=False)
