@@ -21,8 +21,17 @@ from lightning_prune.runtimes.in_place import InPlace, is_compiled, is_forced_ea
 RunGraph = Callable[..., list[Tensor]]
 TOKENS = "tokens"
 """Name of the dynamic dimension of a graph that is converted once for all token counts."""
-MAX_GRAPHS = 32
-"""Graphs that are kept for one model: each holds a copy of its weights."""
+_GRAPH_BYTES = 4 * 2**30
+_FEWEST_GRAPHS = 8
+
+
+def graphs_to_keep(model: nn.Module) -> int:
+    """How many graphs of a model are kept at a time: each holds a copy of its weights, 4 GiB in all.
+
+    Those that are dropped are converted or loaded again when they are needed, which takes seconds and no timing.
+    """
+    weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    return max(_GRAPH_BYTES // max(weights, 1), _FEWEST_GRAPHS)
 
 
 class ConvertedRuntime(Runtime):
@@ -108,7 +117,7 @@ class _ConvertedCalls(InPlace):
     """
 
     def __init__(self, runtime: ConvertedRuntime, root: nn.Module) -> None:
-        self._converter = runtime
+        self._converter, self._kept = runtime, graphs_to_keep(root)
         self._graphs: OrderedDict[Hashable, tuple[ExportedGraph, RunGraph]] = OrderedDict()
         self._weights: Hashable = None
         self._last: tuple[Hashable, tuple[ExportedGraph, RunGraph]] | None = None
@@ -150,7 +159,7 @@ class _ConvertedCalls(InPlace):
             graph = export_graph(self._root, (images.detach(),), keywords)
             self._graphs[key] = graph, self._converter.load(graph)
         self._graphs.move_to_end(key)
-        while len(self._graphs) > MAX_GRAPHS:
+        while len(self._graphs) > self._kept:
             self._graphs.popitem(last=False)
         return self._graphs[key]
 

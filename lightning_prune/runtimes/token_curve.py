@@ -4,6 +4,7 @@ A profile needs the latency at dozens of token counts, and exporting a model tak
 exported once; the runtime makes the number of tokens static when it loads the graph, which takes a fraction of that.
 """
 
+from collections import OrderedDict
 from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any, Literal
@@ -16,7 +17,7 @@ from lightning_prune.patching import PatchHandle, VisionTransformer
 from lightning_prune.patching.models.base import call_keywords
 from lightning_prune.reduction.base import Reduction, ReductionOutput, TokenSequence
 from lightning_prune.reduction.functional import take_tokens
-from lightning_prune.runtimes.converted import TOKENS, ConvertedRuntime
+from lightning_prune.runtimes.converted import TOKENS, ConvertedRuntime, graphs_to_keep
 from lightning_prune.runtimes.graph_export import ExportedGraph, export_graph
 from lightning_prune.schedule import Schedule
 
@@ -94,7 +95,8 @@ class TokenCurve:
             raise ExportError("No token may go before block 0 of this model.")
         self._images = example_inputs
         self._load = runtime.load_counts(export_token_curve(transformer, example_inputs))
-        self._graphs: dict[int, Callable[..., list[Tensor]]] = {}
+        self._graphs: OrderedDict[int, Callable[..., list[Tensor]]] = OrderedDict()
+        self._kept_graphs = graphs_to_keep(transformer.root)
         self._kept = torch.arange(transformer.count_tokens(example_inputs), device=example_inputs.device)
         self._count = len(self._kept)
 
@@ -102,6 +104,9 @@ class TokenCurve:
         """Makes `run` run with this many tokens; loads the graph at the first time."""
         if count not in self._graphs:
             self._graphs[count] = self._load(count)
+        self._graphs.move_to_end(count)
+        while len(self._graphs) > self._kept_graphs:
+            self._graphs.popitem(last=False)
         self._count = count
 
     def run(self) -> list[Tensor]:

@@ -18,7 +18,7 @@ from lightning_prune.planning.latency_model import LatencyModel, ReductionOverhe
 from lightning_prune.planning.overhead_probes import shallow_probes, uses_shallow_copy
 from lightning_prune.profiling.environment import measurement_context
 from lightning_prune.reduction import resolve
-from lightning_prune.runtimes import applied_runtime, is_compiled, parse_runtime
+from lightning_prune.runtimes import applied_runtime, converted, is_compiled, parse_runtime
 from lightning_prune.runtimes.base import Runtime
 from lightning_prune.runtimes.converted import ConvertedRuntime
 from lightning_prune.runtimes.graph_export import export_graph
@@ -270,6 +270,25 @@ def test_overheads_are_measured_in_a_copy_with_few_blocks(counting: Counting, mo
     for schedule, timing in probes["topk"]:
         assert schedule.depth == 10
         assert timing.ratio == pytest.approx(aware.predict(schedule) / 170.0, rel=2e-3)
+
+
+def test_graphs_of_a_large_model_are_dropped_and_loaded_again(
+    counting: Counting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(converted, "_GRAPH_BYTES", 0)
+    monkeypatch.setattr(converted, "_FEWEST_GRAPHS", 2)
+    model = tiny()
+    curve = TokenCurve(counting, find_vision_transformer(model), IMAGES)
+    with torch.no_grad():
+        for count in (17, 9, 5, 5, 9, 17):
+            curve.to(count)
+            assert curve.run()[0].shape == (2, 5)
+        assert len(counting.loaded) == 4  # 17 is loaded again
+        counting.loaded.clear()
+        with counting.applied(find_vision_transformer(model)):
+            for images in (IMAGES, IMAGES[:1], IMAGES.repeat(2, 1, 1, 1), IMAGES):
+                model(images)
+    assert [shape[0] for shape in counting.loaded] == [2, 1, 4, 2]
 
 
 def test_runtimes_are_immutable_and_equal_by_name() -> None:
