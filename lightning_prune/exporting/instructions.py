@@ -1,6 +1,7 @@
 """What comes with an exported model for its user: `run.py`, a runner of a dozen lines, and `README.md`."""
 
 from lightning_prune.exporting.export_report import ExportReport
+from lightning_prune.exporting.formats import BATCH
 
 _HEAD = '''\
 """Runs {file} on the images of sample.npz and compares the outputs with those of PyTorch. Needs {needs}."""
@@ -102,21 +103,22 @@ def _benchmarks(report: ExportReport, input_name: str) -> list[str]:
     file = report.model.name
     batch, *size = report.input_shape
     shape = f"{input_name}:{'x'.join(map(str, (batch, *size)))}"
-    dynamic = report.batch == "dynamic"
+    dynamic, half = report.batch == "dynamic", report.precision == "float16"
     commands = []
     if report.format == "onnx":
         fixed = f" --shapes={shape}" if dynamic else ""
+        typed = " --stronglyTyped" if half else ""
         commands.append(
-            f"trtexec --onnx={file}{fixed} --useCudaGraph --useSpinWait --noDataTransfers --warmUp=500 --duration=10 "
-            "--percentile=50,90,99 --exportTimes=times.json"
+            f"trtexec --onnx={file}{fixed}{typed} --useCudaGraph --useSpinWait --noDataTransfers --warmUp=500 "
+            "--duration=10 --percentile=50,90,99 --exportTimes=times.json"
         )
     if report.format in ("onnx", "openvino"):
         fixed = f' -shape "[{",".join(map(str, report.input_shape))}]"' if dynamic else ""
-        commands.append(
-            f"benchmark_app -m {file} -d CPU -hint latency -nstreams 1 -infer_precision f32 -t 30 -pc{fixed}"
-        )
+        # The hint gives one stream; the tool refuses to be told the number beside it.
+        computes = "" if half else " -infer_precision f32"
+        commands.append(f"benchmark_app -m {file} -d CPU -hint latency{computes} -t 30 -pc{fixed}")
     if report.format == "onnx":
-        free = f" -f {'batch'}:{batch}" if dynamic else ""
+        free = f" -f {BATCH}:{batch}" if dynamic else ""
         commands.append(f"onnxruntime_perf_test -e cpu -I -m times -r 1000 -x 4{free} {file}")
     if not commands:
         return []
