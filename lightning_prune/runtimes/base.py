@@ -66,6 +66,19 @@ class Runtime(ABC):
         """A context in which this runtime runs as many different graphs as profiling needs."""
         return nullcontext()
 
+    def quantized(self) -> "Runtime | None":
+        """The same runtime, computing in 8 bits by its own quantizer; None where it has none.
+
+        Raises:
+            RuntimeUnavailableError: If the quantizer is not installed; names the extra that installs it.
+        """
+        return None
+
+    @property
+    def unquantized(self) -> "Runtime":
+        """The same runtime, computing in floating point."""
+        return self
+
     def unsupported_reason(self, model: nn.Module) -> str | None:
         """Why a model cannot run in this runtime; None where it can."""
         return None

@@ -180,6 +180,12 @@ class _ConvertedCalls(InPlace):
             )
 
 
+def not_float32(model: nn.Module) -> str | None:
+    """Why a quantizer does not take the weights of a model; None where it does."""
+    wrong = {str(t.dtype) for t in model.parameters() if t.is_floating_point() and t.dtype != torch.float32}
+    return f"the weights are {min(wrong)}; its quantizer takes models in float32." if wrong else None
+
+
 def _is_plain(parameter: Tensor) -> bool:
     """Whether it is a tensor of numbers, and no subclass such as a quantized one."""
     return type(parameter) in (Tensor, nn.Parameter)

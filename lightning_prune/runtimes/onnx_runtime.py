@@ -2,17 +2,19 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import onnxruntime as ort
 import torch
 from torch import Tensor, nn
 
-from lightning_prune._utils.validation import check, check_int
+from lightning_prune._utils.validation import check, check_choice, check_int
 from lightning_prune.errors import ArgumentError, ExportError
-from lightning_prune.runtimes.converted import TOKENS, ConvertedRuntime, RunGraph
+from lightning_prune.runtimes.calibration import calibration_batches
+from lightning_prune.runtimes.converted import TOKENS, ConvertedRuntime, RunGraph, not_float32
 from lightning_prune.runtimes.graph_export import ExportedGraph
 from lightning_prune.runtimes.onnx_conversion import NUMPY_DTYPES, to_onnx
+from lightning_prune.runtimes.onnx_quantization import UNFUSED, Quantization, quantized_onnx
 
 _CPU = "CPUExecutionProvider"
 
@@ -23,9 +25,13 @@ class OnnxRuntime(ConvertedRuntime):
     Args:
         provider: The execution provider; operators that it does not have run by the CPU provider.
         threads: Threads of one operator on a CPU; as many as PyTorch has now if None.
+        quantize: How products with weights are computed in 8 bits. `"static"`: in ranges that are found on images (see
+            `lightning_prune.runtimes.calibration`). `"dynamic"`: in the range of each batch as it comes, so that
+            beyond batch size 1 the output of an image depends on the others in its batch. None: in floating point.
 
     Raises:
-        ArgumentError: If the provider is not installed here (lists those that are), or `threads` is below 1.
+        ArgumentError: If the provider is not installed here (lists those that are), or another argument is out of
+            range.
 
     Example:
         >>> from lightning_prune.runtimes import parse_runtime
@@ -33,13 +39,16 @@ class OnnxRuntime(ConvertedRuntime):
         (OnnxRuntime('onnxruntime'), 1)
     """
 
-    def __init__(self, provider: str = _CPU, threads: int | None = None) -> None:
+    def __init__(self, provider: str = _CPU, threads: int | None = None, quantize: Quantization | None = None) -> None:
         known = ort.get_available_providers()
         check("provider", provider, f"one of {', '.join(known)}", provider in known)
         if threads is not None:
             check_int("threads", threads, 1)
-        self.provider, self.threads = provider, threads
-        self.name = self._spec("onnxruntime", provider=(provider, _CPU), threads=(threads, None))
+        if quantize is not None:
+            check_choice("quantize", quantize, get_args(Quantization))
+        self.provider, self.threads, self.quantize = provider, threads, quantize
+        settings = {"provider": (provider, _CPU), "threads": (threads, None), "quantize": (quantize, None)}
+        self.name = self._spec("onnxruntime", **settings)
 
     def context(self) -> dict[str, Any]:
         """See `Runtime.context`."""
@@ -49,23 +58,44 @@ class OnnxRuntime(ConvertedRuntime):
             "torch": str(torch.__version__),  # its exporter makes the graph
             "provider": self.provider,
             "threads": self._threads(),
+            **({} if self.quantize is None else {"quantization": f"onnxruntime.quantization, {self.quantize}"}),
         }
+
+    def quantized(self) -> "OnnxRuntime":
+        """See `Runtime.quantized`: static, as an image then does not depend on the others in its batch."""
+        return self if self.quantize is not None else OnnxRuntime(self.provider, self.threads, "static")
+
+    @property
+    def unquantized(self) -> "OnnxRuntime":
+        """See `Runtime.unquantized`."""
+        return OnnxRuntime(self.provider, self.threads)
 
     def unsupported_reason(self, model: nn.Module) -> str | None:
         """See `Runtime.unsupported_reason`."""
         wrong = {t.dtype for t in model.parameters() if t.is_floating_point()} - NUMPY_DTYPES.keys()
         if wrong:
             return f"the weights are {sorted(map(str, wrong))[0]}; it runs models in float32 or float16."
+        if self.quantize is not None and (reason := not_float32(model)):
+            return reason
         return super().unsupported_reason(model)
 
     def load(self, graph: ExportedGraph) -> RunGraph:
         """See `ConvertedRuntime.load`."""
-        return self._session(to_onnx(graph).SerializeToString())
+        return self._session(self._onnx(graph))
 
     def load_counts(self, graph: ExportedGraph) -> Callable[[int], RunGraph]:
         """See `ConvertedRuntime.load_counts`."""
-        model = to_onnx(graph, dimension=TOKENS).SerializeToString()
+        model = self._onnx(graph, TOKENS)
         return lambda count: self._session(model, {TOKENS: count})
+
+    def _onnx(self, graph: ExportedGraph, dimension: str | None = None) -> bytes:
+        """The ONNX model that this runtime runs for a graph, serialised."""
+        model = to_onnx(graph, dimension=dimension)
+        if self.quantize is not None:
+            batches = calibration_batches(graph, self.name) if self.quantize == "static" else []
+            model = quantized_onnx(model, self.quantize, batches)
+        made: bytes = model.SerializeToString()
+        return made
 
     def load_file(self, path: Path, dimensions: Mapping[str, int]) -> RunGraph:
         """Loads an ONNX file with static shapes.
@@ -97,8 +127,9 @@ class OnnxRuntime(ConvertedRuntime):
         for name, size in (dimensions or {}).items():
             options.add_free_dimension_override_by_name(name, size)
         providers = [self.provider] if self.provider == _CPU else [self.provider, _CPU]
+        unfused = UNFUSED if self.quantize == "static" else None
         try:
-            session = ort.InferenceSession(model, options, providers=providers)
+            session = ort.InferenceSession(model, options, providers=providers, disabled_optimizers=unfused)
         except Exception as error:  # its errors have no common base class
             raise ExportError(f"ONNX Runtime does not accept the model: {error}") from error
         if session.get_providers()[0] != self.provider:

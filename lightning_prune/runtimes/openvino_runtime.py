@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune._utils.validation import check, check_choice, check_int
-from lightning_prune.errors import ExportError
-from lightning_prune.runtimes.converted import ConvertedRuntime, RunGraph
+from lightning_prune.errors import ExportError, RuntimeUnavailableError
+from lightning_prune.runtimes.calibration import calibration_batches
+from lightning_prune.runtimes.converted import ConvertedRuntime, RunGraph, not_float32
 from lightning_prune.runtimes.graph_export import ExportedGraph
 from lightning_prune.runtimes.onnx_conversion import NUMPY_DTYPES, to_onnx
 
@@ -28,9 +29,12 @@ class OpenVINO(ConvertedRuntime):
         precision: What it computes in. `"default"` leaves that to OpenVINO, which takes bfloat16 on processors that
             have it; `context` says what it takes here.
         threads: Threads on a CPU; as many as PyTorch has now if None.
+        quantize: `"int8"` computes products in 8 bits, in ranges that NNCF finds on images (see
+            `lightning_prune.runtimes.calibration`); the rest in `precision`. None: all of it in `precision`.
 
     Raises:
         ArgumentError: If there is no such device (lists those that are), or another argument is out of range.
+        RuntimeUnavailableError: If NNCF is needed and not installed; names the extra that installs it.
 
     Example:
         >>> from lightning_prune.runtimes import parse_runtime
@@ -38,15 +42,24 @@ class OpenVINO(ConvertedRuntime):
         (OpenVINO('openvino'), OpenVINO('openvino:precision=bf16,threads=1'))
     """
 
-    def __init__(self, device: str = "CPU", precision: Precision = "f32", threads: int | None = None) -> None:
+    def __init__(
+        self,
+        device: str = "CPU",
+        precision: Precision = "f32",
+        threads: int | None = None,
+        quantize: Literal["int8"] | None = None,
+    ) -> None:
         check_choice("precision", precision, get_args(Precision))
         known = _core().available_devices
         check("device", device, f"one of {', '.join(known)}", device in known)
         if threads is not None:
             check_int("threads", threads, 1)
-        self.device, self.precision, self.threads = device, precision, threads
+        if quantize is not None:
+            check_choice("quantize", quantize, ("int8",))
+            _nncf_version()
+        self.device, self.precision, self.threads, self.quantize = device, precision, threads, quantize
         settings = {"device": (device, "CPU"), "precision": (precision, "f32"), "threads": (threads, None)}
-        self.name = self._spec("openvino", **settings)
+        self.name = self._spec("openvino", **settings, quantize=(quantize, None))
 
     def context(self) -> dict[str, Any]:
         """See `Runtime.context`. The precision is read back from what OpenVINO made of the settings."""
@@ -57,22 +70,34 @@ class OpenVINO(ConvertedRuntime):
             "provider": self.device,
             "threads": self._threads(),
             "runtime_precision": _precision_of(self.device, tuple(self._settings().items())),
+            **({} if self.quantize is None else {"quantization": f"nncf {_nncf_version()}, {self.quantize}"}),
         }
+
+    def quantized(self) -> "OpenVINO":
+        """See `Runtime.quantized`."""
+        return OpenVINO(self.device, self.precision, self.threads, "int8")
+
+    @property
+    def unquantized(self) -> "OpenVINO":
+        """See `Runtime.unquantized`."""
+        return OpenVINO(self.device, self.precision, self.threads)
 
     def unsupported_reason(self, model: nn.Module) -> str | None:
         """See `Runtime.unsupported_reason`."""
         wrong = {t.dtype for t in model.parameters() if t.is_floating_point()} - NUMPY_DTYPES.keys()
         if wrong:
             return f"the weights are {min(map(str, wrong))}; it takes models in float32 or float16."
+        if self.quantize is not None and (reason := not_float32(model)):
+            return reason
         return super().unsupported_reason(model)
 
     def load(self, graph: ExportedGraph) -> RunGraph:
         """See `ConvertedRuntime.load`."""
-        return self._compiled(to_openvino(graph))
+        return self._compiled(self._model(graph))
 
     def load_counts(self, graph: ExportedGraph) -> Callable[[int], RunGraph]:
         """See `ConvertedRuntime.load_counts`."""
-        model = to_openvino(graph)
+        model = self._model(graph)
 
         def load(count: int) -> RunGraph:
             static = model.clone()
@@ -82,6 +107,15 @@ class OpenVINO(ConvertedRuntime):
             return self._compiled(static)
 
         return load
+
+    def _model(self, graph: ExportedGraph) -> ov.Model:
+        """The model that this runtime runs for a graph."""
+        model = to_openvino(graph)
+        if self.quantize is None:
+            return model
+        from lightning_prune.runtimes.openvino_quantization import quantized_openvino
+
+        return quantized_openvino(model, calibration_batches(graph, self.name))
 
     def load_file(self, path: Path, shape: tuple[int, ...]) -> RunGraph:
         """Loads a model file with static shapes.
@@ -152,6 +186,17 @@ def _bound(compiled: Any) -> RunGraph:
         return [torch.from_numpy(results[port]).to(tensors[0].device) for port in outputs]
 
     return run
+
+
+def _nncf_version() -> str:
+    try:
+        import nncf
+    except ImportError as error:
+        raise RuntimeUnavailableError(
+            f"`quantize` needs a package that is not installed here: {error}. "
+            "Install it: pip install 'lightning-prune[openvino]'."
+        ) from error
+    return str(nncf.__version__)
 
 
 @cache
