@@ -41,6 +41,7 @@ from lightning_prune.errors import DataError, FileWriteError
 from lightning_prune.planning import Objective
 from lightning_prune.reduction import Reduction
 from lightning_prune.report.tables import comparison_table
+from lightning_prune.runtimes.calibration import calibrating_with
 
 _KEPT_OF_SEARCHES = (
     "Of searches for target speed-ups the latency profile and the estimates of accuracy are kept; timings are repeated."
@@ -156,7 +157,10 @@ def compare(
                 if setup.plan is None:
                     raise DataError("The validation loader yielded no batch to compare on.")
                 plan = setup.plan
-                results = validate_variants(trainer, module, loader, asked, plan, setup.results, setup.state, report)
+                with calibrating_with(setup.calibration):
+                    results = validate_variants(
+                        trainer, module, loader, asked, plan, setup.results, setup.state, report
+                    )
         except BaseException as error:
             kept = "" if setup.state is None else setup.state.summary()
             if (

@@ -9,14 +9,14 @@ from lightning_prune._utils.measurement_source import MeasurementSource
 from lightning_prune.comparison.final_run import Target
 from lightning_prune.comparison.planned_variants import PlannedVariant, plain_settings
 from lightning_prune.comparison.requests import VariantRequest
-from lightning_prune.errors import ScheduleError, UnsupportedModelError
+from lightning_prune.errors import RuntimeUnavailableError, ScheduleError, UnsupportedModelError
 from lightning_prune.patching import PatchHandle, VisionTransformer
 from lightning_prune.patching.schedule_forms import allocate_schedule, reducing_block
 from lightning_prune.planning.method_selection import usable_methods
 from lightning_prune.planning.ordered_candidates import OrderedCandidates
 from lightning_prune.planning.results import Candidate
 from lightning_prune.profiling import LatencyStats, Variant
-from lightning_prune.quantization import Int8Weights, int8_backend
+from lightning_prune.quantization import int8_backend
 from lightning_prune.quantization import unsupported_reason as int8_unsupported_reason
 from lightning_prune.reduction import spec_of
 from lightning_prune.schedule import Schedule
@@ -38,7 +38,6 @@ class ComparedMethod:
         self.transformer, self.request, self.tokens = transformer, request, tokens
         self.depth, self.prefix = transformer.depth, transformer.num_prefix_tokens
         self.note = ""
-        self.weights = Int8Weights if request.int8 else None
         reduction = request.reduction
         self.block = 0 if reduction is None else reducing_block(reduction, block, transformer)
         self.largest = 0
@@ -57,10 +56,12 @@ class ComparedMethod:
                 return str(error)
             return None
         if self.request.int8:
-            reason = int8_unsupported_reason(images.device, root, images)
+            reason = self._no_int8_reason(images)
             if reason is not None:
                 return reason
-            self.note = "; ".join(filter(None, (self.note, f"8 bits by {int8_backend(images.device)}")))
+            quantizing = self.request.quantizing
+            by = int8_backend(images.device) if quantizing is None else quantizing.name
+            self.note = "; ".join(filter(None, (self.note, f"8 bits by {by}")))
         if reduction is None:
             return None
         try:
@@ -73,9 +74,22 @@ class ComparedMethod:
             return str(error)
         return None
 
+    def _no_int8_reason(self, images: Tensor) -> str | None:
+        """Why the model cannot run in 8 bits in the runtime; None if it can."""
+        root, runtime = self.transformer.root, self.request.runtime
+        try:
+            quantizing = self.request.quantizing
+        except RuntimeUnavailableError as error:
+            return str(error)
+        if quantizing is not None:
+            return quantizing.unsupported_reason(root)
+        if runtime.converts:
+            return f"{runtime.name} has no quantizer here"
+        return int8_unsupported_reason(images.device, root, images)
+
     def variant(self) -> Variant:
         """The only variant of a method without targets."""
-        return Variant(self.request.reduction, None, self.weights, self.request.runtime)
+        return Variant(self.request.reduction, None, self.request.weights, self.request.execution)
 
     def source(self) -> OrderedCandidates:
         """The amounts of a method in its usual form: tokens that it removes."""
@@ -86,8 +100,15 @@ class ComparedMethod:
         assert reduction is not None
         counts = (self.tokens, self.prefix, self.depth, self.block)
         schedule = allocate_schedule(reduction, amount, *counts)
+        request = self.request
         return Candidate(
-            self.request.name, reduction, schedule, 1.0, weights=self.weights, runtime=self.request.runtime
+            request.name,
+            reduction,
+            schedule,
+            1.0,
+            weights=request.weights,
+            runtime=request.execution,
+            quantized=request.quantizing is not None,
         )
 
     def planned(self, timing: LatencyStats | None = None, note: str = "") -> PlannedVariant:
@@ -139,6 +160,6 @@ class ComparedMethod:
             settings=plain_settings(reduction),
             schedule=Schedule(counts.removed, None if reduction is None else spec_of(reduction), made_on),
             timing=timing,
-            note="; ".join(filter(None, (chosen, shortfall))),
+            note="; ".join(filter(None, (chosen, "" if request.quantizing is None else self.note, shortfall))),
             runtime=request.runtime.name,
         )

@@ -32,7 +32,7 @@ from lightning_prune.planning.latency_model import PROBES
 from lightning_prune.planning.measurements import Measurements
 from lightning_prune.planning.objectives import LatencyBudget
 from lightning_prune.planning.ordered_candidates import TARGET_TUNING
-from lightning_prune.profiling import Variant, measurement_context
+from lightning_prune.profiling import DENSE, Variant, measurement_context
 from lightning_prune.profiling.measurement import check_dense, ready_to_run
 from lightning_prune.profiling.model_variants import variant_timer
 from lightning_prune.profiling.profile_reuse import CachedProfile, get_or_profile
@@ -102,8 +102,12 @@ class ComparisonPlanner:
                         self._plan_group(group)
                 with ready_to_run(transformer):
                     for request in self.usable:
-                        if request.has_targets and request.runtime == runtime:
+                        if request.has_targets and request.runtime == runtime and request.quantizing is None:
                             self._plan_targets(request)
+        with ready_to_run(transformer):
+            for request in self.usable:
+                if request.has_targets and request.quantizing is not None:  # dense runs in one runtime, they in another
+                    self._plan_targets(request, Variant(runtime=request.runtime))
         with ready_to_run(transformer):
             planned, unreached = self._time_all()
             seconds = self.limit.elapsed
@@ -243,8 +247,13 @@ class ComparisonPlanner:
             self.limit.start += limit.elapsed
             expect_seconds(self.limit.left())
 
-    def _plan_targets(self, request: VariantRequest) -> None:
-        """Finds candidates for the target speed-ups of one method; the final run verifies them."""
+    def _plan_targets(self, request: VariantRequest, dense: Variant = DENSE) -> None:
+        """Finds candidates for the target speed-ups of one method; the final run verifies them.
+
+        Args:
+            request: The method.
+            dense: What it is compared with.
+        """
         config, transformer, images = self.settings.config, self.first.transformer, self.first.images
         least = self._least_of_search() + (self._least_of_front() if request.searches else 0.0)
         seconds = self.shares.seconds(request.name, least)
@@ -259,7 +268,7 @@ class ComparisonPlanner:
         else:
             source = self.methods[request.name].source()
         with (
-            variant_timer(transformer, images, self.limit.clock) as timer,
+            variant_timer(transformer, images, self.limit.clock, dense) as timer,
             progress_bar(f"Planning {request.name}", limit.left(), config.verbose) as on_step,
         ):
             source.restart(search_targets(timer, source, self.budgets, limit.left(), on_step))
@@ -307,24 +316,24 @@ class ComparisonPlanner:
         found: list[PlannedVariant] = []
         unreached: list[UnreachedTarget] = []
 
-        def add(planned: PlannedVariant, variant: Variant) -> None:
-            timing, against_eager = final.timer.result(variant), final.speedup_vs_eager(variant)
+        def add(planned: PlannedVariant, variant: Variant, dense: Variant) -> None:
+            timing, against_eager = final.timer.result(variant, dense), final.speedup_vs_eager(variant)
             found.append(replace(planned, timing=timing, speedup_vs_eager=against_eager))
 
         for request in self.settings.requests:
-            name, runtime = request.name, request.runtime.name
+            name, runtime, dense = request.name, request.runtime.name, Variant(runtime=request.runtime)
             if request.is_dense:
-                add(PlannedVariant(name, name, runtime=runtime), Variant(runtime=request.runtime))
+                add(PlannedVariant(name, name, runtime=runtime), dense, dense)
             elif name in self.not_planned:
                 found.append(
                     PlannedVariant(name, name, request.method, request.int8, note=NOT_PLANNED, runtime=runtime)
                 )
             elif name in self.fixed:
-                add(self.fixed[name], variant_of(self.fixed[name], request))
+                add(self.fixed[name], variant_of(self.fixed[name], request), dense)
             elif (reason := self.unusable[name]) is not None:
                 found.append(self.methods[name].planned(note=reason))
             elif not request.has_targets:
-                add(self.methods[name].planned(note=self.methods[name].note), self.methods[name].variant())
+                add(self.methods[name].planned(note=self.methods[name].note), self.methods[name].variant(), dense)
             else:
                 for budget in self.budgets:
                     target, context = self.targets[name, budget], self.contexts[request.runtime]
@@ -332,6 +341,6 @@ class ComparisonPlanner:
                         unreached.append(target.unreached(name))
                     else:
                         variant = target.candidate.variant
-                        timing = final.timer.result(variant)
-                        add(self.methods[name].planned_for(target, timing, context), variant)
+                        timing = final.timer.result(variant, dense)
+                        add(self.methods[name].planned_for(target, timing, context), variant, dense)
         return found, unreached

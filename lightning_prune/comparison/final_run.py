@@ -85,7 +85,7 @@ class FinalTimer:
     def __init__(
         self, transformer: VisionTransformer, images: Tensor, runtimes: Sequence[Runtime], clock: Callable[[], float]
     ) -> None:
-        self._transformer, self._images = transformer, images
+        self._transformer, self._images, self._runtimes = transformer, images, runtimes
         self._switch, self._stack = VariantSwitch(transformer), ExitStack()
         self._run: Callable[[], object] = self._as_it_is
         is_float32 = precision(transformer.root, images.device) == "float32" and not is_compiled(transformer.root)
@@ -112,8 +112,15 @@ class FinalTimer:
         self._switch.off()
 
     def _references(self, variant: Variant) -> list[Variant]:
-        dense = [] if variant == EAGER else [Variant(runtime=variant.runtime)]
+        dense = self._dense_of(variant)
         return dense if self._eager == EAGER and self._run_eager is None else [*dense, self._eager]
+
+    def _dense_of(self, variant: Variant) -> list[Variant]:
+        """The dense models that a variant is compared with: that of its runtime, and of one in 8 bits that in float."""
+        if variant == EAGER or variant.runtime is None:
+            return []
+        runtimes = dict.fromkeys((variant.runtime, variant.runtime.unquantized))
+        return [Variant(runtime=runtime) for runtime in runtimes if runtime in self._runtimes]
 
     def _prepare(self, variant: Variant) -> None:
         self._stack.close()

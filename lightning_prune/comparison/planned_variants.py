@@ -6,7 +6,6 @@ from typing import Any
 
 from lightning_prune.comparison.requests import VariantRequest
 from lightning_prune.profiling import LatencyProfile, LatencyStats, Variant
-from lightning_prune.quantization import Int8Weights
 from lightning_prune.reduction import Reduction, resolve
 from lightning_prune.schedule import KeepRates, Schedule
 
@@ -99,12 +98,11 @@ def reduction_of(planned: PlannedVariant, request: VariantRequest) -> Reduction 
 def variant_of(planned: PlannedVariant, request: VariantRequest) -> Variant:
     """What a planned variant runs as."""
     reduction = reduction_of(planned, request)
-    weights = Int8Weights if request.int8 else None
     schedule = planned.schedule
     removes = reduction is not None if schedule is None else schedule.total_removed > 0
     if not removes:
-        return Variant(weights=weights, runtime=request.runtime)
-    return Variant(reduction, schedule, weights, request.runtime)
+        return Variant(weights=request.weights, runtime=request.execution)
+    return Variant(reduction, schedule, request.weights, request.execution)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from lightning_prune.callbacks import PruningConfig
 from lightning_prune.errors import ArgumentError
 from lightning_prune.planning import Objective, Utility
 from lightning_prune.planning.method_selection import AUTO_METHODS
+from lightning_prune.quantization import Int8Weights
 from lightning_prune.reduction import POMT, Reduction, names, resolve
 from lightning_prune.runtimes import Runtime, TorchEager, parse_runtime
 from lightning_prune.schedule import ScheduleLike
@@ -60,6 +61,25 @@ class VariantRequest(NamedTuple):
     def searches(self) -> bool:
         """Whether method and blocks are left to the planner."""
         return bool(self.searched)
+
+    @property
+    def execution(self) -> Runtime:
+        """What executes it: in 8 bits the quantized form of the runtime, where that has a quantizer of its own."""
+        return self.quantizing or self.runtime
+
+    @property
+    def quantizing(self) -> Runtime | None:
+        """The quantized form of the runtime; None for floating point, and where the weights are quantized instead.
+
+        Raises:
+            RuntimeUnavailableError: If the quantizer of the runtime is not installed.
+        """
+        return self.runtime.quantized() if self.int8 else None
+
+    @property
+    def weights(self) -> type[Int8Weights] | None:
+        """What makes the weights to run with; None for those of the model."""
+        return Int8Weights if self.int8 and self.quantizing is None else None
 
     @property
     def method(self) -> str:

@@ -24,9 +24,10 @@ from lightning_prune.comparison.resume import (
     data_identity,
     fingerprint_of,
 )
-from lightning_prune.errors import DataError
+from lightning_prune.errors import DataError, RuntimeUnavailableError
 from lightning_prune.patching import TokenTrace, trace_tokens
 from lightning_prune.profiling.environment import UNKNOWN, model_conditions, unknown_conditions
+from lightning_prune.runtimes.calibration import CALIBRATION_IMAGES, calibrating_with
 
 _PICTURES = 4  # images whose tokens are traced
 
@@ -44,6 +45,7 @@ class ComparisonSetup(L.Callback):
         results: Results of variants that were validated before.
         state: What is known on disk; None on ranks other than 0, where nothing is written, and where the results depend
             on what cannot be compared between two runs, as a hook of the user.
+        calibration: Images that the quantizers of runtimes are calibrated on; None where none is used.
         pictures: A few images of the dataset, on rank 0.
         traces: Variant -> what became of their patches, on rank 0.
     """
@@ -58,6 +60,7 @@ class ComparisonSetup(L.Callback):
         self.plan: ComparisonPlan | None = None
         self.results: dict[str, VariantResult] = {}
         self.state: ResumeState | None = None
+        self.calibration: Tensor | None = None
         self.pictures: Tensor | None = None
         self.traces: dict[str, TokenTrace] = {}
 
@@ -67,33 +70,36 @@ class ComparisonSetup(L.Callback):
         """Plans, once."""
         if self.plan is None and not dataloader_idx:
             with open_first_batch(trainer, pl_module, batch, self.settings.config) as first:
-                self.plan, self.results = on_rank_zero(trainer, lambda: self._set_up(first))
+                self.plan, self.results, self.calibration = on_rank_zero(trainer, lambda: self._set_up(first))
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Takes part in the decision of the other ranks, where this one had no batch."""
         if self.plan is None:
-            self.plan, self.results = join_decision(trainer) or (None, {})
+            self.plan, self.results, self.calibration = join_decision(trainer) or (None, {}, None)
 
-    def _set_up(self, first: FirstBatch) -> tuple[ComparisonPlan, dict[str, VariantResult]]:
+    def _set_up(self, first: FirstBatch) -> tuple[ComparisonPlan, dict[str, VariantResult], Tensor | None]:
         limit = TimeLimit(self.settings.config.time_limit, self.clock)
         given = {r.name: given_variant(first, r) for r in self.settings.requests if r.schedule is not None}
         calibration = None
         if any(request.searches or request.objective is not None for request in self.settings.requests):
             calibration = first.calibration()
+        if self._quantizers():
+            self.calibration = self._sample(first, CALIBRATION_IMAGES).cpu()
         if self.settings.output is not None:
             self.state = self._open_state(self.settings.output, self._fingerprint(first, calibration))
         plan = self.state.plan() if self.state is not None else None
         if plan is None:
             self._report_other_states()
             planner = ComparisonPlanner(first, self.settings, calibration, given, limit, self.on_message, self.state)
-            plan = planner.plan()
+            with calibrating_with(self.calibration):
+                plan = planner.plan()
             if self.state is not None:
                 self.state.keep_plan(plan)
         results = self._known_results(plan)
-        pictures = self._sample_pictures(first)
+        pictures = self._sample(first, _PICTURES)
         self.pictures = pictures.detach().cpu()
         self.traces = self._trace(first, pictures, plan)
-        return plan, results
+        return plan, results, self.calibration
 
     def _open_state(self, output: Path, fingerprint: dict[str, Any]) -> ResumeState | None:
         """What is known on disk; None, with a message, where nobody can know whether it is of the same comparison."""
@@ -118,6 +124,8 @@ class ComparisonSetup(L.Callback):
             "protocol": config.protocol,
             "runtimes": [runtime.name for runtime in self.settings.runtimes],
         }
+        if self.calibration is not None:
+            settings |= {"quantizers": [*self._quantizers(), tensor_digest(self.calibration)]}
         if calibration is not None:
             settings |= {"calibration": tensor_digest(calibration.images), "seed": config.seed}
         return fingerprint_of(
@@ -128,6 +136,18 @@ class ComparisonSetup(L.Callback):
             speedups=self.settings.speedups,
             settings=settings,
         )
+
+    def _quantizers(self) -> list[str]:
+        """The quantizers of the runtimes that run a request in 8 bits."""
+        found = []
+        for request in self.settings.requests:
+            try:
+                quantizing = request.quantizing
+            except RuntimeUnavailableError:  # its row says so
+                continue
+            if quantizing is not None:
+                found.append(str(quantizing.context()["quantization"]))
+        return sorted(set(found))
 
     def _known_results(self, plan: ComparisonPlan) -> dict[str, VariantResult]:
         if self.state is None:
@@ -151,18 +171,18 @@ class ComparisonSetup(L.Callback):
             names = ", ".join(path.name for path in unreadable)
             self.on_message(f"Not resumed, since another release wrote them or they are damaged: {names} in {folder}.")
 
-    def _sample_pictures(self, first: FirstBatch) -> Tensor:
-        """A few images from all over the dataset; from the first batch if it cannot be sampled, or sizes differ.
+    def _sample(self, first: FirstBatch, count: int) -> Tensor:
+        """Images from all over the dataset; from the first batch if it cannot be sampled, or sizes differ.
 
         Folders are read class by class, so that the first batch shows one class, and at batch size 1 one image.
         """
         images = first.images
         try:
-            found = first.sample(_PICTURES).images
+            found = first.sample(count).images
         except DataError:
             found = images
         same = found.shape[1:] == images.shape[1:]
-        return (found if same else images)[:_PICTURES].to(images.device, images.dtype)
+        return (found if same else images)[:count].to(images.device, images.dtype)
 
     def _trace(self, first: FirstBatch, images: Tensor, plan: ComparisonPlan) -> dict[str, TokenTrace]:
         """One variant of each request in float: at the largest target that all reach, where there is one."""

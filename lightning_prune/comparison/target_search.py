@@ -13,7 +13,7 @@ from lightning_prune.planning.method_selection import usable_methods
 from lightning_prune.planning.objectives import RATIO_TOLERANCE, LatencyBudget
 from lightning_prune.planning.ordered_candidates import TARGET_TUNING, OrderedCandidates, amount_grid
 from lightning_prune.planning.results import Candidate, pareto_front
-from lightning_prune.profiling import DENSE, InterleavedTimer, Variant
+from lightning_prune.profiling import InterleavedTimer, Variant
 from lightning_prune.schedule import Schedule
 
 
@@ -95,7 +95,7 @@ def search_targets(
     deadline = timer.clock() + time_limit
     if not source.start:
         timer.measure([], 1, on_step=on_step)
-        seconds = timer.result(DENSE).milliseconds / 1e3
+        seconds = timer.result(timer.reference).milliseconds / 1e3
         fewest, most = TUNING.grid_points
         points = int(0.5 * time_limit / (seconds * (TUNING.grid_rounds + 1)))
         amounts = amount_grid(source.smallest, source.largest, max(fewest, min(most, points)))
@@ -106,9 +106,9 @@ def search_targets(
     searches = {budget: CandidateSearch(budget, [source], 1.0, tuning=TARGET_TUNING) for budget in budgets}
     timing = VariantTimer(timer, TUNING.search_rounds, deadline, on_step)
     run_searches(list(searches.values()), timing, deadline, clock=timer.clock)
-    if not timer.has(DENSE):  # a method with nothing to remove: no candidate was timed
+    if not timer.has(timer.reference):  # a method with nothing to remove: no candidate was timed
         timer.measure([], 1, on_step=on_step)
-    dense_ms = timer.result(DENSE).milliseconds
+    dense_ms = timer.result(timer.reference).milliseconds
     return {budget: source.amount(source.propose(budget, dense_ms, deadline).candidate) for budget in budgets}
 
 

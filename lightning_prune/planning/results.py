@@ -56,6 +56,7 @@ class Candidate:
         weights: Makes the weights to run with; None keeps the model's own.
         runtime: What executes the model, where that is not the same for all candidates.
         accuracy_stderr: Standard error of the proxy over the calibration images; infinite where it is not known.
+        quantized: Whether the runtime quantizes the model, which is not dense then, even if no token is removed.
     """
 
     method: str
@@ -68,6 +69,7 @@ class Candidate:
     weights: Callable[[nn.Module], WeightTransform] | None = None
     runtime: Runtime | None = None
     accuracy_stderr: float = inf
+    quantized: bool = False
 
     @property
     def key(self) -> tuple[str, tuple[int, ...]]:
@@ -85,7 +87,7 @@ class Candidate:
     @property
     def is_dense(self) -> bool:
         """Whether it is the dense model itself."""
-        return not self.schedule.total_removed and self.weights is None
+        return not self.schedule.total_removed and self.weights is None and not self.quantized
 
     def with_accuracy(self, estimate: Estimate) -> Self:
         """The candidate with its measured proxy."""

@@ -106,7 +106,10 @@ class VariantSwitch:
 
 @contextmanager
 def variant_timer(
-    transformer: VisionTransformer, example_inputs: Tensor, clock: Callable[[], float] = time.perf_counter
+    transformer: VisionTransformer,
+    example_inputs: Tensor,
+    clock: Callable[[], float] = time.perf_counter,
+    reference: Variant = DENSE,
 ) -> Iterator[InterleavedTimer[Variant]]:
     """Interleaved timing of variants against the dense model, which is restored at the end.
 
@@ -116,6 +119,7 @@ def variant_timer(
         transformer: The Vision Transformer, dense.
         example_inputs: (B, C, H, W) images on its device.
         clock: Returns seconds.
+        reference: The dense model, in the runtime that variants are compared with.
     """
     switch = VariantSwitch(transformer)
     try:
@@ -123,7 +127,7 @@ def variant_timer(
             prepare=switch.to,
             run=lambda: transformer.run(example_inputs),
             device=example_inputs.device,
-            reference=DENSE,
+            reference=reference,
             clock=clock,
         )
     finally:

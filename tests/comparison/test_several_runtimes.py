@@ -1,5 +1,6 @@
 """Several runtimes in one comparison: each with dense, latencies and validations of its own, and nothing mixed."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from lightning_prune.patching import find_vision_transformer
 from lightning_prune.profiling import InterleavedTimer, Variant
 from lightning_prune.runtimes import TorchEager, is_compiled, parse_runtime
 from lightning_prune.runtimes.base import runtime_of
+from lightning_prune.runtimes.calibration import CALIBRATION_IMAGES, calibration_batches
+from lightning_prune.runtimes.converted import ConvertedRuntime
 from lightning_prune.runtimes.switch import RuntimeSwitch
 
 BLOCKS = "torch.compile:mode=blocks"
@@ -188,3 +191,49 @@ def test_a_runtime_that_is_applied_is_not_exchanged() -> None:
         RuntimeSwitch(transformer).to(parse_runtime(BLOCKS))
         with pytest.raises(lp.ArgumentError, match=r"`runtime` must be 'torch.compile:mode=blocks', .*got 'torch'"):
             RuntimeSwitch(transformer).to(TorchEager())
+
+
+def test_8_bits_are_those_of_the_runtime_and_compared_with_its_dense_model(
+    model: Any, running: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is converted or timed: what runs, what it is compared with, and on which images it is calibrated."""
+    plain, int8 = parse_runtime("onnxruntime"), parse_runtime("onnxruntime:quantize=static")
+    calibrated: list[int] = []
+
+    def converted(self: ConvertedRuntime, graph: Any) -> Any:
+        if self.name == int8.name:
+            calibrated.append(sum(len(each) for each, *_ in calibration_batches(graph, self.name)))
+        module = graph.program.module()
+        return lambda *tensors: [module(*tensors)]
+
+    def once(self: InterleavedTimer[Any], alternative: Any) -> float:
+        self.prepare(alternative)
+        if isinstance(alternative, int):
+            return 1e-3 * alternative
+        if alternative == EAGER:
+            return 0.4
+        removed = alternative.schedule.total_removed if alternative.schedule is not None else 0
+        return (197 - removed) * (0.5e-3 if alternative.runtime == int8 else 1e-3)
+
+    monkeypatch.setattr(type(plain), "load", converted)
+    monkeypatch.setattr(InterleavedTimer, "once", once)
+    monkeypatch.setattr(type(plain), "load_counts", lambda self, graph: lambda count: converted(self, graph))
+    trainer, _ = running(method="pomt", time_limit=60)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".* is calibrated on")
+        found = lp.compare(
+            *(trainer, model, lp.DigitsData(batch_size=8), ["int8", "pomt+int8"], [1.5, 3.0]),
+            runtimes=["onnxruntime"],
+            clock=TickingClock(),
+        )
+    rows = {row.variant: row for row in found.rows}
+    assert list(rows) == ["dense", "int8", "pomt+int8 1.5x", "pomt+int8 3x"]
+    assert rows["int8"].speedup == pytest.approx(2.0)
+    assert rows["int8"].speedup_vs_eager == pytest.approx(0.4 / (197 * 0.5e-3))
+    assert rows["int8"].note == "8 bits by onnxruntime:quantize=static"
+    assert rows["pomt+int8 1.5x"].removed == 0
+    assert rows["pomt+int8 3x"].speedup >= 3.0
+    assert "8 bits by onnxruntime:quantize=static" in rows["pomt+int8 3x"].note
+    assert {row.runtime for row in found.rows} == {"onnxruntime"}
+    assert set(calibrated) == {CALIBRATION_IMAGES}
+    assert not is_compiled(model)
