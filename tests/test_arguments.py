@@ -98,7 +98,7 @@ CALLEES: dict[str, Callable[[], Callee]] = {
         settings(calibration=IMAGES),
         MODEL_PATH
         | {"runtime": {"None"}, "time_limit": {"None", "fraction"}, "objective": {"None"}, "profile": {"None"}}
-        | {"labels": {"None"}},
+        | {"labels": {"None"}, "cache_dir": {"None", "text"}},
         {"methods": "methods?", "blocks": "blocks?"},
     ),
     "export": lambda: Callee(
@@ -164,7 +164,7 @@ CALLEES: dict[str, Callable[[], Callee]] = {
     "plot": lambda: Callee(
         report.plot,
         {"result": LatencyProfile((9, 17), (5.0, 10.0), (0.1, 0.1), (9, 9), "random", 0, 4)},
-        {"path": {"None", "text"}, "eager": {"None"}},
+        {"path": {"None", "text"}, "others": {"empty list"}},
     ),
     "parse_runtime": lambda: Callee(parse_runtime, {"runtime": "torch"}),
     "Latency": lambda: Callee(metrics.Latency, {}),

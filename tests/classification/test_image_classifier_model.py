@@ -85,6 +85,9 @@ class OtherRuntime(Runtime):
     def context(self) -> dict[str, Any]:
         return {}
 
+    def install(self, transformer: Any) -> None:
+        return None
+
 
 @pytest.mark.parametrize("runtime", ["torch.complie", OtherRuntime()])
 def test_other_runtimes_are_rejected(runtime: Any) -> None:

@@ -143,10 +143,10 @@ def test_all_runs_every_one_and_says_which_failed(
 def test_runtimes(program: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import timm
 
-    tiny = timm.create_model("vit_tiny_patch16_224", depth=4, embed_dim=32, num_heads=2, img_size=64).eval()
+    tiny = timm.create_model("vit_tiny_patch16_224", depth=2, embed_dim=32, num_heads=2, img_size=64).eval()
     tiny.pretrained_cfg = {**tiny.pretrained_cfg, "input_size": (3, 64, 64)}
     monkeypatch.setattr(timm, "create_model", lambda *args, **kwargs: tiny)
-    words = ["--runtimes", "onnxruntime", "--speedups", "1.1", "--block", "1", "--seconds", "1", "--clock", "cpu"]
+    words = ["--runtimes", "onnxruntime", "--speedups", "1.1", "--block", "0", "--seconds", "0.3", "--clock", "cpu"]
     run(program("runtimes"), monkeypatch, *words, "--output", str(tmp_path))
     rows = rows_of(program, tmp_path / "runtimes.csv")
     assert [(row["runtime"], row["planned_on"]) for row in rows] == [

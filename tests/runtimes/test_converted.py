@@ -63,7 +63,7 @@ def counting() -> Counting:
 
 
 @pytest.mark.parametrize("spec", SPECS)
-@pytest.mark.parametrize("method", [None, "tome"])
+@pytest.mark.parametrize("method", ["tome"])
 def test_outputs_are_those_of_pytorch(spec: str, method: str | None) -> None:
     model, runtime = tiny(), parse_runtime(spec)
     if method is not None:
@@ -77,7 +77,7 @@ def test_outputs_are_those_of_pytorch(spec: str, method: str | None) -> None:
     assert not is_compiled(model)
 
 
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("spec", SPECS[:1])
 def test_a_model_of_hugging_face_keeps_its_fields(spec: str) -> None:
     import transformers
 
@@ -101,7 +101,7 @@ def test_one_graph_serves_all_token_counts(spec: str) -> None:
     transformer, runtime = find_vision_transformer(model), parse_runtime(spec)
     assert isinstance(runtime, ConvertedRuntime)
     curve = TokenCurve(runtime, transformer, IMAGES)
-    for count in (17, 9, 3):
+    for count in (17, 3):
         curve.to(count)
         with torch.no_grad():
             tokens = model._pos_embed(model.patch_embed(IMAGES))[:, :count]
@@ -301,7 +301,7 @@ def test_the_command_draws_the_curves_of_several_runtimes(tmp_path: Path, capsys
     from lightning_prune.callbacks import TokenPruning
     from lightning_prune.cli.trainer import PruneTrainer
 
-    pruning = TokenPruning(time_limit=2, use_cache=False, verbose=False)
+    pruning = TokenPruning(time_limit=0.5, use_cache=False, verbose=False)
     options = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False, "callbacks": [pruning]}
     module, data = digits_module(shape={"depth": 2}), lp.DigitsData(batch_size=1)
     trainer = PruneTrainer(accelerator="cpu", **options)
