@@ -207,7 +207,9 @@ def proxy_of_targets(targets: Tensor | None, outputs: int) -> str:
     if targets is None or outputs < 2:
         return ""
     if targets.ndim == 1:
-        return "" if targets.is_floating_point() else "soft_agreement"
+        if not targets.is_floating_point():
+            return "soft_agreement"
+        return "" if torch.equal(targets, targets.round()) else "r2"  # whole numbers may be classes in another dtype
     if targets.shape[1:] != (outputs,) or not len(targets):
         return ""
     values = targets.double()
