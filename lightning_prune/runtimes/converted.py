@@ -1,5 +1,6 @@
 """Runtimes that run a converted graph of a model instead of the model itself."""
 
+import inspect
 import warnings
 from abc import abstractmethod
 from collections import OrderedDict
@@ -121,6 +122,8 @@ class _ConvertedCalls(InPlace):
         self._graphs: OrderedDict[Hashable, tuple[ExportedGraph, RunGraph]] = OrderedDict()
         self._weights: Hashable = None
         self._last: tuple[Hashable, tuple[ExportedGraph, RunGraph]] | None = None
+        self._names = list(inspect.signature(root.forward).parameters)
+        self._tensors: list[Tensor] = []
         vars(root)["_compiled_call_impl"] = self._call
         super().__init__(root, [root], runtime)
 
@@ -135,22 +138,31 @@ class _ConvertedCalls(InPlace):
         self._graphs.clear()
         self._last = None
 
-    def _call(self, images: Tensor, **keywords: Any) -> Any:
+    def _call(self, *args: Any, **keywords: Any) -> Any:
         if is_forced_eager():
             call: Callable[..., Any] = self._root._call_impl
-            return call(images, **keywords)
-        # Checked in this order at every call, so that a call costs microseconds: a patch that was changed, or another
-        # shape, leads to a search among the graphs, and only then the weights are looked at.
-        key = patch_generation(), images.shape, images.dtype, images.device, tuple(keywords.items())
+            return call(*args, **keywords)
+        keywords = {**dict(zip(self._names, args, strict=False)), **keywords}
+        images = keywords.pop(self._names[0], None)
+        if not isinstance(images, Tensor):
+            name = f"`{self._names[0]}` must be the images with the runtime {self._converter.name!r}"
+            raise ArgumentError(f"{name}, got {type(images).__name__}.")
+        # What is compared at every call takes microseconds; a parameter that was replaced, and not changed in place,
+        # is seen when something else differs.
+        state = self._root.training, torch.is_autocast_enabled(images.device.type), *map(_version, self._tensors)
+        key = patch_generation(), images.shape, images.dtype, images.device, tuple(keywords.items()), state
         if self._last is None or self._last[0] != key:
-            self._last = key, self._graph(images, keywords)
+            found = self._graph(images, keywords)
+            state = *state[:2], *map(_version, self._tensors)
+            self._last = (*key[:-1], state), found
         graph, run = self._last[1]
         return graph.unflatten(run(images.detach()))
 
     def _graph(self, images: Tensor, keywords: Mapping[str, Any]) -> tuple[ExportedGraph, RunGraph]:
         """The graph of the model as it is now, converted where that has not been done."""
         self._check_call(images, keywords)
-        weights = tuple((id(t), t.data_ptr(), t._version) for t in (*self._root.parameters(), *self._root.buffers()))
+        self._tensors = [*self._root.parameters(), *self._root.buffers()]
+        weights = tuple((id(tensor), tensor.data_ptr(), _version(tensor)) for tensor in self._tensors)
         if weights != self._weights:
             self._graphs.clear()
             self._weights = weights
@@ -168,9 +180,7 @@ class _ConvertedCalls(InPlace):
         if not all(map(_is_plain, self._root.parameters())):
             raise ArgumentError(f"The weights must be plain tensors with the runtime {name!r}, got quantized ones.")
         if torch.is_autocast_enabled(images.device.type):
-            raise ArgumentError(
-                f"`precision` must be '32-true' or 'true' half with the runtime {name!r}, got autocast."
-            )
+            raise ArgumentError(f"`precision` must be '32-true' with the runtime {name!r}, got autocast.")
         if self._root.training:
             raise ArgumentError(f"The model must be in evaluation mode with the runtime {name!r}, got training mode.")
         tensors = [key for key, value in keywords.items() if isinstance(value, Tensor)]
@@ -184,6 +194,11 @@ def not_float32(model: nn.Module) -> str | None:
     """Why a quantizer does not take the weights of a model; None where it does."""
     wrong = {str(t.dtype) for t in model.parameters() if t.is_floating_point() and t.dtype != torch.float32}
     return f"the weights are {min(wrong)}; its quantizer takes models in float32." if wrong else None
+
+
+def _version(tensor: Tensor) -> int:
+    """How often a tensor was changed in place; inference tensors do not count."""
+    return -1 if tensor.is_inference() else tensor._version
 
 
 def _is_plain(parameter: Tensor) -> bool:

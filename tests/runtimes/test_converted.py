@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import lightning_prune as lp
-from helpers.models import digits_module, tiny_vit
+from helpers.models import digits_module, tiny_hugging_face_vit, tiny_vit
 from lightning_prune._utils.time_limit import TimeLimit
+from lightning_prune._utils.trees import tree_leaves
 from lightning_prune.patching import VisionTransformer, find_vision_transformer
 from lightning_prune.planning.latency_model import LatencyModel, ReductionOverhead
 from lightning_prune.planning.overhead_probes import shallow_probes, uses_shallow_copy
@@ -51,7 +52,8 @@ class Counting(ConvertedRuntime):
     def load(self, graph: Any) -> Any:
         self.loaded.append(tuple(graph.inputs[0].shape))
         module = graph.program.module()
-        return lambda *tensors: [module(*tensors)]
+        constants = graph.program.example_inputs[1]
+        return lambda *tensors: tree_leaves(module(*tensors, **constants))
 
     def load_counts(self, graph: Any) -> Any:
         return lambda count: self.load(graph)
@@ -180,11 +182,35 @@ class TestInPlace:
                 model.head.weight.mul_(2)
             else:
                 model.head.weight = nn.Parameter(model.head.weight * 2)
-            with lp.patch(model, "topk", [5, 0]):  # looked at whenever the patch changes
-                pass
+                with lp.patch(model, "topk", [5, 0]):  # looked at whenever something else differs
+                    pass
             with force_eager():
                 expected = model(IMAGES)
             same(model(IMAGES), expected)
+
+    def test_images_by_keyword(self, counting: Counting) -> None:
+        """As users of Hugging Face pass them."""
+        model = tiny_hugging_face_vit(image_size=32, patch_size=8)
+        with counting.applied(find_vision_transformer(model)):
+            found = model(pixel_values=IMAGES, interpolate_pos_encoding=False).last_hidden_state
+            with force_eager():
+                same(found, model(IMAGES).last_hidden_state)
+            with pytest.raises(lp.ArgumentError, match=r"`pixel_values` must be the images .*, got NoneType"):
+                model()
+
+    def test_training_and_autocast_are_seen_after_a_first_call(self, model: nn.Module, counting: Counting) -> None:
+        with counting.applied(find_vision_transformer(model)):
+            model(IMAGES)
+            with pytest.raises(lp.ArgumentError, match="`precision` must be '32-true'"), torch.autocast("cpu"):
+                model(IMAGES)
+            with pytest.raises(lp.ArgumentError, match="evaluation mode"):
+                model.train()(IMAGES)
+
+    def test_weights_made_in_inference_mode_cannot_be_exported(self, counting: Counting) -> None:
+        with torch.inference_mode():
+            model = tiny()
+        with counting.applied(find_vision_transformer(model)), pytest.raises(lp.ExportError, match="inference tensor"):
+            model(IMAGES)
 
     def test_forced_eager_runs_pytorch(self, model: nn.Module, counting: Counting) -> None:
         expected = model(IMAGES)
