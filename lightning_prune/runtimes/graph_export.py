@@ -34,6 +34,17 @@ class ExportedGraph:
         return values[0] if spec is None else tree_unflatten(values, spec)
 
 
+class _WithConstants(nn.Module):
+    """A module with some of its arguments: passed to the exporter, they would become inputs of the graph."""
+
+    def __init__(self, module: nn.Module, keywords: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.module, self.keywords = module, dict(keywords)
+
+    def forward(self, *inputs: Tensor) -> Any:
+        return self.module(*inputs, **self.keywords)
+
+
 def export_graph(
     module: nn.Module,
     inputs: tuple[Tensor, ...],
@@ -60,9 +71,8 @@ def export_graph(
     """
     with torch.no_grad(), isolated(module), uncompiled(module), force_eager():
         try:
-            program = torch.export.export(
-                module, inputs, dict(keywords or {}), dynamic_shapes=dynamic_shapes, strict=False
-            )
+            exported = _WithConstants(module, keywords).eval() if keywords else module
+            program = torch.export.export(exported, inputs, dynamic_shapes=dynamic_shapes, strict=False)
         except Exception as error:  # whatever the user's module raises while it is traced
             first_line = str(error).strip().partition("\n")[0]
             raise ExportError(
