@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune._utils.isolation import user_hooks
-from lightning_prune.errors import ArgumentError
+from lightning_prune.errors import ArgumentError, ExportError
 from lightning_prune.patching import VisionTransformer
 from lightning_prune.patching.class_swap import patch_generation
 from lightning_prune.patching.patched_block import patch_key
@@ -59,9 +59,11 @@ class ConvertedRuntime(Runtime):
             ExportError: If the graph cannot be converted; names the operator where that is known.
         """
 
-    @abstractmethod
     def load_counts(self, graph: ExportedGraph) -> Callable[[int], RunGraph]:
         """Converts a graph with one dynamic dimension, `TOKENS`, once for all its sizes.
+
+        Runtimes whose graph for one size is another than that for all sizes leave it as it is here, so that each count
+        is converted by itself.
 
         Args:
             graph: As `lightning_prune.runtimes.token_curve.export_token_curve` makes it.
@@ -70,8 +72,9 @@ class ConvertedRuntime(Runtime):
             A function of the size of that dimension, which loads the graph with this size as a static one.
 
         Raises:
-            ExportError: As `load`.
+            ExportError: As `load`, or if the runtime converts each count by itself.
         """
+        raise ExportError(f"{self.name} converts each token count by itself.")
 
     def prepare(self, model: nn.Module, example_inputs: Tensor) -> Callable[[Tensor], Any]:
         """See `Runtime.prepare`. The weights are copied."""

@@ -18,10 +18,14 @@ RUNTIMES: dict[str, str] = {
     "torch.compile": "lightning_prune.runtimes.torch_runtime:TorchCompile",
     "onnxruntime": "lightning_prune.runtimes.onnx_runtime:OnnxRuntime",
     "openvino": "lightning_prune.runtimes.openvino_runtime:OpenVINO",
+    "aotinductor": "lightning_prune.runtimes.aotinductor_runtime:AOTInductor",
+    "executorch": "lightning_prune.runtimes.executorch_runtime:ExecuTorch",
 }
 """Name -> module and class, imported at first use: most runtimes need a package that is not installed everywhere."""
 EXTRAS = {"onnxruntime": "onnx", "openvino": "openvino"}
 """Name -> the extra of this package that installs what the runtime needs."""
+PACKAGES = {"executorch": "executorch"}
+"""Name -> the package that the runtime needs, where that is in no extra."""
 
 
 def known_runtimes() -> dict[str, str]:
@@ -40,7 +44,7 @@ def parse_runtime(runtime: str | Runtime) -> Runtime:
 
     Raises:
         ArgumentError: If there is no such runtime (suggests the nearest), or it does not take these settings.
-        RuntimeUnavailableError: If it needs a package that is not installed; names it, and the extra that installs it.
+        RuntimeUnavailableError: If it needs a package that is not installed; names it, and what installs it.
 
     Example:
         >>> from lightning_prune.runtimes import parse_runtime
@@ -70,6 +74,7 @@ def _load(name: str, place: str) -> type[Runtime]:
         kind: type[Runtime] = getattr(import_module(module), attribute)
     except ImportError as error:
         install = f" Install it: pip install 'lightning-prune[{EXTRAS[name]}]'." if name in EXTRAS else ""
+        install = f" Install it: pip install {PACKAGES[name]}." if name in PACKAGES else install
         raise RuntimeUnavailableError(
             f"The runtime {name!r} needs a package that is not installed here: {error}.{install}"
         ) from error
