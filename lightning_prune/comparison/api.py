@@ -42,6 +42,7 @@ from lightning_prune.planning import Objective
 from lightning_prune.reduction import Reduction
 from lightning_prune.report.tables import comparison_table
 from lightning_prune.runtimes.calibration import calibrating_with
+from lightning_prune.runtimes.graph_store import keeping_graphs
 
 _KEPT_OF_SEARCHES = (
     "Of searches for target speed-ups the latency profile and the estimates of accuracy are kept; timings are repeated."
@@ -89,7 +90,7 @@ def compare(
         module: Contains one Vision Transformer; dense again afterwards.
         data: A LightningDataModule, or the validation loaders; of several loaders the first is compared, and a warning
             says so.
-        methods: Reductions and names: of reductions, `"auto"`, `"int8"`, and of reductions with `+int8`; dense is
+        methods: Reductions and names: of reductions, `"auto"`, `"int8"`, and `+int8` after one of these; dense is
             always there. None for the method of the callback.
         speedups: Dense latency over that of each method, each > 1; None to plan by the objective.
         objective: Plans the schedules if there are no `speedups`, and chooses the best variant, `schedule.yaml`; that
@@ -150,7 +151,12 @@ def compare(
         setup = ComparisonSetup(asked, report, clock)
         try:
             plain = replace(config, runtime="torch")  # the setup applies the runtimes
-            with progress_bar("Comparing", None, config.verbose), without_bars(trainer), muted_loggers(trainer):
+            with (
+                progress_bar("Comparing", None, config.verbose),
+                without_bars(trainer),
+                muted_loggers(trainer),
+                keeping_graphs(),
+            ):
                 with command_run(trainer, plain, setup, one_batch=True), loader.arguments() as arguments:
                     trainer.validate(module, verbose=False, **arguments)
                 exit_if_terminated(trainer)

@@ -7,10 +7,12 @@ from math import inf, sqrt
 import numpy as np
 
 from lightning_prune.comparison.planned_variants import PlannedVariant
+from lightning_prune.comparison.requests import INT8_NAME
 from lightning_prune.planning import AccuracyBudget, LatencyBudget, Objective
 from lightning_prune.profiling import DENSE_ACCURACY, Estimate
 from lightning_prune.profiling.accuracy_proxy import Z95
 from lightning_prune.report.rows import AGREEMENT, TOP1, Row, Score, interval_of, score_of
+from lightning_prune.runtimes import parse_runtime
 
 
 @dataclass(frozen=True)
@@ -38,17 +40,15 @@ def choose_best(rows: Sequence[Row], planned: Sequence[PlannedVariant], objectiv
     Args:
         rows: Dense first. With several runtimes, speed-ups of a budget refer to dense in the first, and dense in
             another is a variant like the others.
-        planned: The same variants.
+        planned: The same variants. In 8 bits they count where the runtime quantizes: elsewhere nothing deploys them.
         objective: What was stated.
     """
-    deployable = {each.variant for each in planned if each.schedule is not None or each.is_dense}
+    deployable = {each.variant for each in planned if _is_deployable(each)}
     dense, score = rows[0], _relative_score(rows)
     whole = (dense.top1 if score == TOP1 else 1.0) or 1.0
     shares = {row.variant: _relative(row, dense, score) for row in rows}
     candidates = [
-        row
-        for row in rows[1:]
-        if row.speedup and not row.int8 and row.variant in deployable and shares[row.variant] is not None
+        row for row in rows[1:] if row.speedup and row.variant in deployable and shares[row.variant] is not None
     ]
     tail = isinstance(objective, LatencyBudget) and objective.percentile == 90
     latency = np.array([(row.latency_p90_ms if tail else row.latency_ms) or 0.0 for row in [*candidates, dense]])
@@ -68,13 +68,26 @@ def choose_best(rows: Sequence[Row], planned: Sequence[PlannedVariant], objectiv
         if row is dense:
             return BestVariant(row.variant, f"No other variant is better than dense by {objective}.", True)
         reason = f"The best of {1 + len(candidates)} variants by {objective}: {_figures(row, dense)}."
-        return BestVariant(row.variant, reason, True)
+        return BestVariant(row.variant, reason + _executed(row, planned), True)
     if np.isfinite(doubtful[:-1]).any():
         row = candidates[int(np.argmax(doubtful[:-1]))]
         reason = f"Within the 95% interval of its accuracy the best of {1 + len(candidates)} variants by {objective}"
-        return BestVariant(row.variant, f"{reason}: {_figures(row, dense)}.", True)
+        return BestVariant(row.variant, f"{reason}: {_figures(row, dense)}.{_executed(row, planned)}", True)
     row = min([dense, *candidates], key=lambda row: row.latency_ms or float("inf"))
-    return BestVariant(row.variant, f"No variant meets the {objective}. The fastest is {_figures(row, dense)}.", False)
+    reason = f"No variant meets the {objective}. The fastest is {_figures(row, dense)}.{_executed(row, planned)}"
+    return BestVariant(row.variant, reason, False)
+
+
+def _executed(row: Row, planned: Sequence[PlannedVariant]) -> str:
+    """A sentence that says the runtime in which a variant in 8 bits runs; empty for others."""
+    chosen = next(each for each in planned if each.variant == row.variant)
+    return f" It runs in `{chosen.execution}`." if chosen.int8 else ""
+
+
+def _is_deployable(planned: PlannedVariant) -> bool:
+    """Whether a schedule and a runtime are all that it takes to run a variant."""
+    removes_by_schedule = planned.schedule is not None or not planned.method or planned.method == INT8_NAME
+    return removes_by_schedule and (not planned.int8 or parse_runtime(planned.runtime).converts)
 
 
 def _relative_score(rows: Sequence[Row]) -> Score:

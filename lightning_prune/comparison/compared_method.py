@@ -54,7 +54,6 @@ class ComparedMethod:
                 usable_methods(list(self.request.searched), "all", self.transformer)
             except UnsupportedModelError as error:
                 return str(error)
-            return None
         if self.request.int8:
             reason = self._no_int8_reason(images)
             if reason is not None:
@@ -143,7 +142,11 @@ class ComparedMethod:
         reduction, counts = candidate.reduction, candidate.schedule
         chosen = "" if reduction is None or reduction is request.reduction else reduction.name
         made_on = MeasurementSource.from_context(
-            context, dense_tokens=self.tokens, int8=request.int8, target_speedup=speedup
+            context,
+            dense_tokens=self.tokens,
+            int8=request.int8,
+            target_speedup=speedup,
+            runtime=request.execution.name,
         )
         shortfall = ""
         if not counts.total_removed:

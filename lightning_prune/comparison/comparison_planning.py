@@ -5,7 +5,6 @@ from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
-from lightning_prune._utils.device import synchronize
 from lightning_prune._utils.progress import expect_seconds, progress_bar
 from lightning_prune._utils.time_limit import TimeLimit
 from lightning_prune.callbacks.batches import Calibration
@@ -13,6 +12,7 @@ from lightning_prune.callbacks.first_batch import FirstBatch
 from lightning_prune.callbacks.planned_schedule import planned_for, proxy_for
 from lightning_prune.comparison.compared_method import ComparedMethod
 from lightning_prune.comparison.final_run import FinalTimer, Target, verify_targets
+from lightning_prune.comparison.least_times import LeastTimes
 from lightning_prune.comparison.objective_planning import (
     ObjectiveGroup,
     dense_if_slower,
@@ -22,13 +22,11 @@ from lightning_prune.comparison.objective_planning import (
 from lightning_prune.comparison.planned_variants import ComparisonPlan, PlannedVariant, UnreachedTarget, variant_of
 from lightning_prune.comparison.requests import ComparisonSettings, VariantRequest
 from lightning_prune.comparison.resume import ResumeState
-from lightning_prune.comparison.target_search import TUNING, auto_source, search_targets
+from lightning_prune.comparison.target_search import TUNING, AutoFront, auto_front, auto_source, search_targets
 from lightning_prune.comparison.time_shares import SHARES, TimeShares
 from lightning_prune.comparison.variant_costs import with_energy, with_model_costs
 from lightning_prune.errors import UnsupportedModelError
-from lightning_prune.planning import measurements
 from lightning_prune.planning.candidate_search import CandidateSearch, CandidateSource
-from lightning_prune.planning.latency_model import PROBES
 from lightning_prune.planning.measurements import Measurements
 from lightning_prune.planning.objectives import LatencyBudget
 from lightning_prune.planning.ordered_candidates import TARGET_TUNING
@@ -72,7 +70,8 @@ class ComparisonPlanner:
         self.not_planned: set[str] = set()
         self.contexts: dict[Runtime, dict[str, Any]] = {}
         self.curves: dict[Runtime, CachedProfile] = {}
-        self.seconds_per_pass = 0.0  # of the dense model, in the slowest runtime
+        self.fronts: dict[Runtime, AutoFront] = {}
+        self.least = LeastTimes(first.transformer, first.images, limit.clock)
         self.groups = objective_groups(settings.config, settings.requests)
 
     def plan(self) -> ComparisonPlan:
@@ -94,7 +93,7 @@ class ComparisonPlanner:
         for runtime in settings.runtimes:
             with runtime.applied(transformer):
                 self._measure_runtime(runtime, weights)
-        self.shares = TimeShares(self.limit, weights, self._least_of_final_run())
+        self.shares = TimeShares(self.limit, weights, self.least.of_final_run(self._expected_variants()))
         for runtime in settings.runtimes:
             with runtime.applied(transformer):
                 for group in self.groups:
@@ -143,16 +142,6 @@ class ComparisonPlanner:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in self.unusable.items())
             raise UnsupportedModelError(f"None of the methods can be used with this model. {reasons}")
 
-    def _time_a_pass(self) -> float:
-        """Seconds of one pass of the dense model, by the clock of the time limit."""
-        seconds = 0.0
-        for _ in range(2):  # the first pass is slow
-            start = self.limit.clock()
-            self.first.transformer.compiled_root(self.first.images)
-            synchronize(self.first.images.device)
-            seconds = self.limit.clock() - start
-        return seconds
-
     def _weights(self) -> dict[str, float]:
         """The tasks after the latency curve."""
         weights = {}
@@ -169,21 +158,6 @@ class ComparisonPlanner:
         single = len(self.usable) - with_targets + len(self.fixed) + sum(len(group.requests) for group in self.groups)
         return len(self.settings.runtimes) + single + with_targets * len(self.budgets)
 
-    def _least_of_final_run(self) -> float:
-        return (1 + TUNING.min_final_rounds) * self._expected_variants() * self.seconds_per_pass
-
-    def _least_of_search(self) -> float:
-        """Seconds that the search for target speed-ups takes at least: each amount is run twice, and dense with it."""
-        passes = 2 + 2 * TUNING.grid_points[0] + 1 + 2 * len(self.budgets) + 1
-        return passes * self.seconds_per_pass
-
-    def _least_of_front(self) -> float:
-        """Seconds that the front of one method takes at least: overhead, sensitivity, proxies, and a timing run."""
-        tuning, depth = measurements.TUNING, self.first.transformer.depth
-        images = 1 + tuning.sensitivity_counts * depth / 2 + tuning.min_proxies * tuning.min_images
-        passes = PROBES * tuning.min_runs_per_probe + images / len(self.first.images) + 4
-        return passes * self.seconds_per_pass
-
     def _measure_runtime(self, runtime: Runtime, weights: Mapping[str, float]) -> None:
         """What all planning in a runtime needs: its context, seconds of a pass, and its latency curve.
 
@@ -192,7 +166,7 @@ class ComparisonPlanner:
         config, transformer, images = self.settings.config, self.first.transformer, self.first.images
         with ready_to_run(transformer):
             self.contexts[runtime] = measurement_context(transformer.compiled_root, images)
-            self.seconds_per_pass = max(self.seconds_per_pass, self._time_a_pass())
+            self.least.time_passes(runtime)
         own = SHARES.curve * (1.0 if self.calibration is not None else 0.5)
         share = own / (own * len(self.settings.runtimes) + sum(weights.values()))
         found = get_or_profile(
@@ -228,7 +202,7 @@ class ComparisonPlanner:
             self.on_message(f"Planned before: {group.name}")
             return
         is_paper = config.protocol == "paper"
-        seconds = self.shares.seconds(group.name, 0.0 if is_paper else self._least_of_front())
+        seconds = self.shares.seconds(group.name, 0.0 if is_paper else self.least.of_front(group.runtime))
         if seconds is None:
             self.not_planned |= {request.name for request in group.requests}
             return
@@ -255,16 +229,16 @@ class ComparisonPlanner:
             dense: What it is compared with.
         """
         config, transformer, images = self.settings.config, self.first.transformer, self.first.images
-        least = self._least_of_search() + (self._least_of_front() if request.searches else 0.0)
+        least = self.least.of_search(request.runtime, len(self.budgets))
+        if request.searches and request.runtime not in self.fronts:
+            least += self.least.of_front(request.runtime)
         seconds = self.shares.seconds(request.name, least)
         if seconds is None:
             self.not_planned.add(request.name)
             return
         limit = TimeLimit(max(seconds, 1e-3), self.limit.clock)
         if request.searches:
-            curve = self.curves[request.runtime]
-            measured = self._measurements(curve, TimeLimit(limit.share(SHARES.front_share), self.limit.clock))
-            source = auto_source(request, measured, transformer, self.budgets)
+            source = auto_source(request, self._auto_front(request, limit), transformer.depth)
         else:
             source = self.methods[request.name].source()
         with (
@@ -276,6 +250,16 @@ class ComparisonPlanner:
         for budget in self.budgets:
             search = CandidateSearch(budget, sources, 1.0, tuning=TARGET_TUNING)
             self.targets[request.name, budget] = Target(budget, source, search)
+
+    def _auto_front(self, request: VariantRequest, limit: TimeLimit) -> AutoFront:
+        """The front of all methods in the runtime of a request, in floating point; planned once."""
+        runtime, transformer = request.runtime, self.first.transformer
+        if runtime not in self.fronts:
+            own = TimeLimit(limit.share(SHARES.front_share), self.limit.clock)
+            with runtime.applied(transformer):
+                measured = self._measurements(self.curves[runtime], own)
+                self.fronts[runtime] = auto_front(request.searched, measured, transformer, self.budgets)
+        return self.fronts[runtime]
 
     def _measurements(self, curve: CachedProfile, limit: TimeLimit) -> Measurements:
         """What `auto` plans target speed-ups with."""

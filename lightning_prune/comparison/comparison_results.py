@@ -128,11 +128,18 @@ class Comparison:
             return
         planned = {planned.variant: planned for planned in self.plan.planned}
         schedule = planned[self.best.variant].schedule
-        if schedule is None:  # of dense
-            known = next(p.schedule for p in self.plan.planned if p.schedule is not None)
-            made_on = MeasurementSource.from_context(self.plan.context, dense_tokens=self.plan.dense_tokens)
-            method = known.method if isinstance(known.method, MethodSpec) else None
-            schedule = Schedule([0] * known.depth, method, made_on)
+        if schedule is None:  # of dense, in floating point or in 8 bits
+            known = next((p.schedule for p in self.plan.planned if p.schedule is not None), None)
+            depths = [each.depth for each in (known, self.plan.profile) if each is not None]
+            if not depths:
+                return
+            made_on = MeasurementSource.from_context(
+                self.plan.context,
+                dense_tokens=self.plan.dense_tokens,
+                runtime=planned[self.best.variant].execution,
+            )
+            method = known.method if known is not None and isinstance(known.method, MethodSpec) else None
+            schedule = Schedule([0] * depths[0], method, made_on)
         write_document(
             stage / "schedule.yaml",
             {**schedule.to_dict(), "variant": self.best.variant, "reason": self.best.reason},

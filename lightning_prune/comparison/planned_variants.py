@@ -7,6 +7,7 @@ from typing import Any
 from lightning_prune.comparison.requests import VariantRequest
 from lightning_prune.profiling import LatencyProfile, LatencyStats, Variant
 from lightning_prune.reduction import Reduction, resolve
+from lightning_prune.runtimes import parse_runtime
 from lightning_prune.schedule import KeepRates, Schedule
 
 
@@ -59,6 +60,12 @@ class PlannedVariant:
     def is_dense(self) -> bool:
         """Whether it is the dense model; a variant of a method may remove nothing, too, and is not."""
         return not self.method and not self.int8
+
+    @property
+    def execution(self) -> str:
+        """The spec of what executes it: in 8 bits the quantized form of the runtime, where that has a quantizer."""
+        runtime = parse_runtime(self.runtime)
+        return ((runtime.quantized() if self.int8 else None) or runtime).name
 
     @property
     def reason(self) -> str:

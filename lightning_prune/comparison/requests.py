@@ -137,7 +137,7 @@ def read_requests(
 
     Args:
         config: Method, schedule and objective; its own reduction is meant by its name among `methods`.
-        methods: Reductions and names: of reductions, `auto`, `dense`, `int8`, and of reductions with `+int8`.
+        methods: Reductions and names: of reductions, `auto`, `dense`, `int8`, and the first two with `+int8`.
         speedups: The targets; None if there are none.
         objective: Plans the schedules where there are no targets.
 
@@ -217,7 +217,7 @@ def read_methods(methods: Sequence[str | Reduction], own: Reduction | None) -> l
     """The requests that names of methods stand for; dense comes first and is added where it is missing.
 
     Args:
-        methods: Reductions and names: of reductions, `auto`, `dense`, `int8`, and of reductions with `+int8`.
+        methods: Reductions and names: of reductions, `auto`, `dense`, `int8`, and the first two with `+int8`.
         own: The reduction that its name means, with its settings.
 
     Raises:
@@ -248,9 +248,9 @@ def _read(name: object, own: Reduction | None) -> VariantRequest:
         raise ArgumentError(f"`methods` must hold names and reductions, got {name!r}.")
     if name == INT8_NAME:
         return VariantRequest(name, None, True)
-    if name == AUTO_NAME:
-        return VariantRequest(name, None, False, AUTO_METHODS)
     plain = name.removesuffix(_AND_INT8)
+    if plain == AUTO_NAME:
+        return VariantRequest(name, None, name != plain, AUTO_METHODS)
     try:
         reduction = own if own is not None and plain == own.name else resolve(plain)
     except ArgumentError as error:
@@ -260,7 +260,8 @@ def _read(name: object, own: Reduction | None) -> VariantRequest:
         near = get_close_matches(plain.lower(), [*known, AUTO_NAME, DENSE_NAME, INT8_NAME], n=1)
         with_int8 = name != plain
         meant = [
-            close + _AND_INT8 * with_int8 if close in known else INT8_NAME if with_int8 else close for close in near
+            close + _AND_INT8 * with_int8 if close in (*known, AUTO_NAME) else INT8_NAME if with_int8 else close
+            for close in near
         ]
         hint = f" Did you mean {meant[0]!r}?" if meant else ""
         listed = ", ".join([DENSE_NAME, *known, AUTO_NAME, INT8_NAME])

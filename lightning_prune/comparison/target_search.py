@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 from lightning_prune._utils.progress import OnStep
 from lightning_prune.comparison.requests import VariantRequest
@@ -96,8 +97,11 @@ def search_targets(
     if not source.start:
         timer.measure([], 1, on_step=on_step)
         seconds = timer.result(timer.reference).milliseconds / 1e3
+        # The first run of each amount is slow where it is compiled, converted or quantized.
+        first = max(timer.warm_up(source.fastest().variant), seconds)
+        on_step()
         fewest, most = TUNING.grid_points
-        points = int(0.5 * time_limit / (seconds * (TUNING.grid_rounds + 1)))
+        points = int(0.5 * time_limit / (first + seconds * TUNING.grid_rounds))
         amounts = amount_grid(source.smallest, source.largest, max(fewest, min(most, points)))
         grid = [source.candidate(amount) for amount in amounts]
         timer.measure([c.variant for c in grid], TUNING.grid_rounds, deadline, on_step)
@@ -137,18 +141,30 @@ def merged_front(fronts: Sequence[MethodFront], chosen: Sequence[Candidate]) -> 
     return pareto_front([*timed, *fitting], key)[::-1]
 
 
-def auto_source(
-    request: VariantRequest, measured: Measurements, transformer: VisionTransformer, budgets: Sequence[LatencyBudget]
-) -> OrderedCandidates:
+class AutoFront(NamedTuple):
+    """What `auto` chooses from at target speed-ups in one runtime, in floating point and in 8 bits.
+
+    Attributes:
+        candidates: The merged front of all methods, from the slowest to the fastest.
+        start: Target -> the position, from 1 on, from which its search starts.
+    """
+
+    candidates: list[Candidate]
+    start: dict[LatencyBudget, int]
+
+
+def auto_front(
+    searched: Sequence[str], measured: Measurements, transformer: VisionTransformer, budgets: Sequence[LatencyBudget]
+) -> AutoFront:
     """The merged front of all methods, with the position from which each target starts.
 
     Args:
-        request: `auto`.
+        searched: The methods.
         measured: What planning measures.
         transformer: The Vision Transformer.
         budgets: The targets.
     """
-    fronts = measured.fronts(usable_methods(list(request.searched), "all", transformer))
+    fronts = measured.fronts(usable_methods(list(searched), "all", transformer))
     searches = [CandidateSearch(budget, fronts, measured.dense_ms, measured.proxy_label) for budget in budgets]
     limit = measured.limit
     run_searches(searches, measured.time_candidates, limit.deadline(), 0.6, limit.clock)
@@ -160,9 +176,30 @@ def auto_source(
         wanted = (1 + RATIO_TOLERANCE) * budget.limit_ms(1.0)
         near = [position for position, candidate in enumerate(front, 1) if candidate.latency_ratio <= wanted]
         start[budget] = next(iter(own or near), len(front))
-    dense = Candidate(request.name, None, Schedule([0] * transformer.depth), 1.0, runtime=request.runtime)
+    return AutoFront(front, start)
+
+
+def auto_source(request: VariantRequest, front: AutoFront, depth: int) -> OrderedCandidates:
+    """The candidates of `auto`, or of `auto+int8`.
+
+    In 8 bits the front is the same, but which of its candidates reaches a target is found by timing them in 8 bits:
+    tokens that need not be removed there stay.
+
+    Args:
+        request: `auto`, or `auto+int8`.
+        front: Of its runtime.
+        depth: Number of blocks.
+    """
+    common: dict[str, Any] = {
+        "weights": request.weights,
+        "runtime": request.execution,
+        "quantized": request.quantizing is not None,
+    }
+    dense = Candidate(request.name, None, Schedule([0] * depth), 1.0, **common)
 
     def candidate_of(position: int) -> Candidate:
-        return dense if not position else replace(front[position - 1], timing=None, runtime=request.runtime)
+        return dense if not position else replace(front.candidates[position - 1], timing=None, **common)
 
-    return OrderedCandidates(request.name, candidate_of, min(1, len(front)), len(front), start)
+    most = len(front.candidates)
+    smallest, start = (0, None) if request.int8 else (min(1, most), front.start)
+    return OrderedCandidates(request.name, candidate_of, smallest, most, start)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightning_prune.exporting.export_report import TimedLatency
 from lightning_prune.profiling.interleaved_timer import InterleavedTimer
-from lightning_prune.runtimes.converted import RunGraph
+from lightning_prune.runtimes.graph_store import RunGraph
 
 _DENSE, _EXPORTED = "dense", "exported"
 

@@ -12,7 +12,7 @@ from lightning_prune.exporting.export_report import ExportReport
 from lightning_prune.exporting.folder import read_preprocessing
 from lightning_prune.exporting.formats import ExportFormat, parse_format
 from lightning_prune.exporting.parity import in_batches
-from lightning_prune.runtimes.converted import RunGraph
+from lightning_prune.runtimes.graph_store import RunGraph
 from lightning_prune.runtimes.registry import parse_runtime
 
 

@@ -15,8 +15,8 @@ from lightning_prune import __version__
 from lightning_prune._utils.validation import check_name
 from lightning_prune.errors import ArgumentError, ExportError, FileWriteError
 from lightning_prune.runtimes.base import Runtime
-from lightning_prune.runtimes.converted import RunGraph
 from lightning_prune.runtimes.graph_export import ExportedGraph
+from lightning_prune.runtimes.graph_store import RunGraph
 from lightning_prune.runtimes.registry import parse_runtime
 
 BATCH = "batch"

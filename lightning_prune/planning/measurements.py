@@ -17,10 +17,9 @@ from lightning_prune.planning.candidate_search import Timings
 from lightning_prune.planning.latency_model import PROBES, LatencyModel, token_levels
 from lightning_prune.planning.method_front import MethodFront
 from lightning_prune.planning.overhead_probes import (
-    SHALLOW_BLOCKS,
-    SHALLOW_PROBES,
     Methods,
     Probes,
+    graphs_to_probe,
     schedules_to_probe,
     shallow_probes,
     uses_shallow_copy,
@@ -269,10 +268,7 @@ class Measurements:
                 with ready_to_run(self.transformer):
                     self.transformer.run(self.example_inputs)
                 self._seconds_per_graph = self.limit.clock() - start
-        graphs = 1.0 + PROBES
-        if self._probes_shallow:
-            graphs = 1 + SHALLOW_PROBES * (SHALLOW_BLOCKS + 1) / self.transformer.depth
-        return graphs * self._seconds_per_graph
+        return (1 + graphs_to_probe(self.transformer)) * self._seconds_per_graph
 
     def _passes(self, blocks: Sequence[int]) -> float:
         """Forward passes of the whole model that the sensitivity of one image takes."""

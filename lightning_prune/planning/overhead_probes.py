@@ -9,7 +9,7 @@ from lightning_prune._utils.progress import progress_bar
 from lightning_prune._utils.time_limit import TimeLimit
 from lightning_prune.patching import VisionTransformer
 from lightning_prune.patching.truncation import truncated
-from lightning_prune.planning.latency_model import LatencyModel, fit_overhead, probe_schedules
+from lightning_prune.planning.latency_model import PROBES, LatencyModel, fit_overhead, probe_schedules
 from lightning_prune.profiling import InterleavedTimer, LatencyStats, Variant, VariantSwitch
 from lightning_prune.profiling.measurement import ready_to_run
 from lightning_prune.reduction import Reduction
@@ -27,11 +27,28 @@ SHALLOW_PROBES = 2
 _ROUNDS = 31
 
 
-def uses_shallow_copy(transformer: VisionTransformer) -> bool:
-    """Whether probes run in a copy with few blocks: where every schedule has to be converted, which takes seconds."""
-    runtime = applied_runtime(transformer)
+def uses_shallow_copy(transformer: VisionTransformer, runtime: Runtime | None = None) -> bool:
+    """Whether probes run in a copy with few blocks: where every schedule has to be converted, which takes seconds.
+
+    Args:
+        transformer: The Vision Transformer.
+        runtime: What executes it; the runtime that is applied to it if None.
+    """
+    runtime = applied_runtime(transformer) if runtime is None else runtime
     blocks = transformer.first_prunable_block + SHALLOW_BLOCKS + 1
     return runtime is not None and runtime.converts and 2 * blocks <= transformer.depth
+
+
+def graphs_to_probe(transformer: VisionTransformer, runtime: Runtime | None = None) -> float:
+    """How many graphs of the whole model take as long to convert as those that the probes of one method need.
+
+    Args:
+        transformer: The Vision Transformer.
+        runtime: As in `uses_shallow_copy`.
+    """
+    if uses_shallow_copy(transformer, runtime):
+        return SHALLOW_PROBES * (SHALLOW_BLOCKS + 1) / transformer.depth
+    return PROBES
 
 
 def schedules_to_probe(

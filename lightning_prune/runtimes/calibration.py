@@ -5,7 +5,7 @@ that is quantized inside it uses them.
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -39,6 +39,26 @@ def calibrating_with(images: Tensor | None) -> Iterator[None]:
         yield
     finally:
         _images.reset(token)
+
+
+def calibration_key() -> Hashable:
+    """What tells the images of the innermost `calibrating_with` from others; None outside of it."""
+    images = _images.get()
+    return None if images is None else _Identity(images)
+
+
+class _Identity:
+    """Equal for tensors that are one memory in one state; holds it, so that no other tensor can take its place."""
+
+    def __init__(self, images: Tensor) -> None:
+        self._images = images
+        self._key = images.data_ptr(), images.shape, images.stride(), -1 if images.is_inference() else images._version
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Identity) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
 
 
 def calibration_batches(graph: ExportedGraph, name: str) -> list[tuple[Tensor, ...]]:

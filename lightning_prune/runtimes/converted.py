@@ -3,7 +3,6 @@
 import inspect
 import warnings
 from abc import abstractmethod
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
@@ -16,23 +15,13 @@ from lightning_prune.patching import VisionTransformer
 from lightning_prune.patching.class_swap import patch_generation
 from lightning_prune.patching.patched_block import patch_key
 from lightning_prune.runtimes.base import Runtime
+from lightning_prune.runtimes.calibration import calibration_key
 from lightning_prune.runtimes.graph_export import ExportedGraph, export_graph
+from lightning_prune.runtimes.graph_store import Converted, RunGraph, graph_store, version_of
 from lightning_prune.runtimes.in_place import InPlace, is_compiled, is_forced_eager
 
-RunGraph = Callable[..., list[Tensor]]
 TOKENS = "tokens"
 """Name of the dynamic dimension of a graph that is converted once for all token counts."""
-_GRAPH_BYTES = 4 * 2**30
-_FEWEST_GRAPHS = 8
-
-
-def graphs_to_keep(model: nn.Module) -> int:
-    """How many graphs of a model are kept at a time: each holds a copy of its weights, 4 GiB in all.
-
-    Those that are dropped are converted or loaded again when they are needed, which takes seconds and no timing.
-    """
-    weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-    return max(_GRAPH_BYTES // max(weights, 1), _FEWEST_GRAPHS)
 
 
 class ConvertedRuntime(Runtime):
@@ -121,10 +110,8 @@ class _ConvertedCalls(InPlace):
     """
 
     def __init__(self, runtime: ConvertedRuntime, root: nn.Module) -> None:
-        self._converter, self._kept = runtime, graphs_to_keep(root)
-        self._graphs: OrderedDict[Hashable, tuple[ExportedGraph, RunGraph]] = OrderedDict()
-        self._weights: Hashable = None
-        self._last: tuple[Hashable, tuple[ExportedGraph, RunGraph]] | None = None
+        self._converter, self._graphs = runtime, graph_store(root, runtime.name)
+        self._last: tuple[Hashable, Converted] | None = None
         self._names = list(inspect.signature(root.forward).parameters)
         self._tensors: list[Tensor] = []
         vars(root)["_compiled_call_impl"] = self._call
@@ -136,9 +123,9 @@ class _ConvertedCalls(InPlace):
         super().resume()
 
     def undo(self) -> None:
-        """See `InPlace.undo`; frees the graphs."""
+        """See `InPlace.undo`; frees the graphs, except in `keeping_graphs`."""
         super().undo()
-        self._graphs.clear()
+        self._graphs = graph_store(self._root, self._converter.name)
         self._last = None
 
     def _call(self, *args: Any, **keywords: Any) -> Any:
@@ -152,31 +139,28 @@ class _ConvertedCalls(InPlace):
             raise ArgumentError(f"{name}, got {type(images).__name__}.")
         # What is compared at every call takes microseconds; a parameter that was replaced, and not changed in place,
         # is seen when something else differs.
-        state = self._root.training, torch.is_autocast_enabled(images.device.type), *map(_version, self._tensors)
+        state = self._root.training, torch.is_autocast_enabled(images.device.type), *map(version_of, self._tensors)
         key = patch_generation(), images.shape, images.dtype, images.device, tuple(keywords.items()), state
         if self._last is None or self._last[0] != key:
             found = self._graph(images, keywords)
-            state = *state[:2], *map(_version, self._tensors)
+            state = *state[:2], *map(version_of, self._tensors)
             self._last = (*key[:-1], state), found
         graph, run = self._last[1]
         return graph.unflatten(run(images.detach()))
 
-    def _graph(self, images: Tensor, keywords: Mapping[str, Any]) -> tuple[ExportedGraph, RunGraph]:
+    def _graph(self, images: Tensor, keywords: Mapping[str, Any]) -> Converted:
         """The graph of the model as it is now, converted where that has not been done."""
         self._check_call(images, keywords)
         self._tensors = [*self._root.parameters(), *self._root.buffers()]
-        weights = tuple((id(tensor), tensor.data_ptr(), _version(tensor)) for tensor in self._tensors)
-        if weights != self._weights:
-            self._graphs.clear()
-            self._weights = weights
-        key = patch_key(self._root), images.shape, images.dtype, images.device, repr(sorted(keywords.items()))
-        if key not in self._graphs:
+        self._graphs.take_weights(self._tensors)
+
+        def convert() -> Converted:
             graph = export_graph(self._root, (images.detach(),), keywords)
-            self._graphs[key] = graph, self._converter.load(graph)
-        self._graphs.move_to_end(key)
-        while len(self._graphs) > self._kept:
-            self._graphs.popitem(last=False)
-        return self._graphs[key]
+            return graph, self._converter.load(graph)
+
+        shape = images.shape, images.dtype, images.device
+        key = patch_key(self._root), shape, repr(sorted(keywords.items())), calibration_key()
+        return self._graphs.get(key, convert)
 
     def _check_call(self, images: Tensor, keywords: Mapping[str, Any]) -> None:
         name = self._converter.name
@@ -197,11 +181,6 @@ def not_float32(model: nn.Module) -> str | None:
     """Why a quantizer does not take the weights of a model; None where it does."""
     wrong = {str(t.dtype) for t in model.parameters() if t.is_floating_point() and t.dtype != torch.float32}
     return f"the weights are {min(wrong)}; its quantizer takes models in float32." if wrong else None
-
-
-def _version(tensor: Tensor) -> int:
-    """How often a tensor was changed in place; inference tensors do not count."""
-    return -1 if tensor.is_inference() else tensor._version
 
 
 def _is_plain(parameter: Tensor) -> bool:

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from lightning_prune._utils.validation import check, check_choice, check_int
 from lightning_prune.errors import ArgumentError, ExportError
 from lightning_prune.runtimes.calibration import calibration_batches
-from lightning_prune.runtimes.converted import TOKENS, ConvertedRuntime, RunGraph, not_float32
+from lightning_prune.runtimes.converted import TOKENS, ConvertedRuntime, not_float32
 from lightning_prune.runtimes.graph_export import ExportedGraph
+from lightning_prune.runtimes.graph_store import RunGraph
 from lightning_prune.runtimes.onnx_conversion import NUMPY_DTYPES, to_onnx
 from lightning_prune.runtimes.onnx_quantization import UNFUSED, Quantization, quantized_onnx
 

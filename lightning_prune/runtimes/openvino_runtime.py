@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from lightning_prune._utils.validation import check, check_choice, check_int
 from lightning_prune.errors import ExportError, RuntimeUnavailableError
 from lightning_prune.runtimes.calibration import calibration_batches
-from lightning_prune.runtimes.converted import ConvertedRuntime, RunGraph, not_float32
+from lightning_prune.runtimes.converted import ConvertedRuntime, not_float32
 from lightning_prune.runtimes.graph_export import ExportedGraph
+from lightning_prune.runtimes.graph_store import RunGraph
 from lightning_prune.runtimes.onnx_conversion import NUMPY_DTYPES, to_onnx
 
 Precision = Literal["f32", "f16", "bf16", "default"]

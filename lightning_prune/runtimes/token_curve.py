@@ -17,8 +17,9 @@ from lightning_prune.patching import PatchHandle, VisionTransformer
 from lightning_prune.patching.models.base import call_keywords
 from lightning_prune.reduction.base import Reduction, ReductionOutput, TokenSequence
 from lightning_prune.reduction.functional import take_tokens
-from lightning_prune.runtimes.converted import TOKENS, ConvertedRuntime, graphs_to_keep
+from lightning_prune.runtimes.converted import TOKENS, ConvertedRuntime
 from lightning_prune.runtimes.graph_export import ExportedGraph, export_graph
+from lightning_prune.runtimes.graph_store import graphs_to_keep
 from lightning_prune.schedule import Schedule
 
 _kept: ContextVar[Tensor] = ContextVar("kept")

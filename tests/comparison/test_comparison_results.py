@@ -304,11 +304,29 @@ def test_the_best_of_several_runtimes_is_the_fastest_there_is() -> None:
     assert choose_best(rows, planned, lp.LatencyBudget(speedup=3.0)).variant == "tome 2x [torch.compile]"
 
 
-def test_a_variant_in_8_bits_has_no_schedule_to_deploy() -> None:
+@pytest.mark.parametrize(("runtime", "best"), [("torch", "dense"), ("onnxruntime", "pomt+int8 2x")])
+def test_8_bits_are_deployable_where_the_runtime_quantizes(runtime: str, best: str) -> None:
     rows = [Row(variant="dense", top1=0.9, latency_ms=10.0, speedup=1.0)]
-    rows.append(Row(variant="pomt+int8 2x", top1=0.9, int8=True, latency_ms=5.0, speedup=2.0))
-    planned = [PlannedVariant(row.variant, row.variant, schedule=lp.Schedule([1, 0])) for row in rows]
-    assert choose_best(rows, planned, BUDGET).variant == "dense"
+    rows.append(Row(variant="pomt+int8 2x", method="pomt", top1=0.9, int8=True, latency_ms=5.0, speedup=2.0))
+    dense = PlannedVariant("dense", "dense", runtime=runtime)
+    cut = lp.Schedule([1, 0])
+    pruned = PlannedVariant("pomt+int8 2x", "pomt+int8", "pomt", int8=True, schedule=cut, runtime=runtime)
+    found = choose_best(rows, [dense, pruned], BUDGET)
+    assert found.variant == best
+    assert ("onnxruntime:quantize=static" in found.reason) == (best != "dense")
+
+
+def test_8_bits_alone_can_be_the_best(tmp_path: Path) -> None:
+    dense, int8 = DENSE, replace(DENSE, variant="int8", method="int8", int8=True, latency_ms=5.0, speedup=2.0)
+    planned = [PlannedVariant("dense", "dense", runtime="onnxruntime")]
+    planned.append(PlannedVariant("int8", "int8", "int8", int8=True, runtime="onnxruntime"))
+    best = choose_best([dense, int8], planned, BUDGET)
+    assert best.variant == "int8"
+    whole = comparison(best=best)
+    profiled = replace(whole.plan, planned=planned)
+    replace(whole, rows=(dense, int8), plan=profiled, traces={}).save(tmp_path)
+    schedule = lp.Schedule.load(tmp_path / "schedule.yaml")
+    assert (schedule.total_removed, schedule.made_on.runtime) == (0, "onnxruntime:quantize=static")
 
 
 class Configured:

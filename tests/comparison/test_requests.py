@@ -6,6 +6,7 @@ import pytest
 
 import lightning_prune as lp
 from lightning_prune.comparison.requests import VariantRequest, read_methods
+from lightning_prune.planning.method_selection import AUTO_METHODS
 from lightning_prune.reduction import POMT, RandomDrop, names, resolve
 
 
@@ -19,7 +20,9 @@ def test_dense_is_first_and_always_there() -> None:
 
 
 def test_8_bits_alone_and_together() -> None:
-    both, alone = read("random+int8", "int8")[1:]
+    both, alone, planned = read("random+int8", "int8", "auto+int8")[1:]
+    assert (planned.name, planned.method, planned.int8, planned.has_targets) == ("auto+int8", "auto", True, True)
+    assert planned.searched == AUTO_METHODS
     assert both == VariantRequest("random+int8", RandomDrop(), True)
     assert alone == VariantRequest("int8", None, True)
     assert [(e.method, e.has_targets) for e in read("random+int8", "int8")] == [
@@ -50,6 +53,7 @@ def test_the_name_of_the_pruners_own_method_means_its_settings() -> None:
         (["pmot"], r"`methods` must be of dense, pomt, .*, int8, .* got 'pmot'\. Did you mean 'pomt'\?"),
         (["int9"], r"got 'int9'\. Did you mean 'int8'\?"),
         (["ramdom+int8"], r"got 'ramdom\+int8'\. Did you mean 'random\+int8'\?"),
+        (["atuo+int8"], r"got 'atuo\+int8'\. Did you mean 'auto\+int8'\?"),
         (["dnse"], r"got 'dnse'\. Did you mean 'dense'\?"),
         (["dense+int8"], r"got 'dense\+int8'\. Did you mean 'int8'\?"),
         (["zzzzzz"], r"got 'zzzzzz'\.$"),

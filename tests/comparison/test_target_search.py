@@ -19,7 +19,7 @@ from .conftest import clock_of
 
 def run(module: Any, running: Any, output: Path, messages: list[str], **more: Any) -> Any:
     trainer, _ = running(calibration=8, **more)
-    data, methods, clock = lp.DigitsData(batch_size=8), ["auto", "random"], clock_of(module)
+    data, methods, clock = lp.DigitsData(batch_size=8), ["auto", "random", "auto+int8"], clock_of(module)
     return lp.compare(
         trainer, module, data, methods, [1.2, 50.0], output=output, on_message=messages.append, clock=clock
     )
@@ -42,6 +42,10 @@ def test_auto_is_planned_validated_and_found_again(
     assert str(planned.schedule.method) == planned.chosen == auto.note.split("; ")[0]
     assert planned.schedule.total_removed == auto.removed
     assert planned.schedule.tokens(197)[-1] == auto.tokens
+    both = rows["auto+int8 1.2x"]
+    assert (both.method, both.int8) == ("auto", True)
+    assert both.note.split("; ")[0] in AUTO_METHODS
+    assert both.speedup >= 0.98 * 1.2
     (unreached,) = (each for each in found.plan.unreached if each.method == "auto")
     assert unreached.target_speedup == 50
     assert unreached.reason.startswith("timed up to Schedule(")
@@ -62,7 +66,7 @@ def test_auto_is_planned_validated_and_found_again(
     (new,) = (line for line in messages if line.startswith("A new comparison: "))
     changed = new.removeprefix("A new comparison: ").split(" differ ")[0]
     assert set(changed.split(", ")) == {"calibration", "proxy", "seed"}
-    assert proxies == ["cosine"]
+    assert proxies == ["cosine"]  # of both: the front in 8 bits is that in floating point
 
 
 def test_a_plan_read_from_a_file_runs_as_the_method_that_was_chosen() -> None:
@@ -74,8 +78,3 @@ def test_a_plan_read_from_a_file_runs_as_the_method_that_was_chosen() -> None:
     assert (request.method, request.has_targets, request.searches) == ("auto", True, True)
     variant = variant_of(read, request)
     assert (variant.reduction, variant.schedule, variant.weights) == (resolve("pomt-nearest"), schedule, None)
-
-
-def test_auto_in_8_bits_is_refused() -> None:
-    with pytest.raises(lp.ArgumentError, match=r"`methods` must be of dense, .*, auto, int8, .* got 'auto\+int8'"):
-        read_methods(["auto+int8"], POMT())

@@ -19,10 +19,12 @@ from lightning_prune.planning.latency_model import LatencyModel, ReductionOverhe
 from lightning_prune.planning.overhead_probes import shallow_probes, uses_shallow_copy
 from lightning_prune.profiling.environment import measurement_context
 from lightning_prune.reduction import resolve
-from lightning_prune.runtimes import applied_runtime, converted, is_compiled, parse_runtime
+from lightning_prune.runtimes import applied_runtime, graph_store, is_compiled, parse_runtime
 from lightning_prune.runtimes.base import Runtime
+from lightning_prune.runtimes.calibration import calibrating_with
 from lightning_prune.runtimes.converted import ConvertedRuntime
 from lightning_prune.runtimes.graph_export import export_graph
+from lightning_prune.runtimes.graph_store import keeping_graphs
 from lightning_prune.runtimes.in_place import force_eager
 from lightning_prune.runtimes.token_curve import TokenCurve
 
@@ -300,8 +302,8 @@ def test_overheads_are_measured_in_a_copy_with_few_blocks(counting: Counting, mo
 def test_graphs_of_a_large_model_are_dropped_and_loaded_again(
     counting: Counting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(converted, "_GRAPH_BYTES", 0)
-    monkeypatch.setattr(converted, "_FEWEST_GRAPHS", 2)
+    monkeypatch.setattr(graph_store, "_GRAPH_BYTES", 0)
+    monkeypatch.setattr(graph_store, "_FEWEST_GRAPHS", 2)
     model = tiny()
     curve = TokenCurve(counting, find_vision_transformer(model), IMAGES)
     with torch.no_grad():
@@ -314,6 +316,53 @@ def test_graphs_of_a_large_model_are_dropped_and_loaded_again(
             for images in (IMAGES, IMAGES[:1], IMAGES.repeat(2, 1, 1, 1), IMAGES):
                 model(images)
     assert [shape[0] for shape in counting.loaded] == [2, 1, 4, 2]
+
+
+class TestKeepingGraphs:
+    @pytest.fixture
+    def model(self) -> nn.Module:
+        return tiny()
+
+    def run(self, counting: Counting, model: nn.Module, images: Tensor = IMAGES) -> Tensor:
+        with torch.no_grad(), counting.applied(find_vision_transformer(model)):
+            output: Tensor = model(images)
+        return output
+
+    def test_a_runtime_that_is_applied_again_converts_nothing(self, model: nn.Module, counting: Counting) -> None:
+        with keeping_graphs(), keeping_graphs():
+            first = self.run(counting, model)
+            assert torch.equal(self.run(counting, model), first)
+            assert len(counting.loaded) == 1
+            with lp.patch(model, "topk", [4, 3]):
+                pruned = self.run(counting, model)
+            assert not torch.equal(pruned, first)
+            assert torch.equal(self.run(counting, model), first)
+        assert len(counting.loaded) == 2
+        self.run(counting, model)
+        assert len(counting.loaded) == 3  # freed at the end
+
+    def test_other_models_weights_and_calibration_images_are_converted(
+        self, model: nn.Module, counting: Counting
+    ) -> None:
+        with keeping_graphs():
+            self.run(counting, model)
+            self.run(counting, tiny())
+            assert len(counting.loaded) == 2
+            model.load_state_dict({key: 2 * value for key, value in model.state_dict().items()}, assign=True)
+            with torch.no_grad():
+                same(self.run(counting, model), model(IMAGES))
+            assert len(counting.loaded) == 3
+            images = IMAGES.clone()
+            for _ in range(2):
+                with calibrating_with(images):
+                    self.run(counting, model)
+            assert len(counting.loaded) == 4
+            images *= 2
+            with calibrating_with(images):
+                self.run(counting, model)
+            with calibrating_with(images.clone()):
+                self.run(counting, model)
+            assert len(counting.loaded) == 6
 
 
 def test_runtimes_are_immutable_and_equal_by_name() -> None:

@@ -16,8 +16,9 @@ from helpers.models import DIGITS_MODEL, tiny_vit
 from lightning_prune.patching import find_vision_transformer
 from lightning_prune.runtimes import parse_runtime
 from lightning_prune.runtimes.calibration import CALIBRATION_IMAGES, calibrating_with, calibration_batches
-from lightning_prune.runtimes.converted import ConvertedRuntime, RunGraph
+from lightning_prune.runtimes.converted import ConvertedRuntime
 from lightning_prune.runtimes.graph_export import ExportedGraph, export_graph
+from lightning_prune.runtimes.graph_store import RunGraph
 from lightning_prune.runtimes.token_curve import TokenCurve
 
 STATIC, DYNAMIC, OPENVINO = "onnxruntime:quantize=static", "onnxruntime:quantize=dynamic", "openvino:quantize=int8"
