@@ -11,8 +11,9 @@ from torch import Tensor
 
 from lightning_prune.errors import ExportError, RuntimeUnavailableError
 from lightning_prune.runtimes.base import torch_context
-from lightning_prune.runtimes.converted import ConvertedRuntime, RunGraph
+from lightning_prune.runtimes.converted import ConvertedRuntime
 from lightning_prune.runtimes.graph_export import ExportedGraph
+from lightning_prune.runtimes.graph_store import RunGraph
 
 _SUFFIX = ".pt2"
 

@@ -13,8 +13,9 @@ from executorch.runtime import Runtime as ProgramRuntime
 from torch import Tensor, nn
 
 from lightning_prune.errors import ArgumentError, ExportError
-from lightning_prune.runtimes.converted import ConvertedRuntime, RunGraph
+from lightning_prune.runtimes.converted import ConvertedRuntime
 from lightning_prune.runtimes.graph_export import ExportedGraph
+from lightning_prune.runtimes.graph_store import RunGraph
 
 _DTYPES = {torch.float32, torch.float16}
 _pool_threads: list[int] = []
