@@ -17,7 +17,7 @@ from lightning_prune.patching.patched_block import patch_key
 from lightning_prune.runtimes.base import Runtime
 from lightning_prune.runtimes.calibration import calibration_key
 from lightning_prune.runtimes.graph_export import ExportedGraph, export_graph
-from lightning_prune.runtimes.graph_store import Converted, RunGraph, graph_store, version_of
+from lightning_prune.runtimes.graph_store import Converted, RunGraph, store_of, version_of
 from lightning_prune.runtimes.in_place import InPlace, is_compiled, is_forced_eager
 
 TOKENS = "tokens"
@@ -110,7 +110,7 @@ class _ConvertedCalls(InPlace):
     """
 
     def __init__(self, runtime: ConvertedRuntime, root: nn.Module) -> None:
-        self._converter, self._graphs = runtime, graph_store(root, runtime.name)
+        self._converter, self._graphs = runtime, store_of(root, runtime.name)
         self._last: tuple[Hashable, Converted] | None = None
         self._names = list(inspect.signature(root.forward).parameters)
         self._tensors: list[Tensor] = []
@@ -125,7 +125,7 @@ class _ConvertedCalls(InPlace):
     def undo(self) -> None:
         """See `InPlace.undo`; frees the graphs, except in `keeping_graphs`."""
         super().undo()
-        self._graphs = graph_store(self._root, self._converter.name)
+        self._graphs = store_of(self._root, self._converter.name)
         self._last = None
 
     def _call(self, *args: Any, **keywords: Any) -> Any:

@@ -88,7 +88,7 @@ def keeping_graphs() -> Iterator[None]:
         _kept.reset(token)
 
 
-def graph_store(model: nn.Module, runtime: str) -> GraphStore:
+def store_of(model: nn.Module, runtime: str) -> GraphStore:
     """A new store, or in `keeping_graphs` the one of this model and runtime.
 
     Args:
