@@ -1,6 +1,5 @@
 """The programs of `examples/benchmarks` run and write what they say; what they measure is not looked at."""
 
-import importlib
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -9,19 +8,6 @@ from typing import Any
 import pytest
 
 from lightning_prune.cli.words import parser_words
-
-FOLDER = Path(__file__).parent.parent.parent / "examples" / "benchmarks"
-
-
-@pytest.fixture
-def program(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Imports one of them as it would be run: its folder first on the path."""
-    monkeypatch.syspath_prepend(str(FOLDER))
-    before = set(sys.modules)
-    yield importlib.import_module
-    for name in set(sys.modules) - before:
-        if str(FOLDER) in str(getattr(sys.modules[name], "__file__", "")):
-            del sys.modules[name]
 
 
 def run(module: ModuleType, monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
