@@ -38,6 +38,7 @@ _HOME = {
     "Utility": "planning.objectives",
     "Vocabulary": "reduction.vocabulary",
     "WeightsError": "errors",
+    "bundle": "exporting",
     "compare": "comparison",
     "compare_latency": "profiling.measurement",
     "export": "exporting",
@@ -93,6 +94,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors, which cannot 
     from lightning_prune.errors import ScheduleError as ScheduleError
     from lightning_prune.errors import UnsupportedModelError as UnsupportedModelError
     from lightning_prune.errors import WeightsError as WeightsError
+    from lightning_prune.exporting import bundle as bundle
     from lightning_prune.exporting import export as export
     from lightning_prune.exporting import load_exported as load_exported
     from lightning_prune.patching import PatchHandle as PatchHandle

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 import lightning_prune as lp
 from lightning_prune.patching.block_split import PRE_NORM
-from lightning_prune.profiling import InterleavedTimer
+from lightning_prune.profiling import InterleavedTimer, between_runs
 from lightning_prune.runtimes import parse_runtime
 
 FEWEST = 5  # rounds of the slowest case
@@ -98,13 +98,13 @@ def measure(model: nn.Module, images: Tensor, case: str, mode: str, args: argpar
     device = images.device
     clock = {"wall": time.perf_counter, "cpu": time.process_time}[args.clock]
     with torch.inference_mode():
-        timer = InterleavedTimer(switch, run, device, reference="floor", clock=clock)
+        timer = InterleavedTimer(switch, run, between_runs(device), reference="floor", clock=clock)
         for variant in [*forwards] * 2 if mode in COMPILED else []:  # to compile, then to record CUDA graphs
             switch(variant)
             run()
         timer.measure(["pruned"], min(FEWEST, args.rounds))
         timer.measure(["pruned"], args.rounds - FEWEST, clock() + args.seconds)
-        over = InterleavedTimer(switch, run, device, reference="dense", clock=clock)
+        over = InterleavedTimer(switch, run, between_runs(device), reference="dense", clock=clock)
         over.measure(["pruned"], max(args.rounds // 3, 3), clock() + args.seconds / 3)
     ratio, pruned = timer.result("pruned"), over.result("pruned")
     return {

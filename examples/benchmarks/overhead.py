@@ -17,7 +17,7 @@ from rich.table import Table
 
 import lightning_prune as lp
 from lightning_prune.patching.class_swap import is_patched_module
-from lightning_prune.profiling import InterleavedTimer, measurement_context
+from lightning_prune.profiling import InterleavedTimer, between_runs, measurement_context
 
 RATIOS = (("patched_over_dense", "spread"), ("again_over_dense", "again_spread"))
 MODELS = ["deit_tiny_patch16_224", "deit_small_patch16_224", "vit_small_patch16_dinov3", "beit_base_patch16_224"]
@@ -37,7 +37,7 @@ def measure(name: str, batch_size: int, rounds: int, device: torch.device) -> di
             handle.remove()
 
     with torch.inference_mode():
-        timer = InterleavedTimer(prepare, lambda: model(images), device, reference="dense")
+        timer = InterleavedTimer(prepare, lambda: model(images), between_runs(device), reference="dense")
         timer.measure(["dense", "patched, R = 0", "dense again"], rounds)
         context = measurement_context(model, images)
     patched, again = timer.result("patched, R = 0"), timer.result("dense again")

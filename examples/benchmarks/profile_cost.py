@@ -58,7 +58,7 @@ def simulated(seed: int) -> Row:
     clock, running = SimulatedClock(device), [N]
     timer = InterleavedTimer[int](
         prepare=lambda count: running.__setitem__(0, count), run=lambda: clock.spend(seconds(running[0])),
-        device=torch.device("cpu"), reference=N, clock=clock,
+        synchronize=lambda: None, reference=N, clock=clock,
     )  # fmt: skip
     build = profile_builder("pomt", BLOCK, DEPTH, "deployed")
     profile = search_counts(timer, build, None, 3, N, 30.0, lambda: None, work.batch)

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from tables import Row, context_of, print_table, write_table
 
 import lightning_prune as lp
-from lightning_prune.profiling import InterleavedTimer
+from lightning_prune.profiling import InterleavedTimer, between_runs
 
 KEEP = 0.7
 SIZES = (112, 160, 224, 320, 448, 640, 1024)  # 49 to 4096 patches of 16 pixels
@@ -39,7 +39,9 @@ def measure(model_name: str, size: int, batch: int, depth: int, args: argparse.N
         handle.update(schedule) if variant == "pruned" else handle.remove()
 
     with torch.inference_mode():
-        timer = InterleavedTimer(switch, lambda: model(images), torch.device(args.device), reference="dense")
+        timer = InterleavedTimer(
+            switch, lambda: model(images), between_runs(torch.device(args.device)), reference="dense"
+        )
         timer.measure(["pruned"], min(FEWEST, args.rounds))
         timer.measure(["pruned"], args.rounds - FEWEST, time.perf_counter() + args.seconds)
     dense, pruned = timer.result("dense"), timer.result("pruned")

@@ -1,10 +1,11 @@
-"""Device names, synchronisation of devices, and the state of the global random generators."""
+"""Device names, and synchronisation of devices."""
 
-import platform
+from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 
 import torch
+
+from lightning_prune._utils.processor import processor_name
 
 
 def synchronize(device: torch.device) -> None:
@@ -18,14 +19,25 @@ def synchronize(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
+def between_runs(device: torch.device) -> Callable[[], None]:
+    """A function for `InterleavedTimer.synchronize`: waits for a device, and drops the weights that autocast has cast.
+
+    Under autocast every step of a loop casts the weights, so every timed run must.
+
+    Args:
+        device: Where the model runs.
+    """
+
+    def wait() -> None:
+        torch.clear_autocast_cache()
+        synchronize(device)
+
+    return wait
+
+
 @cache
 def device_name(device: torch.device) -> str:
     """The product name of a device."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    if device.type != "cpu":
-        return device.type.upper()
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    named = [line.split(":", 1)[1].strip() for line in lines if line.lower().startswith(("model name", "hardware"))]
-    return named[0] if named else platform.processor() or platform.machine()
+    return processor_name() if device.type == "cpu" else device.type.upper()

@@ -1,4 +1,7 @@
-"""Files: written completely or not at all, read without executing anything; and file names."""
+"""Files: written completely or not at all, read without executing anything; and file names.
+
+PyYAML is imported for YAML alone, as `lightning_prune.bundle` copies this file to devices that have only numpy.
+"""
 
 import hashlib
 import json
@@ -12,13 +15,10 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-import yaml
-
 from lightning_prune._utils.validation import check_path
 from lightning_prune.errors import ArgumentError, FileFormatError, FileWriteError, PruneError
 
 D = TypeVar("D", bound="SavedDocument")
-_NOT_PLAIN = (TypeError, yaml.YAMLError)  # raised by json and yaml for values that they cannot write
 
 
 def user_path(path: str | PathLike[str]) -> Path:
@@ -109,7 +109,7 @@ def write_document(path: str | PathLike[str], document: Mapping[str, Any]) -> Pa
     dump = _json if target.suffix == ".json" else _yaml
     try:
         text = dump(dict(document))
-    except _NOT_PLAIN as error:
+    except TypeError as error:
         raise ArgumentError(f"{target} can hold plain values only, got {_invalid_entry(document, dump)}.") from error
     with atomic_write(target) as temporary:
         temporary.write_text(text, encoding="utf-8")
@@ -121,7 +121,19 @@ def _json(value: Any) -> str:
 
 
 def _yaml(value: Any) -> str:
-    return yaml.safe_dump(value, sort_keys=False, default_flow_style=None, width=100)
+    import yaml
+
+    try:
+        text: str = yaml.safe_dump(value, sort_keys=False, default_flow_style=None, width=100)
+    except yaml.YAMLError as error:
+        raise TypeError(str(error)) from error
+    return text
+
+
+def _read_yaml(text: str) -> Any:
+    import yaml
+
+    return yaml.safe_load(text)
 
 
 def _invalid_entry(value: Any, dump: Callable[[Any], str], path: str = "") -> str:
@@ -130,7 +142,7 @@ def _invalid_entry(value: Any, dump: Callable[[Any], str], path: str = "") -> st
     for key, entry in inner.items():
         try:
             dump(entry)
-        except _NOT_PLAIN:
+        except TypeError:
             return _invalid_entry(entry, dump, f"{path}.{key}" if path else str(key))
     return f"{type(value).__name__} for `{path}`"
 
@@ -155,7 +167,7 @@ def read_document(
     named = " or ".join(kinds)
     try:
         text = source.read_text(encoding="utf-8")
-        document = json.loads(text) if source.suffix == ".json" else yaml.safe_load(text)
+        document = json.loads(text) if source.suffix == ".json" else _read_yaml(text)
     except OSError as error:
         raise FileFormatError(f"Cannot read {source}: {error.strerror or error}.") from error
     except Exception as error:  # PyYAML raises KeyError, IndexError, RecursionError, ... for damaged files

@@ -68,5 +68,7 @@ def _latency(decision: Decision) -> str:
     dense = f"dense {decision.dense_ms:.2f} ms"
     if not decision.prunes:
         return dense
+    if decision.plan is not None and decision.plan.pruned is None:  # planned for another device
+        return f"{dense}, predicted {decision.latency_ms:.2f} ms, not measured: {decision.speedup:.2f}x"
     predicted = f" (predicted {decision.predicted_ms:.2f} ms)" if decision.predicted_ms is not None else ""
     return f"{dense}, pruned {decision.latency_ms:.2f} ms{predicted}: {decision.speedup:.2f}x"

@@ -1,4 +1,4 @@
-"""A Lightning Trainer with the methods profile, plan, compare, export and vocabulary."""
+"""A Lightning Trainer with the methods profile, plan, compare, export, bundle and vocabulary."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -9,12 +9,13 @@ from rich.console import Console
 
 from lightning_prune.callbacks import PruningConfig, config_of
 from lightning_prune.classification.datamodules import ImageFolderData
+from lightning_prune.cli.bundle_command import run_bundle
 from lightning_prune.cli.export_command import run_export
 from lightning_prune.cli.plan_commands import run_plan, run_profile
 from lightning_prune.cli.vocabulary_command import learn_words
 from lightning_prune.comparison.api import compare
 from lightning_prune.comparison.comparison_results import Comparison
-from lightning_prune.exporting import ExportReport
+from lightning_prune.exporting import DeviceBundle, ExportReport
 from lightning_prune.exporting.exported_graph import BatchSize, GraphForm, Precision
 from lightning_prune.planning import Plan
 from lightning_prune.profiling import LatencyProfile
@@ -23,7 +24,7 @@ from lightning_prune.report.tables import comparison_table, remarks
 
 
 class PruneTrainer(L.Trainer):
-    """`lightning.Trainer` with `profile`, `plan`, `compare`, `export` and `vocabulary`, which are commands.
+    """`lightning.Trainer` with `profile`, `plan`, `compare`, `export`, `bundle` and `vocabulary`, which are commands.
 
     The settings are those of the `TokenPruning` callback among its callbacks, or the defaults of that callback.
 
@@ -94,7 +95,7 @@ class PruneTrainer(L.Trainer):
             dataloaders: Validation loaders, if there is no datamodule.
             datamodule: Provides the validation loader.
             output: Folder for the files.
-            profile: A profile.json written by `profile`, on any device.
+            profile: A profile.json written by `profile`, or by a bundle, on any device.
             device: A device to simulate, such as simulated:multiprocessors=8,tile=64.
 
         Raises:
@@ -211,6 +212,38 @@ class PruneTrainer(L.Trainer):
         data = {"dataloaders": dataloaders, "datamodule": datamodule}
         options = (schedule, format, batch, batch_size, precision, graph, opset, overwrite)
         return run_export(self, model, self.config, output, *options, **data)
+
+    def bundle(
+        self,
+        model: L.LightningModule,
+        dataloaders: Any = None,
+        datamodule: L.LightningDataModule | None = None,
+        output: str = "results/bundle",
+        runtime: str | None = None,
+        batch_size: int | None = None,
+        overwrite: bool = False,
+    ) -> DeviceBundle:
+        """Write a folder that measures the latency profile on a device that has a runtime, but no torch.
+
+        On the device `python profile.py` writes profile.json, on which `plan --profile` plans for that device.
+
+        Args:
+            model: The module that contains the Vision Transformer.
+            dataloaders: Validation loaders, if there is no datamodule.
+            datamodule: Provides the validation loader.
+            output: Folder for the files, new or empty.
+            runtime: onnxruntime or openvino, with settings; default: that of the pruner, else onnxruntime.
+            batch_size: Number of images in a batch; default: that of the validation loader.
+            overwrite: Whether an existing folder is replaced.
+
+        Raises:
+            ArgumentError: If an argument is invalid, the folder exists, or the runtime needs torch.
+            DataError: If there is no batch.
+            ExportError: If the model or a method cannot be converted.
+            RuntimeUnavailableError: If the runtime is not installed.
+        """
+        data = {"dataloaders": dataloaders, "datamodule": datamodule}
+        return run_bundle(self, model, self.config, output, runtime, batch_size, overwrite, **data)
 
     def vocabulary(
         self,

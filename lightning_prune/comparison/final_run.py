@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_prune._utils.device import between_runs
 from lightning_prune._utils.progress import OnStep
 from lightning_prune.comparison.planned_variants import UnreachedTarget
 from lightning_prune.comparison.target_search import TUNING, VariantTimer
@@ -95,7 +96,7 @@ class FinalTimer:
         self.timer = InterleavedTimer[Variant](
             prepare=self._prepare,
             run=lambda: self._run(),
-            device=images.device,
+            synchronize=between_runs(images.device),
             reference=Variant(runtime=runtimes[0]),
             clock=clock,
             references=self._references,

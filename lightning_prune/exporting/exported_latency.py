@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_prune._utils.device import between_runs
 from lightning_prune.exporting.export_report import TimedLatency
 from lightning_prune.profiling.interleaved_timer import InterleavedTimer
 from lightning_prune.runtimes.graph_store import RunGraph
@@ -36,7 +37,7 @@ def time_exported(
     timer = InterleavedTimer[str](
         prepare=lambda name: current.__setitem__(0, name),
         run=lambda: runs[current[0]](images),
-        device=images.device,
+        synchronize=between_runs(images.device),
         reference=_DENSE,
     )
     deadline = float("inf") if time_limit is None else time.perf_counter() + time_limit

@@ -130,7 +130,6 @@ class OnnxFormat(ExportFormat):
                 f"The graph cannot be converted to opset {opset}: the exporter gave operators of opset {made}. Leave "
                 "`opset` out, or give a newer one."
             )
-        _remove_traces(model)
         return model
 
     def write(self, converted: Any, folder: Path) -> None:
@@ -276,16 +275,6 @@ def parse_format(name: str, runtime: str | None = None) -> ExportFormat:
         raise ArgumentError(f"`format` must be one of {', '.join(map(repr, FORMATS))}, got {name!r}.")
     check_name("format", name, FORMATS)
     return FORMATS[name](runtime)
-
-
-def _remove_traces(model: Any) -> None:
-    """Removes what the exporter notes of each operator: lines of source, with the paths of files on this machine."""
-    graph = model.graph
-    for each in (graph, *graph.node, *graph.value_info, *graph.input, *graph.output, *graph.initializer):
-        del each.metadata_props[:]
-    for function in model.functions:
-        for each in (function, *function.node):
-            del each.metadata_props[:]
 
 
 def _run_program(program: torch.export.ExportedProgram) -> RunGraph:

@@ -1,4 +1,6 @@
-"""What comes with an exported model for its user: `run.py`, a runner of a dozen lines, and `README.md`."""
+"""What comes with an exported model for its user: `run.py`, a dozen lines, and `README.md`; also that of a bundle."""
+
+from collections.abc import Sequence
 
 from lightning_prune.exporting.export_report import ExportReport
 from lightning_prune.exporting.formats import BATCH
@@ -123,3 +125,47 @@ def _benchmarks(report: ExportReport, input_name: str) -> list[str]:
     if not commands:
         return []
     return ["## Measure it where it will run", "", "```bash", *commands, "```", ""]
+
+
+def bundle_readme(model: str, package: str, shape: Sequence[int], methods: Sequence[str]) -> str:
+    """The text of `README.md` in a bundle.
+
+    Args:
+        model: Class of the model.
+        package: The runtime, as pip installs it.
+        shape: (B, C, H, W) of the images.
+        methods: The methods whose overhead is measured.
+    """
+    form = {"onnxruntime": "onnx", "openvino": "openvino"}[package]
+    return f"""\
+# Latency profile of {model}
+
+Measures, on the device that this folder is copied to, how long {model} takes with fewer and fewer tokens, for images of
+{" x ".join(map(str, shape))}, and the overhead of the methods {", ".join(methods)}. It needs Python 3.11 or newer,
+numpy and {package}; no torch.
+
+On the device:
+
+```bash
+pip install numpy {package}
+python profile.py --time-limit 60   # writes profile.json; Ctrl-C keeps what is measured
+```
+
+`--threads N` sets the threads of the runtime, `--clock cpu` measures CPU time of the process instead of wall time, and
+`--provider NAME` names another execution provider (ONNX Runtime) or device (OpenVINO). Run nothing else meanwhile.
+
+On the workstation, with `profile.json` from the device and the configuration that the bundle was written with:
+
+```bash
+lightning-prune plan --config my.yaml --profile profile.json --output plan/
+lightning-prune export --config my.yaml --schedule plan/schedule.yaml --format {form} --output out/
+```
+
+Then copy `out/` to the device: `python run.py` in it runs the model there.
+
+| file | content |
+|---|---|
+| `profile.py`, `measuring/` | what measures: files of lightning_prune (Apache License 2.0), as they are |
+| `graphs/` | the model for any number of tokens, and schedules of the methods in its first blocks, with the weights |
+| `bundle.json` | what the graphs are, versions, and the SHA-256 of every file |
+"""

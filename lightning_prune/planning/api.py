@@ -76,8 +76,9 @@ def plan(
         blocks: Blocks that may reduce: `"all"`, an index, a fraction of the depth, or several of them. Methods that
             act before block 0 are not bound by it.
         objective: `AccuracyBudget(0.005)` if None.
-        profile: A latency curve of this model; measured if None. If it is of another device, nothing is timed here
-            and the methods are taken to have no overhead.
+        profile: A latency curve of this model; measured if None. If it is of another device, nothing is timed here:
+            the speed-up is predicted from the profile, and the reason says so. The overheads of methods are those that
+            the profile holds (that of a `bundle` does); other methods are taken to have none.
         runtime: What executes the model: `"torch"`, or `"torch.compile:mode=..."`. None keeps a runtime that is applied
             to the model already, else `"torch"`.
         proxy: Estimate of accuracy, by what the outputs are: `"soft_agreement"` for classes, `"tag_agreement"` for
@@ -272,7 +273,7 @@ def _searched(
             chosen.reduction,
             search.objective,
             met,
-            nothing_timed(reason, measured.profile, foreign) if foreign else reason,
+            nothing_timed(reason, measured.profile, foreign, measured.without_overhead) if foreign else reason,
             measured.profile,
             proxy=proxy,
             dense=dense or measured.dense,  # of now, as the reason says, and not of the profile

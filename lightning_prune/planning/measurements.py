@@ -19,6 +19,7 @@ from lightning_prune.planning.method_front import MethodFront
 from lightning_prune.planning.overhead_probes import (
     Methods,
     Probes,
+    given_probes,
     graphs_to_probe,
     schedules_to_probe,
     shallow_probes,
@@ -99,6 +100,7 @@ class Measurements:
         sensitivity_seconds: Time that took.
         dense_ms: Latency of the dense model when it was timed last.
         dense: The statistics of that; None if it was not timed since the profile.
+        without_overhead: Labels of methods whose overhead is not known, after `fronts`: the profile does not hold it.
     """
 
     model: nn.Module
@@ -117,6 +119,7 @@ class Measurements:
     sensitivity_seconds: float = 0.0
     dense_ms: float = field(init=False)
     dense: LatencyStats | None = field(init=False, default=None)
+    without_overhead: list[str] = field(init=False, default_factory=list)
     _proxy: Proxy | None = None
     _store: AccuracyStore | None = None
     _seconds_per_image: float = 0.0
@@ -188,7 +191,12 @@ class Measurements:
             label: replace(latency, attention_share=0.0) if reduction.site == "input" else latency
             for label, (reduction, _) in methods.items()
         }
-        probed = {} if self.is_foreign else self._time_probes(methods, own)
+        given = given_probes(self.profile, self.transformer, methods, own) if self.is_foreign else None
+        probed = self._time_probes(methods, own) if given is None else given
+        of_curve = self.profile.method  # whose overhead is part of the curve
+        self.without_overhead = [
+            label for label in methods if label not in probed and methods[label][0].name != of_curve
+        ]
         sensitivities = self._measure_sensitivities(methods)
         fronts = []
         for label, sensitivity in sensitivities.items():

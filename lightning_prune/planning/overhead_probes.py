@@ -5,14 +5,16 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from lightning_prune._utils.device import between_runs
 from lightning_prune._utils.progress import progress_bar
 from lightning_prune._utils.time_limit import TimeLimit
 from lightning_prune.patching import VisionTransformer
 from lightning_prune.patching.truncation import truncated
 from lightning_prune.planning.latency_model import PROBES, LatencyModel, fit_overhead, probe_schedules
-from lightning_prune.profiling import InterleavedTimer, LatencyStats, Variant, VariantSwitch
+from lightning_prune.profiling import InterleavedTimer, LatencyProfile, LatencyStats, Variant, VariantSwitch
+from lightning_prune.profiling.latency_profile import OverheadProbe
 from lightning_prune.profiling.measurement import ready_to_run
-from lightning_prune.reduction import Reduction
+from lightning_prune.reduction import Reduction, spec_of
 from lightning_prune.runtimes.base import Runtime, applied_runtime
 from lightning_prune.schedule import Schedule
 
@@ -27,6 +29,11 @@ SHALLOW_PROBES = 2
 _ROUNDS = 31
 
 
+def has_shallow_copy(transformer: VisionTransformer) -> bool:
+    """Whether a copy with few blocks is much smaller than the whole transformer."""
+    return 2 * _shallow_depth(transformer) <= transformer.depth
+
+
 def uses_shallow_copy(transformer: VisionTransformer, runtime: Runtime | None = None) -> bool:
     """Whether probes run in a copy with few blocks: where every schedule has to be converted, which takes seconds.
 
@@ -35,8 +42,40 @@ def uses_shallow_copy(transformer: VisionTransformer, runtime: Runtime | None = 
         runtime: What executes it; the runtime that is applied to it if None.
     """
     runtime = applied_runtime(transformer) if runtime is None else runtime
-    blocks = transformer.first_prunable_block + SHALLOW_BLOCKS + 1
-    return runtime is not None and runtime.converts and 2 * blocks <= transformer.depth
+    return runtime is not None and runtime.converts and has_shallow_copy(transformer)
+
+
+def shallow_copy(transformer: VisionTransformer) -> VisionTransformer:
+    """A copy with few blocks, in which the overheads of methods are measured; it shares all weights.
+
+    Args:
+        transformer: Dense.
+
+    Raises:
+        UnsupportedModelError: If no such copy can be made.
+    """
+    return truncated(transformer, _shallow_depth(transformer))
+
+
+def _shallow_depth(transformer: VisionTransformer) -> int:
+    return transformer.first_prunable_block + SHALLOW_BLOCKS + 1
+
+
+def shallow_schedules(shallow: VisionTransformer, methods: Methods, dense_tokens: int) -> dict[str, list[Schedule]]:
+    """Some schedules of every method for the copy with few blocks.
+
+    Args:
+        shallow: The copy.
+        methods: Label -> the method and the blocks that may reduce; of these, only whether it acts before block 0
+            matters here.
+        dense_tokens: N.
+    """
+    blocks = range(shallow.first_prunable_block, shallow.depth)
+    own = {
+        label: (reduction, (0,) if reduction.site == "input" else blocks) for label, (reduction, _) in methods.items()
+    }
+    found = schedules_to_probe(shallow, own, dense_tokens)
+    return {label: schedules[::2][:SHALLOW_PROBES] for label, schedules in found.items()}
 
 
 def graphs_to_probe(transformer: VisionTransformer, runtime: Runtime | None = None) -> float:
@@ -95,33 +134,80 @@ def shallow_probes(
     Raises:
         UnsupportedModelError: If no such copy can be made.
     """
-    first = transformer.first_prunable_block
-    shallow = truncated(transformer, first + SHALLOW_BLOCKS + 1)
-    n = int(next(iter(latency.values())).levels[-1])
-    blocks = range(first, shallow.depth)
-    own = {
-        label: (reduction, (0,) if reduction.site == "input" else blocks) for label, (reduction, _) in methods.items()
-    }
-    tried = {label: found[::2][:SHALLOW_PROBES] for label, found in schedules_to_probe(shallow, own, n).items()}
+    shallow = shallow_copy(transformer)
+    tried = shallow_schedules(shallow, methods, int(next(iter(latency.values())).levels[-1]))
     variants = {
         f"{label} {number}": Variant(methods[label][0], schedule)
         for label, schedules in tried.items()
         for number, schedule in enumerate(schedules)
     }
     stats = _timed(transformer, shallow, example_inputs, variants, seconds, limit, verbose)
-    probes: Probes = {}
-    for label, whole in schedules_to_probe(transformer, methods, n).items():
-        share = stats["shallow"].ratio
-        model = replace(latency[label], depth=shallow.depth, dense_ms=share * latency[label].dense_ms)
-        timed = [(schedule, stats[f"{label} {number}"]) for number, schedule in enumerate(tried[label])]
-        overhead = fit_overhead(model, timed)
-        aware = replace(latency[label], overhead=overhead)
-        spread = share * max(timing.ratio_spread for _, timing in timed)
-        probes[label] = []
-        for schedule in whole:
-            ms = aware.predict(schedule)
-            ratio = ms / aware.dense_ms
-            probes[label].append((schedule, LatencyStats(ms, spread * ms, ratio, spread, timed[0][1].rounds)))
+    return {
+        label: _whole_probes(
+            transformer,
+            label,
+            methods[label],
+            latency[label],
+            [(schedule, stats[f"{label} {number}"]) for number, schedule in enumerate(schedules)],
+            stats["shallow"].ratio,
+        )
+        for label, schedules in tried.items()
+    }
+
+
+def given_probes(
+    profile: LatencyProfile, transformer: VisionTransformer, methods: Methods, latency: Mapping[str, LatencyModel]
+) -> Probes:
+    """The probes that a profile of another device holds; none of the methods that were not timed there.
+
+    Args:
+        profile: The profile.
+        transformer: Dense.
+        methods: As of `shallow_probes`.
+        latency: As of `shallow_probes`.
+    """
+    found: Probes = {}
+    for label, method in methods.items():
+        own = [probe for probe in profile.probes if probe.method == str(spec_of(method[0]))]
+        timed = [(Schedule(probe.removed), _stats(probe, latency[label].dense_ms)) for probe in own]
+        if own and all(len(probe.removed) == transformer.depth for probe in own):
+            found[label] = timed
+        elif own:
+            found[label] = _whole_probes(transformer, label, method, latency[label], timed, own[0].depth_ratio)
+    return found
+
+
+def _stats(probe: OverheadProbe, dense_ms: float) -> LatencyStats:
+    ms = dense_ms * probe.depth_ratio
+    return LatencyStats(probe.ratio * ms, probe.ratio_spread * ms, probe.ratio, probe.ratio_spread, probe.rounds)
+
+
+def _whole_probes(
+    transformer: VisionTransformer,
+    label: str,
+    method: tuple[Reduction, Sequence[int]],
+    latency: LatencyModel,
+    timed: Sequence[tuple[Schedule, LatencyStats]],
+    share: float,
+) -> list[tuple[Schedule, LatencyStats]]:
+    """What probes of the whole model would take, from those of a copy with few blocks.
+
+    Args:
+        transformer: The whole transformer.
+        label: Of the method.
+        method: The method and the blocks that may reduce.
+        latency: Of the tokens alone, of the whole model.
+        timed: Schedules of the copy, with timings over the dense copy.
+        share: Latency of the dense copy over the whole dense model.
+    """
+    depth = timed[0][0].depth
+    overhead = fit_overhead(replace(latency, depth=depth, dense_ms=share * latency.dense_ms), timed)
+    aware = replace(latency, overhead=overhead)
+    spread = share * max(timing.ratio_spread for _, timing in timed)
+    probes = []
+    for schedule in schedules_to_probe(transformer, {label: method}, int(latency.levels[-1]))[label]:
+        ms = aware.predict(schedule)
+        probes.append((schedule, LatencyStats(ms, spread * ms, ms / aware.dense_ms, spread, timed[0][1].rounds)))
     return probes
 
 
@@ -154,7 +240,7 @@ def _timed(
         progress_bar("Overhead of the methods", seconds, verbose) as on_step,
     ):
         timer = InterleavedTimer[str](
-            prepare, lambda: current[0](), example_inputs.device, reference="dense", clock=limit.clock,
+            prepare, lambda: current[0](), between_runs(example_inputs.device), reference="dense", clock=limit.clock,
             references=lambda name: ("shallow",) if name in variants else (),
         )  # fmt: skip
         deadline = float("inf") if seconds is None else limit.clock() + seconds

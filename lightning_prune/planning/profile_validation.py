@@ -13,16 +13,17 @@ from lightning_prune.planning.latency_model import removes_before_blocks
 from lightning_prune.profiling import LatencyProfile, measurement_context
 from lightning_prune.reduction import resolve
 
+_OF_IMAGES = ("image_shape", "precision")
 _CONDITIONS = (
     "device",
     "threads",
+    "clock",
     "batch_size",
-    "image_shape",
-    "precision",
     "compiled",
     "runtime",
     "provider",
     "runtime_precision",
+    *_OF_IMAGES,
 )
 
 
@@ -30,7 +31,8 @@ def foreign_conditions(profile: LatencyProfile, transformer: VisionTransformer, 
     """The conditions under which a profile was measured that are not those here, such as `batch_size 1 there, 4 here`.
 
     Where there is one, the profile cannot be compared with timings made here. Warns of each. The number of threads
-    counts on a CPU only.
+    counts on a CPU only. A profile that a bundle measured is always of another device, and only what would be wrong
+    there, too, is worth a warning: the size of the images and the precision.
 
     Args:
         profile: The profile.
@@ -41,10 +43,16 @@ def foreign_conditions(profile: LatencyProfile, transformer: VisionTransformer, 
     there = {key: profile.context[key] for key in _CONDITIONS if profile.context.get(key) is not None}
     if here["device_type"] != "cpu" or profile.context.get("device_type") != "cpu":
         there.pop("threads", None)
-    differing = [f"{key} {value} there, {here.get(key)} here" for key, value in there.items() if value != here.get(key)]
-    for difference in differing:
-        warnings.warn(f"The profile was measured elsewhere: {difference}.", stacklevel=4)
-    return differing
+    differing = {
+        key: f"{key} {value} there, {here.get(key)} here" for key, value in there.items() if value != here.get(key)
+    }
+    is_bundled = "bundle" in profile.context
+    for key, difference in differing.items():
+        if not is_bundled or key in _OF_IMAGES:
+            warnings.warn(f"The profile was measured elsewhere: {difference}.", stacklevel=4)
+    if is_bundled:
+        return [f"device {profile.context.get('device')} there", *differing.values()]
+    return list(differing.values())
 
 
 def check_profile(profile: object, transformer: VisionTransformer, protocol: str) -> None:
@@ -85,15 +93,21 @@ def check_profile(profile: object, transformer: VisionTransformer, protocol: str
         )
 
 
-def nothing_timed(reason: str, profile: LatencyProfile, differing: Sequence[str]) -> str:
+def nothing_timed(
+    reason: str, profile: LatencyProfile, differing: Sequence[str], without_overhead: Sequence[str] = ()
+) -> str:
     """The reason of a plan for a device that is not here, or for other conditions on this one.
 
     Args:
         reason: Of the plan.
         profile: That it was made by.
         differing: The result of `foreign_conditions`.
+        without_overhead: Methods whose overhead the profile does not hold.
     """
     of = profile.context.get("device", "another device")
     is_elsewhere = any(difference.startswith("device ") for difference in differing)
     where = f"of {of}" if is_elsewhere else f"of other conditions ({'; '.join(differing)})"
-    return f"{reason} Nothing was timed here: the profile is {where}."
+    text = f"{reason} Nothing was timed here: the profile is {where}. The latency is predicted from it, not measured."
+    if without_overhead and profile.context.get("device_type") != "simulated":
+        text += f" The profile holds no overhead of {', '.join(without_overhead)}, which is taken to be none."
+    return text

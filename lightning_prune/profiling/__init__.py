@@ -1,5 +1,6 @@
 """What tokens cost, and what they are worth, on this device: latency profiles and accuracy proxies."""
 
+from lightning_prune._utils.device import between_runs
 from lightning_prune.patching.schedule_forms import reducing_block, resolve_block
 from lightning_prune.profiling.accuracy_proxy import DENSE_ACCURACY, Estimate, Proxy
 from lightning_prune.profiling.energy_counter import Unavailable, find_counter
@@ -32,6 +33,7 @@ __all__ = [
     "Variant",
     "VariantSwitch",
     "Workload",
+    "between_runs",
     "compare_latency",
     "find_counter",
     "measure_energy",

@@ -1,4 +1,7 @@
-"""Chooses the token counts to measure: a coarse grid, then the cliffs, until all are precise or the time is up."""
+"""Chooses the token counts to measure: a coarse grid, then the cliffs, until all are precise or the time is up.
+
+It needs numpy alone, as `lightning_prune.bundle` copies this file to devices without torch.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -7,9 +10,10 @@ from statistics import median
 
 import numpy as np
 
-from lightning_prune._utils.progress import OnStep
 from lightning_prune.profiling.interleaved_timer import InterleavedTimer
 from lightning_prune.profiling.latency_profile import CountStep, LatencyProfile
+
+OnStep = Callable[[], None]
 
 
 @dataclass(frozen=True)
@@ -110,7 +114,7 @@ def search_counts(
     """Measures a coarse grid, then cliffs, then more rounds until the figures are precise or the time is up.
 
     Args:
-        timer: Measures a token count; the time limit is on its clock.
+        timer: Measures a token count; the time limit is on its clock of deadlines.
         build: Makes a profile of the counts measured so far.
         counts: Counts to measure instead of a grid, or None.
         lowest: Smallest possible count.
@@ -120,10 +124,10 @@ def search_counts(
         on_step: Called after every run.
         batch_size: Images in a batch, from which the counts follow at which tiles may end.
     """
-    start = timer.clock()
+    start = timer.now()
     deadline = start + time_limit if time_limit is not None else float("inf")
     timer.measure([], 2, start + 0.05 * time_limit if time_limit is not None else deadline, on_step)
-    dense_seconds = timer.result(dense_tokens).milliseconds / 1e3
+    dense_seconds = timer.pace * timer.result(dense_tokens).milliseconds / 1e3
     if counts is not None:
         grid = sorted({*counts, dense_tokens})
     else:
@@ -138,9 +142,9 @@ def search_counts(
     timer.measure(grid, _GRID.rounds, deadline, on_step, min_rounds=_GRID.required_rounds)
     profile = build(timer, grid)
     search = CliffSearch(frozenset(grid), open=counts is None)
-    first_run = median(timer.warm_up(count) for count in grid)
-    while timer.clock() < deadline:
-        left = deadline - timer.clock()
+    first_run = timer.pace * median(timer.warm_up(count) for count in grid)
+    while timer.now() < deadline:
+        left = deadline - timer.now()
         # A new count is run once, and then in rounds together with its two neighbours.
         may_refine = left > _CLIFFS.refinement_of_time * time_limit
         affordable = int((left - dense_seconds) / (first_run + 3 * dense_seconds)) if may_refine else 0
@@ -166,11 +170,11 @@ def _warmed_up(
 
     The first run of a model that is compiled for each count takes seconds, and so may any run of a large model.
     """
-    dense_seconds = timer.result(dense_tokens).milliseconds / 1e3
+    dense_seconds = timer.pace * timer.result(dense_tokens).milliseconds / 1e3
     chosen, rest = [dense_tokens], set(grid) - {dense_tokens}
     while rest:
-        needed = timer.warm_up(chosen[-1]) + _GRID.required_rounds * (len(chosen) + 1) * dense_seconds
-        if len(chosen) > _GRID.required_counts and timer.clock() + needed > deadline:
+        needed = timer.pace * timer.warm_up(chosen[-1]) + _GRID.required_rounds * (len(chosen) + 1) * dense_seconds
+        if len(chosen) > _GRID.required_counts and timer.now() + needed > deadline:
             break
         count = max(sorted(rest), key=lambda candidate: min(abs(candidate - other) for other in chosen))
         timer.warm_up(count)

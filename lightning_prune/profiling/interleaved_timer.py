@@ -1,4 +1,7 @@
-"""Interleaved timing: alternatives are timed against each other in one run, so that the machine's drift cancels."""
+"""Interleaved timing: alternatives are timed against each other in one run, so that the machine's drift cancels.
+
+It needs numpy alone, as `lightning_prune.bundle` copies this file to devices without torch.
+"""
 
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -7,9 +10,6 @@ from math import sqrt
 from typing import Generic, TypeVar
 
 import numpy as np
-import torch
-
-from lightning_prune._utils.device import synchronize
 
 K = TypeVar("K")
 
@@ -75,20 +75,20 @@ class InterleavedTimer(Generic[K]):
     Args:
         prepare: Makes an alternative the one that `run` runs; not timed.
         run: One forward pass.
-        device: The device to synchronise.
+        synchronize: Waits until the device is idle; called before and after each run.
         reference: The alternative that ratios refer to; part of every round.
-        clock: Returns seconds.
+        clock: Returns seconds, of which those of each run are taken.
         references: The alternatives that are part of every round of an alternative besides `reference`; its ratio
             refers to the first of them, where there is one.
+        limit_clock: Returns the seconds of deadlines, where they are not those of `clock`.
 
     Example:
-        >>> import torch
         >>> from lightning_prune.profiling import InterleavedTimer
         >>> now, current = [0.0], ["dense"]
         >>> def run():
         ...     now[0] += {"dense": 0.010, "pruned": 0.008}[current[0]]
         >>> timer = InterleavedTimer(
-        ...     lambda name: current.__setitem__(0, name), run, torch.device("cpu"), "dense", clock=lambda: now[0]
+        ...     lambda name: current.__setitem__(0, name), run, lambda: None, "dense", clock=lambda: now[0]
         ... )
         >>> timer.measure(["pruned"], rounds=5)
         5
@@ -98,23 +98,39 @@ class InterleavedTimer(Generic[K]):
 
     prepare: Callable[[K], None]
     run: Callable[[], object]
-    device: torch.device
+    synchronize: Callable[[], object]
     reference: K
     clock: Callable[[], float] = time.perf_counter
     references: Callable[[K], Sequence[K]] = lambda _: ()
+    limit_clock: Callable[[], float] | None = None
     _rounds: list[dict[K, float]] = field(default_factory=list)
     _first_runs: dict[K, float] = field(default_factory=dict)
     _shuffle: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
+    _passed: float = 0.0
+    _timed: float = 0.0
 
     def once(self, alternative: K) -> float:
         """Runs an alternative once, from an idle device to an idle device, and returns the seconds."""
         self.prepare(alternative)
-        torch.clear_autocast_cache()  # under autocast every step of a loop casts the weights, so every run must
-        synchronize(self.device)
+        self.synchronize()
+        began = None if self.limit_clock is None else self.limit_clock()
         start = self.clock()
         self.run()
-        synchronize(self.device)
-        return self.clock() - start
+        self.synchronize()
+        seconds = self.clock() - start
+        if began is not None:
+            self._passed += self.now() - began
+            self._timed += seconds
+        return seconds
+
+    def now(self) -> float:
+        """Seconds on the clock of deadlines."""
+        return self.clock() if self.limit_clock is None else self.limit_clock()
+
+    @property
+    def pace(self) -> float:
+        """Seconds that pass on the clock of deadlines while one passes on `clock`, over all runs so far."""
+        return self._passed / self._timed if self._timed > 0 else 1.0
 
     def warm_up(self, alternative: K) -> float:
         """Seconds of the first run of an alternative, which no statistic includes; runs it if that has not happened.
@@ -141,7 +157,7 @@ class InterleavedTimer(Generic[K]):
         Args:
             alternatives: What to measure.
             rounds: Number of rounds.
-            deadline: In seconds of `clock`; checked between runs.
+            deadline: On the clock of deadlines; checked between runs.
             on_step: Called after every run.
             min_rounds: Rounds to complete even after the deadline, where an alternative has no measurement yet.
 
@@ -159,7 +175,7 @@ class InterleavedTimer(Generic[K]):
         for completed in range(rounds):
             times: dict[K, float] = {}
             for position in self._shuffle.permutation(len(chosen)):
-                if completed >= required and self.clock() > deadline:
+                if completed >= required and self.now() > deadline:
                     return completed
                 times[chosen[position]] = self.once(chosen[position])
                 on_step()

@@ -1,4 +1,7 @@
-"""The latency profile: measured latency against token count on one device, with its cliffs and plateaus."""
+"""The latency profile: measured latency against token count on one device, with its cliffs and plateaus.
+
+It needs the standard library alone, as `lightning_prune.bundle` copies this file to devices without torch.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -56,6 +59,26 @@ class CountStep(NamedTuple):
     saved: float
 
 
+class OverheadProbe(NamedTuple):
+    """A schedule of a method that was timed, from which the overhead of the method follows.
+
+    Attributes:
+        method: The method as a spec: its name, and the settings that differ from its defaults.
+        removed: Tokens that each block removes, of the model or of a copy of its first blocks.
+        depth_ratio: Latency of the dense model with that many blocks, over that of the whole dense model.
+        ratio: Latency of the schedule, over that of the dense model with that many blocks.
+        ratio_spread: Half the interquartile range of that ratio.
+        rounds: Number of measurements.
+    """
+
+    method: str
+    removed: tuple[int, ...]
+    depth_ratio: float
+    ratio: float
+    ratio_spread: float
+    rounds: int
+
+
 @dataclass(frozen=True)
 class LatencyProfile(SavedDocument):
     """Latency against token count, measured at one batch size and precision.
@@ -76,10 +99,12 @@ class LatencyProfile(SavedDocument):
         low_ms: Lower quartile of the latencies, for each count, in milliseconds, the drift of the machine taken out as
             from the median. Empty where it is not known, as in profiles of earlier releases.
         high_ms: Upper quartile.
+        probes: Timings from which the overheads of methods follow, where planning cannot time them: the profile is of
+            another device. Empty in others.
     """
 
     FORMAT: ClassVar[str] = "lightning_prune.profile"
-    VERSIONS: ClassVar[tuple[int, ...]] = (1, 2, 3)
+    VERSIONS: ClassVar[tuple[int, ...]] = (1, 2, 3, 4)
 
     tokens: tuple[int, ...]
     milliseconds: tuple[float, ...]
@@ -94,6 +119,7 @@ class LatencyProfile(SavedDocument):
     converged: bool = False
     low_ms: tuple[float, ...] = ()
     high_ms: tuple[float, ...] = ()
+    probes: tuple[OverheadProbe, ...] = ()
 
     def __post_init__(self) -> None:
         """Raises ArgumentError if an entry is impossible, or the columns do not fit together."""
@@ -239,7 +265,8 @@ class LatencyProfile(SavedDocument):
     def _to_values(self) -> dict[str, Any]:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         plain = {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
-        return {**plain, "context": dict(self.context)}
+        probes = [{**probe._asdict(), "removed": list(probe.removed)} for probe in self.probes]
+        return {**plain, "context": dict(self.context), "probes": probes}
 
     @classmethod
     def _from_values(cls, values: Mapping[str, Any], version: int) -> "LatencyProfile":
@@ -247,10 +274,12 @@ class LatencyProfile(SavedDocument):
             values = {"converged": values.get("settled", False), **values}
         if version < 3:  # without quartiles
             values = {"low_ms": [], "high_ms": [], **values}
+        if version < 4:  # without probes
+            values = {"probes": [], **values}
         try:
             entries = {f.name: values[f.name] for f in fields(cls)}
             plain: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in entries.items()}
-            return cls(**plain)
+            return cls(**plain | {"probes": tuple(map(_probe, entries["probes"]))})
         except KeyError as error:
             raise FileFormatError(f"A profile must have the entry {error}, got none.") from error
         except (TypeError, ArgumentError) as error:
@@ -288,6 +317,7 @@ def _check_entries(profile: LatencyProfile) -> None:
     if not all(0 <= spread < float("inf") for spread in profile.spread):
         raise ArgumentError(f"`spread` must be finite and >= 0, got {list(profile.spread)}.")
     _check_quartiles(profile)
+    _check_probes(profile)
     if min(profile.rounds) < 1:
         raise ArgumentError(f"`rounds` must be >= 1, got {min(profile.rounds)}.")
     for name, valid, expected in (
@@ -312,6 +342,26 @@ def _check_quartiles(profile: LatencyProfile) -> None:
         raise ArgumentError(
             f"`low_ms` must be positive and at most `high_ms`, which must be finite, got {list(low)} and {list(high)}."
         )
+
+
+def _probe(values: Any) -> OverheadProbe:
+    return OverheadProbe(**{**values, "removed": tuple(values["removed"])})
+
+
+def _check_probes(profile: LatencyProfile) -> None:
+    for probe in profile.probes:
+        numbers = (probe.depth_ratio, probe.ratio, probe.ratio_spread)
+        valid = (
+            isinstance(probe.method, str)
+            and all(_is_number(number) and 0 <= number < float("inf") for number in numbers)
+            and min(probe.depth_ratio, probe.ratio) > 0
+            and 0 < len(probe.removed) <= profile.depth
+            and all(isinstance(each, int) and each >= 0 for each in (*probe.removed, probe.rounds - 1))
+        )
+        if not valid:
+            raise ArgumentError(
+                f"`probes` must be timings of schedules of at most {profile.depth} blocks, got {probe}."
+            )
 
 
 def _is_number(value: object) -> bool:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_prune._utils.device import between_runs
 from lightning_prune._utils.isolation import isolated, user_hooks
 from lightning_prune._utils.progress import progress_bar
 from lightning_prune._utils.validation import as_int, check, check_bool, check_callable, check_images, check_int
@@ -120,7 +121,7 @@ def profile_latency(
         elif protocol == "paper":
             counts = range(lowest, n)
         with _switching_counts(transformer, example_inputs, reduction, index, n) as (prepare, run):
-            timer = InterleavedTimer[int](prepare, run, example_inputs.device, reference=n, clock=clock)
+            timer = InterleavedTimer[int](prepare, run, between_runs(example_inputs.device), reference=n, clock=clock)
             build = profile_builder(reduction.name, index, depth, protocol)
             profile = search_counts(timer, build, counts, lowest, n, time_limit, on_step, len(example_inputs))
         context = measurement_context(transformer.compiled_root, example_inputs)
@@ -196,7 +197,7 @@ def compare_latency(
         timer = InterleavedTimer[str](
             prepare=lambda name: switch.to(chosen[name]),
             run=lambda: transformer.run(example_inputs),
-            device=example_inputs.device,
+            synchronize=between_runs(example_inputs.device),
             reference=dense,
             clock=clock,
         )

@@ -7,6 +7,7 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor, nn
 
+from lightning_prune._utils.device import between_runs
 from lightning_prune.patching import PatchHandle, VisionTransformer, unpatch
 from lightning_prune.profiling.interleaved_timer import InterleavedTimer
 from lightning_prune.reduction import Reduction, resolve
@@ -126,7 +127,7 @@ def variant_timer(
         yield InterleavedTimer[Variant](
             prepare=switch.to,
             run=lambda: transformer.run(example_inputs),
-            device=example_inputs.device,
+            synchronize=between_runs(example_inputs.device),
             reference=reference,
             clock=clock,
         )

@@ -5,7 +5,6 @@ from math import cos, exp, pi
 from typing import Literal
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from lightning_prune.errors import ArgumentError
@@ -133,7 +132,7 @@ def simulate_latency(
     timer = InterleavedTimer[int](
         prepare=lambda count: current.__setitem__(0, count),
         run=lambda: clock.spend(simulated_seconds(device, work, schedules[current[0]], n, reduction.site)),
-        device=torch.device("cpu"),
+        synchronize=lambda: None,
         reference=n,
         clock=clock,
     )

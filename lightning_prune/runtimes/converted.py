@@ -4,6 +4,7 @@ import inspect
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Hashable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,9 +20,6 @@ from lightning_prune.runtimes.calibration import calibration_key
 from lightning_prune.runtimes.graph_export import ExportedGraph, export_graph
 from lightning_prune.runtimes.graph_store import Converted, RunGraph, store_of, version_of
 from lightning_prune.runtimes.in_place import InPlace, is_compiled, is_forced_eager
-
-TOKENS = "tokens"
-"""Name of the dynamic dimension of a graph that is converted once for all token counts."""
 
 
 class ConvertedRuntime(Runtime):
@@ -49,7 +47,7 @@ class ConvertedRuntime(Runtime):
         """
 
     def load_counts(self, graph: ExportedGraph) -> Callable[[int], RunGraph]:
-        """Converts a graph with one dynamic dimension, `TOKENS`, once for all its sizes.
+        """Converts a graph with one dynamic dimension, `graph_sessions.TOKENS`, once for all its sizes.
 
         Runtimes whose graph for one size is another than that for all sizes leave it as it is here, so that each count
         is converted by itself.
@@ -85,6 +83,29 @@ class ConvertedRuntime(Runtime):
                 stacklevel=2,
             )
         return _ConvertedCalls(self, root)
+
+    def save(self, graph: ExportedGraph, folder: Path, name: str, counts: bool = False) -> list[str]:
+        """Writes a graph as this runtime runs it, for a device without PyTorch.
+
+        Args:
+            graph: With static shapes, or as `load_counts` takes it.
+            folder: Where to write.
+            name: Of the files, without suffix.
+            counts: Whether it has the dynamic dimension of `load_counts`.
+
+        Returns:
+            The names of the files; the first is the one that is loaded.
+
+        Raises:
+            ArgumentError: If this runtime has no files for that.
+            ExportError: As `load`.
+            FileWriteError: If a file cannot be written.
+        """
+        raise ArgumentError(f"`runtime` must be one whose graphs can be written to files, got {self.name!r}.")
+
+    def device_settings(self) -> dict[str, Any]:
+        """How to run the files of `save`, for `lightning_prune.exporting.bundle_profile`; plain values."""
+        raise ArgumentError(f"`runtime` must be one whose graphs can be written to files, got {self.name!r}.")
 
     def unsupported_reason(self, model: nn.Module) -> str | None:
         """See `Runtime.unsupported_reason`."""

@@ -35,9 +35,20 @@ def to_onnx(graph: ExportedGraph, opset: int | None = None, dimension: str | Non
         raise ExportError(f"The graph cannot be converted to ONNX: {_innermost(error)}") from error
     assert made is not None
     model = made.model_proto
+    _remove_traces(model)
     if dimension is not None:
         _name_dimension(model, dimension)
     return model
+
+
+def _remove_traces(model: Any) -> None:
+    """Removes what the exporter notes of each operator: lines of source, with the paths of files on this machine."""
+    graph = model.graph
+    for each in (graph, *graph.node, *graph.value_info, *graph.input, *graph.output, *graph.initializer):
+        del each.metadata_props[:]
+    for function in model.functions:
+        for each in (function, *function.node):
+            del each.metadata_props[:]
 
 
 def _name_dimension(model: Any, name: str) -> None:

@@ -11,13 +11,12 @@ from torch import Tensor, nn
 from lightning_prune._utils.validation import check, check_choice, check_int
 from lightning_prune.errors import ArgumentError, ExportError
 from lightning_prune.runtimes.calibration import calibration_batches
-from lightning_prune.runtimes.converted import TOKENS, ConvertedRuntime, not_float32
+from lightning_prune.runtimes.converted import ConvertedRuntime, not_float32
 from lightning_prune.runtimes.graph_export import ExportedGraph
+from lightning_prune.runtimes.graph_sessions import CPU_PROVIDER, TOKENS, onnx_session
 from lightning_prune.runtimes.graph_store import RunGraph
 from lightning_prune.runtimes.onnx_conversion import NUMPY_DTYPES, to_onnx
 from lightning_prune.runtimes.onnx_quantization import UNFUSED, Quantization, quantized_onnx
-
-_CPU = "CPUExecutionProvider"
 
 
 class OnnxRuntime(ConvertedRuntime):
@@ -40,7 +39,9 @@ class OnnxRuntime(ConvertedRuntime):
         (OnnxRuntime('onnxruntime'), 1)
     """
 
-    def __init__(self, provider: str = _CPU, threads: int | None = None, quantize: Quantization | None = None) -> None:
+    def __init__(
+        self, provider: str = CPU_PROVIDER, threads: int | None = None, quantize: Quantization | None = None
+    ) -> None:
         known = ort.get_available_providers()
         check("provider", provider, f"one of {', '.join(known)}", provider in known)
         if threads is not None:
@@ -48,7 +49,7 @@ class OnnxRuntime(ConvertedRuntime):
         if quantize is not None:
             check_choice("quantize", quantize, get_args(Quantization))
         self.provider, self.threads, self.quantize = provider, threads, quantize
-        settings = {"provider": (provider, _CPU), "threads": (threads, None), "quantize": (quantize, None)}
+        settings = {"provider": (provider, CPU_PROVIDER), "threads": (threads, None), "quantize": (quantize, None)}
         self.name = self._spec("onnxruntime", **settings)
 
     def context(self) -> dict[str, Any]:
@@ -89,6 +90,22 @@ class OnnxRuntime(ConvertedRuntime):
         model = self._onnx(graph, TOKENS)
         return lambda count: self._session(model, {TOKENS: count})
 
+    def save(self, graph: ExportedGraph, folder: Path, name: str, counts: bool = False) -> list[str]:
+        """See `ConvertedRuntime.save`."""
+        file = f"{name}.onnx"
+        (folder / file).write_bytes(self._onnx(graph, TOKENS if counts else None))
+        return [file]
+
+    def device_settings(self) -> dict[str, Any]:
+        """See `ConvertedRuntime.device_settings`."""
+        return {
+            "package": "onnxruntime",
+            "provider": self.provider,
+            "threads": self.threads,
+            "settings": {} if self.quantize is None else {"quantize": self.quantize},
+            "disabled_optimizers": list(UNFUSED) if self.quantize == "static" else None,
+        }
+
     def _onnx(self, graph: ExportedGraph, dimension: str | None = None) -> bytes:
         """The ONNX model that this runtime runs for a graph, serialised."""
         model = to_onnx(graph, dimension=dimension)
@@ -120,17 +137,9 @@ class OnnxRuntime(ConvertedRuntime):
         Raises:
             ExportError: If ONNX Runtime does not accept the model.
         """
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = self._threads()
-        options.log_severity_level = 3
-        # Threads of a session that waits would take the cores from the one that is timed.
-        options.add_session_config_entry("session.force_spinning_stop", "1")
-        for name, size in (dimensions or {}).items():
-            options.add_free_dimension_override_by_name(name, size)
-        providers = [self.provider] if self.provider == _CPU else [self.provider, _CPU]
         unfused = UNFUSED if self.quantize == "static" else None
         try:
-            session = ort.InferenceSession(model, options, providers=providers, disabled_optimizers=unfused)
+            session = onnx_session(model, self.provider, self._threads(), dimensions, unfused)
         except Exception as error:  # its errors have no common base class
             raise ExportError(f"ONNX Runtime does not accept the model: {error}") from error
         if session.get_providers()[0] != self.provider:

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune._utils.validation import check, check_choice, check_int
-from lightning_prune.errors import ExportError, RuntimeUnavailableError
+from lightning_prune.errors import ExportError, FileWriteError, RuntimeUnavailableError
 from lightning_prune.runtimes.calibration import calibration_batches
 from lightning_prune.runtimes.converted import ConvertedRuntime, not_float32
 from lightning_prune.runtimes.graph_export import ExportedGraph
+from lightning_prune.runtimes.graph_sessions import openvino_settings
 from lightning_prune.runtimes.graph_store import RunGraph
 from lightning_prune.runtimes.onnx_conversion import NUMPY_DTYPES, to_onnx
 
@@ -109,6 +110,24 @@ class OpenVINO(ConvertedRuntime):
 
         return load
 
+    def save(self, graph: ExportedGraph, folder: Path, name: str, counts: bool = False) -> list[str]:
+        """See `ConvertedRuntime.save`; the weights as they are, in a file beside the graph."""
+        path = folder / f"{name}.xml"
+        try:
+            ov.save_model(self._model(graph), path, compress_to_fp16=False)
+        except RuntimeError as error:  # also of the operating system, as text
+            raise FileWriteError(f"Cannot write {path}: {error}") from error
+        return [path.name, path.with_suffix(".bin").name]
+
+    def device_settings(self) -> dict[str, Any]:
+        """See `ConvertedRuntime.device_settings`."""
+        return {
+            "package": "openvino",
+            "provider": self.device,
+            "threads": self.threads,
+            "settings": {"precision": self.precision} | ({} if self.quantize is None else {"quantize": self.quantize}),
+        }
+
     def _model(self, graph: ExportedGraph) -> ov.Model:
         """The model that this runtime runs for a graph."""
         model = to_openvino(graph)
@@ -143,12 +162,7 @@ class OpenVINO(ConvertedRuntime):
         return _bound(compiled)
 
     def _settings(self) -> dict[str, Any]:
-        settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": "1"}
-        if self.precision != "default":
-            settings["INFERENCE_PRECISION_HINT"] = self.precision
-        if self.device == "CPU":
-            settings["INFERENCE_NUM_THREADS"] = self._threads()
-        return settings
+        return openvino_settings(self.device, self.precision, self._threads())
 
     def _threads(self) -> int:
         return torch.get_num_threads() if self.threads is None else self.threads

@@ -17,10 +17,14 @@ from lightning_prune.patching import PatchHandle, VisionTransformer
 from lightning_prune.patching.models.base import call_keywords
 from lightning_prune.reduction.base import Reduction, ReductionOutput, TokenSequence
 from lightning_prune.reduction.functional import take_tokens
-from lightning_prune.runtimes.converted import TOKENS, ConvertedRuntime
+from lightning_prune.runtimes.converted import ConvertedRuntime
 from lightning_prune.runtimes.graph_export import ExportedGraph, export_graph
+from lightning_prune.runtimes.graph_sessions import TOKENS
 from lightning_prune.runtimes.graph_store import graphs_to_keep
 from lightning_prune.schedule import Schedule
+
+FEWEST_TOKENS = 3
+"""That the graph takes: sizes of 0, 1 and 2 get graphs of their own."""
 
 _kept: ContextVar[Tensor] = ContextVar("kept")
 
@@ -74,8 +78,7 @@ def export_token_curve(transformer: VisionTransformer, example_inputs: Tensor) -
     kept = torch.arange(n - 1, device=example_inputs.device)
     module = _WithTokens(transformer.root, dict(call_keywords(transformer.root))).eval()
     with PatchHandle(transformer, _GivenTokens(), Schedule([1] + [0] * (transformer.depth - 1))):
-        # Not from 2 on: sizes of 0, 1 and 2 get graphs of their own.
-        sizes = {"images": None, "kept": {0: torch.export.Dim(TOKENS, min=3, max=n)}}
+        sizes = {"images": None, "kept": {0: torch.export.Dim(TOKENS, min=FEWEST_TOKENS, max=n)}}
         return export_graph(module, (example_inputs, kept), dynamic_shapes=sizes)
 
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 import lightning_prune as lp
 from lightning_prune._utils.validation import check_speedups
@@ -61,7 +60,7 @@ class Device:
         self.now += self.seconds(self.variant) * drift * (1 + self.noise * abs(self.random.standard_normal()))
 
     def timer(self) -> InterleavedTimer[Variant]:
-        return InterleavedTimer(self.prepare, self.run, torch.device("cpu"), DENSE, clock=lambda: self.now)
+        return InterleavedTimer(self.prepare, self.run, lambda: None, DENSE, clock=lambda: self.now)
 
     def search(
         self, speedups: list[float], candidate_of: Any = removes, smallest: int = 1, seconds: float = 20.0

@@ -2,13 +2,11 @@
 
 import numpy as np
 import pytest
-import torch
 
 from lightning_prune.planning import Utility
 from lightning_prune.profiling import InterleavedTimer, SimulatedClock, SimulatedDevice, Workload
 from lightning_prune.profiling.count_search import coarse_grid, profile_builder, search_counts
 
-CPU = torch.device("cpu")
 N, BLOCK, DEPTH, LOWEST = 197, 3, 12, 3
 ROUGH = {"noise": 0.02, "drift": 0.1, "spikes": 0.02}
 
@@ -21,7 +19,7 @@ class Bench:
     def __init__(self, seconds, seed, batch=1, time_limit=30.0, rough=None):
         self.clock = SimulatedClock(SimulatedDevice(seed=seed, **(ROUGH if rough is None else rough)))
         self.running, self.measured = N, set()
-        timer = self.timer(self.prepare, lambda: self.clock.spend(seconds(self.running)), CPU, N, self.clock)
+        timer = self.timer(self.prepare, lambda: self.clock.spend(seconds(self.running)), lambda: None, N, self.clock)
         build = profile_builder("pomt", BLOCK, DEPTH, "deployed")
         self.profile = search_counts(timer, build, None, LOWEST, N, time_limit, lambda: None, batch)
 
@@ -207,7 +205,7 @@ def test_a_profile_has_the_quartiles_of_what_was_timed():
         seconds.append(next(drawn)) if running[0] == slow else None
         now[0] += seconds[-1] if running[0] == slow else 0.01
 
-    timer = InterleavedTimer[int](lambda count: running.__setitem__(0, count), run, CPU, 29, lambda: now[0])
+    timer = InterleavedTimer[int](lambda count: running.__setitem__(0, count), run, lambda: None, 29, lambda: now[0])
     timer.measure(counts, 500)
     profile = profile_builder("pomt", BLOCK, DEPTH, "deployed")(timer, counts)
     low, high = np.percentile(1e3 * np.array(seconds[1:]), (25, 75))  # the first run only warms up
