@@ -21,9 +21,11 @@ def panel_of(decision: Decision) -> Panel:
     table.add_column(style="bold", no_wrap=True)
     table.add_column()
     threads = f", {context.get('threads', '?')} threads" if context.get("device_type") == "cpu" else ""
+    runtime = str(context.get("runtime", "torch"))
+    runtime = "" if runtime.startswith("torch") else f", {runtime}"
     compiled = ", compiled" if context.get("compiled") else ""
     parameters = f", {context['parameters'] / 1e6:.1f} M parameters" if "parameters" in context else ""
-    table.add_row("device", f"{context.get('device', '?')}{threads}")
+    table.add_row("device", f"{context.get('device', '?')}{threads}{runtime}")
     table.add_row("model", f"{context.get('model', '?')}{parameters}{compiled}")
     table.add_row("batch", f"{context.get('batch_size', '?')} images, {context.get('precision', '?')}")
     table.add_row("tokens", f"{decision.dense_tokens} -> {decision.tokens}")

@@ -283,7 +283,7 @@ def test_a_folder_that_exists_is_kept(small: Path) -> None:
     ("arguments", "error", "message"),
     [
         ({"runtime": "torch"}, lp.ArgumentError, "`runtime` must be .*, got 'torch', which needs torch"),
-        ({"runtime": "onnx"}, lp.ArgumentError, "Did you mean 'onnxruntime'"),
+        ({"runtime": "onnxruntim"}, lp.ArgumentError, "Did you mean 'onnxruntime'"),
         ({"methods": "tomee"}, lp.ArgumentError, "Did you mean 'tome'"),
         ({"example_inputs": IMAGES[0]}, lp.ArgumentError, "`example_inputs` must be images"),
         ({"overwrite": "yes"}, lp.ArgumentError, "`overwrite` must be True or False"),
@@ -313,7 +313,7 @@ def test_what_is_copied_imports_nothing_else() -> None:
             found += [str(node.module)] if isinstance(node, ast.ImportFrom) else []
             allowed = {"numpy", *sys.stdlib_module_names}
             allowed |= set() if node in tree.body else {"onnxruntime", "openvino", "yaml"}
-            assert all(each in copied or each in allowed for each in found), (name, found)
+            assert all(each in copied or each.partition(".")[0] in allowed for each in found), (name, found)
 
 
 def test_the_graphs_compute_what_the_model_computes(small: Path, module: Any) -> None:
