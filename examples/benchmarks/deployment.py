@@ -21,7 +21,7 @@ from tables import Row, context_of, print_table, write_table
 
 import lightning_prune as lp
 from lightning_prune.cli.main import run
-from lightning_prune.profiling import InterleavedTimer, LatencyStats, Variant
+from lightning_prune.profiling import InterleavedTimer, LatencyStats, Variant, between_runs
 from lightning_prune.profiling.measurement import ready_to_run
 from lightning_prune.profiling.model_variants import VariantSwitch
 from lightning_prune.runtimes import Runtime, parse_runtime
@@ -59,7 +59,7 @@ def measure(model: torch.nn.Module, images: torch.Tensor, args: argparse.Namespa
     timer = InterleavedTimer[Variant](
         prepare=switch.to,
         run=lambda: transformer.compiled_root(images),
-        device=images.device,
+        synchronize=between_runs(images.device),
         reference=variants[runtimes[0].name, "dense"],
         clock=clock,
     )

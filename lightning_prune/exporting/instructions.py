@@ -158,7 +158,8 @@ On the workstation, with `profile.json` from the device and the configuration th
 
 ```bash
 lightning-prune plan --config my.yaml --profile profile.json --output plan/
-lightning-prune export --config my.yaml --schedule plan/schedule.yaml --format {form} --batch-size {shape[0]} --output out/
+lightning-prune export --config my.yaml --schedule plan/schedule.yaml --format {form} --batch-size {shape[0]} \\
+    --output out/
 ```
 
 Then copy `out/` to the device: `python run.py` in it runs the model there.
