@@ -46,7 +46,7 @@ def main(folder: Path, words: Sequence[str] | None = None) -> int:
     Returns:
         Exit status: 0; 2 after an error, which is printed on one line; 130 after Ctrl-C.
     """
-    asked = _parser().parse_args(words)
+    asked = _options().parse_args(words)
     try:
         return _profile(folder, asked)
     except PruneError as error:
@@ -247,7 +247,7 @@ class _Progress:
             print(f"\r{'':<78}\r", end="", file=sys.stderr, flush=True)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="profile.py", description="Measures the latency profile of this bundle on this device."
     )
