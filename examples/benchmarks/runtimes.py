@@ -1,7 +1,8 @@
 """What a schedule that was planned on eager PyTorch loses in a runtime, against one that was planned in it.
 
 For each runtime and target speed-up, POMT in one block is planned twice: on the latency curve of eager PyTorch, and on
-that of the runtime. Both schedules are then exported and timed against dense in the runtime, in one interleaved run.
+that of the runtime, each with the overhead of the method there. Both schedules are then exported and timed against
+dense in the runtime, in one interleaved run.
 The columns `left` are the tokens that are left: at equal speed, more of them are more accuracy.
 
     python examples/benchmarks/runtimes.py --output results/runtimes
@@ -10,6 +11,7 @@ The columns `left` are the tokens that are left: at equal speed, more of them ar
 
 import argparse
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,12 @@ import torch
 from tables import Row, context_of, print_table, write_table
 
 import lightning_prune as lp
-from lightning_prune.planning.latency_model import LatencyModel
+from lightning_prune._utils.time_limit import TimeLimit
+from lightning_prune.planning.latency_model import LatencyModel, fit_overhead
+from lightning_prune.planning.overhead_probes import schedules_to_probe, shallow_probes, uses_shallow_copy
 from lightning_prune.profiling import Workload
 from lightning_prune.profiling.simulated_device import attention_share
+from lightning_prune.runtimes import parse_runtime
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
@@ -36,14 +41,34 @@ def profiles(model: torch.nn.Module, images: torch.Tensor, args: argparse.Namesp
     return found
 
 
-def cut_for(profile: lp.LatencyProfile, speedup: float, block: int, attention_share: float) -> lp.Schedule:
-    """The smallest cut in one block that a curve predicts to reach a speed-up; the largest if none does.
+def predictor(
+    model: torch.nn.Module, images: torch.Tensor, profile: lp.LatencyProfile, runtime: str, args: argparse.Namespace
+) -> LatencyModel:
+    """Predicts the latency of a schedule as the planner does: from the curve, and the overhead of the method."""
+    transformer, clock = lp.patching.find_vision_transformer(model), CLOCKS[args.clock]
+    share = attention_share(Workload.of(transformer.blocks, args.batch), profile.dense_tokens)
+    latency = LatencyModel.from_profile(profile, share)
+    methods = {args.method: (lp.reduction.resolve(args.method), (args.block,))}
+    with parse_runtime(runtime).applied(transformer):
+        if uses_shallow_copy(transformer):
+            limit = TimeLimit(None, clock)
+            common = transformer, images, methods, {args.method: latency}
+            timed = shallow_probes(*common, args.seconds / 4, limit, False)[args.method]
+        else:
+            tried = schedules_to_probe(transformer, methods, profile.dense_tokens)[args.method]
+            variants: dict[str, Any] = {str(number): (args.method, each) for number, each in enumerate(tried)}
+            stats = lp.compare_latency(
+                model, images, {"dense": None, **variants}, time_limit=args.seconds / 4, clock=clock
+            )
+            timed = [(each, stats[str(number)]) for number, each in enumerate(tried)]
+    return replace(latency, overhead=fit_overhead(latency, timed))
 
-    The overhead of the method is left out.
-    """
-    latency = LatencyModel.from_profile(profile, attention_share)
-    schedules = [lp.Schedule.single(profile.depth, block, remove) for remove in range(1, profile.dense_tokens - 2)]
-    return next((s for s in schedules if latency.predict(s) <= profile.dense_ms / speedup), schedules[-1])
+
+def cut_for(latency: LatencyModel, speedup: float, block: int) -> lp.Schedule:
+    """The smallest cut in one block that is predicted to reach a speed-up; the largest if none does."""
+    dense_tokens = int(latency.levels[-1])
+    schedules = [lp.Schedule.single(latency.depth, block, remove) for remove in range(1, dense_tokens - 2)]
+    return next((s for s in schedules if latency.predict(s) <= latency.dense_ms / speedup), schedules[-1])
 
 
 def main() -> None:
@@ -66,12 +91,11 @@ def main() -> None:
     curves = profiles(model, images, args)
     first, *others = curves.values()
     lp.report.plot(first, args.output / "curves.png", others=others)
-    blocks = lp.patching.find_vision_transformer(model).blocks
-    share = attention_share(Workload.of(blocks, args.batch), first.dense_tokens)
+    predictors = {spec: predictor(model, images, curve, spec, args) for spec, curve in curves.items()}
     context, rows = context_of("cpu"), []
     for runtime in args.runtimes:
         cuts = {
-            (speedup, planned_on): cut_for(curves[planned_on], speedup, args.block, share)
+            (speedup, planned_on): cut_for(predictors[planned_on], speedup, args.block)
             for speedup in args.speedups
             for planned_on in ("torch", runtime)
         }
@@ -82,7 +106,7 @@ def main() -> None:
         )  # fmt: skip
         for (speedup, planned_on), cut in cuts.items():
             timing = stats[str((speedup, planned_on))]
-            predicted = LatencyModel.from_profile(curves[planned_on], share).predict(cut) / curves[planned_on].dense_ms
+            predicted = predictors[planned_on].predict(cut) / predictors[planned_on].dense_ms
             row: Row = {
                 "runtime": runtime,
                 "target": speedup,
