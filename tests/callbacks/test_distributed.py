@@ -1,15 +1,12 @@
 """Two processes: one decides, both do the same; and what `on_rank_zero` promises."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from helpers import python_path
+from helpers.fresh import run_ranks
 
 PROGRAM = Path(__file__).with_name("two_ranks.py")
 EVEN = ["one odd", "a batch of one", "one image", "even", "shuffled", "dropped last", "a part", "several"]
@@ -19,15 +16,8 @@ EVEN = ["one odd", "a batch of one", "one image", "even", "shuffled", "dropped l
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
     """What each of two processes found; they start once for all tests, which takes most of the time."""
     target = tmp_path_factory.mktemp("ddp") / "found.json"
-    run = subprocess.run(
-        [sys.executable, str(PROGRAM), str(target)],
-        cwd=target.parent,
-        env={**os.environ, "PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert run.returncode == 0, run.stderr
+    for run in run_ranks(PROGRAM, str(target), folder=target.parent):
+        assert run.returncode == 0, run.stderr
     return {
         name: [json.loads(target.with_suffix(f"{ending}.{rank}").read_text()) for rank in range(2)]
         for name, ending in (("ranks", ""), ("counted", ".counted"))

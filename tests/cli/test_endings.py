@@ -83,7 +83,7 @@ CASES = {
 def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """How each of the commands ended, and the names of what it had written."""
     folder = tmp_path_factory.mktemp("ended")
-    run = run_fresh(PROGRAM, json.dumps(TINY), json.dumps(CASES), str(folder))
+    run = run_fresh(PROGRAM, json.dumps(TINY), json.dumps(CASES), str(folder), lightning=True)
     assert run.returncode == 0, run.stderr
     found: dict[str, dict[str, Any]] = json.loads(run.stdout)
     for name, each in found.items():
@@ -120,7 +120,8 @@ def test_an_ignored_signal_stays_ignored() -> None:
     run = run_fresh(
         "import os, signal; from lightning_prune.cli.endings import run_to_end\n"
         "signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
-        "raise SystemExit(run_to_end(lambda: os.kill(os.getpid(), signal.SIGINT) or 7))"
+        "raise SystemExit(run_to_end(lambda: os.kill(os.getpid(), signal.SIGINT) or 7))",
+        lightning=True,
     )
     assert run.returncode == 7, run.stderr
 
@@ -236,7 +237,7 @@ def test_a_limit_of_file_sizes_is_one_line_after_the_table(tmp_path: Path) -> No
         "resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))\n"
         "sys.exit(main(sys.argv[1:]))"
     )
-    run = run_fresh(code, "profile", *TINY, "--prune.use_cache=false", f"--output={tmp_path}")
+    run = run_fresh(code, "profile", *TINY, "--prune.use_cache=false", f"--output={tmp_path}", lightning=True)
     assert run.returncode == 2, run.stderr
     assert "Traceback" not in run.stderr
     written = [line for line in run.stderr.splitlines() if line.startswith(f"error: Cannot write {tmp_path}/profile.")]
@@ -255,7 +256,8 @@ def test_warnings_are_printed_in_their_own_words() -> None:
         "    return 0\n"
         "assert run_to_end(work) == 0\n"
         "assert warnings.formatwarning is before\n"
-        "warnings.warn('after', FutureWarning)"
+        "warnings.warn('after', FutureWarning)",
+        lightning=True,
     )
     assert run.returncode == 0, run.stderr
     said, *after = run.stderr.splitlines()

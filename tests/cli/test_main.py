@@ -16,6 +16,7 @@ import yaml
 
 import lightning_prune as lp
 from helpers.clock import set_latency
+from helpers.fresh import run_fresh, run_ranks
 from lightning_prune.__main__ import main
 from lightning_prune.callbacks import TokenPruning
 from lightning_prune.callbacks.decider import Decider
@@ -433,7 +434,8 @@ def test_overlay_adds_pruning_to_another_application(tmp_path: Path) -> None:
         "--trainer.callbacks.calibration=8",
         "--trainer.callbacks.schedule=5",
     ]
-    run = separate(*words, *short, cwd=tmp_path)
+    code = "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    run = run_fresh(code, *words, *short, lightning=True, folder=tmp_path)
     assert run.returncode == 0, run.stderr
     assert [line for line in run.stdout.splitlines() if line.startswith("TOKENS")] == ["TOKENS 12"] * 3
     (own,) = (line for line in run.stdout.splitlines() if line.startswith("OWN"))
@@ -490,14 +492,14 @@ TWO_COMMANDS = """
 import json, os, pathlib, sys
 from lightning_prune.__main__ import main
 statuses = [main(words) for words in json.loads(sys.argv[1])]
-pathlib.Path(f"statuses.{os.environ.get('LOCAL_RANK', '0')}").write_text(json.dumps(statuses))
+pathlib.Path(f"statuses.{os.environ['LOCAL_RANK']}").write_text(json.dumps(statuses))
 """
 
 
 def test_validate_in_two_processes_prints_the_same_as_in_one(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """An error on rank 0 ends both processes and is printed by both."""
+    """An error on rank 0 ends both commands and is printed by both."""
 
     def figures(printed: str) -> dict[str, float]:
         rows = re.findall(r"(val/top1|val/top5|val/loss|pruning/removed|pruning/tokens)[ │]+([\d.e-]+)", printed)
@@ -506,23 +508,24 @@ def test_validate_in_two_processes_prints_the_same_as_in_one(
     (tmp_path / "commands.py").write_text(TWO_COMMANDS)
     words = ["validate", *images_of(folder)]
     commands = [[*words, *DDP], [*words, *DDP, "--prune.schedule=197"]]
-    run = separate("commands.py", json.dumps(commands), cwd=tmp_path)
-    assert run.returncode == 0, run.stderr
+    ranks = run_ranks(tmp_path / "commands.py", json.dumps(commands), folder=tmp_path)
+    assert [run.returncode for run in ranks] == [0, 0], ranks
     assert main(words) == 0
-    alone, together = figures(capsys.readouterr().out), figures(run.stdout)
+    alone, together = figures(capsys.readouterr().out), figures(ranks[0].stdout)
     assert list(alone) == ["pruning/removed", "pruning/tokens", "val/loss", "val/top1", "val/top5"]
     assert together == pytest.approx(alone, rel=1e-6)
     assert together["val/top1"] == alone["val/top1"]
     assert 0 < together["val/top5"] == alone["val/top5"] < 1
     assert together["pruning/removed"] == 90
-    assert run.stdout.count("Token pruning") == 1  # rank 0 alone tells
+    assert [run.stdout.count("Token pruning") for run in ranks] == [1, 0]  # rank 0 alone tells
     assert [json.loads((tmp_path / f"statuses.{rank}").read_text()) for rank in range(2)] == [[0, 2], [0, 2]]
     message = "`schedule` must remove at most 194 of the 197 tokens that enter block 1 with pomt, got 197."
-    assert run.stderr.count(f"error: {message}") == 1  # lines of two processes may run into each other
-    assert run.stderr.count(f"error: ScheduleError on rank 0: {message}") == 1
+    errors = [[line for line in run.stderr.splitlines() if line.startswith("error: ")] for run in ranks]
+    assert errors == [[f"error: {message}"], [f"error: ScheduleError on rank 0: {message}"]]
 
 
 def test_compare_in_two_processes_writes_the_same_as_in_one(folder: Path, tmp_path: Path) -> None:
+    """Here Lightning starts the second process."""
     run = separate("-m", "lightning_prune", "compare", *images_of(folder), *DDP, f"--output={tmp_path / 'two'}")
     assert run.returncode == 0, run.stderr
     assert main(["compare", *images_of(folder), f"--output={tmp_path / 'one'}"]) == 0

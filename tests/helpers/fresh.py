@@ -2,6 +2,7 @@
 
 import atexit
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -9,24 +10,28 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from . import ROOT
+from lightning.fabric.plugins.environments.lightning import find_free_network_port
+
+from . import ROOT, TESTS, python_path
 
 SECONDS = 120  # after which a program is ended
-# Imports torch and what stands above it, and forks for each program: a child has the modules and nothing else.
+# Imports torch and what stands above it, and forks for each program: a child has the modules and nothing else. Where
+# one of the processes of a program fails, the others are ended: they may wait for it.
 _SERVER = """
 import json, os, signal, sys, traceback
-import timm, torch, torchvision
-for request in map(json.loads, sys.stdin):
-    child = os.fork()
-    if child:
-        print(json.dumps(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])), flush=True)
-        continue
+for name in sys.argv[1:]:
+    __import__(name)
+
+def run(request, number):
     status = 0
     try:
         signal.alarm(request["seconds"])
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        for number, name in ((1, "stdout"), (2, "stderr")):
-            os.dup2(os.open(request[name], os.O_WRONLY | os.O_CREAT), number)
+        for target, name in ((1, "stdout"), (2, "stderr")):
+            os.dup2(os.open(f"{request[name]}.{number}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), target)
+        os.environ.clear()
+        os.environ.update(request["environments"][number])
+        os.chdir(request["folder"])
         sys.argv = ["-c", *request["arguments"]]
         exec(request["code"], {"__name__": "__main__"})
     except SystemExit as leaving:
@@ -40,7 +45,24 @@ for request in map(json.loads, sys.stdin):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
+
+for request in map(json.loads, sys.stdin):
+    children, statuses = {}, {}
+    for number in range(len(request["environments"])):
+        child = os.fork()
+        if not child:
+            run(request, number)
+        children[child] = number
+    while len(statuses) < len(children):
+        child, status = os.wait()
+        statuses[child] = os.waitstatus_to_exitcode(status)
+        if statuses[child]:
+            for other in children.keys() - statuses.keys():
+                os.kill(other, signal.SIGKILL)
+    print(json.dumps([statuses[child] for child in children]), flush=True)
 """
+_LIBRARIES = ("torch", "torchvision", "timm")
+_WITH_LIGHTNING = (*_LIBRARIES, "lightning.pytorch.cli", "sklearn.datasets")
 
 
 class FreshRun(NamedTuple):
@@ -52,24 +74,60 @@ class FreshRun(NamedTuple):
 
 
 @cache
-def _server() -> Any:
-    server = subprocess.Popen(
-        [sys.executable, "-c", _SERVER], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
-    )
+def _server(*modules: str) -> Any:
+    command = [sys.executable, "-c", _SERVER, *modules]
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}
+    server = subprocess.Popen(command, cwd=ROOT, **pipes)
     atexit.register(server.wait)
     assert server.stdin is not None
     atexit.register(server.stdin.close)  # its input ends, so it does; called first
     return server
 
 
-def run_fresh(code: str, *arguments: str) -> FreshRun:
-    """Runs a program as `python -c code arguments` would in the root folder, with torch, torchvision and timm imported.
+def _run(
+    code: str, arguments: tuple[str, ...], modules: tuple[str, ...], folder: Path, environments: list[dict[str, str]]
+) -> list[FreshRun]:
+    """Runs a program in a process for each of these additions to the environment, all at the same time."""
+    with tempfile.TemporaryDirectory() as printed:
+        stdout, stderr = Path(printed) / "stdout", Path(printed) / "stderr"
+        # A fixture of a module runs before that of each test which says where profiles are kept.
+        shared = {"LIGHTNING_PRUNE_CACHE": str(Path(printed) / "profiles"), **os.environ}
+        request = {"code": code, "arguments": arguments, "stdout": str(stdout), "stderr": str(stderr)}
+        request |= {"environments": [shared | each for each in environments]}
+        request |= {"folder": str(folder), "seconds": SECONDS}
+        server = _server(*modules)
+        server.stdin.write(json.dumps(request) + "\n")
+        return [
+            FreshRun(status, Path(f"{stdout}.{number}").read_text(), Path(f"{stderr}.{number}").read_text())
+            for number, status in enumerate(json.loads(server.stdout.readline()))
+        ]
+
+
+def run_fresh(code: str, *arguments: str, lightning: bool = False, folder: Path = ROOT) -> FreshRun:
+    """Runs a program as `python -c code arguments` would, with torch, torchvision and timm imported.
 
     Not for a program whose order of imports matters.
+
+    Args:
+        code: The program.
+        arguments: Its words.
+        lightning: Whether Lightning and what comes with it is imported as well, for a program that needs it anyway.
+        folder: In which it runs.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        stdout, stderr = Path(folder) / "stdout", Path(folder) / "stderr"
-        request = {"code": code, "arguments": arguments, "stdout": str(stdout), "stderr": str(stderr)}
-        _server().stdin.write(json.dumps({**request, "seconds": SECONDS}) + "\n")
-        status = json.loads(_server().stdout.readline())
-        return FreshRun(status, stdout.read_text(), stderr.read_text())
+    (done,) = _run(code, arguments, _WITH_LIGHTNING if lightning else _LIBRARIES, folder, [{}])
+    return done
+
+
+def run_ranks(program: Path, *arguments: str, folder: Path) -> list[FreshRun]:
+    """Runs `python program arguments` as each of two ranks, which a launcher has started: Lightning starts no others.
+
+    Args:
+        program: The file. It finds the modules in its folder, the package and these helpers.
+        arguments: Its words.
+        folder: In which it runs.
+    """
+    paths = [str(program.parent), str(ROOT), str(TESTS)]
+    code = f"import runpy, sys; sys.path[:0] = {paths}; runpy.run_path({str(program)!r}, run_name='__main__')"
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(find_free_network_port()), "NODE_RANK": "0"}
+    shared["PYTHONPATH"] = python_path()
+    return _run(code, arguments, _WITH_LIGHTNING, folder, [{**shared, "LOCAL_RANK": str(rank)} for rank in range(2)])
