@@ -1,6 +1,6 @@
 """Running a module without a trace: in evaluation mode, without the user's hooks, and with its buffers put back."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,7 +15,7 @@ Hooks = dict[int, Callable[..., Any]]
 
 def user_hooks(module: nn.Module) -> list[Callable[..., Any]]:
     """The forward hooks and forward pre-hooks on a module and its submodules that no library of the model has set."""
-    return [hook for hooks in _hook_tables(module) for hook in hooks.values() if _is_users(hook)]
+    return [hook for hooks in _hook_tables(module.modules()) for hook in hooks.values() if _is_users(hook)]
 
 
 @contextmanager
@@ -27,11 +27,12 @@ def isolated(module: nn.Module) -> Iterator[None]:
     Args:
         module: The module, with all its submodules.
     """
-    flags = [(each, each.training) for each in module.modules()]
-    tables = [(hooks, dict(hooks)) for hooks in _hook_tables(module) if any(map(_is_users, hooks.values()))]
+    modules = list(module.modules())
+    flags = [(each, each.training) for each in modules]
+    tables = [(hooks, dict(hooks)) for hooks in _hook_tables(modules) if any(map(_is_users, hooks.values()))]
     buffers = [
         (each._buffers, name, value, value.detach().clone())
-        for each in module.modules()
+        for each in modules
         for name, value in each._buffers.items()
         if value is not None
     ]
@@ -64,8 +65,8 @@ def _put_back(owner: dict[str, Tensor | None], name: str, value: Tensor, content
             value.copy_(content)
 
 
-def _hook_tables(module: nn.Module) -> Iterator[Hooks]:
-    for each in module.modules():
+def _hook_tables(modules: Iterable[nn.Module]) -> Iterator[Hooks]:
+    for each in modules:
         yield each._forward_hooks
         yield each._forward_pre_hooks
 

@@ -4,7 +4,7 @@ import hashlib
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from operator import attrgetter
 from typing import Any
@@ -334,10 +334,14 @@ def _read(switch: Callable[[], Any]) -> Any:
 
 def package_versions(model: nn.Module) -> dict[str, str]:
     """Versions of the installed packages that the modules of a model are from."""
-    versions = {}
-    for package in sorted({original_class(module).__module__.partition(".")[0] for module in model.modules()}):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:  # the user's own
-            continue
-    return versions
+    packages = {kind.__module__.partition(".")[0] for kind in set(map(original_class, model.modules()))}
+    versions = {package: _installed_version(package) for package in sorted(packages)}
+    return {package: number for package, number in versions.items() if number is not None}
+
+
+@cache  # metadata is read from a file each time, and a planning asks often
+def _installed_version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # the user's own
+        return None

@@ -93,7 +93,7 @@ def called(change, value, before):
         lambda: torch.backends.mkldnn.flags(enabled=False),
         lambda: switched(torch.backends.cudnn, "benchmark", True),
         lambda: switched(torch.backends.cudnn, "allow_tf32", False),
-        lambda: switched(environment, "version", lambda package: "0.1"),
+        lambda: switched(environment, "_installed_version", lambda package: "0.1"),
     ],
     ids=["autocast", "matmul", "threads", "attention", "mkldnn", "benchmark", "tf32", "timm"],
 )

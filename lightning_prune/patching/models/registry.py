@@ -61,8 +61,12 @@ def find_vision_transformer(model: nn.Module, module_path: str | None = None) ->
     else:
         prefix = ""
     found: list[tuple[str, nn.Module, ModelAdapter]] = []
+    adapters: dict[type, ModelAdapter | None] = {}  # of each class: a model has many modules of few classes
     for path, module in model.named_modules(prefix=prefix):
-        adapter = next((adapter for adapter in MODEL_ADAPTERS if adapter.matches(module)), None)
+        kind = type(module)
+        if kind not in adapters:
+            adapters[kind] = next((adapter for adapter in MODEL_ADAPTERS if adapter.matches(module)), None)
+        adapter = adapters[kind]
         inside = any(path.startswith(f"{outer}." if outer else "") for outer, _, _ in found)
         if adapter is not None and not inside:
             found.append((path, module, adapter))
