@@ -101,6 +101,12 @@ CALLEES: dict[str, Callable[[], Callee]] = {
         | {"labels": {"None"}, "cache_dir": {"None", "text"}},
         {"methods": "methods?", "blocks": "blocks?"},
     ),
+    "bundle": lambda: Callee(
+        lp.bundle,
+        {"model": tiny_vit(depth=1), "output": "x", "example_inputs": IMAGES, "verbose": False},
+        MODEL_PATH | {"output": {"text"}},
+        {"methods": "methods?"},
+    ),
     "export": lambda: Callee(
         lp.export,
         {"model": tiny_vit(depth=1), "output": "x", "example_inputs": IMAGES, "format": "torch-export", "rounds": 0},

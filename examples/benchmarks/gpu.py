@@ -25,7 +25,7 @@ from tables import Row, context_of, print_table, write_table
 from torch import Tensor, nn
 
 import lightning_prune as lp
-from lightning_prune.profiling import InterleavedTimer
+from lightning_prune.profiling import InterleavedTimer, between_runs
 from lightning_prune.runtimes import parse_runtime
 
 MODELS = ("deit_small_patch16_224", "vit_base_patch16_224")
@@ -118,7 +118,10 @@ def measure(case: Case, device: str, rounds: int, deadline: float) -> list[Row]:
         model, images = floor.prepare(case.model, case.precision, case.batch, device)
         run, current = forwards(modules(model), images, case.mode), ["dense"]
         timer = InterleavedTimer[str](
-            lambda name: current.__setitem__(0, name), lambda: run[current[0]](images), images.device, "dense"
+            lambda name: current.__setitem__(0, name),
+            lambda: run[current[0]](images),
+            between_runs(images.device),
+            "dense",
         )
         timer.measure(VARIANTS[1:], rounds, deadline, min_rounds=min(FEWEST, rounds))
     floors = {method: name for method, removed in METHODS.items() for name, cut in FLOORS.items() if cut is removed}

@@ -26,7 +26,7 @@ from tables import Row, context_of, print_table, write_table
 from lightning_prune.exporting import ExportReport
 from lightning_prune.exporting.exported_model import check_files
 from lightning_prune.exporting.parity import relative_errors
-from lightning_prune.profiling import InterleavedTimer
+from lightning_prune.profiling import InterleavedTimer, between_runs
 
 
 def tensorrt_module() -> ModuleType:
@@ -116,9 +116,9 @@ def measure(
     """Checks the engines, and times them against the first in one interleaved run."""
     errors = [error_on_sample(report.folder, engine) for report, engine in zip(reports, engines, strict=True)]
     current = [0]
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    wait = between_runs(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     timer = InterleavedTimer[int](
-        lambda index: current.__setitem__(0, index), lambda: engines[current[0]].run(), device, 0, clock=clock
+        lambda index: current.__setitem__(0, index), lambda: engines[current[0]].run(), wait, 0, clock=clock
     )
     timer.measure(range(1, len(engines)), rounds, clock() + seconds)
     rows = []
