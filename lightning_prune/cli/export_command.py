@@ -1,21 +1,25 @@
 """The command `export`: writes the pruned model of a configuration for a runtime, checked on the validation images."""
 
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 from rich.console import Console
 from torch import Tensor, nn
 
-from lightning_prune._utils.validation import check, check_int, check_path
+from lightning_prune._utils.validation import check, check_choice, check_int, check_path
 from lightning_prune.callbacks import PruningConfig
 from lightning_prune.callbacks.first_batch import FirstBatch, on_first_batch
 from lightning_prune.classification.image_classifier import ImageClassifier
 from lightning_prune.errors import ArgumentError
 from lightning_prune.exporting import ExportReport, export
-from lightning_prune.exporting.exported_graph import BatchSize, GraphForm, Precision
+from lightning_prune.exporting.export_report import GraphForm
+from lightning_prune.exporting.exported_graph import BatchSize
 from lightning_prune.exporting.folder import PREPROCESSING, check_new
 from lightning_prune.exporting.formats import parse_format
+from lightning_prune.exporting.image_input import InputForm
+from lightning_prune.exporting.instructions import figures
+from lightning_prune.exporting.precision import PRECISIONS, Precision
 from lightning_prune.patching import PatchHandle, find_vision_transformer, patch
 from lightning_prune.schedule import KeepRates, Schedule
 
@@ -31,8 +35,10 @@ def run_export(
     format: str,
     batch: BatchSize,
     batch_size: int | None,
+    inputs: InputForm,
     precision: Precision,
-    graph: GraphForm,
+    min_agreement: float | None,
+    graph: GraphForm | Literal["auto"],
     opset: int | None,
     overwrite: bool,
     **data: Any,
@@ -48,7 +54,9 @@ def run_export(
         format: See `lightning_prune.export`.
         batch: See `lightning_prune.export`.
         batch_size: Number of images in a batch; that of the validation loader if None.
+        inputs: See `lightning_prune.export`.
         precision: See `lightning_prune.export`.
+        min_agreement: See `lightning_prune.export`.
         graph: See `lightning_prune.export`.
         opset: See `lightning_prune.export`.
         overwrite: See `lightning_prune.export`.
@@ -62,7 +70,8 @@ def run_export(
         RuntimeUnavailableError: As `lightning_prune.export`.
     """
     plan = _plan(config, schedule)
-    parse_format(format)
+    check_choice("precision", precision, PRECISIONS)
+    parse_format(format, precision=precision)
     check_new(output, overwrite)
     if batch_size is not None:
         check_int("batch_size", batch_size, 1, "a number of images")
@@ -85,7 +94,9 @@ def run_export(
             calibration=calibration,
             opset=opset,
             batch=batch,
+            inputs=inputs,
             precision=precision,
+            min_agreement=min_agreement,
             graph=graph,
             preprocessing=_preprocessing(model),
             overwrite=overwrite,
@@ -127,20 +138,11 @@ def _preprocessing(model: nn.Module) -> dict[str, Any] | None:
 
 def _print(report: ExportReport) -> None:
     console = Console(markup=False)
-    parity, latency = report.parity, report.latency
     removed = "no tokens removed" if report.method is None else f"tokens removed by {report.method}"
     tokens = "" if report.tokens is None else f", {report.tokens[-1]} left"
-    lines = [f"{report.model}: {removed}{tokens}, {report.precision}, {report.batch} batch."]
-    agreement = "" if parity.top1_agreement is None else f"{parity.top1_agreement:.2%} of the same class, "
-    lines.append(
-        f"Against PyTorch in float32 on {parity.images} images: {agreement}largest relative error "
-        f"{parity.max_relative_error:.1e}, {parity.token_flips} token flips."
-    )
-    if latency is not None:
-        lines.append(
-            f"{latency.exported_ms:.2f} ms for {report.input_shape[0]} images, {latency.dense_ms:.2f} ms dense: "
-            f"{latency.speedup:.2f}x in {latency.context['runtime']}."
-        )
+    inputs = ", uint8 images" if report.inputs.form == "uint8" else ""
+    lines = [f"{report.model}: {removed}{tokens}, {report.precision}{inputs}, {report.batch} batch."]
+    lines += figures(report)
     operators = [f"{name} {count}" for name, count in report.operators.items()]
     more = f" and {len(operators) - _OPERATORS} more" if len(operators) > _OPERATORS else ""
     lines.append(f"Operators: {', '.join(operators[:_OPERATORS])}{more}.")

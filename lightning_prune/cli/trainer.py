@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 from rich.console import Console
@@ -16,7 +16,10 @@ from lightning_prune.cli.vocabulary_command import learn_words
 from lightning_prune.comparison.api import compare
 from lightning_prune.comparison.comparison_results import Comparison
 from lightning_prune.exporting import DeviceBundle, ExportReport
-from lightning_prune.exporting.exported_graph import BatchSize, GraphForm, Precision
+from lightning_prune.exporting.export_report import GraphForm
+from lightning_prune.exporting.exported_graph import BatchSize
+from lightning_prune.exporting.image_input import InputForm
+from lightning_prune.exporting.precision import Precision
 from lightning_prune.planning import Plan
 from lightning_prune.profiling import LatencyProfile
 from lightning_prune.reduction.vocabulary import Vocabulary
@@ -178,8 +181,10 @@ class PruneTrainer(L.Trainer):
         format: str = "onnx",
         batch: BatchSize = "static",
         batch_size: int | None = None,
+        inputs: InputForm = "float32",
         precision: Precision = "float32",
-        graph: GraphForm = "native",
+        min_agreement: float | None = None,
+        graph: GraphForm | Literal["auto"] = "native",
         opset: int | None = None,
         overwrite: bool = False,
     ) -> ExportReport:
@@ -197,9 +202,12 @@ class PruneTrainer(L.Trainer):
             format: onnx, openvino or torch-export.
             batch: static, for batches of one size, or dynamic, for any.
             batch_size: Number of images in a batch; default: that of the validation loader.
-            precision: float32 or float16.
-            graph: native, or portable for accelerators that refuse TopK, Gather or Scatter.
-            opset: Version of ONNX's operators; default: that of PyTorch's exporter.
+            inputs: float32 for normalised images, or uint8 for images of 0 to 255, which the file normalises itself.
+            precision: float32, float16, bfloat16, int8 (quantized on images of the validation data) or int8-dynamic.
+            min_agreement: Least share of the images with the same class as in PyTorch, in lower precisions than
+                float32; default: 0.995, 0.9 for int8.
+            graph: native; portable for accelerators that refuse TopK, Gather or Scatter; auto for the faster one here.
+            opset: Version of ONNX's operators, from 17 on; default: that of PyTorch's exporter.
             overwrite: Whether an existing folder is replaced.
 
         Raises:
@@ -210,7 +218,7 @@ class PruneTrainer(L.Trainer):
             RuntimeUnavailableError: If the runtime of the format is not installed.
         """
         data = {"dataloaders": dataloaders, "datamodule": datamodule}
-        options = (schedule, format, batch, batch_size, precision, graph, opset, overwrite)
+        options = (schedule, format, batch, batch_size, inputs, precision, min_agreement, graph, opset, overwrite)
         return run_export(self, model, self.config, output, *options, **data)
 
     def bundle(

@@ -4,15 +4,24 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from os import PathLike
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from lightning_prune._utils.files import SavedDocument, load_saved
 from lightning_prune._utils.validation import check_path
 from lightning_prune.errors import FileFormatError
+from lightning_prune.exporting.image_input import ImageInput
 from lightning_prune.exporting.parity import Parity
+from lightning_prune.exporting.runtime_graph import RuntimeGraph
 
+GraphForm = Literal["native", "portable"]
+"""How tokens are selected and merged, see `lightning_prune.reduction.portable_graph`."""
 REPORT = "report.json"
 """Name of the report in the folder."""
+_BEFORE: dict[str, Any] = {
+    "inputs": {},
+    "graph_choice": None,
+    "in_runtime": None,
+}  # what documents of version 1 leave out
 
 
 @dataclass(frozen=True)
@@ -37,6 +46,23 @@ class TimedLatency:
 
 
 @dataclass(frozen=True)
+class GraphChoice:
+    """Which form of the graph was taken by `graph="auto"`, and why.
+
+    Attributes:
+        form: Native or portable.
+        native_ms: Median milliseconds of a batch in the runtime; None if the runtime does not accept the graph.
+        portable_ms: Likewise, timed in the same interleaved run.
+        reason: Why this form was taken.
+    """
+
+    form: GraphForm
+    native_ms: float | None
+    portable_ms: float | None
+    reason: str
+
+
+@dataclass(frozen=True)
 class ExportReport(SavedDocument):
     """What `export` wrote; `report.json` in the folder.
 
@@ -45,9 +71,11 @@ class ExportReport(SavedDocument):
         format: Name of the format.
         files: Name of each file of the model, the one to load first -> its SHA-256.
         input_shape: (B, C, H, W) of the images.
+        inputs: Which images the file takes: normalised ones, or images in 8 bits.
         batch: Whether B is static or dynamic.
-        precision: Of the weights.
+        precision: Of weights and operators.
         graph: How tokens are selected and merged: native or portable.
+        graph_choice: Why that form, and the latency of both; None if the form was given.
         classes: Number of classes; 0 for a model that returns features.
         opset: Version of ONNX's operators, read from the file; None for other formats.
         method: Name of the method, `"mixed"` for several; None for a dense model.
@@ -55,18 +83,22 @@ class ExportReport(SavedDocument):
         parity: How far the file agrees with PyTorch.
         latency: How fast it is; None if it was not timed.
         operators: Operator -> how often it is in the file, the most frequent first.
+        in_runtime: What the runtime makes of the file; None where it does not say.
         versions: Package -> version.
     """
 
     FORMAT: ClassVar[str] = "lightning_prune.export"
+    VERSIONS: ClassVar[tuple[int, ...]] = (1, 2)
 
     folder: Path = field(compare=False)
     format: str
     files: Mapping[str, str]
     input_shape: tuple[int, int, int, int]
+    inputs: ImageInput
     batch: str
     precision: str
     graph: str
+    graph_choice: GraphChoice | None
     classes: int
     opset: int | None
     method: str | None
@@ -74,6 +106,7 @@ class ExportReport(SavedDocument):
     parity: Parity
     latency: TimedLatency | None
     operators: Mapping[str, int]
+    in_runtime: RuntimeGraph | None
     versions: Mapping[str, str]
 
     @property
@@ -99,6 +132,7 @@ class ExportReport(SavedDocument):
 
     def _to_values(self) -> dict[str, Any]:
         values = {key: value for key, value in asdict(self).items() if key not in ("folder", "format")}
+        values["inputs"] = self.inputs.to_dict()
         values["input_shape"] = list(self.input_shape)
         values["tokens"] = None if self.tokens is None else list(self.tokens)
         return {"model_format": self.format, **values}  # `format` is that of the document
@@ -106,14 +140,19 @@ class ExportReport(SavedDocument):
     @classmethod
     def _from_values(cls, values: Mapping[str, Any], version: int) -> "ExportReport":
         try:
+            values = {**_BEFORE, **values} if version == 1 else values
             plain = {each.name: values[each.name] for each in fields(cls) if each.name not in ("folder", "format")}
             tokens, latency = plain["tokens"], plain["latency"]
+            choice, in_runtime, inputs = plain["graph_choice"], plain["in_runtime"], plain["inputs"]
             made = {
                 "input_shape": tuple(plain["input_shape"]),
                 "tokens": None if tokens is None else tuple(tokens),
                 "parity": Parity(**plain["parity"]),
+                "inputs": ImageInput.from_dict(inputs),
+                "graph_choice": None if choice is None else GraphChoice(**choice),
+                "in_runtime": None if in_runtime is None else RuntimeGraph.from_dict(in_runtime),
                 "latency": None if latency is None else TimedLatency(**latency),
             }
             return cls(**{**plain, **made, "folder": Path(), "format": values["model_format"]})
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise FileFormatError(f"an entry is missing or invalid: {error}.") from error

@@ -8,20 +8,22 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.errors import ArgumentError, ExportError
+from lightning_prune.exporting.export_report import GraphForm
 from lightning_prune.exporting.formats import BATCH
+from lightning_prune.exporting.image_input import ImageInput
+from lightning_prune.exporting.precision import dtype_of
 from lightning_prune.patching import VisionTransformer, find_vision_transformer, unpatch
 from lightning_prune.patching.api import make_handle
 from lightning_prune.patching.compatibility import check_depth
 from lightning_prune.patching.patched_block import BlockPatch
 from lightning_prune.reduction.portable import portable_graph
 from lightning_prune.reduction.registry import spec_of
+from lightning_prune.runtimes.base import applied_runtime
+from lightning_prune.runtimes.converted import is_plain
 from lightning_prune.runtimes.graph_export import ExportedGraph, export_graph
 from lightning_prune.schedule import MethodSpec, Schedule, ScheduleLike, read_schedule
 
-Precision = Literal["float32", "float16"]
 BatchSize = Literal["static", "dynamic"]
-GraphForm = Literal["native", "portable"]
-_DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
 
 class AppliedPatch(NamedTuple):
@@ -39,17 +41,24 @@ class AppliedPatch(NamedTuple):
 
 
 class ExportedCopy(nn.Module):
-    """A copy of a model that takes float32 images and returns its logits or features in float32.
+    """A copy of a model that takes images and returns its logits or features in float32.
 
     Args:
         model: Contains one Vision Transformer; in evaluation mode, on the CPU.
         module_path: Dotted path of the transformer in it.
         dtype: What it computes in.
+        normalise: What makes normalised float32 images of those that it takes; None where it takes these.
     """
 
-    def __init__(self, model: nn.Module, module_path: str | None, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        module_path: str | None,
+        dtype: torch.dtype = torch.float32,
+        normalise: nn.Module | None = None,
+    ) -> None:
         super().__init__()
-        self.model, self.module_path, self.dtype = model, module_path, dtype
+        self.model, self.module_path, self.dtype, self.normalise = model, module_path, dtype, normalise
         self.eval()
 
     @property
@@ -59,6 +68,7 @@ class ExportedCopy(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Runs the model on (B, C, H, W) images; returns (B, ...)."""
+        images = images if self.normalise is None else self.normalise(images)
         output = self.model(images.to(self.dtype))
         if not isinstance(output, Tensor):
             transformer = self.transformer
@@ -70,10 +80,11 @@ class ExportedCopy(nn.Module):
             output = transformer.adapter.output(output)
         return output.float()
 
-    def converted(self, precision: Precision) -> "ExportedCopy":
-        """The same with other weights; itself for float32."""
-        dtype = _DTYPES[precision]
-        return self if dtype == self.dtype else ExportedCopy(_copy(self.model, dtype), self.module_path, dtype)
+    def converted(self, precision: str, images: ImageInput) -> "ExportedCopy":
+        """The same with the weights of a precision, for the images that the exported model takes."""
+        dtype = dtype_of(precision)
+        model = self.model if dtype == self.dtype else _copy(self.model, dtype)
+        return ExportedCopy(model, self.module_path, dtype, images.module())
 
     def patch(self, images: Tensor) -> AppliedPatch:
         """How it is patched, for (B, C, H, W) images."""
@@ -106,11 +117,12 @@ def exported_copy(model: nn.Module, plan: ScheduleLike | None, module_path: str 
         module_path: As of `lightning_prune.export`.
 
     Raises:
-        ArgumentError: If the model is patched and a plan is given, or the plan names no method.
+        ArgumentError: If the model is patched and a plan is given, the plan names no method, or the model is quantized.
         FileFormatError: If the plan is a file that cannot be read.
         ScheduleError, UnsupportedModelError: As `lightning_prune.patch`.
     """
     transformer = find_vision_transformer(model, module_path)
+    _refuse_quantized(model, transformer)
     if plan is not None and any(isinstance(vars(each).get("_prune_patch"), BlockPatch) for each in transformer.blocks):
         raise ArgumentError("`plan` must be left out for a patched model, which is exported as it is patched.")
     schedule = None if plan is None else read_schedule(plan, "plan")
@@ -131,7 +143,7 @@ def graph_of(
 
     Args:
         model: Takes images alone.
-        images: (B, C, H, W), float32.
+        images: (B, C, H, W), as the model takes them.
         batch: Whether the graph is for B images or for any number of them.
         form: How tokens are selected and merged, see `lightning_prune.reduction.portable_graph`.
 
@@ -150,11 +162,22 @@ def graph_of(
         raise ExportError(f"`batch` must be 'static' for this model, got 'dynamic': {error}") from error
 
 
-def dense_graph(model: ExportedCopy, precision: Precision, images: Tensor) -> ExportedGraph:
-    """The graph of a model without its patch, for B images."""
-    dense = ExportedCopy(_shared(model.model), model.module_path)
+def dense_graph(model: ExportedCopy, images: Tensor) -> ExportedGraph:
+    """The graph of a model without its patch, for B images as it takes them."""
+    dense = ExportedCopy(_shared(model.model), model.module_path, model.dtype, model.normalise)
     unpatch(dense)
-    return graph_of(dense.converted(precision), images)
+    return graph_of(dense, images)
+
+
+def _refuse_quantized(model: nn.Module, transformer: VisionTransformer) -> None:
+    """Raises ArgumentError for a model that computes in 8 bits: its copy in floating point would be another model."""
+    way = "export the model in floating point with precision='int8', which quantizes it for the runtime of the format."
+    runtime = applied_runtime(transformer)
+    if runtime is not None and runtime != runtime.unquantized:
+        raise ArgumentError(f"`model` must not be run in a quantized runtime, got one in {runtime.name!r}: {way}")
+    wrong = next((name for name, each in model.named_parameters() if not is_plain(each)), None)
+    if wrong is not None:
+        raise ArgumentError(f"`model` must have plain weights, got a quantized or wrapped one, {wrong}: {way}")
 
 
 def _copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:

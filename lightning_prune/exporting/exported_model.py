@@ -1,16 +1,18 @@
 """An exported folder as a module: runs the file that is shipped."""
 
 import hashlib
+import warnings
 from os import PathLike
 from pathlib import Path
 
 from torch import Tensor, nn
 
-from lightning_prune._utils.validation import check_images
+from lightning_prune._utils.validation import check, check_images
 from lightning_prune.errors import ArgumentError, FileFormatError
 from lightning_prune.exporting.export_report import ExportReport
 from lightning_prune.exporting.folder import read_preprocessing
 from lightning_prune.exporting.formats import ExportFormat, parse_format
+from lightning_prune.exporting.image_input import EXACT
 from lightning_prune.exporting.parity import in_batches
 from lightning_prune.runtimes.graph_store import RunGraph
 from lightning_prune.runtimes.registry import parse_runtime
@@ -38,19 +40,22 @@ class ExportedModel(nn.Module):
         self.pretrained_cfg = read_preprocessing(report.folder)
         self._format = format
         self._runs: dict[int, RunGraph] = {}
+        self._warned = False
         self._run_of(report.input_shape[0])
 
     def forward(self, images: Tensor) -> Tensor:
         """Runs the model; one of static batch size runs other numbers of images in batches that are filled up.
 
         Args:
-            images: (N, C, H, W), in the size for which the model was exported.
+            images: (N, C, H, W), in the size for which the model was exported: normalised, or uint8 where the file
+                normalises itself (`report.inputs`). Such a file gets normalised images as what they were before; a
+                warning says so if they were not images in 8 bits, and are rounded to these.
 
         Returns:
             (N, classes) logits, or features, in float32.
 
         Raises:
-            ArgumentError: If the images have another size.
+            ArgumentError: If the images have another size, or were not normalised as `preprocessing.json` says.
         """
         check_images("images", images)
         batch, *size = self.report.input_shape
@@ -61,12 +66,28 @@ class ExportedModel(nn.Module):
             )
         count = batch if self.report.batch == "static" else len(images)
         run = self._run_of(count)
-        found = in_batches(lambda each: run(each)[0], images.detach().float().cpu().contiguous(), count)
+        found = in_batches(lambda each: run(each)[0], self._passed(images.detach().cpu()).contiguous(), count)
         return found.to(images.device)
 
     def extra_repr(self) -> str:
         """The file."""
         return str(self.report.model)
+
+    def _passed(self, images: Tensor) -> Tensor:
+        """The images as the file takes them."""
+        inputs = self.report.inputs
+        if inputs.form == "float32":
+            check("images", images.dtype, "normalised images in floating point", images.is_floating_point())
+            return images.float()
+        levels, rounding = inputs.levels("images", images)
+        if rounding > EXACT and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"The images are rounded by up to {rounding:.2f} of 255 levels: the exported model takes uint8 images, "
+                f"and these are none that were normalised with mean {inputs.mean} and std {inputs.std}.",
+                stacklevel=3,
+            )
+        return levels
 
     def _run_of(self, count: int) -> RunGraph:
         """What runs batches of a size; made once for each."""
@@ -84,7 +105,7 @@ def load_exported(folder: str | PathLike[str], runtime: str | None = None) -> Ex
         runtime: Spec of the runtime, such as `"openvino:device=GPU"`; that of the format on the CPU if None.
 
     Returns:
-        A module that takes (N, C, H, W) images; it runs in the runtime, on float32 images.
+        A module that takes (N, C, H, W) images and runs in the runtime.
 
     Raises:
         ArgumentError: If the runtime is not that of the format.
@@ -107,7 +128,7 @@ def load_exported(folder: str | PathLike[str], runtime: str | None = None) -> Ex
         parse_runtime(runtime)
     report = ExportReport.read(folder)
     check_files(report)
-    return ExportedModel(report, parse_format(report.format, runtime))
+    return ExportedModel(report, parse_format(report.format, runtime, report.precision))
 
 
 def check_files(report: ExportReport) -> None:

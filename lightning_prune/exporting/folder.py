@@ -16,6 +16,7 @@ from lightning_prune._utils.files import naming_file
 from lightning_prune._utils.validation import check, check_path
 from lightning_prune.classification.preprocessing import data_config_of
 from lightning_prune.errors import ArgumentError, FileFormatError, FileWriteError
+from lightning_prune.exporting.image_input import ImageInput
 
 PREPROCESSING = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
 """Entries of a data config that say how images are prepared."""
@@ -116,17 +117,28 @@ def data_config(model: nn.Module, root: nn.Module, given: Mapping[str, Any] | No
     return {**(found or {}), **(given or {})}
 
 
-def write_preprocessing(folder: Path, config: Mapping[str, Any]) -> None:
+def write_preprocessing(folder: Path, config: Mapping[str, Any], inputs: ImageInput) -> None:
     """Writes how images are prepared; entries that are not known are null, and a remark says so.
 
     Args:
         folder: The folder.
         config: See `data_config`.
+        inputs: The images that the file takes; of it are `mean` and `std` where the file normalises.
     """
     known = {name: _plain(config.get(name)) for name in PREPROCESSING}
+    inside = inputs.form == "uint8"
+    if inside:
+        known |= {"mean": _plain(inputs.mean), "std": _plain(inputs.std)}
     unknown = [name for name, value in known.items() if value is None and name != "crop_mode"]
     remark = f"The model does not say: {', '.join(unknown)}." if unknown else ""
-    document = {**known, "layout": "NCHW", "dtype": "float32", "remark": remark}
+    document = {
+        **known,
+        "layout": "NCHW",
+        "dtype": inputs.form,
+        "range": [0, 255] if inside else None,
+        "normalised_inside": inside,  # scaled to [0, 1], mean subtracted, divided by std
+        "remark": remark,
+    }
     (folder / "preprocessing.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 

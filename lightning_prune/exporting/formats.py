@@ -3,7 +3,8 @@
 import io
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,7 +15,10 @@ from torch import nn
 from lightning_prune import __version__
 from lightning_prune._utils.validation import check_name
 from lightning_prune.errors import ArgumentError, ExportError, FileWriteError
+from lightning_prune.exporting.precision import is_quantized
+from lightning_prune.exporting.runtime_graph import RuntimeGraph, graph_in_onnxruntime, graph_in_openvino
 from lightning_prune.runtimes.base import Runtime
+from lightning_prune.runtimes.calibration import calibration_batches
 from lightning_prune.runtimes.graph_export import ExportedGraph
 from lightning_prune.runtimes.graph_store import RunGraph
 from lightning_prune.runtimes.registry import parse_runtime
@@ -27,27 +31,35 @@ class ExportFormat(ABC):
     """A file format of models, and the runtime that is measured with it.
 
     Args:
-        runtime: Spec of the runtime, `runtime_name` with settings; without settings if None.
+        runtime: Spec of the runtime, `runtime_name` with settings; that of the precision if None.
+        precision: See `export`.
 
     Raises:
-        ArgumentError: If it is the spec of another runtime.
+        ArgumentError: If it is the spec of another runtime, or the format has no such precision.
         RuntimeUnavailableError: If the runtime is not installed; names the extra that installs it.
 
     Attributes:
         name: As it is given to `export`.
         runtime_name: Name of the runtime.
-        files: Names of the files of a model; the first is what is loaded.
+        files: Names of the files of a model, some of which may be missing; the first is what is loaded.
         packages: Packages that take part in making them.
+        precisions: Precision -> spec of the runtime that computes in it.
         runtime: The runtime.
+        precision: The precision.
     """
 
     name: ClassVar[str]
     runtime_name: ClassVar[str]
     files: ClassVar[tuple[str, ...]]
     packages: ClassVar[tuple[str, ...]]
+    precisions: ClassVar[Mapping[str, str]]
 
-    def __init__(self, runtime: str | None = None) -> None:
-        self.runtime: Runtime = parse_runtime(self.runtime_name if runtime is None else runtime)
+    def __init__(self, runtime: str | None = None, precision: str = "float32") -> None:
+        if precision not in self.precisions:
+            known = " or ".join(map(repr, self.precisions))
+            raise ArgumentError(f"`precision` must be {known} with format={self.name!r}, got {precision!r}.")
+        self.runtime: Runtime = parse_runtime(self.precisions[precision] if runtime is None else runtime)
+        self.precision = precision
         if self.runtime.name.partition(":")[0] != self.runtime_name:
             raise ArgumentError(f"`runtime` must be {self.runtime_name!r} for a {self.name} file, got {runtime!r}.")
 
@@ -90,6 +102,10 @@ class ExportFormat(ABC):
     def load_graph(self, graph: ExportedGraph) -> RunGraph:
         """Loads a graph with static shapes without writing it, as the runtime does while it is measured."""
 
+    def in_runtime(self, folder: Path, shape: tuple[int, ...]) -> RuntimeGraph | None:
+        """What the runtime makes of the files for (B, C, H, W) images of a shape; None where it does not say."""
+        return None
+
     @abstractmethod
     def operators(self, converted: Any) -> list[str]:
         """The name of each operator of what `convert` returned."""
@@ -112,39 +128,57 @@ class ExportFormat(ABC):
 
 
 class OnnxFormat(ExportFormat):
-    """ONNX, in one file."""
+    """ONNX; weights beyond 2 GiB, which a file of it cannot hold, are in a second file."""
 
     name = "onnx"
     runtime_name = "onnxruntime"
-    files = ("model.onnx",)
+    files = ("model.onnx", "model.onnx.data")
     packages = ("torch", "onnx", "onnxscript", "onnxruntime")
+    precisions: ClassVar[Mapping[str, str]] = {
+        "float32": "onnxruntime",
+        "float16": "onnxruntime",
+        "bfloat16": "onnxruntime",
+        "int8": "onnxruntime:quantize=static",
+        "int8-dynamic": "onnxruntime:quantize=dynamic",
+    }
 
     def convert(self, graph: ExportedGraph, opset: int | None, dynamic: bool) -> Any:
         """See `ExportFormat.convert`."""
         from lightning_prune.runtimes.onnx_conversion import to_onnx
 
         model = to_onnx(graph, opset, BATCH if dynamic else None)
+        if is_quantized(self.precision):
+            from lightning_prune.runtimes.onnx_quantization import quantized_onnx
+
+            batches = calibration_batches(graph, self.runtime.name) if self._is_static else []
+            model = quantized_onnx(model, "static" if self._is_static else "dynamic", batches)
         made = self.opset(model)
-        if opset is not None and made != opset:  # the exporter says nothing where it cannot
-            raise ExportError(
-                f"The graph cannot be converted to opset {opset}: the exporter gave operators of opset {made}. Leave "
-                "`opset` out, or give a newer one."
-            )
+        if opset is not None and made != opset:
+            raise ExportError(f"The graph cannot be converted to opset {opset}: its operators became those of {made}.")
         return model
 
     def write(self, converted: Any, folder: Path) -> None:
         """See `ExportFormat.write`."""
-        (folder / self.files[0]).write_bytes(converted.SerializeToString())
+        from lightning_prune.runtimes.onnx_conversion import save_onnx
+
+        save_onnx(converted, folder / self.files[0])
 
     def load(self, folder: Path, shape: tuple[int, ...]) -> RunGraph:
         """See `ExportFormat.load`."""
-        run: RunGraph = self._onnxruntime.load_file(folder / self.files[0], {BATCH: shape[0]})
+        with self._explaining():
+            run: RunGraph = self._onnxruntime.load_file(folder / self.files[0], {BATCH: shape[0]}, self._is_static)
         return run
 
     def load_graph(self, graph: ExportedGraph) -> RunGraph:
         """See `ExportFormat.load_graph`."""
-        run: RunGraph = self._onnxruntime.load(graph)
+        with self._explaining():
+            run: RunGraph = self._onnxruntime.load(graph)
         return run
+
+    def in_runtime(self, folder: Path, shape: tuple[int, ...]) -> RuntimeGraph:
+        """See `ExportFormat.in_runtime`."""
+        graph = self._onnxruntime.optimized(folder / self.files[0], {BATCH: shape[0]}, self._is_static)
+        return graph_in_onnxruntime(*graph)
 
     def operators(self, converted: Any) -> list[str]:
         """See `ExportFormat.operators`."""
@@ -163,6 +197,24 @@ class OnnxFormat(ExportFormat):
     def _onnxruntime(self) -> Any:
         return self.runtime
 
+    @property
+    def _is_static(self) -> bool:
+        """Whether ranges of activations are constants of the file."""
+        return self.precision == "int8"
+
+    @contextmanager
+    def _explaining(self) -> Iterator[None]:
+        """ONNX Runtime names the first operator that it does not have in bfloat16, and says nothing of the reason."""
+        try:
+            yield
+        except ExportError as error:
+            if self.precision != "bfloat16":
+                raise
+            raise ExportError(
+                f"`precision` must be 'float32', 'float16' or 'int8' in {self.runtime.name!r}, which lacks operators "
+                f"in bfloat16: {error}"
+            ) from error
+
 
 class OpenVINOFormat(ExportFormat):
     """OpenVINO's own format: the graph, and its weights as they are."""
@@ -171,12 +223,32 @@ class OpenVINOFormat(ExportFormat):
     runtime_name = "openvino"
     files = ("model.xml", "model.bin")
     packages = ("torch", "openvino")
+    precisions: ClassVar[Mapping[str, str]] = {
+        "float32": "openvino",
+        "float16": "openvino",
+        "bfloat16": "openvino:precision=bf16",
+        "int8": "openvino:quantize=int8",
+    }
+
+    def refuse(self, model: nn.Module) -> None:
+        """See `ExportFormat.refuse`. The precision is read back: a device may compute in another."""
+        super().refuse(model)
+        computes = self.runtime.context()["runtime_precision"]
+        if self.precision == "bfloat16" and computes != "bf16":
+            raise ArgumentError(
+                f"`precision` must be one that {self.runtime.name!r} computes in here, got 'bfloat16': it takes "
+                f"{computes}."
+            )
 
     def convert(self, graph: ExportedGraph, opset: int | None, dynamic: bool) -> Any:
         """See `ExportFormat.convert`."""
         from lightning_prune.runtimes.openvino_runtime import to_openvino
 
         model = to_openvino(graph)
+        if is_quantized(self.precision):
+            from lightning_prune.runtimes.openvino_quantization import quantized_openvino
+
+            model = quantized_openvino(model, calibration_batches(graph, self.runtime.name))
         batch, *sizes = graph.inputs[0].shape
         try:
             model.reshape([-1 if dynamic else batch, *sizes])
@@ -204,6 +276,10 @@ class OpenVINOFormat(ExportFormat):
         run: RunGraph = self._openvino.load(graph)
         return run
 
+    def in_runtime(self, folder: Path, shape: tuple[int, ...]) -> RuntimeGraph:
+        """See `ExportFormat.in_runtime`."""
+        return graph_in_openvino(self._openvino.executed(folder / self.files[0], shape))
+
     def operators(self, converted: Any) -> list[str]:
         """See `ExportFormat.operators`. Constants, inputs and outputs are no operators."""
         names = [each.get_type_name() for each in converted.get_ordered_ops()]
@@ -225,6 +301,7 @@ class TorchExportFormat(ExportFormat):
     runtime_name = "torch"
     files = ("model.pt2",)
     packages = ("torch",)
+    precisions = dict.fromkeys(("float32", "float16", "bfloat16"), "torch")
 
     def convert(self, graph: ExportedGraph, opset: int | None, dynamic: bool) -> Any:
         """See `ExportFormat.convert`."""
@@ -260,21 +337,22 @@ FORMATS: dict[str, type[ExportFormat]] = {each.name: each for each in (OnnxForma
 """Name -> class."""
 
 
-def parse_format(name: str, runtime: str | None = None) -> ExportFormat:
+def parse_format(name: str, runtime: str | None = None, precision: str = "float32") -> ExportFormat:
     """The format of a name.
 
     Args:
         name: One of `FORMATS`.
         runtime: See `ExportFormat`.
+        precision: See `export`.
 
     Raises:
-        ArgumentError: If there is no such format, or `runtime` is that of another.
+        ArgumentError: If there is no such format or precision, or `runtime` is that of another format.
         RuntimeUnavailableError: If its runtime is not installed.
     """
     if not isinstance(name, str):
         raise ArgumentError(f"`format` must be one of {', '.join(map(repr, FORMATS))}, got {name!r}.")
     check_name("format", name, FORMATS)
-    return FORMATS[name](runtime)
+    return FORMATS[name](runtime, precision)
 
 
 def _run_program(program: torch.export.ExportedProgram) -> RunGraph:

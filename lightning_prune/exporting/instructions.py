@@ -17,6 +17,8 @@ TOLERANCE = {tolerance:g}
 folder = Path(__file__).resolve().parent
 sample = np.load(folder / "sample.npz")
 '''
+UNFUSED = ["MatMulAddFusion"]
+"""As of `lightning_prune.runtimes.onnx_quantization`, which needs ONNX Runtime to be imported."""
 _TAIL = """\
 error = np.abs(outputs - sample["expected"]).max() / np.abs(sample["expected"]).max()
 print("class of each image:", outputs.argmax(-1).tolist())
@@ -27,14 +29,15 @@ _RUNNERS = {
     "onnx": (
         "numpy and onnxruntime",
         "import numpy as np\nimport onnxruntime",
-        'session = onnxruntime.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])\n'
-        '(outputs,) = session.run(None, {session.get_inputs()[0].name: sample["images"]})\n',
+        'providers = ["CPUExecutionProvider"]\n'
+        'session = onnxruntime.InferenceSession(str(folder / "model.onnx"), providers=providers{optimizers})\n'
+        '(outputs,) = session.run(None, {{session.get_inputs()[0].name: sample["images"]}})\n',
     ),
     "openvino": (
         "numpy and openvino",
         "import numpy as np\nimport openvino",
-        "# Without the hint, OpenVINO computes in bfloat16 on processors that have it.\n"
-        'settings = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}\n'
+        "# Without the hint, OpenVINO computes in bfloat16 on processors that have it, whatever the file is.\n"
+        'settings = {{"INFERENCE_PRECISION_HINT": "{hint}", "PERFORMANCE_HINT": "LATENCY"}}\n'
         'model = openvino.Core().compile_model(folder / "model.xml", "CPU", settings)\n'
         'outputs = model(sample["images"])[0]\n',
     ),
@@ -53,8 +56,16 @@ def runner(report: ExportReport) -> str:
     It imports no torch, except for a file of `torch.export`.
     """
     needs, imports, body = _RUNNERS[report.format]
-    tolerance = report.parity.tolerance
+    # In lower precisions single images may be off by more than the tolerance, and so may those of the sample.
+    tolerance = max(report.parity.tolerance, 1.1 * report.max_relative_error)
+    optimizers = f", disabled_optimizers={UNFUSED}" if report.precision == "int8" else ""
+    body = body.format(optimizers=optimizers, hint=_hint(report))
     return _HEAD.format(file=report.model.name, needs=needs, imports=imports, tolerance=tolerance) + body + _TAIL
+
+
+def _hint(report: ExportReport) -> str:
+    """What OpenVINO is to compute in."""
+    return "bf16" if report.precision == "bfloat16" else "f32"
 
 
 def readme(report: ExportReport, input_name: str) -> str:
@@ -64,26 +75,16 @@ def readme(report: ExportReport, input_name: str) -> str:
         report: What was exported.
         input_name: Name of the model's input.
     """
-    parity, latency = report.parity, report.latency
     shape = " x ".join(map(str, report.input_shape))
     batch = "any number of images" if report.batch == "dynamic" else "this number of images"
     removed = "no tokens are removed" if report.method is None else f"tokens are removed by {report.method}"
-    agreement = "" if parity.top1_agreement is None else f"; {parity.top1_agreement:.2%} have the same class"
     lines = [
         f"# {report.model.name}",
         "",
-        f"A Vision Transformer for images of {shape} (float32, prepared as `preprocessing.json` says; {batch}), in "
-        f"{report.precision}; {removed}.",
+        f"A Vision Transformer for images of {shape} ({_images(report)}; {batch}), in {report.precision}; {removed}.",
         "",
-        f"- Checked on {parity.images} images against PyTorch in float32: the largest relative error is "
-        f"{parity.max_relative_error:.1e}; {parity.over_tolerance} images are more than {parity.tolerance:g} off, "
-        f"{parity.token_flips} of them by token flips{agreement}.",
+        *(f"- {each}" for each in figures(report)),
     ]
-    if latency is not None:
-        lines.append(
-            f"- {latency.exported_ms:.2f} ms for a batch of {report.input_shape[0]} where it was exported, "
-            f"{latency.dense_ms:.2f} ms dense ({latency.speedup:.2f}x), on {latency.context.get('threads')} threads."
-        )
     lines += ["", "## Run it", "", "```bash", "python run.py", "```", "", *_benchmarks(report, input_name)]
     lines += [
         "## Files",
@@ -100,16 +101,71 @@ def readme(report: ExportReport, input_name: str) -> str:
     return "\n".join(lines)
 
 
+def figures(report: ExportReport) -> list[str]:
+    """How far an exported model agrees with PyTorch, how fast it is, and what its runtime makes of it, in sentences."""
+    parity, latency, choice = report.parity, report.latency, report.graph_choice
+    same = "" if parity.top1_agreement is None else f"{parity.top1_agreement:.2%} of the same class, "
+    flips = "" if parity.token_flips is None else f", {parity.token_flips} of them by token flips"
+    least = "" if parity.min_agreement is None else f"; at least {parity.min_agreement:.1%} had to agree"
+    found = [
+        f"Against PyTorch in float32 on {parity.images} images: {same}largest relative error "
+        f"{parity.max_relative_error:.1e} (half of the images up to {parity.typical_relative_error:.1e}), "
+        f"{parity.over_tolerance} more than {parity.tolerance:g} off{flips}{least}."
+    ]
+    if latency is not None:
+        count = report.input_shape[0]
+        found.append(
+            f"{latency.exported_ms:.2f} ms for {count} image{'s' * (count > 1)}, {latency.dense_ms:.2f} ms dense in "
+            f"{report.precision}: {latency.speedup:.2f}x in {latency.context['runtime']} where it was exported, on "
+            f"{latency.context.get('threads')} threads."
+        )
+    if choice is not None:
+        times = [("native", choice.native_ms), ("portable", choice.portable_ms)]
+        both = ", ".join(f"{name} {'not accepted' if ms is None else f'{ms:.2f} ms'}" for name, ms in times)
+        found.append(f"Graph: {choice.form}, chosen of {both}: {choice.reason}.")
+    return found + _in_runtime(report)
+
+
+def _in_runtime(report: ExportReport) -> list[str]:
+    """What the runtime makes of the file, in sentences."""
+    graph = report.in_runtime
+    if graph is None:
+        return ["What the runtime fuses, and what falls back, is not known."]
+    named = {"attention": graph.attention, "layer norm": graph.layer_norm, "GELU": graph.gelu}
+    parts = []
+    for name, fusion in named.items():
+        unfused = "not known how many are not" if fusion.unfused is None else f"{fusion.unfused} not"
+        parts.append(f"{name} {fusion.fused} fused, {unfused}")
+    found = [f"In the runtime, {sum(graph.operators.values())} operators after optimisation: {'; '.join(parts)}."]
+    if graph.elsewhere is None:
+        found.append("Which operators fall back is not known.")
+    elif graph.elsewhere:
+        listed = ", ".join(f"{name} {count}" for name, count in graph.elsewhere.items())
+        where = "a reference implementation" if report.format == "openvino" else "the CPU instead of the provider"
+        found.append(f"Run by {where}: {listed}.")
+    if graph.precisions:
+        listed = ", ".join(f"{name} {count}" for name, count in graph.precisions.items())
+        found.append(f"Precisions of its operators: {listed}.")
+    return found
+
+
+def _images(report: ExportReport) -> str:
+    """The images that the file takes."""
+    if report.inputs.form == "float32":
+        return "float32, prepared as `preprocessing.json` says"
+    return "uint8, 0 to 255, in the order of channels of the training, usually RGB; scaled and normalised inside"
+
+
 def _benchmarks(report: ExportReport, input_name: str) -> list[str]:
     """A section with commands that measure the model where it is deployed; none for formats without a common tool."""
     file = report.model.name
     batch, *size = report.input_shape
     shape = f"{input_name}:{'x'.join(map(str, (batch, *size)))}"
-    dynamic, half = report.batch == "dynamic", report.precision == "float16"
+    dynamic = report.batch == "dynamic"
     commands = []
     if report.format == "onnx":
         fixed = f" --shapes={shape}" if dynamic else ""
-        typed = " --stronglyTyped" if half else ""
+        typed = "" if report.precision == "float32" else " --stronglyTyped"
         commands.append(
             f"trtexec --onnx={file}{fixed}{typed} --useCudaGraph --useSpinWait --noDataTransfers --warmUp=500 "
             "--duration=10 --percentile=50,90,99 --exportTimes=times.json"
@@ -117,11 +173,13 @@ def _benchmarks(report: ExportReport, input_name: str) -> list[str]:
     if report.format in ("onnx", "openvino"):
         fixed = f' -shape "[{",".join(map(str, report.input_shape))}]"' if dynamic else ""
         # The hint gives one stream; the tool refuses to be told the number beside it.
-        computes = "" if half else " -infer_precision f32"
+        computes = f" -infer_precision {_hint(report)}"
         commands.append(f"benchmark_app -m {file} -d CPU -hint latency{computes} -t 30 -pc{fixed}")
     if report.format == "onnx":
         free = f" -f {BATCH}:{batch}" if dynamic else ""
-        commands.append(f"onnxruntime_perf_test -e cpu -I -m times -r 1000 -x 4{free} {file}")
+        entry = f'"optimization.disable_specified_optimizers|{";".join(UNFUSED)}"'
+        unfused = f" -C {entry}" if report.precision == "int8" else ""
+        commands.append(f"onnxruntime_perf_test -e cpu -I -m times -r 1000 -x 4{free}{unfused} {file}")
     if not commands:
         return []
     return ["## Measure it where it will run", "", "```bash", *commands, "```", ""]

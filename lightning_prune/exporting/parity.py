@@ -9,9 +9,7 @@ from torch import Tensor
 from lightning_prune.errors import DataError, ExportError
 
 SHARE = 0.995
-"""Share of the images that must agree."""
-TOLERANCES = {"float32": 1e-3, "float16": 2e-2}
-"""Precision -> largest relative error of an image that agrees."""
+"""Share of the images that must be within the tolerance in float32."""
 _NOISE = 1e-5  # of the largest value of an image: more than rounding changes, and far less than an image shows
 _DRAWS = 8
 
@@ -30,8 +28,11 @@ class Parity:
         over_tolerance: Number of images with a larger one.
         token_flips: How many of these are explained by tokens whose scores are equal up to rounding: PyTorch's own
             output changes by more than the tolerance when noise of 1e-5 of the largest pixel is added to the image. The
-            kept tokens themselves are no outputs of an exported model, so they cannot be compared.
+            kept tokens themselves are no outputs of an exported model, so they cannot be compared. None in lower
+            precisions, whose errors are no rounding of float32.
         top1_agreement: Share of the images with the same class; None for a model without classes.
+        min_agreement: The least that it may be, or, for a model without classes, the least share of the images within
+            the tolerance; None in float32, which is judged by `over_tolerance` and `token_flips`.
     """
 
     images: int
@@ -39,12 +40,28 @@ class Parity:
     typical_relative_error: float
     tolerance: float
     over_tolerance: int
-    token_flips: int
+    token_flips: int | None
     top1_agreement: float | None
+    min_agreement: float | None = None
+
+    @property
+    def figures(self) -> str:
+        """Errors in words."""
+        flips = "" if self.token_flips is None else f", {self.token_flips} of them by token flips"
+        return (
+            f"{self.over_tolerance} of {self.images} images are more than {self.tolerance:g} off (relative error; the "
+            f"largest is {self.max_relative_error:.2g}){flips}"
+        )
 
 
 def compare_outputs(
-    reference: Run, exported: Run, images: Tensor, batch_size: int, tolerance: float, classes: bool
+    reference: Run,
+    exported: Run,
+    images: Tensor,
+    batch_size: int,
+    tolerance: float,
+    classes: bool,
+    min_agreement: float | None = None,
 ) -> Parity:
     """Compares the outputs of two forms of a model.
 
@@ -55,6 +72,7 @@ def compare_outputs(
         batch_size: B; the last batch is filled up with its first image.
         tolerance: See `Parity`.
         classes: Whether outputs are logits of classes.
+        min_agreement: See `Parity`.
 
     Raises:
         DataError: If outputs of the model in PyTorch are not finite.
@@ -72,38 +90,40 @@ def compare_outputs(
         raise ExportError("The exported model returns NaN or infinity where the model does not.")
     errors = relative_errors(expected, found)
     over = torch.nonzero(errors > tolerance).flatten().tolist()
-    flips = sum(is_flip(reference, images[index], expected[index], batch_size, tolerance) for index in over)
+    flips = None
+    if min_agreement is None:
+        flips = sum(is_flip(reference, images[index], expected[index], batch_size, tolerance) for index in over)
     agreement = float((expected.argmax(-1) == found.argmax(-1)).double().mean()) if classes else None
-    return Parity(len(images), float(errors.max()), float(errors.median()), tolerance, len(over), flips, agreement)
+    largest, typical = float(errors.max()), float(errors.median())
+    return Parity(len(images), largest, typical, tolerance, len(over), flips, agreement, min_agreement)
 
 
-def check_parity(parity: Parity, precision: str) -> None:
+def check_parity(parity: Parity) -> None:
     """Raises ExportError, with the figures, unless the exported model counts as the same model.
 
-    Args:
-        parity: The comparison.
-        precision: With `"float32"`, 99.5% of the images have to agree within the tolerance, and the others have to be
-            token flips. With `"float16"`, 99.5% of the images need the same class; where there are no classes, an
-            output within the tolerance.
+    In float32, 99.5% of the images have to agree within the tolerance, and the others have to be token flips. In other
+    precisions, `min_agreement` of the images need the same class; where there are no classes, an output within the
+    tolerance.
     """
-    n, over = parity.images, parity.over_tolerance
-    figures = (
-        f"{over} of {n} images are more than {parity.tolerance:g} off (relative error; the largest is "
-        f"{parity.max_relative_error:.2g}), {parity.token_flips} of them by token flips"
-    )
-    few = over <= (1 - SHARE) * n
-    if precision == "float32":
-        if not few or parity.token_flips < over:
+    n, over, least = parity.images, parity.over_tolerance, parity.min_agreement
+    few = over <= (1 - (SHARE if least is None else least)) * n + 1e-9
+    if least is None:
+        if not few or parity.token_flips != over:
             raise ExportError(
-                f"The exported model is not the model: {figures}. At most {1 - SHARE:.1%} may be, all by token flips."
+                f"The exported model is not the model: {parity.figures}. At most {1 - SHARE:.1%} may be, all by token "
+                "flips."
             )
     elif parity.top1_agreement is None:
         if not few:
-            raise ExportError(f"The exported model is not the model: {figures}. At most {1 - SHARE:.1%} may be.")
-    elif parity.top1_agreement < SHARE:
+            raise ExportError(
+                f"The exported model is not the model: {parity.figures}. At most {1 - least:.1%} may be "
+                "(`min_agreement`)."
+            )
+    elif parity.top1_agreement < least:
+        figures = parity.figures
         raise ExportError(
             f"The exported model is not the model: it gives {parity.top1_agreement:.2%} of {n} images the same class; "
-            f"at least {SHARE:.1%} must be. {figures[0].upper()}{figures[1:]}."
+            f"at least {least:.1%} must be (`min_agreement`). {figures[0].upper()}{figures[1:]}."
         )
 
 

@@ -111,7 +111,7 @@ class ConvertedRuntime(Runtime):
         """See `Runtime.unsupported_reason`."""
         if is_compiled(model):
             return "the model is compiled already."
-        if not all(map(_is_plain, model.parameters())):
+        if not all(map(is_plain, model.parameters())):
             return "its weights are quantized, or otherwise no plain tensors."
         return None
 
@@ -185,7 +185,7 @@ class _ConvertedCalls(InPlace):
 
     def _check_call(self, images: Tensor, keywords: Mapping[str, Any]) -> None:
         name = self._converter.name
-        if not all(map(_is_plain, self._root.parameters())):
+        if not all(map(is_plain, self._root.parameters())):
             raise ArgumentError(f"The weights must be plain tensors with the runtime {name!r}, got quantized ones.")
         if torch.is_autocast_enabled(images.device.type):
             raise ArgumentError(f"`precision` must be '32-true' with the runtime {name!r}, got autocast.")
@@ -204,6 +204,6 @@ def not_float32(model: nn.Module) -> str | None:
     return f"the weights are {min(wrong)}; its quantizer takes models in float32." if wrong else None
 
 
-def _is_plain(parameter: Tensor) -> bool:
+def is_plain(parameter: Tensor) -> bool:
     """Whether it is a tensor of numbers, and no subclass such as a quantized one."""
     return type(parameter) in (Tensor, nn.Parameter)

@@ -20,6 +20,7 @@ def onnx_session(
     threads: int,
     dimensions: Mapping[str, int] | None = None,
     disabled_optimizers: Sequence[str] | None = None,
+    optimized: str | None = None,
 ) -> Any:
     """A session of ONNX Runtime.
 
@@ -29,6 +30,8 @@ def onnx_session(
         threads: Threads of one operator on a CPU.
         dimensions: Name -> size of symbolic dimensions, which become static.
         disabled_optimizers: Names of passes that are left out.
+        optimized: File to which the optimised model is written, with its large weights beside it; the session then
+            notes, too, which provider runs what.
     """
     import onnxruntime as ort
 
@@ -39,6 +42,10 @@ def onnx_session(
     options.add_session_config_entry("session.force_spinning_stop", "1")
     for name, size in (dimensions or {}).items():
         options.add_free_dimension_override_by_name(name, size)
+    if optimized is not None:
+        options.optimized_model_filepath = optimized
+        options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights.bin")
+        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     providers = [provider] if provider == CPU_PROVIDER else [provider, CPU_PROVIDER]
     return ort.InferenceSession(model, options, providers=providers, disabled_optimizers=disabled_optimizers)
 

@@ -1,7 +1,10 @@
 """ONNX Runtime: a model is exported to ONNX and run by an inference session."""
 
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, get_args
 
 import onnxruntime as ort
@@ -15,7 +18,7 @@ from lightning_prune.runtimes.converted import ConvertedRuntime, not_float32
 from lightning_prune.runtimes.graph_export import ExportedGraph
 from lightning_prune.runtimes.graph_sessions import CPU_PROVIDER, TOKENS, onnx_session
 from lightning_prune.runtimes.graph_store import RunGraph
-from lightning_prune.runtimes.onnx_conversion import NUMPY_DTYPES, to_onnx
+from lightning_prune.runtimes.onnx_conversion import NUMPY_DTYPES, is_large, save_onnx, to_onnx
 from lightning_prune.runtimes.onnx_quantization import UNFUSED, Quantization, quantized_onnx
 
 
@@ -83,18 +86,23 @@ class OnnxRuntime(ConvertedRuntime):
 
     def load(self, graph: ExportedGraph) -> RunGraph:
         """See `ConvertedRuntime.load`."""
-        return self._session(self._onnx(graph))
+        with _stored(self._onnx(graph)) as model:
+            return self._session(model)
 
     def load_counts(self, graph: ExportedGraph) -> Callable[[int], RunGraph]:
         """See `ConvertedRuntime.load_counts`."""
-        model = self._onnx(graph, TOKENS)
-        return lambda count: self._session(model, {TOKENS: count})
+        # The folder of a model that is too large to be kept in memory is deleted with the function that is returned.
+        stored = ExitStack()
+        model = stored.enter_context(_stored(self._onnx(graph, TOKENS)))
+
+        def load(count: int, _kept: ExitStack = stored) -> RunGraph:
+            return self._session(model, {TOKENS: count})
+
+        return load
 
     def save(self, graph: ExportedGraph, folder: Path, name: str, counts: bool = False) -> list[str]:
         """See `ConvertedRuntime.save`."""
-        file = f"{name}.onnx"
-        (folder / file).write_bytes(self._onnx(graph, TOKENS if counts else None))
-        return [file]
+        return save_onnx(self._onnx(graph, TOKENS if counts else None), folder / f"{name}.onnx")
 
     def device_settings(self) -> dict[str, Any]:
         """See `ConvertedRuntime.device_settings`."""
@@ -106,48 +114,109 @@ class OnnxRuntime(ConvertedRuntime):
             "disabled_optimizers": list(UNFUSED) if self.quantize == "static" else None,
         }
 
-    def _onnx(self, graph: ExportedGraph, dimension: str | None = None) -> bytes:
-        """The ONNX model that this runtime runs for a graph, serialised."""
+    def _onnx(self, graph: ExportedGraph, dimension: str | None = None) -> Any:
+        """The ONNX model that this runtime runs for a graph."""
         model = to_onnx(graph, dimension=dimension)
         if self.quantize is not None:
             batches = calibration_batches(graph, self.name) if self.quantize == "static" else []
             model = quantized_onnx(model, self.quantize, batches)
-        made: bytes = model.SerializeToString()
-        return made
+        return model
 
-    def load_file(self, path: Path, dimensions: Mapping[str, int]) -> RunGraph:
+    def load_file(self, path: Path, dimensions: Mapping[str, int], quantized: bool = False) -> RunGraph:
         """Loads an ONNX file with static shapes.
 
         Args:
-            path: The file.
+            path: The file; weights that are not in it are beside it.
             dimensions: Name -> size of its symbolic dimensions.
+            quantized: Whether its products are quantized in constant ranges.
 
         Raises:
             ExportError: If ONNX Runtime does not accept the model.
         """
-        return self._session(path.read_bytes(), dimensions)
+        return _bound(self._start(_content(path), dimensions, quantized))
 
-    def _session(self, model: bytes, dimensions: Mapping[str, int] | None = None) -> RunGraph:
-        """A function that runs an ONNX model.
+    def optimized(
+        self, path: Path, dimensions: Mapping[str, int], quantized: bool = False
+    ) -> tuple[Any, dict[str, int] | None]:
+        """What ONNX Runtime makes of a file before it runs it.
 
         Args:
-            model: The model, serialised.
-            dimensions: Name -> size of the symbolic dimensions, which become static.
+            path: As of `load_file`.
+            dimensions: As of `load_file`.
+            quantized: As of `load_file`.
+
+        Returns:
+            The optimised model, as an `onnx.ModelProto` without its large weights; and operator -> how often it is not
+            run by the provider, None where this version of ONNX Runtime does not say.
+        """
+        import onnx
+
+        with TemporaryDirectory(prefix="lightning-prune-") as folder:
+            written = Path(folder) / "optimized.onnx"
+            session = self._start(_content(path), dimensions, quantized, written)
+            ask = getattr(session, "get_provider_graph_assignment_info", None)
+            assigned = None if ask is None else [(each.ep_name, each.get_nodes()) for each in ask()]
+            model = onnx.load(written, load_external_data=False)
+        if assigned is None:
+            return model, None
+        others = Counter(node.op_type for name, nodes in assigned if name != self.provider for node in nodes)
+        return model, dict(others.most_common())
+
+    def _session(self, model: bytes | str, dimensions: Mapping[str, int] | None = None) -> RunGraph:
+        """A function that runs an ONNX model, as `onnx_session` takes it.
 
         Raises:
             ExportError: If ONNX Runtime does not accept the model.
         """
-        unfused = UNFUSED if self.quantize == "static" else None
+        return _bound(self._start(model, dimensions, self.quantize == "static"))
+
+    def _start(
+        self,
+        model: bytes | str,
+        dimensions: Mapping[str, int] | None,
+        quantized: bool,
+        optimized: Path | None = None,
+    ) -> Any:
+        """A session of an ONNX model.
+
+        Args:
+            model: Serialised, or the path of its file.
+            dimensions: Name -> size of the symbolic dimensions, which become static.
+            quantized: Whether its products are quantized in constant ranges.
+            optimized: Where the optimised model is written.
+
+        Raises:
+            ExportError: If ONNX Runtime does not accept the model.
+        """
+        unfused = UNFUSED if quantized else None
+        written = None if optimized is None else str(optimized)
         try:
-            session = onnx_session(model, self.provider, self._threads(), dimensions, unfused)
+            session = onnx_session(model, self.provider, self._threads(), dimensions, unfused, written)
         except Exception as error:  # its errors have no common base class
             raise ExportError(f"ONNX Runtime does not accept the model: {error}") from error
         if session.get_providers()[0] != self.provider:
             raise ArgumentError(f"`provider` must be one that starts here, got {self.provider!r}, which did not.")
-        return _bound(session)
+        return session
 
     def _threads(self) -> int:
         return torch.get_num_threads() if self.threads is None else self.threads
+
+
+@contextmanager
+def _stored(model: Any) -> Iterator[bytes | str]:
+    """An ONNX model as it is given to a session: serialised, or the path of a file where it is too large for that."""
+    if not is_large(model):
+        yield model.SerializeToString()
+        return
+    with TemporaryDirectory(prefix="lightning-prune-") as folder:
+        path = Path(folder) / "model.onnx"
+        save_onnx(model, path)
+        yield str(path)
+
+
+def _content(path: Path) -> bytes | str:
+    """What is given to a session of a file: its content, or its path where weights are beside it."""
+    return str(path) if path.with_name(f"{path.name}.data").exists() else path.read_bytes()
 
 
 def _bound(session: Any) -> RunGraph:

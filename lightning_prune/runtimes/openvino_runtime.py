@@ -95,7 +95,7 @@ class OpenVINO(ConvertedRuntime):
 
     def load(self, graph: ExportedGraph) -> RunGraph:
         """See `ConvertedRuntime.load`."""
-        return self._compiled(self._model(graph))
+        return _bound(self._compiled(self._model(graph)))
 
     def load_counts(self, graph: ExportedGraph) -> Callable[[int], RunGraph]:
         """See `ConvertedRuntime.load_counts`."""
@@ -106,7 +106,7 @@ class OpenVINO(ConvertedRuntime):
             images, _ = graph.inputs
             ports = static.inputs
             static.reshape({ports[0]: ov.PartialShape(list(images.shape)), ports[1]: ov.PartialShape([count])})
-            return self._compiled(static)
+            return _bound(self._compiled(static))
 
         return load
 
@@ -147,19 +147,33 @@ class OpenVINO(ConvertedRuntime):
         Raises:
             ExportError: If OpenVINO does not accept the model.
         """
+        return _bound(self._compiled(self._read(path, shape)))
+
+    def _read(self, path: Path, shape: tuple[int, ...]) -> ov.Model:
         try:
             model = _core().read_model(path)
             model.reshape(list(shape))
         except RuntimeError as error:
             raise ExportError(f"OpenVINO cannot read {path}: {error}") from error
-        return self._compiled(model)
+        return model
 
-    def _compiled(self, model: ov.Model) -> RunGraph:
+    def executed(self, path: Path, shape: tuple[int, ...]) -> ov.Model:
+        """The graph that is executed for a model file, with what OpenVINO notes of each operator.
+
+        Args:
+            path: As of `load_file`.
+            shape: As of `load_file`.
+
+        Raises:
+            ExportError: As `load_file`.
+        """
+        return self._compiled(self._read(path, shape)).get_runtime_model()
+
+    def _compiled(self, model: ov.Model) -> Any:
         try:
-            compiled = _core().compile_model(model, self.device, self._settings())
+            return _core().compile_model(model, self.device, self._settings())
         except RuntimeError as error:
             raise ExportError(f"OpenVINO does not accept the model on {self.device}: {error}") from error
-        return _bound(compiled)
 
     def _settings(self) -> dict[str, Any]:
         return openvino_settings(self.device, self.precision, self._threads())

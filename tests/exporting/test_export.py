@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from lightning_prune.exporting import ExportReport
 from lightning_prune.exporting.exported_graph import graph_of
 from lightning_prune.exporting.formats import FORMATS, OnnxFormat, TorchExportFormat
 from lightning_prune.patching.class_swap import is_patched_module
+from lightning_prune.runtimes import onnx_conversion
 from lightning_prune.runtimes.graph_export import export_graph
 
 IMAGES = noise_images(2)
@@ -305,8 +307,19 @@ class TestRefused:
             ({"format": "onxx"}, r"`format` must be one of .*'onnx'.* Did you mean 'onnx'\?"),
             ({"opset": 17}, "`opset` must be left out with format='torch-export'"),
             ({"batch": "any"}, "`batch` must be 'static' or 'dynamic', got 'any'"),
-            ({"graph": "auto"}, "`graph` must be 'native' or 'portable', got 'auto'"),
-            ({"precision": "int4"}, "`precision` must be 'float32' or 'float16', got 'int4'"),
+            ({"graph": "any"}, "`graph` must be 'native', 'portable' or 'auto', got 'any'"),
+            ({"graph": "auto"}, "`rounds` must be at least 1 with graph='auto'"),
+            (
+                {"precision": "int8"},
+                "`precision` must be 'float32' or 'float16' or 'bfloat16' with format='torch-export'",
+            ),
+            ({"min_agreement": 0.9}, "`min_agreement` must be left out with precision='float32'"),
+            ({"inputs": "int8"}, "`inputs` must be 'float32' or 'uint8', got 'int8'"),
+            (
+                {"images": (255 * IMAGES.abs()).byte()},
+                "`example_inputs` must be normalised images, or `inputs` 'uint8'",
+            ),
+            ({"precision": "int4"}, "`precision` must be 'float32', .* or 'int8-dynamic', got 'int4'"),
             ({"calibration": noise_images(2, size=40)}, r"`calibration` must be images \(N, 3, 32, 32\)"),
             ({"images": IMAGES[0]}, "`example_inputs` must be images"),
             ({"tolerance": 0}, "`tolerance` must be a number > 0, got 0"),
@@ -337,12 +350,53 @@ class Unsupported(nn.Module):
 
 
 def test_operators_without_a_form_and_old_opsets_are_named() -> None:
-    onnx = OnnxFormat()
+    format = OnnxFormat()
     with pytest.raises(lp.ExportError, match="linalg_matrix_exp"):
-        onnx.convert(export_graph(Unsupported(), (IMAGES,)), None, False)
+        format.convert(export_graph(Unsupported(), (IMAGES,)), None, False)
     graph = export_graph(nn.LayerNorm(32), (IMAGES,))
-    with pytest.raises(lp.ExportError, match=r"cannot be converted to opset 9: .* opset \d+"):
-        onnx.convert(graph, 9, False)
+    with pytest.raises(lp.ExportError, match=r"`opset` must be .*, got 9: .* LayerNormalization .* newer one"):
+        format.convert(graph, 9, False)
+
+
+class OfOldAndNew(nn.Module):
+    """Operators whose form differs between opsets 17 and 18: Split, and reductions whose axes are an input."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        first, others = torch.split(images, [1, 2], 1)
+        second, third = others.chunk(2, 1)
+        return first.amax((1, 2)) + torch.linalg.vector_norm(second, dim=(1, 2)) * third.mean((1, 2))
+
+
+@pytest.mark.parametrize("opset", [17, 18, 23])
+def test_the_opset_that_is_asked_for_is_that_of_the_file(opset: int, tmp_path: Path) -> None:
+    model, format = OfOldAndNew(), OnnxFormat()
+    converted = format.convert(graph_of(model, IMAGES, "dynamic"), opset, True)
+    format.write(converted, tmp_path)
+    assert format.opset(onnx.load(tmp_path / "model.onnx")) == opset
+    assert {each.domain for each in converted.opset_import} == {""}
+    (found,) = format.load(tmp_path, tuple(CALIBRATION.shape))(CALIBRATION)
+    torch.testing.assert_close(found, model(CALIBRATION))
+
+
+def test_weights_that_no_file_of_onnx_can_hold_are_in_a_second_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnx_conversion, "MESSAGE_BYTES", 10_000)
+    model, folder = tiny(), tmp_path / "out"
+    report = lp.export(model, folder, IMAGES, plan=SCHEDULE, calibration=CALIBRATION, opset=17, rounds=1)
+    assert list(report.files) == ["model.onnx", "model.onnx.data"]
+    assert (report.opset, onnx.load(report.model).opset_import[0].version) == (17, 17)
+    sizes = [(folder / name).stat().st_size for name in report.files]
+    assert sizes[1] > 10_000
+    with torch.no_grad(), lp.patch(model, SCHEDULE):
+        torch.testing.assert_close(lp.load_exported(folder)(CALIBRATION), model(CALIBRATION), rtol=1e-4, atol=1e-4)
+    done = subprocess.run([sys.executable, folder / "run.py"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    path = folder / "model.onnx.data"
+    content = path.read_bytes()
+    path.write_bytes(bytes(len(content)))
+    with pytest.raises(lp.FileFormatError, match=r"model\.onnx\.data was changed"):
+        lp.load_exported(folder)
 
 
 def test_a_batch_size_in_the_model_is_static() -> None:
