@@ -32,7 +32,7 @@ from lightning_prune.exporting.folder import (
     write_sample,
 )
 from lightning_prune.exporting.formats import parse_format
-from lightning_prune.exporting.image_input import ImageInput, InputForm, image_input
+from lightning_prune.exporting.image_input import ImageInput, InputForm, input_of
 from lightning_prune.exporting.instructions import readme, runner
 from lightning_prune.exporting.parity import check_parity, compare_outputs, in_batches
 from lightning_prune.exporting.precision import AGREEMENT, PRECISIONS, TOLERANCES, Precision
@@ -145,7 +145,7 @@ def export(
         chosen.refuse(copied.model)
         transformer = copied.transformer
         config = data_config(model, transformer.root, preprocessing)
-        taken = image_input(inputs, config, example_inputs.shape[1])
+        taken = input_of(inputs, config, example_inputs.shape[1])
         images = _own_copy("example_inputs", example_inputs, taken)
         compared = images if calibration is None else _own_copy("calibration", calibration, taken)
         patch = copied.patch(images)

@@ -108,7 +108,7 @@ class _Normalise(nn.Module):
         return images.float() * self.scale + self.shift
 
 
-def image_input(form: InputForm, config: Mapping[str, Any], channels: int) -> ImageInput:
+def input_of(form: InputForm, config: Mapping[str, Any], channels: int) -> ImageInput:
     """The input of a model.
 
     Args:

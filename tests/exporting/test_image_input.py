@@ -12,10 +12,10 @@ from torch import Tensor
 
 import lightning_prune as lp
 from helpers.models import tiny_vit
-from lightning_prune.exporting.image_input import ImageInput, image_input
+from lightning_prune.exporting.image_input import ImageInput, input_of
 
 CONFIG = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
-TAKEN = image_input("uint8", CONFIG, 3)
+TAKEN = input_of("uint8", CONFIG, 3)
 LEVELS = torch.randint(0, 256, (6, 3, 32, 32), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
 
 
@@ -51,7 +51,7 @@ def test_other_means_are_noticed_where_images_leave_the_range(levels: float) -> 
 
 
 def test_normalised_images_stay_as_they_are() -> None:
-    taken = image_input("float32", {}, 3)
+    taken = input_of("float32", {}, 3)
     assert taken == ImageInput()
     assert taken.module() is None
     images = normalised(LEVELS)
@@ -71,7 +71,7 @@ def test_normalised_images_stay_as_they_are() -> None:
 )
 def test_a_normalisation_that_is_not_known(config: dict[str, Any]) -> None:
     with pytest.raises(lp.ArgumentError, match=r"`preprocessing` must be a mapping with `(mean|std)`, 1 or 3 numbers"):
-        image_input("uint8", config, 3)
+        input_of("uint8", config, 3)
 
 
 @pytest.fixture(scope="module")
