@@ -5,9 +5,10 @@ from typing import Any
 
 import lightning as L
 import pytest
+from matplotlib.figure import Figure
 
 import lightning_prune as lp
-from helpers.clock import TokenClock, set_latency
+from helpers.clock import TokenClock, set_few_rounds, set_latency
 from helpers.models import DEPTH, digits_module
 from lightning_prune.callbacks import TokenPruning
 from lightning_prune.profiling import Variant
@@ -19,6 +20,13 @@ OPTIONS: dict[str, Any] = {
     "enable_progress_bar": False,
     "limit_val_batches": 2,
 }
+
+
+@pytest.fixture(autouse=True)
+def _coarse_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures of few pixels: a comparison draws several, of which these tests see that they are there."""
+    savefig = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **options: savefig(self, path, **{**options, "dpi": 30}))
 
 
 @pytest.fixture
@@ -55,6 +63,7 @@ class Clocked(TokenClock):
 @pytest.fixture
 def clocked_module(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """Models whose blocks take 0.5 ms for each token that leaves them; `clock_of` is their clock."""
+    set_few_rounds(monkeypatch)
 
     def make(kind: type[lp.ImageClassifier] = lp.ImageClassifier) -> lp.ImageClassifier:
         model: lp.ImageClassifier = digits_module(kind)

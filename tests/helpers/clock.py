@@ -79,3 +79,18 @@ def set_latency(monkeypatch: pytest.MonkeyPatch, seconds: Callable[[Any], float]
         return seconds(alternative)
 
     monkeypatch.setattr(InterleavedTimer, "once", once)
+
+
+def set_few_rounds(monkeypatch: pytest.MonkeyPatch, most: int = 3) -> None:
+    """Ends every measurement after three rounds, where a clock says the same in each.
+
+    Args:
+        monkeypatch: Of the test.
+        most: Rounds.
+    """
+    measure = InterleavedTimer.measure
+
+    def measured(self: InterleavedTimer[Any], alternatives: Any, rounds: int, *more: Any, **options: Any) -> int:
+        return measure(self, alternatives, min(rounds, most), *more, **options)
+
+    monkeypatch.setattr(InterleavedTimer, "measure", measured)

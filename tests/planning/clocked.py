@@ -5,11 +5,10 @@ from itertools import pairwise
 import pytest
 
 import lightning_prune as lp
-from helpers.clock import set_latency
+from helpers.clock import set_few_rounds, set_latency
 from helpers.data import noise_images
 from helpers.models import tiny_vit
 from lightning_prune.patching.class_swap import is_patched_module
-from lightning_prune.profiling.interleaved_timer import InterleavedTimer
 from lightning_prune.profiling.model_variants import VariantSwitch
 
 IMAGES = noise_images(24)
@@ -27,7 +26,7 @@ def clock(monkeypatch):
     What a test adds to the dictionary multiplies the latencies: method or "dense" -> factor.
     """
     current, factors = {}, {}
-    real, measure = VariantSwitch.to, InterleavedTimer.measure
+    real = VariantSwitch.to
 
     def to(self, variant):
         real(self, variant)
@@ -45,12 +44,7 @@ def clock(monkeypatch):
 
     monkeypatch.setattr(VariantSwitch, "to", to)
     set_latency(monkeypatch, seconds)
-    # Every round is like the other.
-    monkeypatch.setattr(
-        InterleavedTimer,
-        "measure",
-        lambda self, names, rounds, *more, **kw: measure(self, names, min(rounds, 3), *more, **kw),
-    )
+    set_few_rounds(monkeypatch)
     monkeypatch.setattr("lightning_prune.planning.measurements.attention_share", lambda *_: 0.4)
     return factors
 
