@@ -16,10 +16,10 @@ from lightning_prune.exporting import ExportReport, export
 from lightning_prune.exporting.export_report import GraphForm
 from lightning_prune.exporting.exported_graph import BatchSize
 from lightning_prune.exporting.folder import PREPROCESSING, check_new
-from lightning_prune.exporting.formats import parse_format
 from lightning_prune.exporting.image_input import InputForm
 from lightning_prune.exporting.instructions import figures
 from lightning_prune.exporting.precision import PRECISIONS, Precision
+from lightning_prune.exporting.registry import parse_format
 from lightning_prune.patching import PatchHandle, find_vision_transformer, patch
 from lightning_prune.schedule import KeepRates, Schedule
 

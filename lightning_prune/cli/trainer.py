@@ -199,7 +199,7 @@ class PruneTrainer(L.Trainer):
             datamodule: Provides the validation loader.
             output: Folder for the files, new or empty.
             schedule: File of a schedule that names its method; default: that of the pruner, which must have one.
-            format: onnx, openvino or torch-export.
+            format: onnx, openvino, torch-export, aotinductor or executorch.
             batch: static, for batches of one size, or dynamic, for any.
             batch_size: Number of images in a batch; default: that of the validation loader.
             inputs: float32 for normalised images, or uint8 for images of 0 to 255, which the file normalises itself.

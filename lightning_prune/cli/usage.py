@@ -29,7 +29,7 @@ _OPTIONS = {
     "--prune.time_limit S": "seconds for measuring and planning",
     "--output DIR": "folder for the files (compare, profile, plan, export, bundle)",
     "--schedule FILE": "a schedule that names its method, as plan writes it (export)",
-    "--format NAME": "onnx, openvino or torch-export (export)",
+    "--format NAME": "onnx, openvino, torch-export, aotinductor or executorch (export)",
     "--exported DIR": "run the model of an exported folder instead of --model.model (validate, test)",
     "--profile FILE": "plan on the latency profile of another device, as a bundle measures it (plan)",
     "--device simulated:...": "profile, or plan for, a simulated device (profile, plan)",

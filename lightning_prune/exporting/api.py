@@ -31,11 +31,11 @@ from lightning_prune.exporting.folder import (
     write_preprocessing,
     write_sample,
 )
-from lightning_prune.exporting.formats import parse_format
 from lightning_prune.exporting.image_input import ImageInput, InputForm, input_of
 from lightning_prune.exporting.instructions import readme, runner
 from lightning_prune.exporting.parity import check_parity, compare_outputs, in_batches
 from lightning_prune.exporting.precision import AGREEMENT, PRECISIONS, TOLERANCES, Precision
+from lightning_prune.exporting.registry import parse_format
 from lightning_prune.runtimes.base import without_autograd
 from lightning_prune.runtimes.calibration import calibrating_with
 from lightning_prune.schedule import ScheduleLike
@@ -80,7 +80,8 @@ def export(
         example_inputs: (B, C, H, W) images, normalised, in the size that will be used; with `inputs="uint8"` also
             uint8.
         plan: A `Plan`, or a schedule that names its method, or the path of one, with which a dense model is exported.
-        format: `"onnx"`, `"openvino"` or `"torch-export"` (`.pt2`).
+        format: `"onnx"`, `"openvino"`, `"torch-export"` (`.pt2`), `"aotinductor"` (`.pt2`, compiled for processors like
+            this one, which takes minutes) or `"executorch"` (`.pte`).
         calibration: (N, C, H, W) images like the example, on which the outputs are compared, at least 256 if there are
             as many, and from the first 32 of which `"int8"` takes its ranges; the example inputs if None.
         inputs: What the file takes: `"float32"` for normalised images, or `"uint8"` for images of 0 to 255, which it

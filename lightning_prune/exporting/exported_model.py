@@ -11,9 +11,10 @@ from lightning_prune._utils.validation import check, check_images
 from lightning_prune.errors import ArgumentError, FileFormatError
 from lightning_prune.exporting.export_report import ExportReport
 from lightning_prune.exporting.folder import read_preprocessing
-from lightning_prune.exporting.formats import ExportFormat, parse_format
+from lightning_prune.exporting.formats import ExportFormat
 from lightning_prune.exporting.image_input import EXACT
 from lightning_prune.exporting.parity import in_batches
+from lightning_prune.exporting.registry import parse_format
 from lightning_prune.runtimes.graph_store import RunGraph
 from lightning_prune.runtimes.registry import parse_runtime
 

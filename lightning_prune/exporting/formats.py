@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from lightning_prune import __version__
-from lightning_prune._utils.validation import check_name
 from lightning_prune.errors import ArgumentError, ExportError, FileWriteError
 from lightning_prune.exporting.precision import is_quantized
 from lightning_prune.exporting.runtime_graph import RuntimeGraph, graph_in_onnxruntime, graph_in_openvino
@@ -326,33 +325,16 @@ class TorchExportFormat(ExportFormat):
 
     def operators(self, converted: Any) -> list[str]:
         """See `ExportFormat.operators`."""
-        return [str(node.target) for node in converted.graph.nodes if node.op == "call_function"]
+        return program_operators(converted)
 
     def input_name(self, converted: Any) -> str:
         """See `ExportFormat.input_name`."""
         return str(converted.graph_signature.user_inputs[0])
 
 
-FORMATS: dict[str, type[ExportFormat]] = {each.name: each for each in (OnnxFormat, OpenVINOFormat, TorchExportFormat)}
-"""Name -> class."""
-
-
-def parse_format(name: str, runtime: str | None = None, precision: str = "float32") -> ExportFormat:
-    """The format of a name.
-
-    Args:
-        name: One of `FORMATS`.
-        runtime: See `ExportFormat`.
-        precision: See `export`.
-
-    Raises:
-        ArgumentError: If there is no such format or precision, or `runtime` is that of another format.
-        RuntimeUnavailableError: If its runtime is not installed.
-    """
-    if not isinstance(name, str):
-        raise ArgumentError(f"`format` must be one of {', '.join(map(repr, FORMATS))}, got {name!r}.")
-    check_name("format", name, FORMATS)
-    return FORMATS[name](runtime, precision)
+def program_operators(program: torch.export.ExportedProgram) -> list[str]:
+    """The name of each operator of a graph of PyTorch."""
+    return [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
 
 
 def _run_program(program: torch.export.ExportedProgram) -> RunGraph:

@@ -47,13 +47,30 @@ _RUNNERS = {
         'model = torch.export.load(folder / "model.pt2").module()\n'
         'with torch.no_grad():\n    outputs = model(torch.from_numpy(sample["images"])).numpy()\n',
     ),
+    "aotinductor": (
+        "numpy and torch",
+        "import numpy as np\nimport torch",
+        'model = torch._inductor.aoti_load_package(folder / "model.pt2")\n'
+        'with torch.no_grad():\n    outputs = model(torch.from_numpy(sample["images"])).numpy()\n',
+    ),
+    "executorch": (
+        "numpy, torch and executorch",
+        "import numpy as np\nimport torch\nfrom executorch.runtime import Runtime",
+        'program = Runtime.get().load_program(folder / "model.pte")\n'
+        'outputs = program.load_method("forward").execute([torch.from_numpy(sample["images"])])[0].numpy()\n',
+    ),
+}
+_ELSEWHERE = {
+    "openvino": "a reference implementation",
+    "aotinductor": "kernels of PyTorch's own instead of compiled code",
+    "executorch": "ExecuTorch's own kernels instead of XNNPACK",
 }
 
 
 def runner(report: ExportReport) -> str:
     """The text of `run.py`, which ends with status 1 if outputs differ.
 
-    It imports no torch, except for a file of `torch.export`.
+    It imports no torch, except for files that PyTorch loads, and for ExecuTorch.
     """
     needs, imports, body = _RUNNERS[report.format]
     # In lower precisions single images may be off by more than the tolerance, and so may those of the sample.
@@ -123,6 +140,8 @@ def figures(report: ExportReport) -> list[str]:
         times = [("native", choice.native_ms), ("portable", choice.portable_ms)]
         both = ", ".join(f"{name} {'not accepted' if ms is None else f'{ms:.2f} ms'}" for name, ms in times)
         found.append(f"Graph: {choice.form}, chosen of {both}: {choice.reason}.")
+    if report.format == "aotinductor":
+        found.append("Compiled for processors like the one where it was exported, and for its number of threads.")
     return found + _in_runtime(report)
 
 
@@ -141,7 +160,7 @@ def _in_runtime(report: ExportReport) -> list[str]:
         found.append("Which operators fall back is not known.")
     elif graph.elsewhere:
         listed = ", ".join(f"{name} {count}" for name, count in graph.elsewhere.items())
-        where = "a reference implementation" if report.format == "openvino" else "the CPU instead of the provider"
+        where = _ELSEWHERE.get(report.format, "the CPU instead of the provider")
         found.append(f"Run by {where}: {listed}.")
     if graph.precisions:
         listed = ", ".join(f"{name} {count}" for name, count in graph.precisions.items())

@@ -35,7 +35,8 @@ class RuntimeGraph:
         layer_norm: Layer normalisation.
         gelu: The activation.
         elsewhere: Operator -> how often it does not run where it should: by the CPU instead of the provider that was
-            asked for, in ONNX Runtime; by a reference implementation, in OpenVINO. None where the runtime does not say.
+            asked for, in ONNX Runtime; by a reference implementation, in OpenVINO; by a kernel of its own, in
+            AOTInductor and ExecuTorch, instead of compiled code or XNNPACK. None where the runtime does not say.
         precisions: Precision -> operators whose output has it; None where the runtime does not say.
     """
 
@@ -106,6 +107,44 @@ def graph_in_openvino(model: Any) -> RuntimeGraph:
         gelu=Fusion(sum(len(types) > 1 for types in gelu), sum(len(types) == 1 for types in gelu)),
         elsewhere=dict(reference.most_common()),
         precisions=dict(Counter(notes["runtimePrecision"] for _, notes in executed).most_common()),
+    )
+
+
+def graph_in_aotinductor(compiled: Mapping[str, int], others: Mapping[str, int]) -> RuntimeGraph:
+    """Reads what AOTInductor compiled.
+
+    Args:
+        compiled: Kernel that was compiled, named after the operators in it -> how often it is called.
+        others: Operator -> how often a kernel of PyTorch's own is called for it.
+    """
+    counts = Counter(compiled) + Counter(others)
+
+    def number(counted: Mapping[str, int], part: str) -> int:
+        return sum(count for name, count in counted.items() if part in name)
+
+    return RuntimeGraph(
+        operators=dict(counts.most_common()),
+        attention=Fusion(number(others, "scaled_dot_product"), None),
+        layer_norm=Fusion(number(compiled, "layer_norm"), number(others, "layer_norm")),
+        gelu=Fusion(number(compiled, "gelu"), number(others, "gelu")),
+        elsewhere=dict(Counter(others).most_common()),
+    )
+
+
+def graph_in_executorch(delegated: Mapping[str, int], others: Mapping[str, int]) -> RuntimeGraph:
+    """Reads what ExecuTorch says of a lowered graph.
+
+    Args:
+        delegated: Operator -> how often XNNPACK runs it.
+        others: Operator -> how often ExecuTorch's own kernels run it.
+    """
+    counts = Counter(delegated) + Counter(others)
+    return RuntimeGraph(
+        operators=dict(counts.most_common()),
+        attention=Fusion(counts["aten_scaled_dot_product_attention_default"], counts["aten__softmax_default"]),
+        layer_norm=Fusion(counts["aten_native_layer_norm_default"], None),
+        gelu=Fusion(counts["aten_gelu_default"], None),
+        elsewhere=dict(Counter(others).most_common()),
     )
 
 

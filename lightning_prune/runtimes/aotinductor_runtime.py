@@ -1,10 +1,14 @@
 """AOTInductor: a model is compiled ahead of time by PyTorch's inductor and a C++ compiler into a library."""
 
+import re
 import tempfile
 import warnings
+import zipfile
+from collections import Counter
 from functools import cache
+from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +20,22 @@ from lightning_prune.runtimes.graph_export import ExportedGraph
 from lightning_prune.runtimes.graph_store import RunGraph
 
 _SUFFIX = ".pt2"
+_SETTINGS = {"aot_inductor.enable_line_tables": False}  # they hold paths of this machine
+_CALLS = re.compile(r"(?<!void )(?<!void  )\b(?:aoti_torch_(?:cpu|cuda)_(\w+)|((?:cpp|triton)\w*_fused_\w+))\(")
+
+
+class CompiledPackage(NamedTuple):
+    """What AOTInductor makes of a graph.
+
+    Attributes:
+        content: Of the file (`.pt2`).
+        compiled: Kernel that was compiled, named after the operators in it -> how often it is called.
+        others: Operator -> how often a kernel of PyTorch's own is called for it.
+    """
+
+    content: bytes
+    compiled: dict[str, int]
+    others: dict[str, int]
 
 
 class AOTInductor(ConvertedRuntime):
@@ -45,7 +65,7 @@ class AOTInductor(ConvertedRuntime):
 
     def load(self, graph: ExportedGraph) -> RunGraph:
         """See `ConvertedRuntime.load`. Takes from half a minute to minutes."""
-        package = compile_package(graph)
+        package = compile_package(graph).content
         strides = [each.stride() for each in graph.inputs]
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / f"model{_SUFFIX}"
@@ -53,14 +73,11 @@ class AOTInductor(ConvertedRuntime):
             return load_package(path, strides)
 
 
-def compile_package(graph: ExportedGraph) -> bytes:
+def compile_package(graph: ExportedGraph) -> CompiledPackage:
     """Compiles a graph; warns that this takes long.
 
     Args:
         graph: Of a module, with static shapes, or with a dynamic one.
-
-    Returns:
-        The content of the package (`.pt2`).
 
     Raises:
         ExportError: If inductor cannot compile the graph.
@@ -74,15 +91,31 @@ def compile_package(graph: ExportedGraph) -> bytes:
     )
     try:
         with torch.no_grad():
-            path = Path(torch._inductor.aoti_compile_and_package(graph.program))
+            path = Path(torch._inductor.aoti_compile_and_package(graph.program, inductor_configs=dict(_SETTINGS)))
     except Exception as error:  # whatever inductor raises; a compiler's message may be pages long
         first_line = str(error).strip().partition("\n")[0]
         raise ExportError(f"AOTInductor cannot compile the graph: {type(error).__name__}: {first_line}") from error
     try:
-        return path.read_bytes()
+        return _without_sources(path)
     finally:  # each holds a copy of the weights
         for each in (path, path.with_suffix(".so")):
             each.unlink(missing_ok=True)
+
+
+def _without_sources(path: Path) -> CompiledPackage:
+    """Reads a package, and leaves the sources out: nothing needs them, and they hold paths of this machine."""
+    kept, sources = BytesIO(), []
+    with zipfile.ZipFile(path) as package, zipfile.ZipFile(kept, "w") as written:
+        for each in package.infolist():
+            content = package.read(each)
+            if each.filename.endswith(".cpp"):
+                sources.append(content.decode("utf-8"))
+            else:
+                written.writestr(each, content)
+    compiled, others = Counter[str](), Counter[str]()
+    for other, name in _CALLS.findall("\n".join(sources)):
+        (others if other else compiled)[other or name] += 1
+    return CompiledPackage(kept.getvalue(), dict(compiled.most_common()), dict(others.most_common()))
 
 
 def load_package(path: Path, strides: list[tuple[int, ...]] | None = None) -> RunGraph:

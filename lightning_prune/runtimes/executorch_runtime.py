@@ -92,6 +92,7 @@ def to_edge_program(graph: ExportedGraph) -> EdgeProgram:
     needed = {f"{each.name}.{each.overload}".rstrip(".") for plan in plans for each in plan.operators}
     if missing := sorted(needed - known):
         raise ExportError(f"ExecuTorch has no kernel for {', '.join(missing)}.")
+    counts.pop("getitem", None)  # takes one of several outputs, which is no operator
     delegated = {name: each.delegated for name, each in counts.items() if each.delegated}
     others = {name: each.non_delegated for name, each in counts.items() if each.non_delegated}
     return EdgeProgram(bytes(made.buffer), delegated, others)

@@ -1,5 +1,6 @@
 """AOTInductor as a runtime: what it says without compiling, and one model that is compiled (`-m slow`)."""
 
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,20 @@ from lightning_prune.runtimes import aotinductor_runtime, parse_runtime
 from lightning_prune.runtimes.graph_export import export_graph
 
 IMAGES = noise_images(2)
+SOURCES = {
+    "wrapper.cpp": """
+        extern "C" void cpp_fused_max_3(const float*);
+        extern "C"  void  cpp_fused_gelu_view_6(const float*);
+        AOTI_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(buf0));
+        AOTI_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(3));
+        cpp_fused_gelu_view_6((const float*)(buf0));
+        AOTI_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_topk(buf1));
+        cpp_fused_max_3((const float*)(buf1));
+        AOTI_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(buf2));
+        cpp_fused_gelu_view_6((const float*)(buf2));
+    """,
+    "kernel.cpp": """extern "C"  void  cpp_fused_max_3(const float* in) {}""",
+}
 
 
 @pytest.fixture
@@ -23,13 +38,17 @@ def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
     """Compiling writes two files, and what is loaded records its inputs and doubles the first."""
     seen: dict[str, Any] = {"inputs": []}
 
-    def compile_and_package(program: Any) -> str:
-        for suffix in (".so", ".pt2"):
-            (tmp_path / f"model{suffix}").write_bytes(b"compiled")
+    def compile_and_package(program: Any, inductor_configs: Any) -> str:
+        (tmp_path / "model.so").write_bytes(b"weights")
+        with zipfile.ZipFile(tmp_path / "model.pt2", "w") as package:
+            for name, content in SOURCES.items():
+                package.writestr(f"model/data/{name}", content)
+            package.writestr("model/data/model.so", b"compiled")
         return str(tmp_path / "model.pt2")
 
     def load_package(path: Path) -> Any:
-        seen["content"] = Path(path).read_bytes()
+        with zipfile.ZipFile(path) as package:
+            seen["content"] = {name: package.read(name) for name in package.namelist()}
 
         def run(tensors: list[Tensor]) -> list[Tensor]:
             seen["inputs"].append(tensors)
@@ -68,15 +87,22 @@ def test_each_graph_is_compiled_after_a_warning_and_leaves_no_file(compiled: dic
     images = IMAGES.to(memory_format=torch.channels_last)
     with pytest.warns(UserWarning, match="every token count and every schedule .* minutes"):
         run = parse_runtime("aotinductor").prepare(nn.Identity(), images)
-    assert compiled["content"] == b"compiled"
+    assert compiled["content"] == {"model/data/model.so": b"compiled"}  # no source
     assert list(tmp_path.iterdir()) == []
     for given in (IMAGES, images):  # the compiled code relies on the strides that it was made for
         assert torch.equal(run(given), 2 * IMAGES)
         assert compiled["inputs"][-1][0].stride() == images.stride()
 
 
+def test_kernels_are_counted_in_the_sources(compiled: dict[str, Any]) -> None:
+    with pytest.warns(UserWarning, match="minutes"):
+        package = aotinductor_runtime.compile_package(export_graph(nn.Identity(), (IMAGES,)))
+    assert package.compiled == {"cpp_fused_gelu_view_6": 2, "cpp_fused_max_3": 1}
+    assert package.others == {"addmm_out": 2, "topk": 1}
+
+
 def test_what_cannot_be_compiled(compiled: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(program: Any) -> str:
+    def fail(program: Any, inductor_configs: Any) -> str:
         raise NotImplementedError("no kernel for this\nand pages more")
 
     monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", fail)
