@@ -123,7 +123,7 @@ CALLEES: dict[str, Callable[[], Callee]] = {
         lp.compare,
         {"trainer": trainer(), "module": lp.ImageClassifier(tiny_vit()), "data": loader(4)},
         {
-            **{name: {"None"} for name in ("methods", "speedups", "objective", "runtimes", "settings")},
+            **{name: {"None"} for name in ("methods", "speedups", "objective", "runtimes", "settings", "clock")},
             **{name: {"None"} for name in ("on_message", "on_results")},
             "output": {"None", "text"},
             "command": {"text"},

@@ -62,6 +62,19 @@ def speedup(ratio: float | None) -> str:
     return _UNKNOWN if ratio is None or not isfinite(ratio) else f"{ratio:.2f}x"
 
 
+def timed_quantity(context: Mapping[str, Any]) -> str:
+    """What the milliseconds of a context are: `"latency"`, or `"CPU time"` where the clock was that of the process.
+
+    Args:
+        context: The context of a profile or a comparison.
+
+    Example:
+        >>> timed_quantity({"clock": "cpu"}), timed_quantity({})
+        ('CPU time', 'latency')
+    """
+    return "CPU time" if context.get("clock") == "cpu" else "latency"
+
+
 def context_line(context: Mapping[str, Any]) -> str:
     """A measurement context on one line; entries that are missing are left out.
 
@@ -81,5 +94,6 @@ def context_line(context: Mapping[str, Any]) -> str:
         f"batch {batch}" if batch else None,
         context.get("precision"),
         "compiled" if context.get("compiled") else runtime if runtime != "torch" else None,
+        "CPU time" if context.get("clock") == "cpu" else None,
     ]
     return ", ".join(str(part) for part in parts if part)

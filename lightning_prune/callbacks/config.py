@@ -13,6 +13,7 @@ from lightning_prune.errors import ArgumentError
 from lightning_prune.patching.schedule_forms import check_named_method, reductions_of
 from lightning_prune.planning import AUTO_METHODS, AccuracyBudget, Objective
 from lightning_prune.profiling import ProfileStore
+from lightning_prune.profiling.clocks import CLOCKS
 from lightning_prune.profiling.measurement import ProfilingMode
 from lightning_prune.profiling.output_kinds import PROXIES
 from lightning_prune.reduction import Reduction, resolve
@@ -58,6 +59,7 @@ class PruningConfig:
     use_cache: bool = True
     cache_dir: str | Path | None = None
     runtime: str = "torch"
+    clock: str = "wall"
     seed: int = 0
     verbose: bool = True
 
@@ -69,6 +71,7 @@ class PruningConfig:
         check_bool("verbose", self.verbose)
         check_choice("proxy", self.proxy, PROXIES)
         check_choice("protocol", self.protocol, get_args(ProfilingMode))
+        check_choice("clock", self.clock, list(CLOCKS))
         path, folder, extract = self.module_path, self.cache_dir, self.images_from_batch
         check("module_path", path, "a dotted path or None", path is None or isinstance(path, str))
         check("cache_dir", folder, "a folder or None", folder is None or isinstance(folder, str | PathLike))

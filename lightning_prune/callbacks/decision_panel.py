@@ -4,6 +4,7 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
 
+from lightning_prune._utils.formatting import timed_quantity
 from lightning_prune.callbacks.decision import Decision
 
 
@@ -30,7 +31,7 @@ def panel_of(decision: Decision) -> Panel:
     table.add_row("batch", f"{context.get('batch_size', '?')} images, {context.get('precision', '?')}")
     table.add_row("tokens", f"{decision.dense_tokens} -> {decision.tokens}")
     table.add_row("removed", _removed(decision))
-    table.add_row("latency", _latency(decision))
+    table.add_row(timed_quantity(context), _latency(decision))
     table.add_row("because", decision.reason)
     if decision.calibration:
         table.add_row("judged by", decision.calibration)

@@ -22,6 +22,7 @@ from lightning_prune.errors import ArgumentError, DataError
 from lightning_prune.patching import VisionTransformer, find_vision_transformer
 from lightning_prune.planning.paper_protocol import PAPER_IMAGES
 from lightning_prune.profiling import measurement_context
+from lightning_prune.profiling.clocks import CLOCKS
 
 T = TypeVar("T")
 
@@ -48,7 +49,7 @@ class FirstBatch:
         limit: TimeLimit | None = None,
     ) -> None:
         self.trainer, self.module, self.batch, self.config, self.call = trainer, module, batch, config, call
-        self.limit = TimeLimit(config.time_limit) if limit is None else limit
+        self.limit = TimeLimit(config.time_limit, CLOCKS[config.clock]) if limit is None else limit
 
     def passing(self, call: FirstCall | None) -> "FirstBatch":
         """The same batch as the step passes it to the transformer.
@@ -91,7 +92,7 @@ class FirstBatch:
     @cached_property
     def context(self) -> dict[str, Any]:
         """What a latency measured on this batch depends on; see `lightning_prune.profiling.measurement_context`."""
-        return measurement_context(self.transformer.compiled_root, self.images)
+        return measurement_context(self.transformer.compiled_root, self.images, CLOCKS[self.config.clock])
 
     def calibration(self, limit: TimeLimit | None = None) -> Calibration:
         """The calibration images that the config asks for, from the running loop; no more than the loop itself reads.

@@ -117,6 +117,7 @@ def _time(first: FirstBatch, pruned: Variant | None) -> dict[str, LatencyStats]:
         time_limit=min(_TIME_SHARE * config.time_limit, first.limit.share(1.0) or config.time_limit),
         module_path=config.module_path,
         verbose=config.verbose,
+        clock=first.config.clock,
     )
 
 

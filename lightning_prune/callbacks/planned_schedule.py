@@ -16,6 +16,7 @@ from lightning_prune.patching import VisionTransformer, find_vision_transformer
 from lightning_prune.planning import Objective, plan_many
 from lightning_prune.planning.api import PROFILE_SHARE
 from lightning_prune.profiling import TOKEN_CURVE
+from lightning_prune.profiling.clocks import CLOCKS
 from lightning_prune.profiling.output_kinds import choose_proxy
 from lightning_prune.profiling.profile_reuse import CachedProfile, get_or_profile
 
@@ -53,6 +54,7 @@ def profiled(
         time_limit=None if config.protocol == "paper" else seconds,
         module_path=config.module_path,
         verbose=config.verbose,
+        clock=limit.clock if limit is not None else config.clock,
     )
 
 
@@ -102,7 +104,7 @@ def planned_for(
         ArgumentError: As `check_labels`, and as `lightning_prune.plan`.
     """
     check_labels(config, calibration)
-    limit = TimeLimit(config.time_limit) if limit is None else limit
+    limit = TimeLimit(config.time_limit, CLOCKS[config.clock]) if limit is None else limit
     profile = profiled(config, pl_module, images, limit=limit) if profile is None else profile
     transformer = find_vision_transformer(pl_module, config.module_path)
     plans = plan_many(

@@ -93,6 +93,8 @@ class TokenPruning(EvaluationCallback):
             `"torch.compile:mode=reduce-overhead"`, or `"torch.compile:mode=blocks"`, which compiles each block by
             itself in a fraction of the time. It holds while a run lasts, dense or pruned, and for what is measured.
             Each token count takes seconds to compile: raise `time_limit`. Short last batches run eagerly.
+        clock: What latencies are timed by: `"wall"`, or `"cpu"`, the CPU time of this process, which repeats better on
+            a busy machine, at one thread. On a CPU only. The time limit is wall time.
         seed: Of the calibration sample.
         verbose: Prints a panel with the decision, and progress on a terminal.
 
@@ -130,6 +132,7 @@ class TokenPruning(EvaluationCallback):
         use_cache: bool = True,
         cache_dir: str | Path | None = None,
         runtime: str = "torch",
+        clock: str = "wall",
         seed: int = 0,
         verbose: bool = True,
     ) -> None:
@@ -149,6 +152,7 @@ class TokenPruning(EvaluationCallback):
             use_cache=use_cache,
             cache_dir=cache_dir,
             runtime=runtime,
+            clock=clock,
             seed=seed,
             verbose=verbose,
         )

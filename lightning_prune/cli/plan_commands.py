@@ -32,6 +32,7 @@ def run_profile(
     output: str,
     device: str | None,
     runtimes: Sequence[str] | None = None,
+    clock: str | None = None,
     **data: Any,
 ) -> LatencyProfile:
     """Measures or simulates latency against the number of tokens; prints a table, writes profile.json and profile.png.
@@ -46,6 +47,7 @@ def run_profile(
         output: Folder for the files.
         device: `simulated:...`, see `SimulatedDevice.parse`; None for the trainer's device.
         runtimes: What executes the model, one after another; the runtime of the config if None.
+        clock: What runs are timed by, `"wall"` or `"cpu"`; the clock of the config if None.
         data: `datamodule` or `dataloaders`.
 
     Returns:
@@ -56,8 +58,10 @@ def run_profile(
         DataError: If there is no batch to profile on.
         FileWriteError: If a file cannot be written, after the table is printed.
     """
+    config = config if clock is None else replace(config, clock=clock)
     simulated = None if device is None else SimulatedDevice.parse(device)
     check("protocol", config.protocol, "'deployed' on a simulated device", simulated is None or _is_deployed(config))
+    check("clock", config.clock, "'wall' on a simulated device", simulated is None or config.clock == "wall")
     check("runtimes", runtimes, "left out with a simulated device", runtimes is None or simulated is None)
     named = [config.runtime] if runtimes is None else [each.name for each in read_runtimes(runtimes, config.runtime)]
     configs = [replace(config, runtime=name) for name in named]
@@ -169,6 +173,7 @@ def _eager_profile(first: FirstBatch, compiled: LatencyProfile) -> LatencyProfil
             protocol=config.protocol,
             module_path=config.module_path,
             verbose=config.verbose,
+            clock=config.clock,
         )
 
 

@@ -60,6 +60,7 @@ class PruneTrainer(L.Trainer):
         output: str = "results/profile",
         device: str | None = None,
         runtimes: list[str] | None = None,
+        clock: str | None = None,
     ) -> LatencyProfile:
         """Measure latency against tokens on the first validation batch; writes profile.json and profile.png.
 
@@ -70,6 +71,7 @@ class PruneTrainer(L.Trainer):
             output: Folder for the files.
             device: A device to simulate, such as simulated:multiprocessors=8,tile=64; default: this device.
             runtimes: What executes the model, such as torch onnxruntime openvino: all curves in one picture.
+            clock: wall, or cpu for the CPU time of this process, at one thread; default: that of the pruner.
 
         Raises:
             ArgumentError: If `output` cannot be written to, `device` is invalid, or the paper's protocol is used with a
@@ -77,7 +79,7 @@ class PruneTrainer(L.Trainer):
             DataError: If there is no batch to profile on.
         """
         data = {"dataloaders": dataloaders, "datamodule": datamodule}
-        return run_profile(self, model, self.config, output, device, runtimes, **data)
+        return run_profile(self, model, self.config, output, device, runtimes, clock, **data)
 
     def plan(
         self,

@@ -27,6 +27,7 @@ _OPTIONS = {
     "bounds the 90th percentile; status 3 if it is missed",
     "--max-drop 0.5%": "the fastest schedule that loses at most that share of the accuracy proxy",
     "--prune.time_limit S": "seconds for measuring and planning",
+    "--prune.clock cpu": "time by CPU time of the process instead of wall time, at one thread",
     "--output DIR": "folder for the files (compare, profile, plan, export, bundle)",
     "--schedule FILE": "a schedule that names its method, as plan writes it (export)",
     "--format NAME": "onnx, openvino, torch-export, aotinductor or executorch (export)",

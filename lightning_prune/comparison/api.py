@@ -1,6 +1,5 @@
 """Comparing dense with pruned: methods, objectives, target speed-ups and given schedules on the same images."""
 
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import fields, replace
@@ -17,7 +16,7 @@ from torch import nn
 from lightning_prune._utils.files import output_folder
 from lightning_prune._utils.progress import progress_bar
 from lightning_prune._utils.trees import tree_leaves
-from lightning_prune._utils.validation import check, check_bool, check_callable, check_speedups
+from lightning_prune._utils.validation import check, check_bool, check_speedups
 from lightning_prune.callbacks import config_of
 from lightning_prune.callbacks.hooks import command_run
 from lightning_prune.comparison.best_variant import choose_best
@@ -39,6 +38,7 @@ from lightning_prune.comparison.variant_rows import paired_classes, row_of
 from lightning_prune.comparison.variant_runs import exit_if_terminated, validate_variants
 from lightning_prune.errors import DataError, FileWriteError
 from lightning_prune.planning import Objective
+from lightning_prune.profiling.clocks import read_clock
 from lightning_prune.reduction import Reduction
 from lightning_prune.report.tables import comparison_table
 from lightning_prune.runtimes.calibration import calibrating_with
@@ -65,7 +65,7 @@ def compare(
     settings: Mapping[str, Any] | None = None,
     on_message: Callable[[str], None] | None = None,
     on_results: Callable[[Comparison], None] | None = None,
-    clock: Callable[[], float] = time.perf_counter,
+    clock: str | Callable[[], float] | None = None,
 ) -> Comparison:
     """Validates the module dense and pruned, with everything else alike.
 
@@ -107,7 +107,8 @@ def compare(
             verbose.
         on_results: Called with the results on rank 0, before they are written to `output`. If None, a table is printed
             where they cannot be written.
-        clock: Seconds, of the time limit.
+        clock: What latencies are timed by: `"wall"`, `"cpu"` (CPU time of this process, at one thread), or a function;
+            that of the trainer's `TokenPruning` if None. The time limit is wall time.
 
     Returns:
         The rows, and what they were made from.
@@ -132,10 +133,13 @@ def compare(
         check(name, function, "a function or None", function is None or callable(function))
     check_bool("resume", resume)
     check_bool("per_class", per_class)
-    check_callable("clock", clock)
+    if clock is not None:
+        read_clock(clock)
     check("settings", settings, "a mapping or None", settings is None or isinstance(settings, Mapping))
     check("command", command, "a text", isinstance(command, str))
     config = config_of(trainer)
+    if isinstance(clock, str):
+        config = replace(config, clock=clock)
     used = read_runtimes(runtimes, config.runtime)
     valid = objective is None or isinstance(objective, Objective)
     check("objective", objective, "an Objective such as AccuracyBudget(0.005), or None", valid)
@@ -148,7 +152,7 @@ def compare(
         asked = ComparisonSettings(config, requests, used, targets, folder, resume, trainer.limit_val_batches)
         report = rank_zero_only(on_message or (_print_line if config.verbose else _ignore))
         loader = FirstLoader(module, data)
-        setup = ComparisonSetup(asked, report, clock)
+        setup = ComparisonSetup(asked, report, read_clock(config.clock if clock is None else clock))
         try:
             plain = replace(config, runtime="torch")  # the setup applies the runtimes
             with (

@@ -165,7 +165,7 @@ class ComparisonPlanner:
         """
         config, transformer, images = self.settings.config, self.first.transformer, self.first.images
         with ready_to_run(transformer):
-            self.contexts[runtime] = measurement_context(transformer.compiled_root, images)
+            self.contexts[runtime] = measurement_context(transformer.compiled_root, images, self.limit.clock)
             self.least.time_passes(runtime)
         own = SHARES.curve * (1.0 if self.calibration is not None else 0.5)
         share = own / (own * len(self.settings.runtimes) + sum(weights.values()))

@@ -26,6 +26,7 @@ from lightning_prune.comparison.resume import (
 )
 from lightning_prune.errors import DataError, RuntimeUnavailableError
 from lightning_prune.patching import TokenTrace, trace_tokens
+from lightning_prune.profiling.clocks import read_clock
 from lightning_prune.profiling.environment import UNKNOWN, model_conditions, unknown_conditions
 from lightning_prune.runtimes.calibration import CALIBRATION_IMAGES, calibrating_with
 
@@ -38,7 +39,7 @@ class ComparisonSetup(L.Callback):
     Args:
         settings: What was asked for.
         on_message: Called with lines about the progress, on rank 0.
-        clock: Seconds, of the time limit.
+        clock: What latencies are timed by, and the seconds of the time limit.
 
     Attributes:
         plan: The plan; None before the first batch.
@@ -78,7 +79,8 @@ class ComparisonSetup(L.Callback):
             self.plan, self.results, self.calibration = join_decision(trainer) or (None, {}, None)
 
     def _set_up(self, first: FirstBatch) -> tuple[ComparisonPlan, dict[str, VariantResult], Tensor | None]:
-        limit = TimeLimit(self.settings.config.time_limit, self.clock)
+        clock = read_clock(self.clock, first.images.device.type)
+        limit = TimeLimit(self.settings.config.time_limit, clock)
         given = {r.name: given_variant(first, r) for r in self.settings.requests if r.schedule is not None}
         calibration = None
         if any(request.searches or request.objective is not None for request in self.settings.requests):
@@ -131,7 +133,7 @@ class ComparisonSetup(L.Callback):
         return fingerprint_of(
             weights=weights_digest(module),
             data=data_identity(first.trainer.val_dataloaders, first.batch, self.settings.limit_val_batches),
-            conditions=model_conditions(first.transformer, first.images),
+            conditions=model_conditions(first.transformer, first.images, self.clock),
             requests=self.settings.requests,
             speedups=self.settings.speedups,
             settings=settings,

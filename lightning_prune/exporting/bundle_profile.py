@@ -22,13 +22,13 @@ import numpy as np
 from lightning_prune._utils.processor import processor_name, usable_cores
 from lightning_prune.errors import ArgumentError, FileFormatError, PruneError
 from lightning_prune.exporting.bundle_graphs import BundledGraphs, bundled_graphs
+from lightning_prune.profiling.clocks import CLOCKS, read_clock
 from lightning_prune.profiling.count_search import profile_builder, search_counts
 from lightning_prune.profiling.interleaved_timer import InterleavedTimer
 from lightning_prune.profiling.latency_profile import LatencyProfile, OverheadProbe
 
 DESCRIPTION = "bundle.json"
 FORMAT, VERSION = "lightning_prune.bundle", 1
-CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 _CURVE_SHARE = 0.6  # of the time limit, where the overheads of methods are measured, too
 _PROBE_ROUNDS = 31
 _DENSE, _COPY = "dense", "copy"
@@ -100,7 +100,7 @@ def measure(
     Args:
         described: The content of `bundle.json`.
         graphs: Of the bundle.
-        clock: Returns the seconds of which those of a run are taken.
+        clock: What runs are timed by.
         time_limit: Seconds in all; a few rounds are completed even after it.
         on_step: Called with what is measured, after every run.
 
@@ -114,9 +114,8 @@ def measure(
     n, probed = described["tokens"], described["probes"]
     build = profile_builder(described["method"], 0, described["depth"], "deployed")
     timer = InterleavedTimer[int](
-        lambda count: graphs.to(described["curve"], count), graphs.run, lambda: None, n, clock,
-        limit_clock=time.perf_counter,
-    )  # fmt: skip
+        lambda count: graphs.to(described["curve"], count), graphs.run, lambda: None, n, clock
+    )
     seconds = _CURVE_SHARE * time_limit if probed["graphs"] else time_limit
     try:
         profile = search_counts(
@@ -153,7 +152,6 @@ def _measure_probes(
     timer = InterleavedTimer[str](
         prepare, graphs.run, lambda: None, _DENSE, clock,
         references=lambda name: (_COPY,) if copy and name not in (_DENSE, _COPY) else (),
-        limit_clock=time.perf_counter,
     )  # fmt: skip
     interrupted = False
     try:
@@ -178,11 +176,12 @@ def _profile(folder: Path, asked: argparse.Namespace) -> int:
         raise ArgumentError(f"`output` must be a .json file, got {asked.output}.")
     threads = asked.threads or described["runtime"]["threads"] or usable_cores()
     graphs = bundled_graphs(folder, described, asked.provider, threads)
+    clock = read_clock(asked.clock, graphs.device_type)
     begun = datetime.now().astimezone().isoformat(timespec="seconds")
     print(f"{graphs.device}, {threads} threads, {graphs.name}: at most about {asked.time_limit:g} s.", file=sys.stderr)
     progress = _Progress(asked.time_limit)
     try:
-        profile, interrupted = measure(described, graphs, CLOCKS[asked.clock], asked.time_limit, progress)
+        profile, interrupted = measure(described, graphs, clock, asked.time_limit, progress)
     finally:
         progress.close()
     context = {

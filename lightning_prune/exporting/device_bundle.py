@@ -46,6 +46,7 @@ MEASURING_FILES = (
     "_utils/validation.py",
     "exporting/bundle_graphs.py",
     "exporting/bundle_profile.py",
+    "profiling/clocks.py",
     "profiling/count_search.py",
     "profiling/interleaved_timer.py",
     "profiling/latency_profile.py",

@@ -1,6 +1,5 @@
 """Planning: how many tokens each block removes, and by which method, so that an objective is best met."""
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_prune._utils.progress import progress_bar
 from lightning_prune._utils.time_limit import TimeLimit
-from lightning_prune._utils.validation import check, check_bool, check_callable, check_int
+from lightning_prune._utils.validation import check, check_bool, check_int
 from lightning_prune.errors import ArgumentError
 from lightning_prune.patching import VisionTransformer, find_vision_transformer
 from lightning_prune.planning.candidate_search import CandidateSearch, run_searches
@@ -24,6 +23,7 @@ from lightning_prune.planning.paper_protocol import plan_by_paper
 from lightning_prune.planning.profile_validation import check_profile, foreign_conditions, nothing_timed
 from lightning_prune.planning.results import Candidate, Plan
 from lightning_prune.profiling import TOKEN_CURVE, LatencyProfile, profile_latency
+from lightning_prune.profiling.clocks import read_clock
 from lightning_prune.profiling.measurement import ProfilingMode, check_measurable
 from lightning_prune.profiling.output_kinds import choose_proxy
 from lightning_prune.reduction import Reduction
@@ -53,7 +53,7 @@ def plan(
     labels: Tensor | None = None,
     use_cache: bool = True,
     cache_dir: str | Path | None = None,
-    clock: Callable[[], float] = time.perf_counter,
+    clock: str | Callable[[], float] = "wall",
 ) -> Plan:
     """Plans which blocks remove tokens, how many, and by which method.
 
@@ -94,7 +94,8 @@ def plan(
         use_cache: False neither uses nor keeps estimates of accuracy of other runs. They are those of the same weights,
             images and methods, and are made once.
         cache_dir: Folder of what is kept; None for the one of the user (see `lightning_prune.profiling.ProfileStore`).
-        clock: Seconds: what latencies and the time limit are measured with.
+        clock: What latencies are timed by: `"wall"`, `"cpu"` or a function, as in `profile_latency`. The time limit is
+            wall time.
 
     Returns:
         The plan.
@@ -156,7 +157,7 @@ def plan_many(  # noqa: D417  all other arguments are those of `plan`
     labels: Tensor | None = None,
     use_cache: bool = True,
     cache_dir: str | Path | None = None,
-    clock: Callable[[], float] = time.perf_counter,
+    clock: str | Callable[[], float] = "wall",
 ) -> list[Plan]:
     """One plan for each of several objectives, from one measurement; the time limit is that of all together.
 
@@ -172,11 +173,11 @@ def plan_many(  # noqa: D417  all other arguments are those of `plan`
     check_bool("verbose", verbose)
     check_bool("use_cache", use_cache)
     check("cache_dir", cache_dir, "a folder or None", cache_dir is None or isinstance(cache_dir, str | PathLike))
-    check_callable("clock", clock)
     check("labels", labels, "a tensor or None", labels is None or isinstance(labels, Tensor))
-    limit = TimeLimit(time_limit, clock)
     transformer = find_vision_transformer(model, module_path)
     _check_arguments(transformer, example_inputs, calibration, objectives, proxy, time_limit, protocol)
+    clock = read_clock(clock, example_inputs.device.type)
+    limit = TimeLimit(time_limit, clock)
     usable = usable_methods(methods, blocks, transformer)
     if profile is not None:
         check_profile(profile, transformer, protocol)
@@ -188,7 +189,7 @@ def plan_many(  # noqa: D417  all other arguments are those of `plan`
         if protocol == "paper":
             common = model, transformer, example_inputs, objectives, calibration
             return plan_by_paper(*common, labels, usable, profile, limit, module_path, verbose)
-        foreign = [] if profile is None else foreign_conditions(profile, transformer, example_inputs)
+        foreign = [] if profile is None else foreign_conditions(profile, transformer, example_inputs, clock)
         if profile is None:
             profile = profile_latency(
                 model,

@@ -74,6 +74,7 @@ def plan_by_paper(
             time_limit=None,
             module_path=module_path,
             verbose=verbose,
+            clock=limit.clock,
         )
     n, depth, prefix = profile.dense_tokens, profile.depth, transformer.num_prefix_tokens
     measured = Measurements(

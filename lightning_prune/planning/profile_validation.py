@@ -1,7 +1,7 @@
 """Whether a latency profile that a user gives is of this model, can be planned on, and is of this device."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
@@ -11,6 +11,7 @@ from lightning_prune.patching.class_swap import original_class
 from lightning_prune.patching.schedule_forms import is_multi_block
 from lightning_prune.planning.latency_model import removes_before_blocks
 from lightning_prune.profiling import LatencyProfile, measurement_context
+from lightning_prune.profiling.clocks import clock_name
 from lightning_prune.reduction import resolve
 
 _OF_IMAGES = ("image_shape", "precision")
@@ -27,7 +28,9 @@ _CONDITIONS = (
 )
 
 
-def foreign_conditions(profile: LatencyProfile, transformer: VisionTransformer, example_inputs: Tensor) -> list[str]:
+def foreign_conditions(
+    profile: LatencyProfile, transformer: VisionTransformer, example_inputs: Tensor, clock: Callable[[], float]
+) -> list[str]:
     """The conditions under which a profile was measured that are not those here, such as `batch_size 1 there, 4 here`.
 
     Where there is one, the profile cannot be compared with timings made here. Warns of each. The number of threads
@@ -38,9 +41,12 @@ def foreign_conditions(profile: LatencyProfile, transformer: VisionTransformer, 
         profile: The profile.
         transformer: The Vision Transformer.
         example_inputs: (B, C, H, W) images as they will be used.
+        clock: What runs are timed by here.
     """
-    here = measurement_context(transformer.compiled_root, example_inputs)
-    there = {key: profile.context[key] for key in _CONDITIONS if profile.context.get(key) is not None}
+    here = {**measurement_context(transformer.compiled_root, example_inputs, clock), "clock": clock_name(clock)}
+    there = {"clock": "wall"} | {
+        key: profile.context[key] for key in _CONDITIONS if profile.context.get(key) is not None
+    }
     if here["device_type"] != "cpu" or profile.context.get("device_type") != "cpu":
         there.pop("threads", None)
     differing = {

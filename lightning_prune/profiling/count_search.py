@@ -114,7 +114,7 @@ def search_counts(
     """Measures a coarse grid, then cliffs, then more rounds until the figures are precise or the time is up.
 
     Args:
-        timer: Measures a token count; the time limit is on its clock of deadlines.
+        timer: Measures a token count; the time limit is on its clock.
         build: Makes a profile of the counts measured so far.
         counts: Counts to measure instead of a grid, or None.
         lowest: Smallest possible count.
@@ -124,7 +124,7 @@ def search_counts(
         on_step: Called after every run.
         batch_size: Images in a batch, from which the counts follow at which tiles may end.
     """
-    start = timer.now()
+    start = timer.clock()
     deadline = start + time_limit if time_limit is not None else float("inf")
     timer.measure([], 2, start + 0.05 * time_limit if time_limit is not None else deadline, on_step)
     dense_seconds = timer.pace * timer.result(dense_tokens).milliseconds / 1e3
@@ -143,8 +143,8 @@ def search_counts(
     profile = build(timer, grid)
     search = CliffSearch(frozenset(grid), open=counts is None)
     first_run = timer.pace * median(timer.warm_up(count) for count in grid)
-    while timer.now() < deadline:
-        left = deadline - timer.now()
+    while timer.clock() < deadline:
+        left = deadline - timer.clock()
         # A new count is run once, and then in rounds together with its two neighbours.
         may_refine = left > _CLIFFS.refinement_of_time * time_limit
         affordable = int((left - dense_seconds) / (first_run + 3 * dense_seconds)) if may_refine else 0
@@ -174,7 +174,7 @@ def _warmed_up(
     chosen, rest = [dense_tokens], set(grid) - {dense_tokens}
     while rest:
         needed = timer.pace * timer.warm_up(chosen[-1]) + _GRID.required_rounds * (len(chosen) + 1) * dense_seconds
-        if len(chosen) > _GRID.required_counts and timer.now() + needed > deadline:
+        if len(chosen) > _GRID.required_counts and timer.clock() + needed > deadline:
             break
         count = max(sorted(rest), key=lambda candidate: min(abs(candidate - other) for other in chosen))
         timer.warm_up(count)

@@ -3,6 +3,7 @@
 import hashlib
 import inspect
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
@@ -19,6 +20,7 @@ from lightning_prune._utils.isolation import user_hooks
 from lightning_prune.patching import VisionTransformer
 from lightning_prune.patching.class_swap import original_class
 from lightning_prune.patching.models.base import call_keywords
+from lightning_prune.profiling.clocks import clock_name
 from lightning_prune.reduction import Reduction
 from lightning_prune.runtimes.base import runtime_of
 from lightning_prune.runtimes.in_place import is_compiled
@@ -31,7 +33,9 @@ _MODEL_LIBRARIES = ("timm", "torchvision", "transformers")
 _OF_TORCH = frozenset(vars(nn.Module())) | {"_is_hf_initialized"}  # no settings, though some are private and plain
 
 
-def measurement_context(model: nn.Module, example_inputs: Tensor) -> dict[str, Any]:
+def measurement_context(
+    model: nn.Module, example_inputs: Tensor, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, Any]:
     """Device, threads, batch, precision, runtime and versions, as plain values.
 
     Call it where the model will run: inside the autocast context, with the batch on its device.
@@ -39,6 +43,7 @@ def measurement_context(model: nn.Module, example_inputs: Tensor) -> dict[str, A
     Args:
         model: The model that is measured.
         example_inputs: (B, C, H, W) images.
+        clock: What runs are timed by; CPU time is a condition of its own.
 
     Returns:
         One entry per condition, and those of the runtime that is applied (version, provider, threads). Of the libraries
@@ -60,6 +65,7 @@ def measurement_context(model: nn.Module, example_inputs: Tensor) -> dict[str, A
         "torch": str(torch.__version__),  # a str subclass, which YAML and weights_only loading refuse
         **{name: number for name, number in package_versions(model).items() if name in _MODEL_LIBRARIES},
         **({} if runtime is None else runtime.context()),
+        **({"clock": "cpu"} if clock_name(clock) == "cpu" else {}),
     }
 
 
@@ -100,6 +106,7 @@ def profile_dependencies(
     reduction: Reduction,
     block: int,
     protocol: str = "deployed",
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Any]:
     """Everything that the latency of a model depends on, as plain values: the key of a kept profile.
 
@@ -109,6 +116,7 @@ def profile_dependencies(
         reduction: The method.
         block: The reducing block, as `lightning_prune.profiling.reducing_block` returns it.
         protocol: As in `lightning_prune.profile_latency`.
+        clock: What runs are timed by.
 
     Returns:
         One entry per condition. A condition that cannot be compared (a model that the user compiled, or whose methods
@@ -116,7 +124,7 @@ def profile_dependencies(
         keeps nothing under it.
     """
     return {
-        **model_conditions(transformer, example_inputs),
+        **model_conditions(transformer, example_inputs, clock),
         "method": reduction.name,
         "method_class": _class_identity(type(reduction)),
         "settings": {key: repr(value) for key, value in reduction.settings().items()},
@@ -125,18 +133,21 @@ def profile_dependencies(
     }
 
 
-def model_conditions(transformer: VisionTransformer, example_inputs: Tensor) -> dict[str, Any]:
+def model_conditions(
+    transformer: VisionTransformer, example_inputs: Tensor, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, Any]:
     """Everything that the latency of the dense model depends on, as plain values.
 
     Args:
         transformer: The Vision Transformer.
         example_inputs: (B, C, H, W) images on its device, in the precision that it will run in.
+        clock: What runs are timed by.
 
     Returns:
         One entry per condition, as `profile_dependencies` returns them.
     """
     return {
-        **measurement_context(transformer.compiled_root, example_inputs),
+        **measurement_context(transformer.compiled_root, example_inputs, clock),
         "hooks": UNKNOWN if user_hooks(transformer.root) else "",
         "replaced_methods": UNKNOWN if replaced_methods(transformer.root) else "",
         "image_dtype": str(example_inputs.dtype).removeprefix("torch."),

@@ -11,6 +11,8 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
+from lightning_prune.profiling.clocks import CpuClock
+
 K = TypeVar("K")
 
 NORMAL_QUARTILE = 0.6745
@@ -77,10 +79,9 @@ class InterleavedTimer(Generic[K]):
         run: One forward pass.
         synchronize: Waits until the device is idle; called before and after each run.
         reference: The alternative that ratios refer to; part of every round.
-        clock: Returns seconds, of which those of each run are taken.
+        clock: Returns seconds. With a `CpuClock`, runs are timed by CPU time, and deadlines are in wall time.
         references: The alternatives that are part of every round of an alternative besides `reference`; its ratio
             refers to the first of them, where there is one.
-        limit_clock: Returns the seconds of deadlines, where they are not those of `clock`.
 
     Example:
         >>> from lightning_prune.profiling import InterleavedTimer
@@ -102,7 +103,6 @@ class InterleavedTimer(Generic[K]):
     reference: K
     clock: Callable[[], float] = time.perf_counter
     references: Callable[[K], Sequence[K]] = lambda _: ()
-    limit_clock: Callable[[], float] | None = None
     _rounds: list[dict[K, float]] = field(default_factory=list)
     _first_runs: dict[K, float] = field(default_factory=dict)
     _shuffle: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
@@ -113,23 +113,22 @@ class InterleavedTimer(Generic[K]):
         """Runs an alternative once, from an idle device to an idle device, and returns the seconds."""
         self.prepare(alternative)
         self.synchronize()
-        began = None if self.limit_clock is None else self.limit_clock()
-        start = self.clock()
+        if not isinstance(self.clock, CpuClock):
+            start = self.clock()
+            self.run()
+            self.synchronize()
+            return self.clock() - start
+        began, start = self.clock(), self.clock.of_run()
         self.run()
         self.synchronize()
-        seconds = self.clock() - start
-        if began is not None:
-            self._passed += self.now() - began
-            self._timed += seconds
+        seconds = self.clock.of_run() - start
+        self._passed += self.clock() - began
+        self._timed += seconds
         return seconds
-
-    def now(self) -> float:
-        """Seconds on the clock of deadlines."""
-        return self.clock() if self.limit_clock is None else self.limit_clock()
 
     @property
     def pace(self) -> float:
-        """Seconds that pass on the clock of deadlines while one passes on `clock`, over all runs so far."""
+        """Seconds of deadlines that pass while a run takes one second by its clock, over all runs so far."""
         return self._passed / self._timed if self._timed > 0 else 1.0
 
     def warm_up(self, alternative: K) -> float:
@@ -157,7 +156,7 @@ class InterleavedTimer(Generic[K]):
         Args:
             alternatives: What to measure.
             rounds: Number of rounds.
-            deadline: On the clock of deadlines; checked between runs.
+            deadline: In seconds of `clock`; checked between runs.
             on_step: Called after every run.
             min_rounds: Rounds to complete even after the deadline, where an alternative has no measurement yet.
 
@@ -175,7 +174,7 @@ class InterleavedTimer(Generic[K]):
         for completed in range(rounds):
             times: dict[K, float] = {}
             for position in self._shuffle.permutation(len(chosen)):
-                if completed >= required and self.now() > deadline:
+                if completed >= required and self.clock() > deadline:
                     return completed
                 times[chosen[position]] = self.once(chosen[position])
                 on_step()

@@ -1,6 +1,5 @@
 """Measures latency on the device at hand: against the token count, and of variants against each other."""
 
-import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -14,11 +13,12 @@ from torch import Tensor, nn
 from lightning_prune._utils.device import between_runs
 from lightning_prune._utils.isolation import isolated, user_hooks
 from lightning_prune._utils.progress import progress_bar
-from lightning_prune._utils.validation import as_int, check, check_bool, check_callable, check_images, check_int
+from lightning_prune._utils.validation import as_int, check, check_bool, check_images, check_int
 from lightning_prune.errors import ArgumentError, ExportError
 from lightning_prune.patching import PatchHandle, VisionTransformer, find_vision_transformer
 from lightning_prune.patching.class_swap import is_patched_module
 from lightning_prune.patching.schedule_forms import allocate_schedule, reducing_block, refuse_adaptive
+from lightning_prune.profiling.clocks import read_clock
 from lightning_prune.profiling.count_search import profile_builder, search_counts
 from lightning_prune.profiling.environment import measurement_context
 from lightning_prune.profiling.interleaved_timer import InterleavedTimer, LatencyStats
@@ -51,7 +51,7 @@ def profile_latency(
     protocol: ProfilingMode = "deployed",
     module_path: str | None = None,
     verbose: bool = True,
-    clock: Callable[[], float] = time.perf_counter,
+    clock: str | Callable[[], float] = "wall",
 ) -> LatencyProfile:
     """Measures the latency of the model for different token counts, on the device of the inputs.
 
@@ -78,7 +78,8 @@ def profile_latency(
             dropped before block 0. `method` then only limits the counts, and `block` is ignored.
         module_path: Dotted path of the transformer in `model`, needed where there are several.
         verbose: Shows a progress bar on a terminal.
-        clock: Returns seconds.
+        clock: What runs are timed by: `"wall"`; `"cpu"`, the CPU time of this process, which repeats better on a busy
+            machine, at one thread; or a function that returns seconds. The time limit is wall time.
 
     Returns:
         The latency profile.
@@ -100,7 +101,7 @@ def profile_latency(
     transformer = find_vision_transformer(model, module_path)
     check_measurable(transformer, example_inputs, time_limit, protocol)
     check_bool("verbose", verbose)
-    check_callable("clock", clock)
+    clock = read_clock(clock, example_inputs.device.type)
     requested = resolve(method)
     refuse_adaptive(requested)
     if requested == TOKEN_CURVE and transformer.first_prunable_block:  # no token may go before block 0
@@ -124,7 +125,7 @@ def profile_latency(
             timer = InterleavedTimer[int](prepare, run, between_runs(example_inputs.device), reference=n, clock=clock)
             build = profile_builder(reduction.name, index, depth, protocol)
             profile = search_counts(timer, build, counts, lowest, n, time_limit, on_step, len(example_inputs))
-        context = measurement_context(transformer.compiled_root, example_inputs)
+        context = measurement_context(transformer.compiled_root, example_inputs, clock)
         context["method_settings"] = {key: repr(value) for key, value in reduction.settings().items()}
         context["measured"] = datetime.now().astimezone().isoformat(timespec="seconds")
     return replace(profile, seconds=clock() - start, context=context)
@@ -140,7 +141,7 @@ def compare_latency(
     time_limit: float | None = 20.0,
     module_path: str | None = None,
     verbose: bool = True,
-    clock: Callable[[], float] = time.perf_counter,
+    clock: str | Callable[[], float] = "wall",
 ) -> dict[str, LatencyStats]:
     """Times variants of one model against each other in one interleaved run.
 
@@ -154,7 +155,7 @@ def compare_latency(
         time_limit: Seconds, or None. One round is completed even after the limit.
         module_path: Dotted path of the transformer in `model`.
         verbose: Shows a progress bar on a terminal.
-        clock: Returns seconds.
+        clock: What runs are timed by, as in `profile_latency`.
 
     Returns:
         Name -> median milliseconds with spread, and the ratio to dense with its own.
@@ -178,7 +179,7 @@ def compare_latency(
     check_measurable(transformer, example_inputs, time_limit)
     check_int("rounds", rounds, 1)
     check_bool("verbose", verbose)
-    check_callable("clock", clock)
+    clock = read_clock(clock, example_inputs.device.type)
     check("variants", variants, "a mapping of names to variants", isinstance(variants, Mapping))
     for name, variant in variants.items():
         is_pair = isinstance(variant, tuple) and 1 <= len(variant) <= len(Variant._fields)

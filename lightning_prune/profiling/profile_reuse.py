@@ -1,6 +1,5 @@
 """A latency profile that is read from the store where it still holds, and measured otherwise."""
 
-import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from lightning_prune._utils.formatting import three_digits
 from lightning_prune.patching import find_vision_transformer
 from lightning_prune.patching.schedule_forms import reducing_block
+from lightning_prune.profiling.clocks import read_clock
 from lightning_prune.profiling.environment import profile_dependencies, unknown_conditions
 from lightning_prune.profiling.latency_profile import LatencyProfile
 from lightning_prune.profiling.measurement import (
@@ -65,7 +65,7 @@ def get_or_profile(
     time_limit: float | None = 30.0,
     module_path: str | None = None,
     verbose: bool = True,
-    clock: Callable[[], float] = time.perf_counter,
+    clock: str | Callable[[], float] = "wall",
 ) -> CachedProfile:
     """Returns the kept profile of exactly these conditions, or measures one and keeps it.
 
@@ -83,7 +83,7 @@ def get_or_profile(
         time_limit: Seconds for measuring. A kept profile that had less is not reused, unless it converged.
         module_path: Dotted path of the transformer in `model`.
         verbose: Shows a progress bar on a terminal.
-        clock: Returns seconds.
+        clock: What runs are timed by, as in `profile_latency`.
 
     Raises:
         ArgumentError: As `profile_latency`, also where a profile is kept.
@@ -91,10 +91,11 @@ def get_or_profile(
     """
     transformer = find_vision_transformer(model, module_path)
     check_measurable(transformer, example_inputs, time_limit, protocol)
+    clock = read_clock(clock, example_inputs.device.type)
     dependencies, kept = None, None
     if store is not None:
         index = reducing_block(method, block, transformer)
-        dependencies = profile_dependencies(transformer, example_inputs, method, index, protocol)
+        dependencies = profile_dependencies(transformer, example_inputs, method, index, protocol, clock)
         kept = store.get(dependencies, time_limit)
         if kept is not None and _still_holds(kept, model, example_inputs, time_limit, module_path, clock):
             return CachedProfile(kept, reused=True)

@@ -130,11 +130,12 @@ def _blocks(row: Row) -> str:
     return f"block {blocks[0]}" if len(blocks) == 1 else f"{len(blocks)} blocks"
 
 
-def columns_of(rows: Sequence[Row]) -> list[Column]:
+def columns_of(rows: Sequence[Row], quantity: str = "latency") -> list[Column]:
     """The columns in which at least one row has a figure.
 
     Args:
         rows: All rows of the table.
+        quantity: What the milliseconds are, see `timed_quantity`.
     """
     several = len({row.runtime for row in rows}) > 1  # one runtime is a fact of the whole page
     differs = any(row.speedup_vs_eager not in (None, row.speedup) for row in rows)
@@ -159,7 +160,7 @@ def columns_of(rows: Sequence[Row]) -> list[Column]:
         Column("change, points", "95% interval", lambda row: _change(row, dense_of(rows, row))),
         Column(next((row.metric_name for row in rows if row.metric_name), "metric"), "change", _metric),
         Column("speed-up", "", speedup),
-        Column("latency", "ms a batch", latency),
+        Column(quantity, "ms a batch", latency),
         Column(
             "p90",
             "ms a batch",

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 
-from lightning_prune._utils.formatting import context_line, milliseconds
+from lightning_prune._utils.formatting import context_line, milliseconds, timed_quantity
 from lightning_prune.report.rows import (
     Row,
     Score,
@@ -68,7 +68,7 @@ def plot_pareto(document: Mapping[str, Any]) -> Figure:
     if zoom is not None:
         panels[1].set_ylim(zoom)
         panels[1].set_title("the same, near dense", fontsize=9, loc="left")
-    panels[-1].set_xlabel("latency of a batch [ms], faster to the left")
+    panels[-1].set_xlabel(f"{timed_quantity(document.get('context') or {})} of a batch [ms], faster to the left")
     below = [] if score is None else [_BARS[score.key]]
     if slow:
         below.append(fill(f"Off the chart: {'; '.join(_describe(row, score) for row in slow)}.", 105))

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lightning_prune._utils.formatting import context_line
+from lightning_prune._utils.formatting import context_line, timed_quantity
 from lightning_prune._utils.validation import check, check_path
 from lightning_prune.errors import ArgumentError
 from lightning_prune.planning.latency_model import removes_before_blocks
@@ -43,12 +43,13 @@ def plot_profile(profile: LatencyProfile, others: Sequence[LatencyProfile] = ())
             _draw_shape(panels[1], each, color)
     if not others:
         _draw_structure(panels[0], profile)
-    panels[0].set_ylabel(f"latency of a batch [ms], {source}")
+    quantity = timed_quantity(profile.context)
+    panels[0].set_ylabel(f"{quantity} of a batch [ms], {source}")
     if others:
         n = profile.dense_tokens
         panels[1].plot([0, n], [0, 100], color=_GREY, linewidth=0.8, linestyle="--", label="proportional to the tokens")
         panels[1].set_xlim(left=max(min(each.tokens[0] for each in (profile, *others)) - 0.03 * n, 0))
-        panels[1].set_ylabel("latency [% of dense in the same runtime]")
+        panels[1].set_ylabel(f"{quantity} [% of dense in the same runtime]")
     for axes in panels:
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.25)
@@ -100,9 +101,9 @@ def _title(profile: LatencyProfile, runtimes: int = 1) -> str:
     if runtimes > 1:
         context = {key: value for key, value in context.items() if key != "runtime"} | {"compiled": False}
     if removes_before_blocks(profile):
-        what = "latency against token count (random tokens dropped before block 0)"
+        what = f"{timed_quantity(context)} against token count (random tokens dropped before block 0)"
     else:
-        what = f"latency with {profile.method} from block {profile.block}"
+        what = f"{timed_quantity(context)} with {profile.method} from block {profile.block}"
     return f"{context.get('model', 'model')}: {what}\n{context_line(context)}"
 
 

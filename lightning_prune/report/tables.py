@@ -10,7 +10,7 @@ from rich import box
 from rich.table import Table
 
 from lightning_prune._utils.files import atomic_write
-from lightning_prune._utils.formatting import context_line, milliseconds, percent, points, speedup
+from lightning_prune._utils.formatting import context_line, milliseconds, percent, points, speedup, timed_quantity
 from lightning_prune.profiling import LatencyProfile
 from lightning_prune.report.class_table import losing_classes
 from lightning_prune.report.rows import OF_CLASSES, TOP1, Row, Score, score_of
@@ -20,7 +20,7 @@ def profile_table(profile: LatencyProfile) -> Table:
     """A row a token count, dense first; counts just past a cliff stand out."""
     title = f"{profile.context.get('model', 'model')} on {context_line(profile.context)}"
     table = Table(title=title, title_justify="left", title_style="bold")
-    for heading in ("tokens", "latency ms", "speed-up", "saved a token, us"):
+    for heading in ("tokens", f"{timed_quantity(profile.context)} ms", "speed-up", "saved a token, us"):
         table.add_column(heading, justify="right")
     cliffs = {cliff.below for cliff in profile.cliffs()}
     above: tuple[int, float] | None = None
@@ -172,7 +172,9 @@ def remarks(document: Mapping[str, Any]) -> list[str]:
         for found in losing_classes(document)
     ]
     chosen = [f"schedule.yaml is that of {best['variant']}. {best['reason']}"] if best else []
-    return [*notes, *reasons, *unreached, *classes, f"energy: {document['energy']}", *chosen]
+    is_cpu_time = timed_quantity(document.get("context") or {}) != "latency"
+    clock = ["ms: CPU time of the process, not wall time"] if is_cpu_time else []
+    return [*clock, *notes, *reasons, *unreached, *classes, f"energy: {document['energy']}", *chosen]
 
 
 def _interval(row: Row) -> str:
