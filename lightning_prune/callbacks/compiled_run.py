@@ -1,15 +1,18 @@
 """The Vision Transformer of a run, compiled from its first batch to its end."""
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
 
 from lightning_prune.callbacks.batches import images_from_batch
 from lightning_prune.callbacks.config import PruningConfig
 from lightning_prune.patching import VisionTransformer, find_vision_transformer
 from lightning_prune.runtimes import parse_runtime
+from lightning_prune.runtimes.calibration import calibrating_if_none
 from lightning_prune.runtimes.in_place import force_eager, is_compiled_itself
 
 
@@ -30,7 +33,14 @@ class CompiledRun:
         """Without the current run."""
         return {**vars(self), "_run": None, "_batch": ExitStack(), "_compiles": False}
 
-    def before_batch(self, config: PruningConfig, pl_module: L.LightningModule, batch: Any, first: bool) -> None:
+    def before_batch(
+        self,
+        config: PruningConfig,
+        pl_module: L.LightningModule,
+        batch: Any,
+        first: bool,
+        calibration: Callable[[], Tensor],
+    ) -> None:
         """Compiles at the first batch of a run; a batch that is smaller than the first of its loader runs eagerly.
 
         What it begins for a batch lasts until the next one, or until `end`.
@@ -40,12 +50,14 @@ class CompiledRun:
             pl_module: Contains the transformer.
             batch: As the step receives it.
             first: Whether it is the first batch of its loader.
+            calibration: Returns the images on which a quantized runtime finds the ranges of activations, (N, C, H, W);
+                called for such a one only.
 
         Raises:
             ArgumentError: If the transformer is compiled already.
         """
         if self._run is None:
-            self._begin(config, pl_module)
+            self._begin(config, pl_module, calibration)
         if not self._compiles:
             return
         self._batch.close()
@@ -61,11 +73,13 @@ class CompiledRun:
             self._run.close()
         self._run, self._compiles = None, False
 
-    def _begin(self, config: PruningConfig, pl_module: L.LightningModule) -> None:
+    def _begin(self, config: PruningConfig, pl_module: L.LightningModule, calibration: Callable[[], Tensor]) -> None:
         runtime = parse_runtime(config.runtime)
         with ExitStack() as stack:
             if runtime.compiles:
                 transformer = find_vision_transformer(pl_module, config.module_path)
+                if runtime != runtime.unquantized:
+                    stack.enter_context(calibrating_if_none(calibration()))
                 stack.enter_context(runtime.applied(transformer))
             self._run, self._compiles = stack.pop_all(), runtime.compiles and not runtime.converts
 

@@ -149,6 +149,23 @@ class FirstBatch:
             loaded = images_from_batch(self.batch, self.config.images_from_batch)
         return as_passed(sampled, loaded, self.call.images)
 
+    def from_all_over(self, count: int) -> Tensor:
+        """(N, C, H, W) images from all over the dataset, in the dtype and on the device of those of this batch.
+
+        Folders are read class by class, so that the first batch shows one class, and at batch size 1 one image. From
+        the first batch where the dataset cannot be sampled, or sizes differ.
+
+        Args:
+            count: N at most.
+        """
+        images = self.images
+        try:
+            found = self.sample(count).images
+        except DataError:
+            found = images
+        same = found.shape[1:] == images.shape[1:]
+        return (found if same else images)[:count].to(images.device, images.dtype)
+
 
 def can_run(first: FirstBatch) -> bool:
     """Whether the transformer runs on the images of the batch as they are.

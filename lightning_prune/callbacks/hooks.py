@@ -10,6 +10,7 @@ import lightning as L
 from torch import nn
 
 from lightning_prune._utils.trees import tree_leaves
+from lightning_prune.callbacks.batches import images_from_batch
 from lightning_prune.callbacks.compiled_run import CompiledRun
 from lightning_prune.callbacks.config import PruningConfig
 from lightning_prune.patching import unpatch
@@ -130,7 +131,14 @@ class CommandRun(EvaluationCallback):
     def _before_batch(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int
     ) -> None:
-        self._compiled.before_batch(self.config, pl_module, batch, first=batch_idx == 0)
+        # A command that uses what this run computes gives the images itself; else any do.
+        self._compiled.before_batch(
+            self.config,
+            pl_module,
+            batch,
+            batch_idx == 0,
+            lambda: images_from_batch(batch, self.config.images_from_batch),
+        )
 
     def _figures(self) -> dict[str, float]:
         return {}

@@ -19,6 +19,7 @@ from lightning_prune.profiling import TOKEN_CURVE
 from lightning_prune.profiling.clocks import CLOCKS
 from lightning_prune.profiling.output_kinds import choose_proxy
 from lightning_prune.profiling.profile_reuse import CachedProfile, get_or_profile
+from lightning_prune.runtimes.calibration import calibrating_if_none
 
 
 def profiled(
@@ -105,7 +106,9 @@ def planned_for(
     """
     check_labels(config, calibration)
     limit = TimeLimit(config.time_limit, CLOCKS[config.clock]) if limit is None else limit
-    profile = profiled(config, pl_module, images, limit=limit) if profile is None else profile
+    if profile is None:
+        with calibrating_if_none(calibration.images):
+            profile = profiled(config, pl_module, images, limit=limit)
     transformer = find_vision_transformer(pl_module, config.module_path)
     plans = plan_many(
         pl_module,

@@ -14,6 +14,7 @@ from lightning_prune.callbacks.compiled_run import CompiledRun
 from lightning_prune.callbacks.config import PruningConfig
 from lightning_prune.callbacks.decider import Decider
 from lightning_prune.callbacks.decision import Decision
+from lightning_prune.callbacks.first_batch import open_first_batch
 from lightning_prune.callbacks.hooks import (
     EvaluationCallback,
     is_command_run,
@@ -25,6 +26,7 @@ from lightning_prune.errors import ArgumentError
 from lightning_prune.planning import Objective
 from lightning_prune.profiling.measurement import ProfilingMode
 from lightning_prune.reduction import Reduction
+from lightning_prune.runtimes.calibration import CALIBRATION_IMAGES
 from lightning_prune.schedule import KeepRates, Schedule
 
 
@@ -225,7 +227,12 @@ class TokenPruning(EvaluationCallback):
     ) -> None:
         if self._is_idle or trainer.sanity_checking:
             return
-        self._compiled.before_batch(self._config, pl_module, batch, first=batch_idx == 0)
+
+        def calibration() -> Tensor:
+            with open_first_batch(trainer, pl_module, batch, self._config) as first:
+                return first.from_all_over(CALIBRATION_IMAGES)
+
+        self._compiled.before_batch(self._config, pl_module, batch, batch_idx == 0, calibration)
         if not self.enabled:
             return
         if self._run is None:

@@ -24,7 +24,7 @@ from lightning_prune.comparison.resume import (
     data_identity,
     fingerprint_of,
 )
-from lightning_prune.errors import DataError, RuntimeUnavailableError
+from lightning_prune.errors import RuntimeUnavailableError
 from lightning_prune.patching import TokenTrace, trace_tokens
 from lightning_prune.profiling.clocks import read_clock
 from lightning_prune.profiling.environment import UNKNOWN, model_conditions, unknown_conditions
@@ -86,7 +86,7 @@ class ComparisonSetup(L.Callback):
         if any(request.searches or request.objective is not None for request in self.settings.requests):
             calibration = first.calibration()
         if self._quantizers():
-            self.calibration = self._sample(first, CALIBRATION_IMAGES).cpu()
+            self.calibration = first.from_all_over(CALIBRATION_IMAGES).cpu()
         if self.settings.output is not None:
             self.state = self._open_state(self.settings.output, self._fingerprint(first, calibration))
         plan = self.state.plan() if self.state is not None else None
@@ -98,7 +98,7 @@ class ComparisonSetup(L.Callback):
             if self.state is not None:
                 self.state.keep_plan(plan)
         results = self._known_results(plan)
-        pictures = self._sample(first, _PICTURES)
+        pictures = first.from_all_over(_PICTURES)
         self.pictures = pictures.detach().cpu()
         self.traces = self._trace(first, pictures, plan)
         return plan, results, self.calibration
@@ -172,19 +172,6 @@ class ComparisonSetup(L.Callback):
         if unreadable:
             names = ", ".join(path.name for path in unreadable)
             self.on_message(f"Not resumed, since another release wrote them or they are damaged: {names} in {folder}.")
-
-    def _sample(self, first: FirstBatch, count: int) -> Tensor:
-        """Images from all over the dataset; from the first batch if it cannot be sampled, or sizes differ.
-
-        Folders are read class by class, so that the first batch shows one class, and at batch size 1 one image.
-        """
-        images = first.images
-        try:
-            found = first.sample(count).images
-        except DataError:
-            found = images
-        same = found.shape[1:] == images.shape[1:]
-        return (found if same else images)[:count].to(images.device, images.dtype)
 
     def _trace(self, first: FirstBatch, images: Tensor, plan: ComparisonPlan) -> dict[str, TokenTrace]:
         """One variant of each request in float: at the largest target that all reach, where there is one."""

@@ -162,6 +162,8 @@ def _in_runtime(report: ExportReport) -> list[str]:
         listed = ", ".join(f"{name} {count}" for name, count in graph.elsewhere.items())
         where = _ELSEWHERE.get(report.format, "the CPU instead of the provider")
         found.append(f"Run by {where}: {listed}.")
+    else:
+        found.append("No operator falls back.")
     if graph.precisions:
         listed = ", ".join(f"{name} {count}" for name, count in graph.precisions.items())
         found.append(f"Precisions of its operators: {listed}.")
@@ -172,7 +174,8 @@ def _images(report: ExportReport) -> str:
     """The images that the file takes."""
     if report.inputs.form == "float32":
         return "float32, prepared as `preprocessing.json` says"
-    return "uint8, 0 to 255, in the order of channels of the training, usually RGB; scaled and normalised inside"
+    order = ", in RGB" if report.input_shape[1] == 3 else ""
+    return f"uint8, 0 to 255{order}; scaled and normalised inside"
 
 
 def _benchmarks(report: ExportReport, input_name: str) -> list[str]:

@@ -28,6 +28,7 @@ from lightning_prune.profiling.measurement import ProfilingMode, check_measurabl
 from lightning_prune.profiling.output_kinds import choose_proxy
 from lightning_prune.reduction import Reduction
 from lightning_prune.runtimes.base import Runtime
+from lightning_prune.runtimes.calibration import calibrating_if_none
 from lightning_prune.runtimes.registry import parse_runtime
 from lightning_prune.schedule import Schedule
 
@@ -71,7 +72,8 @@ def plan(
     Args:
         model: Any module that contains one Vision Transformer; dense and unpatched.
         example_inputs: (B, C, H, W) images on the device, in the batch size that will be used.
-        calibration: (images, C, H, W) unlabelled images of the same size; 512 are enough.
+        calibration: (images, C, H, W) unlabelled images of the same size; 512 are enough. A quantized runtime takes its
+            ranges from the first of them.
         methods: `"auto"`, a name, a reduction, or several of them, the preferred one first if time is short.
         blocks: Blocks that may reduce: `"all"`, an index, a fraction of the depth, or several of them. Methods that
             act before block 0 are not bound by it.
@@ -184,6 +186,7 @@ def plan_many(  # noqa: D417  all other arguments are those of `plan`
     seconds = None if protocol == "paper" else time_limit  # which bounds only the least part of that
     with (
         progress_bar("Planning", seconds, verbose),
+        calibrating_if_none(calibration),
         nullcontext() if runtime is None else parse_runtime(runtime).applied(transformer),
     ):
         if protocol == "paper":

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from datetime import datetime
 from typing import Any, Literal
@@ -26,6 +26,7 @@ from lightning_prune.profiling.latency_profile import LatencyProfile
 from lightning_prune.profiling.model_variants import DENSE, Variant, VariantSwitch
 from lightning_prune.reduction import RandomDrop, Reduction, resolve
 from lightning_prune.runtimes.base import Runtime, applied_runtime
+from lightning_prune.runtimes.calibration import calibrating_if_none
 from lightning_prune.runtimes.converted import ConvertedRuntime
 from lightning_prune.runtimes.in_place import is_compiled
 from lightning_prune.runtimes.registry import parse_runtime
@@ -111,7 +112,7 @@ def profile_latency(
     depth, prefix = transformer.depth, transformer.num_prefix_tokens
     start = clock()
     with (
-        _applied(runtime, transformer),
+        _applied(runtime, transformer, example_inputs),
         ready_to_run(transformer),
         progress_bar("Profiling latency", time_limit, verbose) as on_step,
     ):
@@ -191,7 +192,7 @@ def compare_latency(
     switch = VariantSwitch(transformer)
     deadline = float("inf") if time_limit is None else clock() + time_limit
     with (
-        _applied(runtime, transformer),
+        _applied(runtime, transformer, example_inputs),
         ready_to_run(transformer),
         progress_bar("Comparing latency", time_limit, verbose) as on_step,
     ):
@@ -209,9 +210,14 @@ def compare_latency(
     return {name: timer.result(name) for name in variants}
 
 
-def _applied(runtime: str | Runtime | None, transformer: VisionTransformer) -> AbstractContextManager[None]:
+@contextmanager
+def _applied(runtime: str | Runtime | None, transformer: VisionTransformer, example_inputs: Tensor) -> Iterator[None]:
     now = applied_runtime(transformer) or TorchEager()
-    return (now if runtime is None else parse_runtime(runtime)).applied(transformer)
+    with (
+        calibrating_if_none(example_inputs),  # latency does not depend on the ranges
+        (now if runtime is None else parse_runtime(runtime)).applied(transformer),
+    ):
+        yield
 
 
 @contextmanager

@@ -41,6 +41,17 @@ def calibrating_with(images: Tensor | None) -> Iterator[None]:
         _images.reset(token)
 
 
+@contextmanager
+def calibrating_if_none(images: Tensor) -> Iterator[None]:
+    """A context in which graphs are quantized on these images, unless a `calibrating_with` around it gives others.
+
+    Args:
+        images: As of `calibrating_with`.
+    """
+    with calibrating_with(images if _images.get() is None else None):
+        yield
+
+
 def calibration_key() -> Hashable:
     """What tells the images of the innermost `calibrating_with` from others; None outside of it."""
     images = _images.get()
@@ -76,7 +87,7 @@ def calibration_batches(graph: ExportedGraph, name: str) -> list[tuple[Tensor, .
         missing = "no others were given" if images is None else "those that were given have another size"
         warnings.warn(
             f"{name} is calibrated on the {len(example)} images that it runs first, as {missing}. Its accuracy can be "
-            "lower than with a few dozen real images, as `lp.compare` has them.",
+            "lower than with a few dozen real images, as `TokenPruning` and `lp.compare` take them from the dataset.",
             stacklevel=2,
         )
         images = example

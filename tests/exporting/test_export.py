@@ -264,6 +264,20 @@ def test_preprocessing(tmp_path: Path) -> None:
         lp.export(model, tmp_path / "other", IMAGES, preprocessing={"means": 0}, **QUICK)
 
 
+def full_disk(name: str) -> Any:
+    """`open`, for a disk on which a file cannot be written; it can be created, as on a disk that is full."""
+    usual = open
+
+    def opening(file: Any, mode: str = "r", *args: Any, **keywords: Any) -> Any:
+        opened = usual(file, mode, *args, **keywords)
+        if name in Path(str(file)).name and set(mode) & set("wax+"):
+            opened.close()
+            raise OSError(errno.ENOSPC, "No space left on device", str(file))
+        return opened
+
+    return opening
+
+
 class TestRefused:
     """A refused export leaves nothing behind, not even the folders above."""
 
@@ -281,13 +295,18 @@ class TestRefused:
         with pytest.raises(lp.ExportError, match=r"2 of 2 images are more than 0\.001 off .* is 0\.01\), 0 of them"):
             self.export(tmp_path)
 
-    def test_no_space_left(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        def full(*_: Any) -> None:
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-        monkeypatch.setattr(Path, "write_bytes", full)
-        with pytest.raises(lp.FileWriteError, match=r"Cannot write .*deep/out: No space left on device"):
+    @pytest.mark.parametrize("full", ["model.pt2", "sample.npz", "run.py", ".report."])
+    def test_no_space_left(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: str) -> None:
+        """Files are opened by `io.open`, by all of the libraries; a disk is full from one of them on."""
+        monkeypatch.setattr("io.open", full_disk(full))
+        with pytest.raises(lp.FileWriteError, match=r"Cannot write .*deep/out.*No space left on device"):
             self.export(tmp_path)
+
+    def test_no_space_left_for_a_second_file(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(onnx_conversion, "MESSAGE_BYTES", 10_000)
+        monkeypatch.setattr("builtins.open", full_disk("model.onnx.data"))
+        with pytest.raises(lp.FileWriteError, match=r"Cannot write .*deep/out.*No space left on device"):
+            self.export(tmp_path, format="onnx")
 
     def test_a_schedule_of_another_model(self, tmp_path: Path) -> None:
         with pytest.raises(lp.ScheduleError, match="12"):
