@@ -26,6 +26,8 @@ _EXPORTED = 18
 """Oldest version of the operators that PyTorch's exporter gives."""
 _NOOP = "noop_with_empty_axes"
 _KEPT = "lightning_prune.kept"
+_SMALL_BYTES = 1024
+"""Weights below this stay in the file of the graph."""
 MESSAGE_BYTES = 2**31 - 2**24
 """Weights in one message of Protocol Buffers, which holds 2 GiB in all."""
 
@@ -123,9 +125,14 @@ def save_onnx(model: Any, path: Path) -> list[str]:
         path.write_bytes(model.SerializeToString())
         return [path.name]
     import onnx
+    from onnx.external_data_helper import set_external_data
 
     weights = f"{path.name}.data"
-    onnx.save_model(model, path, save_as_external_data=True, all_tensors_to_one_file=True, location=weights)
+    # By hand, as `onnx.save_model` refuses a name that a file of the current folder has.
+    for tensor in model.graph.initializer:
+        if len(tensor.raw_data) >= _SMALL_BYTES:
+            set_external_data(tensor, weights)
+    onnx.save_model(model, path)
     return [path.name, weights]
 
 

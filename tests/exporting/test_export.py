@@ -304,7 +304,7 @@ class TestRefused:
 
     def test_no_space_left_for_a_second_file(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(onnx_conversion, "MESSAGE_BYTES", 10_000)
-        monkeypatch.setattr("builtins.open", full_disk("model.onnx.data"))
+        monkeypatch.setattr("onnx.external_data_helper.os.fdopen", full_disk(""))
         with pytest.raises(lp.FileWriteError, match=r"Cannot write .*deep/out.*No space left on device"):
             self.export(tmp_path, format="onnx")
 
@@ -410,6 +410,8 @@ def test_weights_that_no_file_of_onnx_can_hold_are_in_a_second_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(onnx_conversion, "MESSAGE_BYTES", 10_000)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model.onnx.data").touch()  # of another export; names are those of the folder of each
     model, folder = tiny(), tmp_path / "out"
     report = lp.export(model, folder, IMAGES, plan=SCHEDULE, calibration=CALIBRATION, opset=17, rounds=1)
     assert list(report.files) == ["model.onnx", "model.onnx.data"]
