@@ -56,7 +56,10 @@ def test_help_is_cheap() -> None:
 
 
 def test_deploying_needs_no_lightning(tmp_path: Path) -> None:
-    """Loading a schedule, patching, running and unpatching imports neither lightning nor what only reports need."""
+    """Loading a schedule, patching, running and unpatching imports neither lightning nor what only reports need.
+
+    torchao, which takes seconds to import, is imported when weights are quantized.
+    """
     lightning_prune.Schedule.single(depth=2, block=0, remove=5).save(tmp_path / "schedule.yaml")
     code = """
 import sys, timm, torch
@@ -67,8 +70,9 @@ before = model(images)
 with lp.patch(model, "pomt", lp.Schedule.load(sys.argv[1])):
     assert not torch.equal(model(images), before)
 assert torch.equal(model(images), before)
+lp.quantization.Int8Weights(model)
 heavy = {"lightning", "pytorch_lightning", "torchmetrics", "jsonargparse", "sklearn", "matplotlib", "transformers"}
-print(sorted(heavy & set(sys.modules)))
+print(sorted(heavy.union(["torchao"]) & set(sys.modules)))
 """
     done = run_fresh(code, str(tmp_path / "schedule.yaml"))
     assert done.returncode == 0, done.stderr

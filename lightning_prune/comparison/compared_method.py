@@ -16,8 +16,8 @@ from lightning_prune.planning.method_selection import usable_methods
 from lightning_prune.planning.ordered_candidates import OrderedCandidates
 from lightning_prune.planning.results import Candidate
 from lightning_prune.profiling import LatencyStats, Variant
-from lightning_prune.quantization import int8_backend
 from lightning_prune.quantization import unsupported_reason as int8_unsupported_reason
+from lightning_prune.quantization.quantizer import quantizer_version
 from lightning_prune.reduction import spec_of
 from lightning_prune.schedule import Schedule
 
@@ -59,7 +59,7 @@ class ComparedMethod:
             if reason is not None:
                 return reason
             quantizing = self.request.quantizing
-            by = int8_backend(images.device) if quantizing is None else quantizing.name
+            by = quantizer_version() if quantizing is None else quantizing.name
             self.note = "; ".join(filter(None, (self.note, f"8 bits by {by}")))
         if reduction is None:
             return None

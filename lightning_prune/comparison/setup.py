@@ -28,6 +28,7 @@ from lightning_prune.errors import RuntimeUnavailableError
 from lightning_prune.patching import TokenTrace, trace_tokens
 from lightning_prune.profiling.clocks import read_clock
 from lightning_prune.profiling.environment import UNKNOWN, model_conditions, unknown_conditions
+from lightning_prune.quantization.quantizer import quantizer_version
 from lightning_prune.runtimes.calibration import CALIBRATION_IMAGES, calibrating_with
 
 _PICTURES = 4  # images whose tokens are traced
@@ -128,6 +129,8 @@ class ComparisonSetup(L.Callback):
         }
         if self.calibration is not None:
             settings |= {"quantizers": [*self._quantizers(), tensor_digest(self.calibration)]}
+        if any(request.int8 and not request.runtime.converts for request in self.settings.requests):
+            settings |= {"int8": quantizer_version()}
         if calibration is not None:
             settings |= {"calibration": tensor_digest(calibration.images), "seed": config.seed}
         return fingerprint_of(

@@ -2,6 +2,8 @@
 
 import copy
 import math
+import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import lightning_prune as lp
 from helpers.clock import TickingClock
 from lightning_prune.callbacks import TokenPruning
 from lightning_prune.callbacks.first_batch import FirstBatch
+from lightning_prune.comparison import setup
 from lightning_prune.comparison.comparison_planning import ComparisonPlanner
 from lightning_prune.comparison.paired_statistics import paired_interval
 from lightning_prune.profiling.energy_meter import EnergyReading
@@ -52,6 +55,7 @@ def test_rows_reach_their_targets_and_are_what_validation_says(module: Any, runn
         low, high = (math.ceil(788 / 3 * (1 - tolerance / ratio)) for tolerance in (1.005, 1.0))
         assert low <= row.removed <= high
     assert [row.int8 for row in found.rows] == [False] * 5 + [True] * 3
+    assert found.rows[5].note == f"8 bits by torchao {version('torchao')}"
     assert [row.target_speedup for row in found.rows] == [None, 1.25, 1.5, 1.25, 1.5, None, 1.25, 1.5]
     assert [row.method for row in found.rows] == ["", "pomt", "pomt", "random", "random", "int8", "pomt", "pomt"]
     for row in found.rows:
@@ -272,15 +276,21 @@ def test_a_method_of_which_the_images_decide_has_one_row(module: Any, running: A
     assert again.rows[1].throughput == row.throughput
 
 
-def test_a_device_without_int8_says_so_in_the_row(
+def test_int8_without_torchao_says_so_in_the_row_until_it_is_installed(
     module: Any, running: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    unsupported_reason = "lightning_prune.comparison.compared_method.int8_unsupported_reason"
-    monkeypatch.setattr(unsupported_reason, lambda *_: "no int8 on abacus")
-    found = run(module, running, tmp_path, ["int8", "random", "random+int8"], [1.5])
-    assert [(row.variant, row.note) for row in found.rows if row.int8] == [
-        *(("int8", "no int8 on abacus"), ("random+int8", "no int8 on abacus"))
-    ]
+    model, methods = module(), ["int8", "random", "random+int8"]
+    with monkeypatch.context() as missing:
+        missing.setitem(sys.modules, "torchao.quantization", None)
+        missing.setattr(setup, "quantizer_version", lambda: "none")
+        found = run(model, running, tmp_path, methods, [1.5])
+    notes = {row.variant: row.note for row in found.rows if row.int8}
+    assert list(notes) == ["int8", "random+int8"]
+    assert all("pip install 'lightning-prune[int8]'" in note for note in notes.values())
+    messages: list[str] = []
+    found = run(model, running, tmp_path, methods, [1.5], messages=messages)
+    assert any(line.startswith("A new comparison: int8 differs") for line in messages)
+    assert [row.variant for row in found.rows if row.int8] == ["int8", "random+int8 1.5x"]
 
 
 def test_energy_where_there_is_a_counter(

@@ -9,7 +9,6 @@ import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._inductor import config
 from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 from torchao.utils import should_reduce_range
 
@@ -17,17 +16,9 @@ import lightning_prune as lp
 from helpers.data import noise_images
 from helpers.models import tiny_hugging_face_vit, tiny_torchvision_vit, tiny_vit
 from lightning_prune.errors import ArgumentError, UnsupportedModelError
-from lightning_prune.quantization import Int8Weights, onednn
+from lightning_prune.quantization import Int8Weights
 
-SMALL = {"embed_dim": 64, "depth": 3, "num_classes": 16}
-
-
-@pytest.fixture(params=["oneDNN", "torchao"])
-def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Runs a test with torch's kernel and with torchao's."""
-    if request.param == "torchao":
-        monkeypatch.setattr(onednn, "weight_limit", lambda: None)
-    return str(request.param)
+SMALL = {"embed_dim": 64, "depth": 2, "num_classes": 16}
 
 
 def vit(**more: Any) -> nn.Module:
@@ -42,14 +33,14 @@ def hybrid() -> nn.Module:
 
 
 def torchvisions() -> nn.Module:
-    model = tiny_torchvision_vit(3, 64, 128, 16)
+    model = tiny_torchvision_vit(2, 64, 128, 16)
     nn.init.normal_(model.heads.head.weight)
     return model
 
 
 def hugging_face() -> nn.Module:
     model: nn.Module = tiny_hugging_face_vit(
-        "ViTForImageClassification", hidden_size=64, num_hidden_layers=3, intermediate_size=128
+        "ViTForImageClassification", hidden_size=64, num_hidden_layers=2, intermediate_size=128
     )
     return model
 
@@ -96,56 +87,19 @@ def alike(one: Tensor, other: Tensor, least: float) -> bool:
     return float(F.cosine_similarity(one.float(), other.float()).min()) > least
 
 
-def rounded(row: list[float], limit: int) -> tuple[list[int], float]:
-    """Quantizes one row symmetrically to int8."""
-    scale = max(abs(value) for value in row) / (limit + 0.5)
-    return [max(-limit - 1, min(limit, round(value / scale))) for value in row], scale
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("batch", [1, 5])
-def test_matches_the_reference(dtype: torch.dtype, batch: int, kernel: str) -> None:
-    torch.manual_seed(0)
-    layer = nn.Linear(24, 8).to(dtype)
-    x = torch.randn(batch, 3, 24).to(dtype)
-    limit = 63 if should_reduce_range(torch.device("cpu")) else 127
-    weight = [rounded(row, limit) for row in layer.weight.double().tolist()]
-    expected = []
-    for row in x.double().reshape(-1, 24).tolist():
-        values, scale = rounded(row, limit)
-        if kernel == "oneDNN":  # full range, and the largest magnitude is a step
-            scale = max(abs(value) for value in row) / 127
-            values = [round(value / scale) for value in row]
-        for (other, other_scale), bias in zip(weight, layer.bias.double().tolist(), strict=True):
-            expected.append(sum(a * b for a, b in zip(values, other, strict=True)) * scale * other_scale + bias)
-    with Int8Weights(layer) as int8:
-        found = run(layer, x)
-    assert int8.backend == kernel
-    assert found.dtype == dtype
-    error = (found.double().flatten() - torch.tensor(expected, dtype=torch.float64)).abs().max()
-    # In float32 only a value on the border of two steps may go the other way.
-    assert error < (0.05 if dtype == torch.bfloat16 else 0.02)
-
-
-def test_matches_torchao(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onednn, "weight_limit", lambda: None)
+def test_matches_quantize_() -> None:
+    """Of the whole model, except that modules stay as they are."""
     model, other = build("timm"), build("timm")
     narrow = should_reduce_range(torch.device("cpu"))
     quantize_(other, Int8DynamicActivationInt8WeightConfig(set_inductor_config=False, reduce_range=narrow))
+    attributes = [list(vars(module)) for module in model.modules()]
     with Int8Weights(model):
         assert torch.equal(run(model, images()), run(other, images()))
-
-
-@pytest.mark.usefixtures("kernel")
-def test_settings_of_inductor_are_unchanged() -> None:
-    before = config.save_config_portable()
-    Int8Weights(nn.Linear(8, 8))
-    assert config.save_config_portable() == before
+        assert [list(vars(module)) for module in model.modules()] == attributes
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_apply_and_remove_on_every_kind_of_model(name: str, dtype: torch.dtype) -> None:
     model = build(name).to(dtype)
     x = images().to(dtype)
@@ -170,12 +124,14 @@ def test_apply_and_remove_on_every_kind_of_model(name: str, dtype: torch.dtype) 
 def test_what_stays_in_float() -> None:
     layers = Int8Weights(hybrid())
     assert not layers.kept
-    assert len(layers.quantized) == 4 * 3 + 1
+    assert len(layers.quantized) == 4 * 2 + 1
     layers = Int8Weights(torchvisions())
-    assert len(layers.quantized) == 2 * 3 + 1
+    assert len(layers.quantized) == 2 * 2 + 1
     assert set(layers.kept.values()) == {"its projections are read by one native call of nn.MultiheadAttention"}
-    assert len(layers.kept) == 3
+    assert len(layers.kept) == 2
     assert Int8Weights(vit(num_classes=10)).kept == {"head": "64 -> 10: sizes must be multiples of 8"}
+    reason = "its weight is passed to F.linear by keyword, which torchao does not support"
+    assert Int8Weights(build("beit")).kept == {f"blocks.{block}.attn.qkv": reason for block in (0, 1)}
     partly = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8).double(), nn.LazyLinear(8), nn.Linear(8, 8))
     torch.nn.utils.parametrizations.weight_norm(partly[3])
     assert Int8Weights(partly).kept == {
@@ -199,7 +155,7 @@ def test_together_with_a_patch(name: str, method: str) -> None:
     """In any order of applying and removing."""
     model, x = build(name), images()
     dense, before = run(model, x), snapshot(model)
-    int8, schedule = Int8Weights(model), [0, 5, 0]
+    int8, schedule = Int8Weights(model), [0, 5]
     with int8:
         quantized = run(model, x)
         with lp.patch(model, method, schedule):
@@ -219,10 +175,9 @@ def test_together_with_a_patch(name: str, method: str) -> None:
     assert not torch.equal(both, pruned)
 
 
-@pytest.mark.parametrize("name", ["timm", "torchvision"])
-def test_compiled(name: str) -> None:
+def test_compiled() -> None:
     torch._dynamo.reset()
-    model, x = build(name), images()
+    model, x = vit(depth=1), images()
     int8 = Int8Weights(model)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     for _ in range(2):
@@ -232,19 +187,15 @@ def test_compiled(name: str) -> None:
             quantized = run(compiled, x)
             assert alike(quantized, run(model, x), 0.999)
             assert not torch.equal(quantized, dense)
-    with int8, lp.patch(model, "pomt", [0, 5, 0]):
-        assert alike(run(compiled, x), run(model, x), 0.98)
     torch._dynamo.reset()
 
 
-@pytest.mark.usefixtures("kernel")
 def test_exported() -> None:
-    model, x = build("eva"), images()
+    model, x = vit(depth=1), images()
     with Int8Weights(model), torch.no_grad():
         assert alike(torch.export.export(model, (x,)).module()(x), model(x), 0.999)
 
 
-@pytest.mark.usefixtures("kernel")
 def test_autocast() -> None:
     model, x = build("timm"), images()
     dense = run(model, x)
@@ -265,7 +216,6 @@ def test_quantized_in_inference_mode_and_used_with_gradients() -> None:
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
-@pytest.mark.usefixtures("kernel")
 def test_changed_weights_are_quantized_again() -> None:
     model, other = build("timm"), build("timm", seed=7)
     int8 = Int8Weights(model)
@@ -281,7 +231,6 @@ def test_changed_weights_are_quantized_again() -> None:
         assert torch.equal(run(replaced, images()), expected)
 
 
-@pytest.mark.usefixtures("kernel")
 def test_moved_while_applied() -> None:
     model, x = build("timm"), images()
     half, source = run(copy.deepcopy(model).bfloat16(), x.bfloat16()), model.blocks[0].mlp.fc1.weight
@@ -290,21 +239,43 @@ def test_moved_while_applied() -> None:
         assert run(model, x.bfloat16()).dtype == torch.bfloat16
     assert model.blocks[0].mlp.fc1.weight is source
     assert torch.equal(run(model, x.bfloat16()), half)
+    int8 = Int8Weights(model)
+    int8.apply()
+    model.float()
+    with torch.inference_mode():
+        int8.remove()
+    assert model.blocks[0].mlp.fc1.weight is source
+    assert run(model, x).dtype == torch.float32
+    assert model(x).requires_grad  # no inference tensor is left in the model
     with Int8Weights(model):
         model.to("meta")
     assert all(parameter.device.type == "meta" for parameter in model.parameters())
 
 
-@pytest.mark.usefixtures("kernel")
 def test_a_shared_weight_is_quantized_once() -> None:
-    model = nn.Sequential(nn.Linear(16, 16), nn.GELU(), nn.Linear(16, 16))
+    """Of two layers, and of one that is used twice."""
+    twice = nn.Linear(16, 16)
+    model = nn.Sequential(nn.Linear(16, 16), nn.GELU(), nn.Linear(16, 16), twice, nn.GELU(), twice)
     model[2].weight = model[0].weight
-    with Int8Weights(model):
+    before = snapshot(model)
+    with Int8Weights(model) as int8:
         assert model[2].weight is model[0].weight
+        assert len({id(parameter) for parameter in model.parameters() if not parameter.requires_grad}) == 2
+    assert len(int8.quantized) == 3
     assert model[2].weight is model[0].weight
+    assert same(snapshot(model), before)
 
 
-@pytest.mark.usefixtures("kernel")
+def test_weights_are_quantized_once() -> None:
+    model = vit(depth=1)
+    int8 = Int8Weights(model)
+    used = []
+    for _ in range(2):
+        with int8:
+            used.append([id(parameter) for parameter in model.parameters()])
+    assert used[0] == used[1]
+
+
 def test_copied_and_pickled_while_applied() -> None:
     model = build("timm")
     with Int8Weights(model):
@@ -321,7 +292,6 @@ def test_restored_after_an_error() -> None:
     assert same(snapshot(model), before)
 
 
-@pytest.mark.usefixtures("kernel")
 def test_a_failure_changes_nothing() -> None:
     model = build("timm")
     int8, other = Int8Weights(model), Int8Weights(model.blocks[1])
@@ -350,6 +320,6 @@ def test_a_model_without_layers_is_rejected(module: nn.Module, message: str) -> 
 
 def test_repr() -> None:
     int8 = Int8Weights(vit(num_classes=10))
-    assert repr(int8) == "Int8Weights(12 layers, 1 in float, off)"
+    assert repr(int8) == "Int8Weights(8 layers, 1 in float, off)"
     with int8:
-        assert repr(int8) == "Int8Weights(12 layers, 1 in float, on)"
+        assert repr(int8) == "Int8Weights(8 layers, 1 in float, on)"
