@@ -95,3 +95,12 @@ def test_the_table(sweep: Any) -> None:
     assert "| `aotinductor` | DeiT | `tome` | ok | 1.0e-06 | 2.5 |" in rest
     assert "| `executorch` | DeiT | `pomt` | failed (1) |  | 2.5 |" in rest
     assert rest[-2:] == ["1. no kernel", "2. sizes"]
+
+
+def test_the_documentation_has_the_table_of_the_stored_results(sweep: Any) -> None:
+    page = (ROOT / "docs" / "runtimes.md").read_text(encoding="utf-8")
+    rows = sweep.read_table(RESULTS / "export_sweep.csv")
+    keys = [(row["family"], row["method"], row["format"]) for row in rows]
+    assert len(keys) == len(set(keys))
+    assert set(keys) <= set(sweep.cases())
+    assert sweep.markdown(rows) in page, "renew the table: export_sweep.py --markdown"
