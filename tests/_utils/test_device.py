@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from lightning_prune._utils.device import synchronize
+from lightning_prune._utils.device import between_runs, synchronize
 
 
 def test_synchronize_does_nothing_on_a_cpu(monkeypatch):
@@ -22,3 +22,11 @@ def test_synchronize_waits_for_mps(monkeypatch):
     monkeypatch.setattr(torch.mps, "synchronize", lambda: waited.append("mps"))
     synchronize(torch.device("mps"))
     assert waited == ["mps"]
+
+
+def test_between_runs_the_device_is_idle_and_nothing_is_cast(monkeypatch):
+    waited = []
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda device: waited.append(device.type))
+    monkeypatch.setattr(torch, "clear_autocast_cache", lambda: waited.append("casts"))
+    between_runs(torch.device("cuda"))()
+    assert waited == ["casts", "cuda"]

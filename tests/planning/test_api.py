@@ -24,7 +24,7 @@ from lightning_prune.planning.latency_model import PROBES, probe_schedules
 from lightning_prune.planning.measurements import Measurements
 from lightning_prune.planning.method_selection import method_labels
 from lightning_prune.planning.sensitivity import Sensitivity
-from lightning_prune.profiling import Estimate, LatencyStats
+from lightning_prune.profiling import Estimate, LatencyStats, measurement_context
 from lightning_prune.profiling.interleaved_timer import InterleavedTimer
 from lightning_prune.profiling.output_kinds import OUTPUT_KINDS
 from lightning_prune.reduction import Reduction, ToMe, resolve
@@ -259,6 +259,18 @@ def test_a_profile_from_elsewhere_is_used_and_said():
     assert "batch_size 64 there, 2 here" in text
     assert "precision float16 there, float32 here" in text
     assert made.pruned is None
+
+
+def test_a_profile_of_a_bundle_is_always_of_another_device_and_only_its_images_are_worth_a_warning(recwarn):
+    """Also where the name of the device is the same; it runs in another runtime, as it is meant to."""
+    here = measurement_context(vit(), IMAGES[:2])
+    context = {**here, "runtime": "onnxruntime", "threads": 99, "clock": "wall", "bundle": "abc"}
+    made = planned(methods="pomt", profile=known_profile(STRAIGHT, context=context))
+    assert made.pruned is None
+    assert f"the profile is of {here['device']}. The latency is predicted from it, not measured." in made.reason
+    assert not [each for each in recwarn if "measured elsewhere" in str(each.message)]
+    with pytest.warns(UserWarning, match="measured elsewhere: image_shape"):
+        planned(methods="pomt", profile=known_profile(STRAIGHT, context={**context, "image_shape": [3, 64, 64]}))
 
 
 @pytest.mark.parametrize(

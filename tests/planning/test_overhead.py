@@ -2,7 +2,9 @@ from dataclasses import replace
 
 import pytest
 
+from helpers.models import tiny_vit
 from lightning_prune import LatencyProfile, Schedule
+from lightning_prune.patching import find_vision_transformer
 from lightning_prune.planning.latency_model import (
     NO_OVERHEAD,
     LatencyModel,
@@ -10,7 +12,9 @@ from lightning_prune.planning.latency_model import (
     fit_overhead,
     probe_schedules,
 )
+from lightning_prune.planning.overhead_probes import given_probes
 from lightning_prune.profiling import LatencyStats
+from lightning_prune.profiling.latency_profile import OverheadProbe
 from lightning_prune.reduction import resolve
 
 N, DEPTH = 197, 12
@@ -82,3 +86,21 @@ def test_probes_are_schedules_that_the_method_can_run(tokens, depth, first):
 
 def test_without_a_probe_that_reduces_there_is_no_overhead():
     assert fit_overhead(model(), [(Schedule([0] * DEPTH), LatencyStats(10, 0, 1, 0, 9))]) == ReductionOverhead()
+
+
+@pytest.mark.parametrize("overhead", [ReductionOverhead(per_block=0.4), ReductionOverhead(per_later_block=0.1)])
+@pytest.mark.parametrize("depth", [DEPTH, 12 // 3])
+def test_overheads_that_another_device_measured_are_found(overhead, depth):
+    """In the whole model, or in a copy of its first blocks, whose dense latency is 30% of the whole."""
+    transformer = find_vision_transformer(tiny_vit(depth=DEPTH, img_size=224, patch_size=16, embed_dim=8))
+    methods = {"topk": (resolve("topk"), range(DEPTH)), "pomt": (resolve("pomt"), range(DEPTH))}
+    share, known = (1.0 if depth == DEPTH else 0.3), model()
+    there = replace(known, depth=depth, dense_ms=share * known.dense_ms, overhead=overhead)
+    probes = [
+        OverheadProbe("topk", schedule.removed, share, there.predict(schedule) / there.dense_ms, 0.001, 31)
+        for schedule in probe_schedules(resolve("topk"), N, 1, range(depth), depth)[::2]
+    ]
+    profile = LatencyProfile((20, N), (5, 10), (0.1, 0.1), (9, 9), "random", 0, DEPTH, probes=tuple(probes))
+    found = given_probes(profile, transformer, methods, dict.fromkeys(methods, known))
+    assert found.keys() == {"topk"}
+    assert fit_overhead(known, found["topk"]) == pytest.approx(overhead, abs=1e-3)

@@ -6,6 +6,7 @@ import pytest
 
 from lightning_prune import ArgumentError, FileFormatError, LatencyProfile
 from lightning_prune.profiling import CountStep
+from lightning_prune.profiling.latency_profile import OverheadProbe
 from lightning_prune.report.plots import plot
 
 
@@ -223,3 +224,37 @@ def test_plot_marks_cliffs_and_plateaus(tmp_path):
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
     assert {"cliff", "plateau", "measured"} <= set(labels)
     assert (tmp_path / "profile.png").read_bytes().startswith(b"\x89PNG")
+
+
+PROBE = OverheadProbe("tome", (8, 0, 4), depth_ratio=0.3, ratio=1.1, ratio_spread=0.01, rounds=9)
+
+
+def test_probes_are_saved_and_profiles_of_version_3_load_without_them(tmp_path):
+    curve = replace(profile({100: 7, 197: 10}), probes=(PROBE, PROBE._replace(method="topk")))
+    path = curve.save(tmp_path / "profile.json")
+    assert LatencyProfile.load(path) == curve
+    document = json.loads(path.read_text())
+    assert document["probes"][0]["removed"] == [8, 0, 4]
+    del document["probes"]
+    with pytest.raises(FileFormatError, match="must have the entry 'probes'"):
+        LatencyProfile.from_dict(document)
+    assert LatencyProfile.from_dict(document | {"version": 3}) == replace(curve, probes=())
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"method": None},
+        {"removed": ()},
+        {"removed": (1,) * 13},
+        {"removed": (-1,)},
+        {"ratio": 0.0},
+        {"ratio": float("nan")},
+        {"depth_ratio": -1.0},
+        {"ratio_spread": -0.1},
+        {"rounds": 0},
+    ],
+)
+def test_impossible_probes_are_refused(wrong):
+    with pytest.raises(ArgumentError, match="`probes` must be timings of schedules of at most 12 blocks"):
+        replace(profile({100: 7, 197: 10}), probes=(PROBE._replace(**wrong),))
