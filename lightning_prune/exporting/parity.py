@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_prune.errors import DataError, ExportError
+from lightning_prune.runtimes.converted import relative_errors
 
 SHARE = 0.995
 """Share of the images that must be within the tolerance in float32."""
@@ -125,12 +126,6 @@ def check_parity(parity: Parity) -> None:
             f"The exported model is not the model: it gives {parity.top1_agreement:.2%} of {n} images the same class; "
             f"at least {least:.1%} must be (`min_agreement`). {figures[0].upper()}{figures[1:]}."
         )
-
-
-def relative_errors(expected: Tensor, found: Tensor) -> Tensor:
-    """The relative error, max |found - expected| / max |expected| of each image, (N,), of outputs (N, ...)."""
-    expected, found = expected.double().flatten(1), found.double().flatten(1)
-    return (found - expected).abs().amax(1) / expected.abs().amax(1).clamp_min(1e-30)
 
 
 def in_batches(run: Run, images: Tensor, batch_size: int) -> Tensor:

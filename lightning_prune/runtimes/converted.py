@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_prune._utils.isolation import user_hooks
+from lightning_prune._utils.isolation import isolated, user_hooks
+from lightning_prune._utils.trees import tree_leaves
 from lightning_prune.errors import ArgumentError, ExportError
 from lightning_prune.patching import VisionTransformer
 from lightning_prune.patching.class_swap import patch_generation
@@ -19,7 +20,10 @@ from lightning_prune.runtimes.base import Runtime
 from lightning_prune.runtimes.calibration import calibration_key
 from lightning_prune.runtimes.graph_export import ExportedGraph, export_graph
 from lightning_prune.runtimes.graph_store import Converted, RunGraph, store_of, version_of
-from lightning_prune.runtimes.in_place import InPlace, is_compiled, is_forced_eager
+from lightning_prune.runtimes.in_place import InPlace, force_eager, is_compiled, is_forced_eager
+
+LOW_PRECISION_TOLERANCE = 0.1
+"""The tolerance of a runtime that may compute in 16 bits."""
 
 
 class ConvertedRuntime(Runtime):
@@ -31,6 +35,8 @@ class ConvertedRuntime(Runtime):
 
     compiles = True
     converts = True
+    tolerance: float | None = 0.01
+    """Relative error of an image from which on the first graph counts as wrong; None in 8 bits, where none can tell."""
 
     @abstractmethod
     def load(self, graph: ExportedGraph) -> RunGraph:
@@ -135,6 +141,7 @@ class _ConvertedCalls(InPlace):
         self._last: tuple[Hashable, Converted] | None = None
         self._names = list(inspect.signature(root.forward).parameters)
         self._tensors: list[Tensor] = []
+        self._is_checked = False
         vars(root)["_compiled_call_impl"] = self._call
         super().__init__(root, [root], runtime)
 
@@ -177,11 +184,37 @@ class _ConvertedCalls(InPlace):
 
         def convert() -> Converted:
             graph = export_graph(self._root, (images.detach(),), keywords)
-            return graph, self._converter.load(graph)
+            run = self._converter.load(graph)
+            is_exact = self._converter.tolerance is not None and images.dtype == torch.float32
+            if is_exact and not self._is_checked:
+                self._check_outputs(graph, run, images.detach(), keywords)
+            return graph, run
 
         shape = images.shape, images.dtype, images.device
         key = patch_key(self._root), shape, repr(sorted(keywords.items())), calibration_key()
         return self._graphs.get(key, convert)
+
+    def _check_outputs(self, graph: ExportedGraph, run: RunGraph, images: Tensor, keywords: Mapping[str, Any]) -> None:
+        """Compares the first graph with PyTorch: what is fast and wrong must not be planned with, or validated.
+
+        A patched model may decide between tokens of equal score in another way, so there it is a warning.
+        """
+        limit = self._converter.tolerance
+        assert limit is not None
+        with torch.no_grad(), isolated(self._root), force_eager():
+            expected = tree_leaves(self._root(images, **keywords))
+        pairs = zip(expected, tree_leaves(graph.unflatten(run(images))), strict=True)
+        errors = [relative_errors(one, other) for one, other in pairs if isinstance(one, Tensor) and one.ndim > 1]
+        wrong = next((each for each in errors if bool((each > limit).all())), None)
+        if wrong is not None:
+            text = (
+                f"{self._converter.name!r} computes something else than PyTorch for all of the {len(images)} images: "
+                f"the relative error is at least {float(wrong.min()):.2g}."
+            )
+            if not patch_key(self._root):
+                raise ExportError(f"{text} Use another runtime for this model.")
+            warnings.warn(text, stacklevel=2)
+        self._is_checked = True
 
     def _check_call(self, images: Tensor, keywords: Mapping[str, Any]) -> None:
         name = self._converter.name
@@ -196,6 +229,12 @@ class _ConvertedCalls(InPlace):
             raise ArgumentError(
                 f"The model must be called with images alone with the runtime {name!r}, got the tensor `{tensors[0]}`."
             )
+
+
+def relative_errors(expected: Tensor, found: Tensor) -> Tensor:
+    """The relative error of each image, max |found - expected| / max |expected|, (B,), of outputs (B, ...)."""
+    expected, found = expected.double().flatten(1), found.double().flatten(1)
+    return (found - expected).abs().amax(1) / expected.abs().amax(1).clamp_min(1e-6)
 
 
 def not_float32(model: nn.Module) -> str | None:

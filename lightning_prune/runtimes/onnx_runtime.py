@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_prune._utils.validation import check, check_choice, check_int
 from lightning_prune.errors import ArgumentError, ExportError
 from lightning_prune.runtimes.calibration import calibration_batches
-from lightning_prune.runtimes.converted import ConvertedRuntime, not_float32
+from lightning_prune.runtimes.converted import LOW_PRECISION_TOLERANCE, ConvertedRuntime, not_float32
 from lightning_prune.runtimes.graph_export import ExportedGraph
 from lightning_prune.runtimes.graph_sessions import CPU_PROVIDER, TOKENS, onnx_session
 from lightning_prune.runtimes.graph_store import RunGraph
@@ -52,6 +52,10 @@ class OnnxRuntime(ConvertedRuntime):
         if quantize is not None:
             check_choice("quantize", quantize, get_args(Quantization))
         self.provider, self.threads, self.quantize = provider, threads, quantize
+        if quantize is not None:
+            self.tolerance = None
+        elif provider != CPU_PROVIDER:  # it may compute in fewer bits
+            self.tolerance = LOW_PRECISION_TOLERANCE
         settings = {"provider": (provider, CPU_PROVIDER), "threads": (threads, None), "quantize": (quantize, None)}
         self.name = self._spec("onnxruntime", **settings)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_prune._utils.validation import check, check_choice, check_int
 from lightning_prune.errors import ExportError, FileWriteError, RuntimeUnavailableError
 from lightning_prune.runtimes.calibration import calibration_batches
-from lightning_prune.runtimes.converted import ConvertedRuntime, not_float32
+from lightning_prune.runtimes.converted import LOW_PRECISION_TOLERANCE, ConvertedRuntime, not_float32
 from lightning_prune.runtimes.graph_export import ExportedGraph
 from lightning_prune.runtimes.graph_sessions import openvino_settings
 from lightning_prune.runtimes.graph_store import RunGraph
@@ -60,6 +60,10 @@ class OpenVINO(ConvertedRuntime):
             check_choice("quantize", quantize, ("int8",))
             _nncf_version()
         self.device, self.precision, self.threads, self.quantize = device, precision, threads, quantize
+        if quantize is not None:
+            self.tolerance = None
+        elif precision != "f32" or device != "CPU":
+            self.tolerance = LOW_PRECISION_TOLERANCE
         settings = {"device": (device, "CPU"), "precision": (precision, "f32"), "threads": (threads, None)}
         self.name = self._spec("openvino", **settings, quantize=(quantize, None))
 

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 import lightning_prune as lp
-from lightning_prune.exporting.parity import Parity, check_parity, compare_outputs, in_batches, relative_errors
+from lightning_prune.exporting.parity import Parity, check_parity, compare_outputs, in_batches
+from lightning_prune.runtimes.converted import relative_errors
 
 IMAGES = torch.rand(400, 1, 2, 2, generator=torch.Generator().manual_seed(0)) + 0.5
 

@@ -318,6 +318,49 @@ def test_graphs_of_a_large_model_are_dropped_and_loaded_again(
     assert [shape[0] for shape in counting.loaded] == [2, 1, 4, 2]
 
 
+class TestOutputsAreChecked:
+    """The first graph of a model is compared with PyTorch, whatever it is used for."""
+
+    @staticmethod
+    def doubling(monkeypatch: pytest.MonkeyPatch, images: slice = slice(None)) -> Counting:
+        load = Counting.load
+
+        def doubled(self: Counting, graph: Any) -> Any:
+            run = load(self, graph)
+
+            def wrong(*tensors: Tensor) -> list[Tensor]:
+                (found,) = run(*tensors)
+                found[images] *= 2
+                return [found]
+
+            return wrong
+
+        monkeypatch.setattr(Counting, "load", doubled)
+        return Counting()
+
+    def test_wrong_outputs_of_a_dense_model_are_an_error(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        model, runtime = tiny(), self.doubling(monkeypatch)
+        with (
+            torch.no_grad(),
+            runtime.applied(find_vision_transformer(model)),
+            pytest.raises(lp.ExportError, match=r"'counting' .*all of the 2 images: the relative error is at least 1"),
+        ):
+            model(IMAGES)
+
+    def test_wrong_outputs_of_a_patched_model_are_a_warning(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        model, runtime = tiny(), self.doubling(monkeypatch)
+        lp.patch(model, "topk", [4, 3])
+        with torch.no_grad(), runtime.applied(find_vision_transformer(model)):
+            with pytest.warns(UserWarning, match="'counting' computes something else"):
+                model(IMAGES)
+            model(IMAGES)
+
+    def test_one_image_that_differs_is_a_token_flip(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        model, runtime = tiny(), self.doubling(monkeypatch, slice(1))
+        with torch.no_grad(), runtime.applied(find_vision_transformer(model)):
+            assert len(model(IMAGES)) == 2
+
+
 class TestKeepingGraphs:
     @pytest.fixture
     def model(self) -> nn.Module:
