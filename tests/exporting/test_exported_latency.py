@@ -41,13 +41,14 @@ def format_of(seconds: dict[str, float | None]) -> Any:
     return SimpleNamespace(load_graph=load)
 
 
-@pytest.mark.parametrize(("native", "portable", "taken"), [(0.002, 0.008, "native"), (0.008, 0.002, "portable")])
+@pytest.mark.parametrize(("native", "portable", "taken"), [(0.001, 0.02, "native"), (0.02, 0.001, "portable")])
 def test_the_faster_one_is_taken(model: Any, native: float, portable: float, taken: str) -> None:
     choice = faster_graph(model, IMAGES, format_of({"native": native, "portable": portable}), 5, None)
     assert choice.form == taken
-    assert choice.native_ms == pytest.approx(1e3 * native, rel=0.9)
+    assert choice.native_ms is not None
     assert choice.portable_ms is not None
-    assert (choice.portable_ms < 6) == (taken == "portable")
+    assert (choice.native_ms >= 1e3 * native, choice.portable_ms >= 1e3 * portable) == (True, True)
+    assert (choice.portable_ms < choice.native_ms) == (taken == "portable")
     assert "takes" in choice.reason
 
 
