@@ -8,6 +8,7 @@ from typing import Any
 import lightning as L
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from rich.console import Console
 
 from lightning_prune.callbacks import TokenPruning
 from lightning_prune.callbacks.hooks import trainer_callbacks
@@ -18,6 +19,8 @@ from lightning_prune.cli.trainer import PruneTrainer
 from lightning_prune.cli.usage import COMMANDS
 from lightning_prune.cli.words import parser_words
 from lightning_prune.errors import ArgumentError, PruneError
+from lightning_prune.exporting import ExportedModel
+from lightning_prune.exporting.instructions import figures
 
 _LOWEST_LEVELS = {  # what is below is not about the run
     "lightning.pytorch.utilities.rank_zero": logging.WARNING,
@@ -100,6 +103,13 @@ def run(args: list[str] | None = None) -> int:
     return run_to_end(lambda: _run(sys.argv[1:] if args is None else args))
 
 
+def _print_export(exported: ExportedModel) -> None:
+    """Prints what was found when a model was exported, the dense one beside it, after the figures of the file."""
+    console = Console(markup=False)
+    for line in (f"{exported.report.model}, when it was exported:", *figures(exported.report)):
+        console.print(line, soft_wrap=True, highlight=False)
+
+
 def _run(words: list[str]) -> int:
     cli = PruneCLI(
         words,
@@ -121,4 +131,7 @@ def _run(words: list[str]) -> int:
         pruners = [each for each in trainer_callbacks(cli.trainer) if isinstance(each, TokenPruning)]
         plans = [pruner.decision.plan for pruner in pruners if pruner.decision is not None]
         missed = any(plan is not None and not plan.met for plan in plans)
+        exported = getattr(cli.model, "model", None)
+        if isinstance(exported, ExportedModel) and cli.trainer.is_global_zero:
+            _print_export(exported)
     return BUDGET_MISSED if missed else 0

@@ -56,7 +56,11 @@ def test_what_is_printed(folder: Path, capsys: pytest.CaptureFixture[str]) -> No
 
 def test_validate_runs_the_file(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["validate", "--exported", str(folder / "out"), *DATA]) == 0
-    assert "val/top1" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "val/top1" in printed
+    latency = ExportReport.read(folder / "out").latency
+    assert latency is not None
+    assert f"{latency.exported_ms:.2f} ms for 4 images, {latency.dense_ms:.2f} ms dense in float32" in printed
 
 
 def test_a_changed_file_is_not_validated(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -84,6 +88,11 @@ def test_a_changed_file_is_not_validated(folder: Path, capsys: pytest.CaptureFix
         (["--schedule=OUT/none.yaml", "--output=OUT/new"], "Cannot read"),
         (["--schedule=OUT/schedule.yaml", "--format=onxx", "--output=OUT/new"], "Did you mean 'onnx'?"),
         (["--schedule=OUT/schedule.yaml", "--batch-size=0", "--output=OUT/new"], "`batch_size` must be"),
+        (["--schedule=OUT/schedule.yaml", "--precision=int8", "--output=OUT/new"], "`precision` must be 'float32'"),
+        (
+            ["--schedule=OUT/schedule.yaml", "--min-agreement=0.9", "--output=OUT/new"],
+            "`min_agreement` must be left out",
+        ),
     ],
 )
 def test_bad_input_ends_with_status_2(
