@@ -2,7 +2,7 @@ from typing import Any
 
 import pytest
 
-from helpers.clock import set_latency
+from helpers.clock import set_few_rounds, set_latency
 
 
 @pytest.fixture
@@ -15,6 +15,7 @@ def clockwork(monkeypatch: pytest.MonkeyPatch) -> None:
         return 0.018 if alternative == "dense" else 0.012
 
     set_latency(monkeypatch, seconds)
+    set_few_rounds(monkeypatch)
 
 
 @pytest.fixture
