@@ -192,18 +192,29 @@ def to_openvino(graph: ExportedGraph) -> ov.Model:
     The graph is read directly, which keeps attention one operator; by way of ONNX where an operator has no direct form.
 
     Raises:
-        ExportError: If neither way leads there; names the operator.
+        ExportError: If neither way leads there, or OpenVINO computes an operator wrongly; names the operator.
     """
     try:
         return ov.convert_model(graph.program)
     except Exception:  # its front end raises what it likes
-        model = to_onnx(graph).SerializeToString()
+        model = to_onnx(graph)
+    _refuse_antialias(model)
     try:
         from io import BytesIO
 
-        return ov.convert_model(BytesIO(model))
+        return ov.convert_model(BytesIO(model.SerializeToString()))
     except Exception as error:
         raise ExportError(f"The graph cannot be converted to OpenVINO: {error}") from error
+
+
+def _refuse_antialias(model: Any) -> None:
+    """Raises ExportError for an ONNX model that scales with antialias: OpenVINO (2026.4) leaves the filter out."""
+    for node in model.graph.node:
+        if node.op_type == "Resize" and any(each.name == "antialias" and each.i for each in node.attribute):
+            raise ExportError(
+                "OpenVINO computes Resize with antialias wrongly, by which this model scales its positions to the size "
+                "of the images. Build it for that size, so that nothing is scaled, or take another runtime."
+            )
 
 
 def _bound(compiled: Any) -> RunGraph:
