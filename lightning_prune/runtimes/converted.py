@@ -38,6 +38,9 @@ class ConvertedRuntime(Runtime):
     tolerance: float | None = 0.01
     """Relative error of an image from which on the first graph counts as wrong; None in 8 bits, where none can tell."""
 
+    weight_dtypes: tuple[torch.dtype, ...] = ()
+    """The floating-point types of weights that it takes; empty for all."""
+
     @abstractmethod
     def load(self, graph: ExportedGraph) -> RunGraph:
         """Converts a graph with static shapes, and loads it.
@@ -115,6 +118,10 @@ class ConvertedRuntime(Runtime):
 
     def unsupported_reason(self, model: nn.Module) -> str | None:
         """See `Runtime.unsupported_reason`."""
+        wrong = {weight.dtype for weight in model.parameters() if weight.is_floating_point()} - {*self.weight_dtypes}
+        if self.weight_dtypes and wrong:
+            taken = " or ".join(str(each).removeprefix("torch.") for each in self.weight_dtypes)
+            return f"the weights are {min(map(str, wrong))}; it takes models in {taken}."
         if is_compiled(model):
             return "the model is compiled already."
         if not all(map(is_plain, model.parameters())):

@@ -17,7 +17,6 @@ from lightning_prune.runtimes.converted import ConvertedRuntime
 from lightning_prune.runtimes.graph_export import ExportedGraph
 from lightning_prune.runtimes.graph_store import RunGraph
 
-_DTYPES = {torch.float32, torch.float16}
 _pool_threads: list[int] = []
 """The number of threads of this process's pool, once a program was loaded."""
 
@@ -48,6 +47,7 @@ class ExecuTorch(ConvertedRuntime):
     """
 
     name = "executorch"
+    weight_dtypes = (torch.float32, torch.float16)
 
     def context(self) -> dict[str, Any]:
         """See `Runtime.context`."""
@@ -61,10 +61,7 @@ class ExecuTorch(ConvertedRuntime):
 
     def unsupported_reason(self, model: nn.Module) -> str | None:
         """See `Runtime.unsupported_reason`."""
-        floating = [each for each in model.parameters() if each.is_floating_point()]
-        if wrong := {each.dtype for each in floating} - _DTYPES:
-            return f"the weights are {min(map(str, wrong))}; it runs models in float32 or float16."
-        if any(each.device.type != "cpu" for each in floating):
+        if any(each.device.type != "cpu" for each in model.parameters()):
             return "the weights are not on the CPU."
         return super().unsupported_reason(model)
 

@@ -1,6 +1,5 @@
 """Converting an exported graph to ONNX."""
 
-import logging
 import re
 import warnings
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from lightning_prune._utils.quiet_loggers import errors_only
 from lightning_prune.errors import ExportError
 from lightning_prune.runtimes.graph_export import ExportedGraph
 
@@ -161,14 +161,6 @@ def _innermost(error: BaseException) -> str:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without the exporter's remarks about itself, which say nothing of the model."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+    with errors_only("torch.onnx", "onnxscript", "onnx_ir"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

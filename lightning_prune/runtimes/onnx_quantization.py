@@ -1,8 +1,6 @@
 """8 bits by the quantizer of ONNX Runtime: products with weights, in the graph that it runs anyway."""
 
-import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -11,6 +9,7 @@ import onnx
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_dynamic, quantize_static
 from torch import Tensor
 
+from lightning_prune._utils.quiet_loggers import errors_only
 from lightning_prune.errors import ExportError
 
 Quantization = Literal["static", "dynamic"]
@@ -35,7 +34,8 @@ def quantized_onnx(model: Any, how: Quantization, batches: Sequence[tuple[Tensor
     Raises:
         ExportError: If the quantizer fails; says how.
     """
-    with TemporaryDirectory(prefix="lightning-prune-") as folder, _quiet():
+    # The quantizer advises to preprocess the model, which its exporter has done.
+    with TemporaryDirectory(prefix="lightning-prune-") as folder, errors_only(""):
         path = Path(folder) / "quantized.onnx"
         common = {"per_channel": True, "weight_type": QuantType.QInt8, "op_types_to_quantize": _OPERATORS}
         try:
@@ -74,15 +74,3 @@ def _without_weights(model: Any) -> list[str]:
     """Names of the products of two activations."""
     weights = {each.name for each in model.graph.initializer}
     return [node.name for node in model.graph.node if node.op_type in _OPERATORS and node.input[1] not in weights]
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the quantizer's advice to preprocess the model, which its exporter has done."""
-    logger = logging.getLogger()
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

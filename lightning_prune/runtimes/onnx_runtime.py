@@ -42,6 +42,8 @@ class OnnxRuntime(ConvertedRuntime):
         (OnnxRuntime('onnxruntime'), 1)
     """
 
+    weight_dtypes = (torch.float32, torch.float16)
+
     def __init__(
         self, provider: str = CPU_PROVIDER, threads: int | None = None, quantize: Quantization | None = None
     ) -> None:
@@ -81,12 +83,8 @@ class OnnxRuntime(ConvertedRuntime):
 
     def unsupported_reason(self, model: nn.Module) -> str | None:
         """See `Runtime.unsupported_reason`."""
-        wrong = {t.dtype for t in model.parameters() if t.is_floating_point()} - NUMPY_DTYPES.keys()
-        if wrong:
-            return f"the weights are {sorted(map(str, wrong))[0]}; it runs models in float32 or float16."
-        if self.quantize is not None and (reason := not_float32(model)):
-            return reason
-        return super().unsupported_reason(model)
+        reason = super().unsupported_reason(model)
+        return not_float32(model) if reason is None and self.quantize is not None else reason
 
     def load(self, graph: ExportedGraph) -> RunGraph:
         """See `ConvertedRuntime.load`."""

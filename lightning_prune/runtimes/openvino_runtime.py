@@ -17,7 +17,7 @@ from lightning_prune.runtimes.converted import LOW_PRECISION_TOLERANCE, Converte
 from lightning_prune.runtimes.graph_export import ExportedGraph
 from lightning_prune.runtimes.graph_sessions import openvino_settings
 from lightning_prune.runtimes.graph_store import RunGraph
-from lightning_prune.runtimes.onnx_conversion import NUMPY_DTYPES, to_onnx
+from lightning_prune.runtimes.onnx_conversion import to_onnx
 
 Precision = Literal["f32", "f16", "bf16", "default"]
 """What OpenVINO computes in; its own default differs by device, and is often less than float32."""
@@ -43,6 +43,8 @@ class OpenVINO(ConvertedRuntime):
         >>> parse_runtime("openvino"), parse_runtime("openvino:precision=bf16,threads=1")
         (OpenVINO('openvino'), OpenVINO('openvino:precision=bf16,threads=1'))
     """
+
+    weight_dtypes = (torch.float32, torch.float16)
 
     def __init__(
         self,
@@ -90,12 +92,8 @@ class OpenVINO(ConvertedRuntime):
 
     def unsupported_reason(self, model: nn.Module) -> str | None:
         """See `Runtime.unsupported_reason`."""
-        wrong = {t.dtype for t in model.parameters() if t.is_floating_point()} - NUMPY_DTYPES.keys()
-        if wrong:
-            return f"the weights are {min(map(str, wrong))}; it takes models in float32 or float16."
-        if self.quantize is not None and (reason := not_float32(model)):
-            return reason
-        return super().unsupported_reason(model)
+        reason = super().unsupported_reason(model)
+        return not_float32(model) if reason is None and self.quantize is not None else reason
 
     def load(self, graph: ExportedGraph) -> RunGraph:
         """See `ConvertedRuntime.load`."""
@@ -212,8 +210,8 @@ def _refuse_antialias(model: Any) -> None:
     for node in model.graph.node:
         if node.op_type == "Resize" and any(each.name == "antialias" and each.i for each in node.attribute):
             raise ExportError(
-                "OpenVINO computes Resize with antialias wrongly, by which this model scales its positions to the size "
-                "of the images. Build it for that size, so that nothing is scaled, or take another runtime."
+                "OpenVINO computes Resize with antialias wrongly, by which this model scales its images. Scale them "
+                "before the model, or take another runtime."
             )
 
 
