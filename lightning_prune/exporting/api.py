@@ -220,13 +220,15 @@ def _own_copy(name: str, images: Tensor, taken: ImageInput) -> Tensor:
 
 def _check_images(example_inputs: Tensor, calibration: Tensor | None, inputs: str) -> None:
     """Raises ArgumentError if the images are none, or have different sizes, or dtypes that the file does not take."""
-    check_images("example_inputs", example_inputs)
     for name, images in (("example_inputs", example_inputs), ("calibration", calibration)):
-        if images is not None and images.dtype == torch.uint8:
+        if images is None and name == "calibration":
+            continue
+        check_images(name, images)
+        assert images is not None
+        if images.dtype == torch.uint8:
             expected = "normalised images, or `inputs` 'uint8' for images in 8 bits"
             check(name, images.dtype, expected, inputs == "uint8")
     if calibration is not None:
-        check_images("calibration", calibration)
         size = tuple(example_inputs.shape[1:])
         check(
             "calibration",
