@@ -13,7 +13,7 @@ INSTALLED_DEV := $(VENV)/.installed-dev
 .DEFAULT_GOAL := help
 # A venv that broke half-way (no ensurepip on Debian, say) must not look finished to the next run.
 .DELETE_ON_ERROR:
-.PHONY: help demo test bench lint format types package clean
+.PHONY: help demo test test-long bench lint format types package clean
 
 help: ## Show the targets
 	@awk -F':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -24,6 +24,9 @@ demo: $(INSTALLED) ## Prune the embedded digits model on this device and compare
 
 test: $(INSTALLED_DEV) ## Run the tests, a process for each core (ARGS="-k schedule -n 0" goes to pytest)
 	$(BIN)/pytest -n auto --dist loadfile $(ARGS)
+
+test-long: $(INSTALLED_DEV) ## Run the longer tests, which are not part of `make test`
+	$(BIN)/pytest -n auto --dist load -m long $(ARGS)
 
 bench: $(INSTALLED) ## Run all benchmarks on this device: an hour, with nothing else running (ARGS=--quick: minutes)
 	$(BIN)/python examples/benchmarks/all.py --output results/benchmarks $(ARGS)

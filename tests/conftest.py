@@ -1,4 +1,4 @@
-"""What holds for every test: one thread, and no profile that another test or the user has measured."""
+"""What holds for every test: one thread, few rounds, and no profile that another test or the user has measured."""
 
 import os
 import uuid
@@ -15,3 +15,13 @@ def _no_profiles_of_others(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: py
     """No test finds a profile of the user, or of another test, and none leaves one."""
     folder = tmp_path_factory.getbasetemp() / f"profiles-{uuid.uuid4().hex}"
     monkeypatch.setenv("LIGHTNING_PRUNE_CACHE", str(folder))
+
+
+@pytest.fixture(autouse=True)
+def _few_rounds(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three rounds of each measurement, except where measuring itself is tested: no test may rely on its figures."""
+    of_measuring = {"profiling", "planning", "golden"} & set(request.path.parts)
+    if not of_measuring and request.node.get_closest_marker("all_rounds") is None:
+        from helpers.clock import set_few_rounds
+
+        set_few_rounds(monkeypatch)

@@ -18,6 +18,7 @@ NEEDS = {"lightning_prune.runtimes.executorch_runtime": "executorch"}  # a packa
 RETURNED = {"LatencyProfile", "PatchHandle", "Plan"}  # made by functions whose examples show them
 
 
+@pytest.mark.all_rounds
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("name", QUIET)
 def test_examples(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -197,6 +197,7 @@ def bystanders() -> Bystanders:
     return Bystanders()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("stage", STAGES)
 def test_an_error_in_any_hook_leaves_the_model_as_it_was(
     stage: str, decision: Decision, bystanders: Bystanders, tmp_path: Path

@@ -388,6 +388,7 @@ class Unwatched(Tiny):
         self.logits.append(self(batch[0]).clone())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("way", "schedule"), [("the module", 6), ("the module in place", 6), ("the transformer in place", "auto")]
 )

@@ -524,6 +524,7 @@ def test_validate_in_two_processes_prints_the_same_as_in_one(
     assert errors == [[f"error: {message}"], [f"error: ScheduleError on rank 0: {message}"]]
 
 
+@pytest.mark.long
 def test_compare_in_two_processes_writes_the_same_as_in_one(folder: Path, tmp_path: Path) -> None:
     """Here Lightning starts the second process."""
     run = separate("-m", "lightning_prune", "compare", *images_of(folder), *DDP, f"--output={tmp_path / 'two'}")

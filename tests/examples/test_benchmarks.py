@@ -78,6 +78,7 @@ def test_scaling(program: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     assert (tmp_path / "scaling.png").stat().st_size > 10_000
 
 
+@pytest.mark.long
 def test_profile_cost(program: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     cost = program("profile_cost")
     words = ["--simulated", "2", "--model", "vit_tiny_patch16_224", "--size", "64", "--device", "cpu"]
@@ -126,6 +127,7 @@ def test_all_runs_every_one_and_says_which_failed(
     assert commands[-1][4:6] == ["--trainer.accelerator", "cpu"]
 
 
+@pytest.mark.long
 def test_runtimes(program: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import timm
 

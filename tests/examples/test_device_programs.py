@@ -71,6 +71,7 @@ class TestGpu:
         assert deadlines == [25.0, 60.0, 100.0]  # each has its share of what is left
         assert all(set(gpu.COLUMNS) <= row.keys() for row in rows if row["status"] != "ok")
 
+    @pytest.mark.all_rounds
     def test_what_is_measured(self, gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         """On the CPU with a tiny model: the variants, on the same weights; each pruned one over its own floor."""
         model = tiny_vit(depth=2, num_classes=5)

@@ -12,6 +12,7 @@ from lightning_prune.runtimes import onnx_conversion, onnx_runtime, openvino_run
 from lightning_prune.runtimes.converted import ConvertedRuntime
 from lightning_prune.runtimes.graph_export import ExportedGraph, export_graph
 
+pytestmark = pytest.mark.long
 SPECS = ("onnxruntime", "openvino")
 FAMILIES = (
     *("DeiT", "DeiT, distilled", "DINOv2, registers", "CLIP", "SigLIP", "ViT, parallel blocks"),

@@ -46,6 +46,7 @@ def run(script: Any, monkeypatch: pytest.MonkeyPatch, *options: str) -> None:
     script.main()
 
 
+@pytest.mark.long
 def test_trains_saves_and_goes_on(script: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     weights, kept = folder / "out" / "weights.safetensors", folder / "kept"
     options = ["--data", str(folder), "--output", str(weights), "--checkpoints", str(kept), "--teacher-epochs", "1"]

@@ -113,7 +113,8 @@ def test_from_the_device_to_the_exported_model(small: Path, tmp_path: Path) -> N
     assert ran.returncode == 0, ran.stderr
 
 
-def test_from_the_device_to_the_exported_model_in_openvino(tmp_path: Path) -> None:
+@pytest.mark.long
+def test_a_device_with_openvino(tmp_path: Path) -> None:
     model, folder = tiny_vit(depth=1), tmp_path / "bundle"
     lp.bundle(model, folder, IMAGES, runtime="openvino:precision=f32", methods=["topk"], verbose=False)
     check_files(folder)
@@ -121,14 +122,6 @@ def test_from_the_device_to_the_exported_model_in_openvino(tmp_path: Path) -> No
     assert "--format openvino" in (folder / "README.md").read_text()
     profile = run_without_torch(folder)
     assert (profile.context["runtime"], profile.context["runtime_precision"]) == ("openvino", "f32")
-    plan = lp.plan(
-        model, IMAGES, calibration=noise_images(8), methods="topk", objective=lp.AccuracyBudget(0.9), profile=profile,
-        time_limit=5, verbose=False, use_cache=False,
-    )  # fmt: skip
-    assert plan.pruned is None
-    report = lp.export(model, tmp_path / "out", IMAGES, plan=plan, format="openvino", rounds=0)
-    ran = run_refusing(ONLY_PYTHON, report.folder / "run.py")
-    assert ran.returncode == 0, ran.stderr
 
 
 def device(folder: Path, *words: str) -> tuple[int, lp.LatencyProfile | None]:
@@ -157,6 +150,7 @@ def runs_until(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     return set_end
 
 
+@pytest.mark.all_rounds
 @pytest.mark.parametrize("end", [40, 60])
 def test_interrupted_it_keeps_what_is_measured(
     small: Path, end: int, runs_until: Callable[[int], None], capsys: pytest.CaptureFixture[str]

@@ -38,6 +38,7 @@ def compiled(model: nn.Module, backend: str = "eager") -> tuple[Any, CompileCoun
     return torch.compile(model, backend=counter, fullgraph=True), counter
 
 
+@pytest.mark.long
 @every_case
 def test_one_graph_once(build: Any, draw: Any, name: str, method: str | Reduction, removed: list[int]) -> None:
     model = build(name)
@@ -154,6 +155,7 @@ def test_torch_jit_trace(build: Any, images: Tensor, method: str) -> None:
         assert torch.equal(torch.jit.trace(model, images)(images), expected)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("form", [nullcontext, portable_graph], ids=["native", "portable"])
 @pytest.mark.parametrize("method", ["pomt", "pomt-nearest", "random", "tome"])
 def test_export_for_any_batch(build: Any, draw: Any, method: str, form: Any) -> None:

@@ -19,6 +19,8 @@ from .sweep import ROOT, coverage
 with (ROOT / "examples" / "results" / "coverage_timm.csv").open(encoding="utf-8") as file:
     ROWS = [row for row in csv.DictReader(file) if row["name"] in timm.list_models()]
 
+pytestmark = pytest.mark.long
+
 KIND = ("model", "block", "attention", "positions", "pooling")
 REPRESENTATIVES: dict[str, dict[str, str]] = {}
 for _row in ROWS:

@@ -29,6 +29,7 @@ from .huggingface_models import (
 )
 
 
+@pytest.mark.long
 class TestGraphs:
     @pytest.mark.parametrize(
         ("name", "method", "backend"),

@@ -50,6 +50,7 @@ def test_a_schedule_made_here_does_not_warn(build: Any, draw: Any) -> None:
 
 def test_the_warning_does_not_break_the_graph(build: Any, draw: Any) -> None:
     model = build()
+    torch._dynamo.reset()
     with lp.patch(model, "pomt", made(device="Jetson Orin")), torch.no_grad():
         fast = torch.compile(model, backend="eager", fullgraph=True)
         assert fast(draw()).shape == (2, 7)

@@ -163,6 +163,7 @@ def test_in_low_precisions(method: str) -> None:
         assert (output - expected).norm() < 0.2 * expected.norm()
 
 
+@pytest.mark.long
 @every_method
 def test_compiles_and_exports_as_one_graph(method: str) -> None:
     torch._dynamo.reset()

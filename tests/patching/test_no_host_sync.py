@@ -118,6 +118,7 @@ MODEL_ADAPTERS: dict[str, Callable[[], Any]] = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("family", MODEL_ADAPTERS)
 def test_every_family(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With sizes, positions and attention if the family supports them."""

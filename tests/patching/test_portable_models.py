@@ -19,6 +19,7 @@ from lightning_prune.reduction import VWTInter, portable_graph
 from .huggingface_models import build_hf, outputs_of
 from .sweep import coverage
 
+pytestmark = pytest.mark.long
 REFUSED = {"Loop", "If", "Scan", "NonZero", "Unique", "Compress", "TopK", "CumSum", "GatherElements", "GatherND"}
 PAIRS = [("vwt-intra", "pomt"), ("tome", "pomt-nearest"), ("topk", "evit")]
 

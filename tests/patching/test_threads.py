@@ -161,6 +161,7 @@ def test_a_checkpoint_around_the_whole_model(kind: str, reentrant: bool) -> None
         torch.testing.assert_close(images.grad, expected, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("which", [(1,), (2, 3), (0, 1, 2, 3)], ids=str)
 @pytest.mark.parametrize("kind", MODELS)
 def test_blocks_compiled_one_by_one(kind: str, which: tuple[int, ...]) -> None:

@@ -278,6 +278,7 @@ class TestNumbers:
         assert relative_error(low, full) < 0.1
 
 
+@pytest.mark.long
 class TestGraphs:
     @pytest.mark.parametrize(
         ("method", "backend"), [("pomt", "eager"), ("pomt", "aot_eager"), ("pairs", "aot_eager"), ("random", "eager")]

@@ -189,6 +189,7 @@ def test_without_nncf_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
     parse_runtime("openvino")
 
 
+@pytest.mark.long
 def test_a_trained_model_predicts_the_same() -> None:
     model = timm.create_model(DIGITS_MODEL, pretrained=True).eval()
     data = lp.DigitsData(batch_size=40)

@@ -221,6 +221,7 @@ def test_a_failing_run_leaves_nothing_compiled(counter: Any) -> None:
     assert not is_compiled(module.model)
 
 
+@pytest.mark.long
 def test_profile_shows_the_eager_curve_beside_the_compiled_one(counter: Any, tmp_path: Any, capsys: Any) -> None:
     from lightning_prune.callbacks import TokenPruning
     from lightning_prune.cli.trainer import PruneTrainer
