@@ -27,6 +27,7 @@ SHALLOW_BLOCKS = 3
 SHALLOW_PROBES = 2
 """Schedules of a method that are timed in the copy, each of which has to be converted."""
 _ROUNDS = 31
+_LEAST_SECONDS = 2.0  # for further rounds, whatever the time limit
 
 
 def has_shallow_copy(transformer: VisionTransformer) -> bool:
@@ -246,7 +247,10 @@ def _timed(
         deadline = float("inf") if seconds is None else limit.clock() + seconds
         names = ["shallow", *variants]
         try:
-            timer.measure(names, _ROUNDS, deadline, on_step)
+            timer.measure(names, 1, on_step=on_step)
+            # Converting may have taken all the time, and one round says little of an overhead of a few per cent.
+            deadline = max(deadline, limit.clock() + _LEAST_SECONDS)
+            timer.measure(names, _ROUNDS - 1, deadline, on_step)
         finally:
             switch.off()
     return {name: timer.result(name) for name in names}
