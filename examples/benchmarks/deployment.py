@@ -11,7 +11,6 @@ the same runtime and precision: what pruning alone saves there. Accuracy depends
 """
 
 import argparse
-import time
 from pathlib import Path
 
 import timm
@@ -22,12 +21,12 @@ from tables import Row, context_of, print_table, write_table
 import lightning_prune as lp
 from lightning_prune.cli.main import run
 from lightning_prune.profiling import InterleavedTimer, LatencyStats, Variant, between_runs
+from lightning_prune.profiling.clocks import CLOCKS
 from lightning_prune.profiling.measurement import ready_to_run
 from lightning_prune.profiling.model_variants import VariantSwitch
 from lightning_prune.runtimes import Runtime, parse_runtime
 from lightning_prune.runtimes.calibration import calibrating_with
 
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 RUNTIMES = [
     "torch",
     "torch.compile",

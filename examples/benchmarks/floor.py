@@ -14,7 +14,6 @@ reduce-overhead uses CUDA graphs, or a runtime by its spec.
 
 import argparse
 import copy
-import time
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
@@ -28,6 +27,7 @@ from torch import Tensor, nn
 import lightning_prune as lp
 from lightning_prune.patching.block_split import PRE_NORM
 from lightning_prune.profiling import InterleavedTimer, between_runs
+from lightning_prune.profiling.clocks import read_clock
 from lightning_prune.runtimes import parse_runtime
 
 FEWEST = 5  # rounds of the slowest case
@@ -96,7 +96,7 @@ def measure(model: nn.Module, images: Tensor, case: str, mode: str, args: argpar
         return forwards[current[0]](images)
 
     device = images.device
-    clock = {"wall": time.perf_counter, "cpu": time.process_time}[args.clock]
+    clock = read_clock(args.clock, device.type)
     with torch.inference_mode():
         timer = InterleavedTimer(switch, run, between_runs(device), reference="floor", clock=clock)
         for variant in [*forwards] * 2 if mode in COMPILED else []:  # to compile, then to record CUDA graphs

@@ -10,7 +10,6 @@ The columns `left` are the tokens that are left: at equal speed, more of them ar
 """
 
 import argparse
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,10 +23,9 @@ from lightning_prune._utils.time_limit import TimeLimit
 from lightning_prune.planning.latency_model import LatencyModel, fit_overhead
 from lightning_prune.planning.overhead_probes import schedules_to_probe, shallow_probes, uses_shallow_copy
 from lightning_prune.profiling import Workload
+from lightning_prune.profiling.clocks import CLOCKS
 from lightning_prune.profiling.simulated_device import attention_share
 from lightning_prune.runtimes import parse_runtime
-
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 def profiles(model: torch.nn.Module, images: torch.Tensor, args: argparse.Namespace) -> dict[str, lp.LatencyProfile]:

@@ -63,7 +63,7 @@ def _restorer(generator: Any) -> Callable[[], Any]:
 
 
 def _generators_of(holder: Any) -> list[Any]:
-    """The generators that are found breadth-first, so that a large container hides none beside it."""
+    """The generators that are found breadth-first, so that a large container hides none next to it."""
     found, seen, waiting = [], {id(holder)}, deque([holder])
     while waiting and len(seen) < _MAX_OBJECTS:
         value = waiting.popleft()

@@ -64,7 +64,7 @@ class Decider:
         self.decision, self.keywords, self.is_given = decision, {}, True
 
     def forget(self) -> None:
-        """Makes the next run decide anew."""
+        """Makes the next run decide again."""
         self._known, self.is_given, self.call_differs = None, False, False
 
     def decide(self, first: FirstBatch, is_refuted: bool = False) -> Decision | None:

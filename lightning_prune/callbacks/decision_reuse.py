@@ -24,7 +24,7 @@ from lightning_prune.profiling.output_kinds import OUTPUT_KINDS
 from lightning_prune.runtimes.base import runtime_of
 from lightning_prune.schedule import Schedule
 
-_IMAGES = 64  # on which the accuracy is estimated anew: two passes over them
+_IMAGES = 64  # on which the accuracy is estimated again: two passes over them
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class DecisionConditions:
 def checked_anew(first: FirstBatch, decision: Decision) -> Decision | None:
     """A decision of a run with other weights or images, if it holds for this one as well; None if it does not.
 
-    The accuracy of the schedule is estimated anew, and the objective has to tolerate it. Nothing is timed, as latency
+    The accuracy of the schedule is estimated again, and the objective has to tolerate it. Nothing is timed, as latency
     does not depend on weights. Where the device gains nothing from fewer tokens, that holds for all weights; another
     decision that removes nothing does not, as other weights may tolerate more.
 

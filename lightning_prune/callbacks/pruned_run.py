@@ -226,10 +226,10 @@ class PrunedRun:
         text += f": it is measured again with that, in the {left:.3g} s that are left of `time_limit`"
         self._decider.call_differs = True
         if first.trainer.world_size > 1:
-            self._warn_once(f"{text}, after this batch, and the schedule is decided anew. {way_out}")
+            self._warn_once(f"{text}, after this batch, and the schedule is decided again. {way_out}")
             self._undecided = replace(call, images=call.images.clone())
             return
-        self._warn_once(f"{text}, and the schedule is decided anew. {way_out}")
+        self._warn_once(f"{text}, and the schedule is decided again. {way_out}")
         self._unpatch()
         self._patch(first, self._decide_for(first, call, is_refuted=True))
 

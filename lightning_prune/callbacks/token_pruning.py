@@ -43,17 +43,17 @@ class TokenPruning(EvaluationCallback):
     What is measured is what runs. Before anything is measured, `forward` of the module runs up to the transformer, to
     see what it makes of the images of the batch (another size, precision or normalisation, further arguments). Then the
     first step is watched, also where it calls a method of the transformer such as `forward_features`, or its blocks: if
-    it passes something else, the schedule is decided anew with that in the time that is left, or a warning gives both
+    it passes something else, the schedule is decided again with that in the time that is left, or a warning gives both
     figures. Measuring leaves no trace: the user's forward hooks are not called for it, which a warning says, since no
     figure includes what they do; buffers and random generators are put back.
 
     A later run keeps the schedule if it is of the same model under the same conditions (structure, kernels, batch,
-    precision, versions). With other weights or images its accuracy is estimated again, and it is planned anew if the
+    precision, versions). With other weights or images its accuracy is estimated again, and it is planned again if the
     objective does not tolerate it. A later validation of `fit` then plans on the latency profile of the first one, in a
     quarter of `time_limit` at most.
 
     Under DDP rank 0 decides and every rank gets the same schedule, or the same error, also a rank that gets no batch;
-    a schedule that is decided anew holds on all ranks from their second batch on. Strategies that shard the model are
+    a schedule that is decided again holds on all ranks from their second batch on. Strategies that shard the model are
     refused.
 
     `pruning/latency_ms`, `pruning/dense_latency_ms`, `pruning/speedup`, `pruning/tokens` and `pruning/removed` go to

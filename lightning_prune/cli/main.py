@@ -104,7 +104,7 @@ def run(args: list[str] | None = None) -> int:
 
 
 def _print_export(exported: ExportedModel) -> None:
-    """Prints what was found when a model was exported, the dense one beside it, after the figures of the file."""
+    """Prints what was found when a model was exported, the dense one next to it, after the figures of the file."""
     console = Console(markup=False)
     for line in (f"{exported.report.model}, when it was exported:", *figures(exported.report)):
         console.print(line, soft_wrap=True, highlight=False)

@@ -120,7 +120,7 @@ class Comparison:
                 path.replace(folder / "schedules" / path.name)
             names = [name for name in _FILES if (stage / name).exists()]
             for path in earlier - {folder / name for name in (*names, *schedules)}:
-                path.unlink(missing_ok=True)  # of an earlier comparison, whose figures would stand beside the new ones
+                path.unlink(missing_ok=True)  # of an earlier comparison, whose figures would stand next to the new ones
             return [(stage / name).replace(folder / name) for name in names]
 
     def _write_best(self, stage: Path) -> None:

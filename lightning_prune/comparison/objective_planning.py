@@ -85,7 +85,7 @@ def variant_of_decision(request: VariantRequest, decision: Decision) -> PlannedV
         settings=plain_settings(reduction),
         schedule=decision.schedule,
         note=chosen if decision.schedule.total_removed else "",
-        # Its figures are not those of the final run, which stand beside them.
+        # Its figures are not those of the final run, which stand next to them.
         plan={**plan, "reason": f"When it was planned: {plan['reason']}", "calibration": decision.calibration},
         runtime=request.runtime.name,
     )

@@ -245,7 +245,7 @@ class ResumeState:
             yield
         except FileWriteError as error:
             if not self._is_full:
-                warnings.warn(f"After an interruption this comparison would begin anew: {error}", stacklevel=4)
+                warnings.warn(f"After an interruption this comparison would start again: {error}", stacklevel=4)
             self._is_full = True
 
     def result(self, variant: str) -> VariantResult | None:

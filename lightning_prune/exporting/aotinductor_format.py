@@ -8,6 +8,7 @@ from torch.export import ExportedProgram
 from lightning_prune.exporting.formats import ExportFormat, program_operators
 from lightning_prune.exporting.runtime_graph import RuntimeGraph, graph_in_aotinductor
 from lightning_prune.runtimes.aotinductor_runtime import CompiledPackage, compile_package, load_package
+from lightning_prune.runtimes.converted import ConvertedRuntime
 from lightning_prune.runtimes.graph_export import ExportedGraph
 from lightning_prune.runtimes.graph_store import RunGraph
 
@@ -48,8 +49,8 @@ class AOTInductorFormat(ExportFormat):
 
     def load_graph(self, graph: ExportedGraph) -> RunGraph:
         """See `ExportFormat.load_graph`."""
-        run: RunGraph = self.runtime.load(graph)  # type: ignore[attr-defined]
-        return run
+        assert isinstance(self.runtime, ConvertedRuntime)  # by its name
+        return self.runtime.load(graph)
 
     def in_runtime(self, folder: Path, shape: tuple[int, ...]) -> RuntimeGraph | None:
         """See `ExportFormat.in_runtime`. A package does not say what it was made of: of what `convert` made last."""

@@ -7,6 +7,7 @@ from typing import Any
 from lightning_prune.errors import ArgumentError
 from lightning_prune.exporting.formats import ExportFormat
 from lightning_prune.exporting.runtime_graph import RuntimeGraph, graph_in_executorch
+from lightning_prune.runtimes.converted import ConvertedRuntime
 from lightning_prune.runtimes.graph_export import ExportedGraph
 from lightning_prune.runtimes.graph_store import RunGraph
 
@@ -46,8 +47,8 @@ class ExecuTorchFormat(ExportFormat):
 
     def load_graph(self, graph: ExportedGraph) -> RunGraph:
         """See `ExportFormat.load_graph`."""
-        run: RunGraph = self.runtime.load(graph)  # type: ignore[attr-defined]
-        return run
+        assert isinstance(self.runtime, ConvertedRuntime)  # by its name
+        return self.runtime.load(graph)
 
     def operators(self, converted: Any) -> list[str]:
         """See `ExportFormat.operators`: those that XNNPACK runs, and the others."""

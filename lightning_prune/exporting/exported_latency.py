@@ -1,4 +1,4 @@
-"""How fast an exported model is in its runtime: beside the dense one, and with its graph in one form or the other."""
+"""How fast an exported model is in its runtime: next to the dense one, and with its graph in one form or the other."""
 
 import time
 from collections.abc import Mapping

@@ -36,7 +36,7 @@ def check_new(output: Any, overwrite: bool) -> None:
 
 @contextmanager
 def new_folder(output: Any, overwrite: bool) -> Iterator[Path]:
-    """Yields a temporary folder beside `output`, which becomes `output` at the end; an error leaves nothing.
+    """Yields a temporary folder next to `output`, which becomes `output` at the end; an error leaves nothing.
 
     Args:
         output: The folder; it may exist if it is empty.

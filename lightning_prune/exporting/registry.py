@@ -4,7 +4,10 @@ from lightning_prune._utils.validation import check_name
 from lightning_prune.errors import ArgumentError
 from lightning_prune.exporting.aotinductor_format import AOTInductorFormat
 from lightning_prune.exporting.executorch_format import ExecuTorchFormat
-from lightning_prune.exporting.formats import ExportFormat, OnnxFormat, OpenVINOFormat, TorchExportFormat
+from lightning_prune.exporting.formats import ExportFormat
+from lightning_prune.exporting.onnx_format import OnnxFormat
+from lightning_prune.exporting.openvino_format import OpenVINOFormat
+from lightning_prune.exporting.torch_format import TorchExportFormat
 
 FORMATS: dict[str, type[ExportFormat]] = {
     each.name: each for each in (OnnxFormat, OpenVINOFormat, TorchExportFormat, AOTInductorFormat, ExecuTorchFormat)

@@ -5,6 +5,7 @@ It needs the standard library alone, as `lightning_prune.bundle` copies this fil
 
 import time
 from collections.abc import Callable
+from typing import cast
 
 from lightning_prune._utils.validation import check, check_choice
 from lightning_prune.errors import ArgumentError
@@ -57,10 +58,8 @@ def read_clock(clock: object, device_type: str = "cpu") -> Callable[[], float]:
         raise ArgumentError(
             f"`clock` must be 'wall' on a {device_type} device, got 'cpu': CPU time says nothing of what runs there."
         )
-    if not callable(clock):
-        check("clock", clock, "'wall', 'cpu' or a function", False)
-    found: Callable[[], float] = clock  # type: ignore[assignment]
-    return found
+    check("clock", clock, "'wall', 'cpu' or a function", callable(clock))
+    return cast(Callable[[], float], clock)
 
 
 def clock_name(clock: Callable[[], float]) -> str:

@@ -33,14 +33,14 @@ class LosingClass(NamedTuple):
     @property
     def cells(self) -> tuple[str, str, str, str]:
         """Images, change, interval, and whether the images can tell the change, as a table shows them."""
-        told = "" if self.is_certain else TOO_FEW
-        return str(self.images), points(self.change), interval_text(self.interval), told
+        note = "" if self.is_certain else TOO_FEW
+        return str(self.images), points(self.change), interval_text(self.interval), note
 
     @property
     def sentence(self) -> str:
         """The class in a few words."""
-        told = "" if self.is_certain else f", {TOO_FEW}"
-        return f"{self.name} ({formatting.points(self.change)} on {self.images} images{told})"
+        note = "" if self.is_certain else f", {TOO_FEW}"
+        return f"{self.name} ({formatting.points(self.change)} on {self.images} images{note})"
 
 
 class VariantClasses(NamedTuple):

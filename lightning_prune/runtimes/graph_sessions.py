@@ -30,7 +30,7 @@ def onnx_session(
         threads: Threads of one operator on a CPU.
         dimensions: Name -> size of symbolic dimensions, which become static.
         disabled_optimizers: Names of passes that are left out.
-        optimized: File to which the optimised model is written, with its large weights beside it; the session then
+        optimized: File to which the optimised model is written, with its large weights next to it; the session then
             notes, too, which provider runs what.
     """
     import onnxruntime as ort

@@ -128,7 +128,7 @@ class OnnxRuntime(ConvertedRuntime):
         """Loads an ONNX file with static shapes.
 
         Args:
-            path: The file; weights that are not in it are beside it.
+            path: The file; weights that are not in it are next to it.
             dimensions: Name -> size of its symbolic dimensions.
             quantized: Whether its products are quantized in constant ranges.
 
@@ -217,7 +217,7 @@ def _stored(model: Any) -> Iterator[bytes | str]:
 
 
 def _content(path: Path) -> bytes | str:
-    """What is given to a session of a file: its content, or its path where weights are beside it."""
+    """What is given to a session of a file: its content, or its path where weights are next to it."""
     return str(path) if path.with_name(f"{path.name}.data").exists() else path.read_bytes()
 
 

@@ -113,7 +113,7 @@ class OpenVINO(ConvertedRuntime):
         return load
 
     def save(self, graph: ExportedGraph, folder: Path, name: str, counts: bool = False) -> list[str]:
-        """See `ConvertedRuntime.save`; the weights as they are, in a file beside the graph."""
+        """See `ConvertedRuntime.save`; the weights as they are, in a file next to the graph."""
         path = folder / f"{name}.xml"
         try:
             ov.save_model(self._model(graph), path, compress_to_fp16=False)

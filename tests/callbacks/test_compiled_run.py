@@ -55,7 +55,7 @@ class Noting(ConvertedRuntime):
 
 @pytest.fixture(autouse=True)
 def noting(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setitem(sys.modules, "noting_runtime", SimpleNamespace(Noting=Noting))  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "noting_runtime", SimpleNamespace(Noting=Noting))  # type: ignore[arg-type] # no module
     monkeypatch.setitem(RUNTIMES, "noting", "noting_runtime:Noting")
     seen.clear()
     with warnings.catch_warnings():

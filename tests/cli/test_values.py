@@ -27,7 +27,7 @@ from lightning_prune.runtimes import RUNTIMES, parse_runtime
         ("validate --max-drop 200%", lambda: lp.AccuracyBudget(2.0)),
         ("validate --prune.objective.confidence=1", lambda: lp.AccuracyBudget(confidence=1.0)),
         ("plan --prune.objective Utility --prune.objective.alpha 2", lambda: lp.Utility(2.0)),
-        ("plan --prune.objective.init_args.alpha=high", lambda: lp.Utility("high")),  # type: ignore[arg-type]
+        ("plan --prune.objective.init_args.alpha=high", lambda: lp.Utility("high")),  # type: ignore[arg-type] # wrong on purpose
         ("compare --speedups 1.5 0.5", lambda: check_speedups([1.5, 0.5])),
         ("compare --speedups=1.5 1.5", lambda: check_speedups([1.5, 1.5])),
         ("compare --speedups 1.5 two", lambda: parser_words(["--speedups", "two"])),

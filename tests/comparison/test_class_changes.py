@@ -146,4 +146,4 @@ def test_changes_are_written_where_asked_for_without_a_new_validation(
 def test_unusable_switch(running: Callable[..., Any]) -> None:
     trainer, _ = running(schedule=50)
     with pytest.raises(lp.ArgumentError, match="`per_class` must be True or False, got 'yes'"):
-        lp.compare(trainer, digits_module(), lp.DigitsData(), per_class="yes")  # type: ignore[arg-type]
+        lp.compare(trainer, digits_module(), lp.DigitsData(), per_class="yes")  # type: ignore[arg-type] # wrong on purpose

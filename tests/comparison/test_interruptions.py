@@ -175,9 +175,9 @@ def test_a_full_disk_on_the_way_is_a_warning(
         return write(self, *args, **kwargs)
 
     monkeypatch.setattr(Path, "write_text", full)
-    with pytest.warns(UserWarning, match="begin anew: Cannot write .*No space left on device") as told:
+    with pytest.warns(UserWarning, match="start again: Cannot write .*No space left on device") as told:
         found = run(clocked_module(), running, tmp_path, [])
-    assert len([each for each in told if "begin anew" in str(each.message)]) == 1
+    assert len([each for each in told if "start again" in str(each.message)]) == 1
     assert (tmp_path / "results.csv").exists()
     assert len(found.rows) == 3
 

@@ -20,8 +20,9 @@ from helpers.fresh import run_fresh
 from helpers.models import tiny_hugging_face_vit, tiny_vit
 from lightning_prune.exporting import ExportReport
 from lightning_prune.exporting.exported_graph import graph_of
-from lightning_prune.exporting.formats import OnnxFormat, TorchExportFormat
+from lightning_prune.exporting.onnx_format import OnnxFormat
 from lightning_prune.exporting.registry import FORMATS
+from lightning_prune.exporting.torch_format import TorchExportFormat
 from lightning_prune.patching.class_swap import is_patched_module
 from lightning_prune.runtimes import onnx_conversion
 from lightning_prune.runtimes.graph_export import export_graph

@@ -14,10 +14,11 @@ from helpers.data import noise_images
 from helpers.models import tiny_vit
 from lightning_prune.exporting import ExportReport
 from lightning_prune.exporting.exported_graph import graph_of
-from lightning_prune.exporting.formats import ExportFormat, TorchExportFormat
+from lightning_prune.exporting.formats import ExportFormat
 from lightning_prune.exporting.precision import AGREEMENT, PRECISIONS, TOLERANCES, dtype_of, is_quantized
 from lightning_prune.exporting.registry import FORMATS, parse_format
 from lightning_prune.exporting.runtime_graph import RuntimeGraph
+from lightning_prune.exporting.torch_format import TorchExportFormat
 from lightning_prune.patching import find_vision_transformer
 from lightning_prune.quantization import Int8Weights
 from lightning_prune.runtimes import parse_runtime

@@ -9,7 +9,8 @@ from onnx import TensorProto, helper
 from torch import Tensor, nn
 
 from lightning_prune.exporting.exported_graph import graph_of
-from lightning_prune.exporting.formats import OnnxFormat, OpenVINOFormat
+from lightning_prune.exporting.onnx_format import OnnxFormat
+from lightning_prune.exporting.openvino_format import OpenVINOFormat
 from lightning_prune.exporting.runtime_graph import Fusion, RuntimeGraph, graph_in_onnxruntime
 
 IMAGES = torch.randn(2, 3, 4, 8, generator=torch.Generator().manual_seed(0))

@@ -71,7 +71,7 @@ def test_no_clock(clock: object) -> None:
     with pytest.raises(lp.ArgumentError, match="`clock` must be 'wall'"):
         read_clock(clock)
     with pytest.raises(lp.ArgumentError, match="`clock` must be 'wall'"):
-        TokenPruning(clock=clock)  # type: ignore[arg-type]
+        TokenPruning(clock=clock)  # type: ignore[arg-type] # wrong on purpose
 
 
 def test_a_profile_by_cpu_time_is_no_profile_by_wall_time(tmp_path: Path) -> None:
