@@ -49,16 +49,20 @@ class PruneCLI(LightningCLI):
 
     def __init__(self, words: list[str], **kwargs: Any) -> None:
         self._command = shlex.join(["lightning-prune", *words])
+        commands = [command for command in COMMANDS if command != "models"]
+        self._commands = words[:1] if words and words[0] in commands else commands
         super().__init__(args=parser_words(words), **kwargs)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the options of pruning at the top level, where error messages do not include all callbacks."""
         parser.add_lightning_class_args(TokenPruning, "prune")
 
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """The methods of the trainer that are commands, with the arguments that are not options."""
-        return dict.fromkeys((command for command in COMMANDS if command != "models"), _PASSED_BY_CODE)
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """The methods of the trainer that are commands, with the arguments that are not options.
+
+        The command alone that the command line begins with, if it does: the parser of each takes long to build.
+        """
+        return dict.fromkeys(self._commands, _PASSED_BY_CODE)
 
     def instantiate_classes(self) -> None:
         """Creates the objects. If a class of this package raises an error, that error is raised, not jsonargparse's."""

@@ -15,12 +15,11 @@ from lightning.fabric.plugins.environments.lightning import find_free_network_po
 from . import ROOT, TESTS, python_path
 
 SECONDS = 120  # after which a program is ended
-# Imports torch and what stands above it, and forks for each program: a child has the modules and nothing else. Where
+# Imports torch and what stands above it, and forks for each program: a child has the modules and nothing else. For
+# programs that need Lightning it forks once, into a server that has imported that as well, and passes them on. Where
 # one of the processes of a program fails, the others are ended: they may wait for it.
 _SERVER = """
 import json, os, signal, sys, traceback
-for name in sys.argv[1:]:
-    __import__(name)
 
 def run(request, number):
     status = 0
@@ -46,7 +45,7 @@ def run(request, number):
         sys.stderr.flush()
         os._exit(status)
 
-for request in map(json.loads, sys.stdin):
+def statuses_of(request):
     children, statuses = {}, {}
     for number in range(len(request["environments"])):
         child = os.fork()
@@ -59,10 +58,40 @@ for request in map(json.loads, sys.stdin):
         if statuses[child]:
             for other in children.keys() - statuses.keys():
                 os.kill(other, signal.SIGKILL)
-    print(json.dumps([statuses[child] for child in children]), flush=True)
+    return [statuses[child] for child in children]
+
+def serve(requests, answers, modules, more):
+    for name in modules:
+        __import__(name)
+    server = None
+    for line in requests:
+        request = json.loads(line)
+        if more and request["lightning"]:
+            server = server or forked(more)
+            server[0].write(line)
+            answers.write(server[1].readline())
+        else:
+            answers.write(json.dumps(statuses_of(request)) + "\\n")
+        answers.flush()
+    if server:
+        server[0].close()
+        os.wait()
+
+def forked(modules):
+    (reading, asking), (answering, writing) = os.pipe(), os.pipe()
+    if not os.fork():
+        os.close(asking)
+        os.close(answering)
+        serve(os.fdopen(reading), os.fdopen(writing, "w"), modules, ())
+        os._exit(0)
+    os.close(reading)
+    os.close(writing)
+    return os.fdopen(asking, "w", buffering=1), os.fdopen(answering)
+
+serve(sys.stdin, sys.stdout, sys.argv[1].split(), sys.argv[2].split())
 """
 _LIBRARIES = ("torch", "torchvision", "timm")
-_WITH_LIGHTNING = (*_LIBRARIES, "lightning.pytorch.cli", "sklearn.datasets")
+_LIGHTNING = ("lightning.pytorch.cli", "sklearn.datasets")
 
 
 class FreshRun(NamedTuple):
@@ -74,8 +103,8 @@ class FreshRun(NamedTuple):
 
 
 @cache
-def _server(*modules: str) -> Any:
-    command = [sys.executable, "-c", _SERVER, *modules]
+def _server() -> Any:
+    command = [sys.executable, "-c", _SERVER, " ".join(_LIBRARIES), " ".join(_LIGHTNING)]
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}
     server = subprocess.Popen(command, cwd=ROOT, **pipes)
     atexit.register(server.wait)
@@ -85,7 +114,7 @@ def _server(*modules: str) -> Any:
 
 
 def _run(
-    code: str, arguments: tuple[str, ...], modules: tuple[str, ...], folder: Path, environments: list[dict[str, str]]
+    code: str, arguments: tuple[str, ...], lightning: bool, folder: Path, environments: list[dict[str, str]]
 ) -> list[FreshRun]:
     """Runs a program in a process for each of these additions to the environment, all at the same time."""
     with tempfile.TemporaryDirectory() as printed:
@@ -93,9 +122,9 @@ def _run(
         # A fixture of a module runs before that of each test which says where profiles are kept.
         shared = {"LIGHTNING_PRUNE_CACHE": str(Path(printed) / "profiles"), **os.environ}
         request = {"code": code, "arguments": arguments, "stdout": str(stdout), "stderr": str(stderr)}
-        request |= {"environments": [shared | each for each in environments]}
+        request |= {"environments": [shared | each for each in environments], "lightning": lightning}
         request |= {"folder": str(folder), "seconds": SECONDS}
-        server = _server(*modules)
+        server = _server()
         server.stdin.write(json.dumps(request) + "\n")
         return [
             FreshRun(status, Path(f"{stdout}.{number}").read_text(), Path(f"{stderr}.{number}").read_text())
@@ -114,7 +143,7 @@ def run_fresh(code: str, *arguments: str, lightning: bool = False, folder: Path 
         lightning: Whether Lightning and what comes with it is imported as well, for a program that needs it anyway.
         folder: In which it runs.
     """
-    (done,) = _run(code, arguments, _WITH_LIGHTNING if lightning else _LIBRARIES, folder, [{}])
+    (done,) = _run(code, arguments, lightning, folder, [{}])
     return done
 
 
@@ -130,4 +159,4 @@ def run_ranks(program: Path, *arguments: str, folder: Path) -> list[FreshRun]:
     code = f"import runpy, sys; sys.path[:0] = {paths}; runpy.run_path({str(program)!r}, run_name='__main__')"
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(find_free_network_port()), "NODE_RANK": "0"}
     shared["PYTHONPATH"] = python_path()
-    return _run(code, arguments, _WITH_LIGHTNING, folder, [{**shared, "LOCAL_RANK": str(rank)} for rank in range(2)])
+    return _run(code, arguments, True, folder, [{**shared, "LOCAL_RANK": str(rank)} for rank in range(2)])
