@@ -46,7 +46,10 @@ def command_help(command: str) -> str:
     lines += _entry("budget", "1.5x, 12ms or 12ms@p90: --prune.objective LatencyBudget; exit status 3 if it is missed")
     lines += _entry("max-drop", "0.5%: --prune.objective AccuracyBudget")
     if command in ("validate", "test"):
-        lines += _entry("exported", "the folder of an exported model, which is run instead of --model.model")
+        lines += _entry(
+            "exported",
+            "folders of exported models, run instead of --model.model; the first is what others are compared with",
+        )
     lines += ["", "objectives (--prune.objective CLASS --prune.objective.KEY VALUE):"]
     for kind, options in objective_options().items():
         lines += [f"  {kind}", *(line for option in options for line in _entry(f"  {option.name}", _first(option)))]

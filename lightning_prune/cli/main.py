@@ -17,9 +17,10 @@ from lightning_prune.classification.image_classifier import ImageClassifier
 from lightning_prune.cli.endings import BUDGET_MISSED, run_to_end
 from lightning_prune.cli.trainer import PruneTrainer
 from lightning_prune.cli.usage import COMMANDS
-from lightning_prune.cli.words import parser_words
+from lightning_prune.cli.words import parser_words, values_of
+from lightning_prune.comparison.exported_files import RightImages, exported_rows, exported_table
 from lightning_prune.errors import ArgumentError, PruneError
-from lightning_prune.exporting import ExportedModel
+from lightning_prune.exporting import ExportedModel, load_exported
 from lightning_prune.exporting.instructions import figures
 
 _LOWEST_LEVELS = {  # what is below is not about the run
@@ -51,6 +52,8 @@ class PruneCLI(LightningCLI):
         self._command = shlex.join(["lightning-prune", *words])
         commands = [command for command in COMMANDS if command != "models"]
         self._commands = words[:1] if words and words[0] in commands else commands
+        self.exported = values_of(words, "exported")
+        self.right_images = RightImages()
         super().__init__(args=parser_words(words), **kwargs)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -75,6 +78,10 @@ class PruneCLI(LightningCLI):
             if cause is None or isinstance(error, PruneError):
                 raise
             raise cause from None
+        self.other_files = [self._classifier_of(folder) for folder in self.exported[1:]]
+
+    def _classifier_of(self, folder: str) -> ImageClassifier:
+        return ImageClassifier(load_exported(folder), warmup=self.model.hparams["warmup"])
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Creates the trainer. Errors of Lightning about its options are raised as ArgumentError."""
@@ -82,6 +89,8 @@ class PruneCLI(LightningCLI):
             trainer = super().instantiate_trainer(**kwargs)
         except (ImportError, TypeError, ValueError) as error:
             raise ArgumentError(f"trainer: {error}") from error
+        if len(self.exported) > 1:
+            trainer_callbacks(trainer).append(self.right_images)
         if isinstance(trainer, PruneTrainer):
             trainer.command = self._command
             parser, config = self._parser(self.subcommand), self.config[self.subcommand]
@@ -114,6 +123,17 @@ def _print_export(exported: ExportedModel) -> None:
         console.print(line, soft_wrap=True, highlight=False)
 
 
+def _compare_exported(cli: PruneCLI) -> None:
+    """Validates the other exported folders of a command line, and prints a table of all."""
+
+    def run(module: L.LightningModule) -> Any:
+        return getattr(cli.trainer, str(cli.subcommand))(module, datamodule=cli.datamodule, verbose=False)
+
+    rows = exported_rows(cli.trainer, cli.model, cli.right_images, cli.other_files, run)
+    if cli.trainer.is_global_zero:
+        Console(markup=False).print(exported_table(rows))
+
+
 def _run(words: list[str]) -> int:
     cli = PruneCLI(
         words,
@@ -138,4 +158,6 @@ def _run(words: list[str]) -> int:
         exported = getattr(cli.model, "model", None)
         if isinstance(exported, ExportedModel) and cli.trainer.is_global_zero:
             _print_export(exported)
+        if len(cli.exported) > 1:
+            _compare_exported(cli)
     return BUDGET_MISSED if missed else 0

@@ -21,7 +21,7 @@ from lightning_prune.cli.usage import COMMANDS
 from lightning_prune.cli.values import mistake_in_values
 from lightning_prune.cli.words import values_of
 
-_LISTS = ("methods", "speedups", "runtimes")  # options with several words as values
+_LISTS = ("methods", "speedups", "runtimes", "exported")  # options with several words as values
 _CLASS = ("class_path", "init_args", "dict_kwargs", "help")  # keys of any class
 _VALUES_MAY_FOLLOW = ("print_config",)
 

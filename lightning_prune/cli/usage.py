@@ -31,7 +31,8 @@ _OPTIONS = {
     "--output DIR": "folder for the files (compare, profile, plan, export, bundle)",
     "--schedule FILE": "a schedule that names its method, as plan writes it (export)",
     "--format NAME": "onnx, openvino, torch-export, aotinductor or executorch (export)",
-    "--exported DIR": "run the model of an exported folder instead of --model.model (validate, test)",
+    "--exported DIR ...": "run the model of an exported folder instead of --model.model; of several, such as the\n"
+    "dense one first, a table (validate, test)",
     "--profile FILE": "plan on the latency profile of another device, as a bundle measures it (plan)",
     "--device simulated:...": "profile, or plan for, a simulated device (profile, plan)",
     "--methods NAME ...": "methods to compare, such as pomt tome int8 pomt+int8 (compare)",

@@ -17,9 +17,9 @@ def parser_words(words: list[str]) -> list[str]:
     """Rewrites a command line for the parser.
 
     Hyphens in names of options become underscores. Several words after an option become a list, as in
-    `--methods dense pomt tome`. `--budget` and `--max-drop` become the options of the objective, `--exported` those of
-    the model. A class of a model
-    whose arguments are given becomes a class path. A switch without a value is true.
+    `--methods dense pomt tome`. `--budget` and `--max-drop` become the options of the objective, the first folder of
+    `--exported` those of the model. A class of a model whose arguments are given becomes a class path. A switch without
+    a value is true.
 
     Args:
         words: The command line after `lightning-prune`.
@@ -52,6 +52,11 @@ def parser_words(words: list[str]) -> list[str]:
                     _check_speedups(values)
                 position += len(following)
                 word = f"{name}={json.dumps(values)}"
+        elif name == "--exported":  # of several folders, the model is that of the first
+            folders = [value, *following] if equals else following
+            position += len(following)
+            rewritten += _exported(folders)
+            continue
         elif name in _SHORT_FORMS:
             if not equals:
                 value, position = (following[0], position + 1) if following else ("", position)
@@ -78,7 +83,7 @@ def values_of(words: list[str], option: str) -> list[str]:
         if name.replace("-", "_") == f"__{option}" or (option == "config" and name == "-c"):
             following = list(takewhile(lambda each: not each.startswith("--"), words[index + 1 :]))
             found += [value] if equals else []
-            found += following if f"--{option}" in _LISTS else following[: not equals]
+            found += following if f"--{option}" in (*_LISTS, "--exported") else following[: not equals]
     return found
 
 
@@ -105,15 +110,17 @@ def _max_drop(value: str) -> list[str]:
     return ["--prune.objective=AccuracyBudget", f"--prune.objective.max_drop={share:.12g}"]
 
 
-def _exported(value: str) -> list[str]:
-    if not value:
-        raise ArgumentError("`exported` must be a folder that `export` wrote, got nothing.")
+def _exported(folders: list[str]) -> list[str]:
+    if not folders or not all(folders):
+        raise ArgumentError("`exported` must be one or more folders that `export` wrote, got nothing.")
+    if len(set(folders)) < len(folders):
+        raise ArgumentError(f"`exported` must be different folders, got {' '.join(folders)}.")
     # The file is run as it is: it is pruned already.
-    folder = json.dumps({"folder": value})
+    folder = json.dumps({"folder": folders[0]})
     return ["--model.model=lightning_prune.load_exported", f"--model.model_kwargs={folder}", "--prune.enabled=false"]
 
 
-_SHORT_FORMS = {"--budget": _budget, "--max_drop": _max_drop, "--exported": _exported}
+_SHORT_FORMS = {"--budget": _budget, "--max_drop": _max_drop}
 
 
 def _check_speedups(values: list[str]) -> None:

@@ -63,6 +63,28 @@ def test_validate_runs_the_file(folder: Path, capsys: pytest.CaptureFixture[str]
     assert f"{latency.exported_ms:.2f} ms for 4 images, {latency.dense_ms:.2f} ms dense in float32" in printed
 
 
+def test_several_files_are_compared_with_the_first(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dense = folder / "dense"
+    assert main([*COMMAND, "--prune.schedule=0", "--prune.method=topk", "--batch-size=4", f"--output={dense}"]) == 0
+    capsys.readouterr()
+    assert main(["validate", "--exported", str(dense), str(folder / "out"), *DATA]) == 0
+    printed = capsys.readouterr().out
+    tops = []
+    for path in (dense, folder / "out"):
+        module = lp.ImageClassifier(lp.load_exported(path))
+        (found,) = L.Trainer(**QUIET).validate(module, lp.DigitsData(batch_size=8), verbose=False)
+        tops.append(found["val/top1"])
+    table = printed[printed.index("faster") :]
+    first, second = (f"{100 * top1:.2f}%" for top1 in tops)
+    assert (
+        table.index(first)
+        < table.index("1.00x")
+        < table.rindex(second)
+        < table.index(f"{100 * (tops[1] - tops[0]):+.2f}")
+    )
+    assert "by the same images" in table
+
+
 def test_a_changed_file_is_not_validated(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = folder / "out" / "model.pt2"
     content = path.read_bytes()

@@ -3,7 +3,7 @@
 import pytest
 
 import lightning_prune as lp
-from lightning_prune.cli.words import parser_words
+from lightning_prune.cli.words import parser_words, values_of
 
 
 @pytest.mark.parametrize(
@@ -35,9 +35,15 @@ def test_short_options_and_negative_numbers_after_a_list() -> None:
 
 def test_an_exported_folder_becomes_the_model_and_is_not_pruned() -> None:
     expected = ["--model.model=lightning_prune.load_exported", '--model.model_kwargs={"folder": "my-out"}']
-    assert parser_words(["validate", "--exported", "my-out"]) == ["validate", *expected, "--prune.enabled=false"]
-    with pytest.raises(lp.ArgumentError, match="`exported` must be a folder"):
-        parser_words(["validate", "--exported", "--output=x"])
+    for words in (["--exported", "my-out"], ["--exported=my-out"], ["--exported", "my-out", "other"]):
+        assert parser_words(["validate", *words]) == ["validate", *expected, "--prune.enabled=false"]
+    assert values_of(["validate", "--exported", "my-out", "other", "--data=x"], "exported") == ["my-out", "other"]
+
+
+@pytest.mark.parametrize("folders", [[], ["a", "a"]])
+def test_exported_folders_are_different_ones(folders: list[str]) -> None:
+    with pytest.raises(lp.ArgumentError, match="`exported` must be"):
+        parser_words(["validate", "--exported", *folders, "--output=x"])
 
 
 @pytest.mark.parametrize("separator", ["-", "_"])
