@@ -73,9 +73,10 @@ class VariantSwitch:
             ArgumentError: If this device cannot run the weights, no method is named, or another runtime is applied to
                 the transformer.
         """
+        self._remove_weights(keep=variant.weights)  # before another runtime is installed, which looks at them
         if variant.runtime is not None:
             self._runtimes.to(variant.runtime)
-        self._exchange_weights(variant.weights)
+        self._apply_weights(variant.weights)
         schedule = variant.schedule
         if variant.reduction is None and schedule is None:
             unpatch(self._transformer.root)
@@ -93,12 +94,14 @@ class VariantSwitch:
             unpatch(self._transformer.root)
         finally:
             self._runtimes.off()
-            self._exchange_weights(None)
+            self._remove_weights(keep=None)
 
-    def _exchange_weights(self, factory: Callable[[nn.Module], WeightTransform] | None) -> None:
+    def _remove_weights(self, keep: Callable[[nn.Module], WeightTransform] | None) -> None:
         for known, transform in self._transforms.items():
-            if known != factory:
+            if known != keep:
                 transform.remove()
+
+    def _apply_weights(self, factory: Callable[[nn.Module], WeightTransform] | None) -> None:
         if factory is not None:
             if factory not in self._transforms:
                 self._transforms[factory] = factory(self._transformer.root)

@@ -32,6 +32,7 @@ _GREY = "#7f8c8d"
 _Styles = Mapping[str, tuple[str, str, bool]]
 _WIDE = 6.0  # points below dense from which a second panel shows the rows near dense, which lie too close in the first
 _SLOW = 1.25  # times the latency of dense: slower rows would compress the others into a corner
+_LEGEND_LETTERS, _HANDLE_LETTERS = 130, 9  # letters in a row of the legend, and those that a line and a gap take
 
 
 def plot_pareto(document: Mapping[str, Any]) -> Figure:
@@ -83,7 +84,7 @@ def plot_pareto(document: Mapping[str, Any]) -> Figure:
             title="\n".join(below),  # above the entries: the layout would put a label of the figure on top of them
             title_fontsize=8,
             loc="outside lower center",
-            ncols=6,
+            ncols=_legend_columns(labels),
             fontsize=8,
             frameon=False,
         )
@@ -91,6 +92,12 @@ def plot_pareto(document: Mapping[str, Any]) -> Figure:
         figure.supxlabel("\n".join(below), fontsize=8, color=INK)
     figure.suptitle(_title(document, rows), fontsize=10)
     return figure
+
+
+def _legend_columns(labels: Sequence[str]) -> int:
+    """How many columns of the legend fit into the width of the figure."""
+    longest = max(map(len, labels))
+    return max(1, min(6, _LEGEND_LETTERS // (longest + _HANDLE_LETTERS)))
 
 
 def _draw(axes: Axes, rows: Sequence[Row], dense: Row | None, score: Score | None, styles: _Styles) -> None:

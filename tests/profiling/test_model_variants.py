@@ -15,6 +15,7 @@ from lightning_prune.profiling import DENSE, Variant, VariantSwitch
 from lightning_prune.profiling.model_variants import variant_timer
 from lightning_prune.quantization import Int8Weights
 from lightning_prune.reduction import POMT, RandomDrop
+from lightning_prune.runtimes import parse_runtime
 
 IMAGES = noise_images(2)
 FIVE = lp.Schedule.single(3, 1, 5)
@@ -67,6 +68,22 @@ def test_switching_gives_each_variant_the_outputs_that_it_has_alone() -> None:
     assert [id(p) for p in model.parameters()] == parameters
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert not any(map(is_patched_module, model.modules()))
+
+
+@torch.no_grad()
+def test_a_runtime_with_its_own_quantizer_after_quantized_weights() -> None:
+    model = vit()
+    switch = VariantSwitch(find_vision_transformer(model))
+    runtimes = [parse_runtime(spec) for spec in ("torch", "onnxruntime", "onnxruntime:quantize=dynamic")]
+    variants = [Variant(runtime=runtime) for runtime in runtimes]
+    try:
+        for number in (0, 2, 0, 1):
+            switch.to(Variant(weights=Int8Weights, runtime=runtimes[0]))
+            switch.to(variants[number])
+            assert torch.allclose(model(IMAGES), vit()(IMAGES), atol=0.1 if number == 2 else 1e-4), variants[number]
+    finally:
+        switch.off()
+    assert torch.equal(model(IMAGES), vit()(IMAGES))
 
 
 def test_off_restores_the_model_after_a_schedule_that_does_not_fit() -> None:

@@ -107,7 +107,18 @@ def test_rows_without_figures_are_not_drawn() -> None:
     assert set(lines(figure.axes[0])) == {"dense", "pomt"}
 
 
-@pytest.mark.parametrize("document", [comparison(), planned(), without_accuracy(comparison())])
+def in_runtimes(document: dict[str, Any]) -> dict[str, Any]:
+    """The rows of a comparison, in each of three runtimes."""
+    names = ("torch", "onnxruntime", "openvino")
+    rows = [
+        {**row, "variant": f"{row['variant']} [{name}]", "runtime": name} for name in names for row in document["rows"]
+    ]
+    return {**document, "rows": rows}
+
+
+@pytest.mark.parametrize(
+    "document", [comparison(), planned(), without_accuracy(comparison()), in_runtimes(comparison())]
+)
 def test_legend_is_below_the_axes_and_covers_no_text(document: dict[str, Any]) -> None:
     figure = plot_pareto(document)
     figure.draw_without_rendering()
