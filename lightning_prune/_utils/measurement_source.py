@@ -1,5 +1,6 @@
 """What a schedule was measured on: device, batch size, precision, runtime."""
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -82,6 +83,16 @@ class MeasurementSource:
             for name, there, value in pairs
             if there is not None and value is not None and there != value
         )
+
+    def warn_elsewhere(self, **here: Any) -> None:
+        """Warns if a schedule that was measured on this is used on something else; see `differences`."""
+        differences = self.differences(**here)
+        if differences:
+            warnings.warn(
+                f"The schedule was made elsewhere: {'; '.join(differences)}. It is used unchanged, but its latency was "
+                "measured there.",
+                stacklevel=3,
+            )
 
     def to_plain(self) -> dict[str, Any]:
         """The known entries as plain values."""

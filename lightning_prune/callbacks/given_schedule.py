@@ -10,7 +10,7 @@ from lightning_prune.callbacks.decision import MIXED, Decision
 from lightning_prune.callbacks.first_batch import FirstBatch
 from lightning_prune.patching import PatchHandle, VisionTransformer, check_schedule
 from lightning_prune.patching.compatibility import check_depth
-from lightning_prune.patching.schedule_forms import reductions_of, resolve_schedule
+from lightning_prune.patching.schedule_forms import counts_for, reductions_of, resolve_schedule
 from lightning_prune.profiling import compare_latency
 from lightning_prune.profiling.interleaved_timer import LatencyStats
 from lightning_prune.profiling.measurement import ready_to_run
@@ -40,7 +40,7 @@ def time_given(first: FirstBatch) -> Decision:
     rates = schedule if isinstance(schedule, KeepRates) else None
     if isinstance(schedule, KeepRates):
         check_depth(transformer, schedule)
-        counts = schedule.schedule(n, transformer.num_prefix_tokens)
+        counts = counts_for(schedule, transformer, first.images, n, reduction)
     else:
         counts = schedule
     check_schedule(transformer, reduction or reductions_of(schedule), counts)

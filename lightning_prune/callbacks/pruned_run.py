@@ -20,6 +20,7 @@ from lightning_prune.callbacks.first_call import FirstCall
 from lightning_prune.callbacks.rank_agreement import join_decision, on_rank_zero
 from lightning_prune.errors import UnsupportedModelError
 from lightning_prune.patching import PatchHandle
+from lightning_prune.patching.input_resize import resize_of
 from lightning_prune.patching.models.base import calling_with
 
 _WAY_OUT = "`images_from_batch` can return what the transformer receives."
@@ -248,9 +249,10 @@ class PrunedRun:
             return
         self._has_run_blocks = True
         context = self.decision.context
+        is_scaled = resize_of(first.transformer.root) is not None  # then fewer tokens enter block 0
         measured = BlockInput(
             context.get("batch_size", block.images),
-            self.decision.dense_tokens,
+            self.decision.dense_tokens - (self.decision.schedule.removed[0] if is_scaled else 0),
             context.get("precision", block.precision),
         )
         if block != measured:

@@ -1,6 +1,6 @@
 """One method of a comparison: whether a model can be pruned by it, and the variants that it makes."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -30,10 +30,16 @@ class ComparedMethod:
         request: What was asked for.
         tokens: N.
         block: The reducing block of methods that reduce once.
+        grid: Rows and columns of the patches; None if they are not known.
     """
 
     def __init__(
-        self, transformer: VisionTransformer, request: VariantRequest, tokens: int, block: int | float
+        self,
+        transformer: VisionTransformer,
+        request: VariantRequest,
+        tokens: int,
+        block: int | float,
+        grid: tuple[int, int] | None = None,
     ) -> None:
         self.transformer, self.request, self.tokens = transformer, request, tokens
         self.depth, self.prefix = transformer.depth, transformer.num_prefix_tokens
@@ -41,10 +47,14 @@ class ComparedMethod:
         reduction = request.reduction
         self.block = 0 if reduction is None else reducing_block(reduction, block, transformer)
         self.largest = 0
+        self._possible: Sequence[int] | None = None
         if reduction is not None and reduction.adaptive:
             self.note = "the images decide how many tokens go"
         elif reduction is not None:
             self.largest = reduction.max_total_removed(tokens, self.prefix, self.depth, self.block)
+            self._possible = reduction.possible_counts(tokens, self.prefix, grid)
+            if self._possible is not None:  # an amount is a place in the list of them, from the most tokens on
+                self.largest = len(self._possible)
 
     def unsupported_reason(self, images: Tensor) -> str | None:
         """Why the method cannot be used with this model on this device; None if it can."""
@@ -91,14 +101,15 @@ class ComparedMethod:
         return Variant(self.request.reduction, None, self.request.weights, self.request.execution)
 
     def source(self) -> OrderedCandidates:
-        """The amounts of a method in its usual form: tokens that it removes."""
+        """The amounts of a method in its usual form: tokens that it removes, or the possible numbers in their order."""
         return OrderedCandidates(self.request.name, self._candidate, 0 if self.request.int8 else 1, self.largest)
 
     def _candidate(self, amount: int) -> Candidate:
         reduction = self.request.reduction
         assert reduction is not None
         counts = (self.tokens, self.prefix, self.depth, self.block)
-        schedule = allocate_schedule(reduction, amount, *counts)
+        removed = amount if self._possible is None or not amount else self.tokens - self._possible[-amount]
+        schedule = allocate_schedule(reduction, removed, *counts)
         request = self.request
         return Candidate(
             request.name,

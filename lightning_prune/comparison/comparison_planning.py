@@ -135,7 +135,8 @@ class ComparisonPlanner:
         known = {*self.fixed, *by_objective}
         requests = [request for request in self.settings.requests if not request.is_dense]
         searched = [request for request in requests if request.name not in known]
-        self.methods = {r.name: ComparedMethod(self.first.transformer, r, self.tokens, block) for r in searched}
+        grid = self.first.transformer.grid(self.first.images)
+        self.methods = {r.name: ComparedMethod(self.first.transformer, r, self.tokens, block, grid) for r in searched}
         self.unusable = {name: method.unsupported_reason(images) for name, method in self.methods.items()}
         self.usable = [request for request in searched if self.unusable[request.name] is None]
         if not self.usable and not known:

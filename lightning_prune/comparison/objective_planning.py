@@ -12,7 +12,7 @@ from lightning_prune.comparison.planned_variants import PlannedVariant, plain_se
 from lightning_prune.comparison.requests import VariantRequest
 from lightning_prune.patching import check_schedule
 from lightning_prune.patching.compatibility import check_depth
-from lightning_prune.patching.schedule_forms import reductions_of, resolve_schedule
+from lightning_prune.patching.schedule_forms import counts_for, reductions_of, resolve_schedule
 from lightning_prune.planning import Objective
 from lightning_prune.planning.results import no_gain
 from lightning_prune.profiling.measurement import ready_to_run
@@ -111,7 +111,7 @@ def given_variant(first: FirstBatch, request: VariantRequest) -> PlannedVariant:
         tokens = transformer.count_tokens(first.images)
     if isinstance(value, KeepRates):
         check_depth(transformer, value)
-        counts, rates = value.schedule(tokens, transformer.num_prefix_tokens), value
+        counts, rates = counts_for(value, transformer, first.images, tokens, reduction), value
     else:
         counts, rates = value, None
     check_schedule(transformer, reduction or reductions_of(value), counts)

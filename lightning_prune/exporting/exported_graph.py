@@ -15,7 +15,8 @@ from lightning_prune.exporting.precision import dtype_of
 from lightning_prune.patching import VisionTransformer, find_vision_transformer, unpatch
 from lightning_prune.patching.api import make_handle
 from lightning_prune.patching.compatibility import check_depth
-from lightning_prune.patching.patched_block import BlockPatch
+from lightning_prune.patching.input_resize import InputResize, image_size_of, resize_of
+from lightning_prune.patching.patched_block import BlockPatch, reducing_patches
 from lightning_prune.reduction.portable import portable_graph
 from lightning_prune.reduction.registry import spec_of
 from lightning_prune.runtimes.base import applied_runtime
@@ -89,18 +90,21 @@ class ExportedCopy(nn.Module):
     def patch(self, images: Tensor) -> AppliedPatch:
         """How it is patched, for (B, C, H, W) images."""
         transformer = self.transformer
-        states = [vars(block).get("_prune_patch") for block in transformer.blocks]
-        patches = [state if isinstance(state, BlockPatch) else None for state in states]
-        for patch in patches:
-            if patch is not None and patch.is_adaptive:
+        patches = reducing_patches(transformer)
+        for patch in patches.values():
+            if patch.is_adaptive:
                 return AppliedPatch(str(spec_of(patch.reduction)))
-        count = entering = transformer.count_tokens(images)
+        count = transformer.count_tokens(images)
+        resize = resize_of(transformer.root)
+        scaled = 0 if resize is None else resize.removes_of(image_size_of(images))  # before the tokens were counted
+        entering = count + scaled
         removed: list[int] = []
         methods: list[MethodSpec | None] = []
-        for patch in patches:
-            removed.append(0 if patch is None else patch.removes(count))
-            methods.append(spec_of(patch.reduction) if patch is not None and removed[-1] else None)
-            count -= removed[-1]
+        for index in range(transformer.depth):
+            found = patches.get(index)
+            removed.append(found.removes(count) if isinstance(found, BlockPatch) else 0 if found is None else scaled)
+            methods.append(spec_of(found.reduction) if found is not None and removed[-1] else None)
+            count -= 0 if isinstance(found, InputResize) else removed[-1]
         if not any(removed):
             return AppliedPatch()
         schedule = Schedule(removed, methods)
@@ -123,7 +127,7 @@ def exported_copy(model: nn.Module, plan: ScheduleLike | None, module_path: str 
     """
     transformer = find_vision_transformer(model, module_path)
     _refuse_quantized(model, transformer)
-    if plan is not None and any(isinstance(vars(each).get("_prune_patch"), BlockPatch) for each in transformer.blocks):
+    if plan is not None and reducing_patches(transformer):
         raise ArgumentError("`plan` must be left out for a patched model, which is exported as it is patched.")
     schedule = None if plan is None else read_schedule(plan, "plan")
     copied = ExportedCopy(_copy(model, torch.float32), module_path)

@@ -2,11 +2,36 @@
 
 import inspect
 import itertools
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from torch import nn
 
 from lightning_prune.errors import UnsupportedModelError
+
+
+class Setting(NamedTuple):
+    """The value of a module's attribute before a patch changed it."""
+
+    module: nn.Module
+    name: str
+    value: Any
+
+    def restore(self) -> None:
+        """Restores the value."""
+        vars(self.module)[self.name] = self.value
+
+
+def change_settings(changes: Sequence[tuple[nn.Module, str, Any]]) -> list[Setting]:
+    """Changes plain attributes of modules; returns their values before.
+
+    Args:
+        changes: Module, name of the attribute, new value.
+    """
+    before = [Setting(module, name, vars(module)[name]) for module, name, _ in changes]
+    for module, name, value in changes:
+        vars(module)[name] = value
+    return before
 
 
 class PatchedModule(nn.Module):

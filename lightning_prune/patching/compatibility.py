@@ -6,6 +6,7 @@ from lightning_prune.errors import ArgumentError, ScheduleError, UnsupportedMode
 from lightning_prune.patching.models import VisionTransformer
 from lightning_prune.patching.patched_block import too_many
 from lightning_prune.reduction import Reduction
+from lightning_prune.reduction.resize import grid_of_count
 from lightning_prune.schedule import KeepRates, Schedule
 
 
@@ -52,6 +53,8 @@ def check_reduction(
         reason = transformer.adapter.attention_unsupported_reason(transformer)
         if reason is not None:
             raise UnsupportedModelError(reason)
+    if reduces and reduction.scales_images:
+        transformer.adapter.patch_division(transformer.root)  # raises if the images cannot be scaled
     reason = reduction.unsupported_reason(transformer.root) if reduces else None
     if reason is not None:
         raise ArgumentError(reason)
@@ -93,6 +96,11 @@ def check_schedule(
         schedule = schedule.schedule(transformer.num_tokens, transformer.num_prefix_tokens)
     count = transformer.num_tokens
     for index, remove in schedule.reducing.items():
+        grid = transformer.grid() if reductions[index].scales_images else None
+        if grid is not None:
+            grid_of_count(*grid, count - transformer.num_prefix_tokens - remove)  # raises if there is none
+            count -= remove
+            continue
         max_removed = reductions[index].max_removed(count, transformer.num_prefix_tokens)
         if remove > max_removed:
             raise ScheduleError(too_many(index, count, remove, max_removed, reductions[index].name))
@@ -106,7 +114,11 @@ def _check_mixed(transformer: VisionTransformer, reductions: Mapping[int, Reduct
                 f"`method` must hold methods with a fixed number of tokens, got {reduction.name} for block {block}."
             )
         check_reduction(transformer, reduction, block)
-    lossless = {reduction.is_lossless for reduction in reductions.values()}
+    if any(reduction.scales_images for reduction in reductions.values()):
+        readers = [reduction.name for reduction in reductions.values() if "pixels" in reduction.reads]
+        if readers:
+            raise UnsupportedModelError(f"{readers[0]} reads the pixels, so it cannot be combined with scaled images.")
+    lossless = {reduction.is_lossless for reduction in reductions.values() if not reduction.scales_images}
     if transformer.pools_patches and len(lossless) > 1:
         raise UnsupportedModelError(
             f"This {type(transformer.root).__name__} pools over its patch tokens, so methods that merge tokens cannot "

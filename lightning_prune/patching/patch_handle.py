@@ -11,8 +11,16 @@ from torch import nn
 from lightning_prune.errors import ScheduleError, UnsupportedModelError
 from lightning_prune.patching.attention_capture import CaptureSlot
 from lightning_prune.patching.block_split import AttnMlpSplit, verify_split
-from lightning_prune.patching.class_swap import PatchedModule, RootPatch, is_patched_module, restore_class, swap_class
+from lightning_prune.patching.class_swap import (
+    PatchedModule,
+    RootPatch,
+    change_settings,
+    is_patched_module,
+    restore_class,
+    swap_class,
+)
 from lightning_prune.patching.compatibility import check_reduction, check_schedule
+from lightning_prune.patching.input_resize import InputResize, ResizedModule
 from lightning_prune.patching.models import VisionTransformer, describe
 from lightning_prune.patching.patched_block import (
     BlockPatch,
@@ -20,7 +28,7 @@ from lightning_prune.patching.patched_block import (
     InputCapture,
     PatchedBlock,
 )
-from lightning_prune.patching.schedule_forms import reductions_of, resolve_schedule
+from lightning_prune.patching.schedule_forms import fitted, reductions_of, resolve_schedule
 from lightning_prune.reduction import Reduction
 from lightning_prune.schedule import KeepRates, Rate, Schedule, ScheduleLike, read_schedule
 
@@ -144,6 +152,7 @@ class PatchHandle:
             if isinstance(read, int | float):
                 raise ScheduleError(f"`schedule` must name the method of each block, got {read!r}.")
             found = read
+        found = fitted(found, self.transformer, reduction)
         check_schedule(self.transformer, reduction or reductions_of(found), found)
         return found
 
@@ -156,12 +165,25 @@ class PatchHandle:
         return dict.fromkeys(self.schedule.reducing, named) if isinstance(named, Reduction) else named
 
     def _apply(self) -> None:
-        transformer, schedule = self.transformer, self.schedule
-        unpatch(transformer.root)
+        unpatch(self.transformer.root)
         self._patched = []
         reductions = self._reductions()
-        if not reductions:
-            return
+        scaling = reductions.pop(0) if 0 in reductions and reductions[0].scales_images else None
+        try:
+            if reductions:
+                self._patch_blocks(reductions, warns=self._warns and scaling is None)
+            if scaling is not None:
+                self._scale_images(scaling)
+            guard, root = self.transformer.adapter.guard, self.transformer.root
+            if self._patched and guard is not None:
+                self._swap(root, guard, RootPatch(root))
+        except BaseException:
+            self.remove()
+            raise
+
+    def _patch_blocks(self, reductions: dict[int, Reduction], warns: bool) -> None:
+        """Patches the blocks that reduce, and those that need to know which tokens are left."""
+        transformer, schedule = self.transformer, self.schedule
         methods = list(reductions.values())
         restores = transformer.pools_patches and all(method.is_lossless for method in methods)
         weighs_keys = any(method.proportional_attention for method in methods)
@@ -170,48 +192,61 @@ class PatchHandle:
         tracks_state = patches_to_end or any(method.tracks_sizes for method in methods)
         first, last = min(reductions), transformer.depth - 1 if patches_to_end else max(reductions)
         pixels = InputCapture() if any("pixels" in method.reads for method in methods) else None
-        made_on = schedule.made_on if schedule is not None and self._warns else None
+        made_on = schedule.made_on if schedule is not None and warns else None
         reduction = reductions[first]
-        try:
-            for index in range(first, last + 1):
-                remove = _removed_in(schedule, index) if schedule is not None else 0
-                if not (remove or tracks_state or schedule is None):
-                    continue
-                reduces = index in reductions
-                reduction = reductions.get(index, reduction)
-                block_patch = BlockPatch(
-                    index=index,
-                    reduction=reduction,
-                    remove=remove,
-                    num_prefix_tokens=transformer.num_prefix_tokens,
-                    has_class_token=transformer.has_class_token,
-                    adapter=transformer.adapter,
-                    attn_mlp_split=self._split_of(index) if reduces and reduction.site == "block" else None,
-                    has_predecessor=index > first,
-                    pixels=pixels,
-                    tracks_state=tracks_state,
-                    tracks_positions=transformer.has_position_inputs,
-                    weighs_keys=weighs_keys,
-                    made_on=made_on if index == first else None,
-                    is_adaptive=reduces and reduction.adaptive,
-                    traces=reduces and restores,
-                    restores=restores and index == last,
-                )
-                self._swap(transformer.blocks[index], PatchedBlock, block_patch)
-                if ("attention" in reduction.reads and reduces) or weighs_keys:
-                    self._capture_attention(block_patch, transformer.blocks[index])
-            if pixels is not None:
-                self._swap(transformer.patch_embed, CaptureInput, pixels)
-            if transformer.adapter.guard is not None:
-                self._swap(transformer.root, transformer.adapter.guard, RootPatch(transformer.root))
-        except BaseException:
-            self.remove()
-            raise
+        for index in range(first, last + 1):
+            remove = _removed_in(schedule, index) if schedule is not None else 0
+            if not (remove or tracks_state or schedule is None):
+                continue
+            reduces = index in reductions
+            reduction = reductions.get(index, reduction)
+            block_patch = BlockPatch(
+                index=index,
+                reduction=reduction,
+                remove=remove,
+                num_prefix_tokens=transformer.num_prefix_tokens,
+                has_class_token=transformer.has_class_token,
+                adapter=transformer.adapter,
+                attn_mlp_split=self._split_of(index) if reduces and reduction.site == "block" else None,
+                has_predecessor=index > first,
+                pixels=pixels,
+                tracks_state=tracks_state,
+                tracks_positions=transformer.has_position_inputs,
+                weighs_keys=weighs_keys,
+                made_on=made_on if index == first else None,
+                is_adaptive=reduces and reduction.adaptive,
+                traces=reduces and restores,
+                restores=restores and index == last,
+            )
+            self._swap(transformer.blocks[index], PatchedBlock, block_patch)
+            if ("attention" in reduction.reads and reduces) or weighs_keys:
+                self._capture_attention(block_patch, transformer.blocks[index])
+        if pixels is not None:
+            self._swap(transformer.patch_embed, CaptureInput, pixels)
+
+    def _scale_images(self, reduction: Reduction) -> None:
+        """Has the images scaled down; after the blocks are patched, which are compared with their own forward first."""
+        transformer, schedule = self.transformer, self.schedule
+        assert schedule is not None
+        resize = InputResize(
+            reduction,
+            _removed_in(schedule, 0),
+            transformer.num_prefix_tokens,
+            transformer.adapter.patch_division(transformer.root),
+            schedule.made_on if self._warns else None,
+        )
+        sites = transformer.adapter.scaling_sites(transformer, resize)
+        for module, mixin in sites.mixins.items():
+            self._swap(module, mixin, resize)
+        resize.settings = change_settings(sites.settings)
+        for module in sites.mixins:
+            assert isinstance(module, ResizedModule)
+            module.prepare()
 
     def _capture_attention(self, block_patch: BlockPatch, block: nn.Module) -> None:
         """Prepares a block so that its attention can be read, and its keys weighted, while it runs."""
         adapter = self.transformer.adapter
-        block_patch.fused_settings = adapter.force_fused(block)
+        block_patch.settings = adapter.force_fused(block)
         block_patch.mask_passthrough = adapter.mask_passthrough(block)
         unfused_attention = adapter.unfused_attention(block)
         if unfused_attention:
@@ -272,6 +307,6 @@ def _restore(module: nn.Module) -> None:
     state = module.__dict__.get("_prune_patch")
     was_patched = is_patched_module(module)
     restore_class(module)
-    if was_patched and isinstance(state, BlockPatch):
-        for setting in state.fused_settings:
+    if was_patched and isinstance(state, BlockPatch | InputResize):
+        for setting in state.settings:
             setting.restore()

@@ -1,6 +1,5 @@
 """The patched block, which removes tokens between its attention and its MLP."""
 
-import warnings
 from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -14,24 +13,13 @@ from lightning_prune._utils.measurement_source import MeasurementSource
 from lightning_prune.errors import ArgumentError, ScheduleError, UnsupportedModelError
 from lightning_prune.patching.attention_capture import CaptureSlot, RecordingMask, mask_supported, stack_heads
 from lightning_prune.patching.block_split import AttnMlpSplit
-from lightning_prune.patching.class_swap import PatchedModule
-from lightning_prune.patching.models.base import ModelAdapter, Setting
+from lightning_prune.patching.class_swap import PatchedModule, Setting
+from lightning_prune.patching.input_resize import InputResize, resize_of
+from lightning_prune.patching.models.base import ModelAdapter, VisionTransformer
 from lightning_prune.patching.token_state import PerThread, TokenState, attach_state, get_state, next_token_state
 from lightning_prune.reduction.base import AttentionInputs, Reduction, TokenSequence
 from lightning_prune.reduction.functional import take_tokens
 from lightning_prune.schedule import Rate
-
-
-def warn_elsewhere(made_on: MeasurementSource, x: Tensor) -> None:
-    """Warns if a schedule was made on another device, batch size or token count than that of tokens (B, N, C)."""
-    here = {"device": device_name(x.device), "batch_size": x.shape[0], "dense_tokens": x.shape[1]}
-    differences = made_on.differences(**here)
-    if differences:
-        warnings.warn(
-            f"The schedule was made elsewhere: {'; '.join(differences)}. It is used unchanged, but its latency was "
-            "measured there.",
-            stacklevel=2,
-        )
 
 
 @dataclass(eq=False)
@@ -80,7 +68,7 @@ class BlockPatch:
     is_adaptive: bool = False  # whether the number of removed tokens depends on the image
     traces: bool = False  # whether the output needs to map the tokens of block 0 to those that are left
     restores: bool = False  # whether the block's output has all tokens again, each a copy of the one it was merged into
-    fused_settings: list[Setting] = field(default_factory=list)  # settings that were changed to enable fused attention
+    settings: list[Setting] = field(default_factory=list)  # that were changed to enable fused attention
     # The forward of the attention module, if it passes an `attn_mask` to its fused call.
     mask_passthrough: Callable[..., Any] | None = None
     capture_slot: CaptureSlot | None = None  # of attention modules without a fused call
@@ -102,7 +90,7 @@ class BlockPatch:
         self.adapter.check_call(args, kwargs)
         if self.made_on is not None and not torch.compiler.is_compiling():
             made_on, self.made_on = self.made_on, None
-            warn_elsewhere(made_on, x)
+            made_on.warn_elsewhere(device=device_name(x.device), batch_size=x.shape[0], dense_tokens=x.shape[1])
 
     def takes_mask(self, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether a mask can be passed to the block's attention: its forward is known, and no other mask was passed."""
@@ -136,7 +124,9 @@ def patch_key(root: nn.Module) -> Hashable:
         root: The Vision Transformer, patched or dense.
     """
     patches = [state for each in root.modules() if isinstance(state := vars(each).get("_prune_patch"), BlockPatch)]
-    return tuple(
+    resize = resize_of(root)
+    scaled = () if resize is None else ((_reduction_key(resize.reduction), *resize.key()),)
+    blocks = tuple(
         (
             patch.index,
             _reduction_key(patch.reduction),
@@ -147,6 +137,19 @@ def patch_key(root: nn.Module) -> Hashable:
         )
         for patch in patches
     )
+    return (*scaled, *blocks)
+
+
+def reducing_patches(transformer: VisionTransformer) -> dict[int, BlockPatch | InputResize]:
+    """The patches of a patched transformer: block -> what it reduces, or the scaling of the images as block 0.
+
+    Args:
+        transformer: Patched or dense.
+    """
+    resize = resize_of(transformer.root)
+    states = {index: vars(block).get("_prune_patch") for index, block in enumerate(transformer.blocks)}
+    found: dict[int, BlockPatch | InputResize] = {} if resize is None else {0: resize}
+    return found | {index: state for index, state in states.items() if isinstance(state, BlockPatch)}
 
 
 def _reduction_key(reduction: Reduction) -> Hashable:

@@ -5,6 +5,7 @@ from torch import Tensor
 from lightning_prune.errors import ArgumentError, ScheduleError
 from lightning_prune.patching.models.base import VisionTransformer
 from lightning_prune.reduction import Reduction, resolve, spec_of
+from lightning_prune.reduction.resize import largest_grid
 from lightning_prune.schedule import KeepRates, MethodSpec, Schedule, ScheduleLike, read_schedule
 
 
@@ -134,7 +135,60 @@ def resolve_schedule(
     if isinstance(found, int | float):
         found = _usual_form(found, transformer, reduction, block, example_inputs)
     check_named_method(found, reduction)
-    return found.with_method(spec_of(reduction))
+    return fitted(found.with_method(spec_of(reduction)), transformer, reduction)
+
+
+def fitted(
+    schedule: Schedule | KeepRates, transformer: VisionTransformer, reduction: Reduction | None = None
+) -> Schedule | KeepRates:
+    """Keep rates in which that of a method that scales images is exactly that of a grid; others as they are.
+
+    It is the largest grid with at most the share of the patches. Where the grid depends on the images, it is chosen for
+    each size of them instead; see `counts_for`.
+
+    Args:
+        schedule: The schedule.
+        transformer: The Vision Transformer.
+        reduction: The method; None for those that the schedule names.
+    """
+    if not isinstance(schedule, KeepRates) or not _scales_images(schedule, reduction):
+        return schedule
+    grid = None if transformer.num_tokens is None else transformer.grid()
+    if grid is None:
+        return schedule
+    rows, columns = grid
+    removed = schedule.exact(0).removes(rows * columns, 0)
+    h, w = largest_grid(rows, columns, rows * columns - removed)
+    return KeepRates([h * w / (rows * columns), *schedule.rates[1:]], schedule.method, schedule.made_on)
+
+
+def counts_for(
+    schedule: KeepRates, transformer: VisionTransformer, images: Tensor, tokens: int, reduction: Reduction | None = None
+) -> Schedule:
+    """The schedule of keep rates for images of one size.
+
+    Args:
+        schedule: The keep rates.
+        transformer: The Vision Transformer.
+        images: (B, channels, height, width).
+        tokens: N, the tokens of these images.
+        reduction: The method; None for those that the schedule names.
+    """
+    grid, prefix = transformer.grid(images), transformer.num_prefix_tokens
+    if grid is None or not _scales_images(schedule, reduction):
+        return schedule.schedule(tokens, prefix)
+    patches = tokens - prefix
+    h, w = largest_grid(*grid, patches - schedule.exact(0).removes(tokens, prefix))
+    later = KeepRates([1.0, *schedule.rates[1:]]).schedule(prefix + h * w, prefix)
+    return Schedule([patches - h * w, *later.removed[1:]], schedule.method, schedule.made_on)
+
+
+def _scales_images(schedule: KeepRates, reduction: Reduction | None) -> bool:
+    """Whether the method of block 0 scales the images; not if block 0 does not reduce."""
+    if 0 not in schedule.reducing:
+        return False
+    named = schedule.methods.get(0) if reduction is None else reduction
+    return named is not None and resolve(named).scales_images
 
 
 def check_named_method(schedule: Schedule | KeepRates, reduction: Reduction) -> None:

@@ -10,6 +10,7 @@ from lightning_prune._utils.isolation import isolated
 from lightning_prune._utils.validation import check_images
 from lightning_prune.errors import ArgumentError
 from lightning_prune.patching.api import make_handle
+from lightning_prune.patching.input_resize import resize_of
 from lightning_prune.patching.models import find_vision_transformer
 from lightning_prune.patching.patched_block import BlockPatch
 from lightning_prune.reduction import Reduction, ReductionOutput, TokenSequence
@@ -76,6 +77,9 @@ def trace_tokens(
             block_patch = vars(block).get("_prune_patch")
             if isinstance(block_patch, BlockPatch):
                 block_patch.reduction = _RecordingReduction(block_patch.reduction, outputs)
+        resize = resize_of(transformer.root)
+        if resize is not None:
+            outputs.append(resize.sources(images))
         transformer.run_eagerly(images)  # not a compiled graph, which would not call the recorder
     if not outputs:
         raise ArgumentError(f"`schedule` must remove tokens to be traced, got {handle.schedule!r}.")

@@ -179,7 +179,12 @@ PROBES = 4
 
 
 def probe_schedules(
-    reduction: Reduction, tokens: int, num_prefix_tokens: int, blocks: Sequence[int], depth: int
+    reduction: Reduction,
+    tokens: int,
+    num_prefix_tokens: int,
+    blocks: Sequence[int],
+    depth: int,
+    grid: tuple[int, int] | None = None,
 ) -> list[Schedule]:
     """Schedules whose timings tell the parts of the overhead apart.
 
@@ -192,6 +197,7 @@ def probe_schedules(
         num_prefix_tokens: P.
         blocks: Blocks that may reduce, ascending.
         depth: Number of blocks.
+        grid: Rows and columns of the patches; None if they are not known.
     """
     first, middle, last = blocks[0], blocks[len(blocks) // 2], blocks[-1]
     late = blocks[max(len(blocks) - 2, 0)]
@@ -206,7 +212,7 @@ def probe_schedules(
     for cuts in wanted:
         removed, left = [0] * depth, tokens
         for block, cut in sorted(dict(reversed(cuts)).items()):
-            removed[block] = min(max(cut, 1), reduction.max_removed(left, num_prefix_tokens))
+            removed[block] = reduction.nearest_removed(cut, left, num_prefix_tokens, grid)
             left -= removed[block]
         found.append(Schedule(removed))
     return found

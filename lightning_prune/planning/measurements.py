@@ -367,4 +367,5 @@ class Measurements:
         n = self.profile.dense_tokens
         fewest = max(n - reduction.max_removed(n, self.transformer.num_prefix_tokens), n // 10)
         counts = np.linspace(fewest, n, TUNING.sensitivity_counts + 1).round().astype(int).tolist()
-        return Sensitivity(self.transformer, reduction, blocks, counts, n, self.proxy_name)
+        grid = self.transformer.grid(self.example_inputs) if reduction.scales_images else None
+        return Sensitivity(self.transformer, reduction, blocks, counts, n, self.proxy_name, grid)

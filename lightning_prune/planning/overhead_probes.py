@@ -103,7 +103,7 @@ def schedules_to_probe(
     """
     prefix, depth = transformer.num_prefix_tokens, transformer.depth
     return {
-        label: probe_schedules(reduction, dense_tokens, prefix, blocks, depth)
+        label: probe_schedules(reduction, dense_tokens, prefix, blocks, depth, transformer.grid())
         for label, (reduction, blocks) in methods.items()
     }
 

@@ -87,7 +87,9 @@ def plan_by_paper(
         proxy = Proxy(transformer, images, example_inputs.device, size, own, on_step)
         candidates = []
         fewest = n - reduction.max_removed(n, prefix)
-        for count in (count for count in profile.tokens[:-1] if count >= fewest):
+        possible = reduction.possible_counts(n, prefix, transformer.grid(example_inputs))
+        counts = [count for count in profile.tokens[:-1] if count >= fewest]
+        for count in counts if possible is None else sorted({*counts} & {*possible}):
             with PatchHandle(transformer, drop, allocate_schedule(drop, n - count, n, prefix, depth, 0)):
                 accuracy = proxy.measure()
             schedule = allocate_schedule(reduction, n - count, n, prefix, depth, block)

@@ -51,9 +51,11 @@ class Sensitivity:
         transformer: The Vision Transformer, dense, in evaluation mode.
         reduction: The method.
         blocks: Blocks to measure.
-        counts: Tokens that leave the block; counts that the method cannot reach are left out.
+        counts: Tokens that leave the block; counts that the method cannot reach are left out, or replaced by the
+            nearest possible ones (`Reduction.possible_counts`).
         tokens: N.
         proxy: Says how outputs are compared; see `lightning_prune.profiling.output_kinds.choose_proxy`.
+        grid: Rows and columns of the patches; None if they are not known.
 
     Attributes:
         blocks: The measured blocks, ascending.
@@ -81,11 +83,16 @@ class Sensitivity:
         counts: Sequence[int],
         tokens: int,
         proxy: str = "auto",
+        grid: tuple[int, int] | None = None,
     ) -> None:
         self._transformer, self._reduction, self._n = transformer, reduction, tokens
-        fewest = tokens - reduction.max_removed(tokens, transformer.num_prefix_tokens)
+        prefix = transformer.num_prefix_tokens
+        fewest = tokens - reduction.max_removed(tokens, prefix)
         self.blocks = sorted(blocks)
-        self.counts = sorted({count for count in counts if fewest <= count < tokens} | {tokens})
+        cuts = {reduction.nearest_removed(tokens - c, tokens, prefix, grid) for c in counts if fewest <= c < tokens}
+        self.counts = sorted({tokens - cut for cut in cuts} | {tokens})
+        possible = reduction.possible_counts(tokens, prefix, grid)
+        self._possible = None if possible is None else {tokens, *possible}
         self.images = 0
         self._kind = OUTPUT_KINDS[choose_proxy(transformer.root, transformer, proxy)]
         self._scale: Tensor | None = None  # typical size of each output, in the first batch
@@ -154,6 +161,8 @@ class Sensitivity:
         if len(self.counts) == 1:  # the method can remove nothing
             return costs
         allowed = (removed > 0) & (removed <= largest[:, None])
+        if self._possible is not None:  # of N tokens, as the method reduces once
+            allowed &= np.array([count in self._possible for count in levels])[None, :]
         for row, block in enumerate(self.blocks):
             costs[block] = np.where(allowed, step_costs(self.counts, self.table[row], levels), unchanged)
         return costs

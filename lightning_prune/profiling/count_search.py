@@ -110,6 +110,7 @@ def search_counts(
     time_limit: float | None,
     on_step: OnStep,
     batch_size: int = 1,
+    possible: Sequence[int] | None = None,
 ) -> LatencyProfile:
     """Measures a coarse grid, then cliffs, then more rounds until the figures are precise or the time is up.
 
@@ -123,6 +124,7 @@ def search_counts(
             completed even after the limit.
         on_step: Called after every run.
         batch_size: Images in a batch, from which the counts follow at which tiles may end.
+        possible: The counts below N that the method can leave; None if it can leave every one from `lowest` on.
     """
     start = timer.clock()
     deadline = start + time_limit if time_limit is not None else float("inf")
@@ -131,17 +133,19 @@ def search_counts(
     if counts is not None:
         grid = sorted({*counts, dense_tokens})
     else:
-        grid = coarse_grid(lowest, dense_tokens, _affordable_grid(dense_seconds, time_limit), batch_size)
+        points = _affordable_grid(dense_seconds, time_limit)
+        grid = nearest_possible(coarse_grid(lowest, dense_tokens, points, batch_size), possible)
     if time_limit is None:
         timer.measure(grid, _GRID.unlimited_rounds, on_step=on_step)
         return build(timer, grid)
-    complete = counts is not None or grid == coarse_grid(lowest, dense_tokens, _GRID.max_counts, batch_size)
+    finest = nearest_possible(coarse_grid(lowest, dense_tokens, _GRID.max_counts, batch_size), possible)
+    complete = counts is not None or grid == finest
     if counts is None:
         planned, grid = grid, _warmed_up(timer, grid, dense_tokens, deadline, on_step)
         complete = complete and grid == planned
     timer.measure(grid, _GRID.rounds, deadline, on_step, min_rounds=_GRID.required_rounds)
     profile = build(timer, grid)
-    search = CliffSearch(frozenset(grid), open=counts is None)
+    search = CliffSearch(frozenset(grid), open=counts is None and possible is None)
     first_run = timer.pace * median(timer.warm_up(count) for count in grid)
     while timer.clock() < deadline:
         left = deadline - timer.clock()
@@ -206,6 +210,23 @@ def coarse_grid(lowest: int, dense_tokens: int, points: int, batch_size: int) ->
     aligned = (rows * tile // batch_size for tile in range(batch_size * dense_tokens // rows + 1))
     first = max(dense_tokens - 1, lowest)  # the overhead of a cut, which a wide step from dense would hide
     return sorted({dense_tokens, first, *(count for count in aligned if lowest <= count <= dense_tokens)})
+
+
+def nearest_possible(grid: Sequence[int], possible: Sequence[int] | None) -> list[int]:
+    """The possible counts that are nearest to those of a grid, without repetition; the last of the grid is dense.
+
+    Args:
+        grid: Ascending.
+        possible: The counts below the last one that a method can leave; None if it can leave every one.
+
+    Example:
+        >>> from lightning_prune.profiling.count_search import nearest_possible
+        >>> nearest_possible([32, 64, 96, 196, 197], possible=[37, 50, 65, 101])
+        [37, 65, 101, 197]
+    """
+    if possible is None or not possible:
+        return list(grid) if possible is None else [grid[-1]]
+    return sorted({min(possible, key=lambda other: abs(other - count)) for count in grid[:-1]} | {grid[-1]})
 
 
 def _affordable_grid(dense_seconds: float, time_limit: float | None) -> int:

@@ -118,14 +118,15 @@ def profile_latency(
     ):
         n = transformer.count_tokens(example_inputs)
         lowest = n - min(each.max_total_removed(n, prefix, depth, index) for each in (reduction, requested))
+        possible = reduction.possible_counts(n, prefix, transformer.grid(example_inputs))
         if counts is not None:
-            _check_counts(counts, lowest, n)
+            _check_counts(counts, lowest, n, possible)
         elif protocol == "paper":
             counts = range(lowest, n)
         with _switching_counts(transformer, example_inputs, reduction, index, n) as (prepare, run):
             timer = InterleavedTimer[int](prepare, run, between_runs(example_inputs.device), reference=n, clock=clock)
             build = profile_builder(reduction.name, index, depth, protocol)
-            profile = search_counts(timer, build, counts, lowest, n, time_limit, on_step, len(example_inputs))
+            profile = search_counts(timer, build, counts, lowest, n, time_limit, on_step, len(example_inputs), possible)
         context = measurement_context(transformer.compiled_root, example_inputs, clock)
         context["method_settings"] = {key: repr(value) for key, value in reduction.settings().items()}
         context["measured"] = datetime.now().astimezone().isoformat(timespec="seconds")
@@ -282,13 +283,19 @@ def check_measurable(
 
 def check_dense(transformer: VisionTransformer) -> None:
     """Raises ArgumentError if the model is patched, as the patched model would be measured as the dense one."""
-    if any(is_patched_module(block) for block in transformer.blocks):
+    if any(is_patched_module(module) for module in transformer.root.modules()):
         raise ArgumentError("`model` must be dense, got a patched model; remove the patch before measuring it.")
 
 
-def _check_counts(counts: Any, lowest: int, n: int) -> None:
+def _check_counts(counts: Any, lowest: int, n: int, possible: Sequence[int] | None) -> None:
     is_list = not isinstance(counts, str) and isinstance(counts, Sequence) and len(counts) > 0
     check("counts", counts, "a list of at least one number of tokens", is_list)
     wrong = [count for count in counts if (number := as_int(count)) is None or not lowest <= number <= n]
     if wrong:
         raise ArgumentError(f"`counts` must lie between {lowest} and {n}, got {wrong[0]!r}.")
+    absent = [] if possible is None else sorted({*counts} - {*possible, n})
+    if absent:
+        near = sorted(possible or (), key=lambda count: abs(count - absent[0]))[:2]
+        raise ArgumentError(
+            f"`counts` must be possible numbers of tokens of the method, such as {near}, got {absent[0]!r}."
+        )

@@ -126,7 +126,8 @@ def simulate_latency(
             f"`device` must run the model in {_MACHINE.min_run_s:g} to {_MACHINE.max_run_s:g} s, got {dense:g} s by "
             f"{device}."
         )
-    counts = range(lowest, n + 1)
+    possible = reduction.possible_counts(n, prefix, transformer.grid(example_inputs))
+    counts = range(lowest, n + 1) if possible is None else [*possible, n]
     schedules = {count: allocate_schedule(reduction, n - count, n, prefix, depth, index) for count in counts}
     current = [n]
     timer = InterleavedTimer[int](
@@ -137,7 +138,7 @@ def simulate_latency(
         clock=clock,
     )
     build = profile_builder(reduction.name, index, depth, "deployed")
-    profile = search_counts(timer, build, None, lowest, n, time_limit, lambda: None, len(example_inputs))
+    profile = search_counts(timer, build, None, lowest, n, time_limit, lambda: None, len(example_inputs), possible)
     simulated = {"device": str(device), "device_type": "simulated", "threads": 0}
     return replace(profile, seconds=clock.now, context=context | simulated)
 

@@ -10,6 +10,7 @@ from lightning_prune.reduction.portable import portable_graph
 from lightning_prune.reduction.random_drop import RandomDrop
 from lightning_prune.reduction.registry import METHODS, names, resolve, spec_of
 from lightning_prune.reduction.representation_shift import RepresentationShift, shift, shift_scores
+from lightning_prune.reduction.resize import Resize, resampling_matrix, scale_images, smaller_grids
 from lightning_prune.reduction.tome import ToMe, bipartite_matching, tome_schedule
 from lightning_prune.reduction.visual_words import TokensPerImage, VWTInter, tokens_per_image
 
@@ -22,6 +23,7 @@ __all__ = [
     "Reduction",
     "ReductionOutput",
     "RepresentationShift",
+    "Resize",
     "ToMe",
     "TokenSequence",
     "TokensPerImage",
@@ -35,9 +37,12 @@ __all__ = [
     "pomt_reduce",
     "pomt_scores",
     "portable_graph",
+    "resampling_matrix",
     "resolve",
+    "scale_images",
     "shift",
     "shift_scores",
+    "smaller_grids",
     "sources_of",
     "spec_of",
     "tokens_per_image",

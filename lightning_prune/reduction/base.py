@@ -1,6 +1,7 @@
 """The interface between reduction methods (which tokens are removed) and patching (where in the model)."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
 from torch import Tensor, nn
@@ -62,6 +63,8 @@ class Reduction(ABC):
             0. Shorter images of a batch are padded with tokens of size 0, which proportional attention masks.
         multi_block: Whether it is used in many blocks, as ToMe is, with the tokens distributed by `allocate`. Other
             methods reduce in one block.
+        scales_images: Whether it scales the images down before the model, instead of removing tokens of a sequence, as
+            `Resize` does. Its site is `"input"`, and `reduce` is never called.
     """
 
     name: str
@@ -72,6 +75,7 @@ class Reduction(ABC):
     is_lossless: bool = False
     adaptive: bool = False
     multi_block: bool = False
+    scales_images: bool = False
 
     @abstractmethod
     def reduce(self, sequence: TokenSequence, remove: int) -> ReductionOutput:
@@ -93,6 +97,37 @@ class Reduction(ABC):
             tokens: N, prefix tokens included.
             num_prefix_tokens: P.
         """
+
+    def possible_counts(
+        self, tokens: int, num_prefix_tokens: int, grid: tuple[int, int] | None = None
+    ) -> Sequence[int] | None:
+        """The numbers of tokens that can be left of N, for methods that cannot leave every number.
+
+        Args:
+            tokens: N, prefix tokens included.
+            num_prefix_tokens: P.
+            grid: Rows and columns of the N - P patches; None if it is not known.
+
+        Returns:
+            The numbers below N, prefix tokens included, ascending; None if every one from N - `max_removed` on can be.
+        """
+        return None
+
+    def nearest_removed(
+        self, wanted: int, tokens: int, num_prefix_tokens: int, grid: tuple[int, int] | None = None
+    ) -> int:
+        """The number of tokens nearest to `wanted` that can be removed, at least 1 if any can; see `possible_counts`.
+
+        Args:
+            wanted: Number of tokens to remove.
+            tokens: N, prefix tokens included.
+            num_prefix_tokens: P.
+            grid: Rows and columns of the N - P patches; None if it is not known.
+        """
+        possible = self.possible_counts(tokens, num_prefix_tokens, grid)
+        if possible is None:
+            return min(max(wanted, 1), self.max_removed(tokens, num_prefix_tokens))
+        return min((tokens - count for count in possible), key=lambda removed: abs(removed - wanted), default=0)
 
     def unsupported_reason(self, model: nn.Module) -> str | None:
         """Why this instance cannot be used with a model, for example because its vocabulary is for another one.

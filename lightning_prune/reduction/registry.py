@@ -15,6 +15,7 @@ from lightning_prune.reduction.pixel_variance import VWTIntra
 from lightning_prune.reduction.pomt import POMT
 from lightning_prune.reduction.random_drop import RandomDrop
 from lightning_prune.reduction.representation_shift import RepresentationShift
+from lightning_prune.reduction.resize import Resize
 from lightning_prune.reduction.tome import ToMe
 from lightning_prune.reduction.visual_words import VWTInter
 from lightning_prune.schedule import MethodSpec
@@ -22,7 +23,8 @@ from lightning_prune.schedule import MethodSpec
 GROUP = "lightning_prune.reductions"
 
 METHODS: dict[str, type[Reduction]] = {
-    method.name: method for method in (POMT, TopK, EViT, ToMe, RepresentationShift, VWTIntra, VWTInter, RandomDrop)
+    method.name: method
+    for method in (POMT, TopK, EViT, ToMe, RepresentationShift, VWTIntra, VWTInter, Resize, RandomDrop)
 }
 """The methods of this package."""
 

@@ -15,7 +15,8 @@ from lightning_prune._utils.isolation import isolated
 from lightning_prune.errors import ArgumentError, UnsupportedModelError
 from lightning_prune.patching.attention_capture import CapturedAttention, CaptureSlot, Capturing, SDPARecorder
 from lightning_prune.patching.block_split import AttnMlpSplit
-from lightning_prune.patching.class_swap import PatchedModule
+from lightning_prune.patching.class_swap import PatchedModule, Setting, original_class
+from lightning_prune.patching.input_resize import InputResize, PatchDivision, ResizedInput, ScalingSites
 from lightning_prune.patching.token_state import TokenState
 from lightning_prune.reduction.base import AttentionInputs
 
@@ -96,6 +97,24 @@ class VisionTransformer:
         """Number of blocks."""
         return len(self.blocks)
 
+    def grid(self, images: Tensor | None = None) -> tuple[int, int] | None:
+        """Rows and columns of the patches of the dense model.
+
+        Args:
+            images: (B, channels, height, width), for a model that takes images of any size.
+
+        Returns:
+            The grid; None if the model cannot run on scaled images, or takes any size and no images are given.
+        """
+        try:
+            division = self.adapter.patch_division(self.root)
+        except UnsupportedModelError:
+            return None
+        size = division.image_size
+        if images is not None:
+            size = int(images.shape[-2]), int(images.shape[-1])
+        return None if size is None else division.grid(*size)
+
     def run(self, images: Tensor) -> Any:
         """Calls the transformer as the user's model does, with the further arguments of `calling_with`."""
         return self.compiled_root(images, **call_keywords(self.root))
@@ -157,18 +176,6 @@ class SplitCheckInput(NamedTuple):
     kwargs: dict[str, Any]
 
 
-class Setting(NamedTuple):
-    """The value of a module's attribute before a patch changed it."""
-
-    module: nn.Module
-    name: str
-    value: Any
-
-    def restore(self) -> None:
-        """Restores the value."""
-        vars(self.module)[self.name] = self.value
-
-
 class ModelAdapter(ABC):
     """A family of Vision Transformers: how to recognise them, and how to split their blocks.
 
@@ -190,6 +197,29 @@ class ModelAdapter(ABC):
     @abstractmethod
     def describe(self, root: nn.Module, path: str) -> VisionTransformer:
         """Describes a transformer. Raises UnsupportedModelError, with the reason, if it cannot be pruned."""
+
+    def patch_division(self, root: nn.Module) -> PatchDivision:
+        """How a model divides its images into patches, if it can run on images that are scaled down.
+
+        Raises:
+            UnsupportedModelError: If it cannot; says why.
+        """
+        raise self.unscalable(root, "how its positions are resampled for images of another size is not known")
+
+    def unscalable(self, root: nn.Module, reason: str) -> UnsupportedModelError:
+        """The error of a model that cannot run on images that are scaled down."""
+        return UnsupportedModelError(
+            f"The images of this {original_class(root).__name__} cannot be scaled down before it: {reason}."
+        )
+
+    def scaling_sites(self, transformer: VisionTransformer, resize: InputResize) -> ScalingSites:
+        """What has to change in a model with a `patch_division` so that it runs on smaller images.
+
+        Args:
+            transformer: Without scaling; its blocks may be patched.
+            resize: The scaling; the `_prune_patch` of every mixin.
+        """
+        return ScalingSites({transformer.patch_embed: ResizedInput})
 
     @abstractmethod
     def attn_mlp_split(self, block: nn.Module) -> AttnMlpSplit | None:

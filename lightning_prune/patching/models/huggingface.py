@@ -10,10 +10,36 @@ from torch import Tensor, nn
 from lightning_prune.errors import ArgumentError, UnsupportedModelError
 from lightning_prune.patching.block_split import DROPOUT, LAYER_SCALE, OUTPUT, TOWER, AttnMlpSplit
 from lightning_prune.patching.class_swap import original_class
+from lightning_prune.patching.input_resize import (
+    InputResize,
+    PatchDivision,
+    ResizedInput,
+    ResizedModule,
+    ScalingSites,
+    image_size_of,
+)
 from lightning_prune.patching.models.base import ModelAdapter, SplitCheckInput, VisionTransformer, call_keywords
 from lightning_prune.patching.models.unsupported import unsupported_reason
 from lightning_prune.patching.position_terms import patch_positions, take_rotation
 from lightning_prune.patching.token_state import TokenState
+
+
+class ResizedEmbeddings(ResizedModule):
+    """Mixin for the class of embeddings that interpolate their positions only if they are asked to."""
+
+    def forward(self, images: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Runs the embeddings on the scaled images, with interpolated positions."""
+        scaled = self._prune_patch.scale(images, any_size=bool(kwargs.get("interpolate_pos_encoding")))
+        return super().forward(scaled, *args, **{**kwargs, "interpolate_pos_encoding": True})
+
+
+class ResizedRotation(ResizedModule):
+    """Mixin for the class of a rotary embedding that reads the size of the images, and nothing else of them."""
+
+    def forward(self, images: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The embedding of images of the scaled size."""
+        height, width = self._prune_patch.new_size(image_size_of(images))
+        return super().forward(images[..., :height, :width], *args, **kwargs)
 
 
 class HuggingFace(ModelAdapter):
@@ -27,6 +53,7 @@ class HuggingFace(ModelAdapter):
         layers: Names of the classes of their blocks.
         class_token: Whether token 0 is a CLS token.
         any_size: Whether the model accepts images of any size, by interpolating its positional terms.
+        interpolates: Whether it has position embeddings, which are interpolated for another size of images.
         has_position_inputs: Whether blocks receive inputs for all tokens: a mask during export, or a rotary embedding.
         pooling: Names of the roots whose output is computed from all patch tokens, not from the CLS token only.
     """
@@ -35,6 +62,7 @@ class HuggingFace(ModelAdapter):
     layers: ClassVar[tuple[str, ...]]
     class_token: ClassVar[bool] = True
     any_size: ClassVar[bool] = False
+    interpolates: ClassVar[bool] = True
     has_position_inputs: ClassVar[bool] = False
     pooling: ClassVar[tuple[str, ...]] = ()
 
@@ -70,6 +98,19 @@ class HuggingFace(ModelAdapter):
             has_position_inputs=self.has_position_inputs,
             pools_patches=_is_a(root, self.pooling),
         )
+
+    def patch_division(self, root: nn.Module) -> PatchDivision:
+        """See `ModelAdapter.patch_division`."""
+        core = core_of(root)
+        size, sides = _pair(core.config.image_size), _pair(core.config.patch_size)
+        any_size = self.any_size or bool(call_keywords(root).get("interpolate_pos_encoding"))
+        if self.interpolates and (size[0] // sides[0] != size[1] // sides[1] or sides[0] != sides[1]):
+            raise self.unscalable(root, "transformers interpolates its positions for square images and patches only")
+        return PatchDivision(sides, None if any_size else size)
+
+    def scaling_sites(self, transformer: VisionTransformer, resize: InputResize) -> ScalingSites:
+        """The embeddings interpolate their positions, by their own function."""
+        return ScalingSites({transformer.patch_embed: ResizedInput if self.any_size else ResizedEmbeddings})
 
     def num_prefix_tokens(self, embeddings: Any) -> int:
         """Class, distillation and register tokens."""
@@ -208,6 +249,12 @@ class HuggingFaceDinov3(HuggingFaceDinov2):
     name: ClassVar[str] = "Hugging Face DINOv3"
     roots: ClassVar[tuple[str, ...]] = ("DINOv3ViTModel",)
     layers: ClassVar[tuple[str, ...]] = ("DINOv3ViTLayer",)
+    interpolates = False
+
+    def scaling_sites(self, transformer: VisionTransformer, resize: InputResize) -> ScalingSites:
+        """The rotary embedding reads the size of the images by itself."""
+        rope = core_of(transformer.root).rope_embeddings
+        return ScalingSites({transformer.patch_embed: ResizedInput, rope: ResizedRotation})
 
     def split_check_input(self, transformer: VisionTransformer) -> SplitCheckInput:
         """With arbitrary angles."""

@@ -11,11 +11,33 @@ from lightning_prune.errors import UnsupportedModelError
 from lightning_prune.patching.attention_capture import Bias, CaptureSlot, SDPARecorder
 from lightning_prune.patching.block_split import GAMMA, POST_NORM, PRE_NORM, AttnMlpSplit
 from lightning_prune.patching.class_swap import PatchedModule
-from lightning_prune.patching.models.base import SplitCheckInput, VisionTransformer
-from lightning_prune.patching.models.timm_vit import GridGuard, TimmAdapter
+from lightning_prune.patching.input_resize import (
+    InputResize,
+    PatchDivision,
+    ResizedInput,
+    ScalingSites,
+    active_resize,
+)
+from lightning_prune.patching.models.base import SplitCheckInput, VisionTransformer, loaded_class
+from lightning_prune.patching.models.timm_vit import GridGuard, ResizedPatchEmbed, TimmAdapter
 from lightning_prune.patching.position_terms import patch_positions, take_rotation
+from lightning_prune.patching.resized_positions import (
+    ResizedBeitAttention,
+    ResizedBeitBias,
+    ResizedBias,
+    ResizedRelPosBias,
+    ResizedRelPosMlp,
+    ResizedRope,
+)
 from lightning_prune.patching.token_state import TokenState
 from lightning_prune.reduction.base import AttentionInputs
+
+_RESIZED_BIASES: dict[str, type[ResizedBias]] = {  # class -> mixin that gives its biases for a smaller grid
+    "timm.models.beit:Attention": ResizedBeitAttention,
+    "timm.models.beit:RelativePositionBias": ResizedBeitBias,
+    "timm.layers.pos_embed_rel:RelPosBias": ResizedRelPosBias,
+    "timm.layers.pos_embed_rel:RelPosMlp": ResizedRelPosMlp,
+}
 
 
 class TimmRope(TimmAdapter):
@@ -46,6 +68,16 @@ class TimmRope(TimmAdapter):
             **kwargs,
             "rope": arrived.adapt_once(rope, lambda r: _take(r, arrived.positions, num_prefix_tokens)),
         }
+
+    def scaling_sites(self, transformer: VisionTransformer, resize: InputResize) -> ScalingSites:
+        """Also has the rotary embedding computed for the grid, and not taken from a cache of all patches."""
+        rope = getattr(transformer.root, "rope", None)
+        if resize.division.image_size is None or not isinstance(rope, nn.Module):
+            return super().scaling_sites(transformer, resize)
+        sites = super().scaling_sites(transformer, resize)
+        cached = ((rope, "_use_cached_embed", False),) if "_use_cached_embed" in vars(rope) else ()
+        mixins = {rope: ResizedRope} if not list(rope.parameters()) else {}
+        return ScalingSites({**sites.mixins, **mixins}, (*sites.settings, *cached))
 
 
 class TimmEva(TimmRope):
@@ -84,6 +116,15 @@ class TimmNaFlex(TimmRope):
         embeds: nn.Module = model.embeds
         return embeds
 
+    def patch_division(self, root: nn.Module) -> PatchDivision:
+        """See `ModelAdapter.patch_division`; the model resamples its positions for every size."""
+        embeds: Any = self.entry(root)
+        return PatchDivision(tuple(embeds.patch_size), None, bool(embeds.dynamic_img_pad))
+
+    def scaling_sites(self, transformer: VisionTransformer, resize: InputResize) -> ScalingSites:
+        """Scales the images only."""
+        return ScalingSites({transformer.patch_embed: ResizedInput})
+
     def has_class_token(self, model: Any) -> bool:
         """Whether `embeds` has a CLS token."""
         return model.embeds.cls_token is not None
@@ -115,6 +156,36 @@ class TimmRelPos(TimmAdapter):
     def describe(self, root: nn.Module, path: str) -> VisionTransformer:
         """See `ModelAdapter.describe`."""
         return replace(super().describe(root, path), has_position_inputs=True)
+
+    def unscalable_reason(self, model: Any) -> str | None:
+        """Biases are resampled as `set_input_size` of timm does."""
+        if getattr(model, "pos_embed", None) is not None:
+            return "it adds position embeddings to its relative biases, and timm resamples those for new weights only"
+        kinds = {loaded_class(name) for name in _RESIZED_BIASES}
+        others = [
+            module for module in self._biased(model) if type(module) not in kinds and active_resize(module) is None
+        ]
+        return f"how its {type(others[0]).__name__} is resampled is not known" if others else None
+
+    def scaling_sites(self, transformer: VisionTransformer, resize: InputResize) -> ScalingSites:
+        """The biases of the smaller grid; the image size is not checked against that of the model."""
+        model: Any = transformer.root
+        kinds = {loaded_class(name): mixin for name, mixin in _RESIZED_BIASES.items()}
+        biases = {module: kinds[type(module)] for module in self._biased(model)}
+        return ScalingSites(
+            {model.patch_embed: ResizedPatchEmbed, **biases}, ((model.patch_embed, "strict_img_size", False),)
+        )
+
+    def _biased(self, model: Any) -> list[nn.Module]:
+        """The modules with biases, of the model and of its blocks."""
+        shared = [getattr(model, "rel_pos_bias", None), getattr(model, "shared_rel_pos", None)]
+        own = [getattr(block.attn, "rel_pos", None) for block in model.blocks]
+        tables = [
+            block.attn
+            for block in model.blocks
+            if getattr(block.attn, "relative_position_bias_table", None) is not None
+        ]
+        return [module for module in (*shared, *own, *tables) if module is not None]
 
     def split_check_input(self, transformer: VisionTransformer) -> SplitCheckInput:
         """All tokens, because the bias of a block has their number."""

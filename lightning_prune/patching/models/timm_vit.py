@@ -3,12 +3,20 @@
 from collections.abc import Callable
 from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_prune.errors import UnsupportedModelError
 from lightning_prune.patching.block_split import PARALLEL, POST_NORM, PRE_NORM, AttnMlpSplit, runs
-from lightning_prune.patching.class_swap import PatchedModule, RootPatch
-from lightning_prune.patching.models.base import ModelAdapter, Setting, VisionTransformer, loaded_class, loaded_classes
+from lightning_prune.patching.class_swap import PatchedModule, RootPatch, Setting, original_class
+from lightning_prune.patching.input_resize import (
+    InputResize,
+    PatchDivision,
+    ResizedInput,
+    ScalingSites,
+    image_size_of,
+    own_setting,
+)
+from lightning_prune.patching.models.base import ModelAdapter, VisionTransformer, loaded_class, loaded_classes
 
 # Forward functions of timm's attention modules that pass `attn_mask` to their fused call. A replaced function has
 # another name or module.
@@ -19,6 +27,25 @@ _MASK_PASSING_FORWARDS = frozenset(
         ("timm.models.eva", "EvaAttention.forward"),
     }
 )
+
+
+# Patch embeddings whose tokens are the grid of a stride.
+_EMBEDDINGS = ("timm.layers.patch_embed:PatchEmbed", "timm.layers.hybrid_embed:HybridEmbed")
+
+
+class ResizedPatchEmbed(ResizedInput):
+    """Scales the images down, and checks that the patch embedding gives the tokens of that grid."""
+
+    def forward(self, images: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Runs the patch embedding on the scaled images."""
+        tokens = super().forward(images, *args, **kwargs)
+        rows, columns = self._prune_patch.grid(image_size_of(images))
+        if tokens.shape[1:-1].numel() != rows * columns:
+            raise UnsupportedModelError(
+                f"The patch embedding of a scaled model must give {rows} x {columns} tokens of an image, got "
+                f"{tuple(tokens.shape[1:-1])}."
+            )
+        return tokens
 
 
 class GridGuard(PatchedModule):
@@ -82,9 +109,47 @@ class TimmAdapter(ModelAdapter):
 
     def count(self, model: Any) -> int | None:
         """N, or None if it depends on the image size."""
-        if getattr(model, "dynamic_img_size", False):
+        if own_setting(model, "dynamic_img_size", self.entry(model)):
             return None
         return int(model.patch_embed.num_patches + model.num_prefix_tokens)
+
+    def patch_division(self, root: nn.Module) -> PatchDivision:
+        """See `ModelAdapter.patch_division`."""
+        model: Any = root
+        reason = self.unscalable_reason(model)
+        embed = model.patch_embed
+        if reason is None and not any(runs(embed, kind) for kind in loaded_classes(_EMBEDDINGS)):
+            reason = f"its patch embedding, {original_class(embed).__name__}, is none of timm's own"
+        if reason is not None:
+            raise self.unscalable(root, reason)
+        size = None if own_setting(model, "dynamic_img_size", embed) or embed.img_size is None else embed.img_size
+        division = PatchDivision(
+            tuple(embed.feat_ratio(as_scalar=False)), None if size is None else tuple(size), bool(embed.dynamic_img_pad)
+        )
+        if size is not None and division.grid(*size) != tuple(embed.grid_size):
+            raise self.unscalable(root, f"its {tuple(embed.grid_size)} patches do not divide images of {tuple(size)}")
+        return division
+
+    def scaling_sites(self, transformer: VisionTransformer, resize: InputResize) -> ScalingSites:
+        """As models that are built with `dynamic_img_size=True`, which resample their positions in every forward."""
+        model: Any = transformer.root
+        embed = model.patch_embed
+        settings: tuple[tuple[nn.Module, str, Any], ...] = ()
+        if not model.dynamic_img_size:
+            settings = (
+                (model, "dynamic_img_size", True),
+                (embed, "strict_img_size", False),
+                (embed, "flatten", False),
+                (embed, "output_fmt", type(embed.output_fmt)("NHWC")),
+            )
+        return ScalingSites({embed: ResizedPatchEmbed}, settings)
+
+    def unscalable_reason(self, model: Any) -> str | None:
+        """Why a model cannot run on smaller images; None if it can: by default, if its `_pos_embed` is timm's own."""
+        own = getattr(original_class(model), "_pos_embed", None)
+        if own is None or not own.__module__.startswith("timm.models."):
+            return "timm does not resample its positions for images of another size"
+        return None
 
     def entry(self, model: Any) -> nn.Module:
         """The module that receives the images."""

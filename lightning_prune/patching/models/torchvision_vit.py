@@ -7,7 +7,16 @@ from torch import Tensor, nn
 
 from lightning_prune.patching.attention_capture import CapturedAttention
 from lightning_prune.patching.block_split import MULTIHEAD, AttnMlpSplit, runs
+from lightning_prune.patching.class_swap import original_class
+from lightning_prune.patching.input_resize import (
+    InputResize,
+    PatchDivision,
+    ResizedModule,
+    ScalingSites,
+    image_size_of,
+)
 from lightning_prune.patching.models.base import ModelAdapter, VisionTransformer, loaded_class, loaded_classes
+from lightning_prune.patching.resized_positions import resample_corners
 from lightning_prune.reduction.base import AttentionInputs
 
 _MODULE = "torchvision.models.vision_transformer"
@@ -31,6 +40,31 @@ class CapturedMultihead(CapturedAttention):
         """Passes the log-sizes as a float padding mask, which is added to the logits of each key."""
         module: Any = self
         return {**kwargs, "key_padding_mask": log_sizes.flatten(1).to(module.in_proj_weight.dtype)}
+
+
+class ResizedRoot(ResizedModule):
+    """Mixin for the class of the model: divides the scaled images into patches."""
+
+    def _process_input(self, x: Tensor) -> Tensor:
+        """(B, channels, height, width) images -> (B, patches, C), row by row."""
+        module: Any = self
+        scaled = self._prune_patch.scale(x)
+        rows, columns = self._prune_patch.grid(image_size_of(x))
+        tokens: Tensor = module.conv_proj(scaled).reshape(x.shape[0], module.hidden_dim, rows * columns)
+        return tokens.permute(0, 2, 1)
+
+
+class ResizedEncoder(ResizedModule):
+    """Mixin for the class of the encoder: adds the position embeddings of the smaller grid."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Runs the encoder on tokens (B, N - R, C)."""
+        module: Any = self
+        patch = self._prune_patch
+        old, new = patch.dense_grid(patch.fixed_size), patch.fixed_grid
+        x = input + resample_corners(module.pos_embedding, 1, old, new)
+        tokens: Tensor = module.ln(module.layers(module.dropout(x)))
+        return tokens
 
 
 class TorchvisionVisionTransformer(ModelAdapter):
@@ -57,6 +91,20 @@ class TorchvisionVisionTransformer(ModelAdapter):
             patch_embed=model.conv_proj,
             num_classes=_classes(model),
         )
+
+    def patch_division(self, root: nn.Module) -> PatchDivision:
+        """See `ModelAdapter.patch_division`."""
+        model: Any = root
+        kind, encoder = loaded_classes((f"{_MODULE}:VisionTransformer", f"{_MODULE}:Encoder"))
+        own: Any = original_class(model)
+        if own._process_input is not vars(kind)["_process_input"] or not runs(model.encoder, encoder):
+            raise self.unscalable(root, "its class has another forward than that of torchvision")
+        return PatchDivision((model.patch_size,) * 2, (model.image_size,) * 2)
+
+    def scaling_sites(self, transformer: VisionTransformer, resize: InputResize) -> ScalingSites:
+        """The model itself checks the size of images, and positions are resampled when weights are loaded only."""
+        model: Any = transformer.root
+        return ScalingSites({model: ResizedRoot, model.encoder: ResizedEncoder})
 
     def attn_mlp_split(self, block: nn.Module) -> AttnMlpSplit | None:
         """None for a subclass with its own forward."""

@@ -1,0 +1,253 @@
+"""Scales the images down where they enter a patched model."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lightning_prune._utils.device import device_name
+from lightning_prune._utils.measurement_source import MeasurementSource
+from lightning_prune.errors import ArgumentError, UnsupportedModelError
+from lightning_prune.patching.class_swap import PatchedModule, Setting
+from lightning_prune.reduction.base import Reduction
+from lightning_prune.reduction.functional import is_exported
+from lightning_prune.reduction.resize import (
+    Grid,
+    cell_of_patches,
+    grid_of_count,
+    largest_grid,
+    resampling_matrix,
+    scale_images,
+)
+from lightning_prune.schedule import Rate
+
+
+class PatchDivision(NamedTuple):
+    """How a model divides its images into patches.
+
+    Attributes:
+        patch_size: Height and width of a patch, in pixels: the stride of the patch embedding.
+        image_size: Height and width of the images; None if the model takes images of any size.
+        pads: Whether images are padded to whole patches; else a border narrower than a patch is ignored.
+    """
+
+    patch_size: tuple[int, int]
+    image_size: tuple[int, int] | None = None
+    pads: bool = False
+
+    def grid(self, height: int, width: int) -> Grid:
+        """Rows and columns of patches of images of this size."""
+        rows, columns = (
+            -(-pixels // side) if self.pads else pixels // side
+            for pixels, side in zip((height, width), self.patch_size, strict=True)
+        )
+        return rows, columns
+
+
+class ScalingSites(NamedTuple):
+    """What has to change in a model so that it runs on smaller images.
+
+    Attributes:
+        mixins: Module -> the mixin of its class. One of them scales the images, others resample positions.
+        settings: Module, name and new value of plain attributes, such as a check of the image size.
+    """
+
+    mixins: Mapping[nn.Module, type["ResizedModule"]]
+    settings: tuple[tuple[nn.Module, str, Any], ...] = ()
+
+
+@dataclass(eq=False)
+class InputResize:
+    """What is scaled in a patched model, shared by all modules that take part in it.
+
+    Attributes:
+        reduction: The method.
+        remove: Number of tokens to remove, or the share of the patch tokens to keep.
+        num_prefix_tokens: P.
+        division: How the model divides its images into patches.
+        made_on: What the schedule was made on; compared with the first batch.
+        settings: Settings that were changed so that the model takes smaller images.
+        constants: Tensors that follow from the grids alone, on the device on which they were used last.
+        grids: Height and width of images -> the grid that is left of them.
+        is_adaptive: Whether the images decide how many tokens are left: never.
+    """
+
+    reduction: Reduction
+    remove: int | Rate
+    num_prefix_tokens: int
+    division: PatchDivision
+    made_on: MeasurementSource | None = None
+    settings: list[Setting] = field(default_factory=list)
+    constants: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
+    grids: dict[tuple[int, int], Grid] = field(default_factory=dict)
+    is_adaptive: bool = False
+
+    def __post_init__(self) -> None:
+        """Computes for images of a fixed size what does not depend on the images, so that graphs hold it."""
+        if self.division.image_size is not None:
+            self.matrices(self.division.image_size, torch.device("cpu"))
+
+    def key(self) -> tuple[Any, ...]:
+        """What distinguishes it from another one of the same model, apart from its method."""
+        return "resize", self.remove, self.division
+
+    @property
+    def fixed_size(self) -> tuple[int, int]:
+        """Height and width of the images of a model that takes one size."""
+        assert self.division.image_size is not None
+        return self.division.image_size
+
+    @property
+    def fixed_grid(self) -> Grid:
+        """Rows and columns that are left of images of that size."""
+        return self.grid(self.fixed_size)
+
+    def dense_grid(self, image_size: tuple[int, int]) -> Grid:
+        """Rows and columns of patches of images of this height and width, without scaling."""
+        return self.division.grid(*image_size)
+
+    def grid(self, image_size: tuple[int, int]) -> Grid:
+        """Rows and columns of patches that are left of images of this height and width.
+
+        Raises:
+            ScheduleError: If the number of tokens to remove leaves no grid of such images.
+        """
+        found = self.grids.get(image_size)
+        if found is not None:
+            return found
+        rows, columns = self.dense_grid(image_size)
+        patches = rows * columns
+        if isinstance(self.remove, int):
+            found = grid_of_count(rows, columns, patches - self.remove)
+        else:
+            removed = self.remove.removes(patches + self.num_prefix_tokens, self.num_prefix_tokens)
+            found = largest_grid(rows, columns, patches - removed)
+        self.grids[image_size] = found
+        return found
+
+    def new_size(self, image_size: tuple[int, int]) -> tuple[int, int]:
+        """Height and width of the scaled images, in pixels."""
+        (h, w), (down, across) = self.grid(image_size), self.division.patch_size
+        return h * down, w * across
+
+    def removes_of(self, image_size: tuple[int, int]) -> int:
+        """R, the number of tokens that images of this height and width have less."""
+        (rows, columns), (h, w) = self.dense_grid(image_size), self.grid(image_size)
+        return rows * columns - h * w
+
+    def sources(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Where the tokens of the dense model went: to the one whose cell covers the middle of their patch.
+
+        Args:
+            images: (B, channels, height, width).
+
+        Returns:
+            (B, N) int64, the index of the token that each became part of; and (B, N - R) int64, the number of tokens
+            in each.
+        """
+        size, prefix = image_size_of(images), self.num_prefix_tokens
+        cells = cell_of_patches(self.dense_grid(size), self.grid(size))
+        sources = torch.tensor([*range(prefix), *(prefix + cell for cell in cells)], device=images.device)
+        return sources.expand(len(images), -1), sources.bincount().expand(len(images), -1)
+
+    def constant(self, name: tuple[Any, ...], device: torch.device, compute: Callable[[], Tensor]) -> Tensor:
+        """A tensor that depends neither on the images nor on the weights, on a device.
+
+        Args:
+            name: Of the tensor, unique.
+            device: Where it is needed.
+            compute: Makes it, if it does not exist yet.
+        """
+        known = self.constants.get(name)
+        if known is not None and known.device == device:
+            return known
+        if torch.compiler.is_compiling():  # a graph must not leave its tensors here
+            return (compute() if known is None else known).to(device)
+        with torch.inference_mode(False), torch.no_grad():  # the tensor may be needed for a backward pass later on
+            self.constants[name] = made = (compute() if known is None else known).to(device)
+        return made
+
+    def matrices(self, image_size: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
+        """The matrices of `scale_images` for the height and for the width of images."""
+        down, across = (
+            self.constant(("matrix", *sizes), device, partial(resampling_matrix, *sizes))
+            for sizes in zip(image_size, self.new_size(image_size), strict=True)
+        )
+        return down, across
+
+    def scale(self, images: Tensor, any_size: bool = False) -> Tensor:
+        """Scales the images (B, channels, height, width) to the size of the grid that is left.
+
+        Args:
+            images: As they enter the model.
+            any_size: Whether images of any size may enter, whatever the model says.
+
+        Raises:
+            ArgumentError: If the images have another size than those of the model.
+            ScheduleError: As `grid`.
+            UnsupportedModelError: If they are no images.
+        """
+        if images.ndim != 4:
+            raise UnsupportedModelError(
+                f"The model input must be images (B, channels, height, width) with {self.reduction.name}, got a tensor "
+                f"of shape {tuple(images.shape)}."
+            )
+        size, expected = image_size_of(images), self.division.image_size
+        if expected is not None and size != expected and not any_size:
+            raise ArgumentError(f"`images` must have the size {expected} of the model, got {size}.")
+        if self.made_on is not None and not torch.compiler.is_compiling():
+            made_on, self.made_on = self.made_on, None
+            rows, columns = self.dense_grid(size)
+            tokens = self.num_prefix_tokens + rows * columns
+            made_on.warn_elsewhere(device=device_name(images.device), batch_size=images.shape[0], dense_tokens=tokens)
+        matrices = self.matrices(size, images.device) if is_exported() else None
+        return scale_images(images, self.new_size(size), matrices)
+
+
+def image_size_of(images: Tensor) -> tuple[int, int]:
+    """Height and width of images (B, channels, height, width); graphs are specialised to them."""
+    return int(images.shape[-2]), int(images.shape[-1])
+
+
+def active_resize(module: nn.Module) -> InputResize | None:
+    """The scaling that a module takes part in; None if it takes part in none."""
+    state = vars(module).get("_prune_patch")
+    return state if isinstance(state, InputResize) else None
+
+
+def resize_of(root: nn.Module) -> InputResize | None:
+    """The scaling of the images of a patched transformer; None if they are not scaled."""
+    return next((state for module in root.modules() if (state := active_resize(module)) is not None), None)
+
+
+def own_setting(module: nn.Module, name: str, site: nn.Module) -> Any:
+    """The value of a plain attribute as it is without a patch that scales images.
+
+    Args:
+        module: Has the attribute.
+        name: Of the attribute.
+        site: A module that takes part in the scaling, if there is one.
+    """
+    resize = active_resize(site)
+    changed = [] if resize is None else [each for each in resize.settings if each.module is module]
+    return next((each.value for each in changed if each.name == name), getattr(module, name, None))
+
+
+class ResizedModule(PatchedModule):
+    """Base of the mixins for modules that take part in the scaling."""
+
+    _prune_patch: InputResize
+
+    def prepare(self) -> None:
+        """Computes what does not depend on the images, when the model is patched: compiled graphs then hold it."""
+
+
+class ResizedInput(ResizedModule):
+    """Mixin for the class of the module that receives the images; scales them down."""
+
+    def forward(self, images: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Runs the module on the scaled images."""
+        return super().forward(self._prune_patch.scale(images), *args, **kwargs)
