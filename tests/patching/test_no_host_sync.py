@@ -48,6 +48,8 @@ ALL: dict[str, Callable[[], Reduction]] = {
 def schedule_of(reduction: Reduction) -> list[int] | None:
     if reduction.adaptive:
         return None
+    if reduction.scales_images:
+        return [9, 0, 0, 0]
     return [6, 0, 0, 0] if reduction.site == "input" else [0, 6, 5, 0]
 
 

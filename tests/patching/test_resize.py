@@ -293,7 +293,13 @@ def test_copies_pickles_and_exports(name: str) -> None:
         assert torch.equal(output(model(images)), dense)
 
 
-@pytest.mark.parametrize("name", ["vit", "eva02", "relpos-table", "torchvision", "ViTModel"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vit",
+        *(pytest.param(each, marks=pytest.mark.long) for each in ("eva02", "relpos-table", "torchvision", "ViTModel")),
+    ],
+)
 def test_compiles_whole(name: str) -> None:
     model = build_torchvision() if name == "torchvision" else build_hf(name) if name in HF else build_timm(name)
     output = find_vision_transformer(model).adapter.output
