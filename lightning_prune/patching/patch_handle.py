@@ -202,6 +202,7 @@ class PatchHandle:
             reduction = reductions.get(index, reduction)
             block_patch = BlockPatch(
                 index=index,
+                depth=transformer.depth,
                 reduction=reduction,
                 remove=remove,
                 num_prefix_tokens=transformer.num_prefix_tokens,

@@ -54,6 +54,7 @@ class BlockPatch:
     """Settings of one patched block. State of a forward pass is attached to the tokens and not stored here."""
 
     index: int
+    depth: int  # number of blocks of the model
     reduction: Reduction
     remove: int | Rate
     num_prefix_tokens: int
@@ -239,7 +240,8 @@ def _reduce(
     max_removed = patch.reduction.max_removed(count, patch.num_prefix_tokens)
     if remove > max_removed:
         raise ScheduleError(too_many(patch.index, count, remove, max_removed, patch.reduction.name))
-    reduced = patch.reduction.reduce(sequence._replace(trace=True) if patch.traces else sequence, remove)
+    sequence = sequence._replace(trace=patch.traces, block=patch.index, depth=patch.depth)
+    reduced = patch.reduction.reduce(sequence, remove)
     if patch.traces and reduced.sources is None:
         # Positions only determine the sources if at most one token is fused, which cannot be checked without a sync.
         raise ArgumentError(

@@ -32,6 +32,8 @@ class TokenSequence(NamedTuple):
     entering: Tensor | None = None  # (B, N, C) the tokens that entered the block
     pixels: Tensor | None = None  # (B, channels, height, width) the images, if the reduction reads "pixels"
     trace: bool = False  # whether to return `ReductionOutput.sources`, which takes time
+    block: int = 0  # index of the block
+    depth: int = 1  # number of blocks of the model
 
 
 class ReductionOutput(NamedTuple):

@@ -163,45 +163,68 @@ def merge_into_nearest(
         >>> merged.tokens.flatten().tolist(), merged.sizes.tolist()
         ([5.0, 9.0], [[2.0, 1.0]])
     """
-    # `mean` with a dtype is a single pass over the keys, and half precision would cause many ties. The keys of dropped
-    # tokens are not normalised, because their norm does not change which kept token is the most similar.
-    metric = key.mean(dim=1, dtype=torch.promote_types(key.dtype, torch.float32))
+    metric = mean_keys(key)
     keep = scores.shape[1] - remove
     if is_portable():
-        target = _nearest_targets(metric[:, num_prefix_tokens:], scores, keep, num_prefix_tokens)
+        rank = descending_ranks(scores)
+        kept = rank < keep
+        target = most_similar_targets(metric, rank, kept, kept, num_prefix_tokens)
         return merge_into_targets(tokens, target, tokens.shape[1] - remove, sizes, trace)
     # ExecuTorch has no sort.
     order = scores.topk(scores.shape[1], dim=-1).indices if is_exported() else scores.argsort(dim=-1, descending=True)
     order = order + num_prefix_tokens
     kept, dropped = order[:, :keep], order[:, keep:]
-    candidates = F.normalize(take_tokens(metric, kept), dim=-1)
-    similarity = precise_product(take_tokens(metric, dropped), candidates.transpose(1, 2))
-    return merge(tokens, dropped, kept.gather(1, similarity.argmax(dim=-1)), sizes, trace)
+    return merge(tokens, dropped, most_similar(metric, dropped, kept), sizes, trace)
 
 
-def _nearest_targets(metric: Tensor, scores: Tensor, keep: int, num_prefix_tokens: int) -> Tensor:
-    """The target of each token for `merge_into_targets`, if each dropped one is merged into the most similar kept one.
+def mean_keys(key: Tensor) -> Tensor:
+    """The mean of the keys over the heads: (B, H, N, D) -> (B, N, D), in float32 or float64."""
+    # `mean` with a dtype is a single pass over the keys, and half precision would cause many ties.
+    return key.mean(dim=1, dtype=torch.promote_types(key.dtype, torch.float32))
 
-    Of kept tokens that are equally similar, the one with the highest score is chosen, as by the native form.
+
+def most_similar(metric: Tensor, source: Tensor, candidates: Tensor) -> Tensor:
+    """The candidate that is most similar to each source, by the cosine; of equally similar ones the first.
 
     Args:
-        metric: (B, N - P, D) mean keys of the patch tokens.
-        scores: (B, N - P).
-        keep: Number of patch tokens to keep.
+        metric: (B, N, D) what similarity is computed from.
+        source: (B, R) indices among the N tokens.
+        candidates: (B, K) indices among the N tokens.
+
+    Returns:
+        (B, R) indices among the N tokens.
+    """
+    # Sources are not normalised, because their norm does not change which candidate is the most similar.
+    normalised = F.normalize(take_tokens(metric, candidates), dim=-1)
+    similarity = precise_product(take_tokens(metric, source), normalised.transpose(1, 2))
+    return candidates.gather(1, similarity.argmax(dim=-1))
+
+
+def most_similar_targets(
+    metric: Tensor, rank: Tensor, stays: Tensor, candidates: Tensor, num_prefix_tokens: int
+) -> Tensor:
+    """The portable form of `most_similar`: the targets of all tokens for `merge_into_targets`.
+
+    Of candidates that are equally similar, the one with the lowest rank is chosen, as by the native form if it has them
+    in that order.
+
+    Args:
+        metric: (B, N, D).
+        rank: (B, N - P) float32, the rank of each patch token.
+        stays: (B, N - P) bool, whether a patch token is left; others go into their most similar candidate.
+        candidates: (B, N - P) bool, which of those that are left others may go into.
         num_prefix_tokens: P.
 
     Returns:
-        (B, N) float32.
+        (B, N) float32, index of the token that each token is merged into; those that are left have their own.
     """
-    patches = scores.shape[1]
-    rank = descending_ranks(scores)
-    kept = rank < keep
+    metric, patches = metric[:, num_prefix_tokens:], rank.shape[1]
     similarity = precise_product(metric, F.normalize(metric, dim=-1).transpose(1, 2))
-    similarity = torch.where(kept.unsqueeze(1), similarity, float("-inf"))
+    similarity = torch.where(candidates.unsqueeze(1), similarity, float("-inf"))
     is_nearest = similarity == similarity.amax(dim=2, keepdim=True)
     nearest_rank = torch.where(is_nearest, rank.unsqueeze(1), float(patches)).amin(dim=2)
-    places = whole_numbers(0, patches, scores)
+    places = whole_numbers(0, patches, rank)
     nearest = ((rank.unsqueeze(1) == nearest_rank.unsqueeze(2)).to(torch.float32) * places).sum(dim=2)
-    target = torch.where(kept, places, nearest) + num_prefix_tokens
-    prefix = whole_numbers(0, num_prefix_tokens, scores).expand(scores.shape[0], -1)
+    target = torch.where(stays, places, nearest) + num_prefix_tokens
+    prefix = whole_numbers(0, num_prefix_tokens, rank).expand(rank.shape[0], -1)
     return joined(prefix, target)

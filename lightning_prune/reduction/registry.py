@@ -11,11 +11,14 @@ from typing import Any
 from lightning_prune.errors import ArgumentError
 from lightning_prune.reduction.base import Reduction
 from lightning_prune.reduction.cls_attention import EViT, TopK
+from lightning_prune.reduction.diffrate import DiffRateMerge
+from lightning_prune.reduction.energy_merging import PiToMe
 from lightning_prune.reduction.pixel_variance import VWTIntra
 from lightning_prune.reduction.pomt import POMT
 from lightning_prune.reduction.random_drop import RandomDrop
 from lightning_prune.reduction.representation_shift import RepresentationShift
 from lightning_prune.reduction.resize import Resize
+from lightning_prune.reduction.soft_merging import SoftMerge
 from lightning_prune.reduction.tome import ToMe
 from lightning_prune.reduction.visual_words import VWTInter
 from lightning_prune.schedule import MethodSpec
@@ -24,7 +27,10 @@ GROUP = "lightning_prune.reductions"
 
 METHODS: dict[str, type[Reduction]] = {
     method.name: method
-    for method in (POMT, TopK, EViT, ToMe, RepresentationShift, VWTIntra, VWTInter, Resize, RandomDrop)
+    for method in (
+        *(POMT, TopK, EViT, ToMe, PiToMe, DiffRateMerge, SoftMerge),
+        *(RepresentationShift, VWTIntra, VWTInter, Resize, RandomDrop),
+    )
 }
 """The methods of this package."""
 

@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor
 
+from helpers.reference_tome import merged
+
 
 def probabilities(
     query: Tensor, key: Tensor, scale: float | None = None, mask: Tensor | None = None
@@ -146,3 +148,61 @@ def nearest(
         weights.append(sum(sizes[i] for i in group))
         rows.append(sum(sizes[i] * tokens[i].double() for i in group) / weights[-1])
     return torch.stack(rows), positions, weights, sources
+
+
+def mean_key_cosines(key: Tensor) -> list[list[float]]:
+    """The cosine of the keys of each two tokens of one image, averaged over heads; `key` is (H, N, D)."""
+    heads, tokens, channels = key.shape
+    keys = key.double().tolist()
+    mean = [[sum(k[i][d] for k in keys) / heads for d in range(channels)] for i in range(tokens)]
+    norms = [math.hypot(*row) for row in mean]
+    return [
+        [sum(a * b for a, b in zip(mean[i], mean[j], strict=True)) / norms[i] / norms[j] for j in range(tokens)]
+        for i in range(tokens)
+    ]
+
+
+def pitome_energy(key: Tensor, prefix: int, margin: float) -> list[float]:
+    """Mean over the patch tokens j of f(cos(k_i, k_j) - margin), of every patch token i of one image."""
+    cosines = [row[prefix:] for row in mean_key_cosines(key)[prefix:]]
+    return [
+        sum(u if u >= 0 else math.exp(u) - 1 for u in (cosine - margin for cosine in row)) / len(row) for row in cosines
+    ]
+
+
+def pitome(
+    tokens: Tensor, key: Tensor, remove: int, prefix: int, margin: float, sizes: list[float] | None = None
+) -> tuple[Tensor, list[int], list[float], list[int]]:
+    """The 2R tokens with the highest energy in pairs: the first of a pair goes into the most similar of the seconds."""
+    energy, cosines = pitome_energy(key, prefix, margin), mean_key_cosines(key)
+    order = sorted(range(len(energy)), key=lambda i: energy[i], reverse=True)[: 2 * remove]
+    seconds = [prefix + i for i in order[1::2]]
+    goes = {prefix + i: max(seconds, key=lambda j, i=i: cosines[prefix + i][j]) for i in order[::2]}
+    return merged(tokens, list(goes.items()), [1.0] * len(tokens) if sizes is None else sizes)
+
+
+def soft_merge(
+    tokens: Tensor,
+    key: Tensor,
+    scores: list[float],
+    remove: int,
+    prefix: int,
+    temperature: float,
+    sizes: list[float] | None = None,
+) -> tuple[Tensor, list[int], list[float], list[int]]:
+    """Each token that is not kept is shared among the kept ones; the source is that with the largest share."""
+    sizes = [1.0] * len(tokens) if sizes is None else sizes
+    _, positions = keep_best(tokens, scores, remove, prefix)
+    kept, cosines = positions[prefix:], mean_key_cosines(key)
+    shares = []
+    for i in range(len(tokens)):
+        weights = [math.exp(cosines[i][j] / temperature) for j in kept]
+        own = [float(i == j) for j in kept]
+        shares.append(own if i < prefix or i in kept else [weight / sum(weights) for weight in weights])
+    rows, held = list(tokens.double()[:prefix]), list(sizes[:prefix])
+    for k in range(len(kept)):
+        given = [shares[i][k] * sizes[i] for i in range(len(tokens))]
+        held.append(sum(given))
+        rows.append(sum(weight / held[-1] * row for weight, row in zip(given, tokens.double(), strict=True)))
+    sources = [i if i < prefix else prefix + shares[i].index(max(shares[i])) for i in range(len(tokens))]
+    return torch.stack(rows), positions, held, sources

@@ -11,7 +11,7 @@ import lightning_prune as lp
 from helpers import reference as naive
 from lightning_prune.errors import UnsupportedModelError
 from lightning_prune.patching import find_vision_transformer
-from lightning_prune.reduction import POMT, Reduction, ReductionOutput, TokenSequence, resolve
+from lightning_prune.reduction import POMT, Reduction, ReductionOutput, SoftMerge, TokenSequence, resolve
 
 from . import huggingface_models as hf
 from . import test_torchvision as tv
@@ -21,10 +21,14 @@ from .test_timm_families import MODELS
 
 REMOVED = [0, 5, 6, 0]
 METHODS = ("topk", "evit", "shift", "pomt-nearest")
+MERGING = ("pitome", "diffrate-merge", "soft-merge")  # they read what `pomt-nearest` reads, in every family
 VITS = ("vit", "distilled", "siglip", "registers-without-class", "diff-attention", "res-post", "parallel-things")
 TIMM = ("eva02", "dinov3", "naflex", "beit-own-bias", "relpos", "cait", "convit")
 HUGGING = ("ViTModel", "Dinov2WithRegistersModel", "SiglipVisionModel")
-every_method = pytest.mark.parametrize("method", METHODS)
+FAMILIES = (*VITS, *TIMM, "torchvision", *HUGGING)
+CASES = [(name, method) for name in FAMILIES for method in METHODS]
+CASES += [(name, method) for name in ("vit", "siglip", "eva02", "ViTModel") for method in MERGING]
+every_method = pytest.mark.parametrize("method", [*METHODS, *MERGING])
 
 
 def build(name: str) -> tuple[Any, Tensor]:
@@ -69,19 +73,24 @@ def looped(
     query, key, value = (part[b] for part in attention[:3])
     mask = None if attention.mask is None else attention.mask.expand(len(given.tokens), len(query), len(x), len(x))[b]
     seen = naive.probabilities(query, key, attention.scale, mask)
+    known = None if given.sizes is None else given.sizes[b].tolist()
     if method == "pomt-nearest":
         scores = naive.pomt_scores(query, key, value, prefix, seen)
-        known = None if given.sizes is None else given.sizes[b].tolist()
         return naive.nearest(x, key, scores, remove, prefix, known)[:3]
+    if method == "pitome":
+        return naive.pitome(x, key, remove, prefix, 0.9 * (1 - given.block / given.depth), known)[:3]
     queries = [0] if class_token else list(range(prefix, len(x)))
     scores = [
         sum(head[j][i] for head in seen for j in queries) / (len(seen) * len(queries)) for i in range(prefix, len(x))
     ]
+    if method == "diffrate-merge":
+        return naive.nearest(x, key, scores, remove, prefix, known)[:3]
+    if method == "soft-merge":
+        return naive.soft_merge(x, key, scores, remove, prefix, SoftMerge().temperature, known)[:3]
     return *(naive.keep_best if method == "topk" else naive.evit)(x, scores, remove, prefix), None
 
 
-@every_method
-@pytest.mark.parametrize("name", [*VITS, *TIMM, "torchvision", *HUGGING])
+@pytest.mark.parametrize(("name", "method"), CASES)
 def test_patched_outputs_match_the_loop(name: str, method: str) -> None:
     model, images = build(name)
     with_key_bias = name not in ("cait", "convit")  # their attention takes nothing that is added to its logits
@@ -100,13 +109,14 @@ def test_patched_outputs_match_the_loop(name: str, method: str) -> None:
         watching.seen[0][0].tokens.shape[1] - 5,
         watching.seen[0][0].tokens.shape[1] - 11,
     ]
-    for (given, reduced), remove in zip(watching.seen, (5, 6), strict=True):
+    for (given, reduced), remove, block in zip(watching.seen, (5, 6), (1, 2), strict=True):
+        assert (given.block, given.depth) == (block, 4)
         assert given.num_prefix_tokens == transformer.num_prefix_tokens
         for b in range(len(images)):
             left, positions, sizes = looped(method, given, remove, b, transformer.has_class_token)
             assert reduced.positions[b].tolist() == positions
             torch.testing.assert_close(reduced.tokens[b], left, rtol=1e-10, atol=1e-12)
-            assert sizes == (None if reduced.sizes is None else reduced.sizes[b].tolist())
+            assert (None if reduced.sizes is None else reduced.sizes[b].tolist()) == pytest.approx(sizes, rel=1e-10)
 
 
 def test_sizes_weight_later_attention(images: Tensor) -> None:

@@ -48,26 +48,27 @@ def run(model: Any, images: Tensor) -> Tensor:
     return output
 
 
-def expect(model: Any, images: Tensor, where: str, proportional: bool, kind: Any, after: str | None = None) -> Tensor:
+def expect(model: Any, images: Tensor, where: str, method: ToMe, kind: Any, after: str | None = None) -> Tensor:
     """`pruned_by_hand`; `after` is the module after the blocks of a model that pools patch tokens: it gets them all."""
-    naive, model = Naive(proportional), copy.deepcopy(model)
+    naive = Naive(method.proportional_attention, method.order == "concatenated")
+    model = copy.deepcopy(model)
     if after is not None:
         model.get_submodule(after).register_forward_pre_hook(lambda _, args: (naive.restored(args[0]),))
     prefix = find_vision_transformer(model).num_prefix_tokens
     return pruned_by_hand(model, images, WHERE[where], naive, prefix, *kind)
 
 
-def agree(model: Any, images: Tensor, where: str, proportional: bool, expected: Tensor, run: Any, error: Any) -> None:
+def agree(model: Any, images: Tensor, where: str, method: ToMe, expected: Tensor, run: Any, error: Any) -> None:
     """Equal in float64 up to rounding, also for a single image; finite in half precision; restored afterwards."""
     model, images = model.double(), images.double()
     dense = run(model, images)
-    with lp.patch(model, ToMe(proportional), WHERE[where]):
+    with lp.patch(model, method, WHERE[where]):
         assert error(run(model, images), expected) < 1e-10
         assert error(run(model, images[1:2]), expected[1:2]) < 1e-10
     assert torch.equal(run(model, images), dense)
     assert error(dense, expected) > 1e-6
     half = model.bfloat16()
-    with lp.patch(half, ToMe(proportional), WHERE[where]):
+    with lp.patch(half, method, WHERE[where]):
         assert run(half, images.bfloat16()).isfinite().all()
 
 
@@ -81,8 +82,23 @@ TIMM_MODELS |= {"pool-avg": "norm", "no-prefix": "norm"}
 @pytest.mark.parametrize("name", TIMM_MODELS)
 def test_timm(build: Any, images: Tensor, relative_error: Any, name: str, proportional: bool, where: str) -> None:
     model = build(name)
-    expected = expect(model, images, where, proportional, TIMM, TIMM_MODELS[name])
-    agree(model, images, where, proportional, expected, run, relative_error)
+    expected = expect(model, images, where, ToMe(proportional), TIMM, TIMM_MODELS[name])
+    agree(model, images, where, ToMe(proportional), expected, run, relative_error)
+
+
+@pytest.mark.parametrize("proportional", [True, False])
+@pytest.mark.parametrize(("name", "where"), [("vit", "all"), ("vit", "two"), ("distilled", "all"), ("siglip", "two")])
+def test_the_published_order(
+    build: Any, images: Tensor, relative_error: Any, name: str, where: str, proportional: bool
+) -> None:
+    """The logits of the paper's order of tokens, which are others than those of the order in the image."""
+    model, method = build(name), ToMe(proportional, order="concatenated")
+    expected = expect(model, images, where, method, TIMM, TIMM_MODELS[name])
+    with lp.patch(model, method, WHERE[where]):
+        assert relative_error(run(model, images), expected) < 1e-5
+    with lp.patch(model, ToMe(proportional), WHERE[where]):
+        assert relative_error(run(model, images), expected) > 1e-3
+    agree(model, images, where, method, expected, run, relative_error)
 
 
 @every_way
@@ -91,15 +107,15 @@ def test_transformers(name: str, images: Tensor, relative_error: Any, where: str
     model = hf.build_hf(name)
     kind = (hf.blocks_of, hf.parts_of, hf.outputs_of)
     after = "post_layernorm" if name == "SiglipVisionModel" else None
-    expected = expect(model, images, where, True, kind, after)
-    agree(model, images, where, True, expected, hf.run, relative_error)
+    expected = expect(model, images, where, ToMe(), kind, after)
+    agree(model, images, where, ToMe(), expected, hf.run, relative_error)
 
 
 @every_way
 def test_torchvision(images: Tensor, relative_error: Any, where: str) -> None:
     model = tv.build_tv()
-    expected = expect(model, images, where, True, (tv.blocks_of, tv.parts_of, lambda logits: logits))
-    agree(model, images, where, True, expected, run, relative_error)
+    expected = expect(model, images, where, ToMe(), (tv.blocks_of, tv.parts_of, lambda logits: logits))
+    agree(model, images, where, ToMe(), expected, run, relative_error)
 
 
 def key_of(attn: Any, x: Tensor) -> Tensor:
@@ -128,9 +144,10 @@ def spied(seen: list[Tensor], places: list[int], sizes: list[float], prefix: int
 
 
 @torch.no_grad()
-def placed_by_hand(model: Any, image: Tensor, removed: list[int], proportional: bool) -> Tensor:
+def placed_by_hand(model: Any, image: Tensor, removed: list[int], method: ToMe) -> Tensor:
     """The output for one image, with the model's own blocks and the positions of the destinations."""
-    transformer, naive = find_vision_transformer(model), Naive(proportional)
+    transformer = find_vision_transformer(model)
+    naive = Naive(method.proportional_attention, method.order == "concatenated")
     prefix, first = transformer.num_prefix_tokens, transformer.first_prunable_block
     entered: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
     hooks = [
@@ -170,15 +187,20 @@ def placed_by_hand(model: Any, image: Tensor, removed: list[int], proportional: 
         hook.remove()
 
 
-@pytest.mark.parametrize("removed", [[0, 6, 0, 0], [0, 7, 4, 0]], ids=["one", "two"])
-@pytest.mark.parametrize("name", MODELS)
-def test_positions_are_those_of_the_destinations(name: str, removed: list[int], relative_error: Any) -> None:
+PLACED = [(name, removed, "kept") for name in MODELS for removed in ([0, 6, 0, 0], [0, 7, 4, 0])]
+PLACED += [(name, [0, 7, 4, 0], "concatenated") for name in ("eva02", "beit-own-bias")]
+
+
+@pytest.mark.parametrize(("name", "removed", "order"), PLACED)
+def test_positions_are_those_of_the_destinations(
+    name: str, removed: list[int], order: Any, relative_error: Any
+) -> None:
     """Rotary embeddings and position biases of a merged token are those of its destination."""
-    model, proportional = MODELS[name]().double(), name not in UNWEIGHED
+    model, method = MODELS[name]().double(), ToMe(name not in UNWEIGHED, order=order)
     images = torch.randn(2, 3, *coverage.image_size(model), generator=torch.Generator().manual_seed(1)).double()
-    expected = torch.cat([placed_by_hand(model, image[None], removed, proportional) for image in images])
+    expected = torch.cat([placed_by_hand(model, image[None], removed, method) for image in images])
     dense = run(model, images)
-    with lp.patch(model, ToMe(proportional), removed):
+    with lp.patch(model, method, removed):
         found = run(model, images)
     assert relative_error(found, expected) < 1e-10
     assert relative_error(dense, expected) > 1e-6

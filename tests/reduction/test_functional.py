@@ -154,7 +154,13 @@ class TestSources:
         reduced = ReductionOutput(torch.zeros(1, 2, 2), torch.tensor([[1, -1]]), None, said)
         assert sources_of(reduced, 3) is said
 
-    @pytest.mark.parametrize("name", ["pomt", "pomt-nearest", "topk", "evit", "shift", "random", "tome"])
+    @pytest.mark.parametrize(
+        "name",
+        [
+            *("pomt", "pomt-nearest", "topk", "evit", "shift", "random", "tome"),
+            *("tome:order=concatenated", "pitome", "soft-merge"),
+        ],
+    )
     def test_sources_of_every_method_are_complete(self, name: str) -> None:
         """Each token that is left has a source, and methods that merge or fuse drop none."""
         method: Reduction = resolve(name)

@@ -11,7 +11,15 @@ from torch import Tensor
 from helpers import reference as naive
 from helpers import reference_tome
 from lightning_prune.errors import ArgumentError
-from lightning_prune.reduction import Reduction, ReductionOutput, TokenSequence, VWTInter, portable_graph, resolve
+from lightning_prune.reduction import (
+    Reduction,
+    ReductionOutput,
+    SoftMerge,
+    TokenSequence,
+    VWTInter,
+    portable_graph,
+    resolve,
+)
 from lightning_prune.reduction.functional import (
     keep_best,
     precise_product,
@@ -27,7 +35,8 @@ from .drawn import draw
 
 SIDE, ROWS, COLUMNS = 2, 3, 5
 PATCHES, REMOVE = ROWS * COLUMNS, 6
-NAMES = ["pomt", "pomt-nearest", "tome", "topk", "evit", "shift", "random", "vwt-intra", "vwt-inter"]
+NAMES = ["pomt", "pomt-nearest", "tome", "topk", "evit", "shift", "random", "pitome", "diffrate-merge", "soft-merge"]
+NAMES += ["tome:order=concatenated", "vwt-intra", "vwt-inter"]
 every_method = pytest.mark.parametrize("name", NAMES)
 
 
@@ -60,7 +69,7 @@ def check_same(native: ReductionOutput, portable: ReductionOutput, tolerance: fl
     for one, other in ((native.sizes, portable.sizes), (native.sources, portable.sources)):
         assert (one is None) is (other is None)
         if one is not None and other is not None:
-            assert torch.equal(one, other)
+            torch.testing.assert_close(one, other, rtol=tolerance, atol=0)  # those of soft-merge are no whole numbers
             assert one.dtype == other.dtype
 
 
@@ -104,6 +113,16 @@ def test_equals_the_formulas(name: str, prefix: int) -> None:
         elif name == "pomt-nearest":
             scores = naive.pomt_scores(query, key, value, prefix)
             expected = naive.nearest(x, key, scores, REMOVE, prefix, sizes)
+        elif name == "tome:order=concatenated":
+            expected = reference_tome.published(x, key, REMOVE, prefix, sizes)
+        elif name == "pitome":
+            expected = naive.pitome(x, key, REMOVE, prefix, 0.9, sizes)
+        elif name == "soft-merge":
+            scores = naive.topk_scores(query, key, prefix, has_class_token=True)
+            expected = naive.soft_merge(x, key, scores, REMOVE, prefix, SoftMerge().temperature, sizes)
+        elif name == "diffrate-merge":
+            scores = naive.topk_scores(query, key, prefix, has_class_token=True)
+            expected = naive.nearest(x, key, scores, REMOVE, prefix, sizes)
         elif name == "tome":
             expected = reference_tome.merged(x, reference_tome.matching(key, REMOVE, prefix), sizes)
         elif name == "random":
@@ -117,7 +136,7 @@ def test_equals_the_formulas(name: str, prefix: int) -> None:
         assert found.positions[b].tolist() == expected[1]
         for one, said in zip((found.sizes, found.sources), expected[2:], strict=False):
             assert one is not None
-            assert one[b].tolist() == said
+            assert one[b].tolist() == pytest.approx(said, rel=1e-12)
 
 
 class TestTies:

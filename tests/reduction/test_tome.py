@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from helpers.reference_tome import matching, merged
+from helpers.reference_tome import matching, merged, published
 from lightning_prune.errors import ArgumentError
 from lightning_prune.reduction import AttentionInputs, TokenSequence, ToMe, bipartite_matching, resolve
 from lightning_prune.reduction.merging import merge
@@ -49,6 +49,29 @@ def test_every_remove_up_to_max_removed_matches_the_reference(batch: int, prefix
                 assert found.sizes[b].tolist() == weights
                 assert found.sources[b].tolist() == sources
                 assert kept[:prefix] == list(range(prefix))
+
+
+@pytest.mark.parametrize("patches", [3, 10])
+@pytest.mark.parametrize("prefix", [0, 1, 2, 5])
+def test_the_concatenated_order_matches_the_paper(prefix: int, patches: int) -> None:
+    """Sources at even places, counted with the prefix; prefix, sources that are left, destinations."""
+    method, tokens = ToMe(order="concatenated"), prefix + patches
+    x, attention = draw(2, tokens, seed=prefix)
+    for remove in range(1, method.max_removed(tokens, prefix) + 1):
+        sizes = draw_sizes(2, tokens) if remove % 2 else None
+        found = method.reduce(TokenSequence(x, prefix, prefix > 0, attention, sizes, trace=True), remove)
+        assert found.sizes is not None
+        assert found.sources is not None
+        for b in range(2):
+            before = [1.0] * tokens if sizes is None else sizes[b].tolist()
+            rows, places, weights, sources = published(x[b], attention.key[b], remove, prefix, before)
+            torch.testing.assert_close(found.tokens[b], rows, rtol=1e-12, atol=1e-13)
+            assert found.positions[b].tolist() == places
+            assert found.sizes[b].tolist() == weights
+            assert found.sources[b].tolist() == sources
+            source, destination = bipartite_matching(attention.key[b : b + 1], remove, prefix, "concatenated")
+            assert {*source[0].tolist()} == {*range(tokens)} - {*places}
+            assert {*destination[0].tolist()} <= {*places[prefix:]}
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)], ids=["fp32", "bf16"])
@@ -197,9 +220,9 @@ def test_attributes() -> None:
     assert (method.site, method.reads, method.tracks_sizes, method.is_lossless) == ("block", {"attention"}, True, True)
     assert (method.proportional_attention, method.schedule, method.adaptive) == (True, "constant", False)
     other = ToMe(False, "decreasing")
-    assert repr(other) == "ToMe(proportional_attention=False, schedule='decreasing')"
-    assert other.settings() == {"proportional_attention": False, "schedule": "decreasing"}
-    assert len({method, ToMe(), other, ToMe(False)}) == 3
+    assert repr(other) == "ToMe(proportional_attention=False, schedule='decreasing', order='kept')"
+    assert other.settings() == {"proportional_attention": False, "schedule": "decreasing", "order": "kept"}
+    assert len({method, ToMe(), other, ToMe(False), ToMe(order="concatenated")}) == 4
     assert copy.deepcopy(other) == other
     assert pickle.loads(pickle.dumps(other)) == other
 
@@ -208,6 +231,8 @@ def test_invalid_arguments_are_rejected() -> None:
     anything: Any = ToMe
     with pytest.raises(ArgumentError, match="`proportional_attention` must be True or False, got 'yes'"):
         anything("yes")
+    with pytest.raises(ArgumentError, match="`order` must be 'kept' or 'concatenated', got 'sorted'"):
+        anything(order="sorted")
     with pytest.raises(ArgumentError, match="`schedule` must be 'constant' or 'decreasing', got 'rising'"):
         anything(schedule="rising")
     with pytest.raises(ArgumentError, match=r"`schedule` must be 'constant' or 'decreasing', got \['constant'\]"):

@@ -4,7 +4,7 @@ import pytest
 
 from lightning_prune.errors import ArgumentError, ScheduleError
 from lightning_prune.reduction import ToMe, tome_schedule
-from lightning_prune.reduction.tome import allocate_tokens, max_allocatable
+from lightning_prune.reduction.merge_schedule import allocate_tokens, max_allocatable
 
 SHAPES = [(197, 1, 12, 0), (197, 1, 12, 3), (20, 0, 4, 0), (33, 2, 5, 2), (9, 5, 3, 0), (30, 1, 4, 3), (3, 1, 2, 0)]
 
