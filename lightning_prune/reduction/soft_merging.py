@@ -83,8 +83,8 @@ class SoftMerge(Reduction):
     There is no index of a destination: no gather by it, no scatter, in any form.
 
     Ours, in the spirit of Token Transforming (arXiv 2506.05709), which also describes reduction as a product with a
-    matrix from many tokens to many. Its formulas could not be verified, so they are not claimed to be these. Formula and
-    temperature were chosen by the outputs of a small ViT for CIFAR-10 (`docs/benchmarks.md`), where no temperature
+    matrix from many tokens to many. Its formulas could not be verified, so they are not claimed to be these. Formula
+    and temperature were chosen by the outputs of a small ViT for CIFAR-10 (`docs/benchmarks.md`), where no temperature
     lost less than merging into the nearest token alone: what speaks for it are its operators.
 
     Args:

@@ -98,10 +98,10 @@ def concatenate_merged(
     Example:
         >>> import torch
         >>> from lightning_prune.reduction.tome import concatenate_merged
-        >>> key = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.1], [0.1, 1.0]]).view(1, 1, 4, 2)
-        >>> merged = concatenate_merged(torch.tensor([[[1.0], [2.0], [3.0], [4.0]]]), key, 1, num_prefix_tokens=1)
+        >>> key = torch.tensor([[9.0, 9.0], [0.0, 1.0], [1.0, 0.0], [1.0, 0.1], [1.0, 0.5]]).view(1, 1, 5, 2)
+        >>> merged = concatenate_merged(torch.arange(5.0).view(1, 5, 1), key, remove=1, num_prefix_tokens=1)
         >>> merged.tokens.flatten().tolist(), merged.positions.tolist()
-        ([1.0, 3.0, 3.0], [[0, 2, 3]])
+        ([0.0, 4.0, 1.0, 2.5], [[0, 4, 1, 3]])
     """
     count, prefix = tokens.shape[1], num_prefix_tokens
     first_source, first_destination = _first(prefix, "concatenated")
