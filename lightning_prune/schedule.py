@@ -66,6 +66,16 @@ class _BlockSchedule(SavedDocument):
         found = {block: specs.get(block, self.method) for block in self._reducing_blocks()}
         return {block: spec for block, spec in found.items() if isinstance(spec, MethodSpec)}
 
+    @property
+    def method_label(self) -> str:
+        """The method as people read it; of several each with its blocks, `"topk 3, tome 6+9"`. Empty if it is None."""
+        if not isinstance(self.method, tuple):
+            return "" if self.method is None else str(self.method)
+        blocks: dict[str, list[int]] = {}
+        for block, spec in self.methods.items():
+            blocks.setdefault(str(spec), []).append(block)
+        return ", ".join(f"{method} {'+'.join(map(str, own))}" for method, own in blocks.items())
+
     @abstractmethod
     def _reducing_blocks(self) -> tuple[int, ...]:
         """Indices of the blocks that remove tokens."""

@@ -5,11 +5,9 @@ from typing import Any
 
 from lightning_prune.patching import VisionTransformer
 from lightning_prune.planning import Plan
+from lightning_prune.planning.candidates import MIXED
 from lightning_prune.reduction import Reduction
 from lightning_prune.schedule import KeepRates, Schedule
-
-MIXED = "mixed"
-"""`Decision.method` of a schedule that names several methods."""
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from lightning_prune.callbacks.planned_schedule import proxy_for
 from lightning_prune.errors import DataError
 from lightning_prune.patching import PatchHandle
 from lightning_prune.planning.api import shuffled
-from lightning_prune.planning.method_front import dense_reason
+from lightning_prune.planning.reasons import dense_reason
 from lightning_prune.profiling import Estimate, Proxy
 from lightning_prune.profiling.environment import model_conditions, replaced_methods
 from lightning_prune.profiling.measurement import ready_to_run

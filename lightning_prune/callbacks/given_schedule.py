@@ -6,11 +6,12 @@ from typing import Any, cast
 from torch import Tensor
 
 from lightning_prune._utils.measurement_source import MeasurementSource
-from lightning_prune.callbacks.decision import MIXED, Decision
+from lightning_prune.callbacks.decision import Decision
 from lightning_prune.callbacks.first_batch import FirstBatch
 from lightning_prune.patching import PatchHandle, VisionTransformer, check_schedule
 from lightning_prune.patching.compatibility import check_depth
 from lightning_prune.patching.schedule_forms import counts_for, reductions_of, resolve_schedule
+from lightning_prune.planning.candidates import MIXED
 from lightning_prune.profiling import compare_latency
 from lightning_prune.profiling.interleaved_timer import LatencyStats
 from lightning_prune.profiling.measurement import ready_to_run

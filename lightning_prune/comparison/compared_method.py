@@ -7,14 +7,14 @@ from torch import Tensor
 
 from lightning_prune._utils.measurement_source import MeasurementSource
 from lightning_prune.comparison.final_run import Target
-from lightning_prune.comparison.planned_variants import PlannedVariant, plain_settings
+from lightning_prune.comparison.planned_variants import PlannedVariant, chosen_text, plain_settings
 from lightning_prune.comparison.requests import VariantRequest
 from lightning_prune.errors import RuntimeUnavailableError, ScheduleError, UnsupportedModelError
 from lightning_prune.patching import PatchHandle, VisionTransformer
 from lightning_prune.patching.schedule_forms import allocate_schedule, reducing_block
+from lightning_prune.planning.candidates import Candidate
 from lightning_prune.planning.method_selection import usable_methods
 from lightning_prune.planning.ordered_candidates import OrderedCandidates
-from lightning_prune.planning.results import Candidate
 from lightning_prune.profiling import LatencyStats, Variant
 from lightning_prune.quantization import unsupported_reason as int8_unsupported_reason
 from lightning_prune.quantization.quantizer import quantizer_version
@@ -151,7 +151,7 @@ class ComparedMethod:
         request, candidate, speedup = self.request, target.candidate, target.budget.speedup
         assert candidate is not None
         reduction, counts = candidate.reduction, candidate.schedule
-        chosen = "" if reduction is None or reduction is request.reduction else reduction.name
+        chosen = "" if not request.searches else chosen_text(reduction, counts)
         made_on = MeasurementSource.from_context(
             context,
             dense_tokens=self.tokens,
@@ -172,7 +172,7 @@ class ComparedMethod:
             chosen=chosen,
             target_speedup=speedup,
             settings=plain_settings(reduction),
-            schedule=Schedule(counts.removed, None if reduction is None else spec_of(reduction), made_on),
+            schedule=Schedule(counts.removed, counts.method if reduction is None else spec_of(reduction), made_on),
             timing=timing,
             note="; ".join(filter(None, (chosen, "" if request.quantizing is None else self.note, shortfall))),
             runtime=request.runtime.name,

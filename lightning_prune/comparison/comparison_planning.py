@@ -26,7 +26,8 @@ from lightning_prune.comparison.target_search import TUNING, AutoFront, auto_fro
 from lightning_prune.comparison.time_shares import SHARES, TimeShares
 from lightning_prune.comparison.variant_costs import with_energy, with_model_costs
 from lightning_prune.errors import UnsupportedModelError
-from lightning_prune.planning.candidate_search import CandidateSearch, CandidateSource
+from lightning_prune.planning.candidate_search import CandidateSearch
+from lightning_prune.planning.candidates import CandidateSource
 from lightning_prune.planning.measurements import Measurements
 from lightning_prune.planning.objectives import LatencyBudget
 from lightning_prune.planning.ordered_candidates import TARGET_TUNING

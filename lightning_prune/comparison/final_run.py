@@ -13,10 +13,10 @@ from lightning_prune._utils.progress import OnStep
 from lightning_prune.comparison.planned_variants import UnreachedTarget
 from lightning_prune.comparison.target_search import TUNING, VariantTimer
 from lightning_prune.patching import VisionTransformer
-from lightning_prune.planning.candidate_search import CandidateSearch, Timings, run_searches
+from lightning_prune.planning.candidate_search import CandidateSearch, run_searches
+from lightning_prune.planning.candidates import Candidate, Timings
 from lightning_prune.planning.objectives import LatencyBudget
 from lightning_prune.planning.ordered_candidates import OrderedCandidates
-from lightning_prune.planning.results import Candidate
 from lightning_prune.profiling import InterleavedTimer, Variant, VariantSwitch
 from lightning_prune.profiling.environment import precision
 from lightning_prune.runtimes import Runtime, TorchEager, is_compiled

@@ -8,13 +8,13 @@ from typing import Any, NamedTuple, cast
 from lightning_prune.callbacks import PruningConfig
 from lightning_prune.callbacks.decision import Decision
 from lightning_prune.callbacks.first_batch import FirstBatch
-from lightning_prune.comparison.planned_variants import PlannedVariant, plain_settings
+from lightning_prune.comparison.planned_variants import PlannedVariant, chosen_text, plain_settings
 from lightning_prune.comparison.requests import VariantRequest
 from lightning_prune.patching import check_schedule
 from lightning_prune.patching.compatibility import check_depth
 from lightning_prune.patching.schedule_forms import counts_for, reductions_of, resolve_schedule
 from lightning_prune.planning import Objective
-from lightning_prune.planning.results import no_gain
+from lightning_prune.planning.reasons import no_gain
 from lightning_prune.profiling.measurement import ready_to_run
 from lightning_prune.reduction import Reduction
 from lightning_prune.runtimes import Runtime
@@ -74,7 +74,7 @@ def variant_of_decision(request: VariantRequest, decision: Decision) -> PlannedV
         decision: With a plan.
     """
     assert decision.plan is not None
-    chosen = decision.reduction.name if request.searches and decision.reduction is not None else ""
+    chosen = chosen_text(decision.reduction, decision.schedule) if request.searches else ""
     reduction = decision.reduction if request.searches else request.reduction
     plan: Mapping[str, Any] = json.loads(json.dumps(decision.plan.to_dict()))  # as it will be read back
     return PlannedVariant(

@@ -29,7 +29,8 @@ class PlannedVariant:
         peak_memory_mib: MiB of weights and activations of a batch; None in 8 bits.
         joules_per_image: Energy; None where there is no counter.
         watts: Mean power.
-        chosen: Name of the reduction that `auto` chose; empty where the request says it.
+        chosen: Name of the reduction that `auto` chose, or of several, each with its blocks; empty where the request
+            says it.
         keep_rates: The keep rates that were given; None where tokens were counted.
         plan: How an objective led to the schedule, as plain values; None where none did.
         runtime: What executes the model.
@@ -99,7 +100,15 @@ def reduction_of(planned: PlannedVariant, request: VariantRequest) -> Reduction 
 
     Those that `auto` chooses from have names.
     """
+    schedule = planned.schedule
+    if schedule is not None and (isinstance(schedule.method, tuple) or not schedule.total_removed):
+        return None
     return resolve(planned.chosen) if planned.chosen else request.reduction
+
+
+def chosen_text(reduction: Reduction | None, schedule: Schedule) -> str:
+    """What `auto` chose: the name of the method, or of several each with its blocks, as `topk 3, tome 6+9`."""
+    return schedule.method_label if reduction is None else reduction.name
 
 
 def variant_of(planned: PlannedVariant, request: VariantRequest) -> Variant:

@@ -7,13 +7,13 @@ from typing import Any, NamedTuple
 from lightning_prune._utils.progress import OnStep
 from lightning_prune.comparison.requests import VariantRequest
 from lightning_prune.patching import VisionTransformer
-from lightning_prune.planning.candidate_search import CandidateSearch, Timings, run_searches
+from lightning_prune.planning.candidate_search import CandidateSearch, run_searches
+from lightning_prune.planning.candidates import Candidate, Timings, pareto_front
 from lightning_prune.planning.measurements import Measurements
-from lightning_prune.planning.method_front import MethodFront
+from lightning_prune.planning.method_front import Front
 from lightning_prune.planning.method_selection import usable_methods
 from lightning_prune.planning.objectives import RATIO_TOLERANCE, LatencyBudget
 from lightning_prune.planning.ordered_candidates import TARGET_TUNING, OrderedCandidates, amount_grid
-from lightning_prune.planning.results import Candidate, pareto_front
 from lightning_prune.profiling import InterleavedTimer, Variant
 from lightning_prune.schedule import Schedule
 
@@ -116,11 +116,11 @@ def search_targets(
     return {budget: source.amount(source.propose(budget, dense_ms, deadline).candidate) for budget in budgets}
 
 
-def merged_front(fronts: Sequence[MethodFront], chosen: Sequence[Candidate]) -> list[Candidate]:
+def merged_front(fronts: Sequence[Front], chosen: Sequence[Candidate]) -> list[Candidate]:
     """The candidates of all methods from the slowest to the fastest, none beaten in both latency and proxy.
 
     Args:
-        fronts: Of the methods.
+        fronts: Of the methods, and of schedules of several.
         chosen: Timed candidates with their proxies; no candidate that is merely predicted displaces one of them.
     """
 

@@ -25,10 +25,10 @@ from lightning_prune.planning.method_selection import Methods, usable_methods
 from lightning_prune.planning.overhead_probes import (
     SHALLOW_PROBES,
     has_shallow_copy,
-    schedules_to_probe,
     shallow_copy,
     shallow_schedules,
 )
+from lightning_prune.planning.probe_schedules import schedules_to_probe
 from lightning_prune.profiling.environment import measurement_context
 from lightning_prune.profiling.measurement import TOKEN_CURVE, check_dense
 from lightning_prune.reduction import Reduction, spec_of

@@ -1,8 +1,7 @@
 """Planning: how many tokens each block removes, and by which method, so that an objective is best met."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 
@@ -14,23 +13,21 @@ from lightning_prune._utils.time_limit import TimeLimit
 from lightning_prune._utils.validation import check, check_bool, check_int
 from lightning_prune.errors import ArgumentError
 from lightning_prune.patching import VisionTransformer, find_vision_transformer
-from lightning_prune.planning.candidate_search import CandidateSearch, run_searches
-from lightning_prune.planning.measurements import TUNING, Measurements
-from lightning_prune.planning.method_front import dense_reason, missed_budget
+from lightning_prune.planning.measurements import Measurements
 from lightning_prune.planning.method_selection import Blocks, Methods, usable_methods
-from lightning_prune.planning.objectives import AccuracyBudget, LatencyBudget, Objective
+from lightning_prune.planning.objectives import AccuracyBudget, Objective
 from lightning_prune.planning.paper_protocol import plan_by_paper
-from lightning_prune.planning.profile_validation import check_profile, foreign_conditions, nothing_timed
-from lightning_prune.planning.results import Candidate, Plan
+from lightning_prune.planning.plan_search import dense_plan, finished, searched
+from lightning_prune.planning.profile_validation import check_profile, foreign_conditions
+from lightning_prune.planning.reasons import dense_reason
+from lightning_prune.planning.results import Plan
 from lightning_prune.profiling import TOKEN_CURVE, LatencyProfile, profile_latency
 from lightning_prune.profiling.clocks import read_clock
 from lightning_prune.profiling.measurement import ProfilingMode, check_measurable
 from lightning_prune.profiling.output_kinds import choose_proxy
-from lightning_prune.reduction import Reduction
 from lightning_prune.runtimes.base import Runtime
 from lightning_prune.runtimes.calibration import calibrating_if_none
 from lightning_prune.runtimes.registry import parse_runtime
-from lightning_prune.schedule import Schedule
 
 PROFILE_SHARE = 0.3  # of the time limit, for measuring the latency curve
 
@@ -61,10 +58,11 @@ def plan(
     1. The latency curve: latency of the model against its number of tokens.
     2. The overhead of each method, from a few of its schedules, timed in one run.
     3. The sensitivity of each block to each method: divergence from the dense outputs when only it reduces.
-    4. A dynamic programme finds, for each method, the Pareto front of all schedules, since latencies and divergences
-       of the blocks add up.
-    5. The best candidate of each method, by the objective and the measured proxy, is timed against the dense model.
-       Timings correct the predictions, and other candidates are timed, a few times at most.
+    4. A dynamic programme finds the Pareto front of all schedules, since latencies and divergences of the blocks add
+       up: for each method, and for schedules that use another method in each block.
+    5. The best candidate of each front, by the objective and the measured proxy, is timed against the dense model; one
+       of several methods where it promises more. Timings correct the predictions, and other candidates are timed, a
+       few times at most.
 
     Nothing is removed if the device gains nothing, or if every faster schedule costs too much; the reason says so. A
     budget that cannot be met is no error: `Plan.met` is False, and the reason says the best that can be had.
@@ -205,89 +203,17 @@ def plan_many(  # noqa: D417  all other arguments are those of `plan`
             )
         flat = dense_reason(profile)
         if flat is not None:
-            plans = [_dense_plan(usable, objective, profile, flat, foreign) for objective in objectives]
+            plans = [dense_plan(usable, objective, profile, flat, foreign) for objective in objectives]
         else:
             images = shuffled(calibration, seed)
             where = model, transformer, images, example_inputs, profile, bool(foreign)
-            plans = _searched(
+            plans = searched(
                 Measurements(*where, limit, module_path, verbose, proxy, use_cache, cache_dir),
                 usable,
                 objectives,
                 foreign,
             )
-    return [_finished(made, limit.elapsed) for made in plans]
-
-
-def _finished(plan: Plan, seconds: float) -> Plan:
-    """A plan with the time that it took; its reason says if the dense model meets the budget, or nothing does."""
-    plan = replace(plan, seconds=seconds).or_dense_if_slower()
-    if isinstance(plan.objective, LatencyBudget) and plan.objective.dense_is_feasible(plan.dense_ms):
-        takes = plan.objective.latency_text(plan.dense_ms, None if plan.dense is None else plan.dense.p90_ms)
-        met = f"The dense model meets the {plan.objective}, already: it takes {takes}."
-        plan = replace(plan, reason=f"{met} {plan.reason}")
-    elif not plan.met and str(plan.objective) not in plan.reason:  # it was timed, and is slower than dense
-        missed = f"The {plan.objective} is not met: the dense model is the best that can be had."
-        plan = replace(plan, reason=f"{plan.reason} {missed}")
-    return plan
-
-
-def _dense_plan(
-    methods: Mapping[str, tuple[Reduction, Sequence[int]]],
-    objective: Objective,
-    profile: LatencyProfile,
-    reason: str,
-    foreign: Sequence[str],
-) -> Plan:
-    """The plan for a device that gains nothing from fewer tokens."""
-    nothing = Schedule([0] * profile.depth)
-    front = tuple(Candidate(label, reduction, nothing, 1.0, accuracy=1.0) for label, (reduction, _) in methods.items())
-    reason += missed_budget(objective, profile.dense_ms)
-    reason = nothing_timed(reason, profile, foreign) if foreign else reason
-    reduction = next(iter(methods.values()))[0]
-    met = objective.dense_is_feasible(profile.dense_ms)
-    return Plan.of(front[0], reduction, objective, met, reason, profile, front=front)
-
-
-def _searched(
-    measured: Measurements,
-    methods: Mapping[str, tuple[Reduction, Sequence[int]]],
-    objectives: Sequence[Objective],
-    foreign: Sequence[str],
-) -> list[Plan]:
-    """The plans of all objectives, from the fronts of all methods."""
-    fronts = measured.fronts(methods)
-    proxy, limit = measured.proxy_label, measured.limit
-    searches = [CandidateSearch(objective, fronts, measured.dense_ms, proxy) for objective in objectives]
-    if measured.is_foreign:
-        for search in searches:
-            search.next_candidates(limit.deadline(), limit.clock)
-    else:
-        run_searches(searches, measured.time_candidates, limit.deadline(), TUNING.proxy_share, limit.clock)
-    labels = {front.label for front in fronts}
-    left_out = [label for label in methods if label not in labels]
-    plans = []
-    for search in searches:
-        candidate, met, reason, dense = search.result()
-        if left_out:
-            reason = f"{reason} Not searched for lack of time: {', '.join(left_out)}."
-        chosen = next(front for front in fronts if front.label == candidate.method)
-        entries = [front.all_candidates(candidate if front is chosen else None) for front in fronts]
-        made = Plan.of(
-            candidate,
-            chosen.reduction,
-            search.objective,
-            met,
-            nothing_timed(reason, measured.profile, foreign, measured.without_overhead) if foreign else reason,
-            measured.profile,
-            proxy=proxy,
-            dense=dense or measured.dense,  # of now, as the reason says, and not of the profile
-            front=tuple(entry for group in entries for entry in group),
-            images=len(measured.images),
-            sensitivity_images=measured.sensitivity_images,
-            sensitivity_seconds=measured.sensitivity_seconds,
-        )
-        plans.append(made)
-    return plans
+    return [finished(made, limit.elapsed) for made in plans]
 
 
 def shuffled(images: Tensor, seed: int) -> Tensor:

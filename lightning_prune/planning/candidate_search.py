@@ -1,16 +1,16 @@
 """The search of all planning: propose candidates, time them against dense, correct the predictions, propose again."""
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 
+from lightning_prune.planning.candidates import Candidate, CandidateKey, CandidateSource, Proposal, TimeCandidates
 from lightning_prune.planning.latency_model import budget_tolerance
 from lightning_prune.planning.objectives import RATIO_TOLERANCE, Objective
-from lightning_prune.planning.results import Candidate
-from lightning_prune.profiling import DENSE_ACCURACY, Estimate, LatencyStats
+from lightning_prune.profiling import DENSE_ACCURACY, LatencyStats
 from lightning_prune.schedule import Schedule
 
 
@@ -33,52 +33,6 @@ class SearchTuning:
 
 
 TUNING = SearchTuning()
-CandidateKey = tuple[str, tuple[int, ...]]
-Timings = tuple[LatencyStats, Mapping[CandidateKey, LatencyStats]]
-"""Timing of the dense model, and of each candidate by its key, from one interleaved run."""
-TimeCandidates = Callable[[Sequence[Candidate]], Timings]
-
-
-class Proposal(NamedTuple):
-    """The best candidate of a source by its predictions.
-
-    Attributes:
-        candidate: The candidate; dense or the fastest one if none is better or none meets the objective.
-        reason: Why it is dense, or why the objective cannot be met; empty otherwise.
-        feasible: Whether the objective is predicted to be met, or no source would gain anything.
-    """
-
-    candidate: Candidate
-    reason: str = ""
-    feasible: bool = True
-
-
-class CandidateSource(Protocol):
-    """Proposes candidates and learns from their timings: one method, for example."""
-
-    label: str
-
-    def propose(self, objective: Objective, dense_ms: float, deadline: float) -> Proposal:
-        """The best candidate by what is known.
-
-        Args:
-            objective: What makes one candidate better than another.
-            dense_ms: Latency of the dense model at present.
-            deadline: On the clock of the search; nothing more is measured after it than one candidate needs.
-        """
-        ...
-
-    def fastest(self) -> Candidate:
-        """The candidate with the smallest predicted latency."""
-        ...
-
-    def observe(self, candidate: Candidate, timing: LatencyStats) -> None:
-        """Corrects the predictions by a timing."""
-        ...
-
-    def accuracy(self, candidate: Candidate) -> Estimate:
-        """The proxy of a proposed candidate relative to dense; 1 for dense."""
-        ...
 
 
 class Choice(NamedTuple):
@@ -162,7 +116,9 @@ class CandidateSearch:
         for source in self.sources:
             if proposals and clock() >= deadline:
                 break
-            proposals.append((source, source.propose(self.objective, self._dense_ms, deadline)))
+            proposal = source.propose(self.objective, self._dense_ms, deadline)
+            if proposal is not None:
+                proposals.append((source, proposal))
         self.infeasible = {s.label: p.reason for s, p in proposals if not p.feasible}
         self._feasible = [(source, proposal) for source, proposal in proposals if proposal.feasible]
         found = [(s, p.candidate) for s, p in self._feasible if self._promises_more(s, p.candidate)]
@@ -229,7 +185,8 @@ class CandidateSearch:
         saved, kept = 100 * (1 - candidate.latency_ratio), source.accuracy(candidate)
         basis = "predicted" if candidate.timing is None else "timed against dense"
         less = f"{saved:.1f}% less latency ({basis})"
-        return f"Best by {self.objective}: {less}, {kept} of the dense {self._proxy}."
+        how = f", by {candidate.schedule.method_label}" if candidate.is_mixed else ""
+        return f"Best by {self.objective}{how}: {less}, {kept} of the dense {self._proxy}."
 
     def _near_misses(self, sources: Iterable[CandidateSource]) -> list[tuple[CandidateSource, Candidate]]:
         """The fastest candidates, not timed yet, that are predicted to miss a budget by little."""

@@ -1,8 +1,7 @@
 """Predicted latency of any schedule, from one latency curve and the overhead of each reducing block."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from math import sqrt
 from typing import NamedTuple
 
 import numpy as np
@@ -10,7 +9,6 @@ from numpy.typing import NDArray
 
 from lightning_prune.planning.objectives import RATIO_TOLERANCE
 from lightning_prune.profiling import LatencyProfile, LatencyStats
-from lightning_prune.reduction import Reduction
 from lightning_prune.schedule import Schedule
 
 Levels = NDArray[np.int64]
@@ -22,13 +20,9 @@ class LatencyModelTuning:
 
     Attributes:
         max_levels: Token counts of a curve that are searched: the time of the search grows with their square.
-        min_error_ratio: Error of the model itself, over dense, however well a schedule was timed.
-        one_round_error_ratio: Error of a timing of one round, over dense: a few rounds may agree by chance.
     """
 
     max_levels: int = 40
-    min_error_ratio: float = 0.003
-    one_round_error_ratio: float = 0.03
 
 
 TUNING = LatencyModelTuning()
@@ -172,80 +166,6 @@ def token_levels(profile: LatencyProfile) -> list[int]:
     kept = min(TUNING.max_levels - len(edges), len(others))
     places = np.linspace(0, len(others) - 1, kept).round().astype(int)
     return sorted(edges | {others[place] for place in places})
-
-
-PROBES = 4
-"""Schedules that `probe_schedules` returns."""
-
-
-def probe_schedules(
-    reduction: Reduction,
-    tokens: int,
-    num_prefix_tokens: int,
-    blocks: Sequence[int],
-    depth: int,
-    grid: tuple[int, int] | None = None,
-) -> list[Schedule]:
-    """Schedules whose timings tell the parts of the overhead apart.
-
-    One block early, one late, four blocks, and three of which two get few tokens. If only one block may reduce, it
-    removes four different numbers of tokens.
-
-    Args:
-        reduction: The method.
-        tokens: N.
-        num_prefix_tokens: P.
-        blocks: Blocks that may reduce, ascending.
-        depth: Number of blocks.
-        grid: Rows and columns of the patches; None if they are not known.
-    """
-    first, middle, last = blocks[0], blocks[len(blocks) // 2], blocks[-1]
-    late = blocks[max(len(blocks) - 2, 0)]
-    four = [blocks[place] for place in np.linspace(0, len(blocks) - 1, 4).astype(int)]
-    wanted = [  # (block, tokens to remove) of each schedule; of equal blocks the first counts
-        [(first, tokens // 2)],
-        [(late, tokens // 3)],
-        [(block, tokens // 12) for block in four],
-        [(first, tokens * 2 // 3), (middle, tokens // 12), (last, tokens // 12)],
-    ]
-    found = []
-    for cuts in wanted:
-        removed, left = [0] * depth, tokens
-        for block, cut in sorted(dict(reversed(cuts)).items()):
-            removed[block] = reduction.nearest_removed(cut, left, num_prefix_tokens, grid)
-            left -= removed[block]
-        found.append(Schedule(removed))
-    return found
-
-
-def fit_overhead(model: LatencyModel, timed: Iterable[tuple[Schedule, LatencyStats]]) -> ReductionOverhead:
-    """The overhead, no part below 0, that explains best how much slower schedules are than their tokens alone.
-
-    Non-negative least squares; more exact timings weigh more.
-
-    Args:
-        model: Of the tokens alone.
-        timed: Schedules with timings, of which the ratio to dense counts.
-    """
-    from scipy.optimize import nnls  # slow to import
-
-    rows: list[Sequence[float]] = []
-    missing_ms: list[float] = []
-    n = int(model.levels[-1])
-    for schedule, timing in timed:
-        reducing = schedule.reducing
-        if not reducing:
-            continue
-        error = max(timing.ratio_stderr, TUNING.min_error_ratio, TUNING.one_round_error_ratio / sqrt(timing.rounds))
-        entering = (n, *schedule.tokens(n))
-        share = sum(entering[block] for block in reducing) / n
-        row = (len(reducing), share, model.depth - 1 - min(reducing))
-        rows.append([value / error for value in row])
-        missing_ms.append((timing.ratio * model.dense_ms - model.predict(schedule)) / error)
-    if not rows:
-        return NO_OVERHEAD
-    coefficients, _ = nnls(np.array(rows), np.array(missing_ms))
-    return ReductionOverhead(*map(float, coefficients))
 
 
 def budget_tolerance(timing: LatencyStats, largest: float) -> float:

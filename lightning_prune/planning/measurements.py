@@ -13,19 +13,18 @@ from lightning_prune._utils.progress import progress_bar
 from lightning_prune._utils.time_limit import TimeLimit
 from lightning_prune.errors import ArgumentError, UnsupportedModelError
 from lightning_prune.patching import PatchHandle, VisionTransformer
-from lightning_prune.planning.candidate_search import Timings
-from lightning_prune.planning.latency_model import PROBES, LatencyModel, token_levels
-from lightning_prune.planning.method_front import MethodFront
+from lightning_prune.planning.candidates import MIXED, Candidate, Timings
+from lightning_prune.planning.latency_model import LatencyModel, token_levels
+from lightning_prune.planning.method_front import Front, MethodFront
+from lightning_prune.planning.mixed_front import MixedFront, combinable
 from lightning_prune.planning.overhead_probes import (
-    Methods,
     Probes,
     given_probes,
     graphs_to_probe,
-    schedules_to_probe,
     shallow_probes,
     uses_shallow_copy,
 )
-from lightning_prune.planning.results import Candidate
+from lightning_prune.planning.probe_schedules import PROBES, Methods, schedules_to_probe
 from lightning_prune.planning.sensitivity import Sensitivity
 from lightning_prune.profiling import Estimate, LatencyProfile, LatencyStats, Proxy, Variant, Workload, compare_latency
 from lightning_prune.profiling.accuracy_store import AccuracyStore, KeptSensitivity
@@ -148,15 +147,20 @@ class Measurements:
                 self._proxy = Proxy(self.transformer, self.images, device, size, None, on_step, self.proxy_name)
         return self._proxy
 
-    def accuracy(self, reduction: Reduction, schedule: Schedule) -> Estimate:
-        """The proxy of a schedule, relative to dense; that of an earlier run if it is kept."""
+    def accuracy(self, reduction: Reduction | None, schedule: Schedule) -> Estimate:
+        """The proxy of a schedule, relative to dense; that of an earlier run if it is kept.
+
+        Args:
+            reduction: The method; None if the schedule names one for each block.
+            schedule: Tokens that each block removes.
+        """
         kept = None if self._store is None else self._store.estimate(reduction, schedule, len(self.images))
         if kept is not None:
             return kept
         proxy = self.proxy
         with (
             ready_to_run(self.transformer),
-            progress_bar(f"Accuracy of {reduction.name}", None, self.verbose),
+            progress_bar(f"Accuracy of {MIXED if reduction is None else reduction.name}", None, self.verbose),
             PatchHandle(self.transformer, reduction, schedule),
         ):
             found = proxy.measure()
@@ -170,8 +174,8 @@ class Measurements:
         timings = self._time(variants, TUNING.timing_share)
         return timings["dense"], {c.key: timings[str(number)] for number, c in enumerate(candidates)}
 
-    def fronts(self, methods: Methods) -> list[MethodFront]:
-        """The front of each method; if time is short, of the first ones only.
+    def fronts(self, methods: Methods) -> list[Front]:
+        """The front of each method, if time is short of the first ones only; then the one of schedules of several.
 
         Args:
             methods: Label -> the method and the blocks that may reduce.
@@ -198,14 +202,17 @@ class Measurements:
             label for label in methods if label not in probed and methods[label][0].name != of_curve
         ]
         sensitivities = self._measure_sensitivities(methods)
-        fronts = []
+        fronts: list[MethodFront] = []
         for label, sensitivity in sensitivities.items():
             reduction = methods[label][0]
             max_removed = lambda tokens, reduction=reduction: reduction.max_removed(tokens, prefix)  # noqa: E731
             costs = sensitivity.costs(levels, depth, max_removed)
             timed = probed.get(label, ())
             fronts.append(MethodFront(label, reduction, own[label], costs, self.accuracy, timed, self.limit.clock))
-        return fronts
+        several = combinable(fronts)
+        if len(several) < 2 or len({block for _, blocks in methods.values() for block in blocks}) < 2:
+            return [*fronts]
+        return [*fronts, MixedFront(several, self.accuracy, self.limit.clock)]
 
     def _time(self, variants: Mapping[str, Variant], share: float) -> dict[str, LatencyStats]:
         timings = compare_latency(

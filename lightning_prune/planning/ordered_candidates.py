@@ -7,10 +7,10 @@ from math import ceil, floor
 
 import numpy as np
 
-from lightning_prune.planning.candidate_search import CandidateKey, Proposal, SearchTuning
+from lightning_prune.planning.candidate_search import SearchTuning
+from lightning_prune.planning.candidates import Candidate, CandidateKey, Proposal
 from lightning_prune.planning.latency_model import budget_tolerance
 from lightning_prune.planning.objectives import LatencyBudget, Objective
-from lightning_prune.planning.results import Candidate
 from lightning_prune.profiling import Estimate, LatencyStats
 from lightning_prune.profiling.latency_profile import SAVING
 

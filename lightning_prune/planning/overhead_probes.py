@@ -10,7 +10,9 @@ from lightning_prune._utils.progress import progress_bar
 from lightning_prune._utils.time_limit import TimeLimit
 from lightning_prune.patching import VisionTransformer
 from lightning_prune.patching.truncation import truncated
-from lightning_prune.planning.latency_model import PROBES, LatencyModel, fit_overhead, probe_schedules
+from lightning_prune.planning.latency_model import LatencyModel
+from lightning_prune.planning.mixed_latency import fit_overhead
+from lightning_prune.planning.probe_schedules import PROBES, Methods, schedules_to_probe
 from lightning_prune.profiling import InterleavedTimer, LatencyProfile, LatencyStats, Variant, VariantSwitch
 from lightning_prune.profiling.latency_profile import OverheadProbe
 from lightning_prune.profiling.measurement import ready_to_run
@@ -18,7 +20,6 @@ from lightning_prune.reduction import Reduction, spec_of
 from lightning_prune.runtimes.base import Runtime, applied_runtime
 from lightning_prune.schedule import Schedule
 
-Methods = Mapping[str, tuple[Reduction, Sequence[int]]]
 Probes = dict[str, list[tuple[Schedule, LatencyStats]]]
 """Label of a method -> schedules with their timings."""
 
@@ -89,23 +90,6 @@ def graphs_to_probe(transformer: VisionTransformer, runtime: Runtime | None = No
     if uses_shallow_copy(transformer, runtime):
         return SHALLOW_PROBES * (SHALLOW_BLOCKS + 1) / transformer.depth
     return PROBES
-
-
-def schedules_to_probe(
-    transformer: VisionTransformer, methods: Methods, dense_tokens: int
-) -> dict[str, list[Schedule]]:
-    """Some schedules of every method, of the whole depth.
-
-    Args:
-        transformer: The Vision Transformer.
-        methods: Label -> the method and the blocks that may reduce.
-        dense_tokens: N.
-    """
-    prefix, depth = transformer.num_prefix_tokens, transformer.depth
-    return {
-        label: probe_schedules(reduction, dense_tokens, prefix, blocks, depth, transformer.grid())
-        for label, (reduction, blocks) in methods.items()
-    }
 
 
 def shallow_probes(

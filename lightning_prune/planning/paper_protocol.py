@@ -11,10 +11,11 @@ from lightning_prune._utils.time_limit import TimeLimit
 from lightning_prune.errors import ArgumentError
 from lightning_prune.patching import PatchHandle, VisionTransformer
 from lightning_prune.patching.schedule_forms import allocate_schedule
+from lightning_prune.planning.candidates import Candidate
 from lightning_prune.planning.measurements import TUNING, Measurements
-from lightning_prune.planning.method_front import dense_reason, missed_budget
 from lightning_prune.planning.objectives import RATIO_TOLERANCE, Objective
-from lightning_prune.planning.results import Candidate, Plan
+from lightning_prune.planning.reasons import dense_reason, missed_budget
+from lightning_prune.planning.results import Plan
 from lightning_prune.profiling import DENSE_ACCURACY, LatencyProfile, Proxy, profile_latency
 from lightning_prune.profiling.measurement import ready_to_run
 from lightning_prune.reduction import RandomDrop, Reduction

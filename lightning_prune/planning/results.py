@@ -1,135 +1,16 @@
-"""The results of planning: the candidates that were considered, and the plan with the schedule to deploy."""
+"""The result of planning: the plan with the schedule to deploy, and what it was chosen from."""
 
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from math import inf, isfinite, nan
 from pathlib import Path
-from typing import Any, Self, TypeVar
-
-from torch import nn
+from typing import Any, Self
 
 from lightning_prune._utils.measurement_source import MeasurementSource
+from lightning_prune.planning.candidates import MIXED, Candidate
 from lightning_prune.planning.objectives import Objective
-from lightning_prune.profiling import Estimate, LatencyProfile, LatencyStats, Variant
-from lightning_prune.profiling.latency_profile import SAVING
-from lightning_prune.profiling.model_variants import WeightTransform
-from lightning_prune.reduction import Reduction, spec_of
-from lightning_prune.runtimes.base import Runtime
+from lightning_prune.planning.reasons import no_gain
+from lightning_prune.profiling import Estimate, LatencyProfile, LatencyStats
+from lightning_prune.reduction import Reduction, resolve, spec_of
 from lightning_prune.schedule import Schedule
-
-T = TypeVar("T")
-
-
-def pareto_front(items: Iterable[T], key: Callable[[T], tuple[float, float]]) -> list[T]:
-    """The items that no other beats in both values, in ascending order of the first.
-
-    Of items with equal values the first stays.
-
-    Args:
-        items: In any order.
-        key: Two values of an item, both of which are better if they are smaller.
-
-    Example:
-        >>> from lightning_prune.planning.results import pareto_front
-        >>> pareto_front([(3, 1), (1, 3), (2, 2), (3, 2)], key=lambda pair: pair)
-        [(1, 3), (2, 2), (3, 1)]
-    """
-    front: list[T] = []
-    for item in sorted(items, key=key):
-        if not front or key(item)[1] < key(front[-1])[1]:
-            front.append(item)
-    return front
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A schedule of a method that is considered.
-
-    Attributes:
-        method: Name of the method, with the settings in which it differs from another of the same name.
-        reduction: The method; None if no token is removed.
-        schedule: Tokens that each block removes.
-        ratio: Predicted latency over that of the dense model.
-        cost: Predicted divergence from the dense outputs, per image; 0 where it is not predicted.
-        accuracy: The proxy relative to dense, if it was measured.
-        timing: The latency, if it was measured in a run together with the dense model.
-        weights: Makes the weights to run with; None keeps the model's own.
-        runtime: What executes the model, where that is not the same for all candidates.
-        accuracy_stderr: Standard error of the proxy over the calibration images; infinite where it is not known.
-        quantized: Whether the runtime quantizes the model, which is not dense then, even if no token is removed.
-    """
-
-    method: str
-    reduction: Reduction | None
-    schedule: Schedule
-    ratio: float
-    cost: float = 0.0
-    accuracy: float | None = None
-    timing: LatencyStats | None = None
-    weights: Callable[[nn.Module], WeightTransform] | None = None
-    runtime: Runtime | None = None
-    accuracy_stderr: float = inf
-    quantized: bool = False
-
-    @property
-    def key(self) -> tuple[str, tuple[int, ...]]:
-        """What identifies the candidate: method, in a runtime where one is named, and removed tokens."""
-        method = self.method if self.runtime is None else f"{self.method} [{self.runtime.name}]"
-        return method, self.schedule.removed
-
-    @property
-    def variant(self) -> Variant:
-        """How to run it."""
-        if self.reduction is None or not self.schedule.total_removed:
-            return Variant(weights=self.weights, runtime=self.runtime)
-        return Variant(self.reduction, self.schedule, self.weights, self.runtime)
-
-    @property
-    def is_dense(self) -> bool:
-        """Whether it is the dense model itself."""
-        return not self.schedule.total_removed and self.weights is None and not self.quantized
-
-    def with_accuracy(self, estimate: Estimate) -> Self:
-        """The candidate with its measured proxy."""
-        return replace(self, accuracy=estimate.value, accuracy_stderr=estimate.stderr)
-
-    @property
-    def estimate(self) -> Estimate:
-        """The proxy with its standard error; not a number where it was not measured."""
-        return Estimate(nan if self.accuracy is None else self.accuracy, self.accuracy_stderr)
-
-    @property
-    def latency_ratio(self) -> float:
-        """Latency over dense: measured if it was, else predicted."""
-        return self.ratio if self.timing is None else self.timing.ratio
-
-    def to_dict(self) -> dict[str, Any]:
-        """The candidate as plain values."""
-        return {
-            "method": self.method,
-            "removed": list(self.schedule.removed),
-            "ratio": self.ratio,
-            "cost": self.cost,
-            "accuracy": self.accuracy,
-            "accuracy_stderr": self.accuracy_stderr if isfinite(self.accuracy_stderr) else None,
-            "measured_ratio": None if self.timing is None else self.timing.ratio,
-        }
-
-
-def no_gain(schedule: Schedule, dense_tokens: int, timing: LatencyStats) -> str | None:
-    """Why a schedule is not worth using, in a sentence; None if it saves 2% or more, or removes nothing.
-
-    Args:
-        schedule: The schedule.
-        dense_tokens: N.
-        timing: Against dense.
-    """
-    if not schedule.total_removed or timing.ratio < 1 - SAVING:
-        return None
-    return (
-        f"Timed against dense, the schedule that leaves {schedule.tokens(dense_tokens)[-1]} tokens takes "
-        f"{100 * timing.ratio:.1f}% of its latency: nothing is gained."
-    )
 
 
 @dataclass(frozen=True)
@@ -138,8 +19,9 @@ class Plan:
 
     Attributes:
         schedule: Tokens that each block removes; it names its method and says what it was made on.
-        method: The method as a spec: its name, and the settings that differ from its defaults.
-        reduction: The method itself.
+        method: The method as a spec: its name, and the settings that differ from its defaults. `"mixed"` if blocks have
+            different ones, which `schedule` names.
+        reduction: The method itself; None if blocks have different ones.
         objective: What was optimised.
         met: Whether the objective is met; False only for a budget that was missed.
         reason: Why this schedule, and for a budget that was missed the best that can be had.
@@ -150,7 +32,8 @@ class Plan:
         dense: LatencyStats of the dense model, from a run together with the schedule, or from the last run before;
             None if nothing was timed.
         pruned: LatencyStats of the schedule.
-        front: All candidates that no other of their method beats, and those that were timed; dense first.
+        front: All candidates that no other of their method beats, and those that were timed; dense first. Those whose
+            blocks have different methods are named `"mixed"`.
         label: Name of the method in `front`.
         images: Number of calibration images that the proxy was measured on.
         sensitivity_images: Number of them that the sensitivity of the blocks was measured on.
@@ -171,7 +54,7 @@ class Plan:
 
     schedule: Schedule
     method: str
-    reduction: Reduction
+    reduction: Reduction | None
     objective: Objective
     met: bool
     reason: str
@@ -193,7 +76,7 @@ class Plan:
     def of(
         cls,
         candidate: Candidate,
-        reduction: Reduction,
+        reduction: Reduction | None,
         objective: Objective,
         met: bool,
         reason: str,
@@ -204,7 +87,7 @@ class Plan:
 
         Args:
             candidate: What was chosen, its proxy and perhaps its timing included.
-            reduction: The method.
+            reduction: The method; None if the schedule of the candidate names one for each block.
             objective: What it was chosen by.
             met: Whether the objective is met.
             reason: Why it was chosen.
@@ -218,10 +101,10 @@ class Plan:
             protocol=profile.protocol,
             proxy=more.get("proxy", ""),
         )
-        spec = spec_of(reduction)
+        method = candidate.schedule.method if reduction is None else spec_of(reduction)
         return cls(
-            schedule=Schedule(candidate.schedule.removed, spec, made_on),
-            method=str(spec),
+            schedule=Schedule(candidate.schedule.removed, method, made_on),
+            method=MIXED if reduction is None else str(method),
             reduction=reduction,
             objective=objective,
             met=met,
@@ -280,9 +163,12 @@ class Plan:
         reason = None if self.pruned is None else no_gain(self.schedule, self.dense_tokens, self.pruned)
         if reason is None:
             return self
+        spec = next(iter(self.schedule.methods.values()))  # nothing is removed by it
         return replace(
             self,
-            schedule=Schedule([0] * self.schedule.depth, self.schedule.method, self.schedule.made_on),
+            schedule=Schedule([0] * self.schedule.depth, spec, self.schedule.made_on),
+            method=str(spec),
+            reduction=resolve(spec) if self.reduction is None else self.reduction,
             met=self.objective.dense_is_feasible(self.dense_ms),
             accuracy=1.0,
             accuracy_stderr=0.0,

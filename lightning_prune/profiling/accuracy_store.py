@@ -15,7 +15,7 @@ from lightning_prune.errors import FileFormatError
 from lightning_prune.profiling.accuracy_proxy import Estimate
 from lightning_prune.profiling.environment import UNKNOWN, method_identity, unknown_conditions
 from lightning_prune.profiling.store_folder import StoreFolder
-from lightning_prune.reduction import Reduction
+from lightning_prune.reduction import Reduction, resolve
 from lightning_prune.schedule import Schedule
 
 
@@ -107,30 +107,31 @@ class AccuracyStore:
         """Numbers of calibration images on which schedules were measured, ascending."""
         return self._image_counts
 
-    def estimate(self, reduction: Reduction, schedule: Schedule, images: int) -> Estimate | None:
+    def estimate(self, reduction: Reduction | None, schedule: Schedule, images: int) -> Estimate | None:
         """The kept estimate of a schedule; None if it is not known.
 
         Args:
-            reduction: The method.
+            reduction: The method; None if the schedule names one for each block.
             schedule: Tokens removed in each block.
             images: Number of calibration images, the first ones.
         """
-        value = self._entries.get(_key(reduction, removed=list(schedule.removed), images=images))
+        value = self._entries.get(_key(_methods(reduction, schedule), removed=list(schedule.removed), images=images))
         try:
             return None if value is None else Estimate(*map(float, value))
         except (TypeError, ValueError):
             return None
 
-    def keep_estimate(self, reduction: Reduction, schedule: Schedule, images: int, estimate: Estimate) -> None:
+    def keep_estimate(self, reduction: Reduction | None, schedule: Schedule, images: int, estimate: Estimate) -> None:
         """Keeps an estimate.
 
         Args:
-            reduction: The method.
+            reduction: The method; None if the schedule names one for each block.
             schedule: Tokens removed in each block.
             images: Number of calibration images.
             estimate: What was measured.
         """
-        self._keep(reduction, list(estimate), removed=list(schedule.removed), images=images)
+        place = {"removed": list(schedule.removed), "images": images}
+        self._keep(_methods(reduction, schedule), list(estimate), **place)
 
     def sensitivity(self, reduction: Reduction, blocks: Sequence[int], counts: Sequence[int]) -> KeptSensitivity | None:
         """The kept sensitivity of blocks; None if it is not known.
@@ -140,7 +141,7 @@ class AccuracyStore:
             blocks: The measured blocks.
             counts: Tokens that leave the block.
         """
-        value = self._entries.get(_key(reduction, blocks=list(blocks), counts=list(counts)))
+        value = self._entries.get(_key([reduction], blocks=list(blocks), counts=list(counts)))
         try:
             found = None if value is None else KeptSensitivity(**value)
             shape = None if found is None else torch.tensor(found.table).shape
@@ -159,16 +160,17 @@ class AccuracyStore:
             counts: Tokens that leave the block.
             found: What was measured.
         """
-        self._keep(reduction, found._asdict(), blocks=list(blocks), counts=list(counts))
+        self._keep([reduction], found._asdict(), blocks=list(blocks), counts=list(counts))
 
-    def _keep(self, reduction: Reduction, value: Any, **place: Any) -> None:
+    def _keep(self, methods: Sequence[Reduction], value: Any, **place: Any) -> None:
         """Keeps a value, together with what other processes have kept meanwhile."""
         if self._file is None or self._outputs is None:
             return
-        if UNKNOWN in method_identity(reduction).values():
-            self._warn_unknown([f"the settings of {reduction.name}"])
+        unknown = [method for method in methods if UNKNOWN in method_identity(method).values()]
+        if unknown:
+            self._warn_unknown([f"the settings of {unknown[0].name}"])
             return
-        self._entries[_key(reduction, **place)] = value
+        self._entries[_key(methods, **place)] = value
         document = None if self._replaces else self._read()
         others = {} if document is None else document.get("entries", {})
         values = {"outputs": self._outputs, "entries": {**others, **self._entries}}
@@ -207,5 +209,12 @@ class AccuracyStore:
             )
 
 
-def _key(reduction: Reduction, **place: Any) -> str:
-    return json.dumps({**method_identity(reduction), **place}, sort_keys=True)
+def _methods(reduction: Reduction | None, schedule: Schedule) -> list[Reduction]:
+    """The method, or that of each reducing block if the schedule names several."""
+    return [reduction] if reduction is not None else [resolve(spec) for spec in schedule.methods.values()]
+
+
+def _key(methods: Sequence[Reduction], **place: Any) -> str:
+    identities = [method_identity(method) for method in methods]
+    own = identities[0] if len(identities) == 1 else {"methods": identities}
+    return json.dumps({**own, **place}, sort_keys=True)

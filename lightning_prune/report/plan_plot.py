@@ -9,8 +9,9 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from lightning_prune._utils.formatting import context_line, percent, speedup
+from lightning_prune.planning.candidates import Candidate
 from lightning_prune.planning.objectives import AccuracyBudget, LatencyBudget
-from lightning_prune.planning.results import Candidate, Plan
+from lightning_prune.planning.results import Plan
 from lightning_prune.report.styles import INK, PointLabel, line_styles, place_labels
 
 _BLUE, _RED, _GREY = "#1f5fa8", "#c0392b", "#7f8c8d"
@@ -121,7 +122,8 @@ def _draw_schedule(axes: Axes, plan: Plan) -> None:
     axes.set_xlim(-0.6, depth - 0.4)
     axes.set_ylim(0, 1.25 * n)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=_MANY_BLOCKS, integer=True))
-    axes.set_xlabel(f"block ({plan.method})" if plan.schedule.total_removed else "block (nothing is removed)")
+    how = plan.schedule.method_label or plan.method
+    axes.set_xlabel(f"block ({how})" if plan.schedule.total_removed else "block (nothing is removed)")
     axes.set_ylabel("tokens that\nleave the block")
 
 
@@ -129,6 +131,8 @@ def _chosen(plan: Plan) -> Candidate | None:
     """The candidate of the front that the plan deploys."""
     if not plan.schedule.total_removed:
         return next((candidate for candidate in plan.front if candidate.is_dense), None)
+    if plan.reduction is None:  # two schedules of several methods may remove as many tokens in the same blocks
+        return next((candidate for candidate in plan.front if candidate.schedule == plan.schedule), None)
     key = (plan.label or plan.method, plan.schedule.removed)
     return next((candidate for candidate in plan.front if candidate.key == key), None)
 

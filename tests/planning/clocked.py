@@ -36,9 +36,9 @@ def clock(monkeypatch):
         if isinstance(alternative, int):  # a curve: all tokens go before block 0
             return 1e-3 * DEPTH * alternative
         variant = current["variant"]
-        if variant.reduction is None:
+        if variant.schedule is None:
             return 1e-3 * DEPTH * N
-        factor = factors.get(variant.reduction.name, 1.0)
+        factor = factors.get("mixed" if variant.reduction is None else variant.reduction.name, 1.0)
         factor = factor(variant.schedule) if callable(factor) else factor
         return 1e-3 * milliseconds(variant.schedule) * factor
 

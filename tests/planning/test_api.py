@@ -19,10 +19,12 @@ from helpers.clock import TokenClock
 from helpers.watch import before_forward
 from lightning_prune.patching import find_vision_transformer
 from lightning_prune.patching.class_swap import is_patched_module
-from lightning_prune.planning import AUTO_METHODS, api, plan_many
-from lightning_prune.planning.latency_model import PROBES, probe_schedules
+from lightning_prune.planning import AUTO_METHODS, plan_many
 from lightning_prune.planning.measurements import Measurements
 from lightning_prune.planning.method_selection import method_labels
+from lightning_prune.planning.mixed_front import MixedFront
+from lightning_prune.planning.plan_search import finished
+from lightning_prune.planning.probe_schedules import PROBES, probe_schedules
 from lightning_prune.planning.sensitivity import Sensitivity
 from lightning_prune.profiling import Estimate, LatencyStats, measurement_context
 from lightning_prune.profiling.interleaved_timer import InterleavedTimer
@@ -91,7 +93,40 @@ def test_the_same_seed_gives_the_same_plan():
 
 
 def test_auto_searches_several_methods():
-    assert {c.method for c in planned(objective=lp.LatencyBudget(speedup=1.5)).front} == set(AUTO_METHODS)
+    made = planned(objective=lp.LatencyBudget(speedup=1.5))
+    assert {c.method for c in made.front} - {"mixed"} == set(AUTO_METHODS)
+
+
+def test_a_plan_of_several_methods_is_used_saved_and_found_again(monkeypatch, tmp_path):
+    """With a proxy that prefers it: on noise, a small model does not."""
+    real = Measurements.accuracy
+
+    def prefers(self, reduction, schedule):
+        found = real(self, reduction, schedule)
+        return found if reduction is None else found._replace(value=0.9 * found.value)
+
+    monkeypatch.setattr(Measurements, "accuracy", prefers)
+    monkeypatch.setattr(MixedFront, "_promises_more", lambda *_: True)
+    model, methods = vit(), ["tome", "topk"]
+    made = planned(model, methods=methods, objective=lp.LatencyBudget(speedup=1.4))
+    assert (made.method, made.label, made.reduction) == ("mixed", "mixed", None)
+    assert {str(spec) for spec in made.schedule.methods.values()} == set(methods)
+    assert made.schedule.methods.keys() == made.schedule.reducing.keys()
+    assert made.pruned is not None
+    assert made.schedule.method_label in made.reason
+    assert lp.Schedule.load(made.save(tmp_path / "schedule.yaml")) == made.schedule
+    (entry,) = (e for e in made.to_dict()["front"] if e["measured_ratio"] and e["method"] == "mixed")
+    assert entry["methods"] == made.schedule.method_label
+    with torch.no_grad(), lp.patch(model, made) as handle:
+        tokens = handle.schedule.tokens(N)
+        assert model(IMAGES).isfinite().all()
+    assert tokens[-1] == made.tokens
+    again = planned(vit(), methods=methods, objective=lp.LatencyBudget(speedup=1.4))
+    assert again.schedule == made.schedule
+    slow = replace(made, pruned=replace(made.pruned, ratio=0.99)).or_dense_if_slower()
+    assert slow.total_removed == 0
+    assert lp.reduction.resolve(slow.method) == slow.reduction
+    assert not planned(model, methods=methods, objective=lp.LatencyBudget(speedup=50)).met
 
 
 def test_several_objectives_share_the_measurements(monkeypatch):
@@ -441,9 +476,10 @@ def test_two_configurations_of_a_method_are_two_methods():
     methods = [ToMe(), ToMe(proportional_attention=False), "topk"]
     made = planned(methods=methods, objective=lp.LatencyBudget(speedup=1.3))
     names = {"tome (proportional_attention=True)", "tome (proportional_attention=False)", "topk"}
-    assert {candidate.method for candidate in made.front} == names
-    assert made.label in names
-    assert lp.reduction.resolve(made.method) == made.reduction
+    assert {candidate.method for candidate in made.front} == {*names, "mixed"}
+    one = planned(methods=methods, objective=lp.LatencyBudget(speedup=1.3), blocks=1)
+    assert one.label in {candidate.method for candidate in one.front} == names
+    assert lp.reduction.resolve(one.method) == one.reduction
     assert made.schedule.methods.keys() == made.schedule.reducing.keys()
 
 
@@ -457,8 +493,8 @@ def test_a_schedule_that_is_not_faster_in_the_end_is_not_deployed():
     assert dense.tokens == N
     assert made.or_dense_if_slower() is made
     missed = "The latency budget, 1.5x is not met: the dense model is the best that can be had."
-    assert api._finished(replace(made, pruned=slow), 1.0).reason == f"{dense.reason} {missed}"
-    assert api._finished(made, 1.0) == replace(made, seconds=1.0)
+    assert finished(replace(made, pruned=slow), 1.0).reason == f"{dense.reason} {missed}"
+    assert finished(made, 1.0) == replace(made, seconds=1.0)
 
 
 def test_the_prediction_is_a_share_of_dense():

@@ -8,8 +8,8 @@ import pytest
 import lightning_prune as lp
 from lightning_prune import Schedule
 from lightning_prune.planning.candidate_search import TUNING, CandidateSearch, Proposal, run_searches
+from lightning_prune.planning.candidates import Candidate
 from lightning_prune.planning.latency_model import ReductionOverhead
-from lightning_prune.planning.results import Candidate
 from lightning_prune.profiling import Estimate, LatencyStats
 
 from .simulated_search import DENSE_MS, DEPTH, Device, front, ratio, timing

@@ -7,10 +7,12 @@ import pytest
 
 import lightning_prune as lp
 from lightning_prune import LatencyProfile, Schedule
+from lightning_prune.planning.candidates import Candidate
 from lightning_prune.planning.dynamic_program import Solution
+from lightning_prune.planning.front_candidates import corrected_front, evenly_spaced, thinned
 from lightning_prune.planning.latency_model import ReductionOverhead, token_levels
-from lightning_prune.planning.method_front import TUNING, corrected_front, dense_reason, evenly_spaced, thinned
-from lightning_prune.planning.results import Candidate
+from lightning_prune.planning.method_front import TUNING
+from lightning_prune.planning.reasons import dense_reason
 from lightning_prune.profiling import Estimate
 from lightning_prune.reduction import TopK
 

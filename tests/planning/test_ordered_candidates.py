@@ -12,8 +12,8 @@ from lightning_prune._utils.validation import check_speedups
 from lightning_prune.comparison.final_run import Target, verify_targets
 from lightning_prune.comparison.target_search import search_targets
 from lightning_prune.planning.candidate_search import CandidateSearch
+from lightning_prune.planning.candidates import Candidate
 from lightning_prune.planning.ordered_candidates import TARGET_TUNING, OrderedCandidates, amount_grid
-from lightning_prune.planning.results import Candidate
 from lightning_prune.profiling import DENSE, InterleavedTimer, Variant
 from lightning_prune.quantization import Int8Weights
 from lightning_prune.reduction import POMT
