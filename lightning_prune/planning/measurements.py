@@ -209,7 +209,7 @@ class Measurements:
             costs = sensitivity.costs(levels, depth, max_removed)
             timed = probed.get(label, ())
             fronts.append(MethodFront(label, reduction, own[label], costs, self.accuracy, timed, self.limit.clock))
-        several = combinable(fronts)
+        several = combinable(fronts, self.transformer.pools_patches)
         if len(several) < 2 or len({block for _, blocks in methods.values() for block in blocks}) < 2:
             return [*fronts]
         return [*fronts, MixedFront(several, self.accuracy, self.limit.clock)]

@@ -106,13 +106,23 @@ class MixedFront(Front):
         return [s for s in solutions if len(set(s.methods) - {None}) > 1 or s is solutions[0]]
 
 
-def combinable(fronts: Sequence[MethodFront]) -> list[MethodFront]:
-    """The fronts of methods that a schedule can name for a block, so that the name finds them again.
+def combinable(fronts: Sequence[MethodFront], pools_patches: bool = False) -> list[MethodFront]:
+    """The fronts of methods that blocks of one schedule can use.
+
+    A schedule names the method of a block, so that only methods that a name finds again can be in it.
 
     Args:
-        fronts: Of all methods.
+        fronts: Of all methods, the preferred one first.
+        pools_patches: Whether the model pools over its patch tokens: those that merge tokens then cannot be combined
+            with those that drop them.
     """
-    return [front for front in fronts if _is_found_again(front.reduction)]
+    found = [front for front in fronts if _is_found_again(front.reduction)]
+    if any("pixels" in front.reduction.reads for front in found):
+        found = [front for front in found if not front.reduction.scales_images]
+    if pools_patches:
+        merges = next((f.reduction.is_lossless for f in found if not f.reduction.scales_images), False)
+        found = [f for f in found if f.reduction.scales_images or f.reduction.is_lossless == merges]
+    return found
 
 
 def _is_found_again(reduction: Reduction) -> bool:
