@@ -9,7 +9,7 @@ from lightning_prune.comparison.target_search import TUNING
 from lightning_prune.patching import VisionTransformer
 from lightning_prune.planning import measurements
 from lightning_prune.planning.overhead_probes import graphs_to_probe
-from lightning_prune.planning.probe_schedules import PROBES
+from lightning_prune.planning.probed_schedules import PROBES
 from lightning_prune.runtimes import Runtime
 
 

@@ -28,7 +28,7 @@ from lightning_prune.planning.overhead_probes import (
     shallow_copy,
     shallow_schedules,
 )
-from lightning_prune.planning.probe_schedules import schedules_to_probe
+from lightning_prune.planning.probed_schedules import schedules_to_probe
 from lightning_prune.profiling.environment import measurement_context
 from lightning_prune.profiling.measurement import TOKEN_CURVE, check_dense
 from lightning_prune.reduction import Reduction, spec_of

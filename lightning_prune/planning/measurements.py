@@ -24,7 +24,7 @@ from lightning_prune.planning.overhead_probes import (
     shallow_probes,
     uses_shallow_copy,
 )
-from lightning_prune.planning.probe_schedules import PROBES, Methods, schedules_to_probe
+from lightning_prune.planning.probed_schedules import PROBES, Methods, schedules_to_probe
 from lightning_prune.planning.sensitivity import Sensitivity
 from lightning_prune.profiling import Estimate, LatencyProfile, LatencyStats, Proxy, Variant, Workload, compare_latency
 from lightning_prune.profiling.accuracy_store import AccuracyStore, KeptSensitivity

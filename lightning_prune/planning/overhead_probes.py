@@ -12,7 +12,7 @@ from lightning_prune.patching import VisionTransformer
 from lightning_prune.patching.truncation import truncated
 from lightning_prune.planning.latency_model import LatencyModel
 from lightning_prune.planning.mixed_latency import fit_overhead
-from lightning_prune.planning.probe_schedules import PROBES, Methods, schedules_to_probe
+from lightning_prune.planning.probed_schedules import PROBES, Methods, schedules_to_probe
 from lightning_prune.profiling import InterleavedTimer, LatencyProfile, LatencyStats, Variant, VariantSwitch
 from lightning_prune.profiling.latency_profile import OverheadProbe
 from lightning_prune.profiling.measurement import ready_to_run

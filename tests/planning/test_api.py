@@ -24,7 +24,7 @@ from lightning_prune.planning.measurements import Measurements
 from lightning_prune.planning.method_selection import method_labels
 from lightning_prune.planning.mixed_front import MixedFront
 from lightning_prune.planning.plan_search import finished
-from lightning_prune.planning.probe_schedules import PROBES, probe_schedules
+from lightning_prune.planning.probed_schedules import PROBES, probe_schedules
 from lightning_prune.planning.sensitivity import Sensitivity
 from lightning_prune.profiling import Estimate, LatencyStats, measurement_context
 from lightning_prune.profiling.interleaved_timer import InterleavedTimer

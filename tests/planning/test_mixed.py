@@ -14,10 +14,8 @@ from lightning_prune.planning.mixed_latency import MixedLatency, TimedSchedule, 
 from lightning_prune.profiling import DENSE_ACCURACY, Estimate
 from lightning_prune.reduction import TopK, resolve
 
-from .clocked import planned, vit
 from .simulated_search import DENSE_MS, LEVELS, Device, N, costs, latency, timing
 
-pytestmark = pytest.mark.usefixtures("clock")
 CHEAP = ReductionOverhead(per_block=0.5, per_tokens=0.2)
 DEAR = ReductionOverhead(per_block=2.0, per_tokens=1.0, per_later_block=0.7)
 SCHEDULES = [
@@ -142,12 +140,3 @@ def test_what_a_file_cannot_name_is_not_combined():
     assert names(known[:4]) == ["topk", "tome", "resize"]
     assert names(known, True) == ["topk", "vwt-intra"]
     assert names(known[2:], True) == ["tome", "pomt-nearest"]
-
-
-def test_a_model_that_pools_its_patches_combines_methods_that_merge_them():
-    model = vit(class_token=False, global_pool="avg")
-    made = planned(model, methods=["tome", "topk", "pomt-nearest"], objective=lp.LatencyBudget(speedup=1.3))
-    for candidate in made.front:
-        if candidate.is_mixed:
-            lp.patch(model, candidate.schedule).remove()
-            assert {str(spec) for spec in candidate.schedule.methods.values()} == {"tome", "pomt-nearest"}

@@ -8,7 +8,7 @@ from lightning_prune.patching import find_vision_transformer
 from lightning_prune.planning.latency_model import NO_OVERHEAD, LatencyModel, ReductionOverhead
 from lightning_prune.planning.mixed_latency import fit_overhead
 from lightning_prune.planning.overhead_probes import given_probes
-from lightning_prune.planning.probe_schedules import probe_schedules
+from lightning_prune.planning.probed_schedules import probe_schedules
 from lightning_prune.profiling import LatencyStats
 from lightning_prune.profiling.latency_profile import OverheadProbe
 from lightning_prune.reduction import resolve
