@@ -1,7 +1,10 @@
 """What holds for every test: one thread, few rounds, and no profile that another test or the user has measured."""
 
+import base64
 import os
 import uuid
+from pathlib import Path
+from typing import Any
 
 # One thread for each process that the tests run in, and start: their models are tiny, and threads that wait for one
 # another would take longer than the work. Before torch reads it.
@@ -25,3 +28,31 @@ def _few_rounds(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
         from helpers.clock import set_few_rounds
 
         set_few_rounds(monkeypatch)
+
+
+PIXEL = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+)
+
+
+@pytest.fixture
+def drawn() -> None:
+    """For tests of commands and comparisons whose figures are drawn, in few pixels."""
+
+
+@pytest.fixture(autouse=True)
+def _no_figures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One pixel for each figure of a command or a comparison: they draw several, which `report` is tested for."""
+    if not {"cli", "comparison"} & set(request.path.parts):
+        return
+    from matplotlib.figure import Figure
+
+    savefig = Figure.savefig
+
+    def save(self: Figure, path: Path, **options: Any) -> None:
+        if "drawn" in request.fixturenames:
+            savefig(self, path, **{**options, "dpi": 30})
+        else:
+            Path(path).write_bytes(PIXEL)
+
+    monkeypatch.setattr(Figure, "savefig", save)

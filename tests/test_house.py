@@ -141,7 +141,12 @@ def may_import(importer: str, imported: str) -> bool:
 
 
 MODULES = modules()
-GRAPH = Imports(MODULES)
+
+
+@pytest.fixture(scope="module")
+def graph() -> Imports:
+    """Of the package; each process that runs tests reads this file, and one of them has to read all the others."""
+    return Imports(MODULES)
 
 
 def test_every_file_is_in_a_room() -> None:
@@ -151,30 +156,30 @@ def test_every_file_is_in_a_room() -> None:
     assert loose == LOOSE
 
 
-def test_imports_run_downwards() -> None:
-    upward = {(a, b) for a, found in GRAPH.files.items() for b in found if not may_import(room(a), room(b))}
+def test_imports_run_downwards(graph: Imports) -> None:
+    upward = {(a, b) for a, found in graph.files.items() for b in found if not may_import(room(a), room(b))}
     assert upward == UPWARD
 
 
-def test_no_import_circle() -> None:
-    assert circles(GRAPH.files) == CIRCLES
+def test_no_import_circle(graph: Imports) -> None:
+    assert circles(graph.files) == CIRCLES
 
 
-def test_no_file_imports_its_own_package() -> None:
+def test_no_file_imports_its_own_package(graph: Imports) -> None:
     """A name is imported from the file that defines it: through the package it would be a circle."""
-    assert GRAPH.own_package == OWN_PACKAGE
-    assert GRAPH.root == set()
+    assert graph.own_package == OWN_PACKAGE
+    assert graph.root == set()
 
 
-def test_names_of_files() -> None:
+def test_names_of_files(graph: Imports) -> None:
     names = defaultdict(set)
-    for name in GRAPH.files:
+    for name in graph.files:
         names[name.rpartition(".")[2]].add(name)
     assert {stem: where for stem, where in names.items() if len(where) > 1 and stem not in SAME_NAME} == {}
     assert names.keys() & sys.stdlib_module_names == set()
 
 
-def test_no_module_is_called_like_a_function() -> None:
+def test_no_module_is_called_like_a_function(graph: Imports) -> None:
     """`import package.module` would give the function once the package exports it."""
     found = set()
     for name, path in MODULES.items():
@@ -183,7 +188,7 @@ def test_no_module_is_called_like_a_function() -> None:
             for node in ast.parse(path.read_text(encoding="utf-8")).body
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
         }
-        package = name if name in GRAPH._packages else name.rpartition(".")[0]
+        package = name if name in graph._packages else name.rpartition(".")[0]
         found |= {f"{package}.{function}".lstrip(".") for function in functions} & MODULES.keys()
     assert found == FUNCTION_NAMES
 

@@ -11,6 +11,7 @@ from lightning.pytorch import seed_everything
 
 import lightning_prune as lp
 from helpers.clock import set_latency
+from helpers.models import DEPTH, digits_module
 from lightning_prune import DigitsData, ImageClassifier, TokenPruning
 from lightning_prune._utils.device import device_name
 from lightning_prune.cli.main import run
@@ -33,7 +34,7 @@ def trainer(**kwargs):
 
 @pytest.fixture(scope="module")
 def module():
-    return ImageClassifier("vit_digits_patch4_56")
+    return digits_module()
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +42,7 @@ def data():
     return DigitsData(batch_size=4)
 
 
+@pytest.mark.usefixtures("drawn")
 def test_plan_for_a_simulated_device_uses_its_latencies(module, data, tmp_path, capsys):
     made = trainer().plan(module, datamodule=data, output=str(tmp_path), device=DEVICE)
     assert made.profile.context["device"] == DEVICE
@@ -52,7 +54,7 @@ def test_plan_for_a_simulated_device_uses_its_latencies(module, data, tmp_path, 
     assert DEVICE in capsys.readouterr().out
     assert made.total_removed > 0
     work = Workload.of(module.model.blocks, batch=4)
-    for milliseconds, schedule in ((made.latency_ms, made.schedule), (made.dense_ms, lp.Schedule([0] * 12))):
+    for milliseconds, schedule in ((made.latency_ms, made.schedule), (made.dense_ms, lp.Schedule([0] * DEPTH))):
         expected = 1e3 * simulated_seconds(SimulatedDevice(multiprocessors=9), work, schedule, 197)
         assert milliseconds == pytest.approx(expected, rel=1e-9)
 
@@ -67,6 +69,7 @@ def test_plan_accepts_a_profile_of_another_device(module, data, tmp_path):
     assert (tmp_path / "here" / "schedule.yaml").exists()
 
 
+@pytest.mark.usefixtures("drawn")
 def test_auto_searches_blocks_and_methods_for_another_device(module, data, tmp_path):
     # Four images are soon done; the limit only has to leave time for all methods on a busy machine.
     made = trainer(method="auto", objective=lp.LatencyBudget(speedup=1.3), calibration=4, time_limit=60).plan(
@@ -131,7 +134,7 @@ def test_settings_without_effect_are_rejected(module, data, tmp_path):
 
 
 def test_the_time_limit_applies_to_the_simulated_clock(module, data, tmp_path):
-    slow = f"{DEVICE},gigaflops=5"
+    slow = f"{DEVICE},gigaflops=0.25"
     short, long = (
         trainer(time_limit=limit).profile(module, datamodule=data, output=str(tmp_path), device=slow)
         for limit in (1.0, 20.0)
@@ -177,7 +180,7 @@ def test_an_invalid_profile_is_rejected_before_the_run(module, data, tmp_path):
 
 
 def test_a_profile_of_another_model_is_rejected(module, data, tmp_path):
-    other = lp.LatencyProfile((9, 50), (1.0, 2.0), (0.1, 0.1), (9, 9), "pomt", 3, 12)
+    other = lp.LatencyProfile((9, 50), (1.0, 2.0), (0.1, 0.1), (9, 9), "pomt", 1, DEPTH)
     path: Path = other.save(tmp_path / "profile.json")
     with pytest.raises(lp.ArgumentError, match=r"`profile` must be of this model \(tokens: 197\), .* \(tokens: 50\)"):
         trainer().plan(module, datamodule=data, output=str(tmp_path), profile=str(path))

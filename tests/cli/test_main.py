@@ -112,6 +112,7 @@ def test_the_installed_command_is_main() -> None:
     assert point.load() is main
 
 
+@pytest.mark.usefixtures("drawn")
 def test_compare_writes_all_files(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -39,6 +39,7 @@ def pruner(**settings: Any) -> TokenPruning:
     return TokenPruning(**{**defaults, **settings})
 
 
+@pytest.mark.usefixtures("drawn")
 def test_profile_measures_writes_and_restores_the_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     callback, model = pruner(block=2, method="random"), digits_module()
     running = trainer(callback)

@@ -5,7 +5,6 @@ from typing import Any
 
 import lightning as L
 import pytest
-from matplotlib.figure import Figure
 
 import lightning_prune as lp
 from helpers.clock import TokenClock, set_few_rounds, set_latency
@@ -20,13 +19,6 @@ OPTIONS: dict[str, Any] = {
     "enable_progress_bar": False,
     "limit_val_batches": 2,
 }
-
-
-@pytest.fixture(autouse=True)
-def _coarse_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Figures of few pixels: a comparison draws several, of which these tests see that they are there."""
-    savefig = Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda self, path, **options: savefig(self, path, **{**options, "dpi": 30}))
 
 
 @pytest.fixture

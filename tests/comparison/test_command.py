@@ -30,7 +30,7 @@ METHODS = [
 ]
 
 
-@pytest.mark.usefixtures("clockwork")
+@pytest.mark.usefixtures("clockwork", "drawn")
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_the_command_of_the_issue(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["compare", *TINY, *METHODS, "--output", str(tmp_path)]

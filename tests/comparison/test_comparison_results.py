@@ -86,6 +86,7 @@ def comparison(rows: list[Row] | None = None, **more: Any) -> Comparison:
     return Comparison(tuple(rows or ROWS), plan, **{**shared, **more})
 
 
+@pytest.mark.usefixtures("drawn")
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_files(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("kept")
@@ -150,6 +151,7 @@ def test_no_picture_where_patches_form_no_grid(tmp_path: Path) -> None:
     assert "tokens.png" not in [path.name for path in replace(found, traces=traces).save(tmp_path)]
 
 
+@pytest.mark.usefixtures("drawn")
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_a_normalisation_of_other_channels_does_not_keep_the_files_from_being_written(tmp_path: Path) -> None:
     written = comparison(normalisation=([0.5, 0.5, 0.5], [0.2, 0.2, 0.2])).save(tmp_path)

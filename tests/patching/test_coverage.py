@@ -16,8 +16,9 @@ from lightning_prune.patching.models.support import isotropic_names
 
 from .sweep import ROOT, coverage
 
+NAMES = set(timm.list_models())  # sorted at each call
 with (ROOT / "examples" / "results" / "coverage_timm.csv").open(encoding="utf-8") as file:
-    ROWS = [row for row in csv.DictReader(file) if row["name"] in timm.list_models()]
+    ROWS = [row for row in csv.DictReader(file) if row["name"] in NAMES]
 
 pytestmark = pytest.mark.long
 
