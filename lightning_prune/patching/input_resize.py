@@ -12,6 +12,7 @@ from lightning_prune._utils.device import device_name
 from lightning_prune._utils.measurement_source import MeasurementSource
 from lightning_prune.errors import ArgumentError, UnsupportedModelError
 from lightning_prune.patching.class_swap import PatchedModule, Setting
+from lightning_prune.patching.token_state import has_storage
 from lightning_prune.reduction.base import Reduction
 from lightning_prune.reduction.functional import is_exported
 from lightning_prune.reduction.resize import (
@@ -53,10 +54,12 @@ class ScalingSites(NamedTuple):
     Attributes:
         mixins: Module -> the mixin of its class. One of them scales the images, others resample positions.
         settings: Module, name and new value of plain attributes, such as a check of the image size.
+        guard: Mixin for the root, in place of the adapter's `guard`; None for that one.
     """
 
     mixins: Mapping[nn.Module, type["ResizedModule"]]
     settings: tuple[tuple[nn.Module, str, Any], ...] = ()
+    guard: type[PatchedModule] | None = None
 
 
 @dataclass(eq=False)
@@ -72,6 +75,7 @@ class InputResize:
         settings: Settings that were changed so that the model takes smaller images.
         constants: Tensors that follow from the grids alone, on the device on which they were used last.
         grids: Height and width of images -> the grid that is left of them.
+        resampled: Name -> weights, and what was resampled from them.
         is_adaptive: Whether the images decide how many tokens are left: never.
     """
 
@@ -83,6 +87,7 @@ class InputResize:
     settings: list[Setting] = field(default_factory=list)
     constants: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
     grids: dict[tuple[int, int], Grid] = field(default_factory=dict)
+    resampled: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = field(default_factory=dict)
     is_adaptive: bool = False
 
     def __post_init__(self) -> None:
@@ -169,6 +174,33 @@ class InputResize:
         with torch.inference_mode(False), torch.no_grad():  # the tensor may be needed for a backward pass later on
             self.constants[name] = made = (compute() if known is None else known).to(device)
         return made
+
+    def keeps(self, weights: Tensor) -> bool:
+        """Whether what is resampled from these weights may be kept for the next forward pass.
+
+        It is compared with the weights in each of them, which takes a twentieth of the time on a CPU, and would wait
+        for the device elsewhere. Neither graphs nor gradients may use what is kept.
+        """
+        if torch.compiler.is_compiling() or weights.device.type != "cpu" or type(weights) not in (Tensor, nn.Parameter):
+            return False
+        needs_grad = torch.is_grad_enabled() and weights.requires_grad
+        return not needs_grad and has_storage(weights)
+
+    def resample(self, name: tuple[Any, ...], weights: Tensor, compute: Callable[[], Tensor]) -> Tensor:
+        """What is resampled from weights that it `keeps`; computed where the weights have changed.
+
+        Args:
+            name: Of the result, unique for these weights.
+            weights: The weights.
+            compute: Resamples them.
+        """
+        source, found = self.resampled.get(name, (None, None))
+        if source is not None and found is not None and source.dtype == weights.dtype and torch.equal(source, weights):
+            return found
+        with torch.inference_mode(False), torch.no_grad():
+            source, found = weights.detach().clone(), compute()
+        self.resampled[name] = source, found
+        return found
 
     def matrices(self, image_size: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
         """The matrices of `scale_images` for the height and for the width of images."""

@@ -172,9 +172,9 @@ class PatchHandle:
         try:
             if reductions:
                 self._patch_blocks(reductions, warns=self._warns and scaling is None)
-            if scaling is not None:
-                self._scale_images(scaling)
             guard, root = self.transformer.adapter.guard, self.transformer.root
+            if scaling is not None:
+                guard = self._scale_images(scaling) or guard
             if self._patched and guard is not None:
                 self._swap(root, guard, RootPatch(root))
         except BaseException:
@@ -225,8 +225,12 @@ class PatchHandle:
         if pixels is not None:
             self._swap(transformer.patch_embed, CaptureInput, pixels)
 
-    def _scale_images(self, reduction: Reduction) -> None:
-        """Has the images scaled down; after the blocks are patched, which are compared with their own forward first."""
+    def _scale_images(self, reduction: Reduction) -> type[PatchedModule] | None:
+        """Has the images scaled down; after the blocks are patched, which are compared with their own forward first.
+
+        Returns:
+            The mixin for the root, in place of the guard of the adapter; None for that one.
+        """
         transformer, schedule = self.transformer, self.schedule
         assert schedule is not None
         resize = InputResize(
@@ -243,6 +247,7 @@ class PatchHandle:
         for module in sites.mixins:
             assert isinstance(module, ResizedModule)
             module.prepare()
+        return sites.guard
 
     def _capture_attention(self, block_patch: BlockPatch, block: nn.Module) -> None:
         """Prepares a block so that its attention can be read, and its keys weighted, while it runs."""

@@ -65,6 +65,11 @@ def get_state(tokens: Tensor) -> Any:
     return state
 
 
+def has_storage(tensor: Tensor) -> bool:
+    """Whether a tensor has memory of its own that can be compared: not in a graph, nor inside `torch.func`."""
+    return _storage(tensor) is not None
+
+
 def _storage(tensor: Tensor) -> Any:
     """The storage of a tensor; None during compilation, and for tensors without one, such as those of `torch.func`.
 

@@ -13,6 +13,7 @@ from lightning_prune.patching.input_resize import (
     PatchDivision,
     ResizedInput,
     ScalingSites,
+    active_resize,
     image_size_of,
     own_setting,
 )
@@ -63,6 +64,42 @@ class GridGuard(PatchedModule):
                 "`output_fmt` must be 'NLC' in a model whose blocks remove tokens, got 'NCHW'; or remove the patch."
             )
         return own.forward_intermediates(*args, **kwargs)
+
+
+class _Instead:
+    """A module with other values of some attributes.
+
+    Args:
+        module: The module.
+        values: Name -> value.
+    """
+
+    def __init__(self, module: nn.Module, **values: Any) -> None:
+        vars(self).update(values, _module=module)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(vars(self)["_module"], name)
+
+
+class ResizedPositions(GridGuard):
+    """Also keeps the position embeddings that timm would resample in every forward pass."""
+
+    def _pos_embed(self, x: Tensor) -> Any:
+        module: Any = self
+        own: Any = original_class(self)
+        weights, embed = module.pos_embed, module.patch_embed
+        resize = active_resize(embed)
+        if resize is None or weights is None or not resize.keeps(weights):
+            return own._pos_embed(self, x)
+        from timm.layers import resample_abs_pos_embed
+
+        grid, prefix = (x.shape[1], x.shape[2]), 0 if module.no_embed_class else module.num_prefix_tokens
+        positions = resize.resample(
+            ("positions", grid), weights, lambda: resample_abs_pos_embed(weights, grid, embed.grid_size, prefix)
+        )
+        # timm resamples nothing that has the size of the grid already.
+        same = _Instead(self, pos_embed=positions, patch_embed=_Instead(embed, grid_size=grid))
+        return own._pos_embed(same, x)
 
 
 class TimmAdapter(ModelAdapter):
@@ -142,7 +179,7 @@ class TimmAdapter(ModelAdapter):
                 (embed, "flatten", False),
                 (embed, "output_fmt", type(embed.output_fmt)("NHWC")),
             )
-        return ScalingSites({embed: ResizedPatchEmbed}, settings)
+        return ScalingSites({embed: ResizedPatchEmbed}, settings, ResizedPositions)
 
     def unscalable_reason(self, model: Any) -> str | None:
         """Why a model cannot run on smaller images; None if it can: by default, if its `_pos_embed` is timm's own."""

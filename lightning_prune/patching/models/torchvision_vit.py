@@ -62,7 +62,12 @@ class ResizedEncoder(ResizedModule):
         module: Any = self
         patch = self._prune_patch
         old, new = patch.dense_grid(patch.fixed_size), patch.fixed_grid
-        x = input + resample_corners(module.pos_embedding, 1, old, new)
+        weights = module.pos_embedding
+        if patch.keeps(weights):
+            moved = patch.resample(("positions",), weights, lambda: resample_corners(weights, 1, old, new))
+        else:
+            moved = resample_corners(weights, 1, old, new)
+        x = input + moved
         tokens: Tensor = module.ln(module.layers(module.dropout(x)))
         return tokens
 
