@@ -248,3 +248,29 @@ def test_the_time_limit_covers_profiling_and_planning_together(monkeypatch: pyte
     validated(callback)
     assert limits["get_or_profile"] == pytest.approx(0.6)
     assert 0 < limits["plan_many"] < 2.0
+
+
+@pytest.mark.parametrize(("schedule", "removed"), [(0.7, 4), (0.6, 7), ([7, 0, 0, 0], 7)])
+def test_scaled_images(schedule: Any, removed: int, recwarn: pytest.WarningsRecorder) -> None:
+    """Of 4 x 4 patches, 0.6 allows 10 at most, which is 3 x 3; also in a step that calls parts of the model."""
+
+    class Parts(Tiny):
+        def forward(self, images: Any) -> Any:
+            return self.vit.forward_head(self.vit.forward_features(images))
+
+    for kind in (Tiny, Parts):
+        callback, module = pruner(method="resize", schedule=schedule), kind()
+        before = Snapshot(module)
+        validated(callback, module)
+        assert list(callback.decision.schedule.removed) == [removed, 0, 0, 0]
+        assert module.tokens() == {TOKENS - removed} == {callback.decision.tokens}
+        before.assert_unchanged()
+    assert not [warning for warning in recwarn if "The blocks of the Vision Transformer" in str(warning.message)]
+
+
+def test_scaled_images_and_another_method() -> None:
+    mixed = lp.KeepRates([0.8, 1, 0.5, 1], ["resize", None, "topk", None])
+    callback = pruner(method="auto", schedule=mixed)
+    module, _ = validated(callback)
+    assert callback.decision.schedule.removed == (4, 0, 6, 0)
+    assert module.tokens() == {7}

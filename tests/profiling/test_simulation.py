@@ -187,3 +187,16 @@ def test_a_patched_model_is_not_simulated():
         pytest.raises(lp.ArgumentError, match="`model` must be dense, got a patched model"),
     ):
         simulate_latency(model, torch.zeros(1, 3, 32, 32), SimulatedDevice())
+
+
+def test_methods_that_leave_some_counts_only():
+    """Of 4 x 4 patches: the grids that images can be scaled to."""
+    model, images = tiny_vit(), torch.randn(2, 3, 32, 32)
+    device = SimulatedDevice(multiprocessors=9, tile=16)
+    profile = simulate_latency(model, images, device, method="resize")
+    assert {*profile.tokens} <= {2, 3, 5, 7, 10, 13, 17}
+    assert len(profile.tokens) > 3
+    measured = lp.profile_latency(model, images, method="resize", counts=[10, 13], time_limit=0.1, verbose=False)
+    assert measured.tokens == (10, 13, 17)
+    with pytest.raises(lp.ArgumentError, match=r"`counts` .* \[13, 10\], got 12"):
+        lp.profile_latency(model, images, method="resize", counts=[10, 12], time_limit=0.1, verbose=False)
