@@ -10,6 +10,10 @@ ARGS ?=
 INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
 
+# Tests start many processes, and each would compile the package, pytest's own also the tests: `make clean` removes
+# what is written.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 # A venv that broke half-way (no ensurepip on Debian, say) must not look finished to the next run.
 .DELETE_ON_ERROR:
