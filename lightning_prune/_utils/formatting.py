@@ -42,6 +42,16 @@ def milliseconds(latency: float | None) -> str:
     return f"{latency:.{digits}f}"
 
 
+def with_tail(median: float, p90: float | None) -> str:
+    """A latency in a sentence, its 90th percentile beside the median where it is known.
+
+    Example:
+        >>> with_tail(12.345, 14.0), with_tail(12.345, None)
+        ('12.35 ms (p90 14.00)', '12.35 ms')
+    """
+    return f"{median:.2f} ms" + ("" if p90 is None else f" (p90 {p90:.2f})")
+
+
 def three_digits(value: float) -> str:
     """A value with three significant digits in a sentence; large ones without an exponent.
 

@@ -16,10 +16,11 @@ from lightning_prune.callbacks.given_schedule import time_adaptive, time_given
 from lightning_prune.callbacks.planned_schedule import planned
 from lightning_prune.errors import DataError
 from lightning_prune.patching import VisionTransformer
+from lightning_prune.planning.api import PROFILE_SHARE
 from lightning_prune.profiling import LatencyProfile
 from lightning_prune.profiling.environment import structure
 from lightning_prune.profiling.measurement import check_dense
-from lightning_prune.profiling.profile_reuse import CachedProfile
+from lightning_prune.profiling.profile_reuse import CachedProfile, holds
 
 _LATER_SHARE = 0.25  # of the time limit, for a later validation of `fit`: its latency profile is known
 
@@ -121,8 +122,18 @@ def _decide_anew(first: FirstBatch, profile: LatencyProfile | None, is_refuted: 
         return time_adaptive(first) if config.is_adaptive else time_given(first)
     in_fit = first.trainer.state.fn == "fit"
     kept = CachedProfile(profile, reused=True) if profile is not None and (in_fit or is_refuted) else None
-    if kept is not None and not is_refuted:
-        first = first.within(_LATER_SHARE)
+    if kept is not None and not is_refuted:  # of an earlier epoch, since when the machine may have changed its speed
+        if config.protocol == "paper" or holds(
+            kept.profile,
+            first.module,
+            first.images,
+            time_limit=PROFILE_SHARE * config.time_limit,
+            module_path=config.module_path,
+            clock=first.limit.clock,
+        ):
+            first = first.within(_LATER_SHARE)
+        else:
+            kept = None
     if config.verbose and config.protocol == "deployed":
         name = " (`time_limit`)" if first.limit.seconds == config.time_limit else ""
         print(f"Planning a schedule for this device and batch takes up to {first.limit.seconds:.3g} s{name}.")

@@ -32,6 +32,8 @@ class Decision:
         keep_rates: The keep rates that were given; None for counts.
         reused: When the latency profile was measured, if in an earlier run; else empty.
         reduction: The method; None where the schedule names one for each block.
+        dense_p90_ms: 90th percentile of the latency of the unpruned model; None where it was not timed.
+        p90_ms: That with the schedule.
         adaptive: Whether the images decide how many tokens are removed. The schedule then removes nothing, and `tokens`
             is the count of the longest image of the batch that was measured.
     """
@@ -54,6 +56,8 @@ class Decision:
     reused: str = ""
     reduction: Reduction | None = None
     adaptive: bool = False
+    dense_p90_ms: float | None = None
+    p90_ms: float | None = None
 
     @property
     def prunes(self) -> bool:
@@ -117,5 +121,7 @@ class Decision:
             plan=plan,
             calibration=calibration,
             reduction=plan.reduction,
+            dense_p90_ms=plan.dense.p90_ms if plan.dense else None,
+            p90_ms=plan.pruned.p90_ms if plan.pruned else None,
             reused=str(plan.profile.context.get("measured", "before")) if reused else "",
         )

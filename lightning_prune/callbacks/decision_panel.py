@@ -4,7 +4,7 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
 
-from lightning_prune._utils.formatting import timed_quantity
+from lightning_prune._utils.formatting import timed_quantity, with_tail
 from lightning_prune.callbacks.decision import Decision
 
 
@@ -68,10 +68,11 @@ def _removed(decision: Decision) -> str:
 
 
 def _latency(decision: Decision) -> str:
-    dense = f"dense {decision.dense_ms:.2f} ms"
+    dense = f"dense {with_tail(decision.dense_ms, decision.dense_p90_ms)}"
     if not decision.prunes:
         return dense
     if decision.plan is not None and decision.plan.pruned is None:  # planned for another device
         return f"{dense}, predicted {decision.latency_ms:.2f} ms, not measured: {decision.speedup:.2f}x"
     predicted = f" (predicted {decision.predicted_ms:.2f} ms)" if decision.predicted_ms is not None else ""
-    return f"{dense}, pruned {decision.latency_ms:.2f} ms{predicted}: {decision.speedup:.2f}x"
+    pruned = with_tail(decision.latency_ms, decision.p90_ms)
+    return f"{dense}, pruned {pruned}{predicted}: {decision.speedup:.2f}x"

@@ -89,6 +89,7 @@ def planned_for(
     objectives: Sequence[Objective],
     profile: CachedProfile | None = None,
     limit: TimeLimit | None = None,
+    is_given: bool = False,
 ) -> list[Decision]:
     """Plans a schedule for each of several objectives, measured once for all of them.
 
@@ -100,6 +101,7 @@ def planned_for(
         objectives: In any order.
         profile: The latency profile; that of `profiled` if None.
         limit: The time limit, which may have begun before; that of the config, beginning now, if None.
+        is_given: Whether a user gave the profile, so that nobody knows whether it still holds.
 
     Raises:
         ArgumentError: As `check_labels`, and as `lightning_prune.plan`.
@@ -128,16 +130,18 @@ def planned_for(
         use_cache=config.use_cache,
         cache_dir=config.cache_dir,
         clock=limit.clock,
+        profile_holds=not is_given,
     )
     return [Decision.from_plan(made, calibration.source, profile.reused) for made in plans]
 
 
-def planned(first: FirstBatch, profile: CachedProfile | None = None) -> Decision:
+def planned(first: FirstBatch, profile: CachedProfile | None = None, is_given: bool = False) -> Decision:
     """Plans a schedule by the objective of the config; the time limit includes sampling the calibration images.
 
     Args:
         first: The batch to plan on.
         profile: The latency profile; that of `profiled` if None.
+        is_given: As of `planned_for`.
 
     Raises:
         ArgumentError: As `planned_for`, and if a batch holds no images.
@@ -147,5 +151,6 @@ def planned(first: FirstBatch, profile: CachedProfile | None = None) -> Decision
     objectives, seconds = [config.effective_objective], None if config.protocol == "paper" else limit.seconds
     with progress_bar("Planning", seconds, config.verbose):
         calibration = first.calibration(limit)
-        (decision,) = planned_for(config, first.module, first.images, calibration, objectives, profile, limit)
+        where = first.module, first.images, calibration
+        (decision,) = planned_for(config, *where, objectives, profile, limit, is_given)
     return decision

@@ -92,6 +92,9 @@ class Evaluation(nn.Module):
         num_classes: Size of the head; None if there is no head, so that there is no accuracy either.
         warmup: Number of batches at the start that are left out of the times; at least one is always counted.
 
+    Attributes:
+        refuses_broken: Whether logits that are not finite end the run; see `counting_broken`.
+
     Example:
         >>> import torch
         >>> from lightning_prune.classification.evaluation import Evaluation
@@ -118,6 +121,16 @@ class Evaluation(nn.Module):
         self.timer = StepTimer()
         self.meter: EnergyMeter | None = None
         self.shares: list[SamplerShare | None] = []
+        self.refuses_broken = True
+
+    @contextmanager
+    def counting_broken(self) -> Iterator[None]:
+        """A context in which logits that are not finite end no run: whoever enters it counts them, and says so."""
+        before, self.refuses_broken = self.refuses_broken, False
+        try:
+            yield
+        finally:
+            self.refuses_broken = before
 
     def reset(self, trainer: L.Trainer | None = None) -> None:
         """Resets all metrics.

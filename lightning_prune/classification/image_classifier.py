@@ -163,7 +163,7 @@ class ImageClassifier(L.LightningModule):
         with self._eagerly_if_short(images, batch_idx), self.evaluation.timing(images):
             logits = self(images)
         if self.num_classes is not None:
-            check_batch(logits, labels, self.num_classes, where)
+            check_batch(logits, labels, self.num_classes, where, finite=self.evaluation.refuses_broken)
             self.evaluation.update(logits, labels, batch_idx, dataloader_idx)
 
     def _eagerly_if_short(self, images: Any, batch_idx: int) -> AbstractContextManager[Any]:

@@ -130,7 +130,7 @@ def run_plan(
     def decide(first: FirstBatch) -> Decision:
         with progress_bar("Planning", config.time_limit, config.verbose):
             latency = _profile(first, simulated) if given is None else given
-            return planned(first, latency)
+            return planned(first, latency, is_given=given is not None)
 
     with output_folder(output, {"results.json": "a comparison"}) as folder:
         decision = on_first_batch(trainer, model, config, decide, **data)

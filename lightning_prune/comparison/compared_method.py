@@ -164,6 +164,8 @@ class ComparedMethod:
             shortfall = "8 bits alone reach it"
         elif not target.reached:
             shortfall = f"short of its target: {1 / timing.ratio:.2f}x when planning ended"
+        else:
+            shortfall = target.overshoot(timing)
         return PlannedVariant(
             variant=f"{request.stem} {speedup:g}x{request.suffix}",
             request=request.name,

@@ -1,6 +1,6 @@
 """The plan of a comparison within one time limit: the schedule of each variant, then one run that times them all."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 from typing import Any
@@ -25,7 +25,7 @@ from lightning_prune.comparison.resume import ResumeState
 from lightning_prune.comparison.target_search import TUNING, AutoFront, auto_front, auto_source, search_targets
 from lightning_prune.comparison.time_shares import SHARES, TimeShares
 from lightning_prune.comparison.variant_costs import with_energy, with_model_costs
-from lightning_prune.errors import UnsupportedModelError
+from lightning_prune.errors import DataError, UnsupportedModelError
 from lightning_prune.planning.candidate_search import CandidateSearch
 from lightning_prune.planning.candidates import CandidateSource
 from lightning_prune.planning.measurements import Measurements
@@ -34,6 +34,7 @@ from lightning_prune.planning.ordered_candidates import TARGET_TUNING
 from lightning_prune.profiling import DENSE, Variant, measurement_context
 from lightning_prune.profiling.measurement import check_dense, ready_to_run
 from lightning_prune.profiling.model_variants import variant_timer
+from lightning_prune.profiling.page_faults import fault_context
 from lightning_prune.profiling.profile_reuse import CachedProfile, get_or_profile
 from lightning_prune.runtimes import Runtime
 
@@ -68,7 +69,7 @@ class ComparisonPlanner:
         self.fixed = dict(given)  # request -> the variant whose schedule is known
         self.budgets = [LatencyBudget(speedup=speedup) for speedup in settings.speedups]
         self.targets: dict[tuple[str, LatencyBudget], Target] = {}
-        self.not_planned: set[str] = set()
+        self.not_planned: dict[str, str] = {}  # request -> why
         self.contexts: dict[Runtime, dict[str, Any]] = {}
         self.curves: dict[Runtime, CachedProfile] = {}
         self.fronts: dict[Runtime, AutoFront] = {}
@@ -206,7 +207,7 @@ class ComparisonPlanner:
         is_paper = config.protocol == "paper"
         seconds = self.shares.seconds(group.name, 0.0 if is_paper else self.least.of_front(group.runtime))
         if seconds is None:
-            self.not_planned |= {request.name for request in group.requests}
+            self.not_planned |= dict.fromkeys((request.name for request in group.requests), NOT_PLANNED)
             return
         assert self.calibration is not None
         if config.verbose:
@@ -214,7 +215,11 @@ class ComparisonPlanner:
         module, images, limit = self.first.module, self.first.images, TimeLimit(max(seconds, 1e-3), self.limit.clock)
         curve = None if is_paper else self.curves[group.runtime]
         with progress_bar(f"Planning {group.name}", limit.left(), config.verbose):
-            made = planned_for(config, module, images, self.calibration, group.objectives, curve, limit)
+            try:
+                made = planned_for(config, module, images, self.calibration, group.objectives, curve, limit)
+            except DataError as error:  # of its outputs; those of the dense model end the comparison
+                self._leave_out([request.name for request in group.requests], error)
+                return
         for request, decision in zip(group.requests, made, strict=True):
             self.fixed[request.name] = variant_of_decision(request, decision)
         if self.state is not None:
@@ -236,11 +241,16 @@ class ComparisonPlanner:
             least += self.least.of_front(request.runtime)
         seconds = self.shares.seconds(request.name, least)
         if seconds is None:
-            self.not_planned.add(request.name)
+            self.not_planned[request.name] = NOT_PLANNED
             return
         limit = TimeLimit(max(seconds, 1e-3), self.limit.clock)
         if request.searches:
-            source = auto_source(request, self._auto_front(request, limit), transformer.depth)
+            try:
+                front = self._auto_front(request, limit)
+            except DataError as error:
+                self._leave_out([request.name], error)
+                return
+            source = auto_source(request, front, transformer.depth)
         else:
             source = self.methods[request.name].source()
         with (
@@ -252,6 +262,14 @@ class ComparisonPlanner:
         for budget in self.budgets:
             search = CandidateSearch(budget, sources, 1.0, tuning=TARGET_TUNING)
             self.targets[request.name, budget] = Target(budget, source, search)
+
+    def _leave_out(self, names: Sequence[str], error: DataError) -> None:
+        """Leaves out requests whose methods give outputs that are no numbers; raises where dense does so itself."""
+        transformer, images = self.first.transformer, self.first.images
+        with ready_to_run(transformer):
+            if not transformer.outputs(images).isfinite().all():
+                raise error
+        self.not_planned |= dict.fromkeys(names, f"not planned: {error}")
 
     def _auto_front(self, request: VariantRequest, limit: TimeLimit) -> AutoFront:
         """The front of all methods in the runtime of a request, in floating point; planned once."""
@@ -301,19 +319,21 @@ class ComparisonPlanner:
         """All variants with their timings, dense first, and the targets that no variant reaches."""
         found: list[PlannedVariant] = []
         unreached: list[UnreachedTarget] = []
+        fault_us = fault_context(self.first.images.device.type).get("fault_us")
 
         def add(planned: PlannedVariant, variant: Variant, dense: Variant) -> None:
             timing, against_eager = final.timer.result(variant, dense), final.speedup_vs_eager(variant)
-            found.append(replace(planned, timing=timing, speedup_vs_eager=against_eager))
+            notes = [planned.note, timing.fault_remark(final.timer.result(dense, dense), fault_us)]
+            note = "; ".join(filter(None, notes))
+            found.append(replace(planned, timing=timing, speedup_vs_eager=against_eager, note=note))
 
         for request in self.settings.requests:
             name, runtime, dense = request.name, request.runtime.name, Variant(runtime=request.runtime)
             if request.is_dense:
                 add(PlannedVariant(name, name, runtime=runtime), dense, dense)
             elif name in self.not_planned:
-                found.append(
-                    PlannedVariant(name, name, request.method, request.int8, note=NOT_PLANNED, runtime=runtime)
-                )
+                note = self.not_planned[name]
+                found.append(PlannedVariant(name, name, request.method, request.int8, note=note, runtime=runtime))
             elif name in self.fixed:
                 add(self.fixed[name], variant_of(self.fixed[name], request), dense)
             elif (reason := self.unusable[name]) is not None:

@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,12 +13,14 @@ from lightning_prune._utils.progress import OnStep
 from lightning_prune.comparison.planned_variants import UnreachedTarget
 from lightning_prune.comparison.target_search import TUNING, VariantTimer
 from lightning_prune.patching import VisionTransformer
-from lightning_prune.planning.candidate_search import CandidateSearch, run_searches
+from lightning_prune.planning.candidate_search import CandidateSearch, TimedCandidate, run_searches
 from lightning_prune.planning.candidates import Candidate, Timings
+from lightning_prune.planning.latency_model import budget_tolerance
 from lightning_prune.planning.objectives import LatencyBudget
 from lightning_prune.planning.ordered_candidates import OrderedCandidates
-from lightning_prune.profiling import InterleavedTimer, Variant, VariantSwitch
+from lightning_prune.profiling import InterleavedTimer, LatencyStats, Variant, VariantSwitch
 from lightning_prune.profiling.environment import precision
+from lightning_prune.profiling.latency_profile import SAVING
 from lightning_prune.runtimes import Runtime, TorchEager, is_compiled
 from lightning_prune.runtimes.in_place import uncompiled
 
@@ -54,6 +56,39 @@ class Target:
     reached: bool = False
     exhausted: bool = False
     best_speedup: float = 0.0
+
+    def observe(self, candidate: Candidate, timer: InterleavedTimer[Variant]) -> None:
+        """Takes the timing of a candidate of the search again, which more rounds have changed.
+
+        Args:
+            candidate: One that the search has timed.
+            timer: Has its rounds.
+        """
+        if timer.has(candidate.variant) and not candidate.is_dense:
+            timing, dense = timer.result(candidate.variant), timer.result(timer.reference)
+            self.source.observe(candidate, timing)
+            self.search.observe(TimedCandidate(replace(candidate, timing=timing), self.source, timing, dense))
+
+    def overshoot(self, timing: LatencyStats) -> str:
+        """What is said of a candidate that is faster than its target by more than the noise; empty for another one.
+
+        Args:
+            timing: Of the candidate, in the final run.
+        """
+        wanted = 1 / float(self.budget.speedup or 1)
+        if self.candidate is None or timing.ratio >= wanted * (1 - budget_tolerance(timing, SAVING)):
+            return ""
+        amount = self.source.amount(self.candidate)
+        below = max((each for each in self.source.timings if each < amount), default=None)
+        if amount <= self.source.smallest:
+            return "the smallest amount"
+        if below is None:
+            return "smaller amounts were not timed, for lack of time"
+        misses = f"misses: {1 / self.source.timings[below].ratio:.2f}x"
+        if below == amount - 1:
+            return f"next smaller amount {misses}"
+        removed = self.source.candidate(below).schedule.total_removed
+        return f"R = {removed} {misses}; what lies between was not timed, for lack of time"
 
     def unreached(self, method: str) -> UnreachedTarget:
         """What is said of the target if no amount reaches it.
@@ -174,25 +209,45 @@ def verify_targets(
         time_limit: Seconds; three rounds of each variant, also of those that are chosen, are completed all the same.
         on_step: Called after every run.
     """
-    deadline = timer.clock() + time_limit
-    timing = VariantTimer(timer, rounds, deadline, on_step, TUNING.min_final_rounds)
+    start = timer.clock()
+    deadline = start + time_limit
+    timing = VariantTimer(
+        timer,
+        TUNING.search_rounds,
+        start + TUNING.settling_share * time_limit,
+        on_step,
+        TUNING.min_final_rounds,
+        rounds,
+    )
     untimed = list(others)
+    searches = [target.search for target in targets]
 
     def time_candidates(candidates: Sequence[Candidate]) -> Timings:
         timing.time_variants(list(dict.fromkeys([*untimed, *(candidate.variant for candidate in candidates)])))
         untimed.clear()
         return timer.result(timer.reference), {c.key: timer.result(c.variant) for c in candidates}
 
-    run_searches([target.search for target in targets], time_candidates, deadline, clock=timer.clock)
-    wanted = list(others)
+    run_searches(searches, time_candidates, timing.deadline, clock=timer.clock)
+    if untimed:  # no search had anything to time
+        timing.time_variants(untimed)
+    timing.deadline = deadline
+    # Few rounds chose the amounts, and so speak too well of them: more verify them, and what misses then moves on.
+    for _ in range(TUNING.verifications):
+        chosen = [target.search.result().candidate for target in targets]
+        timing.verify([*others, *(candidate.variant for candidate in chosen)], deadline)
+        for target, candidate in zip(targets, chosen, strict=True):
+            target.observe(candidate, timer)
+        run_searches(searches, time_candidates, deadline, clock=timer.clock)
+        if [target.search.result().candidate.key for target in targets] == [candidate.key for candidate in chosen]:
+            break
     for target in targets:
         choice, source = target.search.result(), target.source
         target.candidate, target.reached = choice.candidate, choice.met
         fails = not source.largest or source.reaches(source.largest, target.budget, 1.0) is False
         target.exhausted = not choice.met and fails
         target.best_speedup = max((1 / timed.timing.ratio for timed in target.search.timed), default=1.0)
-        wanted.append(choice.candidate.variant)
     # Whatever the searches had time for: without a complete round a variant has no latency.
+    wanted = [*others, *(target.candidate.variant for target in targets if target.candidate is not None)]
     missing = [variant for variant in dict.fromkeys(wanted) if not timer.has(variant)]
     if missing:
         timing.time_variants(missing)

@@ -60,12 +60,15 @@ class PredictionRecorder(L.Callback):
         predictions: Of the last run; None where they are not known.
         missing: Why the predicted or the right classes of the last run are not known; empty where they are.
         images: Images of the first loader of the last run, of all processes.
+        broken: Those of them, in the order of `predictions`, from whose output no best class follows: a NaN, or a
+            largest value that is not finite. Not looked for where a LightningModule is compiled as a whole.
     """
 
     def __init__(self, module_path: str | None = None, extract: Extract | None = None) -> None:
         self.module_path, self.extract = module_path, extract
         self.predictions: Predictions | None = None
         self.images, self.missing = 0, ""
+        self.broken: list[int] = []
         self._share: SamplerShare | None = None
         self._stop: list[Callable[[], None]] = []
         self._transformer: VisionTransformer | None = None
@@ -83,7 +86,7 @@ class PredictionRecorder(L.Callback):
         elif _shuffled(trainer):
             rank_zero_warn("The validation loader shuffles, so that images of two runs cannot be paired: no intervals.")
             self._give_up("the validation loader shuffles")
-        if self._known:
+        if getattr(pl_module, "_compiler_ctx", None) is None:
             self._stop = [
                 capture_outputs(pl_module, self._own.append),
                 capture_outputs(self._transformer.compiled_root, self._inner.append),
@@ -115,6 +118,7 @@ class PredictionRecorder(L.Callback):
             return
         count = len(images) if self._share is None else self._share.counted(batch_idx, len(images))
         self.images += count
+        self._masks.append(self._broken_rows(len(images), pl_module.device)[:count])
         logits = self._logits(len(images)) if self._known else None
         if logits is None:
             return
@@ -129,11 +133,12 @@ class PredictionRecorder(L.Callback):
         numbers = torch.tensor([self.images, int(self._known)], device=pl_module.device)
         everywhere = _gathered(trainer, numbers)
         self.images = int(everywhere[:, 0].sum())
+        room = int(everywhere[:, 0].max())
+        self.broken = self._gathered_broken(trainer, room, pl_module.device)
         if not bool(everywhere[:, 1].all()) or not self.images:
             self.missing = self.missing or "the classes of another process are not known"
             return
         own = torch.cat(self._batches, dim=1) if self._batches else numbers.new_zeros(2, 0)
-        room = int(everywhere[:, 0].max())
         padded = torch.full((2, room), _NONE - 1, dtype=torch.int64, device=pl_module.device)
         padded[:, : own.shape[1]] = own
         together = _gathered(trainer, padded).transpose(0, 1).reshape(2, -1).cpu()
@@ -156,7 +161,8 @@ class PredictionRecorder(L.Callback):
         self._known, self.missing = False, self.missing or reason
 
     def _forget(self, share: SamplerShare | None) -> None:
-        self.predictions, self.images, self.missing = None, 0, ""
+        self.predictions, self.images, self.missing, self.broken = None, 0, "", []
+        self._masks: list[Tensor] = []  # of each batch, whether an output is broken
         self._own: list[Any] = []
         self._inner: list[Any] = []
         self._batches: list[Tensor] = []
@@ -167,6 +173,29 @@ class PredictionRecorder(L.Callback):
         stops, self._stop = self._stop, []
         for stop in stops:
             stop()
+
+    def _broken_rows(self, images: int, device: torch.device) -> Tensor:
+        """(B,) which images have an output, of the module or of the transformer, without a largest finite value."""
+        assert self._transformer is not None
+        found = [getattr(output, "logits", output) for output in self._own]
+        found += [_output(self._transformer, output) for output in self._inner]
+        broken = torch.zeros(images, dtype=torch.bool, device=device)
+        for output in found:
+            if isinstance(output, Tensor) and output.is_floating_point() and output.shape[:1] == (images,):
+                rows = output.detach().reshape(images, -1)
+                if rows.shape[1]:
+                    broken |= ~rows.amax(dim=1).isfinite().to(device)  # NaN is larger than any number here
+        return broken
+
+    def _gathered_broken(self, trainer: L.Trainer, room: int, device: torch.device) -> list[int]:
+        """The places of broken images, of all processes."""
+        own = (
+            torch.cat(self._masks).to(torch.int64) if self._masks else torch.zeros(0, dtype=torch.int64, device=device)
+        )
+        padded = torch.full((room,), -1, dtype=torch.int64, device=device)
+        padded[: len(own)] = own
+        together = _gathered(trainer, padded).reshape(-1).cpu()
+        return together[together >= 0].nonzero().flatten().tolist()
 
     def _logits(self, images: int) -> Tensor | None:
         """The only output for this batch that is known to be logits; without one nothing more is recorded."""

@@ -128,12 +128,14 @@ class VariantResult:
         images: How many images were validated.
         predictions: The predicted class of each image; None where it is not known.
         missing: Why the predicted or the right classes are not known; empty where they are.
+        broken: Why there is no accuracy: which images have outputs that are NaN or infinite; empty where none has.
     """
 
     metrics: Mapping[str, float]
     images: int
     predictions: Predictions | None
     missing: str = ""
+    broken: str = ""
 
 
 class _DamagedError(Exception):
@@ -256,14 +258,15 @@ class ResumeState:
                 return None
             metrics, images = {name: float(value) for name, value in values["metrics"].items()}, int(values["images"])
             predictions = self._predictions(variant, images) if values["has_predictions"] else None
-            return VariantResult(metrics, images, predictions, str(values.get("missing", "")))
+            reasons = (str(values.get(name, "")) for name in ("missing", "broken"))
+            return VariantResult(metrics, images, predictions, *reasons)
         except (AttributeError, KeyError, TypeError, ValueError, _DamagedError):
             return None
 
     def keep_result(self, variant: str, result: VariantResult) -> None:
         """Keeps the result of a variant; it counts once its own file is there, which is written last."""
         values = {"variant": variant, "metrics": dict(result.metrics), "images": result.images}
-        values["missing"] = result.missing
+        values |= {"missing": result.missing, "broken": result.broken}
         with self._keeping():
             if result.predictions is not None:
                 with atomic_write(self._array(variant)) as temporary, temporary.open("wb") as stream:

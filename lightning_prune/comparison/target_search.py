@@ -29,6 +29,9 @@ class SearchTuning:
         final_rounds: Rounds of the run of all variants, if there is time.
         min_final_rounds: Rounds of that run in any case.
         slow_ratio: A variant slower than this, over dense, is timed in fewer rounds, so that it leaves time for others.
+        settling_share: Share of the time of that run in which few rounds choose among amounts.
+        verifications: How often more rounds verify the chosen amounts, and those that miss their target move on.
+        verifying_share: Share of what is left of the time that one verification may take.
     """
 
     grid_points: tuple[int, int] = (4, 16)
@@ -37,6 +40,9 @@ class SearchTuning:
     final_rounds: int = 51
     min_final_rounds: int = 3
     slow_ratio: float = 3.0
+    settling_share: float = 0.5
+    verifications: int = 4
+    verifying_share: float = 0.7
 
 
 TUNING = SearchTuning()
@@ -51,13 +57,37 @@ class VariantTimer:
         deadline: On the timer's clock.
         on_step: Called after every run.
         min_rounds: Rounds of each candidate in any case.
+        most_rounds: Rounds after which a candidate is verified; `rounds` if None.
     """
 
     def __init__(
-        self, timer: InterleavedTimer[Variant], rounds: int, deadline: float, on_step: OnStep, min_rounds: int = 1
+        self,
+        timer: InterleavedTimer[Variant],
+        rounds: int,
+        deadline: float,
+        on_step: OnStep,
+        min_rounds: int = 1,
+        most_rounds: int | None = None,
     ) -> None:
-        self.timer, self.rounds, self.deadline, self.on_step = timer, rounds, deadline, on_step
-        self.min_rounds = min(min_rounds, rounds)
+        self.timer, self.deadline, self.on_step = timer, deadline, on_step
+        self.most_rounds = rounds if most_rounds is None else most_rounds
+        self.rounds = min(rounds, self.most_rounds)
+        self.min_rounds = min(min_rounds, self.rounds)
+
+    def verify(self, variants: Sequence[Variant], deadline: float) -> None:
+        """Times variants that were timed before in as many rounds as are missing, in most of the time that is left.
+
+        Args:
+            variants: Slow ones are left out.
+            deadline: On the timer's clock.
+        """
+        known = {v: self.timer.result(v) for v in dict.fromkeys(variants) if self.timer.has(v)}
+        few = {v: timed for v, timed in known.items() if timed.rounds < self.most_rounds}
+        fast = [v for v, timed in few.items() if timed.ratio <= TUNING.slow_ratio]
+        if fast:
+            now = self.timer.clock()
+            missing = self.most_rounds - min(few[v].rounds for v in fast)
+            self.timer.measure(fast, missing, now + TUNING.verifying_share * (deadline - now), self.on_step)
 
     def time_variants(self, variants: Sequence[Variant]) -> None:
         """Times variants together with dense, slow ones in fewer rounds, in half of the time that is left."""

@@ -38,7 +38,7 @@ def row_of(
         classes: Variant -> the changes of its classes, the worst first; None where nobody asked for them.
     """
     result, dense = results.get(planned.variant), results[plan.dense_of(planned).variant]
-    notes = [planned.note, note if planned.is_dense else ""]
+    notes = [planned.note, _rounds_note(planned.timing), note if planned.is_dense else ""]
     figures: dict[str, Any] = {**_schedule_columns(planned, plan.dense_tokens), **_latency_columns(planned.timing)}
     if result is not None:
         figures |= _logged_columns(result.metrics)
@@ -46,7 +46,9 @@ def row_of(
         if not planned.is_dense:
             figures |= paired_columns(dense, result)
             figures |= _worst_class((classes or {}).get(planned.variant, ()))
-        if planned.is_dense or not unpaired_reason(dense):
+        if result.broken:
+            notes.append(result.broken)
+        elif planned.is_dense or not unpaired_reason(dense):
             notes.append(_unpaired_note(result, bool(name)))
         if name:
             figures |= dict.fromkeys(("top1_change", "top1_low", "top1_high"))
@@ -170,11 +172,18 @@ def _schedule_columns(planned: PlannedVariant, dense_tokens: int) -> dict[str, A
     return {}
 
 
+def _rounds_note(timing: LatencyStats | None) -> str:
+    """Says so where a latency is of too few rounds to have an interval."""
+    if timing is None or timing.has_interval:
+        return ""
+    return f"timed in {timing.rounds} round{'s' * (timing.rounds != 1)} only"
+
+
 def _latency_columns(timing: LatencyStats | None) -> dict[str, float | None]:
     if timing is None:
         return {}
     columns = {"latency_ms": timing.milliseconds, "latency_p90_ms": timing.p90_ms, "speedup": 1 / timing.ratio}
-    if timing.rounds > 1:  # a single round has no spread, which is not the same as none
+    if timing.has_interval:  # a single round has no spread, which is not the same as none
         columns |= {
             "latency_low_ms": timing.low_ms,
             "latency_high_ms": timing.high_ms,

@@ -1,6 +1,7 @@
 """Validating the variants of a comparison, each as it will run, and those that run alike once."""
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -10,15 +11,20 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning_prune._utils.progress import progress_bar
 from lightning_prune.callbacks.hooks import EvaluationCallback, command_run
 from lightning_prune.callbacks.rank_agreement import refuse_sharded
+from lightning_prune.classification.evaluation import Evaluation
 from lightning_prune.comparison.first_loader import FirstLoader
 from lightning_prune.comparison.planned_variants import ComparisonPlan, PlannedVariant, variant_of
 from lightning_prune.comparison.predictions import PredictionRecorder
 from lightning_prune.comparison.requests import ComparisonSettings, VariantRequest
 from lightning_prune.comparison.resume import ResumeState, VariantResult
 from lightning_prune.comparison.validation_progress import ValidationProgress
+from lightning_prune.errors import DataError
 from lightning_prune.patching import find_vision_transformer
 from lightning_prune.profiling import Variant, VariantSwitch
 from lightning_prune.schedule import KeepRates, Schedule
+
+_RATES = ("val/throughput", "val/throughput_end_to_end")  # what outputs that are no numbers say nothing against
+_LISTED = 5  # images that a note names
 
 
 class Deployment(EvaluationCallback):
@@ -81,6 +87,7 @@ def validate_variants(
     """
     results, config = dict(known), settings.config
     requests, progress = {request.name: request for request in settings.requests}, ValidationProgress()
+    denses = {p.variant for p in plan.planned if p.is_dense}
     runs = {p.variant: _run_as(p, requests[p.request]) for p in plan.planned if p.timing is not None}
     for number, (name, variant) in enumerate(runs.items(), 1):
         if name in results:
@@ -94,18 +101,38 @@ def validate_variants(
             recorder = PredictionRecorder(config.module_path, config.images_from_batch)
             own = replace(config, runtime=variant.runtime.name) if variant.runtime is not None else config
             progress.runs_left = len({other for each, other in runs.items() if each not in results})
+            is_dense = name in denses
             with (
                 progress_bar(f"Validating {name} ({number} of {len(runs)})", None, config.verbose),
+                nullcontext() if is_dense else _counting_broken(module),
                 command_run(trainer, own, deployment, recorder, progress),
                 loader.arguments() as arguments,
             ):
                 metrics = trainer.validate(module, verbose=False, **arguments)
             exit_if_terminated(trainer)
-            found = recorder.predictions
-            results[name] = VariantResult(flat_metrics(metrics), recorder.images, found, recorder.missing)
+            results[name] = _result(flat_metrics(metrics), recorder)
+            if is_dense and results[name].broken:
+                raise DataError(f"The outputs of the dense model must be finite, got {results[name].broken}.")
         if state is not None:
             state.keep_result(name, results[name])
     return results
+
+
+def _result(metrics: dict[str, float], recorder: PredictionRecorder) -> VariantResult:
+    """The outcome of a validation; without accuracy where outputs are not finite, as no class follows from these."""
+    if not recorder.broken:
+        return VariantResult(metrics, recorder.images, recorder.predictions, recorder.missing)
+    rates = {name: value for name, value in metrics.items() if name in _RATES}
+    count = len(recorder.broken)
+    listed = ", ".join(map(str, recorder.broken[:_LISTED])) + (", ..." if count > _LISTED else "")
+    broken = f"NaN or infinite outputs for {count} of {recorder.images} images ({listed}): no accuracy"
+    return VariantResult(rates, recorder.images, None, "", broken)
+
+
+def _counting_broken(module: L.LightningModule) -> AbstractContextManager[None]:
+    """Outputs that are not finite end no validation, where the module is one of this package."""
+    evaluation = getattr(module, "evaluation", None)
+    return evaluation.counting_broken() if isinstance(evaluation, Evaluation) else nullcontext()
 
 
 def exit_if_terminated(trainer: L.Trainer) -> None:

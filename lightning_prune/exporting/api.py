@@ -103,7 +103,7 @@ def export(
         module_path: Dotted path of the transformer in `model`, needed where there are several.
         tolerance: Largest relative error of an image, max |y - y_torch| / max |y_torch|; 1e-3 for float32 if None.
         rounds: Measurements of the latency, dense and exported; 0 measures none.
-        time_limit: Seconds for measuring; one round is completed even after it. None for no limit.
+        time_limit: Seconds for measuring; three rounds are completed even after it. None for no limit.
         overwrite: Whether an existing folder is replaced.
 
     Returns:

@@ -24,8 +24,9 @@ from lightning_prune.errors import ArgumentError, FileFormatError, PruneError
 from lightning_prune.exporting.bundle_graphs import BundledGraphs, bundled_graphs
 from lightning_prune.profiling.clocks import CLOCKS, read_clock
 from lightning_prune.profiling.count_search import profile_builder, search_counts
-from lightning_prune.profiling.interleaved_timer import InterleavedTimer
+from lightning_prune.profiling.interleaved_timer import LEAST_ROUNDS, InterleavedTimer
 from lightning_prune.profiling.latency_profile import LatencyProfile, OverheadProbe
+from lightning_prune.profiling.page_faults import fault_context
 
 DESCRIPTION = "bundle.json"
 FORMAT, VERSION = "lightning_prune.bundle", 1
@@ -155,7 +156,8 @@ def _measure_probes(
     )  # fmt: skip
     interrupted = False
     try:
-        timer.measure(files, _PROBE_ROUNDS, deadline, lambda: on_step("overheads of the methods"))
+        step = lambda: on_step("overheads of the methods")  # noqa: E731
+        timer.measure(files, _PROBE_ROUNDS, deadline, step, min_rounds=LEAST_ROUNDS)
     except KeyboardInterrupt:
         interrupted = True
     if not timer.has(_DENSE):
@@ -197,6 +199,7 @@ def _profile(folder: Path, asked: argparse.Namespace) -> int:
         "numpy": np.__version__,
         "system": platform.platform(),
         "bundle": file_digest(folder / DESCRIPTION)[:24],
+        **fault_context(graphs.device_type),
         "measured": begun,
     }
     profile = replace(profile, context=context)
@@ -211,11 +214,11 @@ def _profile(folder: Path, asked: argparse.Namespace) -> int:
 def table(profile: LatencyProfile) -> str:
     """The latencies as text, the largest count first."""
     timed = "CPU time" if profile.context.get("clock") == "cpu" else "latency"
-    rows = [f"{'tokens':>6}  {timed + ' in ms':>18}  of dense"]
-    columns = list(zip(profile.tokens, profile.milliseconds, profile.spread, strict=True))
-    for count, ms, spread in reversed(columns):
-        rows.append(f"{count:6d}  {f'{ms:.3f} +- {spread:.3f}':>18}  {ms / profile.dense_ms:8.3f}")
-    return "\n".join(rows)
+    rows = [f"{'tokens':>6}  {timed + ' in ms':>18}  {'p90':>8}  of dense"]
+    columns = list(zip(profile.tokens, profile.milliseconds, profile.spread, profile.p90_ms, strict=True))
+    for count, ms, spread, p90 in reversed(columns):
+        rows.append(f"{count:6d}  {f'{ms:.3f} +- {spread:.3f}':>18}  {p90:8.3f}  {ms / profile.dense_ms:8.3f}")
+    return "\n".join([*rows, *filter(None, [profile.fault_remark])])
 
 
 class _Progress:

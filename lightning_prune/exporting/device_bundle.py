@@ -50,6 +50,7 @@ MEASURING_FILES = (
     "profiling/count_search.py",
     "profiling/interleaved_timer.py",
     "profiling/latency_profile.py",
+    "profiling/page_faults.py",
     "runtimes/graph_sessions.py",
 )
 """Files of this package that a bundle holds as they are: none of them imports torch, or any other file."""

@@ -35,6 +35,8 @@ class TimedLatency:
         speedup_stderr: Its standard error.
         rounds: Number of measurements.
         context: What the latency depends on: versions, threads, provider, precision.
+        dense_p90_ms: 90th percentile of the dense model; None in reports of earlier releases.
+        exported_p90_ms: That of the exported model.
     """
 
     dense_ms: float
@@ -43,6 +45,8 @@ class TimedLatency:
     speedup_stderr: float
     rounds: int
     context: Mapping[str, Any]
+    dense_p90_ms: float | None = None
+    exported_p90_ms: float | None = None
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,7 @@ class ExportReport(SavedDocument):
     """
 
     FORMAT: ClassVar[str] = "lightning_prune.export"
-    VERSIONS: ClassVar[tuple[int, ...]] = (1, 2)
+    VERSIONS: ClassVar[tuple[int, ...]] = (1, 2, 3)
 
     folder: Path = field(compare=False)
     format: str

@@ -11,7 +11,7 @@ from lightning_prune.errors import ExportError
 from lightning_prune.exporting.export_report import GraphChoice, GraphForm, TimedLatency
 from lightning_prune.exporting.exported_graph import ExportedCopy, graph_of
 from lightning_prune.exporting.formats import ExportFormat
-from lightning_prune.profiling.interleaved_timer import InterleavedTimer, LatencyStats
+from lightning_prune.profiling.interleaved_timer import LEAST_ROUNDS, InterleavedTimer, LatencyStats
 from lightning_prune.runtimes.graph_store import RunGraph
 
 K = TypeVar("K", bound=str)
@@ -34,7 +34,7 @@ def time_exported(
         dense: Runs the dense model in the same runtime; None if the exported model is dense.
         images: (B, C, H, W).
         rounds: Number of measurements of each.
-        time_limit: Seconds; one round is completed even after it. None for no limit.
+        time_limit: Seconds; three rounds are completed even after it. None for no limit.
         context: What the latency depends on, of the runtime.
     """
     runs = {_DENSE: exported if dense is None else dense} | ({} if dense is None else {_EXPORTED: exported})
@@ -42,7 +42,8 @@ def time_exported(
     reference, found = timed[_DENSE], timed.get(_EXPORTED, timed[_DENSE])
     speedup = 1 / found.ratio
     stderr = speedup * found.ratio_stderr / found.ratio  # the relative error of a ratio is that of its inverse
-    return TimedLatency(reference.milliseconds, found.milliseconds, speedup, stderr, found.rounds, dict(context))
+    medians, tails = (reference.milliseconds, found.milliseconds), (reference.p90_ms, found.p90_ms)
+    return TimedLatency(*medians, speedup, stderr, found.rounds, dict(context), *tails)
 
 
 def faster_graph(
@@ -55,7 +56,7 @@ def faster_graph(
         images: (B, C, H, W), as the model takes them.
         format: Gives the runtime.
         rounds: Number of measurements of each.
-        time_limit: Seconds; one round is completed even after it. None for no limit.
+        time_limit: Seconds; three rounds are completed even after it. None for no limit.
 
     Returns:
         The faster one of those that the runtime accepts.
@@ -96,5 +97,5 @@ def _time(runs: Mapping[K, RunGraph], images: Tensor, rounds: int, time_limit: f
         reference=reference,
     )
     deadline = float("inf") if time_limit is None else time.perf_counter() + time_limit
-    timer.measure(others, rounds, deadline)
+    timer.measure(others, rounds, deadline, min_rounds=min(LEAST_ROUNDS, rounds))
     return {name: timer.result(name) for name in runs}

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from lightning_prune._utils.formatting import with_tail
 from lightning_prune.exporting.export_report import ExportReport
 from lightning_prune.exporting.formats import BATCH
 
@@ -132,7 +133,8 @@ def figures(report: ExportReport) -> list[str]:
     if latency is not None:
         count = report.input_shape[0]
         found.append(
-            f"{latency.exported_ms:.2f} ms for {count} image{'s' * (count > 1)}, {latency.dense_ms:.2f} ms dense in "
+            f"{with_tail(latency.exported_ms, latency.exported_p90_ms)} for {count} image{'s' * (count > 1)}, "
+            f"{with_tail(latency.dense_ms, latency.dense_p90_ms)} dense in "
             f"{report.precision}: {latency.speedup:.2f}x in {latency.context['runtime']} where it was exported, on "
             f"{latency.context.get('threads')} threads."
         )

@@ -18,7 +18,7 @@ from lightning_prune.planning.method_selection import Blocks, Methods, usable_me
 from lightning_prune.planning.objectives import AccuracyBudget, Objective
 from lightning_prune.planning.paper_protocol import plan_by_paper
 from lightning_prune.planning.plan_search import dense_plan, finished, searched
-from lightning_prune.planning.profile_validation import check_profile, foreign_conditions
+from lightning_prune.planning.profile_validation import check_profile, foreign_conditions, warn_of_change
 from lightning_prune.planning.reasons import dense_reason
 from lightning_prune.planning.results import Plan
 from lightning_prune.profiling import TOKEN_CURVE, LatencyProfile, profile_latency
@@ -78,7 +78,8 @@ def plan(
         objective: `AccuracyBudget(0.005)` if None.
         profile: A latency curve of this model; measured if None. If it is of another device, nothing is timed here:
             the speed-up is predicted from the profile, and the reason says so. The overheads of methods are those that
-            the profile holds (that of a `bundle` does); other methods are taken to have none.
+            the profile holds (that of a `bundle` does); other methods are taken to have none. Of one of this device the
+            dense latency is timed again, and a warning says both figures where they differ by more than their noise.
         runtime: What executes the model: `"torch"`, or `"torch.compile:mode=..."`. None keeps a runtime that is applied
             to the model already, else `"torch"`.
         proxy: Estimate of accuracy, by what the outputs are: `"soft_agreement"` for classes, `"tag_agreement"` for
@@ -158,6 +159,7 @@ def plan_many(  # noqa: D417  all other arguments are those of `plan`
     use_cache: bool = True,
     cache_dir: str | Path | None = None,
     clock: str | Callable[[], float] = "wall",
+    profile_holds: bool = False,
 ) -> list[Plan]:
     """One plan for each of several objectives, from one measurement; the time limit is that of all together.
 
@@ -165,6 +167,7 @@ def plan_many(  # noqa: D417  all other arguments are those of `plan`
         model: Any module that contains one Vision Transformer; dense and unpatched.
         example_inputs: (B, C, H, W) images on the device.
         objectives: What to plan for.
+        profile_holds: Whether it is known that the dense model takes as long as `profile` says; otherwise it is timed.
 
     Raises:
         ArgumentError, UnsupportedModelError, DataError: As `plan`.
@@ -191,6 +194,8 @@ def plan_many(  # noqa: D417  all other arguments are those of `plan`
             common = model, transformer, example_inputs, objectives, calibration
             return plan_by_paper(*common, labels, usable, profile, limit, module_path, verbose)
         foreign = [] if profile is None else foreign_conditions(profile, transformer, example_inputs, clock)
+        if profile is not None and not foreign and not profile_holds:
+            warn_of_change(profile, model, example_inputs, limit, module_path)
         if profile is None:
             profile = profile_latency(
                 model,

@@ -130,7 +130,10 @@ class CandidateSearch:
     def observe(self, timed: TimedCandidate) -> None:
         """Takes a timing; one of a source of another search is left out."""
         self._dense_ms, self.objective = timed.dense.milliseconds, self.objective.with_tail_of(timed.dense)
-        if any(timed.source is source for source in self.sources):
+        if any(timed.source is source for source in self.sources):  # a new timing of a candidate replaces the last
+            self.timed = [
+                t for t in self.timed if t.source is not timed.source or t.candidate.key != timed.candidate.key
+            ]
             self.timed.append(timed)
 
     def result(self) -> Choice:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_prune._utils.progress import progress_bar
 from lightning_prune._utils.time_limit import TimeLimit
-from lightning_prune.errors import ArgumentError, UnsupportedModelError
+from lightning_prune.errors import ArgumentError, DataError, UnsupportedModelError
 from lightning_prune.patching import PatchHandle, VisionTransformer
 from lightning_prune.planning.candidates import MIXED, Candidate, Timings
 from lightning_prune.planning.latency_model import LatencyModel, token_levels
@@ -68,7 +68,7 @@ class MeasurementTuning:
     first_images: int = 8
     min_images: int = 32
     passes_per_method: int = 6
-    min_runs_per_probe: int = 3
+    min_runs_per_probe: int = 4
     min_proxies: int = 2
     kept_ratio: float = 0.5
 
@@ -100,6 +100,8 @@ class Measurements:
         dense_ms: Latency of the dense model when it was timed last.
         dense: The statistics of that; None if it was not timed since the profile.
         without_overhead: Labels of methods whose overhead is not known, after `fronts`: the profile does not hold it.
+        not_finite: Names of methods that give outputs that are NaN or infinite -> how many of which images. They are
+            left out, or their schedule counts as one that keeps nothing.
     """
 
     model: nn.Module
@@ -119,6 +121,7 @@ class Measurements:
     dense_ms: float = field(init=False)
     dense: LatencyStats | None = field(init=False, default=None)
     without_overhead: list[str] = field(init=False, default_factory=list)
+    not_finite: dict[str, str] = field(init=False, default_factory=dict)
     _proxy: Proxy | None = None
     _store: AccuracyStore | None = None
     _seconds_per_image: float = 0.0
@@ -163,7 +166,11 @@ class Measurements:
             progress_bar(f"Accuracy of {MIXED if reduction is None else reduction.name}", None, self.verbose),
             PatchHandle(self.transformer, reduction, schedule),
         ):
-            found = proxy.measure()
+            try:
+                found = proxy.measure()
+            except DataError as error:  # of this schedule: the outputs of the dense model were finite
+                self.not_finite[MIXED if reduction is None else reduction.name] = str(error)
+                return Estimate(0.0, 0.0)
         if self._store is not None:
             self._store.keep_estimate(reduction, schedule, len(self.images), found)
         return found
@@ -339,8 +346,14 @@ class Measurements:
                 for label, table in list(missing.items()):
                     if label != next(iter(tables)) and not seen and clock() >= deadline:
                         del missing[label], tables[label]
-                    else:
+                        continue
+                    try:
                         table.add(images, on_step)
+                    except DataError as error:
+                        if len(tables) == 1:
+                            raise
+                        self.not_finite[methods[label][0].name] = str(error)
+                        del missing[label], tables[label]
                 seen += len(images)
                 now = clock()
                 affordable = len(images) * max(deadline - now, 0.0) / max(now - started, 1e-9)

@@ -14,7 +14,7 @@ from lightning_prune.planning.objectives import LatencyBudget, Objective
 from lightning_prune.profiling import Estimate, LatencyStats
 from lightning_prune.profiling.latency_profile import SAVING
 
-TARGET_TUNING = SearchTuning(max_runs=6, max_tolerance_ratio=SAVING)
+TARGET_TUNING = SearchTuning(max_runs=12, max_tolerance_ratio=SAVING)
 """Of a search for a target speed-up, whose result is verified together with all others."""
 
 
@@ -24,10 +24,12 @@ class OrderTuning:
 
     Attributes:
         inner_share: Range of the share of a gap at which the next amount lies: a cliff is rarely where a line says.
+        further_steps: Ever larger steps towards larger amounts, before the largest is timed.
         min_saving_ratio: The least that the slowest candidate is taken to save, over dense, when a line is drawn.
     """
 
     inner_share: tuple[float, float] = (0.25, 0.75)
+    further_steps: int = 3
     min_saving_ratio: float = 0.02
 
 
@@ -145,7 +147,7 @@ class OrderedCandidates:
     def _further(self, objective: LatencyBudget, wanted: float) -> int:
         """A larger amount than all that were timed, in ever larger steps; none of them reaches the target."""
         self._steps[objective] += 1
-        if self._steps[objective] > TARGET_TUNING.max_runs - 3:
+        if self._steps[objective] > TUNING.further_steps:
             return self.largest  # so that no target is said to be out of reach unless it is
         amount = max(self.timings)
         step = max(ceil(self._tokens(amount, wanted)), 1) * 2 ** (self._steps[objective] - 1)

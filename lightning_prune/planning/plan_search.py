@@ -11,6 +11,7 @@ from lightning_prune.planning.profile_validation import nothing_timed
 from lightning_prune.planning.reasons import missed_budget
 from lightning_prune.planning.results import Plan
 from lightning_prune.profiling import LatencyProfile
+from lightning_prune.profiling.page_faults import fault_context
 from lightning_prune.reduction import Reduction
 from lightning_prune.schedule import Schedule
 
@@ -23,6 +24,10 @@ def finished(plan: Plan, seconds: float) -> Plan:
         seconds: What planning took.
     """
     plan = replace(plan, seconds=seconds).or_dense_if_slower()
+    if plan.pruned is not None and plan.dense is not None:
+        fault_us = fault_context(str(plan.profile.context.get("device_type"))).get("fault_us")
+        remark = plan.pruned.fault_remark(plan.dense, fault_us)
+        plan = replace(plan, reason=f"{plan.reason} Of the timing: {remark}.") if remark else plan
     if isinstance(plan.objective, LatencyBudget) and plan.objective.dense_is_feasible(plan.dense_ms):
         takes = plan.objective.latency_text(plan.dense_ms, None if plan.dense is None else plan.dense.p90_ms)
         met = f"The dense model meets the {plan.objective}, already: it takes {takes}."
@@ -81,12 +86,15 @@ def searched(
     else:
         run_searches(searches, measured.time_candidates, limit.deadline(), TUNING.proxy_share, limit.clock)
     labels = {front.label for front in fronts}
-    left_out = [label for label in methods if label not in labels]
+    known = {*labels, *(label for label in methods if methods[label][0].name in measured.not_finite)}
+    left_out = [label for label in methods if label not in known]
     plans = []
     for search in searches:
         candidate, met, reason, dense = search.result()
         if left_out:
             reason = f"{reason} Not searched for lack of time: {', '.join(left_out)}."
+        for name, error in measured.not_finite.items():
+            reason = f"{reason} Left out, {name}: {error}"
         chosen = next(front for front in fronts if front.label == candidate.method)
         if chosen.reduction is None and candidate.is_dense:  # by whichever method
             chosen = fronts[0]

@@ -3,8 +3,9 @@
 import warnings
 from collections.abc import Callable, Sequence
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from lightning_prune._utils.time_limit import TimeLimit
 from lightning_prune.errors import ArgumentError
 from lightning_prune.patching import VisionTransformer
 from lightning_prune.patching.class_swap import original_class
@@ -12,6 +13,7 @@ from lightning_prune.patching.schedule_forms import is_multi_block
 from lightning_prune.planning.latency_model import removes_before_blocks
 from lightning_prune.profiling import LatencyProfile, measurement_context
 from lightning_prune.profiling.clocks import clock_name
+from lightning_prune.profiling.profile_check import dense_change
 from lightning_prune.reduction import resolve
 
 _OF_IMAGES = ("image_shape", "precision")
@@ -59,6 +61,29 @@ def foreign_conditions(
     if is_bundled:
         return [f"device {profile.context.get('device')} there", *differing.values()]
     return list(differing.values())
+
+
+def warn_of_change(
+    profile: LatencyProfile, model: nn.Module, example_inputs: Tensor, limit: TimeLimit, module_path: str | None
+) -> None:
+    """Warns, with both figures, where the dense model does not take what a profile of this device says.
+
+    Args:
+        profile: What the user gives.
+        model: Contains the transformer, dense.
+        example_inputs: (B, C, H, W) images as they will be used.
+        limit: Of planning; its clock is used.
+        module_path: Dotted path of the transformer in the model.
+    """
+    change = dense_change(
+        profile, model, example_inputs, time_limit=limit.share(1.0), module_path=module_path, clock=limit.clock
+    )
+    if change is not None:
+        warnings.warn(
+            f"The profile that was given does not hold any more: the dense model takes {change}. Timings against dense "
+            "correct what is planned on it; better measure it again.",
+            stacklevel=4,
+        )
 
 
 def check_profile(profile: object, transformer: VisionTransformer, protocol: str) -> None:

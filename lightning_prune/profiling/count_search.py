@@ -96,6 +96,9 @@ def profile_builder(method: str, block: int, depth: int, protocol: str) -> Build
             protocol=protocol,
             low_ms=tuple(s.low_ms or s.milliseconds for s in stats),
             high_ms=tuple(s.high_ms or s.milliseconds for s in stats),
+            p90_ms=tuple(s.p90_ms or s.milliseconds for s in stats),
+            faults=tuple(s.faults for s in stats if s.faults is not None),
+            drift=timer.drift(),
         )
 
     return build

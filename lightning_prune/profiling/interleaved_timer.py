@@ -7,11 +7,12 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from math import sqrt
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 
 from lightning_prune.profiling.clocks import CpuClock
+from lightning_prune.profiling.page_faults import count_page_faults, unequal_faults
 
 K = TypeVar("K")
 
@@ -19,6 +20,8 @@ NORMAL_QUARTILE = 0.6745
 """Half the interquartile range of a standard normal distribution."""
 MEDIAN_STDERR = 1.2533
 """Standard error of a median of n normal samples, times sqrt(n) and over their standard deviation."""
+LEAST_ROUNDS = 3
+"""Rounds from which a latency has quartiles: of fewer, no interval is claimed."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,7 @@ class LatencyStats:
         low_ms: Lower quartile of the milliseconds as they were timed; None where it is not known. With the drift of the
             machine the median, which is free of it, may lie outside the quartiles.
         high_ms: Upper quartile.
+        faults: Median of the page faults of a run, without those that read a disk; None where they are not counted.
     """
 
     milliseconds: float
@@ -63,11 +67,26 @@ class LatencyStats:
     p90_ms: float | None = None
     low_ms: float | None = None
     high_ms: float | None = None
+    faults: float | None = None
 
     @property
     def ratio_stderr(self) -> float:
         """Standard error of the median ratio, from its quartiles and the number of rounds."""
         return MEDIAN_STDERR * self.ratio_spread / NORMAL_QUARTILE / sqrt(self.rounds)
+
+    @property
+    def has_interval(self) -> bool:
+        """Whether there were rounds enough to say how far the latency varies."""
+        return self.rounds >= LEAST_ROUNDS
+
+    def fault_remark(self, dense: "LatencyStats", fault_us: float | None) -> str:
+        """What is said where page faults change the speed-up by more than 2%; see `unequal_faults`.
+
+        Args:
+            dense: The reference, timed in the same run.
+            fault_us: Microseconds that a page fault takes; None where that is not known.
+        """
+        return unequal_faults(self.milliseconds, self.faults, dense.milliseconds, dense.faults, fault_us)
 
 
 @dataclass
@@ -104,6 +123,9 @@ class InterleavedTimer(Generic[K]):
     clock: Callable[[], float] = time.perf_counter
     references: Callable[[K], Sequence[K]] = lambda _: ()
     _rounds: list[dict[K, float]] = field(default_factory=list)
+    _faults: list[dict[K, int | None]] = field(default_factory=list)  # of the same rounds
+    _last_faults: int | None = None
+    _fitted: tuple[int, "_Levels[K]"] | None = None
     _first_runs: dict[K, float] = field(default_factory=dict)
     _shuffle: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
     _passed: float = 0.0
@@ -113,17 +135,21 @@ class InterleavedTimer(Generic[K]):
         """Runs an alternative once, from an idle device to an idle device, and returns the seconds."""
         self.prepare(alternative)
         self.synchronize()
-        if not isinstance(self.clock, CpuClock):
+        before = count_page_faults()
+        if isinstance(self.clock, CpuClock):
+            began, start = self.clock(), self.clock.of_run()
+            self.run()
+            self.synchronize()
+            seconds = self.clock.of_run() - start
+            self._passed += self.clock() - began
+            self._timed += seconds
+        else:
             start = self.clock()
             self.run()
             self.synchronize()
-            return self.clock() - start
-        began, start = self.clock(), self.clock.of_run()
-        self.run()
-        self.synchronize()
-        seconds = self.clock.of_run() - start
-        self._passed += self.clock() - began
-        self._timed += seconds
+            seconds = self.clock() - start
+        after = count_page_faults()
+        self._last_faults = None if before is None or after is None else after - before
         return seconds
 
     @property
@@ -173,12 +199,15 @@ class InterleavedTimer(Generic[K]):
         required = 0 if all(map(self.has, chosen)) else min_rounds
         for completed in range(rounds):
             times: dict[K, float] = {}
+            faults: dict[K, int | None] = {}
             for position in self._shuffle.permutation(len(chosen)):
                 if completed >= required and self.clock() > deadline:
                     return completed
                 times[chosen[position]] = self.once(chosen[position])
+                faults[chosen[position]] = self._last_faults
                 on_step()
             self._rounds.append(times)
+            self._faults.append(faults)
         return rounds
 
     def has(self, alternative: K) -> bool:
@@ -194,7 +223,8 @@ class InterleavedTimer(Generic[K]):
         """
         if reference is None:
             reference = next(iter(self.references(alternative)), self.reference)
-        shared = [times for times in self._rounds if alternative in times and reference in times]
+        rounds = [place for place, times in enumerate(self._rounds) if alternative in times and reference in times]
+        shared = [self._rounds[place] for place in rounds]
         seconds = np.array([times[alternative] for times in shared])
         ratios = seconds / np.array([times[reference] for times in shared])
         baseline_ms = 1e3 * float(np.median([times[reference] for times in self._rounds if reference in times]))
@@ -202,8 +232,9 @@ class InterleavedTimer(Generic[K]):
         _, spread = _median_and_spread(1e3 * seconds)
         # The median ratio times one common baseline: alternatives that joined in later rounds stay comparable.
         low_ms, high_ms, p90_ms = (1e3 * float(each) for each in np.percentile(seconds, (25, 75, 90)))
+        faults = self._median_faults(alternative, rounds)
         return LatencyStats(
-            ratio * baseline_ms, spread, ratio, ratio_spread, len(shared), p90_ms, low_ms=low_ms, high_ms=high_ms
+            ratio * baseline_ms, spread, ratio, ratio_spread, len(shared), p90_ms, low_ms, high_ms, faults
         )
 
     def levels(self) -> dict[K, LatencyStats]:
@@ -215,9 +246,42 @@ class InterleavedTimer(Generic[K]):
         weights, so that load spikes have little influence. The ratio of two alternatives is then not as noisy as the
         reference, by which `result` divides. Rounds of a single run compare nothing and are left out.
         """
+        fitted = self._fit()
+        if fitted is None:
+            return {self.reference: self.result(self.reference)}
+        typical_round = np.median(fitted.round_effects)
+        reference = fitted.effects[fitted.names.index(self.reference)]
+        stats: dict[K, LatencyStats] = {}
+        for index, name in enumerate(fitted.names):
+            own, effect = fitted.residuals[fitted.known[:, index], index], fitted.effects[index]
+            _, spread = _median_and_spread(own)
+            ms, ratio = 1e3 * float(np.exp(effect + typical_round)), float(np.exp(effect - reference))
+            low_ms, high_ms, p90_ms = (ms * float(each) for each in np.exp(np.percentile(own, (25, 75, 90))))
+            faults = self._median_faults(name, range(len(self._rounds)))
+            spreads = ms * spread, ratio, ratio * spread
+            stats[name] = LatencyStats(ms, *spreads, len(own), p90_ms, low_ms, high_ms, faults)
+        return stats
+
+    def drift(self) -> float:
+        """How far the speed of the machine moved between rounds: half the interquartile range, over the median.
+
+        It is what `levels` takes out of the latencies; 0 where nothing was compared.
+        """
+        fitted = self._fit()
+        return 0.0 if fitted is None else _median_and_spread(fitted.round_effects)[1]
+
+    def _median_faults(self, alternative: K, rounds: Iterable[int]) -> float | None:
+        counted = [self._faults[place].get(alternative) for place in rounds]
+        known = [faults for faults in counted if faults is not None]
+        return float(np.median(known)) if known else None
+
+    def _fit(self) -> "_Levels[K] | None":
+        """The model of `levels` for the rounds so far; None where none compares anything."""
+        if self._fitted is not None and self._fitted[0] == len(self._rounds):
+            return self._fitted[1]
         compared = [times for times in self._rounds if len(times) > 1]
         if not compared:
-            return {self.reference: self.result(self.reference)}
+            return None
         names = list(dict.fromkeys(name for times in compared for name in times))
         logs = np.log(np.array([[times.get(name, np.nan) for name in names] for times in compared]))
         known = ~np.isnan(logs)
@@ -226,16 +290,26 @@ class InterleavedTimer(Generic[K]):
         # Each round was fitted to its own few runs, so its residuals are too small by sqrt((n - 1) / n).
         runs = known.sum(1, keepdims=True)
         residuals = (logs - round_effects[:, None] - effects) * np.sqrt(runs / (runs - 1))
-        typical_round = np.median(round_effects)
-        reference = effects[names.index(self.reference)]
-        stats: dict[K, LatencyStats] = {}
-        for index, name in enumerate(names):
-            own = residuals[known[:, index], index]
-            _, spread = _median_and_spread(own)
-            ms, ratio = 1e3 * float(np.exp(effects[index] + typical_round)), float(np.exp(effects[index] - reference))
-            low_ms, high_ms, p90_ms = (ms * float(each) for each in np.exp(np.percentile(own, (25, 75, 90))))
-            stats[name] = LatencyStats(ms, ms * spread, ratio, ratio * spread, len(own), p90_ms, low_ms, high_ms)
-        return stats
+        self._fitted = len(self._rounds), _Levels(names, known, residuals, round_effects, effects)
+        return self._fitted[1]
+
+
+class _Levels(NamedTuple, Generic[K]):
+    """log(seconds) = round + alternative, as it was fitted.
+
+    Attributes:
+        names: The alternatives.
+        known: (rounds, alternatives) whether there was a run.
+        residuals: (rounds, alternatives) of the logarithms.
+        round_effects: (rounds,).
+        effects: (alternatives,).
+    """
+
+    names: list[K]
+    known: np.ndarray
+    residuals: np.ndarray
+    round_effects: np.ndarray
+    effects: np.ndarray
 
 
 def _fit_two_way(logs: np.ndarray, known: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

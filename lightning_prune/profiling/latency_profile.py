@@ -14,6 +14,7 @@ from typing import Any, ClassVar, NamedTuple
 from lightning_prune._utils.files import SavedDocument, load_saved
 from lightning_prune.errors import ArgumentError, FileFormatError
 from lightning_prune.profiling.interleaved_timer import MEDIAN_STDERR, NORMAL_QUARTILE
+from lightning_prune.profiling.page_faults import unequal_faults
 
 SAVING = 0.02
 """Share of the dense latency; a smaller saving is not worth any accuracy."""
@@ -101,10 +102,15 @@ class LatencyProfile(SavedDocument):
         high_ms: Upper quartile.
         probes: Timings from which the overheads of methods follow, where planning cannot time them: the profile is of
             another device. Empty in others.
+        p90_ms: 90th percentile of the latencies, for each count, without the drift. Empty where it is not known, as in
+            profiles of earlier releases.
+        faults: Median of the page faults of a pass, for each count; empty where they are not known.
+        drift: How far the speed of the machine moved while it was measured: half the interquartile range over the
+            rounds, over their median. None where it is not known.
     """
 
     FORMAT: ClassVar[str] = "lightning_prune.profile"
-    VERSIONS: ClassVar[tuple[int, ...]] = (1, 2, 3, 4)
+    VERSIONS: ClassVar[tuple[int, ...]] = (1, 2, 3, 4, 5)
 
     tokens: tuple[int, ...]
     milliseconds: tuple[float, ...]
@@ -120,6 +126,9 @@ class LatencyProfile(SavedDocument):
     low_ms: tuple[float, ...] = ()
     high_ms: tuple[float, ...] = ()
     probes: tuple[OverheadProbe, ...] = ()
+    p90_ms: tuple[float, ...] = ()
+    faults: tuple[float, ...] = ()
+    drift: float | None = None
 
     def __post_init__(self) -> None:
         """Raises ArgumentError if an entry is impossible, or the columns do not fit together."""
@@ -174,6 +183,21 @@ class LatencyProfile(SavedDocument):
         """Whether a count is faster than dense by more than noise (two standard errors) and by more than 2%."""
         noise = self.step_stderr(CountStep(self.dense_tokens, tokens, 0.0))
         return self.dense_ms - self.latency_ms(tokens) > max(SAVING * self.dense_ms, 2 * noise)
+
+    @property
+    def fault_remark(self) -> str:
+        """What is said where page faults change a latency over dense by more than 2%, of the worst count; else empty.
+
+        `context` then says what a page fault takes on that machine, in microseconds, as `fault_us`.
+        """
+        fault_us = self.context.get("fault_us")
+        if not self.faults or not _is_number(fault_us) or self.context.get("device_type") != "cpu":
+            return ""
+        dense = self.dense_ms, self.faults[-1]
+        rates = [faults / ms for faults, ms in zip(self.faults, self.milliseconds, strict=True)]
+        worst = max(range(len(rates)), key=lambda place: abs(rates[place] - rates[-1]))
+        remark = unequal_faults(self.milliseconds[worst], self.faults[worst], *dense, fault_us)
+        return f"With {self.tokens[worst]} tokens {remark}" if remark else ""
 
     @property
     def is_inconclusive(self) -> bool:
@@ -276,6 +300,8 @@ class LatencyProfile(SavedDocument):
             values = {"low_ms": [], "high_ms": [], **values}
         if version < 4:  # without probes
             values = {"probes": [], **values}
+        if version < 5:  # without the 90th percentile, page faults and drift
+            values = {"p90_ms": [], "faults": [], "drift": None, **values}
         try:
             entries = {f.name: values[f.name] for f in fields(cls)}
             plain: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in entries.items()}
@@ -302,7 +328,8 @@ def _check_entries(profile: LatencyProfile) -> None:
     lengths = {len(profile.tokens), len(profile.milliseconds), len(profile.spread), len(profile.rounds)}
     if len(lengths) != 1 or not profile.tokens:
         raise ArgumentError(f"`tokens` and the measurements must be of one length >= 1, got {sorted(lengths)}.")
-    numbers = (*profile.milliseconds, *profile.spread, *profile.low_ms, *profile.high_ms)
+    numbers = (*profile.milliseconds, *profile.spread, *profile.low_ms, *profile.high_ms, *profile.p90_ms)
+    numbers = (*numbers, *profile.faults, 0.0 if profile.drift is None else profile.drift)
     integers = (*profile.tokens, *profile.rounds, profile.block, profile.depth)
     for number in (*numbers, *integers):
         if not _is_number(number):
@@ -317,6 +344,11 @@ def _check_entries(profile: LatencyProfile) -> None:
     if not all(0 <= spread < float("inf") for spread in profile.spread):
         raise ArgumentError(f"`spread` must be finite and >= 0, got {list(profile.spread)}.")
     _check_quartiles(profile)
+    for name, column, least in (("p90_ms", profile.p90_ms, 1e-300), ("faults", profile.faults, 0.0)):
+        if len(column) not in (0, len(profile.tokens)) or not all(least <= each < float("inf") for each in column):
+            raise ArgumentError(f"`{name}` must be one figure for each count, or empty, got {list(column)}.")
+    if profile.drift is not None and not 0 <= profile.drift < float("inf"):
+        raise ArgumentError(f"`drift` must be finite and >= 0, got {profile.drift}.")
     _check_probes(profile)
     if min(profile.rounds) < 1:
         raise ArgumentError(f"`rounds` must be >= 1, got {min(profile.rounds)}.")

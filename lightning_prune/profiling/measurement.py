@@ -21,9 +21,10 @@ from lightning_prune.patching.schedule_forms import allocate_schedule, reducing_
 from lightning_prune.profiling.clocks import read_clock
 from lightning_prune.profiling.count_search import profile_builder, search_counts
 from lightning_prune.profiling.environment import measurement_context
-from lightning_prune.profiling.interleaved_timer import InterleavedTimer, LatencyStats
+from lightning_prune.profiling.interleaved_timer import LEAST_ROUNDS, InterleavedTimer, LatencyStats
 from lightning_prune.profiling.latency_profile import LatencyProfile
 from lightning_prune.profiling.model_variants import DENSE, Variant, VariantSwitch
+from lightning_prune.profiling.page_faults import fault_context
 from lightning_prune.reduction import RandomDrop, Reduction, resolve
 from lightning_prune.runtimes.base import Runtime, applied_runtime
 from lightning_prune.runtimes.calibration import calibrating_if_none
@@ -129,6 +130,7 @@ def profile_latency(
             profile = search_counts(timer, build, counts, lowest, n, time_limit, on_step, len(example_inputs), possible)
         context = measurement_context(transformer.compiled_root, example_inputs, clock)
         context["method_settings"] = {key: repr(value) for key, value in reduction.settings().items()}
+        context |= fault_context(example_inputs.device.type)
         context["measured"] = datetime.now().astimezone().isoformat(timespec="seconds")
     return replace(profile, seconds=clock() - start, context=context)
 
@@ -154,7 +156,7 @@ def compare_latency(
             must be None: ratios refer to it. The method is None for a schedule that names one for each block.
         rounds: Measurements of each variant, if time allows.
         runtime: What executes the model, as in `profile_latency`.
-        time_limit: Seconds, or None. One round is completed even after the limit.
+        time_limit: Seconds, or None. Three rounds are completed even after the limit.
         module_path: Dotted path of the transformer in `model`.
         verbose: Shows a progress bar on a terminal.
         clock: What runs are timed by, as in `profile_latency`.
@@ -205,7 +207,7 @@ def compare_latency(
             clock=clock,
         )
         try:
-            timer.measure(variants, rounds, deadline, on_step)
+            timer.measure(variants, rounds, deadline, on_step, min_rounds=min(LEAST_ROUNDS, rounds))
         finally:
             switch.off()
     return {name: timer.result(name) for name in variants}

@@ -2,44 +2,19 @@
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from lightning_prune._utils.formatting import three_digits
 from lightning_prune.patching import find_vision_transformer
 from lightning_prune.patching.schedule_forms import reducing_block
 from lightning_prune.profiling.clocks import read_clock
 from lightning_prune.profiling.environment import profile_dependencies, unknown_conditions
 from lightning_prune.profiling.latency_profile import LatencyProfile
-from lightning_prune.profiling.measurement import (
-    TOKEN_CURVE,
-    ProfilingMode,
-    check_measurable,
-    compare_latency,
-    profile_latency,
-)
+from lightning_prune.profiling.measurement import TOKEN_CURVE, ProfilingMode, check_measurable, profile_latency
+from lightning_prune.profiling.profile_check import dense_change
 from lightning_prune.profiling.profile_store import ProfileStore
 from lightning_prune.reduction import Reduction
-
-
-@dataclass(frozen=True)
-class CheckTuning:
-    """Constants of the check of a kept profile.
-
-    Attributes:
-        rounds: Runs of the dense model.
-        time_share: Share of the time limit that they may take.
-        max_ratio: A profile whose dense latency is off by more than this factor does not hold any more.
-    """
-
-    rounds: int = 5
-    time_share: float = 0.1
-    max_ratio: float = 1.5
-
-
-_CHECK = CheckTuning()
 
 
 class CachedProfile(NamedTuple):
@@ -52,6 +27,34 @@ class CachedProfile(NamedTuple):
 
     profile: LatencyProfile
     reused: bool
+
+
+def holds(
+    profile: LatencyProfile,
+    model: nn.Module,
+    example_inputs: Tensor,
+    *,
+    time_limit: float | None,
+    module_path: str | None,
+    clock: Callable[[], float],
+) -> bool:
+    """Whether a profile of an earlier run still holds; a warning with both latencies says it where it does not.
+
+    Args:
+        profile: Of exactly the conditions of now.
+        model: Any module that contains one Vision Transformer, dense.
+        example_inputs: (B, C, H, W) images on the device.
+        time_limit: Seconds that measuring a profile would have.
+        module_path: Dotted path of the transformer in `model`.
+        clock: What runs are timed by.
+    """
+    change = dense_change(profile, model, example_inputs, time_limit=time_limit, module_path=module_path, clock=clock)
+    if change is not None:
+        warnings.warn(
+            f"The kept latency profile is measured again: the dense model does not take what it says, {change}.",
+            stacklevel=3,
+        )
+    return change is None
 
 
 def get_or_profile(
@@ -69,9 +72,10 @@ def get_or_profile(
 ) -> CachedProfile:
     """Returns the kept profile of exactly these conditions, or measures one and keeps it.
 
-    A kept profile is only reused if the dense model takes about as long as it did when the profile was measured: it is
-    timed a few times, and a warning says so where it does not. Inconclusive profiles are not kept, as the machine was
-    busy. Nor are profiles of a model with an unknown condition, such as one that the user compiled; a warning says so.
+    A kept profile is only reused if the dense model takes as long as it did when the profile was measured, within the
+    noise of both: it is timed a few times, and a warning says so where it does not. Inconclusive profiles are not kept,
+    as the machine was busy. Nor are profiles of a model with an unknown condition, such as one that the user compiled;
+    a warning says so.
 
     Args:
         model: Any module that contains one Vision Transformer.
@@ -97,7 +101,9 @@ def get_or_profile(
         index = reducing_block(method, block, transformer)
         dependencies = profile_dependencies(transformer, example_inputs, method, index, protocol, clock)
         kept = store.get(dependencies, time_limit)
-        if kept is not None and _still_holds(kept, model, example_inputs, time_limit, module_path, clock):
+        if kept is not None and holds(
+            kept, model, example_inputs, time_limit=time_limit, module_path=module_path, clock=clock
+        ):
             return CachedProfile(kept, reused=True)
         unknown = unknown_conditions(dependencies)
         if unknown:
@@ -120,37 +126,3 @@ def get_or_profile(
     if store is not None and dependencies is not None and not profile.is_inconclusive:
         store.put(dependencies, profile, time_limit, replace=kept is not None)
     return CachedProfile(profile, reused=False)
-
-
-def _still_holds(
-    profile: LatencyProfile,
-    model: nn.Module,
-    example_inputs: Tensor,
-    time_limit: float | None,
-    module_path: str | None,
-    clock: Callable[[], float],
-) -> bool:
-    """Whether the dense model takes about as long as when a profile was measured; warns if it does not.
-
-    The conditions of a profile do not include the load of the machine, its clock rate or its memory allocator.
-    """
-    seconds = None if time_limit is None else _CHECK.time_share * time_limit
-    now = compare_latency(
-        model,
-        example_inputs,
-        {"dense": None},
-        rounds=_CHECK.rounds,
-        time_limit=seconds,
-        module_path=module_path,
-        verbose=False,
-        clock=clock,
-    )["dense"]
-    ratio = now.milliseconds / profile.dense_ms
-    if 1 / _CHECK.max_ratio <= ratio <= _CHECK.max_ratio:
-        return True
-    warnings.warn(
-        f"The kept latency profile is measured again: it says that the dense model takes "
-        f"{three_digits(profile.dense_ms)} ms, which now takes {three_digits(now.milliseconds)} ms.",
-        stacklevel=3,
-    )
-    return False

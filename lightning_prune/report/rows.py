@@ -43,10 +43,10 @@ class Row:
         agreement: Share of images with the same best class as dense.
         worst_class: The class that loses most against dense; empty where nobody asked for changes of classes.
         worst_class_change: Difference to dense in the share of right images of that class.
-        latency_low_ms: Lower quartile of the latencies; None where it is not known, as after a single round.
+        latency_low_ms: Lower quartile of the latencies; None where it is not known, as after fewer than three rounds.
         latency_high_ms: Upper quartile.
-        latency_spread: Half the distance between the quartiles of the latencies; None after a single round.
-        speedup_spread: Half the distance between the quartiles of the speed-up; None after a single round.
+        latency_spread: Half the distance between the quartiles of the latencies; None after fewer than three rounds.
+        speedup_spread: Half the distance between the quartiles of the speed-up; None after fewer than three rounds.
         throughput: Images a second in forward during validation, which runs after `latency_ms` was timed and may find
             the machine faster or slower.
         throughput_end_to_end: Images a second of the whole loop, loading included; dense, which comes first, pays for

@@ -12,6 +12,8 @@ from rich.table import Table
 from lightning_prune._utils.files import atomic_write
 from lightning_prune._utils.formatting import context_line, milliseconds, percent, points, speedup, timed_quantity
 from lightning_prune.profiling import LatencyProfile
+from lightning_prune.profiling.interleaved_timer import LEAST_ROUNDS
+from lightning_prune.profiling.page_faults import KEPT_MEMORY
 from lightning_prune.report.class_table import losing_classes
 from lightning_prune.report.rows import OF_CLASSES, TOP1, Row, Score, score_of
 
@@ -20,27 +22,32 @@ def profile_table(profile: LatencyProfile) -> Table:
     """A row a token count, dense first; counts just past a cliff stand out."""
     title = f"{profile.context.get('model', 'model')} on {context_line(profile.context)}"
     table = Table(title=title, title_justify="left", title_style="bold")
-    for heading in ("tokens", f"{timed_quantity(profile.context)} ms", "speed-up", "saved a token, us"):
+    tail = ["p90"] if profile.p90_ms else []
+    for heading in ("tokens", f"{timed_quantity(profile.context)} ms", *tail, "speed-up", "saved a token, us"):
         table.add_column(heading, justify="right")
     cliffs = {cliff.below for cliff in profile.cliffs()}
     above: tuple[int, float] | None = None
     for tokens, latency in sorted(zip(profile.tokens, profile.milliseconds, strict=True), reverse=True):
         saved = f"{1e3 * (above[1] - latency) / (above[0] - tokens):.0f}" if above else ""
         place = profile.tokens.index(tokens)
-        spread = f" ± {profile.spread[place]:.2f}" if profile.rounds[place] > 1 else ""  # one round shows none
+        several = profile.rounds[place] >= LEAST_ROUNDS  # fewer show no spread
+        spread = f" ± {profile.spread[place]:.2f}" if several else ""
+        p90 = [f"{profile.p90_ms[place]:.2f}" if several else ""] if tail else []
         style = "bold red" if tokens in cliffs else None
-        table.add_row(str(tokens), f"{latency:.2f}{spread}", speedup(profile.dense_ms / latency), saved, style=style)
+        figures = f"{latency:.2f}{spread}", *p90, speedup(profile.dense_ms / latency)
+        table.add_row(str(tokens), *figures, saved, style=style)
         above = (tokens, latency)
     return table
 
 
 def shape_of(profile: LatencyProfile) -> str:
-    """Cliffs and plateaus in a line."""
+    """Cliffs and plateaus in a line, and page faults where they matter."""
     cliffs = ", ".join(f"{cliff.above} -> {cliff.below} tokens" for cliff in profile.cliffs()) or "none"
     plateaus = ", ".join(f"{flat.above} to {flat.below} tokens" for flat in profile.plateaus()) or "none"
     simulated = profile.context.get("device_type") == "simulated"
     took = f"Simulated: {profile.seconds:.0f} s there." if simulated else f"Measured in {profile.seconds:.0f} s."
-    return f"Cliffs: {cliffs}. Plateaus: {plateaus}. {took}"
+    faults = f" {profile.fault_remark}. {KEPT_MEMORY}" if profile.fault_remark else ""
+    return f"Cliffs: {cliffs}. Plateaus: {plateaus}. {took}{faults}"
 
 
 def runtimes_table(profiles: Sequence[LatencyProfile]) -> Table:
@@ -52,13 +59,14 @@ def runtimes_table(profiles: Sequence[LatencyProfile]) -> Table:
     """
     table = Table(title="runtimes, one after another", title_justify="left", title_style="bold")
     table.add_column("runtime", overflow="fold")
-    for heading in ("dense ms", "at half the tokens", "at a quarter", "cliffs"):
+    for heading in ("dense ms", "p90", "at half the tokens", "at a quarter", "cliffs"):
         table.add_column(heading, justify="right")
     for profile in profiles:
         n = profile.dense_tokens
         at = [profile.dense_ms / float(np.interp(n / part, profile.tokens, profile.milliseconds)) for part in (2, 4)]
         name = str(profile.context.get("runtime", "torch"))
-        table.add_row(name, f"{profile.dense_ms:.2f}", *map(speedup, at), str(len(profile.cliffs())))
+        p90 = milliseconds(profile.p90_ms[-1] if profile.p90_ms else None)
+        table.add_row(name, f"{profile.dense_ms:.2f}", p90, *map(speedup, at), str(len(profile.cliffs())))
     return table
 
 
@@ -94,11 +102,14 @@ def comparison_table(rows: Sequence[Row]) -> Table:
         "tokens": lambda row: "-" if row.tokens is None else str(row.tokens),
         **_accuracy_columns(rows),
         "ms": lambda row: milliseconds(row.latency_ms),
+        "p90": lambda row: milliseconds(row.latency_p90_ms),
         "faster": lambda row: speedup(row.speedup),
     }
     if any(row.joules_per_image is not None for row in rows):
         columns.pop("same", None)
         columns["J/im."] = lambda row: "-" if row.joules_per_image is None else f"{row.joules_per_image:.3g}"
+    if all(row.latency_p90_ms is None for row in rows):
+        del columns["p90"]
     for heading in columns:
         table.add_column(heading, justify="right", no_wrap=True)
     last = first.method, first.int8, first.runtime
@@ -150,7 +161,8 @@ def _caption(rows: Sequence[Row], columns: Collection[str]) -> list[str]:
         lines = ["change: of top-1 against dense, in points, by the same images"] if "change" in columns else []
     if "same" in columns:
         lines.append("same: share of images with the best class of dense")
-    return [*lines, "ms: median latency of a batch; faster: dense latency over this one"]
+    tail = ", p90: 90th percentile" if "p90" in columns else ""
+    return [*lines, f"ms: median latency of a batch{tail}; faster: dense latency over this one"]
 
 
 def remarks(document: Mapping[str, Any]) -> list[str]:

@@ -7,12 +7,12 @@ from helpers.clock import set_few_rounds, set_latency
 
 @pytest.fixture
 def clockwork(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every run takes exactly a millisecond a token, and a pruned variant two thirds of dense; all runs are real."""
+    """Every run takes exactly a millisecond a token, and any pruned variant twelve of them; all runs are real."""
 
     def seconds(alternative: Any) -> float:
         if isinstance(alternative, int):
             return alternative / 1e3
-        return 0.018 if alternative == "dense" else 0.012
+        return 0.017 if alternative == "dense" else 0.012
 
     set_latency(monkeypatch, seconds)
     set_few_rounds(monkeypatch)

@@ -352,7 +352,7 @@ def test_verbose_prints_the_panel(capsys: pytest.CaptureFixture[str]) -> None:
     assert "4 images, float32" in told
     assert f"{TOKENS} -> {callback.decision.tokens}" in told
     assert f"R = {removed} (pomt: {removed} at block 1)" in told
-    assert "dense 18.00 ms, pruned 12.00 ms (predicted " in told
+    assert "dense 17.00 ms (p90 17.00), pruned 12.00 ms (p90 12.00) (predicted " in told
     assert "1.50x" in told
     assert "judged by 8 images sampled from the dataset, seed 0" in " ".join(told.replace("│", " ").split())
     assert "took" in told

@@ -111,7 +111,7 @@ def test_command_and_method_give_the_same_result(tmp_path, capsys):
 
 def test_without_the_cache_it_is_measured_again(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(lp.LatencyProfile, "is_inconclusive", False)  # however busy the machine is that tests
-    monkeypatch.setattr(profile_reuse, "_still_holds", lambda *_: True)
+    monkeypatch.setattr(profile_reuse, "holds", lambda *_, **__: True)
     command = ["profile", *DATA, *QUICK, "--output", str(tmp_path)]
     run(command)
     run(command)

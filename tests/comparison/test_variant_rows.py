@@ -50,8 +50,8 @@ def loader(*parts: Tensor) -> DataLoader[Any]:
     return DataLoader(TensorDataset(*parts), batch_size=8)
 
 
-@pytest.mark.parametrize("rounds", [1, 2])
-def test_one_round_has_no_spread(rounds: int) -> None:
+@pytest.mark.parametrize("rounds", [1, 2, 3])
+def test_fewer_than_three_rounds_have_no_spread_which_the_row_says(rounds: int) -> None:
     timing = LatencyStats(10.0, 0.0, 0.5, 0.0, rounds, 10.0, 9.5, 10.5)
     planned = PlannedVariant("dense", "dense", timing=timing)
     context = {"device": "Abacus", "batch_size": 8, "precision": "float32"}
@@ -59,7 +59,8 @@ def test_one_round_has_no_spread(rounds: int) -> None:
     row = row_of(planned, plan, {"dense": VariantResult({}, 8, None)})
     assert (row.latency_ms, row.speedup) == (10.0, 2.0)
     known = (row.latency_low_ms, row.latency_high_ms, row.latency_spread, row.speedup_spread)
-    assert known == ((None,) * 4 if rounds == 1 else (9.5, 10.5, 0.0, 0.0))
+    assert known == ((None,) * 4 if rounds < 3 else (9.5, 10.5, 0.0, 0.0))
+    assert row.note == {1: "timed in 1 round only", 2: "timed in 2 rounds only", 3: ""}[rounds]
 
 
 class Loaders(L.LightningDataModule):

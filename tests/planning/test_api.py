@@ -271,6 +271,44 @@ def test_a_given_profile_is_planned_on_and_not_measured_again(monkeypatch):
     assert made.total_removed > 0
 
 
+@pytest.mark.parametrize(("factor", "warns"), [(1.03, False), (1.3, True), (0.7, True)])
+def test_a_given_profile_of_this_device_that_does_not_hold_any_more_is_warned_of(recwarn, factor, warns):
+    known = known_profile(STRAIGHT, context={})
+    before = replace(known, milliseconds=tuple(factor * DEPTH * N / known.dense_ms * ms for ms in known.milliseconds))
+    made = planned(methods="topk", profile=before)
+    said = [str(each.message) for each in recwarn if "does not hold any more" in str(each.message)]
+    assert len(said) == warns
+    assert all(f"{factor * DEPTH * N:.3g} (" in line and f"{DEPTH * N} (± 0) ms now" in line for line in said)
+    assert made.profile is before
+
+
+class NotFinite(Reduction):
+    """Divides by nothing."""
+
+    name = "not-finite"
+
+    def reduce(self, sequence, remove):
+        found = resolve("random").reduce(sequence, remove)
+        return found._replace(tokens=found.tokens / torch.zeros(()))
+
+    def max_removed(self, tokens, num_prefix_tokens):
+        return tokens - num_prefix_tokens - 1
+
+
+def test_a_method_whose_outputs_are_not_finite_is_left_out_with_the_reason():
+    made = planned(methods=[NotFinite(), "topk"], objective=lp.AccuracyBudget(0.5))
+    assert str(made.method) == "topk"
+    assert {candidate.method for candidate in made.front} == {"topk"}
+    assert "Left out, not-finite: The model's outputs are not finite" in made.reason
+    assert "lack of time" not in made.reason
+    with pytest.raises(lp.DataError, match="outputs are not finite"):
+        planned(methods=[NotFinite()])
+    model = vit()
+    model.head.bias.data[0] = float("nan")
+    with pytest.raises(lp.DataError, match="outputs are not finite"):
+        planned(model, methods=["topk", "random"])
+
+
 def test_figures_of_a_plan_that_removes_nothing_are_of_the_dense_model_as_it_was_timed():
     """A machine that is faster than when the profile was measured: the reason and `dense_ms` speak of the same."""
     model = vit()

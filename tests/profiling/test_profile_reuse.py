@@ -87,8 +87,8 @@ def test_the_second_time_only_the_dense_model_is_timed(tmp_path, speed):
     assert len(speed.timed) <= 6  # the first of them warms up; a busy machine has time for fewer
 
 
-@pytest.mark.parametrize(("factor", "reused"), [(0.5, False), (0.7, True), (1.4, True), (1.6, False)])
-def test_a_profile_is_measured_again_where_dense_takes_much_longer_or_shorter(tmp_path, recwarn, speed, factor, reused):
+@pytest.mark.parametrize(("factor", "reused"), [(0.5, False), (0.97, True), (1.04, True), (1.1, False)])
+def test_a_profile_is_measured_again_where_dense_takes_longer_or_shorter(tmp_path, recwarn, speed, factor, reused):
     first = measure(ProfileStore(tmp_path))
     speed.ms *= factor
     again = measure(ProfileStore(tmp_path))
@@ -96,7 +96,7 @@ def test_a_profile_is_measured_again_where_dense_takes_much_longer_or_shorter(tm
     assert again.profile.dense_ms == pytest.approx(first.profile.dense_ms * (1 if reused else factor))
     lines = [str(warning.message) for warning in recwarn if "measured again" in str(warning.message)]
     assert len(lines) == (not reused)
-    assert all("68 ms" in line and f"{68 * factor:.3g} ms" in line for line in lines)
+    assert all("68 (± 0) ms" in line and f"{68 * factor:.3g} (± 0) ms now" in line for line in lines)
     if not reused:  # and the new one is kept in its place
         assert measure(ProfileStore(tmp_path)) == (again.profile, True)
 
