@@ -95,7 +95,15 @@ class ComparisonPlanner:
         for runtime in settings.runtimes:
             with runtime.applied(transformer):
                 self._measure_runtime(runtime, weights)
-        self.shares = TimeShares(self.limit, weights, self.least.of_final_run(self._expected_variants()))
+        variants = self._expected_variants()
+        self.costs = self.least.of_costs(variants)
+        reserved = self.least.of_final_run(variants) + self.costs
+        self.shares = TimeShares(self.limit, weights, reserved)
+        if settings.config.verbose and reserved > self.limit.left():
+            self.on_message(
+                f"{variants} variants in three rounds take at least about {reserved:.0f} s, more than is left of "
+                "`time_limit`."
+            )
         for runtime in settings.runtimes:
             with runtime.applied(transformer):
                 for group in self.groups:
@@ -306,7 +314,7 @@ class ComparisonPlanner:
         others = [Variant(runtime=request.runtime) for request in requests.values() if request.is_dense]
         others += [self.methods[r.name].variant() for r in self.usable if not r.has_targets]
         others += [variant_of(planned, requests[name]) for name, planned in self.fixed.items()]
-        seconds = self.shares.seconds("final") or 0.0
+        seconds = max((self.shares.seconds("final") or 0.0) - self.costs, 0.0)
         final = FinalTimer(self.first.transformer, self.first.images, self.settings.runtimes, self.limit.clock)
         try:
             with progress_bar("Timing all variants", seconds, config.verbose) as on_step:

@@ -12,6 +12,8 @@ from lightning_prune.planning.overhead_probes import graphs_to_probe
 from lightning_prune.planning.probed_schedules import PROBES
 from lightning_prune.runtimes import Runtime
 
+_PASSES_OF_COSTS = 3.0  # that two passes take as long as in which every operation is followed
+
 
 class LeastTimes:
     """The seconds that tasks take at least, so that none begins for which there is no time.
@@ -52,6 +54,14 @@ class LeastTimes:
             variants: Their number, dense included.
         """
         return (1 + TUNING.min_final_rounds) * variants * self._seconds_per_pass
+
+    def of_costs(self, variants: int) -> float:
+        """Seconds of counting the operations and the memory of all variants: two passes that are followed by Python.
+
+        Args:
+            variants: Their number, dense included.
+        """
+        return _PASSES_OF_COSTS * variants * self._seconds_per_pass
 
     def of_search(self, runtime: Runtime, targets: int) -> float:
         """Seconds of the search for target speed-ups: each amount is run twice, and dense with it.
