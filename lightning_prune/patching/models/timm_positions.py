@@ -75,7 +75,7 @@ class TimmRope(TimmAdapter):
         if resize.division.image_size is None or not isinstance(rope, nn.Module):
             return super().scaling_sites(transformer, resize)
         sites = super().scaling_sites(transformer, resize)
-        cached = ((rope, "_use_cached_embed", False),) if "_use_cached_embed" in vars(rope) else ()
+        cached = ((rope, "_use_cached_embed", False),) if hasattr(rope, "_use_cached_embed") else ()
         mixins = {rope: ResizedRope} if not list(rope.parameters()) else {}
         return ScalingSites({**sites.mixins, **mixins}, (*sites.settings, *cached))
 
