@@ -28,6 +28,7 @@ HUGGING = ("ViTModel", "Dinov2WithRegistersModel", "SiglipVisionModel")
 FAMILIES = (*VITS, *TIMM, "torchvision", *HUGGING)
 CASES = [(name, method) for name in FAMILIES for method in METHODS]
 CASES += [(name, method) for name in ("vit", "siglip", "eva02", "ViTModel") for method in MERGING]
+REST = [(name, method) for name in FAMILIES for method in MERGING if (name, method) not in CASES]
 every_method = pytest.mark.parametrize("method", [*METHODS, *MERGING])
 
 
@@ -90,11 +91,13 @@ def looped(
     return *(naive.keep_best if method == "topk" else naive.evit)(x, scores, remove, prefix), None
 
 
-@pytest.mark.parametrize(("name", "method"), CASES)
+@pytest.mark.parametrize(("name", "method"), [*CASES, *(pytest.param(*case, marks=pytest.mark.long) for case in REST)])
 def test_patched_outputs_match_the_loop(name: str, method: str) -> None:
     model, images = build(name)
     with_key_bias = name not in ("cait", "convit")  # their attention takes nothing that is added to its logits
-    watching = RecordingReduction(POMT("nearest", with_key_bias) if method == "pomt-nearest" else resolve(method))
+    merging = method in ("pomt-nearest", *MERGING)
+    reduction = resolve(method, proportional_attention=with_key_bias) if merging else resolve(method)
+    watching = RecordingReduction(reduction)
     transformer = find_vision_transformer(model)
     with torch.no_grad():
         dense = model(images)
