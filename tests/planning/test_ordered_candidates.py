@@ -205,6 +205,33 @@ def test_a_jump_past_the_target_comes_back(
     assert waves(amounts([found])[0]) >= 0.97 * best
 
 
+def test_a_target_that_its_start_misses_does_not_end_at_the_amount_of_the_next_larger_target() -> None:
+    """Where timing all variants in many rounds takes most of the time: few rounds settle the amounts before."""
+    device, source = Device(straight), OrderedCandidates("pomt", removes, 1, MOST)
+    targets = [target(source, speedup, start) for speedup, start in ((1.1, 20), (1.25, 46), (1.5, 84))]
+    others = [Variant(POMT(), lp.Schedule.single(12, 5, 20 + 7 * number)) for number in range(9)]
+    timer = device.timer()
+    verify_targets(timer, targets, others, 51, 6.0, lambda: None)
+    for each, speedup in zip(targets, (1.1, 1.25, 1.5), strict=True):
+        assert is_smallest(amounts([each])[0], straight, speedup), speedup
+        assert each.candidate is not None
+        assert timer.result(each.candidate.variant).rounds > 20
+    assert device.now < 6.5
+
+
+def test_what_the_next_smaller_amount_reaches_is_said_where_a_target_is_passed() -> None:
+    device, source = Device(cliff), OrderedCandidates("pomt", removes, 1, MOST)
+    only, timer = target(source, 1.25, 90), device.timer()
+    verify_targets(timer, [only], [], 31, 20.0, lambda: None)
+    assert amounts([only]) == [69]
+    assert only.overshoot(timer.result(removes(69).variant)) == "next smaller amount misses: 1.07x"
+    smallest = target(OrderedCandidates("pomt", removes, 1, MOST), 1.02, 1)
+    timer = Device(lambda _: 0.5).timer()
+    verify_targets(timer, [smallest], [], 5, 5.0, lambda: None)
+    assert amounts([smallest]) == [1]
+    assert smallest.overshoot(timer.result(removes(1).variant)) == "the smallest amount"
+
+
 def test_the_time_limit_is_kept_and_every_target_has_a_result() -> None:
     device = Device(straight)
     source = OrderedCandidates("pomt", removes, 1, MOST)
