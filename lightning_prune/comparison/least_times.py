@@ -81,7 +81,7 @@ class LeastTimes:
             runtime: The runtime.
         """
         tuning, depth = measurements.TUNING, self._transformer.depth
-        images = 1 + tuning.sensitivity_counts * depth / 2 + tuning.min_proxies * tuning.min_images
+        images = 1 + len(tuning.sensitivity_shares) * depth / 2 + tuning.min_proxies * tuning.min_images
         passes = PROBES * tuning.min_runs_per_probe + images / len(self._images) + 4
         graphs = 1 + graphs_to_probe(self._transformer, runtime)
         return passes * self._seconds_per_pass + graphs * self._seconds_per_graph[runtime]

@@ -12,8 +12,8 @@ from lightning_prune.profiling import resolve_block
 from lightning_prune.reduction import Reduction, resolve
 from lightning_prune.schedule import MethodSpec
 
-AUTO_METHODS = ("tome", "pomt-nearest", "topk", "random")
-"""What `methods="auto"` searches: the two that lose the least accuracy and the two that cost the least latency."""
+AUTO_METHODS = ("tome", "pomt-nearest", "topk")
+"""What `methods="auto"` searches: two that merge, which lose the least accuracy, and one that costs little latency."""
 
 Methods = str | Reduction | Sequence[str | Reduction]
 Blocks = str | int | float | Sequence[int | float]

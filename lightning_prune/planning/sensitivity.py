@@ -5,6 +5,7 @@ From it follows what a step from one token count to another costs at a block, wh
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -45,7 +46,8 @@ class Sensitivity:
     KL divergence in nats for classes and tags; half a squared relative distance for numbers and features.
 
     Measured at some counts of each block, with one dense pass per batch: every other pass starts from the recorded
-    input of the block. Images are added batch by batch, so that the time can be limited; the table is their mean.
+    input of the block, and several methods can share the dense pass. Images are added batch by batch, so that the time
+    can be limited; the table is their mean.
 
     Args:
         transformer: The Vision Transformer, dense, in evaluation mode.
@@ -103,34 +105,35 @@ class Sensitivity:
         """(blocks, counts) mean divergence; the last column, dense, is 0."""
         return self._sum / max(self.images, 1)
 
-    def add(self, images: Tensor, on_step: OnStep = lambda: None) -> None:
+    def add(self, images: Tensor, on_step: OnStep = lambda: None, dense: "DensePass | None" = None) -> None:
         """Measures a batch.
 
         Args:
             images: (B, C, H, W) on the device, in the dtype of the transformer.
             on_step: Called after every pass.
+            dense: The dense pass over these images, which does for all methods; it is made if None.
 
         Raises:
             DataError: If the outputs are not finite.
         """
         family = self._transformer.adapter
-        with torch.no_grad(), force_eager():  # without compiling: each count runs a few times only
-            with recorded(self._transformer.blocks) as outputs:
-                dense = family.output(self._transformer.run_eagerly(images)).cpu().double()
-            if self._scale is None:
-                self._scale = _typical_spread(dense)
+        if dense is None:
+            dense = dense_pass(self._transformer, images)
             on_step()
-            found = np.zeros_like(self._sum)
+        if self._scale is None:
+            self._scale = _typical_spread(dense.outputs)
+        found = np.zeros_like(self._sum)
+        with torch.no_grad(), force_eager():  # without compiling: each count runs a few times only
             for row, block in enumerate(self.blocks):
                 nothing = Schedule([0] * self._transformer.depth)
                 with (
-                    replayed(self._transformer.blocks[:block], outputs),
+                    replayed(self._transformer.blocks[:block], dense.of_blocks),
                     PatchHandle(self._transformer, self._reduction, nothing) as handle,
                 ):
                     for column, count in enumerate(self.counts[:-1]):
                         handle.update(Schedule.single(self._transformer.depth, block, self._n - count))
                         pruned = family.output(self._transformer.run_eagerly(images)).cpu().double()
-                        found[row, column] = self._kind.divergence(dense, pruned, self._scale)
+                        found[row, column] = self._kind.divergence(dense.outputs, pruned, self._scale)
                         on_step()
         if not np.isfinite(found).all():
             raise DataError(f"The model's outputs are not finite for some of {len(images)} calibration images.")
@@ -166,6 +169,30 @@ class Sensitivity:
         for row, block in enumerate(self.blocks):
             costs[block] = np.where(allowed, step_costs(self.counts, self.table[row], levels), unchanged)
         return costs
+
+
+class DensePass(NamedTuple):
+    """A pass of the dense model over a batch, from each of whose blocks other passes can start.
+
+    Attributes:
+        outputs: (B, K) of the model, in float64 on the CPU.
+        of_blocks: The output of each block.
+    """
+
+    outputs: Tensor
+    of_blocks: list[Any]
+
+
+def dense_pass(transformer: VisionTransformer, images: Tensor) -> DensePass:
+    """Runs the dense model on a batch and records its blocks.
+
+    Args:
+        transformer: Dense.
+        images: (B, C, H, W) on the device, in the dtype of the transformer.
+    """
+    with torch.no_grad(), force_eager(), recorded(transformer.blocks) as of_blocks:
+        outputs = transformer.adapter.output(transformer.run_eagerly(images)).cpu().double()
+    return DensePass(outputs, of_blocks)
 
 
 def step_costs(counts: Sequence[int], divergence: Table, levels: Sequence[int]) -> Table:

@@ -75,7 +75,7 @@ def test_auto_searches_blocks_and_methods_for_another_device(module, data, tmp_p
     made = trainer(method="auto", objective=lp.LatencyBudget(speedup=1.3), calibration=4, time_limit=60).plan(
         module, datamodule=data, output=str(tmp_path), device=DEVICE
     )
-    assert {entry.method for entry in made.front} == set(AUTO_METHODS)
+    assert {entry.method for entry in made.front} - {"mixed"} == set(AUTO_METHODS)
     assert made.profile.method == "random"
     assert made.speedup >= 1.29
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
