@@ -64,8 +64,8 @@ class MeasurementTuning:
     sensitivity_share: float = 0.4
     proxy_share: float = 0.6
     timing_share: float = 0.4
-    # Of a ViT with 12 blocks and 196 patch tokens, divergences by four of eight shares were off by a tenth, and those by
-    # 32 of 384 images by a third.
+    # Of a ViT with 12 blocks and 196 patch tokens, divergences by four of eight shares were off by a tenth, by 32 of 384
+    # images by a third.
     sensitivity_shares: tuple[float, ...] = (0.125, 0.375, 0.625, 1.0)
     batch_images: int = 32
     first_images: int = 8
