@@ -84,6 +84,7 @@ class CandidateSearch:
 
     Attributes:
         infeasible: Label of a source -> why it cannot meet the objective, by its last proposal.
+        not_promising: Labels of sources that had nothing to propose.
         timed: The timed candidates of the sources, those of other searches in the same runs included.
     """
 
@@ -97,6 +98,7 @@ class CandidateSearch:
     ) -> None:
         self.objective, self.sources, self.tuning = objective, sources, tuning
         self.infeasible: dict[str, str] = {}
+        self.not_promising: list[str] = []
         self.timed: list[TimedCandidate] = []
         self._dense_ms, self._proxy, self._runs = dense_ms, proxy, 0
         self._feasible: list[tuple[CandidateSource, Proposal]] = []
@@ -113,11 +115,14 @@ class CandidateSearch:
         if self._runs and (self._runs >= self.tuning.max_runs or clock() >= deadline):
             return []
         proposals: list[tuple[CandidateSource, Proposal]] = []
+        self.not_promising = []
         for source in self.sources:
             if proposals and clock() >= deadline:
                 break
             proposal = source.propose(self.objective, self._dense_ms, deadline)
-            if proposal is not None:
+            if proposal is None:
+                self.not_promising.append(source.label)
+            else:
                 proposals.append((source, proposal))
         self.infeasible = {s.label: p.reason for s, p in proposals if not p.feasible}
         self._feasible = [(source, proposal) for source, proposal in proposals if proposal.feasible]

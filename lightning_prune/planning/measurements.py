@@ -64,8 +64,8 @@ class MeasurementTuning:
     sensitivity_share: float = 0.4
     proxy_share: float = 0.6
     timing_share: float = 0.4
-    # Of a ViT with 12 blocks and 196 patch tokens, divergences by four of eight shares were off by a tenth, by 32 of 384
-    # images by a third.
+    # Of a ViT with 12 blocks and 196 patch tokens, divergences by four of eight shares were off by a tenth, and those
+    # by 32 of 384 images by a third.
     sensitivity_shares: tuple[float, ...] = (0.125, 0.375, 0.625, 1.0)
     batch_images: int = 32
     first_images: int = 8
@@ -219,6 +219,8 @@ class Measurements:
             costs = sensitivity.costs(levels, depth, max_removed)
             timed = probed.get(label, ())
             fronts.append(MethodFront(label, reduction, own[label], costs, self.accuracy, timed, self.limit.clock))
+        for place, front in enumerate(fronts):
+            front.others = fronts[:place]
         several = combinable(fronts, self.transformer.pools_patches)
         if len(several) < 2 or len({block for _, blocks in methods.values() for block in blocks}) < 2:
             return [*fronts]

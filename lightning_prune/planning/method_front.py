@@ -4,6 +4,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import numpy as np
 
@@ -29,11 +30,14 @@ class FrontTuning:
         first_proxies: Candidates whose proxy is measured before the first choice.
         max_proxies: Candidates whose proxy is measured for one choice after that.
         min_gain: A candidate must promise a score higher by this to have its proxy measured.
+        cost_ratio: Share of its predicted cost that a candidate may turn out to have, of a method of which no proxy is
+            known yet. Measured divergences of schedules were within a factor of two of the predicted ones.
     """
 
     first_proxies: int = 4
     max_proxies: int = 8
     min_gain: float = 0.002
+    cost_ratio: float = 0.5
 
 
 TUNING = FrontTuning()
@@ -57,9 +61,11 @@ class Front(ABC):
 
     Attributes:
         candidates: Some of the front, from the fastest to dense: of those about as fast the one that costs least.
+        others: The fronts before this one, whose measured proxies say what a predicted cost means. If there are any
+            with proxies, this one measures none unless it may have a better candidate.
     """
 
-    first_proxies = TUNING.first_proxies
+    others: Sequence["Front"] = ()
 
     def __init__(
         self,
@@ -111,14 +117,38 @@ class Front(ABC):
         """The proxy of a candidate; if it was not measured, interpolated between those that cost less and more."""
         if candidate.schedule in self._proxies:
             return self._proxies[candidate.schedule]
-        known = self.known_proxies()
-        costs = sorted(known)
-        columns = np.array([known[cost] for cost in costs]).T
-        return Estimate(*(float(np.interp(candidate.cost, costs, column)) for column in columns))
+        known = self._known_proxies()
+        columns = np.array([*known.values()]).T
+        return Estimate(*(float(np.interp(candidate.cost, [*known], column)) for column in columns))
 
-    def known_proxies(self) -> dict[float, Estimate]:
-        """Predicted cost -> proxy, of the schedules for which that was measured."""
-        return self._proxy_at_cost
+    def _known_proxies(self) -> dict[float, Estimate]:
+        """Predicted cost, ascending -> proxy, of the schedules for which that was measured.
+
+        Those of other methods, too, as long as there are few of this one: the proxy then falls with the cost.
+        """
+        if len(self._proxies) >= TUNING.first_proxies or not any(other._proxies for other in self.others):
+            return {cost: self._proxy_at_cost[cost] for cost in sorted(self._proxy_at_cost)}
+        from scipy.optimize import isotonic_regression  # slow to import
+
+        known = dict(chain.from_iterable(other._proxy_at_cost.items() for other in self.others)) | self._proxy_at_cost
+        costs = sorted(known)
+        values = isotonic_regression([known[cost].value for cost in costs], increasing=False).x
+        return {cost: known[cost]._replace(value=float(value)) for cost, value in zip(costs, values, strict=True)}
+
+    def _may_be_best(self, objective: Objective, dense_ms: float) -> bool:
+        """Whether a candidate may be better than those of others whose proxies are known."""
+        own = [candidate for candidate in self.candidates if not candidate.is_dense]
+        others = [(f, c) for f in self.others for c in f.candidates if not c.is_dense and f._is_known(c)]
+        if not own or not others:
+            return True
+        known = self._known_proxies()
+        values = [estimate.value for estimate in known.values()]
+        at = np.array([c.cost for c in own]) * TUNING.cost_ratio
+        hoped = [Estimate(float(value), 0.0) for value in np.interp(at, [*known], values)]
+        estimates = [*hoped, *(f.accuracy(c) for f, c in others), DENSE_ACCURACY]
+        ratios = np.array([*(c.ratio for c in own), *(c.ratio for _, c in others), 1.0])
+        scores = objective.score(dense_ms * ratios, objective.judged(estimates))
+        return bool(scores[: len(own)].max() > max(scores[len(own) :]))
 
     def all_candidates(self, chosen: Candidate | None = None) -> list[Candidate]:
         """The whole front from dense to the fastest, and the chosen candidate, with all that was measured.
@@ -143,7 +173,12 @@ class Front(ABC):
             objective: What makes one candidate better than another.
             dense_ms: Latency of the dense model at present.
             deadline: No further proxy is measured after it, except that of one choice.
+
+        Returns:
+            The proposal; None if other fronts are known to have a better candidate than this one can be hoped to have.
         """
+        if not self._proxies and not self._may_be_best(objective, dense_ms):
+            return None
         reason = objective.infeasible_reason(dense_ms * np.array([c.ratio for c in self.candidates]))
         if reason is not None:
             return Proposal(self.fastest(), reason, feasible=False)
@@ -158,8 +193,8 @@ class Front(ABC):
                 f"No schedule is predicted to be faster than dense by more than {SAVING:.0%}; the fastest by "
                 f"{gained:.1f}%, its overhead included.{missed}",
             )
-        if not self._proxies:
-            for candidate in evenly_spaced(faster, self.first_proxies):
+        if not self._proxies and not any(other._proxies for other in self.others):
+            for candidate in evenly_spaced(faster, TUNING.first_proxies):
                 if self._clock() < deadline:
                     self.accuracy(candidate)
         for attempt in range(TUNING.max_proxies):

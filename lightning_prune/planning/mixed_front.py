@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Sequence
-from itertools import chain
 
 import numpy as np
 
@@ -32,15 +31,13 @@ class MixedFront(Front):
         clock: Seconds.
     """
 
-    first_proxies = 0  # the predictions that the other fronts have checked do
-
     def __init__(
         self,
         fronts: Sequence[MethodFront],
         measure: Callable[[Reduction | None, Schedule], Estimate],
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self._fronts = fronts
+        self._fronts = self.others = fronts
         specs = [spec_of(front.reduction) for front in fronts]
         self._places = {spec: place for place, spec in enumerate(specs)}
         latency = MixedLatency(
@@ -63,21 +60,11 @@ class MixedFront(Front):
             return None
         return super().propose(objective, dense_ms, deadline)
 
-    def known_proxies(self) -> dict[float, Estimate]:
-        """Predicted cost -> proxy, of the measured schedules of all methods; it falls with the cost."""
-        from scipy.optimize import isotonic_regression  # slow to import
-
-        known = dict(chain.from_iterable(front.known_proxies().items() for front in self._fronts))
-        known |= super().known_proxies()
-        costs = sorted(known)
-        values = isotonic_regression([known[cost].value for cost in costs], increasing=False).x
-        return {cost: known[cost]._replace(value=float(value)) for cost, value in zip(costs, values, strict=True)}
-
     def _promises_more(self, objective: Objective, dense_ms: float) -> bool:
         """Whether a candidate is better than those of single methods, all by the same predictions."""
         own = [candidate for candidate in self.candidates if not candidate.is_dense]
         others = [c for front in self._fronts for c in front.candidates if not c.is_dense]
-        known = self.known_proxies()
+        known = self._known_proxies()
         costs, values = list(known), [estimate.value for estimate in known.values()]
         predicted = [Estimate(float(np.interp(c.cost, costs, values)), 0.0) for c in own + others]
         ratios = np.array([*(c.ratio for c in own + others), 1.0])

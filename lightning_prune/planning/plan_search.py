@@ -91,6 +91,9 @@ def searched(
     plans = []
     for search in searches:
         candidate, met, reason, dense = search.result()
+        dropped = [label for label in search.not_promising if label in methods]
+        if dropped:
+            reason = f"{reason} Predicted to be worse, and not tried: {', '.join(dropped)}."
         if left_out:
             reason = f"{reason} Not searched for lack of time: {', '.join(left_out)}."
         for name, error in measured.not_finite.items():

@@ -107,6 +107,7 @@ def test_a_plan_of_several_methods_is_used_saved_and_found_again(monkeypatch, tm
 
     monkeypatch.setattr(Measurements, "accuracy", prefers)
     monkeypatch.setattr(MixedFront, "_promises_more", lambda *_: True)
+    monkeypatch.setattr(MixedFront, "_may_be_best", lambda *_: True)
     model, methods = vit(), ["tome", "topk"]
     made = planned(model, methods=methods, objective=lp.LatencyBudget(speedup=1.4))
     assert (made.method, made.label, made.reduction) == ("mixed", "mixed", None)

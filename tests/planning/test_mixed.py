@@ -7,6 +7,7 @@ import pytest
 
 import lightning_prune as lp
 from lightning_prune import Schedule
+from lightning_prune.planning.candidate_search import CandidateSearch
 from lightning_prune.planning.latency_model import NO_OVERHEAD, ReductionOverhead
 from lightning_prune.planning.method_front import MethodFront
 from lightning_prune.planning.mixed_front import MixedFront, combinable
@@ -117,6 +118,26 @@ def test_where_one_method_is_best_in_all_blocks_several_are_not_tried():
         proposal = source.propose(lp.LatencyBudget(speedup=1.5), DENSE_MS, float("inf"))
         assert (proposal is None) == (source.label == "mixed")
     assert all(reduction is not None for reduction, _ in asked)
+
+
+@pytest.mark.parametrize(("factor", "tried"), [(0.9, True), (1.5, True), (8.0, False)])
+def test_no_proxy_is_measured_of_a_method_that_can_hardly_be_better(factor, tried):
+    """One that is predicted to cost a little more is tried: predictions are not that exact."""
+    asked = []
+
+    def measure(reduction, schedule):
+        asked.append(reduction.name)
+        return Estimate(1 - schedule.total_removed / 60, 0.0)
+
+    own = np.where(costs() > 0, factor * costs(), costs())
+    topk = MethodFront("topk", resolve("topk"), latency(), costs(), measure)
+    tome = MethodFront("tome", resolve("tome"), latency(), own, measure)
+    tome.others = [topk]
+    search = CandidateSearch(lp.LatencyBudget(speedup=1.5), [topk, tome], DENSE_MS)
+    search.next_candidates(float("inf"))
+    assert ("tome" in asked) == tried
+    assert search.not_promising == ([] if tried else ["tome"])
+    assert tome.estimate(tome.candidates[0]).value < 1.0  # by what is known of the other
 
 
 def test_timings_of_the_methods_correct_the_front_of_several():
