@@ -1,5 +1,6 @@
 """Schedules that were made elsewhere, and schedules of keep rates, on a patched model."""
 
+import re
 import warnings
 from typing import Any
 
@@ -20,7 +21,7 @@ def made(**source: Any) -> lp.Schedule:
 @pytest.mark.parametrize(
     ("source", "words"),
     [
-        ({"device": "Jetson Orin"}, rf"device Jetson Orin there, {HERE} here\."),
+        ({"device": "Jetson Orin"}, rf"device Jetson Orin there, {re.escape(HERE)} here\."),
         ({"device": HERE, "batch_size": 16}, r"made elsewhere: batch_size 16 there, 2 here\. It is used unchanged"),
         ({"device": "H200", "batch_size": 1}, r"device H200 there, .* here; batch_size 1 there, 2 here"),
     ],
