@@ -74,7 +74,7 @@ CALLEES: dict[str, Callable[[], Callee]] = {
     "patch": lambda: Callee(
         lp.patch,
         {"model": tiny_vit(), "method": "tome", "schedule": [0, 3, 0, 0]},
-        MODEL_PATH,
+        MODEL_PATH | {"tail": {"None"}},
         {"schedule": "(schedule|removed|nonsense)"},
     ),
     "trace_tokens": lambda: Callee(
@@ -134,7 +134,7 @@ CALLEES: dict[str, Callable[[], Callee]] = {
         lp.TokenPruning,
         {},
         {
-            **{name: {"None"} for name in ("objective", "images_from_batch", "cache_dir", "module_path")},
+            **{name: {"None"} for name in ("objective", "images_from_batch", "cache_dir", "module_path", "tail")},
             "calibration": {"empty list", "list of None"},
             "time_limit": {"fraction"},
             "cache_dir": {"None", "text"},

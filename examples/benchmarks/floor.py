@@ -1,6 +1,7 @@
 """How close a patched model comes to its floor: the same dense blocks, run on a slice of the tokens.
 
 The floor does not spend any time on choosing tokens, so measured / floor is the cost of the method and of the patch.
+It has the exact tail where the patch has it: only prefix tokens enter the last MLP; the case `exact` is that alone.
 Pruned and floor are timed alternately in one interleaved run; ratios are medians over rounds.
 
     python examples/benchmarks/floor.py --output results/floor
@@ -34,18 +35,21 @@ FEWEST = 5  # rounds of the slowest case
 CASES = {  # name -> method, what each of 12 blocks removes, the ratio to stay below
     "pomt": ("pomt", {3: 56}, 1.02),
     "topk": ("topk", {3: 56}, 1.02),
+    "exact": ("exact", {}, 1.02),
     "tome, four blocks": ("tome", {2: 24, 4: 24, 6: 24, 8: 24}, 1.05),
 }
 COMPILED = ("default", "reduce-overhead", "max-autotune")  # any other mode but eager is the spec of a runtime
 
 
-def floor_forward(model: nn.Module, images: Tensor, removed: dict[int, int]) -> Tensor:
+def floor_forward(model: nn.Module, images: Tensor, removed: dict[int, int], tail: bool) -> Tensor:
     """The forward of the unpatched model, with a slice of the tokens between attention and MLP of some blocks."""
     x = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
+    last = len(model.blocks) - 1
     for index, layer in enumerate(model.blocks):
-        if index in removed:
+        if index in removed or (tail and index == last):
             x = PRE_NORM.attention(layer, x)
-            x = PRE_NORM.mlp(layer, x[:, : x.shape[1] - removed[index]].contiguous())
+            left = model.num_prefix_tokens if tail and index == last else x.shape[1] - removed[index]
+            x = PRE_NORM.mlp(layer, x[:, :left].contiguous())
         else:
             x = layer(x)
     return model.forward_head(model.norm(x))
@@ -54,12 +58,20 @@ def floor_forward(model: nn.Module, images: Tensor, removed: dict[int, int]) -> 
 class Floor(nn.Module):
     """`floor_forward` as a module, which a runtime can convert."""
 
-    def __init__(self, model: nn.Module, removed: dict[int, int]) -> None:
+    def __init__(self, model: nn.Module, removed: dict[int, int], tail: bool) -> None:
         super().__init__()
-        self.model, self.removed = model, removed
+        self.model, self.removed, self.tail = model, removed, tail
 
     def forward(self, images: Tensor) -> Tensor:
-        return floor_forward(self.model, images, self.removed)
+        return floor_forward(self.model, images, self.removed, self.tail)
+
+
+def apply(model: nn.Module, case: str) -> lp.PatchHandle:
+    """Patches a model for a case."""
+    method, removed, _ = CASES[case]
+    if not removed:
+        return lp.patch(model, method)
+    return lp.patch(model, method, lp.Schedule([removed.get(block, 0) for block in range(len(model.blocks))]))
 
 
 def prepare(name: str, precision: str, batch: int, device: str) -> tuple[nn.Module, Tensor]:
@@ -71,11 +83,11 @@ def prepare(name: str, precision: str, batch: int, device: str) -> tuple[nn.Modu
 
 def contenders(model: nn.Module, images: Tensor, case: str, mode: str) -> dict[str, Callable[[Tensor], Tensor]]:
     """Dense, pruned and the floor on the same weights; if compiled or converted, each has a graph of its own."""
-    method, removed, _ = CASES[case]
+    removed = CASES[case][1]
     weights = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     pruned, floor = copy.deepcopy(model, dict(weights)), copy.deepcopy(model, dict(weights))
-    lp.patch(pruned, method, lp.Schedule([removed.get(block, 0) for block in range(len(model.blocks))]))
-    found: dict[str, nn.Module] = {"dense": model, "pruned": pruned, "floor": Floor(floor, removed).eval()}
+    tail = apply(pruned, case).has_tail
+    found: dict[str, nn.Module] = {"dense": model, "pruned": pruned, "floor": Floor(floor, removed, tail).eval()}
     if mode == "eager":
         return {**found}
     if mode not in COMPILED:
@@ -123,9 +135,7 @@ def measure(model: nn.Module, images: Tensor, case: str, mode: str, args: argpar
 
 def trace(model: nn.Module, images: Tensor, case: str) -> str:
     """The time of each operator in a pruned run, from torch's profiler."""
-    method, removed, _ = CASES[case]
-    schedule = lp.Schedule([removed.get(block, 0) for block in range(len(model.blocks))])
-    with lp.patch(model, method, schedule), torch.inference_mode():
+    with apply(model, case), torch.inference_mode():
         for _ in range(3):
             model(images)
         with torch.profiler.profile() as profiler:
@@ -139,7 +149,7 @@ def draw(rows: list[Row], path: Path) -> None:
     """Draws a dot for each case with twice its standard error, and the ratios to stay below."""
     figure = Figure(figsize=(8, 0.28 * len(rows) + 1.4), layout="constrained")
     axes = figure.subplots()
-    colors = dict(zip(CASES, ("#1f5fa8", "#16803c", "#d35400"), strict=True))
+    colors = dict(zip(CASES, ("#1f5fa8", "#16803c", "#7d3c98", "#d35400"), strict=True))
     for place, row in enumerate(reversed(rows)):
         axes.errorbar(row["pruned_over_floor"], place, xerr=2 * row["error"], fmt="o", color=colors[row["case"]], ms=4)
         axes.plot([row["limit"]] * 2, [place - 0.4, place + 0.4], color="#c0392b", lw=1.2)

@@ -62,6 +62,7 @@ class PruningConfig:
     clock: str = "wall"
     seed: int = 0
     verbose: bool = True
+    tail: bool | None = None
 
     def __post_init__(self) -> None:
         """Checks the settings, resolves the method and reads the schedule."""
@@ -69,6 +70,7 @@ class PruningConfig:
         check_int("seed", self.seed, 0)
         check_bool("use_cache", self.use_cache)
         check_bool("verbose", self.verbose)
+        check("tail", self.tail, "True, False or None", self.tail is None or isinstance(self.tail, bool))
         check_choice("proxy", self.proxy, PROXIES)
         check_choice("protocol", self.protocol, get_args(ProfilingMode))
         check_choice("clock", self.clock, list(CLOCKS))
@@ -153,6 +155,11 @@ class PruningConfig:
     def is_planned(self) -> bool:
         """Whether a schedule has to be planned."""
         return self.schedule == "auto" and not self.is_adaptive
+
+    @property
+    def deployed_tail(self) -> bool | None:
+        """`tail` of `lightning_prune.patch` for what runs; the paper's protocol has none."""
+        return False if self.protocol == "paper" else self.tail or False
 
     def store(self) -> ProfileStore | None:
         """Where latency profiles are kept; None where they are not."""

@@ -45,7 +45,8 @@ def time_given(first: FirstBatch) -> Decision:
     else:
         counts = schedule
     check_schedule(transformer, reduction or reductions_of(schedule), counts)
-    timings = _time(first, Variant(reduction, counts) if counts.total_removed else None)
+    pruning = Variant(reduction, counts, tail=first.config.deployed_tail)
+    timings = _time(first, pruning if counts.total_removed else None)
     pruned = timings.get("pruned", timings["dense"])  # nothing removed: the model is the dense one
     return Decision(
         schedule=counts,
@@ -80,7 +81,7 @@ def time_adaptive(first: FirstBatch) -> Decision:
     with ready_to_run(transformer):
         n = transformer.count_tokens(images)
         left = _tokens_left(transformer, images, reduction)
-    timings = _time(first, Variant(reduction))
+    timings = _time(first, Variant(reduction, tail=first.config.deployed_tail))
     dense, pruned = timings["dense"], timings["pruned"]
     return Decision(
         schedule=Schedule([0] * transformer.depth),

@@ -274,7 +274,8 @@ class PrunedRun:
         if decision is not None and decision.prunes:
             with calling_with(first.transformer.root, agreed.keywords):  # which may let it take images of any size
                 transformer = first.passing(None).transformer
-                self._handle = PatchHandle(transformer, decision.reduction, decision.deployable(transformer))
+                schedule, tail = decision.deployable(transformer), first.config.deployed_tail
+                self._handle = PatchHandle(transformer, decision.reduction, schedule, tail=tail)
 
     def _unpatch(self) -> None:
         if self._handle is not None:

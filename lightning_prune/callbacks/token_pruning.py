@@ -99,6 +99,8 @@ class TokenPruning(EvaluationCallback):
             a busy machine, at one thread. On a CPU only. The time limit is wall time.
         seed: Of the calibration sample.
         verbose: Prints a panel with the decision, and progress on a terminal.
+        tail: Whether a model that is pruned has the exact tail, as of `lightning_prune.patch`: by default where no
+            output changes but by rounding. `protocol="paper"` has none.
 
     Attributes:
         config: The settings. Frozen; assign another one, as in `pruner.config = replace(pruner.config, seed=1)`, and
@@ -137,6 +139,7 @@ class TokenPruning(EvaluationCallback):
         clock: str = "wall",
         seed: int = 0,
         verbose: bool = True,
+        tail: bool | None = None,
     ) -> None:
         super().__init__()
         check_bool("enabled", enabled)
@@ -157,6 +160,7 @@ class TokenPruning(EvaluationCallback):
             clock=clock,
             seed=seed,
             verbose=verbose,
+            tail=tail,
         )
         self.enabled = enabled
         self._decider = Decider()

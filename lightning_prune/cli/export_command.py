@@ -127,7 +127,7 @@ def _plan(config: PruningConfig, schedule: str | None) -> Schedule | KeepRates |
 def _patched(model: nn.Module, config: PruningConfig) -> PatchHandle:
     """Patches a model by the method and the schedule of the config."""
     schedule = None if config.is_adaptive or config.schedule == "auto" else config.schedule
-    return patch(model, config.reduction, schedule, block=config.reducing_block)
+    return patch(model, config.reduction, schedule, block=config.reducing_block, tail=config.deployed_tail)
 
 
 def _preprocessing(model: nn.Module) -> dict[str, Any] | None:
@@ -141,7 +141,8 @@ def _print(report: ExportReport) -> None:
     removed = "no tokens removed" if report.method is None else f"tokens removed by {report.method}"
     tokens = "" if report.tokens is None else f", {report.tokens[-1]} left"
     inputs = ", uint8 images" if report.inputs.form == "uint8" else ""
-    lines = [f"{report.model}: {removed}{tokens}, {report.precision}{inputs}, {report.batch} batch."]
+    tail = ", exact tail" if report.tail else ""
+    lines = [f"{report.model}: {removed}{tokens}{tail}, {report.precision}{inputs}, {report.batch} batch."]
     lines += figures(report)
     operators = [f"{name} {count}" for name, count in report.operators.items()]
     more = f" and {len(operators) - _OPERATORS} more" if len(operators) > _OPERATORS else ""

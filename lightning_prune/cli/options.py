@@ -75,8 +75,8 @@ def objective_options() -> dict[str, tuple[Option, ...]]:
 
 @cache
 def method_names() -> tuple[str, ...]:
-    """The names of methods: of this package, those that other packages declare, `auto`, `dense` and `int8`."""
-    found = {"auto", "dense", "int8", "pomt-nearest"}
+    """The names of methods: of this package, those that other packages declare, `auto`, `dense`, `exact` and `int8`."""
+    found = {"auto", "dense", "exact", "int8", "pomt-nearest"}
     for path in (_PACKAGE / "reduction").glob("*.py"):
         for node in (n for kind in _parsed(path).body if isinstance(kind, ast.ClassDef) for n in kind.body):
             target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)

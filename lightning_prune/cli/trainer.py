@@ -135,8 +135,8 @@ class PruneTrainer(L.Trainer):
             dataloaders: Validation loaders, if there is no datamodule.
             datamodule: Provides the validation loader.
             output: Folder for the files.
-            methods: Names of methods to compare: reductions, auto, int8, and both, as in pomt+int8; dense is always
-                there.
+            methods: Names of methods to compare: reductions, auto, exact (dense without what no head reads), int8,
+                and both, as in pomt+int8; dense is always there.
             speedups: Dense latency over theirs that the methods are to reach; planned by the objective if not given.
             runtimes: What executes the model: torch, torch.compile:mode=blocks, ...; each variant in each of them, and
                 in that of the pruner if not given.

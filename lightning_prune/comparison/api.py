@@ -90,8 +90,9 @@ def compare(
         module: Contains one Vision Transformer; dense again afterwards.
         data: A LightningDataModule, or the validation loaders; of several loaders the first is compared, and a warning
             says so.
-        methods: Reductions and names: of reductions, `"auto"`, `"int8"`, and `+int8` after one of these; dense is
-            always there. None for the method of the callback.
+        methods: Reductions and names: of reductions, `"auto"`, `"int8"`, `"exact"` (dense with the exact tail, see
+            `lightning_prune.patch`), and `+int8` after one of these; dense is always there. None for the method of the
+            callback.
         speedups: Dense latency over that of each method, each > 1; None to plan by the objective.
         objective: Plans the schedules if there are no `speedups`, and chooses the best variant, `schedule.yaml`; that
             of the callback if None.

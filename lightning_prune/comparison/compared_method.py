@@ -11,6 +11,8 @@ from lightning_prune.comparison.planned_variants import PlannedVariant, chosen_t
 from lightning_prune.comparison.requests import VariantRequest
 from lightning_prune.errors import RuntimeUnavailableError, ScheduleError, UnsupportedModelError
 from lightning_prune.patching import PatchHandle, VisionTransformer
+from lightning_prune.patching.compatibility import head_reason, last_block_reason, verified_split
+from lightning_prune.patching.exact_tail import EXACT
 from lightning_prune.patching.schedule_forms import allocate_schedule, reducing_block
 from lightning_prune.planning.candidates import Candidate
 from lightning_prune.planning.method_selection import usable_methods
@@ -71,6 +73,10 @@ class ComparedMethod:
             quantizing = self.request.quantizing
             by = quantizer_version() if quantizing is None else quantizing.name
             self.note = "; ".join(filter(None, (self.note, f"8 bits by {by}")))
+        if self.request.exact:
+            reason = head_reason(self.transformer, self.request.tail is True)
+            reason = reason or last_block_reason(self.transformer, verified_split(self.transformer, self.depth - 1))
+            return None if reason is None else f"it has no exact tail: {reason}"
         if reduction is None:
             return None
         try:
@@ -98,7 +104,9 @@ class ComparedMethod:
 
     def variant(self) -> Variant:
         """The only variant of a method without targets."""
-        return Variant(self.request.reduction, None, self.request.weights, self.request.execution)
+        request = self.request
+        method = EXACT if request.exact else request.reduction
+        return Variant(method, None, request.weights, request.execution, request.tail)
 
     def source(self) -> OrderedCandidates:
         """The amounts of a method in its usual form: tokens that it removes, or the possible numbers in their order."""
@@ -119,6 +127,7 @@ class ComparedMethod:
             weights=request.weights,
             runtime=request.execution,
             quantized=request.quantizing is not None,
+            tail=request.tail,
         )
 
     def planned(self, timing: LatencyStats | None = None, note: str = "") -> PlannedVariant:

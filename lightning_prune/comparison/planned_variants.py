@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from lightning_prune.comparison.requests import VariantRequest
+from lightning_prune.patching.exact_tail import EXACT
 from lightning_prune.profiling import LatencyProfile, LatencyStats, Variant
 from lightning_prune.reduction import Reduction, resolve
 from lightning_prune.runtimes import parse_runtime
@@ -22,7 +23,7 @@ class PlannedVariant:
         int8: Whether it runs in 8 bits.
         target_speedup: The speed-up that it was planned for.
         settings: Of the reduction.
-        schedule: What it removes; None for dense, int8, and where the images decide.
+        schedule: What it removes; None for dense, exact, int8, and where the images decide.
         timing: Of the interleaved run of all variants; None where it cannot be run.
         note: A remark, such as why it cannot be run.
         gmacs: 10^9 multiply-accumulates of an image; None in 8 bits.
@@ -115,10 +116,12 @@ def variant_of(planned: PlannedVariant, request: VariantRequest) -> Variant:
     """What a planned variant runs as."""
     reduction = reduction_of(planned, request)
     schedule = planned.schedule
+    if request.exact:
+        return Variant(EXACT, None, request.weights, request.execution, request.tail)
     removes = reduction is not None if schedule is None else schedule.total_removed > 0
     if not removes:
         return Variant(weights=request.weights, runtime=request.execution)
-    return Variant(reduction, schedule, request.weights, request.execution)
+    return Variant(reduction, schedule, request.weights, request.execution, request.tail)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, cast
 from lightning_prune._utils.validation import check
 from lightning_prune.callbacks import PruningConfig
 from lightning_prune.errors import ArgumentError
+from lightning_prune.patching.exact_tail import EXACT
 from lightning_prune.planning import Objective, Utility
 from lightning_prune.planning.method_selection import AUTO_METHODS
 from lightning_prune.quantization import Int8Weights
@@ -35,6 +36,8 @@ class VariantRequest(NamedTuple):
         label: The method as the user calls it, where that is not the name.
         runtime: What executes the model.
         suffix: The end of its name that says the runtime; empty where there is one runtime only.
+        exact: Whether it is the dense model with the exact tail.
+        tail: As of `lightning_prune.patch`, for whatever removes tokens.
     """
 
     name: str
@@ -46,6 +49,8 @@ class VariantRequest(NamedTuple):
     label: str = ""
     runtime: Runtime = TorchEager()
     suffix: str = ""
+    exact: bool = False
+    tail: bool | None = None
 
     @property
     def stem(self) -> str:
@@ -84,7 +89,7 @@ class VariantRequest(NamedTuple):
     @property
     def method(self) -> str:
         """What the column `method` says."""
-        if self.reduction is None and not self.searches and self.schedule is None:
+        if self.reduction is None and not (self.searches or self.exact) and self.schedule is None:
             return INT8_NAME if self.int8 else ""
         return (self.label or self.stem).removesuffix(_AND_INT8)
 
@@ -137,7 +142,7 @@ def read_requests(
 
     Args:
         config: Method, schedule and objective; its own reduction is meant by its name among `methods`.
-        methods: Reductions and names: of reductions, `auto`, `dense`, `int8`, and the first two with `+int8`.
+        methods: Reductions and names: of reductions, `auto`, `dense`, `exact`, `int8`, and the others with `+int8`.
         speedups: The targets; None if there are none.
         objective: Plans the schedules where there are no targets.
 
@@ -168,7 +173,10 @@ def read_requests(
         requests.append(VariantRequest(f"{label} given", own, False, schedule=given, label=label))
     names = [request.name for request in requests]
     return [
-        request._replace(name=f"{request.label} {request.objective}") if names.count(request.name) > 1 else request
+        request._replace(
+            name=f"{request.label} {request.objective}" if names.count(request.name) > 1 else request.name,
+            tail=config.deployed_tail,
+        )
         for request in requests
     ]
 
@@ -217,7 +225,7 @@ def read_methods(methods: Sequence[str | Reduction], own: Reduction | None) -> l
     """The requests that names of methods stand for; dense comes first and is added where it is missing.
 
     Args:
-        methods: Reductions and names: of reductions, `auto`, `dense`, `int8`, and the first two with `+int8`.
+        methods: Reductions and names: of reductions, `auto`, `dense`, `exact`, `int8`, and the others with `+int8`.
         own: The reduction that its name means, with its settings.
 
     Raises:
@@ -251,20 +259,22 @@ def _read(name: object, own: Reduction | None) -> VariantRequest:
     plain = name.removesuffix(_AND_INT8)
     if plain == AUTO_NAME:
         return VariantRequest(name, None, name != plain, AUTO_METHODS)
+    if plain == EXACT:
+        return VariantRequest(name, None, name != plain, exact=True)
     try:
         reduction = own if own is not None and plain == own.name else resolve(plain)
     except ArgumentError as error:
         known = names()
         if plain in known:  # it exists, but needs what a name cannot say, as a vocabulary
             raise
-        near = get_close_matches(plain.lower(), [*known, AUTO_NAME, DENSE_NAME, INT8_NAME], n=1)
+        near = get_close_matches(plain.lower(), [*known, AUTO_NAME, DENSE_NAME, EXACT, INT8_NAME], n=1)
         with_int8 = name != plain
         meant = [
-            close + _AND_INT8 * with_int8 if close in (*known, AUTO_NAME) else INT8_NAME if with_int8 else close
+            close + _AND_INT8 * with_int8 if close in (*known, AUTO_NAME, EXACT) else INT8_NAME if with_int8 else close
             for close in near
         ]
         hint = f" Did you mean {meant[0]!r}?" if meant else ""
-        listed = ", ".join([DENSE_NAME, *known, AUTO_NAME, INT8_NAME])
+        listed = ", ".join([DENSE_NAME, *known, AUTO_NAME, EXACT, INT8_NAME])
         raise ArgumentError(
             f"`methods` must be of {listed}, or two of them as pomt+int8; got {name!r}.{hint}"
         ) from error

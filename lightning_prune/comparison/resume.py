@@ -96,6 +96,8 @@ def _contents(request: VariantRequest) -> dict[str, Any]:
         objective = request.objective
         found["objective"] = f"{type(objective).__module__}.{type(objective).__qualname__}"
         found |= {f"objective.{key}": _text_of(value) for key, value in vars(objective).items()}
+    if request.tail is not None:
+        found["tail"] = request.tail
     if request.schedule is not None:
         schedule = request.schedule
         found["schedule"] = schedule.to_dict() if isinstance(schedule, SavedDocument) else repr(schedule)

@@ -180,7 +180,8 @@ class ComparisonSetup(L.Callback):
         """One variant of each request in float: at the largest target that all reach, where there is one."""
         variants: dict[str, list[PlannedVariant]] = {}
         first_runtime = self.settings.runtimes[0]
-        requests = {r.name: r for r in self.settings.requests if not r.int8 and r.method and r.runtime == first_runtime}
+        reducing = [r for r in self.settings.requests if not (r.int8 or r.exact) and r.method]
+        requests = {r.name: r for r in reducing if r.runtime == first_runtime}
         for planned in plan.planned:
             removes = planned.schedule is None or planned.schedule.total_removed > 0
             if planned.timing is not None and planned.request in requests and removes:

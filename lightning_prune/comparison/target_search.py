@@ -224,6 +224,7 @@ def auto_source(request: VariantRequest, front: AutoFront, depth: int) -> Ordere
         "weights": request.weights,
         "runtime": request.execution,
         "quantized": request.quantizing is not None,
+        "tail": request.tail,
     }
     dense = Candidate(request.name, None, Schedule([0] * depth), 1.0, **common)
 

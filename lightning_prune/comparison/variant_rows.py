@@ -11,6 +11,7 @@ from lightning_prune.comparison.planned_variants import ComparisonPlan, PlannedV
 from lightning_prune.comparison.predictions import Predictions
 from lightning_prune.comparison.requests import INT8_NAME
 from lightning_prune.comparison.resume import VariantResult
+from lightning_prune.patching.exact_tail import EXACT
 from lightning_prune.profiling import LatencyStats
 from lightning_prune.profiling.environment import UNKNOWN
 from lightning_prune.report.rows import Row, metric_score
@@ -167,7 +168,7 @@ def _schedule_columns(planned: PlannedVariant, dense_tokens: int) -> dict[str, A
     if schedule is not None:
         block = " ".join(map(str, schedule.reducing))
         return {"block": block, "removed": schedule.total_removed, "tokens": schedule.tokens(dense_tokens)[-1]}
-    if planned.method in ("", INT8_NAME) and planned.timing is not None:
+    if planned.method in ("", EXACT, INT8_NAME) and planned.timing is not None:
         return {"removed": 0, "tokens": dense_tokens}
     return {}
 

@@ -163,7 +163,7 @@ def export(
             chosen.write(converted, folder)
             run = chosen.load(folder, tuple(images.shape))
             dense = None
-            if rounds and patch.method is not None:
+            if rounds and not patch.is_dense:
                 dense = chosen.load_graph(dense_graph(exported, passed))
 
         reference = without_autograd(copied)
@@ -194,6 +194,7 @@ def export(
             opset=chosen.opset(converted),
             method=patch.method,
             tokens=patch.tokens,
+            tail=patch.tail,
             parity=parity,
             latency=latency,
             operators=chosen.count_operators(converted),

@@ -17,11 +17,11 @@ GraphForm = Literal["native", "portable"]
 """How tokens are selected and merged, see `lightning_prune.reduction.portable_graph`."""
 REPORT = "report.json"
 """Name of the report in the folder."""
-_BEFORE: dict[str, Any] = {
-    "inputs": {},
-    "graph_choice": None,
-    "in_runtime": None,
-}  # what documents of version 1 leave out
+_BEFORE: dict[int, dict[str, Any]] = {
+    1: {"inputs": {}, "graph_choice": None, "in_runtime": None, "tail": False},
+    2: {"tail": False},
+}
+"""What documents of earlier versions leave out."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,7 @@ class ExportReport(SavedDocument):
         opset: Version of ONNX's operators, read from the file; None for other formats.
         method: Name of the method, `"mixed"` for several; None for a dense model.
         tokens: Tokens that leave each block; None for a dense model, and where the images decide.
+        tail: Whether patch tokens that no head reads leave the last block before its MLP (see `lightning_prune.patch`).
         parity: How far the file agrees with PyTorch.
         latency: How fast it is; None if it was not timed.
         operators: Operator -> how often it is in the file, the most frequent first.
@@ -107,6 +108,7 @@ class ExportReport(SavedDocument):
     opset: int | None
     method: str | None
     tokens: tuple[int, ...] | None
+    tail: bool
     parity: Parity
     latency: TimedLatency | None
     operators: Mapping[str, int]
@@ -144,7 +146,7 @@ class ExportReport(SavedDocument):
     @classmethod
     def _from_values(cls, values: Mapping[str, Any], version: int) -> "ExportReport":
         try:
-            values = {**_BEFORE, **values} if version == 1 else values
+            values = {**_BEFORE.get(version, {}), **values}
             plain = {each.name: values[each.name] for each in fields(cls) if each.name not in ("folder", "format")}
             tokens, latency = plain["tokens"], plain["latency"]
             choice, in_runtime, inputs = plain["graph_choice"], plain["in_runtime"], plain["inputs"]

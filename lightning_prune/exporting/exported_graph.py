@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightning_prune._utils.isolation import isolated
 from lightning_prune.errors import ArgumentError, ExportError
 from lightning_prune.exporting.export_report import GraphForm
 from lightning_prune.exporting.formats import BATCH
@@ -15,6 +16,7 @@ from lightning_prune.exporting.precision import dtype_of
 from lightning_prune.patching import VisionTransformer, find_vision_transformer, unpatch
 from lightning_prune.patching.api import make_handle
 from lightning_prune.patching.compatibility import check_depth
+from lightning_prune.patching.exact_tail import tail_of
 from lightning_prune.patching.input_resize import InputResize, image_size_of, resize_of
 from lightning_prune.patching.patched_block import BlockPatch, reducing_patches
 from lightning_prune.reduction.portable import portable_graph
@@ -34,11 +36,18 @@ class AppliedPatch(NamedTuple):
         method: Name of the method, with settings; `"mixed"` for several; None for a dense model.
         schedule: In tokens; None for a dense model, and where the images decide.
         tokens: Tokens that leave each block; None as for `schedule`.
+        tail: Whether it runs with the exact tail.
     """
 
     method: str | None = None
     schedule: Schedule | None = None
     tokens: tuple[int, ...] | None = None
+    tail: bool = False
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether the model runs as it does without a patch."""
+        return self.method is None and not self.tail
 
 
 class ExportedCopy(nn.Module):
@@ -90,10 +99,10 @@ class ExportedCopy(nn.Module):
     def patch(self, images: Tensor) -> AppliedPatch:
         """How it is patched, for (B, C, H, W) images."""
         transformer = self.transformer
-        patches = reducing_patches(transformer)
+        patches, tail = reducing_patches(transformer), self._runs_tail(transformer, images)
         for patch in patches.values():
-            if patch.is_adaptive:
-                return AppliedPatch(str(spec_of(patch.reduction)))
+            if patch.is_adaptive and patch.reduction is not None:
+                return AppliedPatch(str(spec_of(patch.reduction)), tail=tail)
         count = transformer.count_tokens(images)
         resize = resize_of(transformer.root)
         scaled = 0 if resize is None else resize.removes_of(image_size_of(images))  # before the tokens were counted
@@ -103,13 +112,24 @@ class ExportedCopy(nn.Module):
         for index in range(transformer.depth):
             found = patches.get(index)
             removed.append(found.removes(count) if isinstance(found, BlockPatch) else 0 if found is None else scaled)
-            methods.append(spec_of(found.reduction) if found is not None and removed[-1] else None)
+            reduction = None if found is None else found.reduction
+            methods.append(spec_of(reduction) if reduction is not None and removed[-1] else None)
             count -= 0 if isinstance(found, InputResize) else removed[-1]
         if not any(removed):
-            return AppliedPatch()
+            return AppliedPatch(tail=tail)
         schedule = Schedule(removed, methods)
         method = str(schedule.method) if isinstance(schedule.method, MethodSpec) else "mixed"
-        return AppliedPatch(method, schedule, schedule.tokens(entering))
+        return AppliedPatch(method, schedule, schedule.tokens(entering), tail)
+
+    def _runs_tail(self, transformer: VisionTransformer, images: Tensor) -> bool:
+        """Whether the exact tail is in force; the model in which the transformer is may ask it for all tokens."""
+        tail = tail_of(transformer.root)
+        if tail is None:
+            return False
+        tail.ran = None
+        with torch.no_grad(), isolated(self):
+            self(images)
+        return bool(tail.ran)
 
 
 def exported_copy(model: nn.Module, plan: ScheduleLike | None, module_path: str | None) -> ExportedCopy:

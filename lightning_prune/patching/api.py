@@ -8,6 +8,7 @@ from torch import nn
 from lightning_prune._utils.files import user_path
 from lightning_prune._utils.validation import as_int, check
 from lightning_prune.errors import ArgumentError
+from lightning_prune.patching.exact_tail import EXACT
 from lightning_prune.patching.models import VisionTransformer, find_vision_transformer
 from lightning_prune.patching.patch_handle import PatchHandle
 from lightning_prune.patching.schedule_forms import reductions_of, resolve_schedule
@@ -22,12 +23,18 @@ def patch(
     *,
     block: int | float = 0.25,
     module_path: str | None = None,
+    tail: bool | None = None,
 ) -> PatchHandle:
     """Makes the Vision Transformer in `model` remove tokens by a schedule, in place.
 
     Blocks that reduce get a subclass of their own class, as do later blocks that need to know which tokens are left;
     all others run their own code. Parameters, buffers, `state_dict` keys and hooks stay as they are; the model
     deep-copies, pickles, compiles with `fullgraph=True` and exports. Patching a patched model replaces the patch.
+
+    Where the head reads prefix tokens only, patch tokens, which nothing reads, also leave the last block before its
+    MLP: the exact tail, which changes outputs by rounding only. `patch(model, "exact")` gives a model that alone. It is
+    in force while `forward` of the transformer runs, unless that returns hidden states, or a hook sees them: then all
+    tokens come out, as they do from `forward_features`. What the schedule removes in the last block leaves with them.
 
     A schedule that says on which device and at which batch size it was made is used elsewhere with a warning at the
     first batch, except in compiled graphs, which cannot warn.
@@ -36,18 +43,23 @@ def patch(
         model: Any module that contains one Vision Transformer.
         method: Name of a reduction (`"pomt"`, `"tome"`, `"topk"`, ...), with settings if need be
             (`"tome:proportional_attention=false"`), or a `lightning_prune.reduction.Reduction`. Left out where the
-            schedule names its method: `patch(model, plan)`, `patch(model, "schedule.yaml")`.
+            schedule names its method: `patch(model, plan)`, `patch(model, "schedule.yaml")`. `"exact"` for the exact
+            tail without a method, and without a schedule.
         schedule: Tokens that each block removes (a `Schedule` or a list), `KeepRates`, which fit images of any size,
             a `Plan`, the path of a saved one, a number of tokens removed in all, or the share of patch tokens that are
             left at the end. None for methods whose token count depends on the image (`VWTInter`).
         block: Where methods that reduce once do so if `schedule` is a number: an index, or a fraction of the depth.
         module_path: Dotted path of the transformer in `model`, needed where there are several.
+        tail: Whether the model has the exact tail, if tokens are removed. None where the outputs stay what they are;
+            True also where the model returns tokens (base models of Hugging Face), which then are prefix tokens only:
+            `pooler_output` stays what it is, `last_hidden_state` has P tokens. False nowhere.
 
     Returns:
         A handle: `handle.remove()` restores the model to the bit; it is also a context manager that does so.
 
     Raises:
-        UnsupportedModelError: If no supported transformer is found, or several and no `module_path`.
+        UnsupportedModelError: If no supported transformer is found, or several and no `module_path`; or the exact tail
+            is asked for and this model can have none, which says why.
         ScheduleError: If the schedule is for another depth or token count, or asks a block for more tokens than it
             can remove; names the numbers. Where images decide the token count, in forward.
         ArgumentError: If `method` or `module_path` is unknown, or `method` is not the one that the schedule names.
@@ -64,7 +76,7 @@ def patch(
         >>> handle.schedule.schedule(197).tokens(197)[-1]
         139
     """
-    return make_handle(find_vision_transformer(model, module_path), method, schedule, block, warns=True)
+    return make_handle(find_vision_transformer(model, module_path), method, schedule, block, warns=True, tail=tail)
 
 
 def make_handle(
@@ -73,6 +85,7 @@ def make_handle(
     schedule: ScheduleLike | None = None,
     block: int | float = 0.25,
     warns: bool = False,
+    tail: bool | None = None,
 ) -> PatchHandle:
     """Patches a transformer that was found, with the arguments of `patch`.
 
@@ -82,6 +95,7 @@ def make_handle(
         schedule: See `patch`.
         block: See `patch`.
         warns: Whether a schedule that was made elsewhere leads to a warning.
+        tail: See `patch`.
 
     Raises:
         ArgumentError, FileFormatError, ScheduleError, UnsupportedModelError: As `patch`.
@@ -89,20 +103,24 @@ def make_handle(
     index = as_int(block)
     is_place = (index is not None and index >= 0) or (isinstance(block, float) and 0 <= block < 1)
     check("block", block, "an index >= 0 or a fraction of the depth in [0, 1)", is_place)
+    check("tail", tail, "True, False or None", tail is None or isinstance(tail, bool))
+    if isinstance(method, str) and method == EXACT:
+        check("tail", tail, "left out with 'exact', or True", tail is not False)
+        return PatchHandle(transformer, None, schedule, warns, tail, exact=True)
     if schedule is None and _is_schedule(method):
         schedule = read_schedule(method, "method")
         if isinstance(schedule, int | float):
             raise ArgumentError(f"`method` must be a method, or a schedule that names one, got {method!r}.")
         named = reductions_of(schedule)
         if not isinstance(named, Reduction):
-            return PatchHandle(transformer, None, schedule, warns)
+            return PatchHandle(transformer, None, schedule, warns, tail)
         method = named
     if not isinstance(method, str | MethodSpec | Reduction):
         raise ArgumentError(f"`method` must be a method's name, a MethodSpec or a Reduction, got {method!r}.")
     reduction = resolve(method)
     if schedule is not None and not reduction.adaptive:
         schedule = resolve_schedule(schedule, transformer, reduction, block)
-    return PatchHandle(transformer, reduction, schedule, warns)
+    return PatchHandle(transformer, reduction, schedule, warns, tail)
 
 
 def _is_schedule(value: str | MethodSpec | Reduction | ScheduleLike) -> TypeGuard[ScheduleLike]:

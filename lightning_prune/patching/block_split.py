@@ -1,6 +1,6 @@
 """The two parts of each kind of block: attention with its residual, and MLP with its residual."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -141,11 +141,9 @@ def verify_split(
         channels: C.
         kwargs: Further arguments of the block.
     """
-    parameter = next((p for p in block.parameters() if p.is_floating_point()), torch.empty(0))
-    if parameter.is_meta or type(parameter) not in (Tensor, nn.Parameter):
+    x = _noise(block, tokens, channels)
+    if x is None:
         return True
-    noise = torch.randn(1, tokens, channels, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
-    x = noise.to(device=parameter.device, dtype=parameter.dtype)
     more = {name: _like(value, x) for name, value in (kwargs or {}).items()}
     with torch.no_grad(), isolated(block):
         try:
@@ -153,6 +151,46 @@ def verify_split(
             return torch.equal(attn_mlp_split.mlp(block, attn_mlp_split.attention(block, x, **more)), expected)
         except (AttributeError, TypeError):
             return False  # the block has other submodules
+
+
+def computes_tokens_alone(
+    block: nn.Module, attn_mlp_split: AttnMlpSplit, norms: Iterable[nn.Module], tokens: int, channels: int, kept: int
+) -> bool:
+    """Whether the MLP of a block, and norms after it, give the first tokens the same outputs without the others.
+
+    Up to rounding, on random tokens; see `verify_split` for how they run. Norms that use statistics of a batch in
+    training do not.
+
+    Args:
+        block: The block, unpatched.
+        attn_mlp_split: How it runs in two parts.
+        norms: The norms.
+        tokens: Number of tokens to run them on.
+        channels: C.
+        kept: Number of the first tokens.
+    """
+    parts = [part for module in (block, *norms) for part in module.modules()]
+    if any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in parts):
+        return False
+    x = _noise(block, tokens, channels)
+    if x is None:
+        return True
+    with torch.no_grad(), isolated(block):
+        every, alone = attn_mlp_split.mlp(block, x), attn_mlp_split.mlp(block, x[:, :kept])
+    for norm in norms:
+        with torch.no_grad(), isolated(norm):
+            every, alone = norm(every), norm(alone)
+    difference = (every[:, :kept] - alone).abs().max()
+    return bool(difference <= torch.finfo(x.dtype).eps ** 0.5 * every.abs().max())
+
+
+def _noise(block: nn.Module, tokens: int, channels: int) -> Tensor | None:
+    """Random tokens (1, N, C) in the dtype and on the device of a block; None if it has no local data."""
+    parameter = next((p for p in block.parameters() if p.is_floating_point()), torch.empty(0))
+    if parameter.is_meta or type(parameter) not in (Tensor, nn.Parameter):
+        return None
+    noise = torch.randn(1, tokens, channels, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
+    return noise.to(device=parameter.device, dtype=parameter.dtype)
 
 
 def _like(value: Any, x: Tensor) -> Any:

@@ -1,9 +1,8 @@
 """Swapping the class of a module in place, and back."""
 
-import inspect
 import itertools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from torch import nn
 
@@ -40,7 +39,12 @@ class PatchedModule(nn.Module):
     A patched module is the same object with the same parameters, names and hooks. Its class is replaced by a subclass
     of its own class and the mixin. Unlike forward hooks, this works with `copy.deepcopy`, `pickle`,
     `torch.compile(fullgraph=True)`, even if the model was compiled before, and `torch.export`.
+
+    Attributes:
+        keeps_name: Whether the patched class has the name of the original one.
     """
+
+    keeps_name: ClassVar[bool] = False
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copies and pickles via the two base classes, because the patched class cannot be imported."""
@@ -57,7 +61,10 @@ def patched_class(base: type[nn.Module], mixin: type[PatchedModule]) -> type[nn.
     """The subclass of `mixin` and `base`; one for each pair, so that all copies of a model share it."""
     if (base, mixin) not in _classes:
         attributes = {"__module__": base.__module__, "__doc__": base.__doc__, "_prune_classes": (base, mixin)}
-        _classes[base, mixin] = type(f"{mixin.__name__}{base.__name__}", (mixin, base), attributes)
+        if mixin.keeps_name:
+            attributes["__qualname__"] = base.__qualname__
+        name = base.__name__ if mixin.keeps_name else f"{mixin.__name__}{base.__name__}"
+        _classes[base, mixin] = type(name, (mixin, base), attributes)
     return _classes[base, mixin]
 
 
@@ -129,12 +136,3 @@ def _parts(cls: type) -> tuple[type[nn.Module], type[PatchedModule]]:
 def _rebuild(base: type[nn.Module], mixin: type[PatchedModule]) -> nn.Module:
     cls = patched_class(base, mixin)
     return cls.__new__(cls)
-
-
-class RootPatch:
-    """Data of the guard of a patched root: the position of the argument `output_fmt` of `forward_intermediates`."""
-
-    def __init__(self, root: nn.Module) -> None:
-        function = getattr(root, "forward_intermediates", None)
-        names = list(inspect.signature(function).parameters) if function is not None else []
-        self.layout = names.index("output_fmt") if "output_fmt" in names else -1

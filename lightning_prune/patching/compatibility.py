@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from lightning_prune.errors import ArgumentError, ScheduleError, UnsupportedModelError
+from lightning_prune.patching.block_split import AttnMlpSplit, computes_tokens_alone, verify_split
 from lightning_prune.patching.models import VisionTransformer
 from lightning_prune.patching.patched_block import too_many
 from lightning_prune.reduction import Reduction
@@ -105,6 +106,76 @@ def check_schedule(
         if remove > max_removed:
             raise ScheduleError(too_many(index, count, remove, max_removed, reductions[index].name))
         count -= remove
+
+
+def verified_split(transformer: VisionTransformer, index: int) -> AttnMlpSplit | None:
+    """How to run a block in two parts; None where it has none, or its parts do not give what the block gives.
+
+    Args:
+        transformer: The transformer, whose block is not patched.
+        index: Of the block.
+    """
+    block, adapter = transformer.blocks[index], transformer.adapter
+    attn_mlp_split = adapter.attn_mlp_split(block)
+    if attn_mlp_split is None:
+        return None
+    tokens, kwargs = adapter.split_check_input(transformer)
+    is_same = verify_split(block, attn_mlp_split, tokens, transformer.embed_dim, kwargs)
+    return attn_mlp_split if is_same else None
+
+
+def head_reason(transformer: VisionTransformer, requested: bool = False) -> str | None:
+    """Why the head of a transformer allows no exact tail (see `lightning_prune.patch`); None if it does.
+
+    Args:
+        transformer: The transformer.
+        requested: Whether it was asked for by `tail=True`; then the model may return prefix tokens only.
+    """
+    reason = transformer.adapter.head_reason(transformer.root)
+    if reason is not None:
+        return reason
+    if not requested and transformer.adapter.returns_tokens(transformer.root):
+        return "it returns all tokens; `tail=True` makes it return prefix tokens only"
+    if not transformer.num_prefix_tokens or transformer.first_prunable_block >= transformer.depth:
+        return "no prefix tokens enter its last block"
+    return None
+
+
+def last_block_reason(transformer: VisionTransformer, attn_mlp_split: AttnMlpSplit | None) -> str | None:
+    """Why the last block of a transformer allows no exact tail; None if it does.
+
+    Args:
+        transformer: The transformer, dense.
+        attn_mlp_split: The `verified_split` of its last block.
+    """
+    if "forward" in vars(transformer.blocks[-1]):
+        return "the `forward` of its last block was replaced on the module itself"
+    if attn_mlp_split is None:
+        return "its last block cannot be run in two parts, attention and MLP"
+    block, prefix = transformer.blocks[-1], transformer.num_prefix_tokens
+    norms = transformer.adapter.final_norms(transformer.root)
+    if computes_tokens_alone(block, attn_mlp_split, norms, prefix + 4, transformer.embed_dim, prefix):
+        return None
+    return "its last MLP, or the norm after it, computes tokens from one another"
+
+
+def has_exact_tail(transformer: VisionTransformer) -> bool:
+    """Whether a transformer that removes tokens has the exact tail, by default.
+
+    Args:
+        transformer: The transformer, dense.
+
+    Example:
+        >>> import timm
+        >>> from lightning_prune.patching import find_vision_transformer, has_exact_tail
+        >>> has_exact_tail(find_vision_transformer(timm.create_model("vit_tiny_patch16_224", depth=1)))
+        True
+        >>> pooled = timm.create_model("vit_tiny_patch16_224", depth=1, global_pool="avg")
+        >>> has_exact_tail(find_vision_transformer(pooled))
+        False
+    """
+    reason = head_reason(transformer)
+    return (reason or last_block_reason(transformer, verified_split(transformer, transformer.depth - 1))) is None
 
 
 def _check_mixed(transformer: VisionTransformer, reductions: Mapping[int, Reduction]) -> None:

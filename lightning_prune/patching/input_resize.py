@@ -12,6 +12,7 @@ from lightning_prune._utils.device import device_name
 from lightning_prune._utils.measurement_source import MeasurementSource
 from lightning_prune.errors import ArgumentError, UnsupportedModelError
 from lightning_prune.patching.class_swap import PatchedModule, Setting
+from lightning_prune.patching.exact_tail import ExactTail, TailRoot
 from lightning_prune.patching.token_state import has_storage
 from lightning_prune.reduction.base import Reduction
 from lightning_prune.reduction.functional import is_exported
@@ -59,7 +60,7 @@ class ScalingSites(NamedTuple):
 
     mixins: Mapping[nn.Module, type["ResizedModule"]]
     settings: tuple[tuple[nn.Module, str, Any], ...] = ()
-    guard: type[PatchedModule] | None = None
+    guard: type[TailRoot] | None = None
 
 
 @dataclass(eq=False)
@@ -77,6 +78,7 @@ class InputResize:
         grids: Height and width of images -> the grid that is left of them.
         resampled: Name -> weights, and what was resampled from them.
         is_adaptive: Whether the images decide how many tokens are left: never.
+        tail: The exact tail of the model, where the root itself takes part in the scaling.
     """
 
     reduction: Reduction
@@ -89,6 +91,7 @@ class InputResize:
     grids: dict[tuple[int, int], Grid] = field(default_factory=dict)
     resampled: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = field(default_factory=dict)
     is_adaptive: bool = False
+    tail: ExactTail | None = None
 
     def __post_init__(self) -> None:
         """Computes for images of a fixed size what does not depend on the images, so that graphs hold it."""

@@ -4,22 +4,31 @@ import logging
 from collections.abc import Iterable
 from dataclasses import replace
 from types import TracebackType
+from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import nn
 
+from lightning_prune._utils.validation import check
 from lightning_prune.errors import ScheduleError, UnsupportedModelError
 from lightning_prune.patching.attention_capture import CaptureSlot
-from lightning_prune.patching.block_split import AttnMlpSplit, verify_split
+from lightning_prune.patching.block_split import AttnMlpSplit
 from lightning_prune.patching.class_swap import (
     PatchedModule,
-    RootPatch,
     change_settings,
     is_patched_module,
+    original_class,
     restore_class,
     swap_class,
 )
-from lightning_prune.patching.compatibility import check_reduction, check_schedule
+from lightning_prune.patching.compatibility import (
+    check_reduction,
+    check_schedule,
+    head_reason,
+    last_block_reason,
+    verified_split,
+)
+from lightning_prune.patching.exact_tail import ExactTail, RootPatch, TailRoot, watched_modules
 from lightning_prune.patching.input_resize import InputResize, ResizedModule
 from lightning_prune.patching.models import VisionTransformer, describe
 from lightning_prune.patching.patched_block import (
@@ -58,14 +67,17 @@ class PatchHandle:
         reduction: The method; None for the methods that the schedule names, one for each block.
         schedule: What the blocks remove, in any form; None where the images decide.
         warns: Whether a schedule that was made elsewhere leads to a warning.
+        tail: As of `lightning_prune.patch`; by default there is none, as measurements compare blocks.
+        exact: Whether nothing but the exact tail is patched, without a method and a schedule.
 
     Raises:
         ArgumentError, ScheduleError, UnsupportedModelError: As `lightning_prune.patch`.
 
     Attributes:
         transformer: The Vision Transformer that is patched.
-        reduction: The method; None where blocks have different ones.
+        reduction: The method; None where blocks have different ones, and for the exact tail alone.
         schedule: What the blocks remove now; it names its method. None where the images decide.
+        has_tail: Whether the model is patched with the exact tail.
     """
 
     def __init__(
@@ -74,12 +86,19 @@ class PatchHandle:
         reduction: Reduction | None,
         schedule: ScheduleLike | None = None,
         warns: bool = False,
+        tail: bool | None = False,
+        exact: bool = False,
     ) -> None:
         self.transformer = transformer
         self.reduction = reduction
+        self.has_tail = False
         self._warns = warns
+        self._tail = tail
+        self._exact = exact
         self._splits: dict[int, AttnMlpSplit | None] = {}
         self._patched: list[tuple[nn.Module, object]] = []  # with what each works on, as its `_prune_patch`
+        if tail is not False or exact:  # before an earlier patch is removed
+            self._refuse_tail(head_reason(transformer, tail is True))
         self.schedule = self._checked(schedule)
         self._apply()
 
@@ -129,11 +148,16 @@ class PatchHandle:
 
     def __repr__(self) -> str:
         state = "active" if self.active else "not active"
+        if self._exact:
+            return f"PatchHandle('exact', {state})"
         return f"PatchHandle({self.reduction or 'several methods'}, {self.schedule!r}, {state})"
 
     def _checked(self, schedule: ScheduleLike | None) -> Schedule | KeepRates | None:
         """The schedule as the blocks need it, checked against the model; None where the images decide."""
         reduction = self.reduction
+        if self._exact:
+            check("schedule", schedule, "left out with 'exact', which removes no tokens", schedule is None)
+            return Schedule([0] * self.transformer.depth)
         if reduction is not None and reduction.adaptive:
             if schedule is not None:
                 raise ScheduleError(
@@ -161,28 +185,39 @@ class PatchHandle:
         if self.schedule is None:
             assert self.reduction is not None  # adaptive
             return {self.transformer.first_prunable_block: self.reduction}
+        if not self.schedule.reducing:
+            return {}
         named = self.reduction or reductions_of(self.schedule)
         return dict.fromkeys(self.schedule.reducing, named) if isinstance(named, Reduction) else named
 
     def _apply(self) -> None:
-        unpatch(self.transformer.root)
-        self._patched = []
+        transformer, root = self.transformer, self.transformer.root
+        unpatch(root)
+        self._patched, self.has_tail = [], False
         reductions = self._reductions()
+        if not reductions and not self._exact:
+            return
         scaling = reductions.pop(0) if 0 in reductions and reductions[0].scales_images else None
+        tail = self._new_tail()
         try:
             if reductions:
-                self._patch_blocks(reductions, warns=self._warns and scaling is None)
-            guard, root = self.transformer.adapter.guard, self.transformer.root
+                self._patch_blocks(reductions, self._warns and scaling is None, tail)
+            last = transformer.depth - 1
+            if tail is not None and not is_patched_module(transformer.blocks[last]):
+                self._swap(transformer.blocks[last], PatchedBlock, self._block_patch(last, None, 0, tail=tail))
+            guard = TailRoot if self._exact else transformer.adapter.guard
             if scaling is not None:
-                guard = self._scale_images(scaling) or guard
-            if self._patched and guard is not None:
-                self._swap(root, guard, RootPatch(root))
+                guard = self._scale_images(scaling, tail) or guard
+            takes_part = isinstance(root, TailRoot)  # in the scaling, and then it is patched
+            if not takes_part and (tail is not None or guard is not TailRoot):
+                self._swap(root, guard, RootPatch(root, tail))
+            self.has_tail = tail is not None
         except BaseException:
             self.remove()
             raise
 
-    def _patch_blocks(self, reductions: dict[int, Reduction], warns: bool) -> None:
-        """Patches the blocks that reduce, and those that need to know which tokens are left."""
+    def _patch_blocks(self, reductions: dict[int, Reduction], warns: bool, tail: ExactTail | None) -> None:
+        """Patches the blocks that reduce, and later ones that need to know which tokens are left."""
         transformer, schedule = self.transformer, self.schedule
         methods = list(reductions.values())
         restores = transformer.pools_patches and all(method.is_lossless for method in methods)
@@ -200,15 +235,12 @@ class PatchHandle:
                 continue
             reduces = index in reductions
             reduction = reductions.get(index, reduction)
-            block_patch = BlockPatch(
-                index=index,
-                depth=transformer.depth,
-                reduction=reduction,
-                remove=remove,
-                num_prefix_tokens=transformer.num_prefix_tokens,
-                has_class_token=transformer.has_class_token,
-                adapter=transformer.adapter,
-                attn_mlp_split=self._split_of(index) if reduces and reduction.site == "block" else None,
+            block_patch = self._block_patch(
+                index,
+                reduction,
+                remove,
+                tail=tail if index == transformer.depth - 1 else None,
+                reduces=reduces,
                 has_predecessor=index > first,
                 pixels=pixels,
                 tracks_state=tracks_state,
@@ -225,7 +257,63 @@ class PatchHandle:
         if pixels is not None:
             self._swap(transformer.patch_embed, CaptureInput, pixels)
 
-    def _scale_images(self, reduction: Reduction) -> type[PatchedModule] | None:
+    def _block_patch(
+        self,
+        index: int,
+        reduction: Reduction | None,
+        remove: int | Rate,
+        *,
+        tail: ExactTail | None,
+        reduces: bool = False,
+        **settings: Any,
+    ) -> BlockPatch:
+        """The settings of one block; further ones as of `BlockPatch`."""
+        transformer = self.transformer
+        if reduces and reduction is not None and reduction.site == "block":
+            attn_mlp_split = self._split_of(index)
+            if attn_mlp_split is None:
+                self._warn_cut_after(index, type(transformer.blocks[index]).__name__)
+        else:
+            attn_mlp_split = None if tail is None else self._split_of(index)
+        return BlockPatch(
+            index=index,
+            depth=transformer.depth,
+            reduction=reduction,
+            remove=remove,
+            num_prefix_tokens=transformer.num_prefix_tokens,
+            has_class_token=transformer.has_class_token,
+            adapter=transformer.adapter,
+            attn_mlp_split=attn_mlp_split,
+            tail=tail,
+            **settings,
+        )
+
+    def _new_tail(self) -> ExactTail | None:
+        """The exact tail of the model; None if it was not asked for, or there can be none.
+
+        Raises:
+            UnsupportedModelError: If there can be none, and it was asked for.
+        """
+        if self._tail is False and not self._exact:
+            return None
+        transformer = self.transformer
+        root, adapter, last = transformer.root, transformer.adapter, transformer.depth - 1
+        reason = head_reason(transformer, self._tail is True)
+        reason = reason or last_block_reason(transformer, self._split_of(last))
+        self._refuse_tail(reason)
+        if reason is not None:
+            return None
+        return ExactTail(adapter, watched_modules(root, transformer.blocks[last], adapter.final_norms(root)))
+
+    def _refuse_tail(self, reason: str | None) -> None:
+        """Raises UnsupportedModelError if the model can have no exact tail, for this reason, and one was asked for."""
+        if reason is None or not (self._tail or self._exact):
+            return
+        argument = "`tail` must be None or False" if self._tail else "`method` must not be 'exact'"
+        name = original_class(self.transformer.root).__name__
+        raise UnsupportedModelError(f"{argument} for this {name}, which has no exact tail: {reason}.")
+
+    def _scale_images(self, reduction: Reduction, tail: ExactTail | None) -> type[TailRoot] | None:
         """Has the images scaled down; after the blocks are patched, which are compared with their own forward first.
 
         Returns:
@@ -240,6 +328,7 @@ class PatchHandle:
             transformer.adapter.patch_division(transformer.root),
             schedule.made_on if self._warns else None,
         )
+        resize.tail = tail
         sites = transformer.adapter.scaling_sites(transformer, resize)
         for module, mixin in sites.mixins.items():
             self._swap(module, mixin, resize)
@@ -270,16 +359,7 @@ class PatchHandle:
         Verified once for each block, since a search patches the same block many times.
         """
         if index not in self._splits:
-            transformer = self.transformer
-            block = transformer.blocks[index]
-            attn_mlp_split = transformer.adapter.attn_mlp_split(block)
-            if attn_mlp_split is not None:
-                tokens, kwargs = transformer.adapter.split_check_input(transformer)
-                if not verify_split(block, attn_mlp_split, tokens, transformer.embed_dim, kwargs):
-                    attn_mlp_split = None
-            if attn_mlp_split is None:
-                self._warn_cut_after(index, type(block).__name__)
-            self._splits[index] = attn_mlp_split
+            self._splits[index] = verified_split(self.transformer, index)
         return self._splits[index]
 
     def _warn_cut_after(self, index: int, name: str) -> None:

@@ -14,6 +14,7 @@ from lightning_prune.errors import ArgumentError, ScheduleError, UnsupportedMode
 from lightning_prune.patching.attention_capture import CaptureSlot, RecordingMask, mask_supported, stack_heads
 from lightning_prune.patching.block_split import AttnMlpSplit
 from lightning_prune.patching.class_swap import PatchedModule, Setting
+from lightning_prune.patching.exact_tail import ExactTail
 from lightning_prune.patching.input_resize import InputResize, resize_of
 from lightning_prune.patching.models.base import ModelAdapter, VisionTransformer
 from lightning_prune.patching.token_state import PerThread, TokenState, attach_state, get_state, next_token_state
@@ -55,7 +56,7 @@ class BlockPatch:
 
     index: int
     depth: int  # number of blocks of the model
-    reduction: Reduction
+    reduction: Reduction | None  # None if the block has the exact tail alone
     remove: int | Rate
     num_prefix_tokens: int
     has_class_token: bool
@@ -73,6 +74,7 @@ class BlockPatch:
     # The forward of the attention module, if it passes an `attn_mask` to its fused call.
     mask_passthrough: Callable[..., Any] | None = None
     capture_slot: CaptureSlot | None = None  # of attention modules without a fused call
+    tail: ExactTail | None = None  # of the last block, if nothing reads its patch tokens
     made_on: MeasurementSource | None = None  # what the schedule was made on; compared with the first batch
 
     def removes(self, tokens: int) -> int:
@@ -80,6 +82,13 @@ class BlockPatch:
         if isinstance(self.remove, int):
             return self.remove
         return self.remove.removes(tokens, self.num_prefix_tokens)
+
+    def check_removed(self, tokens: int, remove: int) -> None:
+        """Raises ScheduleError if so many of `tokens` that enter the block cannot be removed."""
+        assert self.reduction is not None
+        max_removed = self.reduction.max_removed(tokens, self.num_prefix_tokens)
+        if remove > max_removed:
+            raise ScheduleError(too_many(self.index, tokens, remove, max_removed, self.reduction.name))
 
     def check(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Rejects arguments that a reducing block does not support; warns if the schedule was made on something else.
@@ -135,6 +144,7 @@ def patch_key(root: nn.Module) -> Hashable:
             patch.tracks_state,
             patch.weighs_keys,
             patch.restores,
+            patch.tail is not None,
         )
         for patch in patches
     )
@@ -150,10 +160,10 @@ def reducing_patches(transformer: VisionTransformer) -> dict[int, BlockPatch | I
     resize = resize_of(transformer.root)
     states = {index: vars(block).get("_prune_patch") for index, block in enumerate(transformer.blocks)}
     found: dict[int, BlockPatch | InputResize] = {} if resize is None else {0: resize}
-    return found | {index: state for index, state in states.items() if isinstance(state, BlockPatch)}
+    return found | {i: state for i, state in states.items() if isinstance(state, BlockPatch) and state.reduction}
 
 
-def _reduction_key(reduction: Reduction) -> Hashable:
+def _reduction_key(reduction: Reduction | None) -> Hashable:
     """A method by value: its `settings` may name a file whose content has changed, and leave attributes out."""
     try:
         hash(reduction)
@@ -178,19 +188,23 @@ class PatchedBlock(PatchedModule):
         patch = self._prune_patch
         reduction, adapter, prefix = patch.reduction, patch.adapter, patch.num_prefix_tokens
         arrived = patch.arriving_state(x)
+        ends = patch.tail is not None and patch.tail.runs(x)
         remove = patch.removes(x.shape[1])
-        reduces = remove > 0 or patch.is_adaptive
+        reduces = reduction is not None and (remove > 0 or patch.is_adaptive)
         if reduces:
             patch.check(x, args, kwargs)
-        if reduces and reduction.site == "input":
+        if reduction is not None and reduces and reduction.site == "input":
             pixels = patch.pixels.take(x) if patch.pixels is not None else None
             x, arrived = _reduce(patch, TokenSequence(x, prefix, patch.has_class_token, pixels=pixels), remove, arrived)
             reduces = False
+        if ends and reduces:
+            patch.check_removed(x.shape[1], remove)
+            reduces = False  # all patch tokens leave, whatever their scores are
         if arrived is not None:
             args, kwargs = adapter.adapt_position_inputs(args, kwargs, arrived, prefix)
         log_sizes = arrived.log_sizes if arrived is not None else None
-        reads = reduces and "attention" in reduction.reads
-        attn_mlp_split = patch.attn_mlp_split if reduces else None
+        reads = reduction is not None and reduces and "attention" in reduction.reads
+        attn_mlp_split = patch.attn_mlp_split if reduces or ends else None
         calls: list[AttentionInputs] = []
         tap: AbstractContextManager[Any] = nullcontext()
         if not reads and log_sizes is not None and patch.takes_mask(self, args, kwargs):
@@ -206,6 +220,8 @@ class PatchedBlock(PatchedModule):
                 after = attn_mlp_split.attention(self, x, *args, **kwargs)
         if log_sizes is not None and not calls:
             stack_heads(calls)  # raises, because the sizes were not added to the logits
+        if ends and attn_mlp_split is not None:
+            return attn_mlp_split.mlp(self, after[:, :prefix])
         if reduces:
             sizes = arrived.sizes if arrived is not None else None
             attention = stack_heads(calls) if reads else None
@@ -236,10 +252,8 @@ class CaptureInput(PatchedModule):
 def _reduce(
     patch: BlockPatch, sequence: TokenSequence, remove: int, arrived: TokenState | None
 ) -> tuple[Tensor, TokenState | None]:
-    count = sequence.tokens.shape[1]
-    max_removed = patch.reduction.max_removed(count, patch.num_prefix_tokens)
-    if remove > max_removed:
-        raise ScheduleError(too_many(patch.index, count, remove, max_removed, patch.reduction.name))
+    assert patch.reduction is not None
+    patch.check_removed(sequence.tokens.shape[1], remove)
     sequence = sequence._replace(trace=patch.traces, block=patch.index, depth=patch.depth)
     reduced = patch.reduction.reduce(sequence, remove)
     if patch.traces and reduced.sources is None:

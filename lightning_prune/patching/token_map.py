@@ -72,10 +72,11 @@ def trace_tokens(
     transformer = find_vision_transformer(model, module_path)
     check_images("images", images)
     outputs: list[tuple[Tensor, Tensor]] = []
-    with torch.no_grad(), isolated(transformer.root), make_handle(transformer, method, schedule) as handle:
+    # The last block traces too, so it must not run with the exact tail.
+    with torch.no_grad(), isolated(transformer.root), make_handle(transformer, method, schedule, tail=False) as handle:
         for block in transformer.blocks:
             block_patch = vars(block).get("_prune_patch")
-            if isinstance(block_patch, BlockPatch):
+            if isinstance(block_patch, BlockPatch) and block_patch.reduction is not None:
                 block_patch.reduction = _RecordingReduction(block_patch.reduction, outputs)
         resize = resize_of(transformer.root)
         if resize is not None:

@@ -45,23 +45,28 @@ def _thread() -> int:
 _NAME = "_lightning_prune_state"
 
 
-def attach_state(tokens: Tensor, state: Any) -> None:
+def attach_state(tokens: Tensor, state: Any, name: str = _NAME) -> None:
     """Attaches `state` to the tokens (B, N, C) that leave a block.
 
     It is attached to the tensor, which `torch.compile` traces even if each block is compiled separately, and to the
     storage of the tensor, because reentrant checkpointing runs a block again on a detached tensor with that storage.
+
+    Args:
+        tokens: The tokens.
+        state: What is attached.
+        name: Of the attribute; states of different names do not replace each other.
     """
-    setattr(tokens, _NAME, state)
+    setattr(tokens, name, state)
     storage = _storage(tokens)
     if storage is not None:
-        setattr(storage, _NAME, state)
+        setattr(storage, name, state)
 
 
-def get_state(tokens: Tensor) -> Any:
+def get_state(tokens: Tensor, name: str = _NAME) -> Any:
     """The state attached to the tokens that enter a block; None if there is none."""
-    state = getattr(tokens, _NAME, None)
+    state = getattr(tokens, name, None)
     if state is None:
-        state = getattr(_storage(tokens), _NAME, None)
+        state = getattr(_storage(tokens), name, None)
     return state
 
 

@@ -57,6 +57,7 @@ class Candidate:
         runtime: What executes the model, where that is not the same for all candidates.
         accuracy_stderr: Standard error of the proxy over the calibration images; infinite where it is not known.
         quantized: Whether the runtime quantizes the model, which is not dense then, even if no token is removed.
+        tail: As of `lightning_prune.patch`, for how it is run.
     """
 
     method: str
@@ -70,6 +71,7 @@ class Candidate:
     runtime: Runtime | None = None
     accuracy_stderr: float = inf
     quantized: bool = False
+    tail: bool | None = None
 
     @property
     def key(self) -> tuple[str, tuple[int, ...]]:
@@ -87,7 +89,7 @@ class Candidate:
         """How to run it."""
         if not self.schedule.total_removed:
             return Variant(weights=self.weights, runtime=self.runtime)
-        return Variant(self.reduction, self.schedule, self.weights, self.runtime)
+        return Variant(self.reduction, self.schedule, self.weights, self.runtime, self.tail)
 
     @property
     def is_dense(self) -> bool:

@@ -312,7 +312,7 @@ class Measurements:
                 )
         tried = schedules_to_probe(self.transformer, methods, self.profile.dense_tokens)
         variants = {
-            f"{label} {number}": Variant(methods[label][0], schedule)
+            f"{label} {number}": Variant(methods[label][0], schedule, tail=False)
             for label, schedules in tried.items()
             for number, schedule in enumerate(schedules)
         }

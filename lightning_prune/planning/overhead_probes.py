@@ -122,7 +122,7 @@ def shallow_probes(
     shallow = shallow_copy(transformer)
     tried = shallow_schedules(shallow, methods, int(next(iter(latency.values())).levels[-1]))
     variants = {
-        f"{label} {number}": Variant(methods[label][0], schedule)
+        f"{label} {number}": Variant(methods[label][0], schedule, tail=False)
         for label, schedules in tried.items()
         for number, schedule in enumerate(schedules)
     }

@@ -95,7 +95,7 @@ def plan_by_paper(
                 accuracy = proxy.measure()
             schedule = allocate_schedule(reduction, n - count, n, prefix, depth, block)
             ratio = profile.latency_ms(count) / profile.dense_ms
-            candidates.append(Candidate(label, reduction, schedule, ratio).with_accuracy(accuracy))
+            candidates.append(Candidate(label, reduction, schedule, ratio, tail=False).with_accuracy(accuracy))
     candidates.append(Candidate(label, reduction, Schedule([0] * depth), 1.0).with_accuracy(DENSE_ACCURACY))
     flat = dense_reason(profile)
     chosen = [candidates[-1] if flat else _best(candidates, objective, profile.dense_ms) for objective in objectives]

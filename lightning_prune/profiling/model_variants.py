@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lightning_prune._utils.device import between_runs
 from lightning_prune.patching import PatchHandle, VisionTransformer, unpatch
+from lightning_prune.patching.exact_tail import EXACT
 from lightning_prune.profiling.interleaved_timer import InterleavedTimer
 from lightning_prune.reduction import Reduction, resolve
 from lightning_prune.runtimes.base import Runtime
@@ -33,17 +34,20 @@ class Variant(NamedTuple):
 
     Attributes:
         reduction: The method, by name or as an instance; None for those that the schedule names, one for each block.
+            `"exact"` for the exact tail without a method.
         schedule: The tokens to remove; None where the images decide. Without a reduction and a schedule no tokens are
             removed.
         weights: Makes the weights to run with, such as `lightning_prune.quantization.Int8Weights`; None keeps the
             model's own.
         runtime: What executes the model; None keeps the runtime that is applied to it.
+        tail: Whether it has the exact tail, as of `lightning_prune.patch`. False where blocks are compared.
     """
 
     reduction: str | Reduction | None = None
     schedule: Schedule | KeepRates | None = None
     weights: Callable[[nn.Module], WeightTransform] | None = None
     runtime: Runtime | None = None
+    tail: bool | None = None
 
 
 DENSE = Variant()
@@ -60,7 +64,7 @@ class VariantSwitch:
     def __init__(self, transformer: VisionTransformer) -> None:
         self._transformer = transformer
         # Not a dict: a user's method may not be hashable.
-        self._handles: list[tuple[Reduction | None, PatchHandle]] = []
+        self._handles: list[tuple[Reduction | str | None, bool | None, PatchHandle]] = []
         self._transforms: dict[Callable[[nn.Module], WeightTransform], WeightTransform] = {}
         self._runtimes = RuntimeSwitch(transformer)
 
@@ -81,12 +85,15 @@ class VariantSwitch:
         if variant.reduction is None and schedule is None:
             unpatch(self._transformer.root)
             return
-        reduction = None if variant.reduction is None else resolve(variant.reduction)
-        for known, handle in self._handles:
-            if known == reduction:
+        is_exact = variant.reduction == EXACT
+        reduction = variant.reduction if is_exact or variant.reduction is None else resolve(variant.reduction)
+        for known, tail, handle in self._handles:
+            if known == reduction and tail is variant.tail:
                 handle.update(schedule)
                 return
-        self._handles.append((reduction, PatchHandle(self._transformer, reduction, schedule)))
+        method = reduction if isinstance(reduction, Reduction) else None
+        handle = PatchHandle(self._transformer, method, schedule, tail=variant.tail, exact=is_exact)
+        self._handles.append((reduction, variant.tail, handle))
 
     def off(self) -> None:
         """Makes the transformer dense again, to the bit."""

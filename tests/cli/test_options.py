@@ -50,8 +50,8 @@ def test_defaults_and_texts_are_those_of_the_source() -> None:
 
 
 def test_all_methods_are_known() -> None:
-    assert {*METHODS, "pomt-nearest", "auto", "dense", "int8"} <= set(method_names())
-    assert all(name in {*METHODS, "pomt-nearest", "auto", "dense", "int8"} for name in method_names())
+    assert {*METHODS, "pomt-nearest", "auto", "dense", "exact", "int8"} <= set(method_names())
+    assert all(name in {*METHODS, "pomt-nearest", "auto", "dense", "exact", "int8"} for name in method_names())
 
 
 @pytest.mark.parametrize("command", RUN)

@@ -78,6 +78,20 @@ def test_rows_reach_their_targets_and_are_what_validation_says(module: Any, runn
     assert type(model.model.blocks[1]).__name__ == "Block"
 
 
+def test_exact_is_one_row_with_the_predictions_of_dense(module: Any, running: Any, tmp_path: Path) -> None:
+    found = run(module, running, tmp_path, ["exact", "exact+int8"], [1.5])
+    dense, exact, both = found.rows
+    assert (exact.variant, exact.method, exact.int8, exact.removed, exact.tokens) == ("exact", "exact", False, 0, 197)
+    assert (both.variant, both.method, both.int8) == ("exact+int8", "exact", True)
+    assert (exact.agreement, exact.top1, exact.images) == (1, dense.top1, 16)
+    assert exact.speedup == pytest.approx(1.97)
+    assert exact.gmacs < 0.95 * dense.gmacs
+    assert not found.plan.unreached
+    pooled = run(module(shape={"global_pool": "avg"}), running, tmp_path, ["exact", "random"], [1.5]).rows[1]
+    assert pooled.speedup is None
+    assert "no exact tail" in pooled.note
+
+
 def _options() -> dict[str, Any]:
     from .conftest import OPTIONS
 

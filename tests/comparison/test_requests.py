@@ -30,6 +30,15 @@ def test_8_bits_alone_and_together() -> None:
     ]
 
 
+def test_the_exact_tail_alone_and_with_8_bits() -> None:
+    found = read("exact", "exact+int8")[1:]
+    assert found == [
+        VariantRequest("exact", None, False, exact=True),
+        VariantRequest("exact+int8", None, True, exact=True),
+    ]
+    assert [(request.method, request.has_targets) for request in found] == [("exact", False)] * 2
+
+
 def test_every_method_that_its_name_is_enough_for() -> None:
     simple = [name for name in names() if name != "vwt-inter"]
     assert [entry.reduction for entry in read(*simple)[1:]] == [resolve(name) for name in simple]

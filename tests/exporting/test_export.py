@@ -35,10 +35,10 @@ SLOW = {  # compiles for a minute; needs a package that no extra installs
     for name in ("aotinductor", "executorch")
 }
 QUICK: dict[str, Any] = {"format": "torch-export", "rounds": 0}
-SCHEDULE = lp.Schedule([4], "tome")
+SCHEDULE = lp.Schedule([4, 0], "tome")
 
 
-def tiny(depth: int = 1, **options: Any) -> Any:
+def tiny(depth: int = 2, **options: Any) -> Any:
     return tiny_vit(depth=depth, embed_dim=24, noise=0.3, **options)
 
 
@@ -90,7 +90,7 @@ class TestFolder:
     def test_report(self, report: ExportReport) -> None:
         assert report.max_relative_error < 1e-5
         assert (report.parity.images, report.parity.top1_agreement, report.parity.over_tolerance) == (9, 1.0, 0)
-        assert (report.method, report.tokens, report.classes) == ("tome", (13,), 5)
+        assert (report.method, report.tokens, report.classes) == ("tome", (13, 13), 5)
         assert (report.input_shape, report.batch, report.precision) == ((2, 3, 32, 32), "static", "float32")
         assert sum(report.operators.values()) > 30
         assert report.versions["torch"] == version("torch")
@@ -160,10 +160,10 @@ class TestFolder:
 
 def test_any_number_of_images(tmp_path: Path) -> None:
     model = tiny()
-    plan = lp.Schedule([5], "topk")
+    plan = lp.Schedule([5, 0], "topk")
     report = lp.export(model, tmp_path / "any", IMAGES[:1], plan=plan, batch="dynamic", **QUICK)
     exported = lp.load_exported(tmp_path / "any")
-    with lp.patch(model, "topk", [5]):
+    with lp.patch(model, "topk", [5, 0]):
         torch.testing.assert_close(exported(CALIBRATION), outputs(model), rtol=1e-4, atol=1e-4)
     assert (report.batch, report.opset) == ("dynamic", None)
 
@@ -184,7 +184,7 @@ def test_a_file_for_any_number_of_images_is_loaded_for_each(name: str, tmp_path:
 
 def test_float16(tmp_path: Path) -> None:
     model = tiny()
-    options = {**QUICK, "plan": lp.Schedule([5], "topk"), "calibration": CALIBRATION}
+    options = {**QUICK, "plan": lp.Schedule([5, 0], "topk"), "calibration": CALIBRATION}
     report = lp.export(model, tmp_path / "half", IMAGES, precision="float16", **options)
     assert 1e-5 < report.max_relative_error < 2e-2
     assert report.parity.top1_agreement == 1.0
@@ -199,7 +199,7 @@ def test_a_plan_is_applied_to_a_copy(tmp_path: Path) -> None:
     model = tiny()
     path = SCHEDULE.save(tmp_path / "schedule.yaml")
     report = lp.export(model, tmp_path / "out", IMAGES, plan=path, **QUICK)
-    assert report.tokens == (13,)
+    assert report.tokens == (13, 13)
     assert not any(map(is_patched_module, model.modules()))
     lp.patch(model, SCHEDULE)
     with pytest.raises(lp.ArgumentError, match="`plan` must be left out for a patched model"):
@@ -223,7 +223,7 @@ def test_several_methods_are_mixed(tmp_path: Path) -> None:
 
 
 def test_keep_rates_become_the_tokens_of_the_image_size(tmp_path: Path) -> None:
-    rates = lp.KeepRates([0.75], "topk")
+    rates = lp.KeepRates([0.75, 1.0], "topk")
     report = lp.export(tiny(), tmp_path / "out", IMAGES, plan=rates, **QUICK)
     assert lp.Schedule.load(tmp_path / "out" / "schedule.yaml") == rates.schedule(17)
     assert report.tokens == rates.schedule(17).tokens(17)
@@ -313,7 +313,7 @@ class TestRefused:
         with pytest.raises(lp.ScheduleError, match="12"):
             self.export(tmp_path, plan=lp.Schedule.single(12, 3, 56, "topk"))
         with pytest.raises(lp.ScheduleError, match="17"):
-            self.export(tmp_path, plan=lp.Schedule([56], "topk"))
+            self.export(tmp_path, plan=lp.Schedule([56, 0], "topk"))
 
     def test_a_method_that_cannot_be_exported(self, tmp_path: Path) -> None:
         words = lp.learn_vocabulary([noise_images(8)], patch_size=8, words=4, progress=False)
@@ -368,7 +368,7 @@ def test_overwrite_replaces_all_files(tmp_path: Path) -> None:
     folder = tmp_path / "out"
     lp.export(tiny(), folder, IMAGES, **QUICK)
     (folder / "old.txt").touch()
-    report = lp.export(tiny(), folder, IMAGES, plan=lp.Schedule([5], "topk"), overwrite=True, **QUICK)
+    report = lp.export(tiny(), folder, IMAGES, plan=lp.Schedule([5, 0], "topk"), overwrite=True, **QUICK)
     assert {path.name for path in folder.iterdir()} == FILES | set(report.files)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -445,3 +445,32 @@ def test_files_of_one_format_are_not_run_by_the_runtime_of_another(tmp_path: Pat
         lp.load_exported(tmp_path / "out", runtime="openvino")
     with pytest.raises(lp.FileFormatError, match=r"report\.json"):
         lp.load_exported(tmp_path)
+
+
+class Reading(nn.Module):
+    """Reads all tokens of the transformer in it, or calls it."""
+
+    def __init__(self, model: nn.Module, every: bool) -> None:
+        super().__init__()
+        self.model, self.every = model, every
+
+    def forward(self, images: Tensor) -> Tensor:
+        found: Tensor = self.model.forward_features(images).mean(1) if self.every else self.model(images)
+        return found
+
+
+def test_a_report_says_whether_the_exact_tail_runs(tmp_path: Path) -> None:
+    found = {}
+    for name, every in (("exact", False), ("reads", True)):
+        model = Reading(tiny(depth=2), every)
+        dense = outputs(model)
+        lp.patch(model, "exact")
+        report = lp.export(model, tmp_path / name, IMAGES, **QUICK)
+        found[name] = report.tail
+        assert (report.method, report.tokens) == (None, None)
+        assert ExportReport.read(report.folder).tail is report.tail
+        assert ("tail: true" in (report.folder / "README.md").read_text()) is report.tail
+        torch.testing.assert_close(lp.load_exported(report.folder)(CALIBRATION), dense, rtol=1e-4, atol=1e-4)
+    assert found == {"exact": True, "reads": False}
+    planned = lp.export(tiny(depth=2), tmp_path / "plan", IMAGES, plan=lp.Schedule([3, 2], "topk"), **QUICK)
+    assert (planned.tail, planned.method, planned.tokens) == (True, "topk", (14, 12))

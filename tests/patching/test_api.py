@@ -87,12 +87,13 @@ def test_patching_a_model_in_training_keeps_its_flags(build: Any, images: Tensor
     unchanged()
 
 
-def test_only_reducing_blocks_are_patched(build: Any) -> None:
+def test_only_reducing_blocks_and_the_last_are_patched(build: Any) -> None:
     model = build()
     classes = [type(b) for b in model.blocks]
-    with lp.patch(model, "pomt", REMOVED):
+    for tail in (False, None):
+        lp.patch(model, "pomt", REMOVED, tail=tail)
         touched = [type(b) is not c for b, c in zip(model.blocks, classes, strict=True)]
-        assert touched == [False, True, True, False]
+        assert touched == [False, True, True, tail is None]
         assert all(isinstance(b, c) for b, c in zip(model.blocks, classes, strict=True))
 
 

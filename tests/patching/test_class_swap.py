@@ -99,7 +99,7 @@ def test_a_copy_does_not_share_the_state_of_the_patch(build: Any) -> None:
     other = copy.deepcopy(model)
     sites = [m.__dict__["_prune_patch"] for m in model.modules() if "_prune_patch" in m.__dict__]
     copies = [m.__dict__["_prune_patch"] for m in other.modules() if "_prune_patch" in m.__dict__]
-    assert len(sites) == len(copies) == 3, "two blocks and the root"
+    assert len(sites) == len(copies) == 4, "two blocks, the last one and the root"
     assert not {id(site) for site in sites} & {id(site) for site in copies}
 
 

@@ -31,7 +31,7 @@ def expected(variant: Variant) -> torch.Tensor:
     if variant.weights is not None:
         variant.weights(model).apply()
     if variant.reduction is not None:
-        lp.patch(model, variant.reduction, variant.schedule)
+        lp.patch(model, variant.reduction, variant.schedule, tail=variant.tail)
     elif variant.schedule is not None:
         lp.patch(model, variant.schedule)
     return model(IMAGES)
@@ -49,6 +49,9 @@ VARIANTS = [
     Variant(weights=Int8Weights),
     Variant("pomt", lp.Schedule.single(3, 1, 9)),
     Variant("pomt", FIVE),
+    Variant("exact"),
+    Variant("exact", weights=Int8Weights),
+    Variant("pomt", FIVE, tail=False),
     DENSE,
 ]
 

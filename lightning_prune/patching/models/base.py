@@ -15,7 +15,8 @@ from lightning_prune._utils.isolation import isolated
 from lightning_prune.errors import ArgumentError, UnsupportedModelError
 from lightning_prune.patching.attention_capture import CapturedAttention, CaptureSlot, Capturing, SDPARecorder
 from lightning_prune.patching.block_split import AttnMlpSplit
-from lightning_prune.patching.class_swap import PatchedModule, Setting, original_class
+from lightning_prune.patching.class_swap import Setting, original_class
+from lightning_prune.patching.exact_tail import TailRoot
 from lightning_prune.patching.input_resize import InputResize, PatchDivision, ResizedInput, ScalingSites
 from lightning_prune.patching.token_state import TokenState
 from lightning_prune.reduction.base import AttentionInputs
@@ -181,13 +182,13 @@ class ModelAdapter(ABC):
 
     Attributes:
         name: Name of the family in messages.
-        guard: Mixin for the root of a patched model that rejects calls which need all tokens.
+        guard: Mixin for the root of a patched model; some reject calls which need all tokens.
         supports_key_bias: Whether log-sizes can be added to the logits of its attention (proportional attention of
             ToMe).
     """
 
     name: ClassVar[str]
-    guard: ClassVar[type[PatchedModule] | None] = None
+    guard: ClassVar[type[TailRoot]] = TailRoot
     supports_key_bias: ClassVar[bool] = True
 
     @abstractmethod
@@ -289,6 +290,33 @@ class ModelAdapter(ABC):
         Called in blocks after a reduction. By default there are no position inputs.
         """
         return args, kwargs
+
+    def head_reason(self, root: nn.Module) -> str | None:
+        """Why `root.forward` may read patch tokens that leave the last block; None if it reads prefix tokens only.
+
+        Only of known classes: one with a forward or a head of its own may read anything.
+        """
+        return "its head is not known to read prefix tokens only"
+
+    def returns_tokens(self, root: nn.Module) -> bool:
+        """Whether `root.forward` also returns all tokens, as that of models without a head may."""
+        return False
+
+    def reads_patches(self, root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+        """Whether a call of `root.forward` reads or returns patch tokens that leave the last block.
+
+        Looked at in each call, and traced: the settings of a model, or the call, may ask for them.
+
+        Args:
+            root: One for which `head_reason` is None.
+            args: Positional arguments of the call.
+            kwargs: Keyword arguments of the call.
+        """
+        return False
+
+    def final_norms(self, root: nn.Module) -> tuple[nn.Module, ...]:
+        """The norms that run on all tokens after the last block."""
+        return ()
 
     def output(self, result: Any) -> Tensor:
         """Logits or features (B, D) from the output of the root."""

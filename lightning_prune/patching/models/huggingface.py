@@ -23,6 +23,8 @@ from lightning_prune.patching.models.unsupported import unsupported_reason
 from lightning_prune.patching.position_terms import patch_positions, take_rotation
 from lightning_prune.patching.token_state import TokenState
 
+_RECORDED = ("output_hidden_states", "output_attentions")  # arguments that ask for what all tokens are in a block
+
 
 class ResizedEmbeddings(ResizedModule):
     """Mixin for the class of embeddings that interpolate their positions only if they are asked to."""
@@ -45,7 +47,7 @@ class ResizedRotation(ResizedModule):
 class HuggingFace(ModelAdapter):
     """A model without a head, with a head, or as a tower of a larger model.
 
-    The class of the root is never patched, because transformers uses its name to look up what to record for
+    The class of a patched root keeps its name, by which transformers looks up what to record for
     `output_hidden_states=True` and what to write into a saved config.
 
     Attributes:
@@ -56,6 +58,8 @@ class HuggingFace(ModelAdapter):
         interpolates: Whether it has position embeddings, which are interpolated for another size of images.
         has_position_inputs: Whether blocks receive inputs for all tokens: a mask during export, or a rotary embedding.
         pooling: Names of the roots whose output is computed from all patch tokens, not from the CLS token only.
+        classifiers: Names of the roots that read prefix tokens only, and return no others.
+        towers: Names of the roots whose pooled output reads prefix tokens only, but which return all tokens with it.
     """
 
     roots: ClassVar[tuple[str, ...]]
@@ -65,6 +69,8 @@ class HuggingFace(ModelAdapter):
     interpolates: ClassVar[bool] = True
     has_position_inputs: ClassVar[bool] = False
     pooling: ClassVar[tuple[str, ...]] = ()
+    classifiers: ClassVar[tuple[str, ...]] = ()
+    towers: ClassVar[tuple[str, ...]] = ()
 
     def matches(self, module: nn.Module) -> bool:
         """Also matches subclasses, which users may define."""
@@ -153,6 +159,38 @@ class HuggingFace(ModelAdapter):
             return (None, *args[1:]), kwargs
         return args, {**kwargs, "attention_mask": None} if "attention_mask" in kwargs else kwargs
 
+    def head_reason(self, root: nn.Module) -> str | None:
+        """By the names of the classes whose forward runs."""
+        own = original_class(root).forward
+        known = [f"{name}.forward" for name in (*self.classifiers, *self.towers)]
+        if own.__qualname__ not in known:
+            return f"its `{own.__qualname__}` is not known to read prefix tokens only"
+        holders = [m for m in root.modules() if any(isinstance(each, nn.ModuleList) for each in m.children())]
+        for module in (root, core_of(root), *holders):
+            kind = original_class(module)
+            if "forward" in vars(module) or not kind.forward.__module__.startswith("transformers.models."):
+                return f"the forward of its {kind.__name__} is not known to read prefix tokens only"
+        return None
+
+    def returns_tokens(self, root: nn.Module) -> bool:
+        """Of models without a head, and of the tower of CLIP."""
+        return original_class(root).forward.__qualname__ in [f"{name}.forward" for name in self.towers]
+
+    def reads_patches(self, root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+        """If hidden states or attentions are asked for, in the call or in a config."""
+        if any(kwargs.get(name) for name in _RECORDED) or "forward" in root.__dict__:
+            return True
+        for part in ("", "vit", "deit", "vision_model"):
+            config = getattr(getattr(root, part, None) if part else root, "config", None)
+            if config is not None and any(getattr(config, name, False) for name in _RECORDED):
+                return True
+        return False
+
+    def final_norms(self, root: nn.Module) -> tuple[nn.Module, ...]:
+        """See `ModelAdapter.final_norms`."""
+        core = core_of(root)
+        return tuple(getattr(core, name) for name in ("layernorm", "norm") if hasattr(core, name))
+
     def output(self, result: Any) -> Tensor:
         """Logits if there are any, else projected or pooled features, else the CLS token or the mean of the tokens."""
         if isinstance(result, Tensor):
@@ -216,6 +254,12 @@ class HuggingFaceViT(HuggingFace):
         "DeiTForMaskedImageModeling",
     )
     layers: ClassVar[tuple[str, ...]] = ("ViTLayer", "DeiTLayer")
+    classifiers: ClassVar[tuple[str, ...]] = (
+        "ViTForImageClassification",
+        "DeiTForImageClassification",
+        "DeiTForImageClassificationWithTeacher",
+    )
+    towers: ClassVar[tuple[str, ...]] = ("ViTModel", "DeiTModel")
     has_position_inputs = True
 
     def known_split(self, block: nn.Module) -> AttnMlpSplit:
@@ -234,6 +278,7 @@ class HuggingFaceDinov2(HuggingFace):
         "Dinov2WithRegistersForImageClassification",
     )
     layers: ClassVar[tuple[str, ...]] = ("Dinov2Layer", "Dinov2WithRegistersLayer")
+    towers: ClassVar[tuple[str, ...]] = ("Dinov2Model", "Dinov2WithRegistersModel")
     pooling: ClassVar[tuple[str, ...]] = ("Dinov2ForImageClassification", "Dinov2WithRegistersForImageClassification")
     any_size = True
     has_position_inputs = True
@@ -248,6 +293,7 @@ class HuggingFaceDinov3(HuggingFaceDinov2):
 
     name: ClassVar[str] = "Hugging Face DINOv3"
     roots: ClassVar[tuple[str, ...]] = ("DINOv3ViTModel",)
+    towers: ClassVar[tuple[str, ...]] = roots
     layers: ClassVar[tuple[str, ...]] = ("DINOv3ViTLayer",)
     interpolates = False
 
@@ -293,6 +339,7 @@ class HuggingFaceCLIP(HuggingFace):
         "CLIPForImageClassification",
     )
     layers: ClassVar[tuple[str, ...]] = ("CLIPEncoderLayer",)
+    towers: ClassVar[tuple[str, ...]] = ("CLIPVisionModel", "CLIPVisionModelWithProjection", "CLIPVisionTransformer")
     pooling: ClassVar[tuple[str, ...]] = ("CLIPForImageClassification",)
 
     def known_split(self, block: nn.Module) -> AttnMlpSplit:
@@ -310,5 +357,6 @@ class HuggingFaceSigLIP(HuggingFaceCLIP):
     name: ClassVar[str] = "Hugging Face SigLIP"
     roots: ClassVar[tuple[str, ...]] = ("SiglipVisionModel", "SiglipVisionTransformer", "SiglipForImageClassification")
     layers: ClassVar[tuple[str, ...]] = ("SiglipEncoderLayer",)
+    towers: ClassVar[tuple[str, ...]] = ()
     class_token = False
     pooling: ClassVar[tuple[str, ...]] = roots

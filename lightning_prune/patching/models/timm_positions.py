@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lightning_prune.errors import UnsupportedModelError
 from lightning_prune.patching.attention_capture import Bias, CaptureSlot, SDPARecorder
 from lightning_prune.patching.block_split import GAMMA, POST_NORM, PRE_NORM, AttnMlpSplit
-from lightning_prune.patching.class_swap import PatchedModule
+from lightning_prune.patching.exact_tail import TailRoot
 from lightning_prune.patching.input_resize import (
     InputResize,
     PatchDivision,
@@ -85,6 +85,7 @@ class TimmEva(TimmRope):
 
     name: ClassVar[str] = "timm Eva"
     roots: ClassVar[tuple[str, ...]] = ("timm.models.eva:Eva",)
+    heads: ClassVar[tuple[str, ...]] = roots
 
 
 class NaFlexGuard(GridGuard):
@@ -104,8 +105,9 @@ class TimmNaFlex(TimmRope):
     """NaFlexVit on batches of images of one size."""
 
     name: ClassVar[str] = "timm NaFlexVit"
-    guard: ClassVar[type[PatchedModule] | None] = NaFlexGuard
+    guard: ClassVar[type[TailRoot]] = NaFlexGuard
     roots: ClassVar[tuple[str, ...]] = ("timm.models.naflexvit:NaFlexVit",)
+    heads: ClassVar[tuple[str, ...]] = roots
 
     def count(self, model: Any) -> int | None:
         """None, because it depends on the image size."""
@@ -147,6 +149,7 @@ class TimmRelPos(TimmAdapter):
         "timm.models.beit:Beit",
         "timm.models.vision_transformer_relpos:VisionTransformerRelPos",
     )
+    heads: ClassVar[tuple[str, ...]] = roots
     splits: ClassVar[dict[str, AttnMlpSplit]] = {
         "timm.models.beit:Block": GAMMA,
         "timm.models.vision_transformer_relpos:RelPosBlock": PRE_NORM,

@@ -87,6 +87,7 @@ class TimmConVit(TimmUnfused):
 
     name: ClassVar[str] = "timm ConVit"
     roots: ClassVar[tuple[str, ...]] = ("timm.models.convit:ConVit",)
+    heads: ClassVar[tuple[str, ...]] = roots
     splits: ClassVar[dict[str, AttnMlpSplit]] = {"timm.models.convit:Block": ONE_DROP}
 
     def describe(self, root: nn.Module, path: str) -> VisionTransformer:

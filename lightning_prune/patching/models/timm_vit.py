@@ -1,13 +1,14 @@
 """timm's VisionTransformer, and the base class of the adapters for timm."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from lightning_prune.errors import UnsupportedModelError
 from lightning_prune.patching.block_split import PARALLEL, POST_NORM, PRE_NORM, AttnMlpSplit, runs
-from lightning_prune.patching.class_swap import PatchedModule, RootPatch, Setting, original_class
+from lightning_prune.patching.class_swap import Setting, original_class
+from lightning_prune.patching.exact_tail import RootPatch, TailRoot
 from lightning_prune.patching.input_resize import (
     InputResize,
     PatchDivision,
@@ -30,6 +31,7 @@ _MASK_PASSING_FORWARDS = frozenset(
 )
 
 
+_HEAD_METHODS = ("forward", "forward_features", "forward_head", "pool", "_pool")
 # Patch embeddings whose tokens are the grid of a stride.
 _EMBEDDINGS = ("timm.layers.patch_embed:PatchEmbed", "timm.layers.hybrid_embed:HybridEmbed")
 
@@ -49,7 +51,7 @@ class ResizedPatchEmbed(ResizedInput):
         return tokens
 
 
-class GridGuard(PatchedModule):
+class GridGuard(TailRoot):
     """Rejects calls that reshape the remaining tokens to the grid of all tokens, which may fit by chance."""
 
     _prune_patch: RootPatch
@@ -111,11 +113,13 @@ class TimmAdapter(ModelAdapter):
     Attributes:
         roots: Names of the model classes, for `loaded_class`; subclasses are included.
         splits: Name of the class of a block -> its split.
+        heads: Names of the model classes whose head reads prefix tokens only, with `global_pool="token"`.
     """
 
-    guard: ClassVar[type[PatchedModule] | None] = GridGuard
+    guard: ClassVar[type[TailRoot]] = GridGuard
     roots: ClassVar[tuple[str, ...]]
     splits: ClassVar[dict[str, AttnMlpSplit]]
+    heads: ClassVar[tuple[str, ...]] = ()
 
     def matches(self, module: nn.Module) -> bool:
         """Also matches subclasses, which users may define."""
@@ -205,6 +209,32 @@ class TimmAdapter(ModelAdapter):
                 return split
         return None
 
+    def head_reason(self, root: nn.Module) -> str | None:
+        """See `ModelAdapter.head_reason`."""
+        kind = original_class(root)
+        known = loaded_classes(self.heads)
+        for name in _HEAD_METHODS:
+            own = getattr(kind, name, None)
+            if own is not None and not any(vars(each).get(name) is own for each in known):
+                return f"its `{name}` is not known to read prefix tokens only"
+        if any(name in root.__dict__ for name in _HEAD_METHODS):
+            return "its forward, or a method of its head, was replaced on the module itself"
+        if self.reads_patches(root, (), {}):
+            return f"its head reads patch tokens (global_pool={getattr(root, 'global_pool', None)!r})"
+        return None
+
+    def reads_patches(self, root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+        """By the pooling, which `reset_classifier` and users change."""
+        model: Any = root
+        if model.global_pool != "token" or getattr(model, "attn_pool", None) is not None:
+            return True
+        return any(name in root.__dict__ for name in _HEAD_METHODS)
+
+    def final_norms(self, root: nn.Module) -> tuple[nn.Module, ...]:
+        """See `ModelAdapter.final_norms`."""
+        model: Any = root
+        return (model.norm,)
+
     def mask_passthrough(self, block: nn.Module) -> Callable[..., Any] | None:
         """For known blocks with timm's own attention modules."""
         forward: Callable[..., Any] | None = getattr(type(getattr(block, "attn", None)), "forward", None)
@@ -225,6 +255,7 @@ class TimmVisionTransformer(TimmAdapter):
 
     name: ClassVar[str] = "timm VisionTransformer"
     roots: ClassVar[tuple[str, ...]] = ("timm.models.vision_transformer:VisionTransformer",)
+    heads: ClassVar[tuple[str, ...]] = (*roots, "timm.models.deit:VisionTransformerDistilled")
     splits: ClassVar[dict[str, AttnMlpSplit]] = {
         "timm.models.vision_transformer:Block": PRE_NORM,
         "timm.models.vision_transformer:ResPostBlock": POST_NORM,

@@ -1,5 +1,6 @@
 """torchvision's VisionTransformer: vit_b_16, vit_b_32, vit_l_16, vit_l_32, vit_h_14. Tested with torchvision 0.29."""
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch.nn.functional as F
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 from lightning_prune.patching.attention_capture import CapturedAttention
 from lightning_prune.patching.block_split import MULTIHEAD, AttnMlpSplit, runs
 from lightning_prune.patching.class_swap import original_class
+from lightning_prune.patching.exact_tail import TailRoot
 from lightning_prune.patching.input_resize import (
     InputResize,
     PatchDivision,
@@ -42,8 +44,10 @@ class CapturedMultihead(CapturedAttention):
         return {**kwargs, "key_padding_mask": log_sizes.flatten(1).to(module.in_proj_weight.dtype)}
 
 
-class ResizedRoot(ResizedModule):
+class ResizedRoot(ResizedModule, TailRoot):
     """Mixin for the class of the model: divides the scaled images into patches."""
+
+    _prune_patch: InputResize
 
     def _process_input(self, x: Tensor) -> Tensor:
         """(B, channels, height, width) images -> (B, patches, C), row by row."""
@@ -115,6 +119,24 @@ class TorchvisionVisionTransformer(ModelAdapter):
         """None for a subclass with its own forward."""
         kind = loaded_class(f"{_MODULE}:EncoderBlock")
         return MULTIHEAD if kind is not None and runs(block, kind) else None
+
+    def head_reason(self, root: nn.Module) -> str | None:
+        """None for torchvision's own forward."""
+        model: Any = root
+        for name, module in (("VisionTransformer", root), ("Encoder", model.encoder)):
+            kind = loaded_class(f"{_MODULE}:{name}")
+            if kind is None or not runs(module, kind) or self.reads_patches(module, (), {}):
+                return f"the forward of its {type(module).__name__} is not known to read prefix tokens only"
+        return None
+
+    def reads_patches(self, root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+        """If its forward was replaced on the module itself."""
+        return "forward" in root.__dict__
+
+    def final_norms(self, root: nn.Module) -> tuple[nn.Module, ...]:
+        """See `ModelAdapter.final_norms`."""
+        model: Any = root
+        return (model.encoder.ln,)
 
     def attention_unsupported_reason(self, transformer: VisionTransformer) -> str | None:
         """`CapturedMultihead` only reads self-attention as torchvision builds it."""
