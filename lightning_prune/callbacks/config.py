@@ -159,7 +159,7 @@ class PruningConfig:
     @property
     def deployed_tail(self) -> bool | None:
         """`tail` of `lightning_prune.patch` for what runs; the paper's protocol has none."""
-        return False if self.protocol == "paper" else self.tail or False
+        return False if self.protocol == "paper" else self.tail
 
     def store(self) -> ProfileStore | None:
         """Where latency profiles are kept; None where they are not."""

@@ -381,7 +381,7 @@ class Unwatched(Tiny):
 
     def __init__(self) -> None:
         super().__init__(depth=2)  # every token count is traced anew
-        stop_counting(self.vit.norm)
+        stop_counting(self.vit)
         self.logits: list[Tensor] = []
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:

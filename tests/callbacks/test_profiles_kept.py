@@ -32,7 +32,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def unhooked() -> Tiny:
     """Whose tokens are not counted."""
     module = Tiny()
-    stop_counting(module.vit.norm)
+    stop_counting(module.vit)
     return module
 
 
