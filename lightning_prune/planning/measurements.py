@@ -364,8 +364,7 @@ class Measurements:
                 seen += len(images)
                 now = clock()
                 affordable = len(images) * max(deadline - now, 0.0) / max(now - started, 1e-9)
-                size = int(min(affordable, TUNING.batch_images))
-                size -= size % TUNING.first_images if size > TUNING.first_images else 0  # or a few, if time is short
+                size = int(min(affordable, TUNING.batch_images)) // TUNING.first_images * TUNING.first_images
         for label, table in missing.items():
             self._keep(methods[label][0], table, own_seconds)
         self.sensitivity_images = min(table.images for table in tables.values())
