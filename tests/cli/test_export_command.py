@@ -48,7 +48,7 @@ def test_what_is_printed(folder: Path, capsys: pytest.CaptureFixture[str]) -> No
     output = folder / "again"
     assert main([*COMMAND, "--prune.method=tome", "--prune.schedule=20", f"--output={output}"]) == 0
     printed = capsys.readouterr().out
-    assert f"{output / 'model.pt2'}: tokens removed by tome, 177 left, float32, static batch." in printed
+    assert f"{output / 'model.pt2'}: tokens removed by tome, 177 left, exact tail, float32, static batch." in printed
     assert "on 20 images: 100.00% of the same class, largest relative error " in printed
     assert "Operators: " in printed
     assert f"Written: {output / 'README.md'}, " in printed

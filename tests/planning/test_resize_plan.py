@@ -4,7 +4,7 @@ import pytest
 
 import lightning_prune as lp
 from lightning_prune.patching import find_vision_transformer
-from lightning_prune.planning.latency_model import probe_schedules
+from lightning_prune.planning.probed_schedules import probe_schedules
 from lightning_prune.planning.sensitivity import Sensitivity
 from lightning_prune.reduction import Resize, TopK
 
