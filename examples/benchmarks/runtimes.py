@@ -46,6 +46,8 @@ def predictor(
     transformer, clock = lp.patching.find_vision_transformer(model), CLOCKS[args.clock]
     share = attention_share(Workload.of(transformer.blocks, args.batch), profile.dense_tokens)
     latency = LatencyModel.from_profile(profile, share)
+    if lp.patching.has_exact_tail(transformer):
+        latency = replace(latency, tail_share=1 - share)
     methods = {args.method: (lp.reduction.resolve(args.method), (args.block,))}
     with parse_runtime(runtime).applied(transformer):
         if uses_shallow_copy(transformer):

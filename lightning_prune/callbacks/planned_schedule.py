@@ -131,6 +131,7 @@ def planned_for(
         cache_dir=config.cache_dir,
         clock=limit.clock,
         profile_holds=not is_given,
+        tail=config.tail,
     )
     return [Decision.from_plan(made, calibration.source, profile.reused) for made in plans]
 

@@ -306,6 +306,7 @@ class ComparisonPlanner:
             proxy_name=proxy_for(config, self.first.module, self.first.transformer, self.calibration),
             use_cache=config.use_cache,
             cache_dir=config.cache_dir,
+            tail=config.deployed_tail,
         )
 
     def _time_all(self) -> tuple[list[PlannedVariant], list[UnreachedTarget]]:

@@ -52,6 +52,7 @@ def plan(
     use_cache: bool = True,
     cache_dir: str | Path | None = None,
     clock: str | Callable[[], float] = "wall",
+    tail: bool | None = None,
 ) -> Plan:
     """Plans which blocks remove tokens, how many, and by which method.
 
@@ -97,6 +98,8 @@ def plan(
         cache_dir: Folder of what is kept; None for the one of the user (see `lightning_prune.profiling.ProfileStore`).
         clock: What latencies are timed by: `"wall"`, `"cpu"` or a function, as in `profile_latency`. The time limit is
             wall time.
+        tail: Whether what removes tokens also has the exact tail, as of `lightning_prune.patch`: None where it changes
+            no output. With it nothing is lost, nor saved, by what the last block removes.
 
     Returns:
         The plan.
@@ -135,6 +138,7 @@ def plan(
         use_cache=use_cache,
         cache_dir=cache_dir,
         clock=clock,
+        tail=tail,
     )
     return made
 
@@ -159,6 +163,7 @@ def plan_many(  # noqa: D417  all other arguments are those of `plan`
     use_cache: bool = True,
     cache_dir: str | Path | None = None,
     clock: str | Callable[[], float] = "wall",
+    tail: bool | None = None,
     profile_holds: bool = False,
 ) -> list[Plan]:
     """One plan for each of several objectives, from one measurement; the time limit is that of all together.
@@ -177,6 +182,7 @@ def plan_many(  # noqa: D417  all other arguments are those of `plan`
     check_bool("use_cache", use_cache)
     check("cache_dir", cache_dir, "a folder or None", cache_dir is None or isinstance(cache_dir, str | PathLike))
     check("labels", labels, "a tensor or None", labels is None or isinstance(labels, Tensor))
+    check("tail", tail, "True, False or None", tail is None or isinstance(tail, bool))
     transformer = find_vision_transformer(model, module_path)
     _check_arguments(transformer, example_inputs, calibration, objectives, proxy, time_limit, protocol)
     clock = read_clock(clock, example_inputs.device.type)
@@ -213,7 +219,7 @@ def plan_many(  # noqa: D417  all other arguments are those of `plan`
             images = shuffled(calibration, seed)
             where = model, transformer, images, example_inputs, profile, bool(foreign)
             plans = searched(
-                Measurements(*where, limit, module_path, verbose, proxy, use_cache, cache_dir),
+                Measurements(*where, limit, module_path, verbose, proxy, use_cache, cache_dir, tail),
                 usable,
                 objectives,
                 foreign,

@@ -59,6 +59,8 @@ class LatencyModel:
         depth: Number of blocks.
         attention_share: Share of a block's latency before its reduction.
         overhead: Of the method.
+        tail_share: Share of a block's latency that the exact tail saves in the last block of whatever removes tokens:
+            it runs as if the smallest count were left. 0 without a tail.
 
     Example:
         >>> import numpy as np
@@ -76,6 +78,7 @@ class LatencyModel:
     depth: int
     attention_share: float
     overhead: ReductionOverhead = NO_OVERHEAD
+    tail_share: float = 0.0
 
     @classmethod
     def from_profile(
@@ -111,28 +114,47 @@ class LatencyModel:
             schedule: Tokens that each block removes.
         """
         n = entering = int(self.levels[-1])
-        total = self.dense_ms
-        for leaving in schedule.tokens(n):
+        total = self.dense_ms + self.tail_ms(schedule)
+        for block, leaving in enumerate(schedule.tokens(n)):
             total += self.attention_share * self.change_ms(entering)
             total += (1 - self.attention_share) * self.change_ms(leaving)
-            if leaving < entering:
+            if leaving < entering and not self.is_in_tail(block):
                 total += self.overhead.per_block + self.overhead.per_tokens * entering / n
             if entering < n:
                 total += self.overhead.per_later_block
             entering = leaving
         return total
 
-    def steps(self) -> NDArray[np.float64]:
+    def tail_ms(self, schedule: Schedule) -> float:
+        """What the exact tail changes of the latency of a schedule, in milliseconds; 0 where nothing is removed."""
+        if not schedule.total_removed:
+            return 0.0
+        return self.tail_share * float(self.block_ms[0] - self.change_ms(schedule.tokens(int(self.levels[-1]))[-1]))
+
+    def is_in_tail(self, block: int) -> bool:
+        """Whether the exact tail takes the place of what this block removes."""
+        return bool(self.tail_share) and block == self.depth - 1
+
+    def steps(self, block: int = 0) -> NDArray[np.float64]:
         """(levels, levels) what a block adds to dense if a count enters (rows) and a count leaves (columns).
 
-        inf where more tokens would leave than enter.
+        inf where more tokens would leave than enter. Where the exact tail takes the place of what the last block
+        removes, this can remove only what makes the whole schedule: the tail alone.
+
+        Args:
+            block: Index of the block.
         """
         entering, leaving = self.block_ms[:, None], self.block_ms[None, :]
         added = self.attention_share * entering + (1 - self.attention_share) * leaving
         places = np.arange(len(self.levels))
         share = self.levels[:, None] / self.levels[-1]
         reduces = places[None, :] < places[:, None]
-        added = added + (self.overhead.per_block + self.overhead.per_tokens * share) * reduces
+        if self.is_in_tail(block):
+            is_dense = (places[:, None] == len(places) - 1) & ~reduces
+            added = added + np.where(is_dense, 0.0, self.tail_share * (self.block_ms[0] - leaving))
+            added = np.where(reduces & (places[:, None] < len(places) - 1), np.inf, added)
+        else:
+            added = added + (self.overhead.per_block + self.overhead.per_tokens * share) * reduces
         added = added + self.overhead.per_later_block * (places[:, None] < len(places) - 1)
         return np.where(places[None, :] <= places[:, None], added, np.inf)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_prune._utils.progress import progress_bar
 from lightning_prune._utils.time_limit import TimeLimit
 from lightning_prune.errors import ArgumentError, DataError, UnsupportedModelError
-from lightning_prune.patching import PatchHandle, VisionTransformer
+from lightning_prune.patching import PatchHandle, VisionTransformer, has_exact_tail
 from lightning_prune.planning.candidates import MIXED, Candidate, Timings
 from lightning_prune.planning.latency_model import LatencyModel, token_levels
 from lightning_prune.planning.method_front import Front, MethodFront
@@ -96,6 +96,7 @@ class Measurements:
         proxy_name: What is estimated; see `lightning_prune.profiling.output_kinds.choose_proxy`.
         use_cache: Whether to use and to keep estimates of accuracy of other runs.
         cache_dir: Folder of what is kept; see `lightning_prune.profiling.ProfileStore`.
+        tail: Whether candidates have the exact tail, as of `lightning_prune.patch`.
 
     Attributes:
         sensitivity_images: Number of images that the sensitivities were measured on.
@@ -119,6 +120,7 @@ class Measurements:
     proxy_name: str = "auto"
     use_cache: bool = False
     cache_dir: str | Path | None = None
+    tail: bool | None = None
     sensitivity_images: int = 0
     sensitivity_seconds: float = 0.0
     dense_ms: float = field(init=False)
@@ -136,6 +138,8 @@ class Measurements:
         self.proxy_name = choose_proxy(self.model, self.transformer, self.proxy_name)
         if self.use_cache:
             depends = accuracy_dependencies(self.transformer, self.example_inputs, self.images, self.proxy_name)
+            if self.tail is not None:
+                depends["tail"] = self.tail
             self._store = AccuracyStore(depends, self.cache_dir)
 
     @property
@@ -167,7 +171,7 @@ class Measurements:
         with (
             ready_to_run(self.transformer),
             progress_bar(f"Accuracy of {MIXED if reduction is None else reduction.name}", None, self.verbose),
-            PatchHandle(self.transformer, reduction, schedule),
+            PatchHandle(self.transformer, reduction, schedule, tail=self.tail),
         ):
             try:
                 found = proxy.measure()
@@ -180,7 +184,7 @@ class Measurements:
 
     def time_candidates(self, candidates: Sequence[Candidate]) -> Timings:
         """Times candidates and the dense model in one interleaved run."""
-        variants = {str(number): candidate.variant for number, candidate in enumerate(candidates)}
+        variants = {str(number): c.variant._replace(tail=self.tail) for number, c in enumerate(candidates)}
         timings = self._time(variants, TUNING.timing_share)
         return timings["dense"], {c.key: timings[str(number)] for number, c in enumerate(candidates)}
 
@@ -199,6 +203,8 @@ class Measurements:
             workload = Workload.plain(len(self.example_inputs))
         share = attention_share(workload, self.profile.dense_tokens)
         latency = LatencyModel.from_profile(self.profile, share, token_levels(self.profile))
+        if self.tail is not False and has_exact_tail(self.transformer):
+            latency = replace(latency, tail_share=1 - share)
         levels = [int(level) for level in latency.levels]
         # Before block 0, nothing of a block runs on the tokens that are removed.
         own = {
@@ -308,11 +314,11 @@ class Measurements:
             share = self.limit.share(TUNING.overhead_share)
             with suppress(UnsupportedModelError):  # then the whole model is converted for each
                 return shallow_probes(
-                    self.transformer, self.example_inputs, methods, latency, share, self.limit, self.verbose
+                    self.transformer, self.example_inputs, methods, latency, share, self.limit, self.verbose, self.tail
                 )
         tried = schedules_to_probe(self.transformer, methods, self.profile.dense_tokens)
         variants = {
-            f"{label} {number}": Variant(methods[label][0], schedule, tail=False)
+            f"{label} {number}": Variant(methods[label][0], schedule, tail=self.tail)
             for label, schedules in tried.items()
             for number, schedule in enumerate(schedules)
         }
@@ -395,4 +401,4 @@ class Measurements:
         fewest = max(n - reduction.max_removed(n, self.transformer.num_prefix_tokens), n // 10)
         counts = [round(n - share * (n - fewest)) for share in TUNING.sensitivity_shares]
         grid = self.transformer.grid(self.example_inputs) if reduction.scales_images else None
-        return Sensitivity(self.transformer, reduction, blocks, counts, n, self.proxy_name, grid)
+        return Sensitivity(self.transformer, reduction, blocks, counts, n, self.proxy_name, grid, self.tail)

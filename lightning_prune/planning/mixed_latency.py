@@ -90,10 +90,17 @@ class MixedLatency:
         return list(zip(self.models, self.weighs, strict=True))
 
     def steps(self) -> NDArray[np.float64]:
-        """(states, 1, methods, levels, levels) what a block adds to dense, as `optimal_schedules` takes it."""
-        own = np.stack([replace(m, overhead=m.overhead._replace(per_later_block=0.0)).steps() for m in self.models])
+        """(states, depth, methods, levels, levels) what a block adds to dense, as `optimal_schedules` takes it.
+
+        Where all blocks are alike, of one block.
+        """
+        plain = [replace(model, overhead=model.overhead._replace(per_later_block=0.0)) for model in self.models]
+        depth = self.models[0].depth if self.models[0].tail_share else 1
+        # Only the last block may differ from the others.
+        first, last = (np.stack([model.steps(block) for model in plain]) for block in (0, depth - 1))
+        own = np.stack([*[first] * (depth - 1), last])
         is_later = self.models[0].levels[:, None] < self.models[0].levels[-1]
-        return np.stack([own + later * is_later for later in self.later_ms])[:, None]
+        return np.stack([own + later * is_later for later in self.later_ms])
 
     def predict(self, schedule: Schedule, methods: MethodOf) -> float:
         """Milliseconds of a schedule.
@@ -104,14 +111,14 @@ class MixedLatency:
         """
         model, later_ms = self.models[0], self.later_ms
         n = entering = int(model.levels[-1])
-        total, state = self.dense_ms, 0
-        for leaving, method in zip(schedule.tokens(n), methods, strict=True):
+        total, state = self.dense_ms + model.tail_ms(schedule), 0
+        for block, (leaving, method) in enumerate(zip(schedule.tokens(n), methods, strict=True)):
             own = self.models[method] if leaving < entering and method is not None else model
             total += own.attention_share * model.change_ms(entering)
             total += (1 - own.attention_share) * model.change_ms(leaving)
             if entering < n:
                 total += later_ms[state]
-            if leaving < entering and method is not None:
+            if leaving < entering and method is not None and not model.is_in_tail(block):
                 total += own.overhead.per_block + own.overhead.per_tokens * entering / n
                 state = max(state, int(self.weighs[method])) if len(later_ms) > 1 else 0
             entering = leaving
@@ -175,10 +182,10 @@ def _occurrences(latency: MixedLatency, timed: TimedSchedule, states: int) -> ND
     count, n = len(latency.models), int(latency.models[0].levels[-1])
     found = np.zeros(2 * count + states)
     entering, state = n, 0
-    for leaving, method in zip(timed.schedule.tokens(n), timed.methods, strict=True):
+    for block, (leaving, method) in enumerate(zip(timed.schedule.tokens(n), timed.methods, strict=True)):
         if entering < n:
             found[2 * count + state] += 1
-        if leaving < entering and method is not None:
+        if leaving < entering and method is not None and not latency.models[0].is_in_tail(block):
             found[method] += 1
             found[count + method] += entering / n
             state = max(state, int(latency.weighs[method])) if states > 1 else 0

@@ -100,6 +100,7 @@ def shallow_probes(
     seconds: float | None,
     limit: TimeLimit,
     verbose: bool,
+    tail: bool | None = None,
 ) -> Probes:
     """What the probes of the whole model would take, from probes of a copy with few blocks.
 
@@ -115,6 +116,7 @@ def shallow_probes(
         seconds: Time limit of the run; one round is completed in any case.
         limit: Of planning; its clock is used.
         verbose: Shows a progress bar on a terminal.
+        tail: As of `lightning_prune.patch`.
 
     Raises:
         UnsupportedModelError: If no such copy can be made.
@@ -122,7 +124,7 @@ def shallow_probes(
     shallow = shallow_copy(transformer)
     tried = shallow_schedules(shallow, methods, int(next(iter(latency.values())).levels[-1]))
     variants = {
-        f"{label} {number}": Variant(methods[label][0], schedule, tail=False)
+        f"{label} {number}": Variant(methods[label][0], schedule, tail=tail)
         for label, schedules in tried.items()
         for number, schedule in enumerate(schedules)
     }

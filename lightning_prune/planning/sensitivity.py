@@ -58,6 +58,7 @@ class Sensitivity:
         tokens: N.
         proxy: Says how outputs are compared; see `lightning_prune.profiling.output_kinds.choose_proxy`.
         grid: Rows and columns of the patches; None if they are not known.
+        tail: As of `lightning_prune.patch`. With the exact tail nothing is lost by what the last block removes.
 
     Attributes:
         blocks: The measured blocks, ascending.
@@ -86,8 +87,9 @@ class Sensitivity:
         tokens: int,
         proxy: str = "auto",
         grid: tuple[int, int] | None = None,
+        tail: bool | None = None,
     ) -> None:
-        self._transformer, self._reduction, self._n = transformer, reduction, tokens
+        self._transformer, self._reduction, self._n, self._tail = transformer, reduction, tokens, tail
         prefix = transformer.num_prefix_tokens
         fewest = tokens - reduction.max_removed(tokens, prefix)
         self.blocks = sorted(blocks)
@@ -128,7 +130,7 @@ class Sensitivity:
                 nothing = Schedule([0] * self._transformer.depth)
                 with (
                     replayed(self._transformer.blocks[:block], dense.of_blocks),
-                    PatchHandle(self._transformer, self._reduction, nothing) as handle,
+                    PatchHandle(self._transformer, self._reduction, nothing, tail=self._tail) as handle,
                 ):
                     for column, count in enumerate(self.counts[:-1]):
                         handle.update(Schedule.single(self._transformer.depth, block, self._n - count))
