@@ -151,6 +151,7 @@ def test_a_full_disk_at_the_end_is_an_error_after_the_table(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(styles.Figure, "savefig", fail)
+    monkeypatch.setenv("COLUMNS", "120")  # names of variants are not folded
     shown: list[Any] = []
     name = tmp_path / "profile.png"
     with pytest.raises(lp.FileWriteError, match=f"Cannot write {name}: No space left on device"):
