@@ -75,6 +75,25 @@ def test_a_latency_budget_is_met_and_used(speedup):
     assert used.timing == made.pruned
 
 
+@pytest.mark.parametrize("methods", ["topk", ["tome", "topk"]], ids=str)
+def test_the_exact_tail_is_part_of_what_is_predicted_and_timed(methods):
+    made = planned(methods=methods, objective=lp.LatencyBudget(speedup=1.5), tail=None)
+    assert made.met
+    assert made.schedule.removed[-1] == 0
+    assert made.pruned.ratio == pytest.approx(milliseconds(made.schedule, tail=True) / (DEPTH * N))
+    # The smallest count of the curve stands for the one token that the tail leaves.
+    smallest = made.profile.tokens[0]
+    assert abs(made.latency_ms - made.predicted_ms) <= 0.6 * (smallest - 1) + 0.02 * made.latency_ms
+    for candidate in made.front:
+        assert candidate.schedule.removed[-1] in (0, candidate.schedule.total_removed)
+    without = planned(methods=methods, objective=lp.LatencyBudget(speedup=1.5), tail=False)
+    assert made.total_removed < without.total_removed
+    assert made.pruned.ratio == pytest.approx(without.pruned.ratio, rel=0.1)
+    exact = [c for c in made.front if c.schedule.removed[-1]]
+    assert exact
+    assert all(c.cost < 1e-6 for c in exact)
+
+
 def test_accuracy_budgets_and_the_default_objective():
     strict, loose, default = (
         planned(methods="topk", objective=o) for o in (lp.AccuracyBudget(0), lp.AccuracyBudget(0.3), None)
