@@ -72,11 +72,12 @@ def modules(model: nn.Module) -> dict[str, nn.Module]:
         return copy.deepcopy(model, dict(weights))
 
     found: dict[str, nn.Module] = {"dense": model}
+    tail = lp.patching.has_exact_tail(lp.patching.find_vision_transformer(model))
     for method, removed in METHODS.items():
         found[method] = shared()
         lp.patch(found[method], method, lp.Schedule([removed.get(block, 0) for block in range(len(model.blocks))]))
     for name, removed in FLOORS.items():
-        found[name] = floor.Floor(shared(), removed).eval()
+        found[name] = floor.Floor(shared(), removed, tail).eval()
     return found
 
 

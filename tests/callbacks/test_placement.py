@@ -121,7 +121,7 @@ def test_a_transformer_is_pruned_and_restored_wherever_the_module_holds_it(place
     dense = say(network)
     trainable = [p.requires_grad for p in network.parameters()]
     keys = list(network.state_dict())
-    module, callback = Placed(network), brief(schedule=schedule)
+    module, callback = Placed(network), brief(schedule=schedule, objective=lp.LatencyBudget(speedup=1.2))
     trainer(callback).validate(module, loader(8), verbose=False)
     pruned = torch.cat(module.logits)
     assert not any(is_patched_module(part) for part in module.modules())

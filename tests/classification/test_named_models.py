@@ -136,6 +136,7 @@ def test_class_paths_with_from_pretrained(tmp_path: Path, tower: Any, form: Any)
     assert torch.equal(module(images), tower(images).pooler_output)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "form",
     [

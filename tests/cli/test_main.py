@@ -423,6 +423,7 @@ model:
 """
 
 
+@pytest.mark.long
 def test_overlay_adds_pruning_to_another_application(tmp_path: Path) -> None:
     (tmp_path / "app.py").write_text(APP)
     (tmp_path / "config.yaml").write_text(APP_CONFIG)

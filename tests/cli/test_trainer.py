@@ -17,16 +17,20 @@ from lightning_prune.cli.trainer import PruneTrainer
 from lightning_prune.profiling import DENSE
 
 
-@pytest.fixture(autouse=True)
-def clockwork(monkeypatch: pytest.MonkeyPatch) -> None:
+def set_clockwork(monkeypatch: pytest.MonkeyPatch, dense: float = 0.2) -> None:
     """1 ms per token, with a cliff of 60 ms below 108 tokens."""
 
     def seconds(alternative: Any) -> float:
         if isinstance(alternative, int):
             return (alternative + 60 * (alternative >= 108)) / 1e3
-        return 0.2 if alternative in ("dense", DENSE) else 0.1
+        return dense if alternative in ("dense", DENSE) else 0.1
 
     set_latency(monkeypatch, seconds)
+
+
+@pytest.fixture(autouse=True)
+def clockwork(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_clockwork(monkeypatch)
 
 
 def trainer(*callbacks: L.Callback, **options: Any) -> PruneTrainer:
@@ -86,7 +90,10 @@ def test_compare_writes_and_prints(tmp_path: Path, capsys: pytest.CaptureFixture
         assert words in printed
 
 
-def test_compare_prints_that_the_profile_is_stored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_compare_prints_that_the_profile_is_stored(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_clockwork(monkeypatch, dense=0.257)  # as the profile says, so that it still holds
     data, line = lp.DigitsData(batch_size=8), "The latency profile was measured 20"
     trainer(pruner(verbose=True)).compare(digits_module(), datamodule=data, output=str(tmp_path / "first"))
     assert line not in capsys.readouterr().out

@@ -145,6 +145,7 @@ class Counting(lp.ImageClassifier):
         super().validation_step(batch, batch_idx, dataloader_idx)
 
 
+@pytest.mark.long
 def test_an_interruption_loses_no_finished_row(module: Any, running: Any, tmp_path: Path) -> None:
     methods, speedups = ["pomt", "random", "int8"], [1.5]
     whole = run(module, running, tmp_path / "whole", methods, speedups)
@@ -177,6 +178,7 @@ def test_an_interruption_loses_no_finished_row(module: Any, running: Any, tmp_pa
     assert model.runs == 4
 
 
+@pytest.mark.long
 def test_another_question_begins_anew_and_loses_nothing(
     module: Any, running: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -45,9 +45,9 @@ def test_the_floor_of_a_schedule_does_what_the_model_does_on_as_many_tokens(prog
     for block in model.blocks:
         block.mlp.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
     with torch.inference_mode():
-        assert torch.equal(floor.floor_forward(model, images, {}), model(images))
+        assert torch.equal(floor.floor_forward(model, images, {}, tail=False), model(images))
         seen.clear()
-        floor.floor_forward(model, images, {3: 56, 5: 10})
+        floor.floor_forward(model, images, {3: 56, 5: 10}, tail=False)
     assert seen == [197] * 3 + [141] * 2 + [131] * 7
 
 
@@ -63,7 +63,7 @@ def test_the_floor_is_compiled_as_the_patched_model_is(program: Any, monkeypatch
     assert {name: value.data_ptr() for name, value in forwards["pruned"].state_dict().items()} == before
     with torch.inference_mode():
         assert torch.equal(forwards["dense"](images), model(images))
-        assert torch.equal(forwards["floor"](images), floor.floor_forward(model, images, {3: 56}))
+        assert torch.equal(forwards["floor"](images), floor.floor_forward(model, images, {3: 56}, tail=True))
         assert not torch.equal(forwards["pruned"](images), model(images))
 
 
@@ -145,6 +145,7 @@ def test_runtimes(program: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     assert (tmp_path / "curves.png").stat().st_size > 10_000
 
 
+@pytest.mark.long
 def test_deployment(program: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import timm
 

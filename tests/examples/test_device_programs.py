@@ -89,7 +89,7 @@ class TestGpu:
         with torch.no_grad(), lp.patch(tiny_vit(depth=2, num_classes=5), "tome", [2, 2]) as handle:
             images = noise_images(1)
             assert torch.equal(found["tome"](images), handle.transformer.root(images))
-            assert torch.equal(found["floor, one cut"](images), gpu.floor.floor_forward(model, images, one))
+            assert torch.equal(found["floor, one cut"](images), gpu.floor.floor_forward(model, images, one, tail=True))
 
     def test_a_table_can_be_written_of_any_rows(self, gpu: Any, tmp_path: Path, program: Any) -> None:
         rows = gpu.run_cases([gpu.Case("m", "fp32", 1, "eager")], "cpu", 1, 0.0, lambda found: None)

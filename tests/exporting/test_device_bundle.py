@@ -89,6 +89,7 @@ def run_without_torch(folder: Path) -> lp.LatencyProfile:
     return profile
 
 
+@pytest.mark.long
 def test_from_the_device_to_the_exported_model(small: Path, tmp_path: Path) -> None:
     """By the commands: measured without torch, planned here for there, exported, and run without torch."""
     check_files(small)

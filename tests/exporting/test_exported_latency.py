@@ -67,9 +67,9 @@ def test_none_is_accepted(model: Any) -> None:
 
 
 def test_the_report_says_both_times(tmp_path: Any) -> None:
-    plan = lp.Schedule([4], "topk")
+    plan = lp.Schedule([4, 0], "topk")
     options: dict[str, Any] = {"format": "torch-export", "graph": "auto", "rounds": 3}
-    report = lp.export(tiny_vit(depth=1, embed_dim=24), tmp_path / "out", IMAGES, plan=plan, **options)
+    report = lp.export(tiny_vit(depth=2, embed_dim=24), tmp_path / "out", IMAGES, plan=plan, **options)
     choice = report.graph_choice
     assert isinstance(choice, GraphChoice)
     assert report.graph == choice.form

@@ -110,6 +110,7 @@ def test_a_compiled_block_stays_compiled_and_is_split(
     torch.testing.assert_close(run(model, images), run(other, images), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.long
 def test_inductor(build: Any, images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch._inductor.config.cpp, "vec_isa_ok", True)  # compiles no programs to try the instructions
     model = build(depth=1)

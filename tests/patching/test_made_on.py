@@ -131,6 +131,7 @@ class TestKeepRates:
         ):
             handle.transformer.root(draw(size=28))
 
+    @pytest.mark.long
     def test_one_graph_for_all_sizes(self, build: Any, draw: Any) -> None:
         model = build("dynamic-size")
         torch._dynamo.reset()

@@ -142,6 +142,7 @@ class Encoder(nn.Module):
         return out
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "wrap", [lambda m: nn.Sequential(m, nn.ReLU()), Encoder, lambda m: torch.compile(m, backend="eager")]
 )

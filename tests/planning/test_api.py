@@ -662,6 +662,7 @@ def test_probes_are_as_many_as_are_counted_on():
     }
 
 
+@pytest.mark.long
 def test_a_runtime_is_applied_while_planning_and_undone(monkeypatch):
     """By a backend that takes no minutes: graphs of inductor are run in the tests of the runtimes."""
 

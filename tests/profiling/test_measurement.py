@@ -173,6 +173,7 @@ def test_context_sees_precision_and_compilation():
     assert profile.context["model"] == "VisionTransformer"
 
 
+@pytest.mark.long
 def test_a_compiled_model_is_profiled_compiled():
     """Otherwise the curve would be that of another program than the one that runs."""
     graphs = []

@@ -65,6 +65,7 @@ def test_a_threshold_of_zero_is_the_dense_model() -> None:
         assert torch.equal(model(batch), dense)
 
 
+@pytest.mark.long
 def test_padding_to_all_patches_compiles_and_exports() -> None:
     torch._dynamo.reset()  # of models of other tests it may have had enough
     model, batch = vit(), images()

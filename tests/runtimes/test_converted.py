@@ -414,6 +414,7 @@ def test_runtimes_are_immutable_and_equal_by_name() -> None:
     assert parse_runtime("onnxruntime:provider=CPUExecutionProvider").name == "onnxruntime"
 
 
+@pytest.mark.long
 def test_the_command_draws_the_curves_of_several_runtimes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from lightning_prune.callbacks import TokenPruning
     from lightning_prune.cli.trainer import PruneTrainer
@@ -462,6 +463,7 @@ class ScalesImages(nn.Module):
         return nn.functional.interpolate(images, size=(5, 5), mode="bicubic", antialias=self.antialias)
 
 
+@pytest.mark.long
 def test_what_openvino_computes_wrongly_is_refused() -> None:
     runtime = parse_runtime("openvino")
     images = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))

@@ -82,6 +82,7 @@ def test_blocks_of_one_shape_share_a_graph(counter: Any) -> None:
         assert counter.frame_count <= 4  # the reducing block, and those on 12 tokens
 
 
+@pytest.mark.long
 def test_every_count_has_a_graph_of_its_own(counter: Any) -> None:
     """None on symbols, which a deployed model would not have either."""
     model, images = tiny(), torch.randn(2, 3, 32, 32)
