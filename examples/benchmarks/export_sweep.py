@@ -50,7 +50,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {  # name -> model (of timm, i
     "torchvision ViT": ("torchvision vit_b_16", {}),
     "Hugging Face DINOv2": ("transformers Dinov2ForImageClassification", {}),
 }
-METHODS = ("pomt", "pomt-nearest", "topk", "evit", "tome", "shift", "random", "vwt-intra", "vwt-inter", "mixed")
+METHODS = ("pomt", "pomt-nearest", "topk", "evit", "tome", "pitome", "diffrate-merge", "soft-merge", "shift", "random")
+METHODS += ("resize", "vwt-intra", "vwt-inter", "mixed", "exact")
 FORMATS = ("torch-export", "onnx", "openvino")
 SLOW_FORMATS = ("aotinductor", "executorch")
 SLOW_CASES = [("DeiT", "pomt"), ("DeiT", "tome")]
@@ -95,16 +96,21 @@ def build(family: str) -> nn.Module:
 
 
 def patched(family: str, model: nn.Module, method: str) -> lp.PatchHandle:
-    """Patches a model by a method, in the blocks in which it usually reduces; `mixed` by one early and another late."""
+    """Patches a model by a method, in the blocks in which it usually reduces; `mixed` by one early and another late.
+
+    `exact` is the exact tail, which the others are exported without: it takes the place of what the last block removes.
+    """
     transformer = find_vision_transformer(model)
     first, depth = transformer.first_prunable_block, transformer.depth
     if method == "vwt-inter":
-        return lp.patch(model, VWTInter(words_of(family, model), threshold=0.5, pad_to="image"))
+        return lp.patch(model, VWTInter(words_of(family, model), threshold=0.5, pad_to="image"), tail=False)
+    if method in ("exact", "resize"):
+        return lp.patch(model, method, 0.7 if method == "resize" else None)
     if method == "mixed":
         removed = [0] * (depth - 2) + [4, 4]
         for index, pair in enumerate(MIXED):
             try:
-                return lp.patch(model, lp.Schedule(removed, [*[None] * (depth - 2), *pair]))
+                return lp.patch(model, lp.Schedule(removed, [*[None] * (depth - 2), *pair]), tail=False)
             except lp.UnsupportedModelError:
                 if index == len(MIXED) - 1:
                     raise
@@ -112,7 +118,7 @@ def patched(family: str, model: nn.Module, method: str) -> lp.PatchHandle:
     removed = [6 if each == block else 0 for each in range(depth)]
     if method == "tome":
         removed[-1] += 4
-    return lp.patch(model, method, lp.Schedule(removed))
+    return lp.patch(model, method, lp.Schedule(removed), tail=False)
 
 
 def words_of(family: str, model: nn.Module) -> lp.Vocabulary:
@@ -144,8 +150,10 @@ def measure(case: Case, models: dict[str, nn.Module]) -> Row:
     return {**found, "schedule": "" if schedule is None else describe(schedule)}
 
 
-def describe(schedule: lp.Schedule) -> str:
-    """A schedule in a cell: tokens removed by each block, `6 0`, or with several methods, `topk 4, tome 4`."""
+def describe(schedule: lp.Schedule | lp.KeepRates) -> str:
+    """A schedule in a cell: tokens removed by each block, `6 0`, `topk 4, tome 4` with several methods, or rates."""
+    if isinstance(schedule, lp.KeepRates):
+        return " ".join(f"{rate:.3g}" for rate in schedule.rates)
     methods = {block: str(spec) for block, spec in schedule.methods.items()}
     if len(set(methods.values())) < 2:
         return " ".join(map(str, schedule.removed))
@@ -266,6 +274,7 @@ def _number(reason: str, reasons: dict[str, int]) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--families", nargs="+", default=list(FAMILIES), choices=list(FAMILIES))
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--slow", nargs="*", default=list(SLOW_FORMATS), choices=list(SLOW_FORMATS))
     parser.add_argument("--seconds", type=float, default=float("inf"), help="no case is begun later")
     parser.add_argument("--markdown", action="store_true", help="run nothing; print the table of docs/runtimes.md")
@@ -275,7 +284,8 @@ def main() -> None:
         print(markdown(read_table(args.output)))
         return
     warnings.filterwarnings("ignore")
-    left = sweep(args.output, cases(args.families, args.slow), time.perf_counter() + args.seconds)
+    wanted = [case for case in cases(args.families, args.slow) if case.method in args.methods]
+    left = sweep(args.output, wanted, time.perf_counter() + args.seconds)
     print(f"{left} cases have no row yet." if left else "All cases have a row.")
 
 

@@ -44,7 +44,9 @@ def mixed(model: nn.Module) -> lp.PatchHandle:
     for early, late in PAIRS:
         methods = [early if block == first else late for block in range(depth)]
         try:
-            return lp.patch(model, lp.Schedule(removed, methods))
+            return lp.patch(
+                model, lp.Schedule(removed, methods), tail=False
+            )  # which would take the place of the second
         except lp.UnsupportedModelError as error:
             refused = error
     raise refused
