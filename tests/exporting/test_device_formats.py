@@ -33,7 +33,7 @@ def test_aotinductor_around_the_compiler(monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.setattr(
         aotinductor_format, "load_package", lambda path: lambda *tensors: [programs[path.read_bytes()](*tensors)]
     )
-    model, plan = tiny_vit(depth=1, noise=0.3), lp.Schedule([4], "tome")
+    model, plan = tiny_vit(depth=2, noise=0.3), lp.Schedule([4, 0], "tome")
     report = lp.export(model, tmp_path / "out", IMAGES, plan=plan, format="aotinductor", rounds=0)
     assert (report.model.name, report.model.read_bytes()) == ("model.pt2", b"package 0")
     assert report.operators["aten.linear.default"] > 0
@@ -75,8 +75,8 @@ def test_what_xnnpack_does_not_run_is_counted() -> None:
 @pytest.mark.slow
 def test_executorch_says_what_xnnpack_does_not_run(tmp_path: Path) -> None:
     pytest.importorskip("executorch")
-    model = tiny_vit(depth=1, noise=0.3)
-    report = lp.export(model, tmp_path / "out", IMAGES, plan=lp.Schedule([4], "topk"), format="executorch", rounds=2)
+    model = tiny_vit(depth=2, noise=0.3)
+    report = lp.export(model, tmp_path / "out", IMAGES, plan=lp.Schedule([4, 0], "topk"), format="executorch", rounds=2)
     assert report.in_runtime is not None
     assert report.in_runtime.elsewhere
     assert sum(report.in_runtime.elsewhere.values()) < sum(report.operators.values())

@@ -25,12 +25,12 @@ from lightning_prune.runtimes import parse_runtime
 
 IMAGES = noise_images(2)
 CALIBRATION = noise_images(12, seed=1)
-SCHEDULE = lp.Schedule([4], "topk")
+SCHEDULE = lp.Schedule([4, 0], "topk")
 
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    return tiny_vit(depth=1, embed_dim=24, noise=0.3)
+    return tiny_vit(depth=2, embed_dim=24, noise=0.3)
 
 
 def expected(model: Any) -> Tensor:
