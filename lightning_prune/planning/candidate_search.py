@@ -148,7 +148,11 @@ class CandidateSearch:
         eligible, dense_is_feasible = self._eligible(), self.objective.dense_is_feasible(self._dense_ms)
         if not eligible and not dense_is_feasible:
             return self._closest()
-        place = int(np.argmax(self._values([(t.candidate, t.source) for t in eligible])))
+        values = self._values([(t.candidate, t.source) for t in eligible])
+        best_value = max(values)
+        # Of equally good ones the slowest, which removes the fewest tokens.
+        ties = [place for place, value in enumerate(values[:-1]) if value == best_value]
+        place = max(ties, key=lambda place: eligible[place].timing.ratio, default=len(eligible))
         if place < len(eligible):
             best = eligible[place]
             return self._choice(

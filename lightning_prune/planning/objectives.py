@@ -197,7 +197,10 @@ class AccuracyBudget(Objective):
 
 @dataclass(frozen=True)
 class LatencyBudget(Objective):
-    """The most accurate candidate within a latency.
+    """The most accurate candidate within a latency; of those that lose nothing the one that removes the fewest tokens.
+
+    A proxy above that of the dense model counts as that: a model that agrees with the dense one more surely than it
+    does itself is not more accurate, and faster candidates would be chosen for their noise.
 
     Args:
         ms: Milliseconds that a batch may take at most.
@@ -260,13 +263,13 @@ class LatencyBudget(Objective):
         return self.ms / self._tail_ratio if self.ms is not None else dense_ms / float(self.speedup or 1)
 
     def score(self, milliseconds: Column, accuracy: Column) -> Column:
-        """The accuracy within the budget, -inf outside."""
+        """The accuracy within the budget, at most 1; -inf outside."""
         limit = self.limit_ms(milliseconds[-1]) * (1 + RATIO_TOLERANCE)
-        return np.where(milliseconds <= limit, accuracy, -np.inf)
+        return np.where(milliseconds <= limit, np.minimum(accuracy, 1.0), -np.inf)
 
     def score_feasible(self, milliseconds: Column, accuracy: Column) -> Column:
-        """The accuracy."""
-        return accuracy
+        """The accuracy, at most 1."""
+        return np.minimum(accuracy, 1.0)
 
     def infeasible_reason(self, milliseconds: Column) -> str | None:
         """Why no candidate is within the budget: the predicted latency of the fastest one."""

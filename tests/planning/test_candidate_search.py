@@ -7,7 +7,7 @@ import pytest
 
 import lightning_prune as lp
 from lightning_prune import Schedule
-from lightning_prune.planning.candidate_search import TUNING, CandidateSearch, Proposal, run_searches
+from lightning_prune.planning.candidate_search import TUNING, CandidateSearch, Proposal, TimedCandidate, run_searches
 from lightning_prune.planning.candidates import Candidate
 from lightning_prune.planning.latency_model import ReductionOverhead
 from lightning_prune.profiling import Estimate, LatencyStats
@@ -319,3 +319,15 @@ def test_a_source_without_gain_does_not_meet_the_budget_of_another():
     search = CandidateSearch(lp.LatencyBudget(speedup=1.5), [weak, fixed("one", 0.9)], 100.0)
     search.next_candidates(float("inf"))
     assert search.result().candidate.method == "one"
+
+
+def test_of_timed_candidates_that_lose_nothing_the_slowest_is_chosen():
+    fast, slow = fixed("fast", 1.02, ratio=0.3), fixed("slow", 1.0, ratio=0.6)
+    for sources in ([fast, slow], [slow, fast]):
+        search = CandidateSearch(lp.LatencyBudget(speedup=1.5), sources, 100.0)
+        dense = LatencyStats(100.0, 0.1, 1.0, 0.001, 9)
+        for source in sources:
+            candidate = source.propose(search.objective, 100.0, 0.0).candidate
+            own = LatencyStats(100 * candidate.ratio, 0.1, candidate.ratio, 0.001, 9)
+            search.observe(TimedCandidate(replace(candidate, timing=own), source, own, dense))
+        assert search.result().candidate.method == "slow"

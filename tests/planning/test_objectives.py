@@ -198,3 +198,11 @@ def test_whether_dense_keeps_to_a_budget():
     assert not LatencyBudget(speedup=1.2).dense_is_feasible(5.0)
     assert AccuracyBudget(0).dense_is_feasible(5.0)
     assert Utility(1.0).dense_is_feasible(5.0)
+
+
+def test_of_candidates_that_lose_nothing_a_latency_budget_takes_the_one_that_removes_the_fewest_tokens() -> None:
+    latency, accuracy = np.array([2.0, 4.0, 6.0, 10.0]), np.array([1.02, 1.001, 1.0, 1.0])
+    budget = LatencyBudget(speedup=1.5)
+    assert budget.best(latency, accuracy) == 2
+    assert budget.score_feasible(latency, accuracy).tolist() == [1.0] * 4
+    assert budget.best(latency, np.array([1.02, 0.999, 0.99, 1.0])) == 0
