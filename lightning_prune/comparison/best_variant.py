@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from math import inf, sqrt
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lightning_prune.comparison.planned_variants import PlannedVariant
 from lightning_prune.comparison.requests import INT8_NAME
@@ -64,18 +65,24 @@ def choose_best(rows: Sequence[Row], planned: Sequence[PlannedVariant], objectiv
         highest = accuracy
     values, doubtful = objective.score(latency, accuracy.copy()), objective.score(latency, highest.copy())
     if np.isfinite(values[:-1]).any() or (np.isfinite(values[-1]) and not np.isfinite(doubtful[:-1]).any()):
-        row = [*candidates, dense][int(len(values) - 1 - np.argmax(values[::-1]))]
+        row = [*candidates, dense][_best(values, accuracy)]
         if row is dense:
             return BestVariant(row.variant, f"No other variant is better than dense by {objective}.", True)
         reason = f"The best of {1 + len(candidates)} variants by {objective}: {_figures(row, dense)}."
         return BestVariant(row.variant, reason + _executed(row, planned), True)
     if np.isfinite(doubtful[:-1]).any():
-        row = candidates[int(np.argmax(doubtful[:-1]))]
+        row = candidates[_best(doubtful[:-1], accuracy[:-1])]
         reason = f"Within the 95% interval of its accuracy the best of {1 + len(candidates)} variants by {objective}"
         return BestVariant(row.variant, f"{reason}: {_figures(row, dense)}.{_executed(row, planned)}", True)
     row = min([dense, *candidates], key=lambda row: row.latency_ms or float("inf"))
     reason = f"No variant meets the {objective}. The fastest is {_figures(row, dense)}.{_executed(row, planned)}"
     return BestVariant(row.variant, reason, False)
+
+
+def _best(values: NDArray[np.float64], accuracy: NDArray[np.float64]) -> int:
+    """Index of the largest value; of equal ones the most accurate, and of these the last."""
+    ties = np.flatnonzero(values == values.max())[::-1]
+    return int(ties[np.argmax(accuracy[ties])])
 
 
 def _executed(row: Row, planned: Sequence[PlannedVariant]) -> str:
