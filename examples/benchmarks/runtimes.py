@@ -20,7 +20,8 @@ from tables import Row, context_of, print_table, write_table
 
 import lightning_prune as lp
 from lightning_prune._utils.time_limit import TimeLimit
-from lightning_prune.planning.latency_model import LatencyModel, fit_overhead
+from lightning_prune.planning.latency_model import LatencyModel
+from lightning_prune.planning.mixed_latency import fit_overhead
 from lightning_prune.planning.overhead_probes import schedules_to_probe, shallow_probes, uses_shallow_copy
 from lightning_prune.profiling import Workload
 from lightning_prune.profiling.clocks import CLOCKS
