@@ -98,6 +98,7 @@ CALLEES: dict[str, Callable[[], Callee]] = {
         settings(calibration=IMAGES),
         MODEL_PATH
         | {"runtime": {"None"}, "time_limit": {"None", "fraction"}, "objective": {"None"}, "profile": {"None"}}
+        | {"tail": {"None"}}
         | {"labels": {"None"}, "cache_dir": {"None", "text"}},
         {"methods": "methods?", "blocks": "blocks?"},
     ),

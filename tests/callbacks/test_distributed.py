@@ -36,6 +36,7 @@ def counted(found: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
     return found["counted"]
 
 
+@pytest.mark.long
 def test_only_rank_zero_measures_and_both_ranks_use_its_schedule(ranks: list[dict[str, Any]]) -> None:
     for name, what in (("planned", "plan_many"), ("given", "time_given")):
         first, second = (rank[name] for rank in ranks)

@@ -568,6 +568,7 @@ def test_paper_protocol_needs_labels() -> None:
         validated(pruner(protocol="paper"), data=DataLoader(noise_images(8, seed=1), batch_size=4))
 
 
+@pytest.mark.long
 def test_a_compiled_model_is_pruned_inside_its_compiled_graph() -> None:
     torch._dynamo.reset()
     module = Tiny()

@@ -241,6 +241,7 @@ def test_where_a_condition_is_unknown_nothing_is_resumed_and_that_is_said(
     assert model.runs == 6
 
 
+@pytest.mark.long
 def test_targets_of_one_schedule_are_validated_once(module: Any, running: Any, tmp_path: Path) -> None:
     model = module(Counting)
     found = run(model, running, tmp_path, ["random"], [1.5, 1.5004])
@@ -330,6 +331,7 @@ def test_energy_where_there_is_a_counter(
     assert found.plan.energy == "meter; the idle device draws 10.0 W"
 
 
+@pytest.mark.long
 def test_pictures_are_of_one_target_that_all_reach(module: Any, running: Any, tmp_path: Path) -> None:
     found = run(module, running, tmp_path, ["pomt", "random", "pomt+int8", "int8"], [1.25, 1.5, 3.0])
     assert list(found.traces) == ["pomt 3x", "random 3x"]

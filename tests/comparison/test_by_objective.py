@@ -56,6 +56,7 @@ class DenseOnly(Objective):
         return "dense only"
 
 
+@pytest.mark.long
 def test_the_objective_of_the_callback_and_the_papers_own_choice(module: Any, running: Any, tmp_path: Path) -> None:
     model = module()
     before = copy.deepcopy(model.state_dict())
@@ -106,6 +107,7 @@ def test_without_a_callback_the_defaults_are_compared(module: Any) -> None:
     assert trainer.callbacks == before
 
 
+@pytest.mark.long
 def test_methods_without_targets_are_planned_by_the_objective(module: Any, running: Any, tmp_path: Path) -> None:
     found = run(module, running, tmp_path, methods=["dense", "random", "topk"], objective=lp.LatencyBudget(speedup=1.5))
     assert [row.variant for row in found.rows] == ["dense", "random latency budget", "topk latency budget"]
@@ -161,6 +163,7 @@ def test_a_variant_that_is_not_faster_in_the_run_of_all_removes_nothing(
     assert len({row.top1 for row in found.rows}) == 1
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("schedule", "block", "removed"),
     [(60, "2", 60), ([10, 0, 20, 0], "0 2", 30), (0.5, "2", 98)],

@@ -30,6 +30,7 @@ METHODS = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("clockwork", "drawn")
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_the_command_of_the_issue(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -26,6 +26,7 @@ def without_time(plan: ComparisonPlan) -> list[str]:
     return [each.variant for each in plan.planned if each.note == NOT_PLANNED]
 
 
+@pytest.mark.long
 def test_several_methods_at_several_speedups_end_in_time(clocked_module: Any, running: Any) -> None:
     found, per_pass = planned(clocked_module(), running, 120.0, methods=METHODS, speedups=SPEEDUPS)
     assert found.plan.seconds <= 120 + 4 * per_pass * len(found.rows)

@@ -43,6 +43,7 @@ def stopped(*_: Any, **__: Any) -> Any:
     raise KeyboardInterrupt
 
 
+@pytest.mark.long
 def test_what_is_planned_before_an_interruption_is_not_planned_again(
     clocked_module: Any, running: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

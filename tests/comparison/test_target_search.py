@@ -25,6 +25,7 @@ def run(module: Any, running: Any, output: Path, messages: list[str], **more: An
     )
 
 
+@pytest.mark.long
 def test_auto_is_planned_validated_and_found_again(
     clocked_module: Any, running: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -407,6 +407,7 @@ def test_the_opset_that_is_asked_for_is_that_of_the_file(opset: int, tmp_path: P
     torch.testing.assert_close(found, model(CALIBRATION))
 
 
+@pytest.mark.long
 def test_weights_that_no_file_of_onnx_can_hold_are_in_a_second_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

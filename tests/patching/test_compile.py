@@ -60,6 +60,7 @@ def test_one_graph_with_blocks_that_cannot_be_split(build: Any, images: Tensor, 
     assert counter.frame_count == 1
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("wrapped", [True, False], ids=["wrapper", "in-place"])
 def test_a_model_that_was_compiled_and_ran_before(build: Any, images: Tensor, wrapped: bool) -> None:
     """Dense, patched, patched with another schedule, updated, dense: the matching graph runs each time."""

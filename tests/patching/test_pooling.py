@@ -129,6 +129,7 @@ def test_a_class_token_model_is_not_restored(build: Any, images: Tensor, leaving
         assert leaving(model, images) == (26, 21, 21, 21)
 
 
+@pytest.mark.long
 def test_compiles_and_exports(build: Any, images: Tensor) -> None:
     torch._dynamo.reset()  # of models of other tests it may have had enough
     model = build("pool-avg")

@@ -198,6 +198,7 @@ def test_tensors_without_a_storage(kind: str) -> None:
         torch.testing.assert_close(gradient, expected)
 
 
+@pytest.mark.long
 @torch.no_grad()
 def test_blocks_wrapped_by_compile() -> None:
     """`model.blocks[i] = torch.compile(block)` puts another module in its place; the block itself is patched."""

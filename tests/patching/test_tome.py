@@ -258,6 +258,7 @@ def test_both_schedules_run_to_the_last_token(build: Any, images: Tensor, leavin
             assert leaving(model, images)[-1] == 26 - remove
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["siglip", "dinov3", "beit-own-bias"])
 def test_compiles_as_a_whole(build: Any, name: str) -> None:
     """Tokens that are restored for pooling, a rotary embedding, a bias."""

@@ -143,6 +143,7 @@ def wave_benches():
     return found
 
 
+@pytest.mark.long
 def test_cliffs_of_waves_are_found_with_at_most_40_counts(wave_benches):
     missed = cliffs = 0
     for bench, exact in wave_benches:

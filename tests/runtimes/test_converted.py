@@ -433,6 +433,7 @@ def test_the_command_draws_the_curves_of_several_runtimes(tmp_path: Path, capsys
     assert not is_compiled(module)
 
 
+@pytest.mark.long
 def test_a_validation_runs_every_batch_in_the_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
     """18 images in batches of 8, the last of 2: none is run by PyTorch, so that the accuracy is that of the runtime."""
     import lightning as L

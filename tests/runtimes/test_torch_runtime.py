@@ -160,6 +160,7 @@ def test_blocks_of_a_classifier_are_compiled(counter: Any) -> None:
         lp.ImageClassifier("vit_digits_patch4_56", pretrained=False, runtime="torch.compile:mode=quickly")
 
 
+@pytest.mark.long
 def test_a_run_is_profiled_planned_and_validated_compiled(counter: Any) -> None:
     import lightning as L
 
