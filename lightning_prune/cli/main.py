@@ -63,7 +63,8 @@ class PruneCLI(LightningCLI):
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
         """The methods of the trainer that are commands, with the arguments that are not options.
 
-        The command alone that the command line begins with, if it does: the parser of each takes long to build.
+        The command alone that the command line begins with, if it does: the parser of each takes long to build. Static
+        in LightningCLI, which calls it on the object only; here it depends on the command line.
         """
         return dict.fromkeys(self._commands, _PASSED_BY_CODE)
 

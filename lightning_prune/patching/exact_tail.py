@@ -134,7 +134,8 @@ class TailRoot(PatchedModule):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "_prune_classes" in cls.__dict__:
-            # With the signature of the model's own, which exporters and trainers look at.
+            # With the signature of the model's own, which exporters and trainers look at. A type checker allows no
+            # assignment to a method; each patched class has one of its own.
             cls.forward = _with_signature(cls.forward, cls.__dict__["_prune_classes"][0].forward)  # type: ignore[method-assign]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

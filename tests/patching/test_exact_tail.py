@@ -390,7 +390,6 @@ def test_compiled_as_a_whole_and_exported(build: Any, images: Tensor) -> None:
     program = torch.export.export(model, (images,), strict=False)
     assert mlp_tokens(program.graph_module) == [26, 1]
     torch.testing.assert_close(program.module()(images), dense, rtol=1e-5, atol=1e-5)
-    assert ran(model) is not True or model(images) is not None
 
 
 @torch.no_grad()

@@ -120,4 +120,4 @@ def test_attributes() -> None:
     assert method != DiffRateMerge(False)
     assert method.settings() == {"proportional_attention": True}
     with pytest.raises(ArgumentError, match="`proportional_attention` must be True or False, got 3"):
-        DiffRateMerge(3)  # type: ignore[arg-type]
+        DiffRateMerge(3)  # type: ignore[arg-type] # wrong on purpose

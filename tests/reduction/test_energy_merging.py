@@ -104,4 +104,4 @@ def test_attributes() -> None:
     assert method != PiToMe(False)
     assert method.settings() == {"proportional_attention": True}
     with pytest.raises(ArgumentError, match="`proportional_attention` must be True or False, got 3"):
-        PiToMe(3)  # type: ignore[arg-type]
+        PiToMe(3)  # type: ignore[arg-type] # wrong on purpose
