@@ -4,7 +4,11 @@
 
 `DIR` holds the image folders `train/<class>/*` and `val/<class>/*`; if it does not, torchvision downloads CIFAR-10
 into it. The script writes the weights, and a JSON file with the figures and the settings. With `--checkpoints FOLDER`
-an interrupted run continues from the last checkpoint.
+an interrupted run continues from the last checkpoint. The second sitting, two further epochs on images of full size,
+was
+
+    python examples/train_cifar10.py --data DIR --weights examples/weights/vit_cifar_patch4_56.safetensors \
+        --stages 56:2 --rate 5e-4 --precision bf16-mixed
 
 Three things make this affordable. A small convolutional network is trained first and teaches the ViT: its class
 probabilities are soft targets, as in DeiT (arXiv 2012.12877), and its feature maps are targets for the tokens of two
@@ -162,24 +166,31 @@ def initialise_attention(attention: Any) -> None:
 class Cifar10Training(ImageClassifier):
     """`ImageClassifier` with an optimiser, a teacher, and images that grow from stage to stage."""
 
-    def __init__(self, teacher: Teacher, stages: tuple[Stage, ...], batches: int, rate: float) -> None:
-        super().__init__(CIFAR_MODEL, pretrained=False, model_kwargs={"dynamic_img_size": True})
+    def __init__(
+        self, teacher: Teacher, stages: tuple[Stage, ...], batches: int, rate: float, weights: Path | None = None
+    ) -> None:
+        super().__init__(CIFAR_MODEL, pretrained=False, weights=weights, model_kwargs={"dynamic_img_size": True})
         self.hparams.clear()  # the teacher is a module, which a checkpoint that is read without pickle cannot hold
         self.normalise, self.rate = Normalise(), rate
         self.ends = [round(batches * sum(stage.epochs for stage in stages[: i + 1])) for i in range(len(stages))]
         self.sides = [stage.side for stage in stages]
         self.teacher = teacher.eval().requires_grad_(False)
+        self.guides, self.tokens = nn.ModuleList(), dict[int, Tensor]()
+        if weights is None:
+            self.initialise()
+        self.correct: list[Tensor] = []
+
+    def initialise(self) -> None:
+        """Gives the ViT the values it starts from, and the layers that guide two of its blocks."""
         self.model.init_weights("jax")  # timm's default suits widths of 768; at 128 the branches start near zero
         with torch.no_grad():
             self.model.pos_embed[:, 1:] = 0.5 * build_sincos2d_pos_embed([14, 14], self.model.embed_dim)
             for block in self.model.blocks:
                 initialise_attention(block.attn)
         width = self.model.embed_dim
-        self.guides = nn.ModuleList(nn.Sequential(nn.LayerNorm(width), nn.Linear(width, size)) for size in CHANNELS)
-        self.tokens: dict[int, Tensor] = {}
+        self.guides.extend(nn.Sequential(nn.LayerNorm(width), nn.Linear(width, size)) for size in CHANNELS)
         for index in GUIDED:
             self.model.blocks[index].register_forward_hook(lambda _, __, x, index=index: self.tokens.update({index: x}))
-        self.correct: list[Tensor] = []
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         self.teacher.eval()
@@ -192,7 +203,8 @@ class Cifar10Training(ImageClassifier):
             target = (4 * self.teacher.classify(maps[1])).softmax(1)
         logits = self(resized(self.normalise(images), side))
         self.correct.append((logits.detach().argmax(1) == labels).float().mean())
-        guidance = sum(self.guidance_loss(*each) for each in zip(GUIDED, self.guides, maps, strict=True))
+        guided = zip(GUIDED, self.guides, maps, strict=True) if self.guides else ()
+        guidance = sum(self.guidance_loss(*each) for each in guided)
         return 0.5 * F.cross_entropy(logits, target) + 0.5 * F.cross_entropy(logits, labels) + guidance
 
     def guidance_loss(self, block: int, guide: nn.Module, target: Tensor) -> Tensor:
@@ -223,7 +235,7 @@ class Cifar10Training(ImageClassifier):
         matrices = [p for p in learning if p.ndim > 1 and p.shape[0] > 1]
         others = [p for p in learning if not (p.ndim > 1 and p.shape[0] > 1)]
         groups = [{"params": matrices, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
-        optimizer = torch.optim.AdamW(groups, lr=self.rate, fused=True)
+        optimizer = torch.optim.AdamW(groups, lr=self.rate)
         warm, drop_warmup, total = 200, round(STEADY * self.ends[-1]), self.ends[-1]
         rates = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: min((step + 1) / warm, 1.0, max(0.005, (total - step) / (total - drop_warmup)))
@@ -235,11 +247,12 @@ def resized(images: Tensor, side: int) -> Tensor:
     return F.interpolate(images, size=(side, side), mode="bicubic", antialias=True, align_corners=False)
 
 
-def trainer(checkpoints: Path | None, **kwargs: Any) -> L.Trainer:
+def trainer(checkpoints: Path | None, precision: Any, **kwargs: Any) -> L.Trainer:
     callbacks = [ModelCheckpoint(checkpoints, save_last=True, every_n_train_steps=200)] if checkpoints else []
     return L.Trainer(
-        max_epochs=-1, gradient_clip_val=1.0, callbacks=callbacks, enable_checkpointing=bool(callbacks),
-        logger=False, enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, **kwargs,
+        max_epochs=-1, precision=precision, gradient_clip_val=1.0, callbacks=callbacks, logger=False,
+        enable_checkpointing=bool(callbacks), enable_progress_bar=False, enable_model_summary=False,
+        num_sanity_val_steps=0, **kwargs,
     )  # fmt: skip
 
 
@@ -253,6 +266,8 @@ def main() -> None:
     parser.add_argument("--stages", nargs="+", default=[f"{s.side}:{s.epochs}" for s in STAGES], help="SIDE:EPOCHS")
     parser.add_argument("--teacher-epochs", type=int, default=TEACHER_EPOCHS)
     parser.add_argument("--rate", type=float, default=1e-3, help="the highest learning rate")
+    parser.add_argument("--weights", type=Path, help="train these weights further, without guidance of blocks")
+    parser.add_argument("--precision", default="32-true", help="of Lightning's Trainer, as bf16-mixed")
     args = parser.parse_args()
     stages = tuple(Stage(int(s), float(e)) for s, e in (each.split(":") for each in args.stages))
 
@@ -268,14 +283,14 @@ def main() -> None:
     if saved and saved.exists():
         teacher.load_state_dict(torch.load(saved, weights_only=True))
     else:
-        trainer(None, max_steps=args.teacher_epochs * len(loader)).fit(teacher, loader, validation)
+        trainer(None, args.precision, max_steps=args.teacher_epochs * len(loader)).fit(teacher, loader, validation)
         if saved:
             folder.mkdir(parents=True, exist_ok=True)
             torch.save(teacher.state_dict(), saved)
 
-    module = Cifar10Training(teacher, stages, len(loader), args.rate)
+    module = Cifar10Training(teacher, stages, len(loader), args.rate, args.weights)
     last = folder / "last.ckpt" if folder else None
-    run = trainer(folder, max_steps=module.ends[-1])
+    run = trainer(folder, args.precision, max_steps=module.ends[-1])
     run.fit(module, loader, validation, ckpt_path=last if last and last.exists() else None)
     (found,) = run.validate(module, validation, verbose=False)
 
@@ -286,6 +301,7 @@ def main() -> None:
         "model": CIFAR_MODEL, "held_out_top1": round(100 * found["val/top1"], 2),
         "held_out_loss": round(found["val/loss"], 4), "held_out_images": len(held_out), "train_images": len(train),
         "stages": [stage._asdict() for stage in stages], "teacher_epochs": args.teacher_epochs, "rate": args.rate,
+        "precision": args.precision, "continued_from": args.weights and args.weights.name,
         "minutes": round((time.monotonic() - started) / 60, 1), "device": str(run.strategy.root_device),
         "cores": torch.get_num_threads(), "torch": torch.__version__, "lightning": L.__version__,
         "timm": timm.__version__, "python": platform.python_version(),
