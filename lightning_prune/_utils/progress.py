@@ -8,16 +8,17 @@ from contextvars import ContextVar
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Column
 
 OnStep = Callable[[], None]
 
-SECONDS_BETWEEN_LINES = 15.0
+SECONDS_BETWEEN_LINES = 10.0
 
 
 class WorkProgress:
-    """What is being done, how long the whole has taken, and about how long it will take yet.
+    """What is being done and how far it is, how long the whole has taken, and about how long it will take yet.
 
-    On a terminal it is a bar, which disappears at the end. Elsewhere, as in a log, it is a line at most every 15
+    On a terminal it is a bar, which disappears at the end. Elsewhere, as in a log, it is a line at most every 10
     seconds. Both go to standard error, so that they do not mix with tables.
 
     Args:
@@ -30,8 +31,14 @@ class WorkProgress:
         self.whole = whole
         self._start = self._last_line = time.perf_counter()
         self._end: float | None = None
-        self._doing: list[str] = []
-        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[times]}"))
+        self._doing: list[str] = []  # parts of parts, the innermost last
+        self._details: list[str] = []  # of each of them
+        description = Column(ratio=1, no_wrap=True, overflow="ellipsis")  # gives way on a narrow terminal
+        columns = (
+            TextColumn("{task.description}", table_column=description),
+            BarColumn(20),
+            TextColumn("{task.fields[times]}"),
+        )
         on_terminal = enabled and sys.stderr.isatty()
         # What is printed meanwhile appears above the bar; where it goes to a file it stays in the file.
         self._bar = Progress(
@@ -39,6 +46,7 @@ class WorkProgress:
             console=Console(stderr=True),
             transient=True,
             disable=not on_terminal,
+            expand=True,
             redirect_stdout=sys.stdout.isatty(),
         )
         self._task = self._bar.add_task(whole, total=None, times="")
@@ -73,12 +81,23 @@ class WorkProgress:
             part: Its name.
         """
         self._doing.append(part)
+        self._details.append("")
         self.step()
         try:
             yield
         finally:
             self._doing.pop()
+            self._details.pop()
             self.step()
+
+    def note(self, detail: str) -> None:
+        """Says how far the innermost part of the work is; shown with the next step.
+
+        Args:
+            detail: Such as `3 of 12 blocks`.
+        """
+        if self._details:
+            self._details[-1] = detail
 
     @contextmanager
     def shown(self) -> Iterator[None]:
@@ -87,11 +106,20 @@ class WorkProgress:
             yield
 
     def _text(self) -> str:
-        return f"{self.whole}: {self._doing[-1]}" if self._doing else self.whole
+        """The whole and its parts down to the innermost; one that only repeats what it is part of is left out."""
+        named = [self.whole]
+        for part in self._doing:
+            if not named[-1].lower().startswith(part.lower()):
+                named.append(part)
+        detail = self._details[-1] if self._details else ""
+        return ": ".join(named) + (f", {detail}" if detail else "")
 
     def _times(self, now: float) -> str:
-        taken = f"{_duration(now - self._start)} taken"
-        return taken if self._end is None else f"{taken}, about {_duration(max(self._end - now, 0.0))} left"
+        taken = _duration(now - self._start)
+        if self._end is None:
+            return f"{taken} taken"
+        left = _duration(max(self._end - now, 0.0))
+        return f"{taken} of {_duration(self._end - self._start)} taken, about {left} left"
 
 
 def _duration(seconds: float) -> str:
@@ -107,7 +135,7 @@ def progress_bar(description: str, time_limit: float | None = None, enabled: boo
     """Shows the progress of some work, and yields a function to call after each step.
 
     Inside the context of another one, this work is a part of that: it has no bar of its own, but is named in the other
-    one, whose time limit is that of the whole.
+    one, whose time limit is that of the whole. `note_progress` says how far it is.
 
     Args:
         description: The work.
@@ -137,3 +165,14 @@ def expect_seconds(seconds: float | None) -> None:
     whole = _current.get()
     if whole is not None:
         whole.expect(seconds)
+
+
+def note_progress(detail: str) -> None:
+    """Says how far the innermost part of the work is, where its progress is shown.
+
+    Args:
+        detail: Such as `3 of 12 blocks`.
+    """
+    whole = _current.get()
+    if whole is not None:
+        whole.note(detail)

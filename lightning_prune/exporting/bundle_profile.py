@@ -33,7 +33,7 @@ FORMAT, VERSION = "lightning_prune.bundle", 1
 _CURVE_SHARE = 0.6  # of the time limit, where the overheads of methods are measured, too
 _PROBE_ROUNDS = 31
 _DENSE, _COPY = "dense", "copy"
-_SECONDS_BETWEEN_LINES = 15.0
+_SECONDS_BETWEEN_LINES = 10.0
 _INTERRUPTED = 130  # exit status
 
 

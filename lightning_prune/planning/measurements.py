@@ -185,7 +185,8 @@ class Measurements:
     def time_candidates(self, candidates: Sequence[Candidate]) -> Timings:
         """Times candidates and the dense model in one interleaved run."""
         variants = {str(number): c.variant._replace(tail=self.tail) for number, c in enumerate(candidates)}
-        timings = self._time(variants, TUNING.timing_share)
+        text = f"Timing {len(candidates)} candidate{'s' if len(candidates) > 1 else ''}"
+        timings = self._time(variants, TUNING.timing_share, text)
         return timings["dense"], {c.key: timings[str(number)] for number, c in enumerate(candidates)}
 
     def fronts(self, methods: Methods) -> list[Front]:
@@ -232,16 +233,18 @@ class Measurements:
             return [*fronts]
         return [*fronts, MixedFront(several, self.accuracy, self.limit.clock)]
 
-    def _time(self, variants: Mapping[str, Variant], share: float) -> dict[str, LatencyStats]:
-        timings = compare_latency(
-            self.model,
-            self.example_inputs,
-            {"dense": None, **variants},
-            time_limit=self.limit.share(share),
-            module_path=self.module_path,
-            verbose=self.verbose,
-            clock=self.limit.clock,
-        )
+    def _time(self, variants: Mapping[str, Variant], share: float, text: str) -> dict[str, LatencyStats]:
+        seconds = self.limit.share(share)
+        with progress_bar(text, seconds, self.verbose):
+            timings = compare_latency(
+                self.model,
+                self.example_inputs,
+                {"dense": None, **variants},
+                time_limit=seconds,
+                module_path=self.module_path,
+                verbose=self.verbose,
+                clock=self.limit.clock,
+            )
         self.dense, self.dense_ms = timings["dense"], timings["dense"].milliseconds
         return timings
 
@@ -322,7 +325,7 @@ class Measurements:
             for label, schedules in tried.items()
             for number, schedule in enumerate(schedules)
         }
-        timings = self._time(variants, TUNING.overhead_share)
+        timings = self._time(variants, TUNING.overhead_share, "Overhead of the methods")
         return {
             label: [(schedule, timings[f"{label} {number}"]) for number, schedule in enumerate(schedules)]
             for label, schedules in tried.items()
@@ -345,7 +348,7 @@ class Measurements:
         weight = next((p for p in transformer.root.parameters() if p.is_floating_point()), self.images)
         device = self.example_inputs.device
         dtype = self.images.dtype if torch.is_autocast_enabled(device.type) else weight.dtype
-        text = f"Sensitivity of the blocks to {', '.join(missing)}"
+        text = "Sensitivity of the blocks"
         seen, size = 0, self._first_images({label: methods[label] for label in missing}, deadline - began)
         with (
             ready_to_run(transformer),

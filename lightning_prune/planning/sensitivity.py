@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lightning_prune._utils.progress import OnStep
+from lightning_prune._utils.progress import OnStep, note_progress
 from lightning_prune.errors import DataError
 from lightning_prune.patching import PatchHandle, VisionTransformer
 from lightning_prune.planning.activation_cache import recorded, replayed
@@ -136,6 +136,8 @@ class Sensitivity:
                         handle.update(Schedule.single(self._transformer.depth, block, self._n - count))
                         pruned = family.output(self._transformer.run_eagerly(images)).cpu().double()
                         found[row, column] = self._kind.divergence(dense.outputs, pruned, self._scale)
+                        place = f"block {row + 1} of {len(self.blocks)}"
+                        note_progress(f"{self._reduction.name}, {place}, after {self.images} images")
                         on_step()
         if not np.isfinite(found).all():
             raise DataError(f"The model's outputs are not finite for some of {len(images)} calibration images.")

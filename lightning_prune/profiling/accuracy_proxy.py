@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_prune._utils.progress import note_progress
 from lightning_prune.errors import ArgumentError, DataError, UnsupportedModelError
 from lightning_prune.patching import VisionTransformer
 from lightning_prune.profiling.output_kinds import OUTPUT_KINDS, choose_proxy
@@ -179,6 +180,7 @@ class Proxy:
             for images in self._images.split(self._batch_size):
                 images = images.to(self._device, self._dtype)
                 collected.append(self._transformer.outputs(images).float().cpu())
+                note_progress(f"{sum(map(len, collected))} of {len(self._images)} images")
                 self._on_step()
         outputs = torch.cat(collected)
         if outputs.ndim != 2:

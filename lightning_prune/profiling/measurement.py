@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_prune._utils.device import between_runs
 from lightning_prune._utils.isolation import isolated, user_hooks
-from lightning_prune._utils.progress import progress_bar
+from lightning_prune._utils.progress import OnStep, note_progress, progress_bar
 from lightning_prune._utils.validation import as_int, check, check_bool, check_images, check_int
 from lightning_prune.errors import ArgumentError, ExportError
 from lightning_prune.patching import PatchHandle, VisionTransformer, find_vision_transformer
@@ -127,7 +127,8 @@ def profile_latency(
         with _switching_counts(transformer, example_inputs, reduction, index, n) as (prepare, run):
             timer = InterleavedTimer[int](prepare, run, between_runs(example_inputs.device), reference=n, clock=clock)
             build = profile_builder(reduction.name, index, depth, protocol)
-            profile = search_counts(timer, build, counts, lowest, n, time_limit, on_step, len(example_inputs), possible)
+            counted = _counting_runs(on_step)
+            profile = search_counts(timer, build, counts, lowest, n, time_limit, counted, len(example_inputs), possible)
         context = measurement_context(transformer.compiled_root, example_inputs, clock)
         context["method_settings"] = {key: repr(value) for key, value in reduction.settings().items()}
         context |= fault_context(example_inputs.device.type)
@@ -146,6 +147,7 @@ def compare_latency(
     module_path: str | None = None,
     verbose: bool = True,
     clock: str | Callable[[], float] = "wall",
+    min_rounds: int = LEAST_ROUNDS,
 ) -> dict[str, LatencyStats]:
     """Times variants of one model against each other in one interleaved run.
 
@@ -156,10 +158,11 @@ def compare_latency(
             must be None: ratios refer to it. The method is None for a schedule that names one for each block.
         rounds: Measurements of each variant, if time allows.
         runtime: What executes the model, as in `profile_latency`.
-        time_limit: Seconds, or None. Three rounds are completed even after the limit.
+        time_limit: Seconds, or None.
         module_path: Dotted path of the transformer in `model`.
         verbose: Shows a progress bar on a terminal.
         clock: What runs are timed by, as in `profile_latency`.
+        min_rounds: Rounds that are completed even after the limit; of fewer than three, no interval can be given.
 
     Returns:
         Name -> median milliseconds with spread, and the ratio to dense with its own.
@@ -182,6 +185,7 @@ def compare_latency(
     transformer = find_vision_transformer(model, module_path)
     check_measurable(transformer, example_inputs, time_limit)
     check_int("rounds", rounds, 1)
+    check_int("min_rounds", min_rounds, 1)
     check_bool("verbose", verbose)
     clock = read_clock(clock, example_inputs.device.type)
     check("variants", variants, "a mapping of names to variants", isinstance(variants, Mapping))
@@ -207,10 +211,35 @@ def compare_latency(
             clock=clock,
         )
         try:
-            timer.measure(variants, rounds, deadline, on_step, min_rounds=min(LEAST_ROUNDS, rounds))
+            # The runs of a round, and before all rounds as many that warm up.
+            counted = _counting_runs(on_step, len(chosen), rounds)
+            timer.measure(variants, rounds, deadline, counted, min_rounds=min(min_rounds, rounds))
         finally:
             switch.off()
     return {name: timer.result(name) for name in variants}
+
+
+def _counting_runs(on_step: OnStep, runs_per_round: int = 0, rounds: int = 0) -> OnStep:
+    """Counts the runs of a timer where the progress is shown: in rounds, where their number is known.
+
+    Args:
+        on_step: Called after every run.
+        runs_per_round: Runs of a round, and of the warm-up before all rounds; 0 where that is not known.
+        rounds: Number of rounds at most.
+    """
+    runs = 0
+
+    def counted() -> None:
+        nonlocal runs
+        runs += 1
+        if not runs_per_round:
+            note_progress(f"{runs} runs")
+        else:
+            number = min(runs // runs_per_round, rounds)
+            note_progress(f"round {number} of {rounds}" if number else "warming up")
+        on_step()
+
+    return counted
 
 
 @contextmanager
