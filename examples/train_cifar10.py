@@ -4,11 +4,11 @@
 
 `DIR` holds the image folders `train/<class>/*` and `val/<class>/*`; if it does not, torchvision downloads CIFAR-10
 into it. The script writes the weights, and a JSON file with the figures and the settings. With `--checkpoints FOLDER`
-an interrupted run continues from the last checkpoint. The second sitting, two further epochs on images of full size,
-was
+an interrupted run continues from the last checkpoint. With `--weights` given weights are trained further on the labels
+alone. The second sitting, on images of full size, was
 
     python examples/train_cifar10.py --data DIR --weights examples/weights/vit_cifar_patch4_56.safetensors \
-        --stages 56:2 --rate 5e-4 --precision bf16-mixed
+        --stages 56:1.75 --rate 5e-4 --precision bf16-mixed
 
 Three things make this affordable. A small convolutional network is trained first and teaches the ViT: its class
 probabilities are soft targets, as in DeiT (arXiv 2012.12877), and its feature maps are targets for the tokens of two
@@ -167,14 +167,14 @@ class Cifar10Training(ImageClassifier):
     """`ImageClassifier` with an optimiser, a teacher, and images that grow from stage to stage."""
 
     def __init__(
-        self, teacher: Teacher, stages: tuple[Stage, ...], batches: int, rate: float, weights: Path | None = None
+        self, teacher: Teacher | None, stages: tuple[Stage, ...], batches: int, rate: float, weights: Path | None
     ) -> None:
         super().__init__(CIFAR_MODEL, pretrained=False, weights=weights, model_kwargs={"dynamic_img_size": True})
         self.hparams.clear()  # the teacher is a module, which a checkpoint that is read without pickle cannot hold
         self.normalise, self.rate = Normalise(), rate
         self.ends = [round(batches * sum(stage.epochs for stage in stages[: i + 1])) for i in range(len(stages))]
         self.sides = [stage.side for stage in stages]
-        self.teacher = teacher.eval().requires_grad_(False)
+        self.teacher = None if teacher is None else teacher.eval().requires_grad_(False)
         self.guides, self.tokens = nn.ModuleList(), dict[int, Tensor]()
         if weights is None:
             self.initialise()
@@ -193,18 +193,20 @@ class Cifar10Training(ImageClassifier):
             self.model.blocks[index].register_forward_hook(lambda _, __, x, index=index: self.tokens.update({index: x}))
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        self.teacher.eval()
+        if self.teacher is not None:
+            self.teacher.eval()
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         images, labels = augmented(batch[0]), batch[1]
         side = next(side for side, end in zip(self.sides, self.ends, strict=True) if self.global_step < end)
+        logits = self(resized(self.normalise(images), side))
+        self.correct.append((logits.detach().argmax(1) == labels).float().mean())
+        if self.teacher is None:
+            return F.cross_entropy(logits, labels, label_smoothing=0.1)
         with torch.no_grad():
             maps = self.teacher.feature_maps(images)
             target = (4 * self.teacher.classify(maps[1])).softmax(1)
-        logits = self(resized(self.normalise(images), side))
-        self.correct.append((logits.detach().argmax(1) == labels).float().mean())
-        guided = zip(GUIDED, self.guides, maps, strict=True) if self.guides else ()
-        guidance = sum(self.guidance_loss(*each) for each in guided)
+        guidance = sum(self.guidance_loss(*each) for each in zip(GUIDED, self.guides, maps, strict=True))
         return 0.5 * F.cross_entropy(logits, target) + 0.5 * F.cross_entropy(logits, labels) + guidance
 
     def guidance_loss(self, block: int, guide: nn.Module, target: Tensor) -> Tensor:
@@ -256,6 +258,19 @@ def trainer(checkpoints: Path | None, precision: Any, **kwargs: Any) -> L.Traine
     )  # fmt: skip
 
 
+def trained_teacher(args: argparse.Namespace, loader: Any, validation: Any) -> Teacher:
+    """The teacher of an earlier run with the same checkpoints, or else a new one."""
+    teacher, saved = Teacher(args.teacher_epochs), args.checkpoints and args.checkpoints / "teacher.pt"
+    if saved and saved.exists():
+        teacher.load_state_dict(torch.load(saved, weights_only=True))
+        return teacher
+    trainer(None, args.precision, max_steps=args.teacher_epochs * len(loader)).fit(teacher, loader, validation)
+    if saved:
+        saved.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(teacher.state_dict(), saved)
+    return teacher
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="folder of CIFAR-10")
@@ -266,7 +281,7 @@ def main() -> None:
     parser.add_argument("--stages", nargs="+", default=[f"{s.side}:{s.epochs}" for s in STAGES], help="SIDE:EPOCHS")
     parser.add_argument("--teacher-epochs", type=int, default=TEACHER_EPOCHS)
     parser.add_argument("--rate", type=float, default=1e-3, help="the highest learning rate")
-    parser.add_argument("--weights", type=Path, help="train these weights further, without guidance of blocks")
+    parser.add_argument("--weights", type=Path, help="train these weights further, without a teacher")
     parser.add_argument("--precision", default="32-true", help="of Lightning's Trainer, as bf16-mixed")
     args = parser.parse_args()
     stages = tuple(Stage(int(s), float(e)) for s, e in (each.split(":") for each in args.stages))
@@ -278,16 +293,7 @@ def main() -> None:
     validation = DataLoader(held_out, batch_size=250)
     folder = args.checkpoints
 
-    teacher = Teacher(args.teacher_epochs)
-    saved = folder / "teacher.pt" if folder else None
-    if saved and saved.exists():
-        teacher.load_state_dict(torch.load(saved, weights_only=True))
-    else:
-        trainer(None, args.precision, max_steps=args.teacher_epochs * len(loader)).fit(teacher, loader, validation)
-        if saved:
-            folder.mkdir(parents=True, exist_ok=True)
-            torch.save(teacher.state_dict(), saved)
-
+    teacher = None if args.weights else trained_teacher(args, loader, validation)
     module = Cifar10Training(teacher, stages, len(loader), args.rate, args.weights)
     last = folder / "last.ckpt" if folder else None
     run = trainer(folder, args.precision, max_steps=module.ends[-1])
@@ -300,7 +306,8 @@ def main() -> None:
     about = {
         "model": CIFAR_MODEL, "held_out_top1": round(100 * found["val/top1"], 2),
         "held_out_loss": round(found["val/loss"], 4), "held_out_images": len(held_out), "train_images": len(train),
-        "stages": [stage._asdict() for stage in stages], "teacher_epochs": args.teacher_epochs, "rate": args.rate,
+        "stages": [stage._asdict() for stage in stages], "rate": args.rate,
+        "teacher_epochs": 0 if args.weights else args.teacher_epochs,
         "precision": args.precision, "continued_from": args.weights and args.weights.name,
         "minutes": round((time.monotonic() - started) / 60, 1), "device": str(run.strategy.root_device),
         "cores": torch.get_num_threads(), "torch": torch.__version__, "lightning": L.__version__,
