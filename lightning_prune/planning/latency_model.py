@@ -1,6 +1,6 @@
 """Predicted latency of any schedule, from one latency curve and the overhead of each reducing block."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,10 +19,12 @@ class LatencyModelTuning:
     """Constants of the latency model.
 
     Attributes:
-        max_levels: Token counts of a curve that are searched: the time of the search grows with their square.
+        max_levels: Token counts that are searched: the time of the search grows with their square.
+        max_needed: Of the counts that a method needs, the largest so many are among them.
     """
 
     max_levels: int = 40
+    max_needed: int = 12
 
 
 TUNING = LatencyModelTuning()
@@ -93,11 +95,11 @@ class LatencyModel:
         Args:
             profile: The curve.
             attention_share: Share of a block's latency before its reduction.
-            levels: Counts to keep; all if None.
+            levels: Counts to keep, also ones between those of the curve; all of the curve if None.
             overhead: Of the method that is planned for.
         """
         tokens = np.array(profile.tokens if levels is None else sorted({*levels, profile.dense_tokens}))
-        milliseconds = np.array([profile.latency_ms(int(count)) for count in tokens])
+        milliseconds = np.interp(tokens, profile.tokens, profile.milliseconds)
         # Blocks that run on the count: all, or those after the reducing block and its MLP.
         blocks = profile.depth if removes_before_blocks(profile) else profile.depth - profile.block - attention_share
         saved = (milliseconds - profile.dense_ms) / blocks
@@ -169,25 +171,37 @@ def removes_before_blocks(profile: LatencyProfile) -> bool:
     return profile.method == "random" and profile.block == 0
 
 
-def token_levels(profile: LatencyProfile) -> list[int]:
-    """The token counts of a curve that are searched, ascending, N last.
+def token_levels(profile: LatencyProfile, needed: Iterable[int] = ()) -> list[int]:
+    """The token counts that are searched, ascending, N last: those of a curve.
 
     Of more than 40 counts, the lower edges of the cliffs and an even selection of the others. If the device gains
     nothing, N alone.
 
     Args:
         profile: The latency curve.
+        needed: Counts that a method can leave where it can leave few, such as those of the grids of `resize`. They are
+            searched, too: hardly any of them is one that the curve was measured at, and between those it is linear.
+
+    Example:
+        >>> from lightning_prune import LatencyProfile
+        >>> from lightning_prune.planning.latency_model import token_levels
+        >>> curve = LatencyProfile((96, 160, 197), (5.0, 8.0, 10.0), (0.01,) * 3, (9,) * 3, "random", 0, 12)
+        >>> token_levels(curve), token_levels(curve, [65, 145, 170])
+        ([96, 160, 197], [96, 145, 160, 170, 197])
     """
     if not any(profile.is_faster_than_dense(count) for count in profile.tokens):
         return [profile.dense_tokens]
-    if len(profile.tokens) <= TUNING.max_levels:
-        return list(profile.tokens)
+    measured = profile.tokens
+    between = sorted({count for count in needed if measured[0] < count < measured[-1]} - {*measured})
+    between = between[-TUNING.max_needed :]
+    if len(measured) + len(between) <= TUNING.max_levels:
+        return sorted([*measured, *between])
     cliffs = sorted(profile.cliffs(), key=profile.step_excess, reverse=True)[: TUNING.max_levels // 2]
     edges = {profile.tokens[0], profile.dense_tokens, *(cliff.below for cliff in cliffs)}
-    others = [count for count in profile.tokens if count not in edges]
-    kept = min(TUNING.max_levels - len(edges), len(others))
+    others = [count for count in measured if count not in edges]
+    kept = max(min(TUNING.max_levels - len(edges) - len(between), len(others)), 0)
     places = np.linspace(0, len(others) - 1, kept).round().astype(int)
-    return sorted(edges | {others[place] for place in places})
+    return sorted(edges | {others[place] for place in places} | {*between})
 
 
 def budget_tolerance(timing: LatencyStats, largest: float) -> float:

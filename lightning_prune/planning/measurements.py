@@ -203,7 +203,9 @@ class Measurements:
         except ArgumentError:  # such as a quantized block, whose weights cannot be read
             workload = Workload.plain(len(self.example_inputs))
         share = attention_share(workload, self.profile.dense_tokens)
-        latency = LatencyModel.from_profile(self.profile, share, token_levels(self.profile))
+        latency = LatencyModel.from_profile(
+            self.profile, share, token_levels(self.profile, self._needed_counts(methods))
+        )
         if self.tail is not False and has_exact_tail(self.transformer):
             latency = replace(latency, tail_share=1 - share)
         levels = [int(level) for level in latency.levels]
@@ -289,6 +291,12 @@ class Measurements:
                 break
             kept[label] = reduction, blocks
         return kept
+
+    def _needed_counts(self, methods: Methods) -> set[int]:
+        """The counts that methods can leave, of those methods that can leave some counts only."""
+        n, prefix = self.profile.dense_tokens, self.transformer.num_prefix_tokens
+        grid = self.transformer.grid(self.example_inputs)
+        return {c for reduction, _ in methods.values() for c in reduction.possible_counts(n, prefix, grid) or ()}
 
     @property
     def _probes_shallow(self) -> bool:

@@ -24,6 +24,15 @@ def test_sensitivities_are_of_grids() -> None:
     assert other.counts == [4, 9, 12, N]
 
 
+def test_grids_are_planned_on_a_curve_that_was_measured_at_other_counts(clock):  # noqa: F811
+    counts = (2, 4, 9, 12, N)
+    curve = lp.LatencyProfile(
+        counts, tuple(DEPTH * float(c) for c in counts), (1e-3,) * 5, (9,) * 5, "random", 0, DEPTH
+    )
+    plan = planned(methods=["resize"], objective=lp.LatencyBudget(speedup=1.2), profile=curve)
+    assert plan.schedule.tokens(N)[0] == 13
+
+
 def test_probes_are_grids() -> None:
     for schedule in probe_schedules(Resize(), N, 1, [0], DEPTH):
         assert schedule.tokens(N)[0] in POSSIBLE
