@@ -24,7 +24,7 @@ help: ## Show the targets
 	@printf '  PYTHON=... chooses the interpreter for %s (make clean first), ARGS=... goes to pytest.\n' '$(VENV)'
 
 demo: $(INSTALLED) ## Prune the embedded digits model on this device and compare it with the dense one
-	$(BIN)/lightning-prune compare --config configs/digits.yaml --output results/digits
+	$(BIN)/lightning-prune compare --config configs/digits.yaml --controls false --output results/digits
 
 test: $(INSTALLED_DEV) ## Run the tests, a process for each core (ARGS="-k schedule -n 0" goes to pytest)
 	$(BIN)/pytest -n auto --dist loadfile $(ARGS)

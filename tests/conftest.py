@@ -30,6 +30,21 @@ def _few_rounds(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
         set_few_rounds(monkeypatch)
 
 
+@pytest.fixture
+def with_controls() -> None:
+    """For tests of the rows that comparisons add; the rows of all others are those that the test names."""
+
+
+@pytest.fixture(autouse=True)
+def _no_controls(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No rows but those that a test names, except where the added ones are tested."""
+    of_comparisons = {"callbacks", "classification", "cli", "comparison", "profiling"} & set(request.path.parts)
+    if of_comparisons and "with_controls" not in request.fixturenames:
+        from lightning_prune.comparison import requests
+
+        monkeypatch.setattr(requests, "CONTROLS", ())
+
+
 PIXEL = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
 )

@@ -58,7 +58,7 @@ def plans(names: Names, tokens: list[int]) -> None:
 def compares(names: Names, tokens: list[int]) -> None:
     rows = names["results"].rows
     assert rows[0].variant == "dense"
-    assert {row.method for row in rows[1:]} <= {"tome", "random"}
+    assert {row.method for row in rows[1:]} <= {"tome", "random", "resize"}
     assert (Path("results") / "methods" / "report.html").exists()
 
 

@@ -123,6 +123,7 @@ class PruneTrainer(L.Trainer):
         runtimes: list[str] | None = None,
         resume: bool = True,
         per_class: bool = False,
+        controls: bool = True,
     ) -> Comparison:
         """Validate dense and pruned in one run; writes tables, schedules, plots and report.html.
 
@@ -142,13 +143,15 @@ class PruneTrainer(L.Trainer):
                 in that of the pruner if not given.
             resume: Whether to go on from what was finished before.
             per_class: Whether to say the change of each class, too, and the worst of each variant.
+            controls: Whether random and resize, which methods are to beat, are planned likewise and added.
 
         Raises:
             ArgumentError: If `output` cannot be written to, a method is not known, or a speed-up is not above 1.
             DataError: If there is nothing to validate on.
             UnsupportedModelError: If none of the methods can be used with the model.
         """
-        command = self.command or f"trainer.compare(methods={methods}, speedups={speedups}, runtimes={runtimes})"
+        typed = f"methods={methods}, speedups={speedups}, runtimes={runtimes}{'' if controls else ', controls=False'}"
+        command = self.command or f"trainer.compare({typed})"
         data = dataloaders if datamodule is None else datamodule
         settings = {**self.settings}
         if isinstance(datamodule, ImageFolderData):
@@ -166,6 +169,7 @@ class PruneTrainer(L.Trainer):
             command=command,
             settings=settings,
             on_results=_print_comparison,
+            controls=controls,
         )
         self.budget_missed = found.best is not None and not found.best.met
         if self.is_global_zero:

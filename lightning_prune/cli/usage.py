@@ -39,6 +39,7 @@ _OPTIONS = {
     "--speedups NUMBER ...": "target speed-ups; without them, methods are planned by the objective (compare)",
     "--runtimes NAME ...": "what executes the model, such as torch torch.compile:mode=blocks (compare)",
     "--per-class": "the change of each class, too, and the worst of each variant (compare)",
+    "--controls false": "without random and resize, which methods are to beat (compare)",
     "--resume false": "start again instead of resuming from the output folder (compare)",
     "--trainer.KEY VALUE": "any option of lightning.Trainer: accelerator, precision, devices, ...",
     "--print_config": "print the configuration and stop",

@@ -8,7 +8,7 @@ from math import isfinite
 from lightning_prune.errors import ArgumentError
 
 _LISTS = ("--methods", "--speedups", "--runtimes")
-_FLAGS = ("--per_class", "--resume", "--overwrite")  # a value may follow; alone they are true
+_FLAGS = ("--per_class", "--controls", "--resume", "--overwrite")  # a value may follow; alone they are true
 _MAX_PLAIN_DROP = 0.1  # shares of accuracy from here on are taken for percentages whose sign was forgotten
 _NUMBER = r"(\d+\.?\d*(?:e[+-]?\d+)?|\.\d+)"
 

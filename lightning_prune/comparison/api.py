@@ -66,12 +66,17 @@ def compare(
     on_message: Callable[[str], None] | None = None,
     on_results: Callable[[Comparison], None] | None = None,
     clock: str | Callable[[], float] | None = None,
+    controls: bool = True,
 ) -> Comparison:
     """Validates the module dense and pruned, with everything else alike.
 
     All variants are timed in one interleaved run and validated one after another. Each method is planned for every
     target speed-up or, without `speedups`, by the objective. Without `methods` the method of the trainer's
     `TokenPruning` is compared with the POMT paper's own choice; if that callback has a schedule, it is a variant, too.
+
+    Where schedules are planned, `random` and `resize` are planned likewise, after the methods, which have to beat them.
+    One that the model does not support is left out, and a message says so. As the best variant one is chosen only if it
+    is named among `methods`.
 
     The `time_limit` of the settings is that of planning and timing all variants together; validation, windows in which
     energy is measured and the paper's protocol are not part of it. What is left is divided among what is still to do. A
@@ -110,6 +115,7 @@ def compare(
             where they cannot be written.
         clock: What latencies are timed by: `"wall"`, `"cpu"` (CPU time of this process, at one thread), or a function;
             that of the trainer's `TokenPruning` if None. The time limit is wall time.
+        controls: Whether `random` and `resize` are added.
 
     Returns:
         The rows, and what they were made from.
@@ -134,6 +140,7 @@ def compare(
         check(name, function, "a function or None", function is None or callable(function))
     check_bool("resume", resume)
     check_bool("per_class", per_class)
+    check_bool("controls", controls)
     if clock is not None:
         read_clock(clock)
     check("settings", settings, "a mapping or None", settings is None or isinstance(settings, Mapping))
@@ -145,7 +152,7 @@ def compare(
     valid = objective is None or isinstance(objective, Objective)
     check("objective", objective, "an Objective such as AccuracyBudget(0.005), or None", valid)
     goal = config.effective_objective if objective is None else objective
-    requests = in_runtimes(read_requests(config, methods, speedups, goal), used)
+    requests = in_runtimes(read_requests(config, methods, speedups, goal, controls), used)
     targets = [] if speedups is None else check_speedups(speedups)
     with nullcontext() if output is None else output_folder(output, {"plan.json": "a plan"}) as folder:
         if folder is not None:
@@ -192,10 +199,12 @@ def compare(
         rows = tuple(row_of(planned, plan, results, loader.note, classes) for planned in plan.planned)
         is_stated = objective is not None or config.objective is not None
         is_by_objective = is_stated or any(request.objective is not None for request in requests)
+        added = {request.name for request in requests if request.is_control}
+        named = [planned for planned in plan.planned if planned.request not in added]
         found = Comparison(
             rows=rows,
             plan=plan,
-            best=choose_best(rows, plan.planned, goal) if is_by_objective else None,
+            best=choose_best(rows, named, goal) if is_by_objective else None,
             config={**_plain_config(asked, goal, trainer), "per_class": per_class, **(settings or {})},
             command=command,
             pictures=setup.pictures,

@@ -74,7 +74,8 @@ class ComparisonPlanner:
         self.curves: dict[Runtime, CachedProfile] = {}
         self.fronts: dict[Runtime, AutoFront] = {}
         self.least = LeastTimes(first.transformer, first.images, limit.clock)
-        self.groups = objective_groups(settings.config, settings.requests)
+        self.requests = list(settings.requests)
+        self.groups = objective_groups(settings.config, self.requests)
 
     def plan(self) -> ComparisonPlan:
         """Plans and times the variants.
@@ -120,7 +121,7 @@ class ComparisonPlanner:
         with ready_to_run(transformer):
             planned, unreached = self._time_all()
             seconds = self.limit.elapsed
-            requests = {request.name: request for request in settings.requests}
+            requests = {request.name: request for request in self.requests}
             expect_seconds(None)
             planned = with_model_costs(transformer, images, planned, requests)
             planned, energy = with_energy(transformer, images, planned, requests, settings.config.verbose)
@@ -141,27 +142,45 @@ class ComparisonPlanner:
         """Which requests can be used with this model."""
         config, images = self.settings.config, self.first.images
         block = 0.25 if config.block == "auto" else config.block
+        grid = self.first.transformer.grid(images)
+        self._drop_controls(block, grid)
         by_objective = {request.name for group in self.groups for request in group.requests}
         known = {*self.fixed, *by_objective}
-        requests = [request for request in self.settings.requests if not request.is_dense]
+        requests = [request for request in self.requests if not request.is_dense]
         searched = [request for request in requests if request.name not in known]
-        grid = self.first.transformer.grid(self.first.images)
         self.methods = {r.name: ComparedMethod(self.first.transformer, r, self.tokens, block, grid) for r in searched}
         self.unusable = {name: method.unsupported_reason(images) for name, method in self.methods.items()}
         self.usable = [request for request in searched if self.unusable[request.name] is None]
-        if not self.usable and not known:
-            reasons = "; ".join(f"{name}: {reason}" for name, reason in self.unusable.items())
+        if not known and all(request.is_control for request in self.usable):
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in self.unusable.items() if reason is not None)
             raise UnsupportedModelError(f"None of the methods can be used with this model. {reasons}")
+
+    def _drop_controls(self, block: int | float, grid: tuple[int, int] | None) -> None:
+        """Leaves out the controls that the model does not support, and says so."""
+        transformer, images = self.first.transformer, self.first.images
+        controls = [request for request in self.requests if request.is_control]
+        methods = {r.name: ComparedMethod(transformer, r, self.tokens, block, grid) for r in controls}
+        found = {name: method.unsupported_reason(images) for name, method in methods.items()}
+        reasons = {name: reason for name, reason in found.items() if reason is not None}
+        if not reasons:
+            return
+        self.requests = [request for request in self.requests if request.name not in reasons]
+        self.groups = objective_groups(self.settings.config, self.requests)
+        listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        self.on_message(f"Controls that this model does not support are left out. {listed}")
 
     def _weights(self) -> dict[str, float]:
         """The tasks after the latency curve."""
         weights = {}
         for group in self.groups:
             further = len(group.config.methods) + len(group.requests) - 2
-            weights[group.name] = SHARES.method + SHARES.further * further
+            is_control = all(request.is_control for request in group.requests)
+            weights[group.name] = SHARES.control if is_control else SHARES.method + SHARES.further * further
         for request in self.usable:
             if request.has_targets:
-                weights[request.name] = SHARES.method + SHARES.further * max(len(request.searched) - 1, 0)
+                further = max(len(request.searched) - 1, 0)
+                own = SHARES.control if request.is_control else SHARES.method
+                weights[request.name] = own + SHARES.further * further
         return {**weights, "final": SHARES.method + SHARES.variant * self._expected_variants()}
 
     def _expected_variants(self) -> int:
@@ -311,7 +330,7 @@ class ComparisonPlanner:
 
     def _time_all(self) -> tuple[list[PlannedVariant], list[UnreachedTarget]]:
         """Times all variants in one interleaved run, in which targets that are missed move to other amounts."""
-        requests, config = {request.name: request for request in self.settings.requests}, self.settings.config
+        requests, config = {request.name: request for request in self.requests}, self.settings.config
         others = [Variant(runtime=request.runtime) for request in requests.values() if request.is_dense]
         others += [self.methods[r.name].variant() for r in self.usable if not r.has_targets]
         others += [variant_of(planned, requests[name]) for name, planned in self.fixed.items()]
@@ -336,7 +355,7 @@ class ComparisonPlanner:
             note = "; ".join(filter(None, notes))
             found.append(replace(planned, timing=timing, speedup_vs_eager=against_eager, note=note))
 
-        for request in self.settings.requests:
+        for request in self.requests:
             name, runtime, dense = request.name, request.runtime.name, Variant(runtime=request.runtime)
             if request.is_dense:
                 add(PlannedVariant(name, name, runtime=runtime), dense, dense)

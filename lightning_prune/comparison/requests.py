@@ -19,6 +19,7 @@ from lightning_prune.runtimes import Runtime, TorchEager, parse_runtime
 from lightning_prune.schedule import ScheduleLike
 
 DENSE_NAME, INT8_NAME, AUTO_NAME = "dense", "int8", "auto"
+CONTROLS = ("random", "resize")  # what a method has to beat to be worth anything
 _AND_INT8 = "+int8"
 
 
@@ -38,6 +39,7 @@ class VariantRequest(NamedTuple):
         suffix: The end of its name that says the runtime; empty where there is one runtime only.
         exact: Whether it is the dense model with the exact tail.
         tail: As of `lightning_prune.patch`, for whatever removes tokens.
+        is_control: Whether nobody named it: it is there for the others to be judged by.
     """
 
     name: str
@@ -51,6 +53,7 @@ class VariantRequest(NamedTuple):
     suffix: str = ""
     exact: bool = False
     tail: bool | None = None
+    is_control: bool = False
 
     @property
     def stem(self) -> str:
@@ -133,44 +136,50 @@ def read_requests(
     methods: Sequence[str | Reduction] | None,
     speedups: Sequence[float] | None,
     objective: Objective,
+    controls: bool = False,
 ) -> list[VariantRequest]:
     """What a comparison consists of, dense first.
 
     Each method is planned for every target speed-up or, without `speedups`, by the objective. Without `methods` it is
     the method of the config. Without either, the POMT paper's own choice (its utility, alpha 0.5) is added, or a given
-    schedule is the only variant.
+    schedule is the only variant. Controls are planned as the methods are, and stand after them.
 
     Args:
         config: Method, schedule and objective; its own reduction is meant by its name among `methods`.
         methods: Reductions and names: of reductions, `auto`, `dense`, `exact`, `int8`, and the others with `+int8`.
         speedups: The targets; None if there are none.
         objective: Plans the schedules where there are no targets.
+        controls: Whether `controls_for` are added.
 
     Raises:
         ArgumentError: If there is no such method, one occurs twice, none is left to compare with dense, or a method in
             8 bits has no targets.
     """
     is_given = config.schedule != "auto"
+    own = config.method if isinstance(config.method, Reduction) else None
     check("protocol", config.protocol, "'deployed' with `speedups`", speedups is None or config.protocol == "deployed")
     if methods is not None:
-        requests = read_methods(methods, config.method if isinstance(config.method, Reduction) else None)
+        requests = read_methods(methods, own)
     elif is_given and speedups is None:
         requests = [VariantRequest(DENSE_NAME, None, False)]
     else:
         requests = read_methods([config.method], None)
+    added = controls_for(requests, own) if controls else []
     if speedups is None:
         for request in requests:
             valid = not (request.has_targets and request.int8)
             check("speedups", speedups, f"given for {request.name}, which is not planned by an objective", valid)
         requests = [request.planned_by(objective) if request.has_targets else request for request in requests]
+        added = [control.planned_by(objective) for control in added]
     if methods is None and speedups is None and not is_given and not config.is_adaptive:
         paper = VariantRequest(POMT.name, POMT(), False).planned_by(Utility(0.5))
         if not any((each.reduction, each.objective) == (paper.reduction, paper.objective) for each in requests):
             requests.insert(1, paper)
     if is_given:
-        own, label = None if config.is_mixed else config.reduction, config.label
+        reduction, label = None if config.is_mixed else config.reduction, config.label
         given = cast(Any, config.schedule)
-        requests.append(VariantRequest(f"{label} given", own, False, schedule=given, label=label))
+        requests.append(VariantRequest(f"{label} given", reduction, False, schedule=given, label=label))
+    requests += added
     names = [request.name for request in requests]
     return [
         request._replace(
@@ -179,6 +188,33 @@ def read_requests(
         )
         for request in requests
     ]
+
+
+def controls_for(requests: Sequence[VariantRequest], own: Reduction | None) -> list[VariantRequest]:
+    """The controls that are missing among methods whose schedules are planned; none where nothing is planned.
+
+    A schedule that was given, or that the images decide, has neither targets nor an objective, which a control could be
+    planned by.
+
+    Args:
+        requests: The methods.
+        own: The reduction that its name means, with its settings.
+
+    Returns:
+        In 8 bits only if all those methods are.
+
+    Example:
+        >>> from lightning_prune.comparison.requests import controls_for, read_methods
+        >>> [request.name for request in controls_for(read_methods(["tome", "random"], own=None), own=None)]
+        ['resize']
+        >>> controls_for(read_methods(["int8"], own=None), own=None)
+        []
+    """
+    planned = [request for request in requests if request.has_targets]
+    int8 = all(request.int8 for request in planned)
+    named = {request.reduction.name for request in planned if request.reduction is not None and request.int8 == int8}
+    missing = [name for name in CONTROLS if planned and name not in named]
+    return [_read(name + _AND_INT8 * int8, own)._replace(is_control=True) for name in missing]
 
 
 def read_runtimes(runtimes: Sequence[str] | None, default: str) -> list[Runtime]:

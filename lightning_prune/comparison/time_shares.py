@@ -13,6 +13,7 @@ class ShareTuning:
     Attributes:
         curve: Weight of the latency curve where schedules are planned on it; half of it where none is.
         method: Weight of the first method that is planned in a task; the final run has it, too.
+        control: Weight of a method that nobody named.
         further: Weight of each further method or objective of the same task.
         variant: Weight of each variant in the final run.
         front_share: Share of the task of `auto` at target speed-ups in which its methods are measured.
@@ -20,6 +21,7 @@ class ShareTuning:
 
     curve: float = 1.0
     method: float = 1.0
+    control: float = 0.5
     further: float = 0.5
     variant: float = 0.25
     front_share: float = 0.6
