@@ -8,7 +8,7 @@ an interrupted run continues from the last checkpoint. With `--weights` given we
 alone. The second sitting, on images of full size, was
 
     python examples/train_cifar10.py --data DIR --weights examples/weights/vit_cifar_patch4_56.safetensors \
-        --stages 56:1.75 --rate 5e-4 --precision bf16-mixed
+        --stages 56:1.75 --rate 5e-4 --steady 0.3 --precision bf16-mixed
 
 Three things make this affordable. A small convolutional network is trained first and teaches the ViT: its class
 probabilities are soft targets, as in DeiT (arXiv 2012.12877), and its feature maps are targets for the tokens of two
@@ -54,7 +54,7 @@ class Stage(NamedTuple):
 
 STAGES = (Stage(20, 5), Stage(28, 6), Stage(56, 0.6))
 TEACHER_EPOCHS = 6
-STEADY = 0.6  # share of the steps before the learning rate begins to fall; until then a run can be made longer
+STEADY = 0.6  # until then a run can be made longer
 
 
 def images_of(root: Path, part: str) -> TensorDataset:
@@ -167,11 +167,17 @@ class Cifar10Training(ImageClassifier):
     """`ImageClassifier` with an optimiser, a teacher, and images that grow from stage to stage."""
 
     def __init__(
-        self, teacher: Teacher | None, stages: tuple[Stage, ...], batches: int, rate: float, weights: Path | None
+        self,
+        teacher: Teacher | None,
+        stages: tuple[Stage, ...],
+        batches: int,
+        rate: float,
+        steady: float,
+        weights: Path | None,
     ) -> None:
         super().__init__(CIFAR_MODEL, pretrained=False, weights=weights, model_kwargs={"dynamic_img_size": True})
         self.hparams.clear()  # the teacher is a module, which a checkpoint that is read without pickle cannot hold
-        self.normalise, self.rate = Normalise(), rate
+        self.normalise, self.rate, self.steady = Normalise(), rate, steady
         self.ends = [round(batches * sum(stage.epochs for stage in stages[: i + 1])) for i in range(len(stages))]
         self.sides = [stage.side for stage in stages]
         self.teacher = None if teacher is None else teacher.eval().requires_grad_(False)
@@ -238,7 +244,7 @@ class Cifar10Training(ImageClassifier):
         others = [p for p in learning if not (p.ndim > 1 and p.shape[0] > 1)]
         groups = [{"params": matrices, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
         optimizer = torch.optim.AdamW(groups, lr=self.rate)
-        warm, drop_warmup, total = 200, round(STEADY * self.ends[-1]), self.ends[-1]
+        warm, drop_warmup, total = 200, round(self.steady * self.ends[-1]), self.ends[-1]
         rates = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: min((step + 1) / warm, 1.0, max(0.005, (total - step) / (total - drop_warmup)))
         )
@@ -281,6 +287,7 @@ def main() -> None:
     parser.add_argument("--stages", nargs="+", default=[f"{s.side}:{s.epochs}" for s in STAGES], help="SIDE:EPOCHS")
     parser.add_argument("--teacher-epochs", type=int, default=TEACHER_EPOCHS)
     parser.add_argument("--rate", type=float, default=1e-3, help="the highest learning rate")
+    parser.add_argument("--steady", type=float, default=STEADY, help="share of the steps before it falls")
     parser.add_argument("--weights", type=Path, help="train these weights further, without a teacher")
     parser.add_argument("--precision", default="32-true", help="of Lightning's Trainer, as bf16-mixed")
     args = parser.parse_args()
@@ -294,7 +301,7 @@ def main() -> None:
     folder = args.checkpoints
 
     teacher = None if args.weights else trained_teacher(args, loader, validation)
-    module = Cifar10Training(teacher, stages, len(loader), args.rate, args.weights)
+    module = Cifar10Training(teacher, stages, len(loader), args.rate, args.steady, args.weights)
     last = folder / "last.ckpt" if folder else None
     run = trainer(folder, args.precision, max_steps=module.ends[-1])
     run.fit(module, loader, validation, ckpt_path=last if last and last.exists() else None)
@@ -306,7 +313,7 @@ def main() -> None:
     about = {
         "model": CIFAR_MODEL, "held_out_top1": round(100 * found["val/top1"], 2),
         "held_out_loss": round(found["val/loss"], 4), "held_out_images": len(held_out), "train_images": len(train),
-        "stages": [stage._asdict() for stage in stages], "rate": args.rate,
+        "stages": [stage._asdict() for stage in stages], "rate": args.rate, "steady": args.steady,
         "teacher_epochs": 0 if args.weights else args.teacher_epochs,
         "precision": args.precision, "continued_from": args.weights and args.weights.name,
         "minutes": round((time.monotonic() - started) / 60, 1), "device": str(run.strategy.root_device),
