@@ -27,8 +27,9 @@ class FrontTuning:
     """Constants of the choice on a front.
 
     Attributes:
-        first_proxies: Candidates whose proxy is measured before the first choice.
+        first_proxies: Candidates whose proxy is measured before the first choice, at most.
         max_proxies: Candidates whose proxy is measured for one choice after that.
+        max_misses: Candidates whose proxy is measured for one choice while none is better than those of other fronts.
         min_gain: A candidate must promise a score higher by this to have its proxy measured.
         cost_ratio: Share of its predicted cost that a candidate may turn out to have, of a method of which no proxy is
             known yet. Measured divergences of schedules were within a factor of two of the predicted ones.
@@ -36,6 +37,7 @@ class FrontTuning:
 
     first_proxies: int = 4
     max_proxies: int = 8
+    max_misses: int = 2
     min_gain: float = 0.002
     cost_ratio: float = 0.5
 
@@ -138,9 +140,21 @@ class Front(ABC):
     def _may_be_best(self, objective: Objective, dense_ms: float) -> bool:
         """Whether a candidate may be better than those of others whose proxies are known."""
         own = [candidate for candidate in self.candidates if not candidate.is_dense]
-        others = [(f, c) for f in self.others for c in f.candidates if not c.is_dense and f._is_known(c)]
-        if not own or not others:
-            return True
+        return not own or not self._of_others() or self._hoped_for(own, objective, dense_ms) is not None
+
+    def _of_others(self) -> list[tuple["Front", Candidate]]:
+        """The candidates of other fronts whose proxies are known, dense left out."""
+        return [(f, c) for f in self.others for c in f.candidates if not c.is_dense and f._is_known(c)]
+
+    def _hoped_for(self, own: Sequence[Candidate], objective: Objective, dense_ms: float) -> Candidate | None:
+        """The best candidate if each had only a share of its predicted cost; None if that is no better than others.
+
+        Args:
+            own: Candidates of this front, at least one, without dense.
+            objective: What makes one candidate better than another.
+            dense_ms: Latency of the dense model at present.
+        """
+        others = self._of_others()
         known = self._known_proxies()
         values = [estimate.value for estimate in known.values()]
         at = np.array([c.cost for c in own]) * TUNING.cost_ratio
@@ -148,7 +162,8 @@ class Front(ABC):
         estimates = [*hoped, *(f.accuracy(c) for f, c in others), DENSE_ACCURACY]
         ratios = np.array([*(c.ratio for c in own), *(c.ratio for _, c in others), 1.0])
         scores = objective.score(dense_ms * ratios, objective.judged(estimates))
-        return bool(scores[: len(own)].max() > max(scores[len(own) :]))
+        best = int(scores[: len(own)].argmax())
+        return own[best] if scores[best] > max(scores[len(own) :]) else None
 
     def all_candidates(self, chosen: Candidate | None = None) -> list[Candidate]:
         """The whole front from dense to the fastest, and the chosen candidate, with all that was measured.
@@ -193,23 +208,95 @@ class Front(ABC):
                 f"No schedule is predicted to be faster than dense by more than {SAVING:.0%}; the fastest by "
                 f"{gained:.1f}%, its overhead included.{missed}",
             )
+        candidates = self._not_beaten(candidates, objective, dense_ms)
+        if not self._proxies and len(candidates) == 1:
+            return None
+        milliseconds = dense_ms * np.array([candidate.ratio for candidate in candidates])
         if not self._proxies and not any(other._proxies for other in self.others):
-            for candidate in evenly_spaced(faster, TUNING.first_proxies):
-                if self._clock() < deadline:
-                    self.accuracy(candidate)
+            self._measure_first(candidates, milliseconds, objective, deadline)
+        tries = TUNING.max_misses if self._of_others() else TUNING.max_proxies
         for attempt in range(TUNING.max_proxies):
             promising = self._promising(candidates, milliseconds, objective)
-            if promising is None or (attempt and self._clock() >= deadline):
+            if promising is None and not self._proxies and len(candidates) > 1:  # dense, by what others lose
+                promising = self._hoped_for(candidates[:-1], objective, dense_ms)
+            is_over = attempt and self._clock() >= deadline
+            if (
+                promising is None
+                or is_over
+                or (attempt >= tries and self._best_known(candidates, objective, dense_ms).is_dense)
+            ):
                 break
             self.accuracy(promising)
-        places = [i for i, candidate in enumerate(candidates) if self._is_known(candidate)]
-        accuracy = objective.judged([self.accuracy(candidates[place]) for place in places])
-        chosen = candidates[places[objective.best(milliseconds[places], accuracy)]]
+        chosen = self._best_known(candidates, objective, dense_ms)
         if chosen.is_dense:
             return Proposal(
                 chosen, f"Dense is best by the objective ({objective}): every faster schedule costs too much.{missed}"
             )
         return Proposal(chosen)
+
+    def _best_known(self, candidates: Sequence[Candidate], objective: Objective, dense_ms: float) -> Candidate:
+        """The best of the candidates whose proxies are known, dense among them."""
+        known = [candidate for candidate in candidates if self._is_known(candidate)]
+        ratios = np.array([candidate.ratio for candidate in known])
+        return known[objective.best(dense_ms * ratios, objective.judged([self.accuracy(c) for c in known]))]
+
+    def _not_beaten(self, candidates: list[Candidate], objective: Objective, dense_ms: float) -> list[Candidate]:
+        """The candidates whose proxy is known, and those that would be better than all others if they lost nothing.
+
+        Under an accuracy budget, none that is slower than the fastest of another method that is known to meet it.
+
+        Args:
+            candidates: Of this front, dense last.
+            objective: What makes one candidate better than another.
+            dense_ms: Latency of the dense model at present.
+        """
+        others = self._of_others()
+        if not others:
+            return candidates
+        hoped = [self.accuracy(c) if self._is_known(c) else DENSE_ACCURACY for c in candidates[:-1]]
+        estimates = [*hoped, *(f.accuracy(c) for f, c in others), DENSE_ACCURACY]
+        ratios = np.array([*(c.ratio for c in candidates[:-1]), *(c.ratio for _, c in others), 1.0])
+        scores = objective.score(dense_ms * ratios, objective.judged(estimates))
+        own, best = scores[: len(hoped)], max(scores[len(hoped) :])
+        return [
+            *(c for c, score in zip(candidates, own, strict=False) if score > best or self._is_known(c)),
+            candidates[-1],
+        ]
+
+    def _measure_first(
+        self, candidates: Sequence[Candidate], milliseconds: Column, objective: Objective, deadline: float
+    ) -> None:
+        """Measures some proxies at even distances, between which the others are interpolated.
+
+        None where the most accurate candidate is wanted, which the predicted costs say as well. Elsewhere one in the
+        middle comes first, and only such as may still be the best follow: a proxy is hardly better than that of the
+        next slower candidate.
+
+        Args:
+            candidates: From the fastest to dense.
+            milliseconds: (candidates,) their latencies.
+            objective: What makes one candidate better than another.
+            deadline: No proxy is measured after it.
+        """
+        if objective.wants_most_accurate:
+            return
+        places = evenly_spaced(range(len(candidates) - 1), TUNING.first_proxies)
+        while self._clock() < deadline:
+            scores = objective.score(milliseconds, self._optimistic(candidates, objective))
+            best = max(score for c, score in zip(candidates, scores, strict=True) if self._is_known(c))
+            hopeful = [place for place in places if not self._is_known(candidates[place]) and scores[place] > best]
+            if not hopeful:
+                break
+            self.accuracy(candidates[hopeful[len(hopeful) // 2]])
+
+    def _optimistic(self, candidates: Sequence[Candidate], objective: Objective) -> Column:
+        """(candidates,) the proxy of each as it is judged, of the next slower known one where it is not known."""
+        known = DENSE_ACCURACY
+        estimates: list[Estimate] = []
+        for candidate in reversed(candidates):
+            known = self.accuracy(candidate) if self._is_known(candidate) else known
+            estimates.append(known)
+        return objective.judged(estimates[::-1])
 
     def _is_known(self, candidate: Candidate) -> bool:
         """Whether the proxy of a candidate is known."""

@@ -54,7 +54,7 @@ class MixedFront(Front):
             dense_ms: Latency of the dense model at present.
             deadline: As of `Front.propose`.
         """
-        if len(self._of_others()) != len(self._probed):
+        if len(self._timed_by_others()) != len(self._probed):
             self._solve()
         if len(self.candidates) == 1 or not (self._proxies or self._promises_more(objective, dense_ms)):
             return None
@@ -72,7 +72,7 @@ class MixedFront(Front):
         best = max(scores[len(own) :])
         return bool(max(scores[: len(own)]) > best + _MIN_GAIN)
 
-    def _of_others(self) -> list[TimedSchedule]:
+    def _timed_by_others(self) -> list[TimedSchedule]:
         """What the fronts of the methods know of latencies."""
         return [
             timed._replace(methods=[place] * timed.schedule.depth)
@@ -81,7 +81,7 @@ class MixedFront(Front):
         ]
 
     def _solve(self) -> None:
-        self._probed = self._of_others()
+        self._probed = self._timed_by_others()
         super()._solve()
 
     def _methods_of(self, schedule: Schedule) -> MethodOf:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import inf
 from statistics import NormalDist
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +27,12 @@ class Objective(ABC):
 
     **The last element of every array is the dense model.** Latencies are judged relative to it, and it may always be
     chosen under an accuracy budget.
+
+    Attributes:
+        wants_most_accurate: Whether the most accurate of the candidates that meet the budget is the best, however fast.
     """
+
+    wants_most_accurate: ClassVar[bool] = False
 
     @abstractmethod
     def score(self, milliseconds: Column, accuracy: Column) -> Column:
@@ -218,6 +224,8 @@ class LatencyBudget(Objective):
         >>> LatencyBudget(ms=8).best(latency, accuracy), LatencyBudget(speedup=2).best(latency, accuracy)
         (1, 0)
     """
+
+    wants_most_accurate: ClassVar[bool] = True
 
     ms: float | None = None
     speedup: float | None = None

@@ -120,6 +120,80 @@ def test_one_choice_is_measured_after_the_deadline():
     assert asked == [proposal.candidate.schedule.removed]
 
 
+def by_cost(power=1.0, most=1.0):
+    """A proxy that falls with the predicted cost, as it does where blocks add up: up to `most` at the largest."""
+    costs = {c.schedule: c.cost for c in front("topk")[0].all_candidates()}
+    return lambda schedule: 1 - most * (costs[schedule] / max(costs.values())) ** power
+
+
+@pytest.mark.parametrize("power", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("max_drop", [0.001, 0.01, 0.1, 0.5])
+def test_under_an_accuracy_budget_few_proxies_find_what_all_of_them_find(power, max_drop):
+    proxy = by_cost(power)
+    topk, asked = front("topk", proxy)
+    found = topk.propose(lp.AccuracyBudget(max_drop), DENSE_MS, LATER).candidate
+    met = [c for c in topk.candidates if c.ratio < 0.98 and not c.is_dense and proxy(c.schedule) >= 1 - max_drop]
+    assert found.ratio == pytest.approx(min((c.ratio for c in met), default=1.0), abs=TUNING.min_gain)
+    assert len(asked) <= min(TUNING.first_proxies + TUNING.max_proxies, len(topk.candidates) / 2)
+
+
+@pytest.mark.parametrize("power", [0.5, 0.8, 1.0])
+@pytest.mark.parametrize("max_drop", [0.05, 0.1, 0.2, 0.4])
+def test_nothing_slower_than_what_another_method_meets_an_accuracy_budget_with_is_measured(max_drop, power):
+    """A method that loses no less cannot win, and its slower candidates say nothing."""
+    budget = lp.AccuracyBudget(max_drop)
+    tome, _ = front("tome", by_cost())
+    best = tome.propose(budget, DENSE_MS, LATER).candidate
+    assert best.ratio < 1
+    topk, asked = front("topk", by_cost(power))
+    topk.others = [tome]
+    assert topk.propose(budget, DENSE_MS, LATER).candidate.is_dense
+    ratios = {c.schedule.removed: c.ratio for c in topk.candidates}
+    assert all(ratios[removed] < best.ratio for removed in asked)
+    assert len(asked) <= TUNING.max_misses
+
+
+@pytest.mark.parametrize(("power", "better", "max_drop"), [(1.0, 1.3, 0.2), (1.0, 1.3, 0.4), (0.5, 1.0, 0.2)])
+def test_a_method_that_is_better_is_found_behind_one_that_is_known(power, better, max_drop):
+    budget = lp.AccuracyBudget(max_drop)
+    tome, _ = front("tome", by_cost(power))
+    slower = tome.propose(budget, DENSE_MS, LATER).candidate
+    topk, _ = front("topk", by_cost(better))
+    topk.others = [tome]
+    found = topk.propose(budget, DENSE_MS, LATER).candidate
+    met = [c.ratio for c in topk.candidates if not c.is_dense and by_cost(better)(c.schedule) >= 1 - max_drop]
+    assert found.ratio == pytest.approx(min(met), abs=TUNING.min_gain)
+    assert found.ratio < slower.ratio
+
+
+@pytest.mark.parametrize("speedup", [1.2, 2.0])
+def test_within_a_latency_budget_the_cheapest_is_measured_and_no_other(speedup):
+    topk, asked = front("topk", by_cost())
+    found = topk.propose(lp.LatencyBudget(speedup=speedup), DENSE_MS, LATER).candidate
+    within = [c for c in topk.candidates if c.ratio <= 1.005 / speedup]
+    assert found.cost == min(c.cost for c in within)
+    assert asked == [found.schedule.removed]
+
+
+def test_a_method_that_loses_nothing_within_a_latency_budget_is_not_beaten():
+    tome, _ = front("tome", lambda schedule: 1.0)
+    topk, asked = front("topk", lambda schedule: 1.0)
+    topk.others = [tome]
+    budget = lp.LatencyBudget(speedup=1.5)
+    assert tome.propose(budget, DENSE_MS, LATER).feasible
+    assert topk.propose(budget, DENSE_MS, LATER) is None
+    assert not asked
+
+
+def test_a_utility_measures_only_what_may_be_best():
+    for alpha in (0.2, 0.5, 0.8):
+        topk, asked = front("topk", by_cost())
+        found = topk.propose(lp.Utility(alpha), DENSE_MS, LATER).candidate
+        value = lambda c, alpha=alpha: alpha * (1 - c.ratio) + (1 - alpha) * by_cost()(c.schedule)  # noqa: E731
+        assert value(found) == pytest.approx(max(map(value, topk.candidates)), abs=0.01)
+        assert len(asked) <= TUNING.first_proxies + TUNING.max_proxies
+
+
 SOLUTIONS = [
     Solution(100.0, 0.0, (17, 17)),
     Solution(80.0, 0.1, (17, 9)),
