@@ -194,7 +194,7 @@ def auto_front(
         transformer: The Vision Transformer.
         budgets: The targets.
     """
-    fronts = measured.fronts(usable_methods(list(searched), "all", transformer))
+    fronts = measured.fronts(usable_methods(list(searched), "all", transformer), budgets)
     searches = [CandidateSearch(budget, fronts, measured.dense_ms, measured.proxy_label) for budget in budgets]
     limit = measured.limit
     run_searches(searches, measured.time_candidates, limit.deadline(), 0.6, limit.clock)

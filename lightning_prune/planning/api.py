@@ -58,7 +58,9 @@ def plan(
 
     1. The latency curve: latency of the model against its number of tokens.
     2. The overhead of each method, from a few of its schedules, timed in one run.
-    3. The sensitivity of each block to each method: divergence from the dense outputs when only it reduces.
+    3. The sensitivity of each block to each method: divergence from the dense outputs when only it reduces. Images of
+       whose class the dense model is unsure come first, and a method that is surely worse than others after some of
+       them, by two standard errors wherever the objective may choose, is measured no further.
     4. A dynamic programme finds the Pareto front of all schedules, since latencies and divergences of the blocks add
        up: for each method, and for schedules that use another method in each block.
     5. The best candidate of each front, by the objective and the measured proxy, is timed against the dense model; one

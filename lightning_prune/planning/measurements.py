@@ -1,6 +1,6 @@
 """The measurements that planning needs, within a time limit: overheads, sensitivities, proxies and timings."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,9 +14,13 @@ from lightning_prune._utils.time_limit import TimeLimit
 from lightning_prune.errors import ArgumentError, DataError, UnsupportedModelError
 from lightning_prune.patching import PatchHandle, VisionTransformer, has_exact_tail
 from lightning_prune.planning.candidates import MIXED, Candidate, Timings
+from lightning_prune.planning.halving import TUNING as HALVING
+from lightning_prune.planning.halving import MeasuredMethod, dominated_methods, next_look
 from lightning_prune.planning.latency_model import LatencyModel, token_levels
 from lightning_prune.planning.method_front import Front, MethodFront
 from lightning_prune.planning.mixed_front import MixedFront, combinable
+from lightning_prune.planning.mixed_latency import MixedLatency, fit_overhead
+from lightning_prune.planning.objectives import Objective
 from lightning_prune.planning.overhead_probes import (
     Probes,
     given_probes,
@@ -25,10 +29,11 @@ from lightning_prune.planning.overhead_probes import (
     uses_shallow_copy,
 )
 from lightning_prune.planning.probed_schedules import PROBES, Methods, schedules_to_probe
-from lightning_prune.planning.sensitivity import Sensitivity, dense_pass
+from lightning_prune.planning.sensitivity import Sensitivity, Table, dense_pass
 from lightning_prune.profiling import Estimate, LatencyProfile, LatencyStats, Proxy, Variant, Workload, compare_latency
 from lightning_prune.profiling.accuracy_store import AccuracyStore, KeptSensitivity
 from lightning_prune.profiling.environment import accuracy_dependencies
+from lightning_prune.profiling.interleaved_timer import LEAST_ROUNDS
 from lightning_prune.profiling.measurement import ready_to_run
 from lightning_prune.profiling.output_kinds import OUTPUT_KINDS, choose_proxy
 from lightning_prune.profiling.simulated_device import attention_share
@@ -52,9 +57,11 @@ class MeasurementTuning:
         first_images: Images in the first batch of the sensitivity, unless there is time for fewer only.
         min_images: Calibration images that the proxy is measured on, whatever time it takes.
         passes_per_method: Passes over the calibration images that one method is expected to need.
+        passes_per_budget: The same for each objective, where none depends on how the proxy falls with the latency.
         min_runs_per_probe: Runs of each schedule from which an overhead follows, warm-up included, whatever time it
             takes.
         min_proxies: Proxies that one method needs at least, on `min_images` images.
+        min_uncertainty: Mean uncertainty of the dense model below which images are taken in a random order.
         kept_ratio: Kept estimates are used where they were made on at least this share of the images, or of the time,
             that there is now: their standard error is then at most 1.4 times as large. Nor on as many times more, as
             further ones would take too long.
@@ -71,8 +78,10 @@ class MeasurementTuning:
     first_images: int = 8
     min_images: int = 32
     passes_per_method: int = 6
-    min_runs_per_probe: int = 4
+    passes_per_budget: int = 2
+    min_runs_per_probe: int = 3
     min_proxies: int = 2
+    min_uncertainty: float = 1e-3
     kept_ratio: float = 0.5
 
 
@@ -104,6 +113,8 @@ class Measurements:
         dense_ms: Latency of the dense model when it was timed last.
         dense: The statistics of that; None if it was not timed since the profile.
         without_overhead: Labels of methods whose overhead is not known, after `fronts`: the profile does not hold it.
+        dominated: Labels of methods that are surely worse than others after some images, and were measured on no more
+            of them -> those others, and the number of images.
         not_finite: Names of methods that give outputs that are NaN or infinite -> how many of which images. They are
             left out, or their schedule counts as one that keeps nothing.
     """
@@ -126,6 +137,7 @@ class Measurements:
     dense_ms: float = field(init=False)
     dense: LatencyStats | None = field(init=False, default=None)
     without_overhead: list[str] = field(init=False, default_factory=list)
+    dominated: dict[str, tuple[tuple[str, ...], int]] = field(init=False, default_factory=dict)
     not_finite: dict[str, str] = field(init=False, default_factory=dict)
     _proxy: Proxy | None = None
     _store: AccuracyStore | None = None
@@ -189,13 +201,17 @@ class Measurements:
         timings = self._time(variants, TUNING.timing_share, text)
         return timings["dense"], {c.key: timings[str(number)] for number, c in enumerate(candidates)}
 
-    def fronts(self, methods: Methods) -> list[Front]:
+    def fronts(self, methods: Methods, objectives: Sequence[Objective] = ()) -> list[Front]:
         """The front of each method, if time is short of the first ones only; then the one of schedules of several.
 
         Args:
             methods: Label -> the method and the blocks that may reduce.
+            objectives: What the fronts will be searched for; the fewer proxies that takes, the more images they are of.
         """
-        self._limit_images(len(methods))
+        passes = TUNING.passes_per_method
+        if objectives and all(objective.wants_most_accurate for objective in objectives):
+            passes = min(passes, TUNING.passes_per_budget * len(objectives))
+        self._limit_images(1 + len(methods) * passes)
         methods = self._affordable(methods)
         prefix, depth = self.transformer.num_prefix_tokens, self.transformer.depth
         try:
@@ -220,13 +236,24 @@ class Measurements:
         self.without_overhead = [
             label for label in methods if label not in probed and methods[label][0].name != of_curve
         ]
-        sensitivities = self._measure_sensitivities(methods)
+
+        def costs_of(label: str, sensitivity: Sensitivity, table: Table | None = None) -> Table:
+            reduction = methods[label][0]
+            return sensitivity.costs(levels, depth, lambda tokens: reduction.max_removed(tokens, prefix), table)
+
+        def worse(tables: Mapping[str, Sensitivity]) -> dict[str, tuple[str, ...]]:
+            measured = {}
+            for label, table in tables.items():
+                model = replace(own[label], overhead=fit_overhead(own[label], probed.get(label, ())))
+                weighs = methods[label][0].tracks_sizes and methods[label][0].proportional_attention
+                without = [costs_of(label, table, each) for each in table.without_batches()]
+                measured[label] = MeasuredMethod(MixedLatency((model,), (weighs,)), costs_of(label, table), without)
+            return dominated_methods(measured, levels, objectives)
+
+        sensitivities = self._measure_sensitivities(methods, worse)
         fronts: list[MethodFront] = []
         for label, sensitivity in sensitivities.items():
-            reduction = methods[label][0]
-            max_removed = lambda tokens, reduction=reduction: reduction.max_removed(tokens, prefix)  # noqa: E731
-            costs = sensitivity.costs(levels, depth, max_removed)
-            timed = probed.get(label, ())
+            reduction, timed, costs = methods[label][0], probed.get(label, ()), costs_of(label, sensitivity)
             fronts.append(MethodFront(label, reduction, own[label], costs, self.accuracy, timed, self.limit.clock))
         for place, front in enumerate(fronts):
             front.others = fronts[:place]
@@ -235,7 +262,9 @@ class Measurements:
             return [*fronts]
         return [*fronts, MixedFront(several, self.accuracy, self.limit.clock)]
 
-    def _time(self, variants: Mapping[str, Variant], share: float, text: str) -> dict[str, LatencyStats]:
+    def _time(
+        self, variants: Mapping[str, Variant], share: float, text: str, min_rounds: int = LEAST_ROUNDS
+    ) -> dict[str, LatencyStats]:
         seconds = self.limit.share(share)
         with progress_bar(text, seconds, self.verbose):
             timings = compare_latency(
@@ -246,14 +275,18 @@ class Measurements:
                 module_path=self.module_path,
                 verbose=self.verbose,
                 clock=self.limit.clock,
+                min_rounds=min_rounds,
             )
         self.dense, self.dense_ms = timings["dense"], timings["dense"].milliseconds
         return timings
 
-    def _limit_images(self, methods: int) -> None:
+    def _limit_images(self, passes: int) -> None:
         """Takes as many calibration images as there is time to measure the proxies on, and finds what is kept of them.
 
         About as many as an earlier run took are as good, and their proxies need not be measured again.
+
+        Args:
+            passes: Passes over the images that are expected.
         """
         if self.limit.seconds is None and self._store is None:
             return
@@ -270,7 +303,6 @@ class Measurements:
         if self.limit.seconds is None:
             return
         self._seconds_per_image = seconds
-        passes = 1 + methods * TUNING.passes_per_method
         affordable = int(TUNING.proxy_share * self.limit.left() / (passes * max(seconds, 1e-9)))
         count = min(max(affordable, TUNING.min_images), len(self.images))
         kept = [] if self._store is None else self._store.image_counts()
@@ -333,38 +365,51 @@ class Measurements:
             for label, schedules in tried.items()
             for number, schedule in enumerate(schedules)
         }
-        timings = self._time(variants, TUNING.overhead_share, "Overhead of the methods")
+        # All of a method together say what its overhead is: they need no intervals of their own.
+        rounds = TUNING.min_runs_per_probe - 1
+        timings = self._time(variants, TUNING.overhead_share, "Overhead of the methods", rounds)
         return {
             label: [(schedule, timings[f"{label} {number}"]) for number, schedule in enumerate(schedules)]
             for label, schedules in tried.items()
         }
 
-    def _measure_sensitivities(self, methods: Methods) -> dict[str, Sensitivity]:
+    def _measure_sensitivities(
+        self, methods: Methods, worse: Callable[[Mapping[str, Sensitivity]], dict[str, tuple[str, ...]]]
+    ) -> dict[str, Sensitivity]:
         """The sensitivities to the methods, on the same images: as many as the time allows.
 
         Those that are kept of an earlier run with about as much time are not measured again. Of the others all get a
         batch before any gets the next, and its size follows from the time of the last one. The first method is measured
-        whatever time it takes; others are left out if there is no time for their first batch.
+        whatever time it takes; others are left out if there is no time for their first batch, and as soon as they are
+        surely worse than others, which get the time that they would have taken.
+
+        Args:
+            methods: Label -> the method and the blocks that may reduce.
+            worse: Of measured methods those that are surely worse than others -> which.
         """
         transformer, clock = self.transformer, self.limit.clock
-        began, deadline = clock(), self.limit.deadline(TUNING.sensitivity_share)
-        own_seconds = (deadline - began) / len(methods)
+        own_seconds = (self.limit.deadline(TUNING.sensitivity_share) - clock()) / len(methods)
         tables = {label: self._sensitivity(*method) for label, method in methods.items()}
         missing = {
             label: table for label, table in tables.items() if not self._recall(methods[label][0], table, own_seconds)
         }
+        order, sizes = self._unsure_first() if missing else (torch.arange(0), None)
+        began, deadline = clock(), self.limit.deadline(TUNING.sensitivity_share)
         weight = next((p for p in transformer.root.parameters() if p.is_floating_point()), self.images)
         device = self.example_inputs.device
         dtype = self.images.dtype if torch.is_autocast_enabled(device.type) else weight.dtype
         text = "Sensitivity of the blocks"
         seen, size = 0, self._first_images({label: methods[label] for label in missing}, deadline - began)
+        look = next_look(seen)
         with (
             ready_to_run(transformer),
             progress_bar(text, self.limit.share(TUNING.sensitivity_share), self.verbose) as on_step,
         ):
             while missing and size and seen < len(self.images):
                 started = clock()
-                images = self.images[seen : seen + size].to(device, dtype)
+                chosen = order[seen : seen + size]
+                images = self.images[chosen].to(device, dtype)
+                counted = None if sizes is None else float(sizes[chosen].sum())
                 dense = dense_pass(transformer, images)
                 on_step()
                 for label, table in list(missing.items()):
@@ -372,21 +417,46 @@ class Measurements:
                         del missing[label], tables[label]
                         continue
                     try:
-                        table.add(images, on_step, dense)
+                        table.add(images, on_step, dense, counted)
                     except DataError as error:
                         if len(tables) == 1:
                             raise
                         self.not_finite[methods[label][0].name] = str(error)
                         del missing[label], tables[label]
                 seen += len(images)
-                now = clock()
-                affordable = len(images) * max(deadline - now, 0.0) / max(now - started, 1e-9)
-                size = int(min(affordable, TUNING.batch_images)) // TUNING.first_images * TUNING.first_images
+                seconds = max(clock() - started, 1e-9)
+                if len(missing) > 1 and look <= seen < len(self.images) and clock() < deadline:
+                    look = next_look(seen)
+                    before = len(missing)
+                    for label, better in worse(missing).items():
+                        self.dominated[label] = better, seen
+                        self._keep(methods[label][0], missing[label], own_seconds)
+                        del missing[label], tables[label]
+                    seconds *= len(missing) / before
+                affordable = len(images) * max(deadline - clock(), 0.0) / seconds
+                # Small batches at first, as methods are compared by how much batches differ.
+                small = len(missing) > 1 and seen < 2 * HALVING.first_images
+                most = TUNING.first_images if small else TUNING.batch_images
+                size = int(min(affordable, most)) // TUNING.first_images * TUNING.first_images
         for label, table in missing.items():
             self._keep(methods[label][0], table, own_seconds)
         self.sensitivity_images = min(table.images for table in tables.values())
         self.sensitivity_seconds = clock() - began
         return tables
+
+    def _unsure_first(self) -> tuple[Tensor, Tensor | None]:
+        """The order in which images are taken, and what each counts for; None where all are alike.
+
+        Pruning changes little of what the dense model is sure of: the images of which it is least sure come first. Of a
+        ViT with 12 blocks, their divergences ranked blocks, counts and methods as well as those of four times as many
+        random images.
+        """
+        uncertainty = OUTPUT_KINDS[self.proxy_name].uncertainty
+        if uncertainty is not None:
+            sizes = uncertainty(self.proxy.dense)
+            if len(sizes) > 1 and float(sizes.mean()) > TUNING.min_uncertainty:
+                return sizes.argsort(descending=True, stable=True), sizes / sizes.mean()
+        return torch.arange(len(self.images)), None
 
     def _recall(self, reduction: Reduction, table: Sensitivity, seconds: float) -> bool:
         """Fills a table with what is kept, unless there is time for much better figures now; whether it did."""

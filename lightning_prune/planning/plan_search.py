@@ -77,7 +77,7 @@ def searched(
         objectives: What is planned for.
         foreign: The conditions of the curve that are not those here.
     """
-    fronts = measured.fronts(methods)
+    fronts = measured.fronts(methods, objectives)
     proxy, limit = measured.proxy_label, measured.limit
     searches = [CandidateSearch(objective, fronts, measured.dense_ms, proxy) for objective in objectives]
     if measured.is_foreign:
@@ -86,7 +86,8 @@ def searched(
     else:
         run_searches(searches, measured.time_candidates, limit.deadline(), TUNING.proxy_share, limit.clock)
     labels = {front.label for front in fronts}
-    known = {*labels, *(label for label in methods if methods[label][0].name in measured.not_finite)}
+    known = {*labels, *measured.dominated}
+    known |= {label for label in methods if methods[label][0].name in measured.not_finite}
     left_out = [label for label in methods if label not in known]
     plans = []
     for search in searches:
@@ -94,6 +95,8 @@ def searched(
         dropped = [label for label in search.not_promising if label in methods]
         if dropped:
             reason = f"{reason} Predicted to be worse, and not tried: {', '.join(dropped)}."
+        for label, (better, images) in measured.dominated.items():
+            reason = f"{reason} Left out after {images} images, {label}: surely worse than {' and '.join(better)}."
         if left_out:
             reason = f"{reason} Not searched for lack of time: {', '.join(left_out)}."
         for name, error in measured.not_finite.items():

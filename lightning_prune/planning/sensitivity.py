@@ -101,19 +101,31 @@ class Sensitivity:
         self._kind = OUTPUT_KINDS[choose_proxy(transformer.root, transformer, proxy)]
         self._scale: Tensor | None = None  # typical size of each output, in the first batch
         self._sum = np.zeros((len(self.blocks), len(self.counts)))
+        self._size = 0.0  # of all images
+        self._batches: list[tuple[float, Table]] = []  # size and sum of each
 
     @property
     def table(self) -> Table:
         """(blocks, counts) mean divergence; the last column, dense, is 0."""
-        return self._sum / max(self.images, 1)
+        return self._sum / (self._size or 1.0)
 
-    def add(self, images: Tensor, on_step: OnStep = lambda: None, dense: "DensePass | None" = None) -> None:
+    def add(
+        self,
+        images: Tensor,
+        on_step: OnStep = lambda: None,
+        dense: "DensePass | None" = None,
+        size: float | None = None,
+    ) -> None:
         """Measures a batch.
 
         Args:
             images: (B, C, H, W) on the device, in the dtype of the transformer.
             on_step: Called after every pass.
             dense: The dense pass over these images, which does for all methods; it is made if None.
+            size: What these images count for, if their divergence is not expected to be that of the others: the sum of
+                something to which it is proportional, and which is 1 in the mean over all images. The mean divergence
+                is then estimated by the ratio of the sums (Cochran, Sampling Techniques, 1977, chapter 6). Their number
+                if None.
 
         Raises:
             DataError: If the outputs are not finite.
@@ -143,6 +155,9 @@ class Sensitivity:
             raise DataError(f"The model's outputs are not finite for some of {len(images)} calibration images.")
         self._sum += found
         self.images += len(images)
+        size = float(len(images)) if size is None else size
+        self._size += size
+        self._batches.append((size, found))
 
     def take(self, table: Table, images: int) -> None:
         """Takes what was measured before, in place of measuring it.
@@ -151,16 +166,27 @@ class Sensitivity:
             table: (blocks, counts) mean divergence.
             images: Number of images.
         """
-        self._sum, self.images = np.array(table, dtype=float) * images, images
+        self._sum, self._size, self.images = np.array(table, dtype=float) * images, float(images), images
+        self._batches = []
 
-    def costs(self, levels: Sequence[int], depth: int, max_removed: Callable[[int], int]) -> Table:
+    def without_batches(self) -> list[Table]:
+        """The table without each batch of images in turn; none where there are no two that were measured here."""
+        if len(self._batches) < 2:
+            return []
+        return [(self._sum - found) / (self._size - size) for size, found in self._batches]
+
+    def costs(
+        self, levels: Sequence[int], depth: int, max_removed: Callable[[int], int], table: Table | None = None
+    ) -> Table:
         """(depth, levels, levels) cost of going from one count to another at each block, for the dynamic programme.
 
         Args:
             levels: Token counts, ascending, N last.
             depth: Number of blocks; those that were not measured never reduce.
             max_removed: The largest number of tokens that the method can remove from a given number.
+            table: (blocks, counts) divergence; that of all images if None.
         """
+        table = self.table if table is None else table
         removed = np.array(levels)[:, None] - np.array(levels)[None, :]  # entering down the rows, leaving along columns
         largest = np.array([max_removed(int(count)) for count in levels])
         unchanged = np.where(removed == 0, 0.0, np.inf)  # removing nothing costs nothing
@@ -171,7 +197,7 @@ class Sensitivity:
         if self._possible is not None:  # of N tokens, as the method reduces once
             allowed &= np.array([count in self._possible for count in levels])[None, :]
         for row, block in enumerate(self.blocks):
-            costs[block] = np.where(allowed, step_costs(self.counts, self.table[row], levels), unchanged)
+            costs[block] = np.where(allowed, step_costs(self.counts, table[row], levels), unchanged)
         return costs
 
 

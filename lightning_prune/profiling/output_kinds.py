@@ -89,6 +89,23 @@ def feature_similarity(dense: Tensor, pruned: Tensor) -> float:
     return float(F.cosine_similarity(dense - common, pruned - common, dim=1).mean())
 
 
+def class_uncertainty(outputs: Tensor) -> Tensor:
+    """(B,) how unsure a model is of the class: 1 minus the sum of the squared probabilities, 0 where it is sure.
+
+    The Gini impurity. The divergence of the outputs of a pruned model is about proportional to it.
+
+    Args:
+        outputs: (B, K) logits of the dense model.
+
+    Example:
+        >>> import torch
+        >>> from lightning_prune.profiling.output_kinds import class_uncertainty
+        >>> class_uncertainty(torch.tensor([[0.0, 0.0], [20.0, 0.0]])).round(decimals=3).tolist()
+        [0.5, 0.0]
+    """
+    return 1 - outputs.double().softmax(-1).square().sum(-1)
+
+
 def _class_divergence(dense: Tensor, pruned: Tensor, scale: Tensor) -> float:
     return float(F.kl_div(pruned.log_softmax(-1), dense.log_softmax(-1), reduction="sum", log_target=True))
 
@@ -117,15 +134,18 @@ class OutputKind:
         agreement: (dense, pruned) outputs -> the accuracy estimate, 1 where they are the same.
         divergence: (dense, pruned, scale) -> a distance that adds up over images, and nearly so over blocks; in nats
             for probabilities. `scale` (K,) is the typical size of each output.
+        uncertainty: (B, K) outputs of the dense model -> (B,) what the divergence of an image is about proportional to;
+            None where no such thing is known.
     """
 
     label: str
     agreement: Callable[[Tensor, Tensor], float]
     divergence: Callable[[Tensor, Tensor, Tensor], float]
+    uncertainty: Callable[[Tensor], Tensor] | None = None
 
 
 OUTPUT_KINDS = {
-    "soft_agreement": OutputKind("soft agreement", soft_agreement, _class_divergence),
+    "soft_agreement": OutputKind("soft agreement", soft_agreement, _class_divergence, class_uncertainty),
     "tag_agreement": OutputKind("tag agreement", tag_agreement, _tag_divergence),
     "r2": OutputKind("R2", r2, _number_divergence),
     "cosine": OutputKind("cosine similarity of features", feature_similarity, _feature_divergence),

@@ -19,7 +19,7 @@ from helpers.clock import TokenClock
 from helpers.watch import before_forward
 from lightning_prune.patching import find_vision_transformer
 from lightning_prune.patching.class_swap import is_patched_module
-from lightning_prune.planning import AUTO_METHODS, plan_many
+from lightning_prune.planning import AUTO_METHODS, measurements, plan_many
 from lightning_prune.planning.measurements import Measurements
 from lightning_prune.planning.method_selection import method_labels
 from lightning_prune.planning.mixed_front import MixedFront
@@ -612,6 +612,54 @@ def test_all_methods_see_the_same_images_and_the_plan_says_how_many(monkeypatch)
     assert 8 <= made.sensitivity_images < len(many)
     assert made.sensitivity_seconds == pytest.approx(0.2 * made.sensitivity_images)
     assert clock.now < 20
+
+
+@pytest.mark.parametrize("proxy", ["soft_agreement", "cosine"])
+def test_images_of_whose_class_the_model_is_unsure_come_first(monkeypatch, proxy):
+    """The sizes of all are 1 in the mean, so that the mean divergence is that of all images in the end."""
+    model, seen, sizes = vit(), [], []
+    add = Sensitivity.add
+
+    def noted(table, images, on_step, dense, size=None):
+        seen.append(images)
+        sizes.append(size)
+        return add(table, images, on_step, dense, size)
+
+    monkeypatch.setattr(Sensitivity, "add", noted)
+    made = planned(model, methods="topk", proxy=proxy, time_limit=None)
+    with torch.no_grad():
+        probabilities = model(torch.cat(seen)).softmax(-1)
+    unsure = 1 - probabilities.square().sum(-1)
+    assert made.sensitivity_images == len(unsure) == len(IMAGES)
+    if proxy == "cosine":
+        assert set(sizes) == {None}
+        return
+    assert torch.equal(unsure.argsort(descending=True, stable=True), torch.arange(len(unsure)))
+    batches = (unsure / unsure.mean()).split([len(images) for images in seen])
+    assert sizes == pytest.approx([float(batch.sum()) for batch in batches], rel=1e-4)
+    assert sum(sizes) == pytest.approx(len(IMAGES))
+
+
+def test_a_method_that_is_surely_worse_leaves_its_images_to_the_others_and_is_named(monkeypatch):
+    looks = []
+
+    def worse(measured, levels, objectives):
+        looks.append({label: len(method.without) for label, method in measured.items()})
+        assert levels[-1] == N
+        assert objectives == [lp.LatencyBudget(speedup=1.5)]
+        return {"topk": ("tome", "pomt")} if len(looks) == 2 else {}
+
+    monkeypatch.setattr(measurements, "dominated_methods", worse)
+    clock = SlowClock(monkeypatch)
+    options = {"calibration": IMAGES.repeat(6, 1, 1, 1), "methods": ["tome", "topk", "pomt"], "clock": clock}
+    made = planned(objective=lp.LatencyBudget(speedup=1.5), time_limit=None, **options)
+    assert looks[:2] == [dict.fromkeys(("tome", "topk", "pomt"), groups) for groups in (4, 8)]
+    assert looks[2].keys() == {"tome", "pomt"}
+    assert clock.images == {"tome": 144, "pomt": 144, "topk": 64}
+    assert made.sensitivity_images == 144
+    assert "topk" not in {candidate.method for candidate in made.front}
+    assert "Left out after 64 images, topk: surely worse than tome and pomt." in made.reason
+    assert "lack of time" not in made.reason
 
 
 @pytest.mark.parametrize(("slow", "time_limit"), [("sensitivity", 40), ("proxy", 30), ("timing", 25)])

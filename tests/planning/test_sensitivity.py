@@ -15,6 +15,7 @@ from lightning_prune.classification.digits import ClutteredDigits
 from lightning_prune.patching import find_vision_transformer
 from lightning_prune.patching.class_swap import is_patched_module
 from lightning_prune.planning.sensitivity import Sensitivity
+from lightning_prune.profiling.output_kinds import class_uncertainty
 from lightning_prune.reduction import resolve
 
 IMAGES = noise_images(6)
@@ -108,6 +109,30 @@ def test_batches_do_not_matter():
     tables = [measured(vit(), "pomt", size=size).table for size in (1, 4, 6)]
     assert np.allclose(tables[0], tables[1], atol=1e-12)
     assert np.allclose(tables[0], tables[2], atol=1e-12)
+
+
+def test_images_count_for_their_size_and_each_batch_can_be_left_out():
+    table = Sensitivity(find_vision_transformer(vit()), resolve("topk"), range(4), [5, 11], 17)
+    batches = IMAGES.double().split(2)
+    alone = []
+    for batch, size in zip(batches, (0.5, 2.0, 3.5), strict=True):
+        single = Sensitivity(find_vision_transformer(vit()), resolve("topk"), range(4), [5, 11], 17)
+        single.add(batch)
+        alone.append(2 * single.table)
+        table.add(batch, size=size)
+    assert np.allclose(table.table, sum(alone) / 6.0)
+    assert table.images == 6
+    assert np.allclose(table.without_batches()[1], (alone[0] + alone[2]) / 4.0)
+    assert single.without_batches() == []
+    table.take(table.table, 6)
+    assert table.without_batches() == []
+
+
+def test_the_uncertainty_of_a_class_is_the_gini_impurity():
+    logits = torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
+    for row, found in zip(logits.tolist(), class_uncertainty(logits).tolist(), strict=True):
+        weights = np.exp(row)
+        assert found == pytest.approx(1 - sum((weights / weights.sum()) ** 2))
 
 
 def test_earlier_blocks_run_once_and_everything_is_restored():
