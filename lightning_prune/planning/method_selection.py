@@ -12,8 +12,9 @@ from lightning_prune.profiling import resolve_block
 from lightning_prune.reduction import Reduction, resolve
 from lightning_prune.schedule import MethodSpec
 
-AUTO_METHODS = ("tome", "pomt-nearest", "topk")
-"""What `methods="auto"` searches: two that merge, which lose the least accuracy, and one that costs little latency."""
+AUTO_METHODS = ("tome", "pomt-nearest", "topk", "resize")
+"""What `methods="auto"` searches: two that merge, which lose the least accuracy, one that costs little latency, and one
+that makes the images smaller, which costs none and after which the others can go on."""
 
 Methods = str | Reduction | Sequence[str | Reduction]
 Blocks = str | int | float | Sequence[int | float]

@@ -22,8 +22,9 @@ class MixedFront(Front):
     """Schedules of at least two methods, by what is known of each method alone.
 
     Latencies and divergences of blocks add up whatever their methods are, so that nothing has to be measured to find
-    the front. Its candidates are proposed only where they promise more than those of a single method: their proxies are
-    then measured, and they are timed, as all others are.
+    the front. `resize` takes the place of the method of block 0, before which it acts, and the others go on from the
+    counts of its grids in later blocks. The candidates are proposed only where they promise more than those of a single
+    method: their proxies are then measured, and they are timed, as all others are.
 
     Args:
         fronts: At least two of methods with a name that finds them again; see `combinable`.

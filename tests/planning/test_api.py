@@ -116,7 +116,8 @@ def test_auto_searches_several_methods():
     assert {c.method for c in made.front} - {"mixed"} == set(AUTO_METHODS)
 
 
-def test_a_plan_of_several_methods_is_used_saved_and_found_again(monkeypatch, tmp_path):
+@pytest.mark.parametrize("methods", [["tome", "topk"], ["topk", "resize"]])
+def test_a_plan_of_several_methods_is_used_saved_and_found_again(methods, monkeypatch, tmp_path):
     """With a proxy that prefers it: on noise, a small model does not."""
     real = Measurements.accuracy
 
@@ -127,7 +128,7 @@ def test_a_plan_of_several_methods_is_used_saved_and_found_again(monkeypatch, tm
     monkeypatch.setattr(Measurements, "accuracy", prefers)
     monkeypatch.setattr(MixedFront, "_promises_more", lambda *_: True)
     monkeypatch.setattr(MixedFront, "_may_be_best", lambda *_: True)
-    model, methods = vit(), ["tome", "topk"]
+    model = vit()
     made = planned(model, methods=methods, objective=lp.LatencyBudget(speedup=1.4))
     assert (made.method, made.label, made.reduction) == ("mixed", "mixed", None)
     assert {str(spec) for spec in made.schedule.methods.values()} == set(methods)
