@@ -29,7 +29,7 @@ class HalvingTuning:
         grid: Parts of the dense latency that are told apart in the dynamic programme, as this one only compares.
     """
 
-    first_images: int = 32
+    first_images: int = 16
     min_groups: int = 4
     sigmas: float = 2.0
     min_cost_nats: float = 1e-4
@@ -76,8 +76,8 @@ def next_look(images: int) -> int:
 
     Example:
         >>> from lightning_prune.planning.halving import next_look
-        >>> [next_look(images) for images in (0, 32, 40, 64)]
-        [32, 64, 64, 128]
+        >>> [next_look(images) for images in (0, 16, 40, 64)]
+        [16, 32, 64, 128]
     """
     look = TUNING.first_images
     while look <= images:

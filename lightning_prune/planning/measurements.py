@@ -14,7 +14,6 @@ from lightning_prune._utils.time_limit import TimeLimit
 from lightning_prune.errors import ArgumentError, DataError, UnsupportedModelError
 from lightning_prune.patching import PatchHandle, VisionTransformer, has_exact_tail
 from lightning_prune.planning.candidates import MIXED, Candidate, Timings
-from lightning_prune.planning.halving import TUNING as HALVING
 from lightning_prune.planning.halving import MeasuredMethod, dominated_methods, next_look
 from lightning_prune.planning.latency_model import LatencyModel, token_levels
 from lightning_prune.planning.method_front import Front, MethodFront
@@ -246,7 +245,7 @@ class Measurements:
             for label, table in tables.items():
                 model = replace(own[label], overhead=fit_overhead(own[label], probed.get(label, ())))
                 weighs = methods[label][0].tracks_sizes and methods[label][0].proportional_attention
-                without = [costs_of(label, table, each) for each in table.without_batches()]
+                without = [costs_of(label, table, each) for each in table.without_groups()]
                 measured[label] = MeasuredMethod(MixedLatency((model,), (weighs,)), costs_of(label, table), without)
             return dominated_methods(measured, levels, objectives)
 
@@ -409,7 +408,7 @@ class Measurements:
                 started = clock()
                 chosen = order[seen : seen + size]
                 images = self.images[chosen].to(device, dtype)
-                counted = None if sizes is None else float(sizes[chosen].sum())
+                counted = None if sizes is None else sizes[chosen]
                 dense = dense_pass(transformer, images)
                 on_step()
                 for label, table in list(missing.items()):
@@ -434,10 +433,8 @@ class Measurements:
                         del missing[label], tables[label]
                     seconds *= len(missing) / before
                 affordable = len(images) * max(deadline - clock(), 0.0) / seconds
-                # Small batches at first, as methods are compared by how much batches differ.
-                small = len(missing) > 1 and seen < 2 * HALVING.first_images
-                most = TUNING.first_images if small else TUNING.batch_images
-                size = int(min(affordable, most)) // TUNING.first_images * TUNING.first_images
+                most = min(affordable, look - seen if len(missing) > 1 and look > seen else TUNING.batch_images)
+                size = int(min(most, TUNING.batch_images)) // TUNING.first_images * TUNING.first_images
         for label, table in missing.items():
             self._keep(methods[label][0], table, own_seconds)
         self.sensitivity_images = min(table.images for table in tables.values())

@@ -26,13 +26,17 @@ Table = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class SensitivityTuning:
-    """Constants of the extrapolation of measured sensitivities.
+    """Constants of the extrapolation of measured sensitivities, and of what tells how far they vary.
 
     Attributes:
+        group_images: Images that are left out together, at least, for a standard error.
+        max_groups: Groups of them at most: further images join the groups in turn.
         max_power: Power of the number of removed tokens by which the divergence may grow beyond the measured counts.
         min_divergence_nats: A smaller divergence is taken for this, because logarithms are interpolated.
     """
 
+    group_images: int = 4
+    max_groups: int = 16
     max_power: float = 2.0
     min_divergence_nats: float = 1e-9
 
@@ -102,7 +106,8 @@ class Sensitivity:
         self._scale: Tensor | None = None  # typical size of each output, in the first batch
         self._sum = np.zeros((len(self.blocks), len(self.counts)))
         self._size = 0.0  # of all images
-        self._batches: list[tuple[float, Table]] = []  # size and sum of each
+        self._groups: list[tuple[float, Table]] = []  # size and sum of each
+        self._parts = 0  # of batches, which are in groups
 
     @property
     def table(self) -> Table:
@@ -114,7 +119,7 @@ class Sensitivity:
         images: Tensor,
         on_step: OnStep = lambda: None,
         dense: "DensePass | None" = None,
-        size: float | None = None,
+        sizes: Tensor | None = None,
     ) -> None:
         """Measures a batch.
 
@@ -122,10 +127,9 @@ class Sensitivity:
             images: (B, C, H, W) on the device, in the dtype of the transformer.
             on_step: Called after every pass.
             dense: The dense pass over these images, which does for all methods; it is made if None.
-            size: What these images count for, if their divergence is not expected to be that of the others: the sum of
-                something to which it is proportional, and which is 1 in the mean over all images. The mean divergence
-                is then estimated by the ratio of the sums (Cochran, Sampling Techniques, 1977, chapter 6). Their number
-                if None.
+            sizes: (B,) what each image counts for, if not all are expected to diverge alike: something to which their
+                divergence is proportional, and which is 1 in the mean over all images. The mean divergence is then
+                estimated by the ratio of the sums (Cochran, Sampling Techniques, 1977, chapter 6). 1 if None.
 
         Raises:
             DataError: If the outputs are not finite.
@@ -136,7 +140,9 @@ class Sensitivity:
             on_step()
         if self._scale is None:
             self._scale = _typical_spread(dense.outputs)
-        found = np.zeros_like(self._sum)
+        starts = range(0, len(images), TUNING.group_images)
+        parts = [slice(start, start + TUNING.group_images) for start in starts]
+        found = np.zeros((len(parts), *self._sum.shape))
         with torch.no_grad(), force_eager():  # without compiling: each count runs a few times only
             for row, block in enumerate(self.blocks):
                 nothing = Schedule([0] * self._transformer.depth)
@@ -147,17 +153,26 @@ class Sensitivity:
                     for column, count in enumerate(self.counts[:-1]):
                         handle.update(Schedule.single(self._transformer.depth, block, self._n - count))
                         pruned = family.output(self._transformer.run_eagerly(images)).cpu().double()
-                        found[row, column] = self._kind.divergence(dense.outputs, pruned, self._scale)
+                        found[:, row, column] = [
+                            self._kind.divergence(dense.outputs[part], pruned[part], self._scale) for part in parts
+                        ]
                         place = f"block {row + 1} of {len(self.blocks)}"
                         note_progress(f"{self._reduction.name}, {place}, after {self.images} images")
                         on_step()
         if not np.isfinite(found).all():
             raise DataError(f"The model's outputs are not finite for some of {len(images)} calibration images.")
-        self._sum += found
+        counted = torch.ones(len(images)) if sizes is None else sizes
+        for part, own in zip(parts, found, strict=True):
+            size = float(counted[part].sum())
+            self._sum += own
+            self._size += size
+            group = self._parts % TUNING.max_groups
+            self._parts += 1
+            if group == len(self._groups):
+                self._groups.append((size, own))
+            else:
+                self._groups[group] = self._groups[group][0] + size, self._groups[group][1] + own
         self.images += len(images)
-        size = float(len(images)) if size is None else size
-        self._size += size
-        self._batches.append((size, found))
 
     def take(self, table: Table, images: int) -> None:
         """Takes what was measured before, in place of measuring it.
@@ -167,13 +182,13 @@ class Sensitivity:
             images: Number of images.
         """
         self._sum, self._size, self.images = np.array(table, dtype=float) * images, float(images), images
-        self._batches = []
+        self._groups, self._parts = [], 0
 
-    def without_batches(self) -> list[Table]:
-        """The table without each batch of images in turn; none where there are no two that were measured here."""
-        if len(self._batches) < 2:
+    def without_groups(self) -> list[Table]:
+        """The table without each group of images in turn; none where there are no two that were measured here."""
+        if len(self._groups) < 2:
             return []
-        return [(self._sum - found) / (self._size - size) for size, found in self._batches]
+        return [(self._sum - found) / (self._size - size) for size, found in self._groups]
 
     def costs(
         self, levels: Sequence[int], depth: int, max_removed: Callable[[int], int], table: Table | None = None

@@ -14,7 +14,8 @@ from helpers.models import tiny_vit
 from lightning_prune.classification.digits import ClutteredDigits
 from lightning_prune.patching import find_vision_transformer
 from lightning_prune.patching.class_swap import is_patched_module
-from lightning_prune.planning.sensitivity import Sensitivity
+from lightning_prune.planning import sensitivity
+from lightning_prune.planning.sensitivity import Sensitivity, SensitivityTuning
 from lightning_prune.profiling.output_kinds import class_uncertainty
 from lightning_prune.reduction import resolve
 
@@ -111,21 +112,29 @@ def test_batches_do_not_matter():
     assert np.allclose(tables[0], tables[2], atol=1e-12)
 
 
-def test_images_count_for_their_size_and_each_batch_can_be_left_out():
-    table = Sensitivity(find_vision_transformer(vit()), resolve("topk"), range(4), [5, 11], 17)
-    batches = IMAGES.double().split(2)
-    alone = []
-    for batch, size in zip(batches, (0.5, 2.0, 3.5), strict=True):
-        single = Sensitivity(find_vision_transformer(vit()), resolve("topk"), range(4), [5, 11], 17)
-        single.add(batch)
-        alone.append(2 * single.table)
-        table.add(batch, size=size)
-    assert np.allclose(table.table, sum(alone) / 6.0)
+@pytest.mark.parametrize(("batches", "groups"), [([6], 3), ([2, 4], 3), ([2, 2, 2], 3), ([1, 4, 1], 3)])
+def test_images_count_for_their_size_and_each_group_can_be_left_out(monkeypatch, batches, groups):
+    """Groups of two images; those beyond three join the groups in turn."""
+    monkeypatch.setattr(sensitivity, "TUNING", SensitivityTuning(group_images=2, max_groups=3))
+    make = lambda: Sensitivity(find_vision_transformer(vit()), resolve("topk"), range(4), [5, 11], 17)  # noqa: E731
+    sizes, alone, table, parts = torch.tensor([0.5, 2.0, 3.5, 1.0, 0.25, 0.75]), [], make(), []
+    for image in IMAGES.double():
+        single = make()
+        single.add(image[None])
+        alone.append(single.table)
+    for places in torch.arange(6).split(batches):
+        table.add(IMAGES[places].double(), sizes=sizes[places])
+        parts += [part.tolist() for part in places.split(2)]
+    assert np.allclose(table.table, sum(alone) / float(sizes.sum()))
     assert table.images == 6
-    assert np.allclose(table.without_batches()[1], (alone[0] + alone[2]) / 4.0)
-    assert single.without_batches() == []
+    assert len(table.without_groups()) == groups
+    for group, found in enumerate(table.without_groups()):
+        gone = {place for part in parts[group::3] for place in part}
+        kept = [place for place in range(6) if place not in gone]
+        assert np.allclose(found, sum(alone[place] for place in kept) / float(sizes[kept].sum()))
+    assert single.without_groups() == []
     table.take(table.table, 6)
-    assert table.without_batches() == []
+    assert table.without_groups() == []
 
 
 def test_the_uncertainty_of_a_class_is_the_gini_impurity():
