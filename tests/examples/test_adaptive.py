@@ -15,7 +15,20 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import lightning_prune as lp
+from helpers import ROOT
 
+ROWS = {  # of the table in the docs -> score, and whether its cost is counted
+    "variance of pixels in a patch": ("pixel variance", "counted"),
+    "density of edges": ("edge density", "counted"),
+    "variance of the embedded patches": ("embedding variance", "counted"),
+    "similarity of tokens after block 0": ("merge similarity, block 0", "counted"),
+    "similarity of tokens after block 1": ("merge similarity, block 1", "counted"),
+    "cascade": ("entropy, cascade", "counted"),
+    "cascade, outputs averaged": ("entropy, cascade, averaged", "counted"),
+    "the best of these on the first half": ("chosen", "counted"),
+    "cascade, if its score cost nothing": ("entropy, cascade", "none"),
+    "whether the faster of two graphs agrees with dense, at no cost": ("oracle", "none"),
+}
 LATENCY = [0.3, 0.55, 0.7, 1.0]
 
 
@@ -237,3 +250,18 @@ def test_outputs_are_of_the_patched_model(graphs: Any) -> None:
     assert 0.1 < relative["tome, 23"] < relative["resize, 100"] < 0.6
     assert half["tome, 23"] == pytest.approx(0.5 + 0.5 * relative["tome, 23"])
     assert relative["merge similarity, block 1, alone"] < 0.02 < relative["merge similarity, block 1"] < 0.25
+
+
+def test_the_table_in_the_docs_has_the_figures_of_the_file(program: Any) -> None:
+    rows = program("tables").read_table(ROOT / "examples" / "results" / "adaptive" / "adaptive.csv")
+    found = {(row["score"], row["score_cost"], float(row["speedup"])): row for row in rows if row["buckets"] == "any"}
+    text = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8").replace("\u2212", "-")
+    section = text.split("## Image-adaptive counts\n")[1].split("\n## ")[0]
+    lines = [line.split("|")[1:-1] for line in section.splitlines() if line.startswith("| ")]
+    head, *body = [[cell.strip() for cell in line] for line in lines]
+    assert [row[0] for row in body] == list(ROWS)
+    for name, *cells in body:
+        for target, cell in zip(head[1:], cells, strict=True):
+            row = found[*ROWS[name], float(target.removesuffix("x"))]
+            change, low, high = (f"{100 * float(row[column]):+.1f}" for column in ("difference", "low", "high"))
+            assert cell == f"{change} ({low} to {high})", (name, target)
