@@ -61,7 +61,7 @@ def test_auto_is_planned_validated_and_found_again(
     proxies: list[str] = []
     fronts = Measurements.fronts
     monkeypatch.setattr(
-        Measurements, "fronts", lambda self, methods: proxies.append(self.proxy_name) or fronts(self, methods)
+        Measurements, "fronts", lambda self, *given: proxies.append(self.proxy_name) or fronts(self, *given)
     )
     run(module, running, tmp_path, messages, seed=1, proxy="cosine")
     (new,) = (line for line in messages if line.startswith("A new comparison: "))
