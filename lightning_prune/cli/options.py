@@ -119,10 +119,9 @@ def signature(path: Path, kind: str, method: str = "__init__") -> tuple[Option, 
     if documented is found and function is not None:
         texts = {**_texts(ast.get_docstring(function) or ""), **texts}
     if function is None:
-        fields = [
-            (n.target.id, n) for n in found.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)
-        ]
-        pairs = [(name, field.value) for name, field in fields if not name.startswith("_")]
+        annotated = [n for n in found.body if isinstance(n, ast.AnnAssign)]
+        own = [n for n in annotated if not ast.unparse(n.annotation).startswith("ClassVar")]
+        pairs = [(n.target.id, n.value) for n in own if isinstance(n.target, ast.Name) and n.target.id[0] != "_"]
     else:
         arguments = function.args
         missing = len(arguments.args) - len(arguments.defaults)

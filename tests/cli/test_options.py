@@ -1,5 +1,7 @@
 """The options that are read from source are those of the parser, and the help of a command is short."""
 
+from dataclasses import fields as fields_of
+
 import lightning as L
 import pytest
 
@@ -43,7 +45,7 @@ def test_defaults_and_texts_are_those_of_the_source() -> None:
     assert options["time_limit"].text.startswith("Seconds in total")
     assert all(option.text for command in RUN for group in groups_of(command).values() for option in group)
     for name, fields in objective_options().items():
-        assert names_of(fields) == [field for field in getattr(lp, name).__dataclass_fields__ if field[0] != "_"]
+        assert names_of(fields) == [field.name for field in fields_of(getattr(lp, name)) if field.name[0] != "_"]
         assert all(field.text for field in fields)
     assert names_of(data_options("lightning_prune.DigitsData")) == list(DigitsData().hparams)
     assert data_options("mine.DigitsDataset") == ()

@@ -129,6 +129,7 @@ def test_a_plan_of_several_methods_is_used_saved_and_found_again(methods, monkey
     monkeypatch.setattr(Measurements, "accuracy", prefers)
     monkeypatch.setattr(MixedFront, "_promises_more", lambda *_: True)
     monkeypatch.setattr(MixedFront, "_may_be_best", lambda *_: True)
+    monkeypatch.setattr(measurements, "dominated_methods", lambda *_: {})  # one is surely worse on noise
     model = vit()
     made = planned(model, methods=methods, objective=lp.LatencyBudget(speedup=1.4))
     assert (made.method, made.label, made.reduction) == ("mixed", "mixed", None)
