@@ -306,6 +306,8 @@ class ComparisonPlanner:
             with runtime.applied(transformer):
                 measured = self._measurements(self.curves[runtime], own)
                 self.fronts[runtime] = auto_front(request.searched, measured, transformer, self.budgets)
+            if left_out := self.fronts[runtime].left_out:
+                self.on_message(f"{request.name}: not searched for lack of time: {', '.join(left_out)}")
         return self.fronts[runtime]
 
     def _measurements(self, curve: CachedProfile, limit: TimeLimit) -> Measurements:

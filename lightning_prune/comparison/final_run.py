@@ -96,7 +96,7 @@ class Target:
         Args:
             method: The method, as the user calls it.
         """
-        reason = f"timed up to {self.source.fastest().schedule}, the most that the method can remove"
+        reason = f"timed up to {self.source.fastest().schedule}, {self.source.end}"
         if not self.source.largest:
             reason = "no schedule was found that takes less time than dense"
         return UnreachedTarget(method, float(self.budget.speedup or 1), self.best_speedup, reason)

@@ -177,10 +177,12 @@ class AutoFront(NamedTuple):
     Attributes:
         candidates: The merged front of all methods, from the slowest to the fastest.
         start: Target -> the position, from 1 on, from which its search starts.
+        left_out: Methods that there was no time to search.
     """
 
     candidates: list[Candidate]
     start: dict[LatencyBudget, int]
+    left_out: tuple[str, ...] = ()
 
 
 def auto_front(
@@ -194,11 +196,14 @@ def auto_front(
         transformer: The Vision Transformer.
         budgets: The targets.
     """
-    fronts = measured.fronts(usable_methods(list(searched), "all", transformer), budgets)
+    methods = usable_methods(list(searched), "all", transformer)
+    fronts = measured.fronts(methods, budgets)
     searches = [CandidateSearch(budget, fronts, measured.dense_ms, measured.proxy_label) for budget in budgets]
     limit = measured.limit
     run_searches(searches, measured.time_candidates, limit.deadline(), 0.6, limit.clock)
     choices = {search.objective: search.result() for search in searches}
+    if not all(choice.met for choice in choices.values()):  # then the order of the fastest ones decides
+        _time_fastest(fronts, searches, measured)
     front = merged_front(fronts, [choice.candidate for choice in choices.values() if choice.candidate.timing])
     start = {}
     for budget in budgets:
@@ -206,7 +211,19 @@ def auto_front(
         wanted = (1 + RATIO_TOLERANCE) * budget.limit_ms(1.0)
         near = [position for position, candidate in enumerate(front, 1) if candidate.latency_ratio <= wanted]
         start[budget] = next(iter(own or near), len(front))
-    return AutoFront(front, start)
+    known = {*(one.label for one in fronts), *measured.dominated}
+    return AutoFront(front, start, tuple(label for label in methods if label not in known))
+
+
+def _time_fastest(fronts: Sequence[Front], searches: Sequence[CandidateSearch], measured: Measurements) -> None:
+    """Times the fastest candidate of each front: no prediction may decide that a target is out of reach."""
+    timed = {(each.source.label, each.candidate.key) for search in searches for each in search.timed}
+    fastest = [(front, front.fastest()) for front in fronts]
+    missing = [(f, c) for f, c in fastest if not c.is_dense and (f.label, c.key) not in timed]
+    if missing:
+        _, timings = measured.time_candidates([candidate for _, candidate in missing])
+        for front, candidate in missing:
+            front.observe(candidate, timings[candidate.key])
 
 
 def auto_source(request: VariantRequest, front: AutoFront, depth: int) -> OrderedCandidates:
@@ -233,4 +250,7 @@ def auto_source(request: VariantRequest, front: AutoFront, depth: int) -> Ordere
 
     most = len(front.candidates)
     smallest, start = (0, None) if request.int8 else (min(1, most), front.start)
-    return OrderedCandidates(request.name, candidate_of, smallest, most, start)
+    end = "the fastest that was found"
+    if front.left_out:
+        end = f"{end}; not searched for lack of time: {', '.join(front.left_out)}"
+    return OrderedCandidates(request.name, candidate_of, smallest, most, start, end)

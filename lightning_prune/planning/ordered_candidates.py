@@ -48,6 +48,7 @@ class OrderedCandidates:
         smallest: The smallest amount that is not dense itself.
         largest: The largest amount.
         start: Objective -> the amount to time first; the largest if there is none.
+        end: What the largest amount is, in words.
 
     Attributes:
         timings: Amount -> its timing.
@@ -60,8 +61,9 @@ class OrderedCandidates:
         smallest: int,
         largest: int,
         start: Mapping[LatencyBudget, int] | None = None,
+        end: str = "the most that the method can remove",
     ) -> None:
-        self.label, self.smallest, self.largest = label, smallest, largest
+        self.label, self.smallest, self.largest, self.end = label, smallest, largest, end
         self.start: dict[LatencyBudget, int] = dict(start or {})
         self.timings: dict[int, LatencyStats] = {}
         self._candidate_of = candidate_of
