@@ -198,12 +198,12 @@ def plan_many(  # noqa: D417  all other arguments are those of `plan`
         calibrating_if_none(calibration),
         nullcontext() if runtime is None else parse_runtime(runtime).applied(transformer),
     ):
-        if protocol == "paper":
-            common = model, transformer, example_inputs, objectives, calibration
-            return plan_by_paper(*common, labels, usable, profile, limit, module_path, verbose)
         foreign = [] if profile is None else foreign_conditions(profile, transformer, example_inputs, clock)
         if profile is not None and not foreign and not profile_holds:
             warn_of_change(profile, model, example_inputs, limit, module_path)
+        if protocol == "paper":
+            common = model, transformer, example_inputs, objectives, calibration
+            return plan_by_paper(*common, labels, usable, profile, limit, module_path, verbose)
         if profile is None:
             profile = profile_latency(
                 model,

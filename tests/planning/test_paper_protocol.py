@@ -10,8 +10,9 @@ from .clocked import IMAGES, N
 from .test_api import STRAIGHT, known_profile
 
 
-def paper_plan(model, latency, labels, objective=None):
-    profile = known_profile(latency, protocol="paper", method="random", block=0, context={"batch_size": 2})
+def paper_plan(model, latency, labels, objective=None, batch_size=2):
+    context = {"batch_size": batch_size}
+    profile = known_profile(latency, protocol="paper", method="random", block=0, context=context)
     options = {"calibration": IMAGES, "methods": "pomt", "blocks": 1, "objective": objective or lp.Utility()}
     return lp.plan(
         model, IMAGES[:2], profile=profile, protocol="paper", labels=labels, time_limit=5, verbose=False, **options
@@ -53,6 +54,16 @@ def test_paper_protocol_takes_the_argmax_over_every_count():
     utility = {c: 0.9 * (1 - latency[c] / 4.0) + 0.1 * accuracy[c] / max(accuracy.values()) for c in latency}
     chosen = max(utility, key=lambda c: (utility[c], c))
     assert f"schedule that leaves {chosen} tokens" in made.reason or made.tokens == chosen
+
+
+def test_paper_protocol_warns_where_a_given_profile_does_not_hold():
+    model = tiny_vit()
+    labels = model(IMAGES).argmax(-1)
+    hours = {count: 3.6e6 * latency for count, latency in STRAIGHT.items()}
+    with pytest.warns(UserWarning, match="the dense model takes .* ms by the profile, .* ms now"):
+        paper_plan(model, hours, labels)
+    with pytest.warns(UserWarning, match="batch_size 8 there, 2 here"):
+        paper_plan(model, STRAIGHT, labels, batch_size=8)
 
 
 def test_paper_protocol_never_chooses_more_than_the_method_can_remove():
