@@ -101,6 +101,9 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 UNWEIGHED = ("timm-cait", "timm-convit")  # their attention takes no sizes of tokens
 
 METHODS = ("pomt", "pomt-nearest", "tome", "topk", "evit", "shift", "random")  # inside a block
+LATER_METHODS = ("pitome", "diffrate-merge", "soft-merge")  # inside a block as well; with fewer cases each
+WEIGHING = ("pomt-nearest", "tome", *LATER_METHODS)
+FIXED_SIZE = ("timm-beit", "timm-beit-shared", "timm-cait", "timm-convit")  # whose images cannot be scaled down
 
 SCHEDULES: dict[str, Callable[[], Any]] = {
     "one": lambda: lp.Schedule.single(DEPTH, 1, 8),
@@ -130,7 +133,10 @@ def _cases() -> list[Case]:
         for method in METHODS
         for schedule in ("one", "two", "every", "rate", "rates")
     ]
+    cases += [Case("timm-vit", method, schedule) for method in LATER_METHODS for schedule in ("one", "two", "every")]
+    cases += [Case("timm-vit", "tome-concatenated", schedule) for schedule in ("two", "every")]
     cases += [Case("timm-vit", "vwt-intra", schedule) for schedule in ("input", "input-rate")]
+    cases.append(Case("timm-vit", "resize", "input"))
     cases.append(Case("timm-vit", "vwt-inter", "none"))
     cases += [
         Case("timm-vit", method, "two") for method in ("pomt-nearest-unweighed", "tome-unweighed", "random-seed-3")
@@ -139,14 +145,16 @@ def _cases() -> list[Case]:
     for model in MODELS:
         if model == "timm-vit":
             continue
-        weighing = ("pomt-nearest", "tome")
-        names = [f"{name}-unweighed" if name in weighing and model in UNWEIGHED else name for name in METHODS]
+        methods = (*METHODS, *LATER_METHODS)
+        names = [f"{name}-unweighed" if name in WEIGHING and model in UNWEIGHED else name for name in methods]
         cases += [Case(model, name, "two") for name in names]
         cases.append(Case(model, "pomt", "rates"))
         if model != "timm-convit":  # its first block cannot reduce
             cases.append(Case(model, "vwt-intra", "input"))
         if model not in UNWEIGHED:
             cases.append(Case(model, "vwt-inter", "none"))
+        if model not in FIXED_SIZE:
+            cases.append(Case(model, "resize", "input"))
     return cases
 
 
@@ -204,6 +212,10 @@ def method_of(name: str) -> Any:
     settings: dict[str, Callable[[], Any]] = {
         "pomt-nearest-unweighed": lambda: lp.reduction.POMT("nearest", False),
         "tome-unweighed": lambda: lp.reduction.ToMe(False),
+        "tome-concatenated": lambda: lp.reduction.ToMe(order="concatenated"),
+        "pitome-unweighed": lambda: lp.reduction.PiToMe(False),
+        "diffrate-merge-unweighed": lambda: lp.reduction.DiffRateMerge(False),
+        "soft-merge-unweighed": lambda: lp.reduction.SoftMerge(proportional_attention=False),
         "random-seed-3": lambda: lp.reduction.RandomDrop(3),
         "random-input": lambda: lp.reduction.RandomDrop(0, "input"),
         "vwt-inter": lambda: lp.reduction.VWTInter(lp.Vocabulary(_tiles().flatten(1), PATCH), 0.1),
