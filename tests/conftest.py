@@ -3,6 +3,7 @@
 import base64
 import os
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +37,15 @@ def with_controls() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _no_controls(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def _no_controls(request: pytest.FixtureRequest) -> Iterator[None]:
     """No rows but those that a test names, except where the added ones are tested."""
     of_comparisons = {"callbacks", "classification", "cli", "comparison", "profiling"} & set(request.path.parts)
-    if of_comparisons and "with_controls" not in request.fixturenames:
-        from lightning_prune.comparison import requests
+    with pytest.MonkeyPatch.context() as own:  # not the one of the test, which may undo what it has patched
+        if of_comparisons and "with_controls" not in request.fixturenames:
+            from lightning_prune.comparison import requests
 
-        monkeypatch.setattr(requests, "CONTROLS", ())
+            own.setattr(requests, "CONTROLS", ())
+        yield
 
 
 PIXEL = base64.b64decode(
