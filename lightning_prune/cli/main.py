@@ -60,7 +60,7 @@ class PruneCLI(LightningCLI):
         """Adds the options of pruning at the top level, where error messages do not include all callbacks."""
         parser.add_lightning_class_args(TokenPruning, "prune")
 
-    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]  # Lightning's is a static method
         """The methods of the trainer that are commands, with the arguments that are not options.
 
         The command alone that the command line begins with, if it does: the parser of each takes long to build. Static
