@@ -147,11 +147,15 @@ def search_targets(
 
 
 def merged_front(fronts: Sequence[Front], chosen: Sequence[Candidate]) -> list[Candidate]:
-    """The candidates of all methods from the slowest to the fastest, none beaten in both latency and proxy.
+    """The candidates of all methods from the slowest to the fastest.
+
+    Of those that are merely predicted none is beaten in both latency and proxy, neither by another nor by a timed one.
+    Nor do they displace a timed one: one that is predicted to be faster and no worse comes after it, for targets that
+    the timed one misses.
 
     Args:
         fronts: Of the methods, and of schedules of several.
-        chosen: Timed candidates with their proxies; no candidate that is merely predicted displaces one of them.
+        chosen: Timed candidates with their proxies.
     """
 
     def key(candidate: Candidate) -> tuple[float, float]:
@@ -167,8 +171,8 @@ def merged_front(fronts: Sequence[Front], chosen: Sequence[Candidate]) -> list[C
         for candidate in front.candidates
         if not candidate.is_dense
     ]
-    fitting = [c for c in predicted if not any(beats(c, other) or beats(other, c) for other in timed)]
-    return pareto_front([*timed, *fitting], key)[::-1]
+    fitting = pareto_front([c for c in predicted if not any(beats(other, c) for other in timed)], key)
+    return sorted([*timed, *fitting], key=lambda candidate: -candidate.latency_ratio)
 
 
 class AutoFront(NamedTuple):

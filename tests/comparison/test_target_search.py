@@ -1,6 +1,7 @@
 """The planner's own choice among the methods of a comparison."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,11 @@ import torch
 import lightning_prune as lp
 from lightning_prune.comparison.planned_variants import PlannedVariant, variant_of
 from lightning_prune.comparison.requests import VariantRequest, read_methods
+from lightning_prune.comparison.target_search import merged_front
+from lightning_prune.planning.candidates import Candidate
 from lightning_prune.planning.measurements import Measurements
 from lightning_prune.planning.method_selection import AUTO_METHODS
+from lightning_prune.profiling import Estimate, LatencyStats
 from lightning_prune.reduction import POMT, resolve
 
 from .conftest import clock_of
@@ -79,3 +83,30 @@ def test_a_plan_read_from_a_file_runs_as_the_method_that_was_chosen() -> None:
     assert (request.method, request.has_targets, request.searches) == ("auto", True, True)
     variant = variant_of(read, request)
     assert (variant.reduction, variant.schedule, variant.weights) == (resolve("pomt-nearest"), schedule, None)
+
+
+class FrontOf:
+    """A front whose candidates and proxies are given."""
+
+    def __init__(self, *points: tuple[int, float, float]) -> None:
+        self.candidates = [
+            Candidate("topk", resolve("topk"), lp.Schedule.single(2, 0, removed), ratio) for removed, ratio, _ in points
+        ]
+        self._proxies = {candidate.key: proxy for candidate, (_, _, proxy) in zip(self.candidates, points, strict=True)}
+
+    def estimate(self, candidate: Candidate) -> Estimate:
+        return Estimate(self._proxies[candidate.key], 0.01)
+
+
+def test_a_timed_candidate_leaves_those_predicted_to_be_faster_on_the_front() -> None:
+    """A target that the timed one misses is then met by the next, and not by one that is far faster than asked."""
+    timed = replace(
+        Candidate("tome", resolve("tome"), lp.Schedule.single(2, 0, 30), 0.6, accuracy=0.97),
+        timing=LatencyStats(7.0, spread=0.1, ratio=0.7, ratio_spread=0.01, rounds=9),
+    )
+    front: Any = FrontOf((60, 0.3, 0.7), (40, 0.6, 0.972), (35, 0.65, 0.96), (30, 0.75, 0.975), (20, 0.8, 0.96))
+    found = merged_front([front], [timed])
+    # Left out are 35, which another prediction beats, and 20, which both beat.
+    assert [(one.method, one.schedule.total_removed) for one in found] == [
+        ("topk", 30), ("tome", 30), ("topk", 40), ("topk", 60)
+    ]  # fmt: skip
