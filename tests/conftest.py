@@ -42,9 +42,9 @@ def _no_controls(request: pytest.FixtureRequest) -> Iterator[None]:
     of_comparisons = {"callbacks", "classification", "cli", "comparison", "profiling"} & set(request.path.parts)
     with pytest.MonkeyPatch.context() as own:  # not the one of the test, which may undo what it has patched
         if of_comparisons and "with_controls" not in request.fixturenames:
-            from lightning_prune.comparison import requests
+            from lightning_prune.comparison import request_reading
 
-            own.setattr(requests, "CONTROLS", ())
+            own.setattr(request_reading, "CONTROLS", ())
         yield
 
 

@@ -16,7 +16,7 @@ from lightning_prune.callbacks.decision import Decision
 from lightning_prune.callbacks.decision_panel import print_decision
 from lightning_prune.callbacks.first_batch import FirstBatch, on_first_batch
 from lightning_prune.callbacks.planned_schedule import planned, profiled
-from lightning_prune.comparison.requests import read_runtimes
+from lightning_prune.comparison.request_reading import read_runtimes
 from lightning_prune.planning import Plan
 from lightning_prune.profiling import TOKEN_CURVE, LatencyProfile, SimulatedDevice, profile_latency, simulate_latency
 from lightning_prune.profiling.profile_reuse import CachedProfile

@@ -25,12 +25,8 @@ from lightning_prune.comparison.comparison_results import Comparison, check_outp
 from lightning_prune.comparison.first_loader import FirstLoader
 from lightning_prune.comparison.loggers import log_rows, muted_loggers
 from lightning_prune.comparison.planned_variants import ComparisonPlan, plain_value
-from lightning_prune.comparison.requests import (
-    ComparisonSettings,
-    in_runtimes,
-    read_requests,
-    read_runtimes,
-)
+from lightning_prune.comparison.request_reading import in_runtimes, read_requests, read_runtimes
+from lightning_prune.comparison.requests import ComparisonSettings
 from lightning_prune.comparison.resume import VariantResult
 from lightning_prune.comparison.setup import ComparisonSetup
 from lightning_prune.comparison.validation_progress import without_bars

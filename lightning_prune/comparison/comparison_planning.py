@@ -10,27 +10,23 @@ from lightning_prune._utils.time_limit import TimeLimit
 from lightning_prune.callbacks.batches import Calibration
 from lightning_prune.callbacks.first_batch import FirstBatch
 from lightning_prune.callbacks.planned_schedule import planned_for, proxy_for
-from lightning_prune.comparison.compared_method import ComparedMethod
 from lightning_prune.comparison.final_run import FinalTimer, Target, verify_targets
 from lightning_prune.comparison.least_times import LeastTimes
-from lightning_prune.comparison.objective_planning import (
-    ObjectiveGroup,
-    dense_if_slower,
-    objective_groups,
-    variant_of_decision,
-)
+from lightning_prune.comparison.objective_planning import ObjectiveGroup, dense_if_slower, variant_of_decision
 from lightning_prune.comparison.planned_variants import ComparisonPlan, PlannedVariant, UnreachedTarget, variant_of
 from lightning_prune.comparison.requests import ComparisonSettings, VariantRequest
 from lightning_prune.comparison.resume import ResumeState
 from lightning_prune.comparison.target_search import TUNING, AutoFront, auto_front, auto_source, search_targets
 from lightning_prune.comparison.time_shares import SHARES, TimeShares
+from lightning_prune.comparison.usable_requests import UsableRequests
 from lightning_prune.comparison.variant_costs import with_energy, with_model_costs
-from lightning_prune.errors import DataError, UnsupportedModelError
+from lightning_prune.errors import DataError
 from lightning_prune.planning.candidate_search import CandidateSearch
 from lightning_prune.planning.candidates import CandidateSource
 from lightning_prune.planning.measurements import Measurements
 from lightning_prune.planning.objectives import LatencyBudget
 from lightning_prune.planning.ordered_candidates import TARGET_TUNING
+from lightning_prune.planning.reasons import dominated_texts
 from lightning_prune.profiling import DENSE, Variant, measurement_context
 from lightning_prune.profiling.measurement import check_dense, ready_to_run
 from lightning_prune.profiling.model_variants import variant_timer
@@ -74,8 +70,6 @@ class ComparisonPlanner:
         self.curves: dict[Runtime, CachedProfile] = {}
         self.fronts: dict[Runtime, AutoFront] = {}
         self.least = LeastTimes(first.transformer, first.images, limit.clock)
-        self.requests = list(settings.requests)
-        self.groups = objective_groups(settings.config, self.requests)
 
     def plan(self) -> ComparisonPlan:
         """Plans and times the variants.
@@ -88,15 +82,18 @@ class ComparisonPlanner:
         check_dense(transformer)
         with ready_to_run(transformer):
             self.tokens = transformer.count_tokens(images)
-            self._find_methods()
+            self.asked = UsableRequests.of(self.first, settings, self.tokens, self.fixed)
+        if self.asked.left_out:
+            listed = "; ".join(f"{name}: {reason}" for name, reason in self.asked.left_out.items())
+            self.on_message(f"Controls that this model does not support are left out. {listed}")
         if settings.config.verbose:
             self.on_message(f"Planning and timing take up to {self.limit.seconds:g} s (`time_limit`).")
         expect_seconds(self.limit.left())
-        weights = self._weights()
+        counts = len(settings.runtimes), len(self.budgets)
+        weights, variants = self.asked.weights(*counts), self.asked.variants(*counts)
         for runtime in settings.runtimes:
             with runtime.applied(transformer):
                 self._measure_runtime(runtime, weights)
-        variants = self._expected_variants()
         self.costs = self.least.of_costs(variants)
         reserved = self.least.of_final_run(variants) + self.costs
         self.shares = TimeShares(self.limit, weights, reserved)
@@ -107,21 +104,21 @@ class ComparisonPlanner:
             )
         for runtime in settings.runtimes:
             with runtime.applied(transformer):
-                for group in self.groups:
+                for group in self.asked.groups:
                     if group.runtime == runtime:
                         self._plan_group(group)
                 with ready_to_run(transformer):
-                    for request in self.usable:
+                    for request in self.asked.usable:
                         if request.has_targets and request.runtime == runtime and request.quantizing is None:
                             self._plan_targets(request)
         with ready_to_run(transformer):
-            for request in self.usable:
+            for request in self.asked.usable:
                 if request.has_targets and request.quantizing is not None:  # dense runs in one runtime, they in another
                     self._plan_targets(request, Variant(runtime=request.runtime))
         with ready_to_run(transformer):
             planned, unreached = self._time_all()
             seconds = self.limit.elapsed
-            requests = {request.name: request for request in self.requests}
+            requests = {request.name: request for request in self.asked.requests}
             expect_seconds(None)
             planned = with_model_costs(transformer, images, planned, requests)
             planned, energy = with_energy(transformer, images, planned, requests, settings.config.verbose)
@@ -137,56 +134,6 @@ class ComparisonPlanner:
             profile=self.curves[settings.runtimes[0]].profile,
             calibration="" if self.calibration is None else self.calibration.source,
         )
-
-    def _find_methods(self) -> None:
-        """Which requests can be used with this model."""
-        config, images = self.settings.config, self.first.images
-        block = 0.25 if config.block == "auto" else config.block
-        grid = self.first.transformer.grid(images)
-        self._drop_controls(block, grid)
-        by_objective = {request.name for group in self.groups for request in group.requests}
-        known = {*self.fixed, *by_objective}
-        requests = [request for request in self.requests if not request.is_dense]
-        searched = [request for request in requests if request.name not in known]
-        self.methods = {r.name: ComparedMethod(self.first.transformer, r, self.tokens, block, grid) for r in searched}
-        self.unusable = {name: method.unsupported_reason(images) for name, method in self.methods.items()}
-        self.usable = [request for request in searched if self.unusable[request.name] is None]
-        if not known and all(request.is_control for request in self.usable):
-            reasons = "; ".join(f"{name}: {reason}" for name, reason in self.unusable.items() if reason is not None)
-            raise UnsupportedModelError(f"None of the methods can be used with this model. {reasons}")
-
-    def _drop_controls(self, block: int | float, grid: tuple[int, int] | None) -> None:
-        """Leaves out the controls that the model does not support, and says so."""
-        transformer, images = self.first.transformer, self.first.images
-        controls = [request for request in self.requests if request.is_control]
-        methods = {r.name: ComparedMethod(transformer, r, self.tokens, block, grid) for r in controls}
-        found = {name: method.unsupported_reason(images) for name, method in methods.items()}
-        reasons = {name: reason for name, reason in found.items() if reason is not None}
-        if not reasons:
-            return
-        self.requests = [request for request in self.requests if request.name not in reasons]
-        self.groups = objective_groups(self.settings.config, self.requests)
-        listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-        self.on_message(f"Controls that this model does not support are left out. {listed}")
-
-    def _weights(self) -> dict[str, float]:
-        """The tasks after the latency curve."""
-        weights = {}
-        for group in self.groups:
-            further = len(group.config.methods) + len(group.requests) - 2
-            is_control = all(request.is_control for request in group.requests)
-            weights[group.name] = SHARES.control if is_control else SHARES.method + SHARES.further * further
-        for request in self.usable:
-            if request.has_targets:
-                further = max(len(request.searched) - 1, 0)
-                own = SHARES.control if request.is_control else SHARES.method
-                weights[request.name] = own + SHARES.further * further
-        return {**weights, "final": SHARES.method + SHARES.variant * self._expected_variants()}
-
-    def _expected_variants(self) -> int:
-        with_targets = sum(request.has_targets for request in self.usable)
-        single = len(self.usable) - with_targets + len(self.fixed) + sum(len(group.requests) for group in self.groups)
-        return len(self.settings.runtimes) + single + with_targets * len(self.budgets)
 
     def _measure_runtime(self, runtime: Runtime, weights: Mapping[str, float]) -> None:
         """What all planning in a runtime needs: its context, seconds of a pass, and its latency curve.
@@ -279,7 +226,7 @@ class ComparisonPlanner:
                 return
             source = auto_source(request, front, transformer.depth)
         else:
-            source = self.methods[request.name].source()
+            source = self.asked.methods[request.name].source()
         with (
             variant_timer(transformer, images, self.limit.clock, dense) as timer,
             progress_bar(f"Planning {request.name}", limit.left(), config.verbose) as on_step,
@@ -306,6 +253,8 @@ class ComparisonPlanner:
             with runtime.applied(transformer):
                 measured = self._measurements(self.curves[runtime], own)
                 self.fronts[runtime] = auto_front(request.searched, measured, transformer, self.budgets)
+            for text in dominated_texts(self.fronts[runtime].dominated):
+                self.on_message(f"{request.name}: {text[0].lower()}{text[1:]}")
             if left_out := self.fronts[runtime].left_out:
                 self.on_message(f"{request.name}: not searched for lack of time: {', '.join(left_out)}")
         return self.fronts[runtime]
@@ -332,9 +281,9 @@ class ComparisonPlanner:
 
     def _time_all(self) -> tuple[list[PlannedVariant], list[UnreachedTarget]]:
         """Times all variants in one interleaved run, in which targets that are missed move to other amounts."""
-        requests, config = {request.name: request for request in self.requests}, self.settings.config
+        requests, config = {request.name: request for request in self.asked.requests}, self.settings.config
         others = [Variant(runtime=request.runtime) for request in requests.values() if request.is_dense]
-        others += [self.methods[r.name].variant() for r in self.usable if not r.has_targets]
+        others += [self.asked.methods[r.name].variant() for r in self.asked.usable if not r.has_targets]
         others += [variant_of(planned, requests[name]) for name, planned in self.fixed.items()]
         seconds = max((self.shares.seconds("final") or 0.0) - self.costs, 0.0)
         final = FinalTimer(self.first.transformer, self.first.images, self.settings.runtimes, self.limit.clock)
@@ -357,7 +306,8 @@ class ComparisonPlanner:
             note = "; ".join(filter(None, notes))
             found.append(replace(planned, timing=timing, speedup_vs_eager=against_eager, note=note))
 
-        for request in self.requests:
+        methods = self.asked.methods
+        for request in self.asked.requests:
             name, runtime, dense = request.name, request.runtime.name, Variant(runtime=request.runtime)
             if request.is_dense:
                 add(PlannedVariant(name, name, runtime=runtime), dense, dense)
@@ -366,10 +316,10 @@ class ComparisonPlanner:
                 found.append(PlannedVariant(name, name, request.method, request.int8, note=note, runtime=runtime))
             elif name in self.fixed:
                 add(self.fixed[name], variant_of(self.fixed[name], request), dense)
-            elif (reason := self.unusable[name]) is not None:
-                found.append(self.methods[name].planned(note=reason))
+            elif (reason := self.asked.unusable[name]) is not None:
+                found.append(methods[name].planned(note=reason))
             elif not request.has_targets:
-                add(self.methods[name].planned(note=self.methods[name].note), self.methods[name].variant(), dense)
+                add(methods[name].planned(note=methods[name].note), methods[name].variant(), dense)
             else:
                 for budget in self.budgets:
                     target, context = self.targets[name, budget], self.contexts[request.runtime]
@@ -378,5 +328,5 @@ class ComparisonPlanner:
                     else:
                         variant = target.candidate.variant
                         timing = final.timer.result(variant, dense)
-                        add(self.methods[name].planned_for(target, timing, context), variant, dense)
+                        add(methods[name].planned_for(target, timing, context), variant, dense)
         return found, unreached

@@ -7,7 +7,7 @@ from torch import Tensor
 from lightning_prune._utils.device import synchronize
 from lightning_prune.comparison.target_search import TUNING
 from lightning_prune.patching import VisionTransformer
-from lightning_prune.planning import measurements
+from lightning_prune.planning import measurement_tuning
 from lightning_prune.planning.overhead_probes import graphs_to_probe
 from lightning_prune.planning.probed_schedules import PROBES
 from lightning_prune.runtimes import Runtime
@@ -80,7 +80,7 @@ class LeastTimes:
         Args:
             runtime: The runtime.
         """
-        tuning, depth = measurements.TUNING, self._transformer.depth
+        tuning, depth = measurement_tuning.TUNING, self._transformer.depth
         images = 1 + len(tuning.sensitivity_shares) * depth / 2 + tuning.min_proxies * tuning.min_images
         passes = PROBES * tuning.min_runs_per_probe + images / len(self._images) + 4
         graphs = 1 + graphs_to_probe(self._transformer, runtime)

@@ -1,7 +1,8 @@
 """The search for the schedules with which a method reaches target speed-ups."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from lightning_prune._utils.progress import OnStep
@@ -182,11 +183,13 @@ class AutoFront(NamedTuple):
         candidates: The merged front of all methods, from the slowest to the fastest.
         start: Target -> the position, from 1 on, from which its search starts.
         left_out: Methods that there was no time to search.
+        dominated: Method that is surely worse than others -> those, and the number of images that told so.
     """
 
     candidates: list[Candidate]
     start: dict[LatencyBudget, int]
     left_out: tuple[str, ...] = ()
+    dominated: Mapping[str, tuple[Sequence[str], int]] = MappingProxyType({})
 
 
 def auto_front(
@@ -216,7 +219,7 @@ def auto_front(
         near = [position for position, candidate in enumerate(front, 1) if candidate.latency_ratio <= wanted]
         start[budget] = next(iter(own or near), len(front))
     known = {*(one.label for one in fronts), *measured.dominated}
-    return AutoFront(front, start, tuple(label for label in methods if label not in known))
+    return AutoFront(front, start, tuple(label for label in methods if label not in known), measured.dominated)
 
 
 def _time_fastest(fronts: Sequence[Front], searches: Sequence[CandidateSearch], measured: Measurements) -> None:

@@ -1,11 +1,10 @@
 """The measurements that planning needs, within a time limit: overheads, sensitivities, proxies and timings."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -14,8 +13,9 @@ from lightning_prune._utils.time_limit import TimeLimit
 from lightning_prune.errors import ArgumentError, DataError, UnsupportedModelError
 from lightning_prune.patching import PatchHandle, VisionTransformer, has_exact_tail
 from lightning_prune.planning.candidates import MIXED, Candidate, Timings
-from lightning_prune.planning.halving import MeasuredMethod, dominated_methods, next_look
+from lightning_prune.planning.halving import MeasuredMethod, dominated_methods
 from lightning_prune.planning.latency_model import LatencyModel, token_levels
+from lightning_prune.planning.measurement_tuning import TUNING
 from lightning_prune.planning.method_front import Front, MethodFront
 from lightning_prune.planning.mixed_front import MixedFront, combinable
 from lightning_prune.planning.mixed_latency import MixedLatency, fit_overhead
@@ -28,9 +28,10 @@ from lightning_prune.planning.overhead_probes import (
     uses_shallow_copy,
 )
 from lightning_prune.planning.probed_schedules import PROBES, Methods, schedules_to_probe
-from lightning_prune.planning.sensitivity import Sensitivity, Table, dense_pass
+from lightning_prune.planning.sensitivity import Sensitivity, Table
+from lightning_prune.planning.sensitivity_run import SensitivityRun, Worse
 from lightning_prune.profiling import Estimate, LatencyProfile, LatencyStats, Proxy, Variant, Workload, compare_latency
-from lightning_prune.profiling.accuracy_store import AccuracyStore, KeptSensitivity
+from lightning_prune.profiling.accuracy_store import AccuracyStore
 from lightning_prune.profiling.environment import accuracy_dependencies
 from lightning_prune.profiling.interleaved_timer import LEAST_ROUNDS
 from lightning_prune.profiling.measurement import ready_to_run
@@ -39,52 +40,6 @@ from lightning_prune.profiling.simulated_device import attention_share
 from lightning_prune.reduction import Reduction
 from lightning_prune.runtimes import applied_runtime
 from lightning_prune.schedule import Schedule
-
-
-@dataclass(frozen=True)
-class MeasurementTuning:
-    """Constants of the measurements. Shares are of the time that is left when a measurement begins.
-
-    Attributes:
-        overhead_share: Time limit of the timings from which the overhead of all methods follows.
-        sensitivity_share: Time limit of the sensitivities of all methods.
-        proxy_share: Time after which no proxy is measured any more before the first timing run.
-        timing_share: Time limit of each timing run.
-        sensitivity_shares: Where a block is measured, as shares of the largest number of tokens that a method removes.
-            Between them the divergence is interpolated.
-        batch_images: Images in one pass of the proxy and the sensitivity, at most or if the user's batch is larger.
-        first_images: Images in the first batch of the sensitivity, unless there is time for fewer only.
-        min_images: Calibration images that the proxy is measured on, whatever time it takes.
-        passes_per_method: Passes over the calibration images that one method is expected to need.
-        passes_per_budget: The same for each objective, where none depends on how the proxy falls with the latency.
-        min_runs_per_probe: Runs of each schedule from which an overhead follows, warm-up included, whatever time it
-            takes.
-        min_proxies: Proxies that one method needs at least, on `min_images` images.
-        min_uncertainty: Mean uncertainty of the dense model below which images are taken in a random order.
-        kept_ratio: Kept estimates are used where they were made on at least this share of the images, or of the time,
-            that there is now: their standard error is then at most 1.4 times as large. Nor on as many times more, as
-            further ones would take too long.
-    """
-
-    overhead_share: float = 0.2
-    sensitivity_share: float = 0.4
-    proxy_share: float = 0.6
-    timing_share: float = 0.4
-    # Of a ViT with 12 blocks and 196 patch tokens, divergences by four of eight shares were off by a tenth, and those
-    # by 32 of 384 images by a third.
-    sensitivity_shares: tuple[float, ...] = (0.125, 0.375, 0.625, 1.0)
-    batch_images: int = 32
-    first_images: int = 8
-    min_images: int = 32
-    passes_per_method: int = 6
-    passes_per_budget: int = 2
-    min_runs_per_probe: int = 3
-    min_proxies: int = 2
-    min_uncertainty: float = 1e-3
-    kept_ratio: float = 0.5
-
-
-TUNING = MeasurementTuning()
 
 
 @dataclass
@@ -249,9 +204,9 @@ class Measurements:
                 measured[label] = MeasuredMethod(MixedLatency((model,), (weighs,)), costs_of(label, table), without)
             return dominated_methods(measured, levels, objectives)
 
-        sensitivities = self._measure_sensitivities(methods, worse)
+        run = self._measure_sensitivities(methods, worse)
         fronts: list[MethodFront] = []
-        for label, sensitivity in sensitivities.items():
+        for label, sensitivity in run.tables.items():
             reduction, timed, costs = methods[label][0], probed.get(label, ()), costs_of(label, sensitivity)
             fronts.append(MethodFront(label, reduction, own[label], costs, self.accuracy, timed, self.limit.clock))
         for place, front in enumerate(fronts):
@@ -372,74 +327,26 @@ class Measurements:
             for label, schedules in tried.items()
         }
 
-    def _measure_sensitivities(
-        self, methods: Methods, worse: Callable[[Mapping[str, Sensitivity]], dict[str, tuple[str, ...]]]
-    ) -> dict[str, Sensitivity]:
-        """The sensitivities to the methods, on the same images: as many as the time allows.
-
-        Those that are kept of an earlier run with about as much time are not measured again. Of the others all get a
-        batch before any gets the next, and its size follows from the time of the last one. The first method is measured
-        whatever time it takes; others are left out if there is no time for their first batch, and as soon as they are
-        surely worse than others, which get the time that they would have taken.
-
-        Args:
-            methods: Label -> the method and the blocks that may reduce.
-            worse: Of measured methods those that are surely worse than others -> which.
-        """
-        transformer, clock = self.transformer, self.limit.clock
-        own_seconds = (self.limit.deadline(TUNING.sensitivity_share) - clock()) / len(methods)
-        tables = {label: self._sensitivity(*method) for label, method in methods.items()}
-        missing = {
-            label: table for label, table in tables.items() if not self._recall(methods[label][0], table, own_seconds)
-        }
-        order, sizes = self._unsure_first() if missing else (torch.arange(0), None)
-        began, deadline = clock(), self.limit.deadline(TUNING.sensitivity_share)
-        weight = next((p for p in transformer.root.parameters() if p.is_floating_point()), self.images)
-        device = self.example_inputs.device
-        dtype = self.images.dtype if torch.is_autocast_enabled(device.type) else weight.dtype
-        text = "Sensitivity of the blocks"
-        seen, size = 0, self._first_images({label: methods[label] for label in missing}, deadline - began)
-        look = next_look(seen)
-        with (
-            ready_to_run(transformer),
-            progress_bar(text, self.limit.share(TUNING.sensitivity_share), self.verbose) as on_step,
-        ):
-            while missing and size and seen < len(self.images):
-                started = clock()
-                chosen = order[seen : seen + size]
-                images = self.images[chosen].to(device, dtype)
-                counted = None if sizes is None else sizes[chosen]
-                dense = dense_pass(transformer, images)
-                on_step()
-                for label, table in list(missing.items()):
-                    if label != next(iter(tables)) and not seen and clock() >= deadline:
-                        del missing[label], tables[label]
-                        continue
-                    try:
-                        table.add(images, on_step, dense, counted)
-                    except DataError as error:
-                        if len(tables) == 1:
-                            raise
-                        self.not_finite[methods[label][0].name] = str(error)
-                        del missing[label], tables[label]
-                seen += len(images)
-                seconds = max(clock() - started, 1e-9)
-                if len(missing) > 1 and look <= seen < len(self.images) and clock() < deadline:
-                    look = next_look(seen)
-                    before = len(missing)
-                    for label, better in worse(missing).items():
-                        self.dominated[label] = better, seen
-                        self._keep(methods[label][0], missing[label], own_seconds)
-                        del missing[label], tables[label]
-                    seconds *= len(missing) / before
-                affordable = len(images) * max(deadline - clock(), 0.0) / seconds
-                most = min(affordable, look - seen if len(missing) > 1 and look > seen else TUNING.batch_images)
-                size = int(min(most, TUNING.batch_images)) // TUNING.first_images * TUNING.first_images
-        for label, table in missing.items():
-            self._keep(methods[label][0], table, own_seconds)
-        self.sensitivity_images = min(table.images for table in tables.values())
-        self.sensitivity_seconds = clock() - began
-        return tables
+    def _measure_sensitivities(self, methods: Methods, worse: Worse) -> SensitivityRun:
+        """The sensitivities to the methods, on the same images: as many as the time allows."""
+        run = SensitivityRun(
+            self.transformer,
+            {
+                label: (reduction, self._sensitivity(reduction, blocks))
+                for label, (reduction, blocks) in methods.items()
+            },
+            self.images,
+            self.example_inputs.device,
+            self.limit,
+            self._store,
+            self._seconds_per_image,
+        )
+        if run.missing:
+            run.measure(worse, *self._unsure_first(), self.verbose)
+        self.dominated |= run.dominated
+        self.not_finite |= run.not_finite
+        self.sensitivity_images, self.sensitivity_seconds = run.images, run.seconds
+        return run
 
     def _unsure_first(self) -> tuple[Tensor, Tensor | None]:
         """The order in which images are taken, and what each counts for; None where all are alike.
@@ -454,25 +361,6 @@ class Measurements:
             if len(sizes) > 1 and float(sizes.mean()) > TUNING.min_uncertainty:
                 return sizes.argsort(descending=True, stable=True), sizes / sizes.mean()
         return torch.arange(len(self.images)), None
-
-    def _recall(self, reduction: Reduction, table: Sensitivity, seconds: float) -> bool:
-        """Fills a table with what is kept, unless there is time for much better figures now; whether it did."""
-        kept = None if self._store is None else self._store.sensitivity(reduction, table.blocks, table.counts)
-        if kept is None or (kept.images < len(self.images) and kept.seconds < TUNING.kept_ratio * seconds):
-            return False
-        table.take(np.array(kept.table), kept.images)
-        return True
-
-    def _keep(self, reduction: Reduction, table: Sensitivity, seconds: float) -> None:
-        if self._store is not None:
-            kept = KeptSensitivity(table.table.tolist(), table.images, seconds)
-            self._store.keep_sensitivity(reduction, table.blocks, table.counts, kept)
-
-    def _first_images(self, methods: Methods, seconds: float) -> int:
-        """Images in the first batch of the sensitivity: fewer than usual if even that would take too long."""
-        passes = 1 + sum(self._passes(blocks) for _, blocks in methods.values())
-        affordable = seconds / max(passes * self._seconds_per_image, 1e-9)
-        return int(min(max(affordable, 1), TUNING.first_images))
 
     def _sensitivity(self, reduction: Reduction, blocks: Sequence[int]) -> Sensitivity:
         n = self.profile.dense_tokens

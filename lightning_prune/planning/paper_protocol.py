@@ -12,7 +12,8 @@ from lightning_prune.errors import ArgumentError
 from lightning_prune.patching import PatchHandle, VisionTransformer
 from lightning_prune.patching.schedule_forms import allocate_schedule
 from lightning_prune.planning.candidates import Candidate
-from lightning_prune.planning.measurements import TUNING, Measurements
+from lightning_prune.planning.measurement_tuning import TUNING
+from lightning_prune.planning.measurements import Measurements
 from lightning_prune.planning.objectives import RATIO_TOLERANCE, Objective
 from lightning_prune.planning.reasons import dense_reason, missed_budget
 from lightning_prune.planning.results import Plan

@@ -5,10 +5,11 @@ from dataclasses import replace
 
 from lightning_prune.planning.candidate_search import CandidateSearch, run_searches
 from lightning_prune.planning.candidates import Candidate
-from lightning_prune.planning.measurements import TUNING, Measurements
+from lightning_prune.planning.measurement_tuning import TUNING
+from lightning_prune.planning.measurements import Measurements
 from lightning_prune.planning.objectives import LatencyBudget, Objective
 from lightning_prune.planning.profile_validation import nothing_timed
-from lightning_prune.planning.reasons import missed_budget
+from lightning_prune.planning.reasons import dominated_texts, missed_budget
 from lightning_prune.planning.results import Plan
 from lightning_prune.profiling import LatencyProfile
 from lightning_prune.profiling.page_faults import fault_context
@@ -95,8 +96,7 @@ def searched(
         dropped = [label for label in search.not_promising if label in methods]
         if dropped:
             reason = f"{reason} Predicted to be worse, and not tried: {', '.join(dropped)}."
-        for label, (better, images) in measured.dominated.items():
-            reason = f"{reason} Left out after {images} images, {label}: surely worse than {' and '.join(better)}."
+        reason = " ".join([reason, *dominated_texts(measured.dominated)])
         if left_out:
             reason = f"{reason} Not searched for lack of time: {', '.join(left_out)}."
         for name, error in measured.not_finite.items():

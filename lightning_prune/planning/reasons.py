@@ -1,5 +1,6 @@
 """Why nothing is removed, and which budget is missed then, in sentences."""
 
+from collections.abc import Mapping, Sequence
 from math import hypot
 
 import numpy as np
@@ -52,3 +53,15 @@ def no_gain(schedule: Schedule, dense_tokens: int, timing: LatencyStats) -> str 
         f"Timed against dense, the schedule that leaves {schedule.tokens(dense_tokens)[-1]} tokens takes "
         f"{100 * timing.ratio:.1f}% of its latency: nothing is gained."
     )
+
+
+def dominated_texts(dominated: Mapping[str, tuple[Sequence[str], int]]) -> list[str]:
+    """A sentence for each method that was left out as surely worse than others.
+
+    Args:
+        dominated: The method -> those others, and the number of images after which that was known.
+    """
+    return [
+        f"Left out after {images} images, {label}: surely worse than {' and '.join(better)}."
+        for label, (better, images) in dominated.items()
+    ]

@@ -266,7 +266,7 @@ def test_objectives_are_resumed_and_told_apart(module: Any, running: Any, tmp_pa
     [(lp.LatencyBudget(speedup=1.5), "latency budget"), (DenseOnly(), "dense only"), (lp.Utility(0.3), "utility")],
 )
 def test_variants_are_named_after_their_objectives(objective: Objective, name: str, running: Any) -> None:
-    from lightning_prune.comparison.requests import read_requests
+    from lightning_prune.comparison.request_reading import read_requests
 
     _, pruner = running(method="tome")
     names = [request.name for request in read_requests(pruner.config, None, None, objective)]

@@ -4,7 +4,7 @@ import torch
 
 from helpers.models import tiny_vit
 from lightning_prune.comparison.compared_method import ComparedMethod
-from lightning_prune.comparison.requests import read_methods
+from lightning_prune.comparison.request_reading import read_methods
 from lightning_prune.patching import find_vision_transformer
 from lightning_prune.reduction import POMT
 

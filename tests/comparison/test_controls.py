@@ -12,7 +12,7 @@ from helpers.clock import TickingClock
 from lightning_prune.callbacks import PruningConfig
 from lightning_prune.comparison import api
 from lightning_prune.comparison.best_variant import choose_best
-from lightning_prune.comparison.requests import in_runtimes, read_requests
+from lightning_prune.comparison.request_reading import in_runtimes, read_requests
 from lightning_prune.patching.models.timm_vit import TimmAdapter
 from lightning_prune.reduction import RandomDrop, Resize
 from lightning_prune.reduction.visual_words import VWTInter

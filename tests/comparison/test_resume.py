@@ -15,7 +15,8 @@ from lightning_prune._utils.files import slug
 from lightning_prune._utils.measurement_source import MeasurementSource
 from lightning_prune.comparison.planned_variants import ComparisonPlan, PlannedVariant, UnreachedTarget
 from lightning_prune.comparison.predictions import Predictions
-from lightning_prune.comparison.requests import VariantRequest, read_methods
+from lightning_prune.comparison.request_reading import read_methods
+from lightning_prune.comparison.requests import VariantRequest
 from lightning_prune.comparison.resume import (
     ResumeState,
     VariantResult,

@@ -10,7 +10,8 @@ import torch
 
 import lightning_prune as lp
 from lightning_prune.comparison.planned_variants import PlannedVariant, variant_of
-from lightning_prune.comparison.requests import VariantRequest, read_methods
+from lightning_prune.comparison.request_reading import read_methods
+from lightning_prune.comparison.requests import VariantRequest
 from lightning_prune.comparison.target_search import merged_front
 from lightning_prune.planning.candidates import Candidate
 from lightning_prune.planning.measurements import Measurements

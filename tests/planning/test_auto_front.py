@@ -7,7 +7,7 @@ import pytest
 import lightning_prune as lp
 from helpers.models import tiny_vit
 from lightning_prune._utils.time_limit import TimeLimit
-from lightning_prune.comparison.requests import read_methods
+from lightning_prune.comparison.request_reading import read_methods
 from lightning_prune.comparison.target_search import auto_front, auto_source
 from lightning_prune.patching import find_vision_transformer
 

@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 
 import lightning_prune as lp
-from lightning_prune.comparison.requests import VariantRequest, read_methods
+from lightning_prune.comparison.request_reading import read_methods
+from lightning_prune.comparison.requests import VariantRequest
 from lightning_prune.planning.method_selection import AUTO_METHODS
 from lightning_prune.reduction import POMT, RandomDrop, names, resolve
 
