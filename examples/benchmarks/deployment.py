@@ -45,7 +45,7 @@ def variants_of(depth: int, runtimes: list[Runtime]) -> dict[tuple[str, str], Va
     for runtime in runtimes:
         found[runtime.name, "dense"] = Variant(runtime=runtime)
         for case, (method, removed, _) in CASES.items():
-            schedule = lp.Schedule([removed.get(block, 0) for block in range(depth)])
+            schedule = lp.Schedule([removed.get(block, 0) for block in range(depth)]) if removed else None
             found[runtime.name, case] = Variant(method, schedule, runtime=runtime)
     return found
 
