@@ -23,7 +23,7 @@ from lightning_prune.cli.main import run
 from lightning_prune.profiling import InterleavedTimer, LatencyStats, Variant, between_runs
 from lightning_prune.profiling.clocks import CLOCKS
 from lightning_prune.profiling.measurement import ready_to_run
-from lightning_prune.profiling.model_variants import VariantSwitch
+from lightning_prune.profiling.model_variants import VariantSwitch, settle_seconds
 from lightning_prune.runtimes import Runtime, parse_runtime
 from lightning_prune.runtimes.calibration import calibrating_with
 
@@ -61,6 +61,7 @@ def measure(model: torch.nn.Module, images: torch.Tensor, args: argparse.Namespa
         synchronize=between_runs(images.device),
         reference=variants[runtimes[0].name, "dense"],
         clock=clock,
+        settle_seconds=settle_seconds(runtimes),
     )
     with calibrating_with(images), ready_to_run(transformer):
         try:

@@ -18,6 +18,7 @@ import copy
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -29,6 +30,7 @@ import lightning_prune as lp
 from lightning_prune.patching.block_split import PRE_NORM
 from lightning_prune.profiling import InterleavedTimer, between_runs
 from lightning_prune.profiling.clocks import read_clock
+from lightning_prune.profiling.interleaved_timer import OWN_MEMORY
 from lightning_prune.runtimes import parse_runtime
 
 FEWEST = 5  # rounds of the slowest case
@@ -110,13 +112,15 @@ def measure(model: nn.Module, images: Tensor, case: str, mode: str, args: argpar
     device = images.device
     clock = read_clock(args.clock, device.type)
     with torch.inference_mode():
-        timer = InterleavedTimer(switch, run, between_runs(device), reference="floor", clock=clock)
+        settle = None if mode == "eager" or mode in COMPILED else OWN_MEMORY
+        common: dict[str, Any] = {"clock": clock, "settle_seconds": settle}
+        timer = InterleavedTimer(switch, run, between_runs(device), reference="floor", **common)
         for variant in [*forwards] * 2 if mode in COMPILED else []:  # to compile, then to record CUDA graphs
             switch(variant)
             run()
         timer.measure(["pruned"], min(FEWEST, args.rounds))
         timer.measure(["pruned"], args.rounds - FEWEST, clock() + args.seconds)
-        over = InterleavedTimer(switch, run, between_runs(device), reference="dense", clock=clock)
+        over = InterleavedTimer(switch, run, between_runs(device), reference="dense", **common)
         over.measure(["pruned"], max(args.rounds // 3, 3), clock() + args.seconds / 3)
     ratio, pruned = timer.result("pruned"), over.result("pruned")
     return {

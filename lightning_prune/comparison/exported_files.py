@@ -16,6 +16,7 @@ from lightning_prune.comparison.predictions import capture_outputs
 from lightning_prune.comparison.variant_runs import flat_metrics
 from lightning_prune.exporting import ExportedModel
 from lightning_prune.profiling import InterleavedTimer, LatencyStats
+from lightning_prune.profiling.interleaved_timer import OWN_THREADS
 
 ROUNDS, SECONDS = 51, 20.0
 
@@ -170,7 +171,9 @@ def _timed(models: Sequence[ExportedModel], images: Tensor) -> list[LatencyStats
     def prepare(number: int) -> None:
         current[0] = models[number]
 
-    timer = InterleavedTimer[int](prepare, lambda: current[0](images), lambda: None, reference=0)
+    timer = InterleavedTimer[int](
+        prepare, lambda: current[0](images), lambda: None, reference=0, settle_seconds=OWN_THREADS
+    )
     with torch.inference_mode():
         timer.measure(range(len(models)), 3)
         timer.measure(range(len(models)), ROUNDS - 3, timer.clock() + SECONDS)

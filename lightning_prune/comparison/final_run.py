@@ -21,6 +21,7 @@ from lightning_prune.planning.ordered_candidates import OrderedCandidates
 from lightning_prune.profiling import InterleavedTimer, LatencyStats, Variant, VariantSwitch
 from lightning_prune.profiling.environment import precision
 from lightning_prune.profiling.latency_profile import SAVING
+from lightning_prune.profiling.model_variants import settle_seconds
 from lightning_prune.runtimes import Runtime, TorchEager, is_compiled
 from lightning_prune.runtimes.in_place import uncompiled
 
@@ -135,6 +136,7 @@ class FinalTimer:
             reference=Variant(runtime=runtimes[0]),
             clock=clock,
             references=self._references,
+            settle_seconds=settle_seconds([*runtimes, self._eager.runtime]),
         )
 
     def speedup_vs_eager(self, variant: Variant) -> float | None:

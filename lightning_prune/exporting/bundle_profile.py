@@ -24,7 +24,7 @@ from lightning_prune.errors import ArgumentError, FileFormatError, PruneError
 from lightning_prune.exporting.bundle_graphs import BundledGraphs, bundled_graphs
 from lightning_prune.profiling.clocks import CLOCKS, read_clock
 from lightning_prune.profiling.count_search import profile_builder, search_counts
-from lightning_prune.profiling.interleaved_timer import LEAST_ROUNDS, InterleavedTimer
+from lightning_prune.profiling.interleaved_timer import LEAST_ROUNDS, OWN_MEMORY, InterleavedTimer
 from lightning_prune.profiling.latency_profile import LatencyProfile, OverheadProbe
 from lightning_prune.profiling.page_faults import fault_context
 
@@ -115,8 +115,9 @@ def measure(
     n, probed = described["tokens"], described["probes"]
     build = profile_builder(described["method"], 0, described["depth"], "deployed")
     timer = InterleavedTimer[int](
-        lambda count: graphs.to(described["curve"], count), graphs.run, lambda: None, n, clock
-    )
+        lambda count: graphs.to(described["curve"], count), graphs.run, lambda: None, n, clock,
+        settle_seconds=OWN_MEMORY,
+    )  # fmt: skip
     seconds = _CURVE_SHARE * time_limit if probed["graphs"] else time_limit
     try:
         profile = search_counts(
@@ -153,6 +154,7 @@ def _measure_probes(
     timer = InterleavedTimer[str](
         prepare, graphs.run, lambda: None, _DENSE, clock,
         references=lambda name: (_COPY,) if copy and name not in (_DENSE, _COPY) else (),
+        settle_seconds=OWN_MEMORY,
     )  # fmt: skip
     interrupted = False
     try:

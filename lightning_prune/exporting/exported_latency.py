@@ -11,7 +11,7 @@ from lightning_prune.errors import ExportError
 from lightning_prune.exporting.export_report import GraphChoice, GraphForm, TimedLatency
 from lightning_prune.exporting.exported_graph import ExportedCopy, graph_of
 from lightning_prune.exporting.formats import ExportFormat
-from lightning_prune.profiling.interleaved_timer import LEAST_ROUNDS, InterleavedTimer, LatencyStats
+from lightning_prune.profiling.interleaved_timer import LEAST_ROUNDS, OWN_MEMORY, InterleavedTimer, LatencyStats
 from lightning_prune.runtimes.graph_store import RunGraph
 
 K = TypeVar("K", bound=str)
@@ -95,6 +95,7 @@ def _time(runs: Mapping[K, RunGraph], images: Tensor, rounds: int, time_limit: f
         run=lambda: runs[current[0]](images),
         synchronize=between_runs(images.device),
         reference=reference,
+        settle_seconds=OWN_MEMORY,
     )
     deadline = float("inf") if time_limit is None else time.perf_counter() + time_limit
     timer.measure(others, rounds, deadline, min_rounds=min(LEAST_ROUNDS, rounds))

@@ -96,6 +96,7 @@ class PatchHandle:
         self._tail = tail
         self._exact = exact
         self._splits: dict[int, AttnMlpSplit | None] = {}
+        self._with_tail: list[nn.Module] = []  # the last block and the norms after it, once they were verified
         self._patched: list[tuple[nn.Module, object]] = []  # with what each works on, as its `_prune_patch`
         if tail is not False or exact:  # before an earlier patch is removed
             self._refuse_tail(head_reason(transformer, tail is True))
@@ -298,12 +299,22 @@ class PatchHandle:
             return None
         transformer = self.transformer
         root, adapter, last = transformer.root, transformer.adapter, transformer.depth - 1
-        reason = head_reason(transformer, self._tail is True)
-        reason = reason or last_block_reason(transformer, self._split_of(last))
+        reason = head_reason(transformer, self._tail is True) or self._last_block_reason()
         self._refuse_tail(reason)
         if reason is not None:
             return None
         return ExactTail(adapter, watched_modules(root, transformer.blocks[last], adapter.final_norms(root)))
+
+    def _last_block_reason(self) -> str | None:
+        """Why the last block allows no exact tail; verified once for the same modules, as `_split_of` is."""
+        transformer, last = self.transformer, self.transformer.depth - 1
+        block = transformer.blocks[last]
+        modules = [*block.modules(), *transformer.adapter.final_norms(transformer.root)]
+        if "forward" in vars(block) or list(map(id, modules)) != list(map(id, self._with_tail)):
+            reason = last_block_reason(transformer, self._split_of(last))
+            self._with_tail = modules if reason is None else []
+            return reason
+        return None
 
     def _refuse_tail(self, reason: str | None) -> None:
         """Raises UnsupportedModelError if the model can have no exact tail, for this reason, and one was asked for."""

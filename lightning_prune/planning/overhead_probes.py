@@ -16,6 +16,7 @@ from lightning_prune.planning.probed_schedules import PROBES, Methods, schedules
 from lightning_prune.profiling import InterleavedTimer, LatencyProfile, LatencyStats, Variant, VariantSwitch
 from lightning_prune.profiling.latency_profile import OverheadProbe
 from lightning_prune.profiling.measurement import ready_to_run
+from lightning_prune.profiling.model_variants import settle_seconds
 from lightning_prune.reduction import Reduction, spec_of
 from lightning_prune.runtimes.base import Runtime, applied_runtime
 from lightning_prune.schedule import Schedule
@@ -229,6 +230,7 @@ def _timed(
         timer = InterleavedTimer[str](
             prepare, lambda: current[0](), between_runs(example_inputs.device), reference="dense", clock=limit.clock,
             references=lambda name: ("shallow",) if name in variants else (),
+            settle_seconds=settle_seconds([runtime]),
         )  # fmt: skip
         deadline = float("inf") if seconds is None else limit.clock() + seconds
         names = ["shallow", *variants]

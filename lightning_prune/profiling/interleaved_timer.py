@@ -22,6 +22,13 @@ MEDIAN_STDERR = 1.2533
 """Standard error of a median of n normal samples, times sqrt(n) and over their standard deviation."""
 LEAST_ROUNDS = 3
 """Rounds from which a latency has quartiles: of fewer, no interval is claimed."""
+OWN_MEMORY = 0.0
+"""`settle_seconds` of alternatives each of which has a copy of the weights: one untimed run fetches it again."""
+OWN_THREADS = 0.02
+"""`settle_seconds` of alternatives with different pools of threads: those of OpenMP spin for milliseconds after a run,
+and take a core from the next. At 2 threads this made 16 ms of ONNX Runtime after PyTorch 3 ms longer."""
+_LONG_SECONDS = 0.2  # of a run that what came before slows by less than 2%
+_MOST_UNTIMED = 8
 
 
 @dataclass(frozen=True)
@@ -101,6 +108,9 @@ class InterleavedTimer(Generic[K]):
         clock: Returns seconds. With a `CpuClock`, runs are timed by CPU time, and deadlines are in wall time.
         references: The alternatives that are part of every round of an alternative besides `reference`; its ratio
             refers to the first of them, where there is one.
+        settle_seconds: Where alternatives share neither weights nor threads, how long untimed runs go on before each
+            timed one, at least one of them, so that what is timed is one of many runs in a row. None for no untimed
+            runs, as of models in PyTorch.
 
     Example:
         >>> from lightning_prune.profiling import InterleavedTimer
@@ -122,11 +132,13 @@ class InterleavedTimer(Generic[K]):
     reference: K
     clock: Callable[[], float] = time.perf_counter
     references: Callable[[K], Sequence[K]] = lambda _: ()
+    settle_seconds: float | None = None
     _rounds: list[dict[K, float]] = field(default_factory=list)
     _faults: list[dict[K, int | None]] = field(default_factory=list)  # of the same rounds
     _last_faults: int | None = None
     _fitted: tuple[int, "_Levels[K]"] | None = None
     _first_runs: dict[K, float] = field(default_factory=dict)
+    _last_seconds: dict[K, float] = field(default_factory=dict)
     _shuffle: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
     _passed: float = 0.0
     _timed: float = 0.0
@@ -135,6 +147,8 @@ class InterleavedTimer(Generic[K]):
         """Runs an alternative once, from an idle device to an idle device, and returns the seconds."""
         self.prepare(alternative)
         self.synchronize()
+        if self.settle_seconds is not None and alternative in self._first_runs:  # the first run is that which converts
+            self._settle(self.settle_seconds, self._last_seconds.get(alternative, 0.0))
         before = count_page_faults()
         if isinstance(self.clock, CpuClock):
             began, start = self.clock(), self.clock.of_run()
@@ -149,8 +163,21 @@ class InterleavedTimer(Generic[K]):
             self.synchronize()
             seconds = self.clock() - start
         after = count_page_faults()
+        self._last_seconds[alternative] = seconds
         self._last_faults = None if before is None or after is None else after - before
         return seconds
+
+    def _settle(self, seconds: float, expected: float) -> None:
+        """Runs what is prepared, untimed; a run that takes long gets a pause in place of it."""
+        if expected > _LONG_SECONDS:
+            time.sleep(seconds)
+            return
+        start = time.perf_counter()
+        for _ in range(_MOST_UNTIMED):
+            self.run()
+            self.synchronize()
+            if time.perf_counter() - start >= seconds:
+                return
 
     @property
     def pace(self) -> float:

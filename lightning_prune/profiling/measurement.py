@@ -23,7 +23,7 @@ from lightning_prune.profiling.count_search import profile_builder, search_count
 from lightning_prune.profiling.environment import measurement_context
 from lightning_prune.profiling.interleaved_timer import LEAST_ROUNDS, InterleavedTimer, LatencyStats
 from lightning_prune.profiling.latency_profile import LatencyProfile
-from lightning_prune.profiling.model_variants import DENSE, Variant, VariantSwitch
+from lightning_prune.profiling.model_variants import DENSE, Variant, VariantSwitch, settle_seconds
 from lightning_prune.profiling.page_faults import fault_context
 from lightning_prune.reduction import RandomDrop, Reduction, resolve
 from lightning_prune.runtimes.base import Runtime, applied_runtime
@@ -125,7 +125,14 @@ def profile_latency(
         elif protocol == "paper":
             counts = range(lowest, n)
         with _switching_counts(transformer, example_inputs, reduction, index, n) as (prepare, run):
-            timer = InterleavedTimer[int](prepare, run, between_runs(example_inputs.device), reference=n, clock=clock)
+            timer = InterleavedTimer[int](
+                prepare,
+                run,
+                between_runs(example_inputs.device),
+                reference=n,
+                clock=clock,
+                settle_seconds=settle_seconds([applied_runtime(transformer)]),
+            )
             build = profile_builder(reduction.name, index, depth, protocol)
             counted = _counting_runs(on_step)
             profile = search_counts(timer, build, counts, lowest, n, time_limit, counted, len(example_inputs), possible)
@@ -196,6 +203,7 @@ def compare_latency(
     dense = next((name for name, variant in chosen.items() if variant == DENSE), None)
     if dense is None:
         raise ArgumentError(f"`variants` must contain None for the dense model, got {', '.join(variants) or 'none'}.")
+    own_runtimes = [each.runtime for each in chosen.values() if each.runtime is not None]
     switch = VariantSwitch(transformer)
     deadline = float("inf") if time_limit is None else clock() + time_limit
     with (
@@ -209,6 +217,7 @@ def compare_latency(
             synchronize=between_runs(example_inputs.device),
             reference=dense,
             clock=clock,
+            settle_seconds=settle_seconds([applied_runtime(transformer), *own_runtimes]),
         )
         try:
             # The runs of a round, and before all rounds as many that warm up.

@@ -1,7 +1,7 @@
 """Variants of one model (dense, pruned, with other weights), and switching from one to another between two runs."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple, Protocol
 
@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from lightning_prune._utils.device import between_runs
 from lightning_prune.patching import PatchHandle, VisionTransformer, unpatch
 from lightning_prune.patching.exact_tail import EXACT
-from lightning_prune.profiling.interleaved_timer import InterleavedTimer
+from lightning_prune.profiling.interleaved_timer import OWN_MEMORY, OWN_THREADS, InterleavedTimer
 from lightning_prune.reduction import Reduction, resolve
-from lightning_prune.runtimes.base import Runtime
+from lightning_prune.runtimes.base import Runtime, applied_runtime
 from lightning_prune.runtimes.switch import RuntimeSwitch
 from lightning_prune.schedule import KeepRates, Schedule
 
@@ -115,6 +115,27 @@ class VariantSwitch:
             self._transforms[factory].apply()
 
 
+def settle_seconds(runtimes: Iterable[Runtime | None]) -> float | None:
+    """The `settle_seconds` of an `InterleavedTimer` whose alternatives run in these runtimes.
+
+    Converted graphs have a copy of the weights each, and runtimes have threads of their own.
+
+    Args:
+        runtimes: The runtimes; None is PyTorch.
+
+    Example:
+        >>> from lightning_prune.profiling.model_variants import settle_seconds
+        >>> from lightning_prune.runtimes import parse_runtime
+        >>> onnx = parse_runtime("onnxruntime")
+        >>> settle_seconds([None]), settle_seconds([onnx, onnx]), settle_seconds([None, onnx])
+        (None, 0.0, 0.02)
+    """
+    known = {*runtimes}
+    if not any(runtime is not None and runtime.converts for runtime in known):
+        return None
+    return OWN_MEMORY if len(known) == 1 else OWN_THREADS
+
+
 @contextmanager
 def variant_timer(
     transformer: VisionTransformer,
@@ -140,6 +161,7 @@ def variant_timer(
             synchronize=between_runs(example_inputs.device),
             reference=reference,
             clock=clock,
+            settle_seconds=settle_seconds([reference.runtime or applied_runtime(transformer)]),
         )
     finally:
         switch.off()

@@ -153,18 +153,18 @@ def test_deployment(program: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     tiny.pretrained_cfg = {**tiny.pretrained_cfg, "input_size": (3, 64, 64)}
     monkeypatch.setattr(timm, "create_model", lambda *args, **kwargs: tiny)
     deployment, commands = program("deployment"), []
-    monkeypatch.setattr(deployment, "CASES", {"topk": ("topk", {0: 12}, 1.02)})
+    monkeypatch.setattr(deployment, "CASES", {"topk": ("topk", {0: 12}, 1.02), "exact": ("exact", {}, 1.02)})
     monkeypatch.setattr(deployment, "run", lambda words: commands.append(words) or 3)
     words = ["--runtimes", "torch", "onnxruntime:quantize=static", "--batch-sizes", "2", "--seconds", "0.2"]
     words += ["--accuracy", "configs/digits.yaml", "--trainer.limit_val_batches", "3", "--clock", "cpu"]
     run(deployment, monkeypatch, *words, "--output", str(tmp_path))
     rows = rows_of(program, tmp_path / "deployment.csv")
     assert [(row["runtime"], row["case"]) for row in rows] == [
-        (runtime, case) for runtime in ("torch", "onnxruntime:quantize=static") for case in ("dense", "topk")
+        (runtime, case) for runtime in ("torch", "onnxruntime:quantize=static") for case in ("dense", "topk", "exact")
     ]
     assert all(int(row["rounds"]) >= 3 and float(row["ms"]) > 0 for row in rows)
-    assert [row["over_own"] for row in rows[::2]] == ["1.0", "1.0"]
-    assert [row["over_dense"] == "" for row in rows] == [False, False, True, True]  # no float32 in that runtime
+    assert [row["over_own"] for row in rows[::3]] == ["1.0", "1.0"]
+    assert [row["over_dense"] == "" for row in rows] == [False] * 3 + [True] * 3  # no float32 in that runtime
     assert float(rows[0]["over_eager"]) == 1.0
     (command,) = commands
     assert command[command.index("--runtimes") + 1 : command.index("--prune.time_limit")] == ["torch", "onnxruntime"]

@@ -20,7 +20,7 @@ from torch.nn.modules.module import register_module_forward_hook
 import lightning_prune as lp
 from helpers.models import disturb, tiny_torchvision_vit, tiny_vit
 from lightning_prune.errors import ArgumentError, ScheduleError, UnsupportedModelError
-from lightning_prune.patching import find_vision_transformer, has_exact_tail
+from lightning_prune.patching import compatibility, find_vision_transformer, has_exact_tail
 from lightning_prune.patching.exact_tail import ExactTail
 from lightning_prune.reduction import RandomDrop, ReductionOutput, TokenSequence
 
@@ -410,3 +410,27 @@ def test_compiled_block_by_block(build: Any, images: Tensor) -> None:
         torch.testing.assert_close(model(images), dense, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(model.forward_features(images), features, rtol=1e-5, atol=1e-5)
     assert sorted(map(mlp_tokens, graphs)) == [[1], [26], [26]]
+
+
+def test_the_last_block_is_verified_once(images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A search patches the same model between two timed runs: nothing may be computed there."""
+    model, real, calls = tiny_vit(), compatibility.computes_tokens_alone, list[int]()
+
+    def counted(*args: Any) -> bool:
+        calls.append(1)
+        return real(*args)
+
+    monkeypatch.setattr(compatibility, "computes_tokens_alone", counted)
+    handle = lp.patch(model, "topk", [4, 0, 0, 0])
+    for removed in (2, 3, 4):
+        handle.update([removed, 0, 0, 0])
+    assert len(calls) == 1
+    for holder, name in ((model, "norm"), (model.blocks[-1], "mlp")):
+        own = getattr(holder, name)
+        setattr(holder, name, Mixing())
+        handle.update([2, 0, 0, 0])
+        assert not handle.has_tail
+        setattr(holder, name, own)
+        handle.update([2, 0, 0, 0])
+        assert handle.has_tail
+    handle.remove()

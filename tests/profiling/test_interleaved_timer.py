@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from lightning_prune.profiling import InterleavedTimer, LatencyStats
+from lightning_prune.profiling import InterleavedTimer, LatencyStats, interleaved_timer
+from lightning_prune.profiling.interleaved_timer import OWN_MEMORY, OWN_THREADS
 
 
 class Bench:
@@ -48,6 +49,27 @@ def test_an_alternative_may_have_references_of_its_own():
     assert timer.result("b", "dense").ratio == pytest.approx(0.2)
     assert timer.result("b").rounds == timer.result("own").rounds == 3
     assert timer.result("dense").rounds == 6
+
+
+def test_untimed_runs_settle_what_came_before(monkeypatch):
+    """The first run of an alternative is timed as it is: it is the one that converts."""
+    bench = Bench({"dense": 0.010, "a": 0.005, "slow": 0.5})
+    timer = bench.timer()
+    timer.settle_seconds = OWN_MEMORY
+    paused = []
+    monkeypatch.setattr(interleaved_timer.time, "sleep", paused.append)
+    timer.measure(["a", "slow"], rounds=2)
+    first, order = bench.order[:3], bench.order[3:]
+    assert sorted(first) == ["a", "dense", "slow"]
+    assert {name: order.count(name) for name in first} == {"dense": 4, "a": 4, "slow": 2}
+    assert paused == [OWN_MEMORY] * 2  # in place of a long run
+    assert timer.result("a").milliseconds == pytest.approx(5.0)
+    assert timer.result("slow").ratio == pytest.approx(50)
+
+    timer.settle_seconds = OWN_THREADS
+    before = len(bench.order)
+    timer.measure(["a"], rounds=1)
+    assert 4 <= len(bench.order) - before <= 2 * (interleaved_timer._MOST_UNTIMED + 1)
 
 
 def test_spread_is_half_the_distance_between_the_quartiles():
