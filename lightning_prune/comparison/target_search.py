@@ -47,6 +47,7 @@ class SearchTuning:
 
 
 TUNING = SearchTuning()
+_TIE = 1e-6  # of the proxy for a nat of the predicted cost
 
 
 class VariantTimer:
@@ -152,7 +153,8 @@ def merged_front(fronts: Sequence[Front], chosen: Sequence[Candidate]) -> list[C
 
     Of those that are merely predicted none is beaten in both latency and proxy, neither by another nor by a timed one.
     Nor do they displace a timed one: one that is predicted to be faster and no worse comes after it, for targets that
-    the timed one misses.
+    the timed one misses. No proxy counts for more than that of dense, and of equal ones the predicted cost decides: no
+    faster candidate takes the place of a slower one for the noise of its proxy.
 
     Args:
         fronts: Of the methods, and of schedules of several.
@@ -160,14 +162,14 @@ def merged_front(fronts: Sequence[Front], chosen: Sequence[Candidate]) -> list[C
     """
 
     def key(candidate: Candidate) -> tuple[float, float]:
-        return candidate.latency_ratio, -(candidate.accuracy or 0.0)
+        return candidate.latency_ratio, _TIE * candidate.cost - min(candidate.accuracy or 0.0, 1.0)
 
     def beats(one: Candidate, other: Candidate) -> bool:
         return all(a <= b for a, b in zip(key(one), key(other), strict=True))
 
     timed = pareto_front([candidate for candidate in chosen if not candidate.is_dense], key)
     predicted = [
-        candidate.with_accuracy(front.estimate(candidate))
+        candidate.with_accuracy(front.cautious_estimate(candidate))
         for front in fronts
         for candidate in front.candidates
         if not candidate.is_dense

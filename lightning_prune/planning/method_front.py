@@ -33,6 +33,8 @@ class FrontTuning:
         min_gain: A candidate must promise a score higher by this to have its proxy measured.
         cost_ratio: Share of its predicted cost that a candidate may turn out to have, of a method of which no proxy is
             known yet. Measured divergences of schedules were within a factor of two of the predicted ones.
+        min_fall_per_nat: By how much the proxy is taken to fall at least, beyond the costs for which it is known. A ViT
+            on CIFAR-10 lost 0.024 of its top-1 at a divergence of 0.1 nats, and 0.054 at 0.2.
     """
 
     first_proxies: int = 4
@@ -40,6 +42,7 @@ class FrontTuning:
     max_misses: int = 2
     min_gain: float = 0.002
     cost_ratio: float = 0.5
+    min_fall_per_nat: float = 0.25
 
 
 TUNING = FrontTuning()
@@ -122,6 +125,20 @@ class Front(ABC):
         known = self._known_proxies()
         columns = np.array([*known.values()]).T
         return Estimate(*(float(np.interp(candidate.cost, [*known], column)) for column in columns))
+
+    def cautious_estimate(self, candidate: Candidate) -> Estimate:
+        """As `estimate`, but no better than dense, and worse beyond the costs for which a proxy is known.
+
+        There it falls with the cost as it fell so far, and by at least `min_fall_per_nat`.
+        """
+        found = self.estimate(candidate)
+        if candidate.schedule not in self._proxies:
+            known = self._known_proxies()
+            last = max(known)
+            falls = [(1 - estimate.value) / cost for cost, estimate in known.items() if cost > 0]
+            beyond = max(candidate.cost - last, 0.0)
+            found = found._replace(value=found.value - max(TUNING.min_fall_per_nat, *falls, 0.0) * beyond)
+        return found._replace(value=min(found.value, 1.0))
 
     def _known_proxies(self) -> dict[float, Estimate]:
         """Predicted cost, ascending -> proxy, of the schedules for which that was measured.

@@ -45,6 +45,20 @@ def test_a_proxy_is_measured_once_and_estimated_elsewhere():
     assert {c.schedule.removed: c.estimate for c in topk.all_candidates()}[low.schedule.removed] == topk.accuracy(low)
 
 
+@pytest.mark.parametrize("lost", [0.0, 0.3])
+def test_beyond_what_is_known_a_proxy_falls_with_the_cost(lost):
+    """Else the fastest of all would look as good as the slowest that is not known."""
+    topk, _ = front("topk", lambda schedule: Estimate(1.01 - lost, 0.004))
+    faster, known, slower = (topk.candidates[place] for place in (0, 3, -2))
+    topk.accuracy(known)
+    assert topk.estimate(faster).value == pytest.approx(1.01 - lost)
+    slope = max(TUNING.min_fall_per_nat, (lost - 0.01) / known.cost)
+    expected = 1.01 - lost - slope * (faster.cost - known.cost)
+    assert topk.cautious_estimate(faster).value == pytest.approx(min(expected, 1.0))
+    assert topk.cautious_estimate(known).value == min(1.01 - lost, 1.0)
+    assert topk.cautious_estimate(slower).value == pytest.approx(min(topk.estimate(slower).value, 1.0))
+
+
 @pytest.mark.parametrize("speedup", [1.2, 1.6, 2.2])
 def test_the_proposal_is_the_best_of_all(speedup):
     topk, asked = front("topk")
