@@ -84,12 +84,12 @@ class Target:
         if amount <= self.source.smallest:
             return "the smallest amount"
         if below is None:
-            return "smaller amounts were not timed, for lack of time"
+            return "smaller amounts were not timed"
         misses = f"misses: {1 / self.source.timings[below].ratio:.2f}x"
         if below == amount - 1:
             return f"next smaller amount {misses}"
         removed = self.source.candidate(below).schedule.total_removed
-        return f"R = {removed} {misses}; what lies between was not timed, for lack of time"
+        return f"R = {removed} {misses}; what lies between was not timed"
 
     def unreached(self, method: str) -> UnreachedTarget:
         """What is said of the target if no amount reaches it.
