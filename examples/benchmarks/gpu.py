@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 import lightning_prune as lp
 from lightning_prune.profiling import InterleavedTimer, between_runs
+from lightning_prune.profiling.interleaved_timer import OWN_MEMORY
 from lightning_prune.runtimes import parse_runtime
 
 MODELS = ("deit_small_patch16_224", "vit_base_patch16_224")
@@ -123,6 +124,7 @@ def measure(case: Case, device: str, rounds: int, deadline: float) -> list[Row]:
             lambda: run[current[0]](images),
             between_runs(images.device),
             "dense",
+            settle_seconds=OWN_MEMORY if case.mode == ONNX else None,
         )
         timer.measure(VARIANTS[1:], rounds, deadline, min_rounds=min(FEWEST, rounds))
     floors = {method: name for method, removed in METHODS.items() for name, cut in FLOORS.items() if cut is removed}

@@ -27,6 +27,7 @@ from lightning_prune.exporting import ExportReport
 from lightning_prune.exporting.exported_model import check_files
 from lightning_prune.exporting.parity import relative_errors
 from lightning_prune.profiling import InterleavedTimer, between_runs
+from lightning_prune.profiling.interleaved_timer import OWN_MEMORY
 
 
 def tensorrt_module() -> ModuleType:
@@ -118,8 +119,9 @@ def measure(
     current = [0]
     wait = between_runs(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     timer = InterleavedTimer[int](
-        lambda index: current.__setitem__(0, index), lambda: engines[current[0]].run(), wait, 0, clock=clock
-    )
+        lambda index: current.__setitem__(0, index), lambda: engines[current[0]].run(), wait, 0, clock=clock,
+        settle_seconds=OWN_MEMORY,
+    )  # fmt: skip
     timer.measure(range(1, len(engines)), rounds, clock() + seconds)
     rows = []
     for index, (report, engine, error) in enumerate(zip(reports, engines, errors, strict=True)):

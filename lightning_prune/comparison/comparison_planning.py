@@ -228,7 +228,7 @@ class ComparisonPlanner:
         else:
             source = self.asked.methods[request.name].source()
         with (
-            variant_timer(transformer, images, self.limit.clock, dense) as timer,
+            variant_timer(transformer, images, self.limit.clock, dense, [request.execution]) as timer,
             progress_bar(f"Planning {request.name}", limit.left(), config.verbose) as on_step,
         ):
             source.restart(search_targets(timer, source, self.budgets, limit.left(), on_step))

@@ -10,6 +10,8 @@ from lightning_prune.patching import VisionTransformer
 from lightning_prune.planning import measurement_tuning
 from lightning_prune.planning.overhead_probes import graphs_to_probe
 from lightning_prune.planning.probed_schedules import PROBES
+from lightning_prune.profiling.interleaved_timer import timed_seconds
+from lightning_prune.profiling.model_variants import settle_seconds
 from lightning_prune.runtimes import Runtime
 
 _PASSES_OF_COSTS = 3.0  # that two passes take as long as in which every operation is followed
@@ -53,7 +55,9 @@ class LeastTimes:
         Args:
             variants: Their number, dense included.
         """
-        return (1 + TUNING.min_final_rounds) * variants * self._seconds_per_pass
+        # PyTorch in float32 is part of the rounds.
+        timed = timed_seconds(self._seconds_per_pass, settle_seconds([*self._seconds_per_graph, None]))
+        return variants * (self._seconds_per_pass + TUNING.min_final_rounds * timed)
 
     def of_costs(self, variants: int) -> float:
         """Seconds of counting the operations and the memory of all variants: two passes that are followed by Python.
@@ -72,7 +76,8 @@ class LeastTimes:
         """
         passes = 2 + 2 * TUNING.grid_points[0] + 1 + 2 * targets + 1
         graphs = TUNING.grid_points[0] + targets
-        return passes * self._seconds_per_pass + graphs * self._seconds_per_graph[runtime]
+        timed = timed_seconds(self._seconds_per_pass, settle_seconds([runtime]))
+        return passes * timed + graphs * self._seconds_per_graph[runtime]
 
     def of_front(self, runtime: Runtime) -> float:
         """Seconds of the front of one method: overhead, sensitivity, proxies, and a timing run.
@@ -84,4 +89,5 @@ class LeastTimes:
         images = 1 + len(tuning.sensitivity_shares) * depth / 2 + tuning.min_proxies * tuning.min_images
         passes = PROBES * tuning.min_runs_per_probe + images / len(self._images) + 4
         graphs = 1 + graphs_to_probe(self._transformer, runtime)
-        return passes * self._seconds_per_pass + graphs * self._seconds_per_graph[runtime]
+        timed = timed_seconds(self._seconds_per_pass, settle_seconds([runtime]))
+        return passes * timed + graphs * self._seconds_per_graph[runtime]

@@ -133,7 +133,7 @@ def search_targets(
         first = max(timer.warm_up(source.fastest().variant), seconds)
         on_step()
         fewest, most = TUNING.grid_points
-        points = int(0.5 * time_limit / (first + seconds * TUNING.grid_rounds))
+        points = int(0.5 * time_limit / (first + timer.pace * seconds * TUNING.grid_rounds))
         amounts = amount_grid(source.smallest, source.largest, max(fewest, min(most, points)))
         grid = [source.candidate(amount) for amount in amounts]
         timer.measure([c.variant for c in grid], TUNING.grid_rounds, deadline, on_step)
@@ -153,8 +153,8 @@ def merged_front(fronts: Sequence[Front], chosen: Sequence[Candidate]) -> list[C
 
     Of those that are merely predicted none is beaten in both latency and proxy, neither by another nor by a timed one.
     Nor do they displace a timed one: one that is predicted to be faster and no worse comes after it, for targets that
-    the timed one misses. No proxy counts for more than that of dense, and of equal ones the predicted cost decides: no
-    faster candidate takes the place of a slower one for the noise of its proxy.
+    the timed one misses. No proxy counts for more than that of dense, and of equal ones the predicted cost decides, so
+    that none is chosen for a proxy above that of dense, which is noise.
 
     Args:
         fronts: Of the methods, and of schedules of several.
@@ -168,11 +168,12 @@ def merged_front(fronts: Sequence[Front], chosen: Sequence[Candidate]) -> list[C
         return all(a <= b for a, b in zip(key(one), key(other), strict=True))
 
     timed = pareto_front([candidate for candidate in chosen if not candidate.is_dense], key)
+    known = {candidate.key for candidate in chosen}
     predicted = [
         candidate.with_accuracy(front.cautious_estimate(candidate))
         for front in fronts
         for candidate in front.candidates
-        if not candidate.is_dense
+        if not candidate.is_dense and candidate.key not in known
     ]
     fitting = pareto_front([c for c in predicted if not any(beats(other, c) for other in timed)], key)
     return sorted([*timed, *fitting], key=lambda candidate: -candidate.latency_ratio)
@@ -185,7 +186,8 @@ class AutoFront(NamedTuple):
         candidates: The merged front of all methods, from the slowest to the fastest.
         start: Target -> the position, from 1 on, from which its search starts.
         left_out: Methods that there was no time to search.
-        dominated: Method that is surely worse than others -> those, and the number of images that told so.
+        dominated: Method that is surely worse than others -> those, and the number of images after which that was
+            known.
     """
 
     candidates: list[Candidate]
@@ -221,6 +223,7 @@ def auto_front(
         near = [position for position, candidate in enumerate(front, 1) if candidate.latency_ratio <= wanted]
         start[budget] = next(iter(own or near), len(front))
     known = {*(one.label for one in fronts), *measured.dominated}
+    known |= {label for label, (reduction, _) in methods.items() if reduction.name in measured.not_finite}
     return AutoFront(front, start, tuple(label for label in methods if label not in known), measured.dominated)
 
 

@@ -20,7 +20,7 @@ class UsableRequests:
         groups: Those with an objective, in groups that are planned together.
         methods: Request -> its method, where neither an objective nor a given schedule decides.
         unusable: Request -> why the model cannot be run with that method; None where it can.
-        given: Number of requests whose schedule was given.
+        num_given: Number of requests whose schedule was given.
         left_out: Control that the model does not support -> why; none of `requests`.
     """
 
@@ -28,7 +28,7 @@ class UsableRequests:
     groups: list[ObjectiveGroup]
     methods: dict[str, ComparedMethod]
     unusable: dict[str, str | None]
-    given: int
+    num_given: int
     left_out: dict[str, str]
 
     @classmethod
@@ -63,7 +63,8 @@ class UsableRequests:
         methods = methods_of([r for r in requests if not r.is_dense and r.name not in known])
         found = cls(requests, groups, methods, reasons(methods), len(given), left_out)
         if not known and all(request.is_control for request in found.usable):
-            why = "; ".join(f"{name}: {reason}" for name, reason in found.unusable.items() if reason is not None)
+            refused = {**found.unusable, **left_out}
+            why = "; ".join(f"{name}: {reason}" for name, reason in refused.items() if reason is not None)
             raise UnsupportedModelError(f"None of the methods can be used with this model. {why}")
         return found
 
@@ -80,7 +81,7 @@ class UsableRequests:
             targets: Number of target speed-ups.
         """
         with_targets = sum(request.has_targets for request in self.usable)
-        single = len(self.usable) - with_targets + self.given + sum(len(group.requests) for group in self.groups)
+        single = len(self.usable) - with_targets + self.num_given + sum(len(group.requests) for group in self.groups)
         return runtimes + single + with_targets * targets
 
     def weights(self, runtimes: int, targets: int) -> dict[str, float]:

@@ -96,7 +96,8 @@ class PatchHandle:
         self._tail = tail
         self._exact = exact
         self._splits: dict[int, AttnMlpSplit | None] = {}
-        self._with_tail: list[nn.Module] = []  # the last block and the norms after it, once they were verified
+        # The modules of the last block and of the norms after it with their classes, and what was found out of them.
+        self._last_block: tuple[list[tuple[nn.Module, type]], str | None] | None = None
         self._patched: list[tuple[nn.Module, object]] = []  # with what each works on, as its `_prune_patch`
         if tail is not False or exact:  # before an earlier patch is removed
             self._refuse_tail(head_reason(transformer, tail is True))
@@ -306,15 +307,20 @@ class PatchHandle:
         return ExactTail(adapter, watched_modules(root, transformer.blocks[last], adapter.final_norms(root)))
 
     def _last_block_reason(self) -> str | None:
-        """Why the last block allows no exact tail; verified once for the same modules, as `_split_of` is."""
+        """Why the last block allows no exact tail; verified once as long as its modules are the same."""
         transformer, last = self.transformer, self.transformer.depth - 1
-        block = transformer.blocks[last]
-        modules = [*block.modules(), *transformer.adapter.final_norms(transformer.root)]
-        if "forward" in vars(block) or list(map(id, modules)) != list(map(id, self._with_tail)):
-            reason = last_block_reason(transformer, self._split_of(last))
-            self._with_tail = modules if reason is None else []
-            return reason
-        return None
+        modules = [*transformer.blocks[last].modules()]
+        modules += [part for norm in transformer.adapter.final_norms(transformer.root) for part in norm.modules()]
+        state = [(module, type(module)) for module in modules]
+        known = self._last_block is not None and len(state) == len(self._last_block[0])
+        if known and not any("forward" in vars(module) for module in modules):
+            assert self._last_block is not None
+            seen, reason = self._last_block
+            if all(a is b and kind is other for (a, kind), (b, other) in zip(state, seen, strict=True)):
+                return reason
+        reason = last_block_reason(transformer, self._split_of(last))
+        self._last_block = state, reason
+        return reason
 
     def _refuse_tail(self, reason: str | None) -> None:
         """Raises UnsupportedModelError if the model can have no exact tail, for this reason, and one was asked for."""

@@ -33,8 +33,9 @@ from lightning_prune.planning.sensitivity_run import SensitivityRun, Worse
 from lightning_prune.profiling import Estimate, LatencyProfile, LatencyStats, Proxy, Variant, Workload, compare_latency
 from lightning_prune.profiling.accuracy_store import AccuracyStore
 from lightning_prune.profiling.environment import accuracy_dependencies
-from lightning_prune.profiling.interleaved_timer import LEAST_ROUNDS
+from lightning_prune.profiling.interleaved_timer import LEAST_ROUNDS, timed_seconds
 from lightning_prune.profiling.measurement import ready_to_run
+from lightning_prune.profiling.model_variants import settle_seconds
 from lightning_prune.profiling.output_kinds import OUTPUT_KINDS, choose_proxy
 from lightning_prune.profiling.simulated_device import attention_share
 from lightning_prune.reduction import Reduction
@@ -267,12 +268,16 @@ class Measurements:
         """The first methods, at least one, for whose least work there is time: each is measured whole or not at all."""
         if self.limit.seconds is None:
             return methods
-        left = self.limit.left()
+        left, settling = self.limit.left(), settle_seconds([applied_runtime(self.transformer)])
         kept: dict[str, tuple[Reduction, Sequence[int]]] = {}
         for label, (reduction, blocks) in methods.items():
             probes = 0 if self.is_foreign else PROBES * TUNING.min_runs_per_probe
             images = 1 + self._passes(blocks) + TUNING.min_proxies * min(TUNING.min_images, len(self.images))
-            left -= probes * self.dense_ms / 1e3 + images * self._seconds_per_image + self._seconds_to_convert()
+            left -= (
+                probes * timed_seconds(self.dense_ms / 1e3, settling)
+                + images * self._seconds_per_image
+                + self._seconds_to_convert()
+            )
             if kept and left < 0:
                 break
             kept[label] = reduction, blocks
@@ -345,7 +350,7 @@ class Measurements:
             run.measure(worse, *self._unsure_first(), self.verbose)
         self.dominated |= run.dominated
         self.not_finite |= run.not_finite
-        self.sensitivity_images, self.sensitivity_seconds = run.images, run.seconds
+        self.sensitivity_images, self.sensitivity_seconds = run.num_images, run.seconds
         return run
 
     def _unsure_first(self) -> tuple[Tensor, Tensor | None]:

@@ -129,16 +129,15 @@ class Front(ABC):
     def cautious_estimate(self, candidate: Candidate) -> Estimate:
         """As `estimate`, but no better than dense, and worse beyond the costs for which a proxy is known.
 
-        There it falls with the cost as it fell so far, and by at least `min_fall_per_nat`.
+        There it falls with the cost as it fell up to there, and by at least `min_fall_per_nat`.
         """
         found = self.estimate(candidate)
         if candidate.schedule not in self._proxies:
             known = self._known_proxies()
             last = max(known)
-            falls = [(1 - estimate.value) / cost for cost, estimate in known.items() if cost > 0]
-            beyond = max(candidate.cost - last, 0.0)
-            found = found._replace(value=found.value - max(TUNING.min_fall_per_nat, *falls, 0.0) * beyond)
-        return found._replace(value=min(found.value, 1.0))
+            fall = max((1 - known[last].value) / last if last else 0.0, TUNING.min_fall_per_nat)
+            found = found._replace(value=found.value - fall * max(candidate.cost - last, 0.0))
+        return found._replace(value=min(max(found.value, 0.0), 1.0))
 
     def _known_proxies(self) -> dict[float, Estimate]:
         """Predicted cost, ascending -> proxy, of the schedules for which that was measured.

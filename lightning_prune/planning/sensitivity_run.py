@@ -42,7 +42,7 @@ class SensitivityRun:
         missing: Those of them that are not known before `measure`.
         dominated: Label of a method that is surely worse than others -> those, and the number of images.
         not_finite: Name of a method with outputs that are NaN or infinite -> how many.
-        images: Number of images that all tables are of, at least.
+        num_images: Number of images that all tables are of, at least.
         seconds: What the measurement took.
     """
 
@@ -67,7 +67,7 @@ class SensitivityRun:
         self.seconds = 0.0
 
     @property
-    def images(self) -> int:
+    def num_images(self) -> int:
         """Number of images that all tables are of, at least."""
         return min(table.images for table in self.tables.values())
 
@@ -76,7 +76,7 @@ class SensitivityRun:
 
         Args:
             worse: Of measured methods those that are surely worse than others -> which.
-            order: (images,) indices of the images, those that say most first.
+            order: (images,) indices of the images, in the order in which they are taken.
             sizes: (images,) what each counts for; see `Sensitivity.add`.
             verbose: Shows a progress bar on a terminal.
         """

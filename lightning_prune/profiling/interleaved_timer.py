@@ -6,7 +6,7 @@ It needs numpy alone, as `lightning_prune.bundle` copies this file to devices wi
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from math import sqrt
+from math import ceil, sqrt
 from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
@@ -27,8 +27,30 @@ OWN_MEMORY = 0.0
 OWN_THREADS = 0.02
 """`settle_seconds` of alternatives with different pools of threads: those of OpenMP spin for milliseconds after a run,
 and take a core from the next. At 2 threads this made 16 ms of ONNX Runtime after PyTorch 3 ms longer."""
-_LONG_SECONDS = 0.2  # of a run that what came before slows by less than 2%
+_LONG_SECONDS = 0.2  # of a run to which it makes less than 2% what ran before
 _MOST_UNTIMED = 8
+
+
+def timed_seconds(run_seconds: float, settle_seconds: float | None) -> float:
+    """Seconds that a timed run takes with the untimed ones before it.
+
+    Args:
+        run_seconds: Of a run.
+        settle_seconds: Of the timer.
+
+    Example:
+        >>> from lightning_prune.profiling.interleaved_timer import OWN_MEMORY, OWN_THREADS, timed_seconds
+        >>> [round(timed_seconds(0.015, settle), 3) for settle in (None, OWN_MEMORY, OWN_THREADS)]
+        [0.015, 0.03, 0.045]
+        >>> timed_seconds(1.0, OWN_THREADS)
+        1.02
+    """
+    if settle_seconds is None:
+        return run_seconds
+    if run_seconds > _LONG_SECONDS:
+        return run_seconds + settle_seconds
+    untimed = min(max(ceil(settle_seconds / max(run_seconds, 1e-9)), 1), _MOST_UNTIMED)
+    return run_seconds * (1 + untimed)
 
 
 @dataclass(frozen=True)
@@ -109,8 +131,8 @@ class InterleavedTimer(Generic[K]):
         references: The alternatives that are part of every round of an alternative besides `reference`; its ratio
             refers to the first of them, where there is one.
         settle_seconds: Where alternatives share neither weights nor threads, how long untimed runs go on before each
-            timed one, at least one of them, so that what is timed is one of many runs in a row. None for no untimed
-            runs, as of models in PyTorch.
+            timed one, so that what is timed is one of many runs in a row: at least one run and at most 8, and a pause
+            in place of runs that take more than 0.2 s. None for no untimed runs, as of models in PyTorch.
 
     Example:
         >>> from lightning_prune.profiling import InterleavedTimer
@@ -138,7 +160,7 @@ class InterleavedTimer(Generic[K]):
     _last_faults: int | None = None
     _fitted: tuple[int, "_Levels[K]"] | None = None
     _first_runs: dict[K, float] = field(default_factory=dict)
-    _last_seconds: dict[K, float] = field(default_factory=dict)
+    _wall_seconds: dict[K, float] = field(default_factory=dict)  # of the last run, without first runs
     _shuffle: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
     _passed: float = 0.0
     _timed: float = 0.0
@@ -147,28 +169,25 @@ class InterleavedTimer(Generic[K]):
         """Runs an alternative once, from an idle device to an idle device, and returns the seconds."""
         self.prepare(alternative)
         self.synchronize()
-        if self.settle_seconds is not None and alternative in self._first_runs:  # the first run is that which converts
-            self._settle(self.settle_seconds, self._last_seconds.get(alternative, 0.0))
-        before = count_page_faults()
-        if isinstance(self.clock, CpuClock):
-            began, start = self.clock(), self.clock.of_run()
-            self.run()
-            self.synchronize()
-            seconds = self.clock.of_run() - start
-            self._passed += self.clock() - began
-            self._timed += seconds
-        else:
-            start = self.clock()
-            self.run()
-            self.synchronize()
-            seconds = self.clock() - start
+        is_first, reached = alternative not in self._first_runs, self.clock()  # the first run is that which converts
+        if self.settle_seconds is not None and not is_first:
+            self._settle(self.settle_seconds, self._wall_seconds.get(alternative, 0.0))
+        before, began = count_page_faults(), time.perf_counter()
+        start = self.clock.of_run() if isinstance(self.clock, CpuClock) else self.clock()
+        self.run()
+        self.synchronize()
+        ended = self.clock.of_run() if isinstance(self.clock, CpuClock) else self.clock()
+        seconds = ended - start
         after = count_page_faults()
-        self._last_seconds[alternative] = seconds
+        if not is_first:
+            self._wall_seconds[alternative] = time.perf_counter() - began
+            self._passed += (self.clock() if isinstance(self.clock, CpuClock) else ended) - reached
+            self._timed += seconds
         self._last_faults = None if before is None or after is None else after - before
         return seconds
 
     def _settle(self, seconds: float, expected: float) -> None:
-        """Runs what is prepared, untimed; a run that takes long gets a pause in place of it."""
+        """Runs what is prepared, untimed; a pause takes the place of runs that are expected to take long."""
         if expected > _LONG_SECONDS:
             time.sleep(seconds)
             return
@@ -181,7 +200,10 @@ class InterleavedTimer(Generic[K]):
 
     @property
     def pace(self) -> float:
-        """Seconds of deadlines that pass while a run takes one second by its clock, over all runs so far."""
+        """Seconds of deadlines that pass for each second of a run by its clock, over all but the first runs.
+
+        Untimed runs are part of it.
+        """
         return self._passed / self._timed if self._timed > 0 else 1.0
 
     def warm_up(self, alternative: K) -> float:

@@ -1,7 +1,7 @@
 """Variants of one model (dense, pruned, with other weights), and switching from one to another between two runs."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple, Protocol
 
@@ -142,6 +142,7 @@ def variant_timer(
     example_inputs: Tensor,
     clock: Callable[[], float] = time.perf_counter,
     reference: Variant = DENSE,
+    runtimes: Sequence[Runtime] = (),
 ) -> Iterator[InterleavedTimer[Variant]]:
     """Interleaved timing of variants against the dense model, which is restored at the end.
 
@@ -152,6 +153,7 @@ def variant_timer(
         example_inputs: (B, C, H, W) images on its device.
         clock: Returns seconds.
         reference: The dense model, in the runtime that variants are compared with.
+        runtimes: Others in which variants run.
     """
     switch = VariantSwitch(transformer)
     try:
@@ -161,7 +163,7 @@ def variant_timer(
             synchronize=between_runs(example_inputs.device),
             reference=reference,
             clock=clock,
-            settle_seconds=settle_seconds([reference.runtime or applied_runtime(transformer)]),
+            settle_seconds=settle_seconds([reference.runtime or applied_runtime(transformer), *runtimes]),
         )
     finally:
         switch.off()

@@ -106,6 +106,9 @@ def test_a_timed_candidate_leaves_those_predicted_to_be_faster_on_the_front() ->
         timing=LatencyStats(7.0, spread=0.1, ratio=0.7, ratio_spread=0.01, rounds=9),
     )
     front: Any = FrontOf((60, 0.3, 0.7), (40, 0.6, 0.972), (35, 0.65, 0.96), (30, 0.75, 0.975), (20, 0.8, 0.96))
+    again = replace(timed, timing=None, ratio=0.7 - 1e-16)  # the same schedule, on the front of its method
+    front.candidates.append(again)
+    front._proxies[again.key] = 0.97
     found = merged_front([front], [timed])
     # Left out are 35, which another prediction beats, and 20, which both beat.
     assert [(one.method, one.schedule.total_removed) for one in found] == [

@@ -26,6 +26,7 @@ def measured(device, dominated=()):
         limit=TimeLimit(100.0, device.clock),
         time_candidates=device.time_candidates,
         dominated=dict.fromkeys(dominated, (("tome",), 32)),
+        not_finite={},
     )
 
 

@@ -1,8 +1,16 @@
+import time
+
 import numpy as np
 import pytest
+import torch
 
-from lightning_prune.profiling import InterleavedTimer, LatencyStats, interleaved_timer
+from helpers.models import tiny_vit
+from lightning_prune.comparison.final_run import FinalTimer
+from lightning_prune.patching import find_vision_transformer
+from lightning_prune.profiling import InterleavedTimer, LatencyStats, Variant, interleaved_timer
 from lightning_prune.profiling.interleaved_timer import OWN_MEMORY, OWN_THREADS
+from lightning_prune.profiling.model_variants import variant_timer
+from lightning_prune.runtimes import parse_runtime
 
 
 class Bench:
@@ -51,25 +59,56 @@ def test_an_alternative_may_have_references_of_its_own():
     assert timer.result("dense").rounds == 6
 
 
-def test_untimed_runs_settle_what_came_before(monkeypatch):
+def test_untimed_runs_settle_what_came_before():
     """The first run of an alternative is timed as it is: it is the one that converts."""
-    bench = Bench({"dense": 0.010, "a": 0.005, "slow": 0.5})
+    bench = Bench({"dense": 0.010, "a": 0.005})
+    bench.seconds["a"] = 5.0
     timer = bench.timer()
     timer.settle_seconds = OWN_MEMORY
-    paused = []
-    monkeypatch.setattr(interleaved_timer.time, "sleep", paused.append)
-    timer.measure(["a", "slow"], rounds=2)
-    first, order = bench.order[:3], bench.order[3:]
-    assert sorted(first) == ["a", "dense", "slow"]
-    assert {name: order.count(name) for name in first} == {"dense": 4, "a": 4, "slow": 2}
-    assert paused == [OWN_MEMORY] * 2  # in place of a long run
+    assert timer.warm_up("a") == pytest.approx(5)
+    bench.seconds["a"] = 0.005
+    timer.measure(["a"], rounds=2)
+    assert sorted(bench.order[:2]) == ["a", "dense"]
+    assert {name: bench.order[2:].count(name) for name in ("a", "dense")} == {"dense": 4, "a": 4}
     assert timer.result("a").milliseconds == pytest.approx(5.0)
-    assert timer.result("slow").ratio == pytest.approx(50)
+    assert timer.pace == pytest.approx(2)
 
+
+@pytest.mark.parametrize(("seconds", "runs"), [(0.0, 9), (0.012, 3), (0.03, 2)])
+def test_untimed_runs_go_on_for_some_time(monkeypatch, seconds, runs):
+    bench = Bench({"dense": seconds})
+    monkeypatch.setattr(interleaved_timer.time, "perf_counter", lambda: bench.now)
+    timer = bench.timer()
     timer.settle_seconds = OWN_THREADS
-    before = len(bench.order)
-    timer.measure(["a"], rounds=1)
-    assert 4 <= len(bench.order) - before <= 2 * (interleaved_timer._MOST_UNTIMED + 1)
+    timer.measure([], rounds=1)
+    assert len(bench.order) == 1 + runs
+
+
+def test_a_pause_takes_the_place_of_long_runs(monkeypatch):
+    bench, paused = Bench({"dense": 0.5}), []
+    monkeypatch.setattr(interleaved_timer.time, "perf_counter", lambda: bench.now)
+    monkeypatch.setattr(interleaved_timer.time, "sleep", paused.append)
+    timer = bench.timer()
+    timer.settle_seconds = OWN_THREADS
+    timer.measure([], rounds=3)
+    assert len(bench.order) == 1 + 2 + 1 + 1  # how long a run takes is known after the first that converts nothing
+    assert paused == [OWN_THREADS] * 2
+
+
+def test_timers_of_runtimes_settle():
+    transformer = find_vision_transformer(tiny_vit(depth=1))
+    images, onnx = torch.zeros(1, 3, 32, 32), parse_runtime("onnxruntime")
+    for reference, others, expected in (
+        (None, (), None),
+        (onnx, (), OWN_MEMORY),
+        (onnx, (onnx.quantized(),), OWN_THREADS),
+    ):
+        with variant_timer(transformer, images, reference=Variant(runtime=reference), runtimes=others) as timer:
+            assert timer.settle_seconds == expected
+    for runtimes, expected in (([parse_runtime("torch")], None), ([onnx], OWN_THREADS)):
+        final = FinalTimer(transformer, images, runtimes, time.perf_counter)
+        assert final.timer.settle_seconds == expected
+        final.close()
 
 
 def test_spread_is_half_the_distance_between_the_quartiles():
