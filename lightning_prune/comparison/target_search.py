@@ -13,7 +13,7 @@ from lightning_prune.planning.candidates import Candidate, Timings, pareto_front
 from lightning_prune.planning.measurements import Measurements
 from lightning_prune.planning.method_front import Front
 from lightning_prune.planning.method_selection import usable_methods
-from lightning_prune.planning.objectives import RATIO_TOLERANCE, LatencyBudget
+from lightning_prune.planning.objectives import RATIO_TOLERANCE, LatencyBudget, Objective
 from lightning_prune.planning.ordered_candidates import TARGET_TUNING, OrderedCandidates, amount_grid
 from lightning_prune.profiling import InterleavedTimer, Variant
 from lightning_prune.schedule import Schedule
@@ -48,6 +48,7 @@ class SearchTuning:
 
 TUNING = SearchTuning()
 _TIE = 1e-6  # of the proxy for a nat of the predicted cost
+_MOST_LOOKS = 8  # times that proxies of what is proposed for the targets are measured
 
 
 class VariantTimer:
@@ -215,16 +216,37 @@ def auto_front(
     choices = {search.objective: search.result() for search in searches}
     if not all(choice.met for choice in choices.values()):  # then the order of the fastest ones decides
         _time_fastest(fronts, searches, measured)
-    front = merged_front(fronts, [choice.candidate for choice in choices.values() if choice.candidate.timing])
-    start = {}
-    for budget in budgets:
-        own = [p for p, c in enumerate(front, 1) if c.key == choices[budget].candidate.key and choices[budget].met]
-        wanted = (1 + RATIO_TOLERANCE) * budget.limit_ms(1.0)
-        near = [position for position, candidate in enumerate(front, 1) if candidate.latency_ratio <= wanted]
-        start[budget] = next(iter(own or near), len(front))
+    timed = [choice.candidate for choice in choices.values() if choice.candidate.timing]
+    met = {budget: choice.candidate for budget, choice in choices.items() if choice.met}
+    front, start = _front_and_starts(fronts, timed, met, budgets)
+    for _ in range(_MOST_LOOKS):  # what is proposed for a target is measured, and no estimate
+        sources = {source.label: source for source in fronts}
+        near = [front[place] for first in start.values() for place in (first - 1, first) if 0 <= place < len(front)]
+        unknown = {c.key: c for c in near if not sources[c.method].knows(c)}
+        if not unknown or limit.clock() >= limit.deadline():
+            break
+        for candidate in unknown.values():
+            sources[candidate.method].accuracy(candidate)
+        front, start = _front_and_starts(fronts, timed, met, budgets)
     known = {*(one.label for one in fronts), *measured.dominated}
     known |= {label for label, (reduction, _) in methods.items() if reduction.name in measured.not_finite}
     return AutoFront(front, start, tuple(label for label in methods if label not in known), measured.dominated)
+
+
+def _front_and_starts(
+    fronts: Sequence[Front],
+    timed: Sequence[Candidate],
+    met: Mapping[Objective, Candidate],
+    budgets: Sequence[LatencyBudget],
+) -> tuple[list[Candidate], dict[LatencyBudget, int]]:
+    """The merged front, and for each target the position of what meets it, when timed or else by its prediction."""
+    front, start = merged_front(fronts, timed), {}
+    for budget in budgets:
+        own = [p for p, c in enumerate(front, 1) if budget in met and c.key == met[budget].key]
+        wanted = (1 + RATIO_TOLERANCE) * budget.limit_ms(1.0)
+        near = [position for position, candidate in enumerate(front, 1) if candidate.latency_ratio <= wanted]
+        start[budget] = next(iter(own or near), len(front))
+    return front, start
 
 
 def _time_fastest(fronts: Sequence[Front], searches: Sequence[CandidateSearch], measured: Measurements) -> None:

@@ -160,7 +160,7 @@ class Front(ABC):
 
     def _of_others(self) -> list[tuple["Front", Candidate]]:
         """The candidates of other fronts whose proxies are known, dense left out."""
-        return [(f, c) for f in self.others for c in f.candidates if not c.is_dense and f._is_known(c)]
+        return [(f, c) for f in self.others for c in f.candidates if not c.is_dense and f.knows(c)]
 
     def _hoped_for(self, own: Sequence[Candidate], objective: Objective, dense_ms: float) -> Candidate | None:
         """The best candidate if each had only a share of its predicted cost; None if that is no better than others.
@@ -191,7 +191,7 @@ class Front(ABC):
         timings = {schedule: timed.timing for schedule, timed in self._timed.items()}
         return [
             replace(
-                candidate.with_accuracy(self.accuracy(candidate)) if self._is_known(candidate) else candidate,
+                candidate.with_accuracy(self.accuracy(candidate)) if self.knows(candidate) else candidate,
                 timing=timings.get(candidate.schedule),
             )
             for candidate in sorted(found.values(), key=lambda c: -c.ratio)
@@ -252,7 +252,7 @@ class Front(ABC):
 
     def _best_known(self, candidates: Sequence[Candidate], objective: Objective, dense_ms: float) -> Candidate:
         """The best of the candidates whose proxies are known, dense among them."""
-        known = [candidate for candidate in candidates if self._is_known(candidate)]
+        known = [candidate for candidate in candidates if self.knows(candidate)]
         ratios = np.array([candidate.ratio for candidate in known])
         return known[objective.best(dense_ms * ratios, objective.judged([self.accuracy(c) for c in known]))]
 
@@ -269,13 +269,13 @@ class Front(ABC):
         others = self._of_others()
         if not others:
             return candidates
-        hoped = [self.accuracy(c) if self._is_known(c) else DENSE_ACCURACY for c in candidates[:-1]]
+        hoped = [self.accuracy(c) if self.knows(c) else DENSE_ACCURACY for c in candidates[:-1]]
         estimates = [*hoped, *(f.accuracy(c) for f, c in others), DENSE_ACCURACY]
         ratios = np.array([*(c.ratio for c in candidates[:-1]), *(c.ratio for _, c in others), 1.0])
         scores = objective.score(dense_ms * ratios, objective.judged(estimates))
         own, best = scores[: len(hoped)], max(scores[len(hoped) :])
         return [
-            *(c for c, score in zip(candidates, own, strict=False) if score > best or self._is_known(c)),
+            *(c for c, score in zip(candidates, own, strict=False) if score > best or self.knows(c)),
             candidates[-1],
         ]
 
@@ -299,8 +299,8 @@ class Front(ABC):
         places = evenly_spaced(range(len(candidates) - 1), TUNING.first_proxies)
         while self._clock() < deadline:
             scores = objective.score(milliseconds, self._optimistic(candidates, objective))
-            best = max(score for c, score in zip(candidates, scores, strict=True) if self._is_known(c))
-            hopeful = [place for place in places if not self._is_known(candidates[place]) and scores[place] > best]
+            best = max(score for c, score in zip(candidates, scores, strict=True) if self.knows(c))
+            hopeful = [place for place in places if not self.knows(candidates[place]) and scores[place] > best]
             if not hopeful:
                 break
             self.accuracy(candidates[hopeful[len(hopeful) // 2]])
@@ -310,11 +310,11 @@ class Front(ABC):
         known = DENSE_ACCURACY
         estimates: list[Estimate] = []
         for candidate in reversed(candidates):
-            known = self.accuracy(candidate) if self._is_known(candidate) else known
+            known = self.accuracy(candidate) if self.knows(candidate) else known
             estimates.append(known)
         return objective.judged(estimates[::-1])
 
-    def _is_known(self, candidate: Candidate) -> bool:
+    def knows(self, candidate: Candidate) -> bool:
         """Whether the proxy of a candidate is known."""
         return candidate.is_dense or candidate.schedule in self._proxies
 
@@ -328,9 +328,9 @@ class Front(ABC):
         """
         estimates = objective.judged([self.estimate(candidate) for candidate in candidates])
         best = objective.best(milliseconds, estimates)
-        if not self._is_known(candidates[best]):
+        if not self.knows(candidates[best]):
             return candidates[best]
-        known = [i for i, candidate in enumerate(candidates) if self._is_known(candidate)]
+        known = [i for i, candidate in enumerate(candidates) if self.knows(candidate)]
         place = known.index(best)
         for faster, slower in ((place - 1, place), (place, place + 1)):
             if faster < 0 or slower >= len(known):

@@ -65,3 +65,16 @@ def test_the_end_says_what_was_not_searched(dominated, expected):
     source = auto_source(request, made, DEPTH)
     assert all(name in source.end for name in expected)
     assert "the method can remove" not in source.end
+
+
+def test_what_is_proposed_for_a_target_has_a_measured_proxy():
+    """The one that is next in line, too: a target may turn out to be missed when it is timed again."""
+    device = device_of(None)
+    state = measured(device)
+    transformer = find_vision_transformer(tiny_vit())
+    made = auto_front(["tome", "topk"], state, transformer, [lp.LatencyBudget(speedup=each) for each in (1.2, 1.8)])
+    sources = {source.label: source for source in state.fronts(None, None)}
+    for first in made.start.values():
+        for candidate in made.candidates[first - 1 : first + 1]:
+            assert sources[candidate.method].knows(candidate)
+            assert candidate.accuracy == min(sources[candidate.method].accuracy(candidate).value, 1.0)
