@@ -20,11 +20,11 @@ class LatencyModelTuning:
 
     Attributes:
         max_levels: Token counts that are searched: the time of the search grows with their square.
-        max_needed: Of the counts that a method needs, the largest so many are among them.
+        max_needed: Of the counts that a method needs, so many at even distances are among them, the smallest, too.
     """
 
     max_levels: int = 40
-    max_needed: int = 12
+    max_needed: int = 16
 
 
 TUNING = LatencyModelTuning()
@@ -193,7 +193,8 @@ def token_levels(profile: LatencyProfile, needed: Iterable[int] = ()) -> list[in
         return [profile.dense_tokens]
     measured = profile.tokens
     between = sorted({count for count in needed if measured[0] < count < measured[-1]} - {*measured})
-    between = between[-TUNING.max_needed :]
+    places = np.linspace(0, len(between) - 1, min(len(between), TUNING.max_needed)).round().astype(int)
+    between = [between[place] for place in places]
     if len(measured) + len(between) <= TUNING.max_levels:
         return sorted([*measured, *between])
     cliffs = sorted(profile.cliffs(), key=profile.step_excess, reverse=True)[: TUNING.max_levels // 2]

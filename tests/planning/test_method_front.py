@@ -284,7 +284,10 @@ def test_of_many_counts_the_lower_edges_of_cliffs_are_searched():
 def test_counts_that_a_method_needs_are_searched_between_those_of_the_curve():
     found = curve({20: 2.0, 60: 5.0, 100: 10.0})
     assert token_levels(found, [10, 20, 37, 82, 100]) == [20, 37, 60, 82, 100]
-    assert token_levels(found, range(30, 100)) == [20, 60, *range(88, 101)]  # the largest 12
+    many = token_levels(found, range(30, 100))  # more than are searched: at even distances, the smallest, too
+    assert len(many) == 3 + 16
+    assert {20, 30, 60, 99, 100} < {*many}
+    assert max(after - before for before, after in pairwise(many[1:])) <= 6
     levels = token_levels(curve({count: 0.01 * count for count in range(2, 198)}), [count + 0.5 for count in range(9)])
     assert len(levels) == 40
     assert {count + 0.5 for count in range(2, 9)} < {*levels}
