@@ -312,14 +312,14 @@ class PatchHandle:
         modules = [*transformer.blocks[last].modules()]
         modules += [part for norm in transformer.adapter.final_norms(transformer.root) for part in norm.modules()]
         state = [(module, type(module)) for module in modules]
-        known = self._last_block is not None and len(state) == len(self._last_block[0])
-        if known and not any("forward" in vars(module) for module in modules):
-            assert self._last_block is not None
+        is_replaced = any("forward" in vars(module) for module in modules)  # may be put back unseen
+        if self._last_block is not None and not is_replaced:
             seen, reason = self._last_block
-            if all(a is b and kind is other for (a, kind), (b, other) in zip(state, seen, strict=True)):
+            same = (a is b and kind is other for (a, kind), (b, other) in zip(state, seen, strict=False))
+            if len(state) == len(seen) and all(same):
                 return reason
         reason = last_block_reason(transformer, self._split_of(last))
-        self._last_block = state, reason
+        self._last_block = None if is_replaced else (state, reason)
         return reason
 
     def _refuse_tail(self, reason: str | None) -> None:

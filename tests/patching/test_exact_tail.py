@@ -434,3 +434,12 @@ def test_the_last_block_is_verified_once(images: Tensor, monkeypatch: pytest.Mon
         handle.update([2, 0, 0, 0])
         assert handle.has_tail
     handle.remove()
+    block = model.blocks[-1]
+    block.forward = block.forward  # as libraries do that wrap it
+    handle.update([2, 0, 0, 0])
+    assert not handle.has_tail
+    handle.remove()
+    del block.forward
+    handle.update([2, 0, 0, 0])
+    assert handle.has_tail
+    handle.remove()
