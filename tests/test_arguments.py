@@ -74,7 +74,7 @@ CALLEES: dict[str, Callable[[], Callee]] = {
     "patch": lambda: Callee(
         lp.patch,
         {"model": tiny_vit(), "method": "tome", "schedule": [0, 3, 0, 0]},
-        MODEL_PATH | {"tail": {"None"}},
+        MODEL_PATH | {"tail": {"None"}, "restore": {"None"}},
         {"schedule": "(schedule|removed|nonsense)"},
     ),
     "trace_tokens": lambda: Callee(
@@ -98,7 +98,7 @@ CALLEES: dict[str, Callable[[], Callee]] = {
         settings(calibration=IMAGES),
         MODEL_PATH
         | {"runtime": {"None"}, "time_limit": {"None", "fraction"}, "objective": {"None"}, "profile": {"None"}}
-        | {"tail": {"None"}}
+        | {"tail": {"None"}, "restore": {"None"}}
         | {"labels": {"None"}, "cache_dir": {"None", "text"}},
         {"methods": "methods?", "blocks": "blocks?"},
     ),
@@ -135,7 +135,10 @@ CALLEES: dict[str, Callable[[], Callee]] = {
         lp.TokenPruning,
         {},
         {
-            **{name: {"None"} for name in ("objective", "images_from_batch", "cache_dir", "module_path", "tail")},
+            **{
+                name: {"None"}
+                for name in ("objective", "images_from_batch", "cache_dir", "module_path", "tail", "restore")
+            },
             "calibration": {"empty list", "list of None"},
             "time_limit": {"fraction"},
             "cache_dir": {"None", "text"},

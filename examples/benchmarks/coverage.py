@@ -11,7 +11,8 @@ channels), shallow (4 blocks) and for small images, with weights that are far fr
   another class;
 - `oracle`: pruning random tokens, in one block and in two, gives the output of the unpatched model in which no later
   block attends to the pruned tokens and nothing after the blocks reads them: their keys are masked to -inf.
-  The figure is the largest relative error, in float64;
+  The figure is the largest relative error, in float64. Of models that need their removed tokens back, the tokens that
+  were kept are compared, as they leave the last block;
 - `pomt`: two reductions in a row with a fused token leave the right counts, a finite output, and for an image alone the
   same as in a batch.
 """
@@ -55,6 +56,8 @@ def build_small(name: str, **more: Any) -> nn.Module:
     size = 5 * int(patch.group(1)) if patch else 96
     if "resnet" in name or "_s32" in name or "_r_s16" in name:
         size = 160
+    if "deepseek_vit" in name:
+        size = 84  # six patches of 14 pixels, as others have six of 16
     if "sapiens2" in name:
         more = {"num_kv_heads": None, **more}  # theirs is a list with one entry for each of their blocks
     options: dict[str, Any] = {"embed_dim": 64, "num_heads": 2, "depth": DEPTH, "img_size": size, "num_classes": 5}
@@ -90,8 +93,9 @@ def stir(model: nn.Module, seed: int = 0) -> nn.Module:
 
 def image_size(model: nn.Module) -> tuple[int, int]:
     """Height and width that a model takes."""
-    embed: Any = getattr(model, "patch_embed", None)
-    size = getattr(embed, "img_size", None) or (80, 80)
+    encoder: Any = getattr(model, "encoder", None)
+    embed: Any = getattr(model if encoder is None else encoder, "patch_embed", None)
+    size = getattr(embed, "img_size", None) or ((80, 80) if "NaFlex" in type(model).__name__ else (96, 96))
     return int(size[0]), int(size[1])
 
 
@@ -120,8 +124,14 @@ class MaskedKeys(TorchFunctionMode):
 
 
 @contextmanager
-def masked(transformer: VisionTransformer, images: Tensor, removed: list[int], seed: int) -> Iterator[None]:
-    """Makes an unpatched model compute the result of random pruning without shortening the sequence in its blocks."""
+def masked(
+    transformer: VisionTransformer, images: Tensor, removed: list[int], seed: int, slices: bool = True
+) -> Iterator[Tensor]:
+    """Makes an unpatched model compute the result of random pruning without shortening the sequence in its blocks.
+
+    Yields:
+        Indices of the tokens that are kept. Only they leave the last block if it `slices`.
+    """
     counts: list[int] = []
     hook = transformer.blocks[transformer.first_prunable_block].register_forward_pre_hook(
         lambda _, args: counts.append(args[0].shape[1])
@@ -147,9 +157,10 @@ def masked(transformer: VisionTransformer, images: Tensor, removed: list[int], s
             left = left[kept]
             dropped = torch.ones(counts[0], dtype=torch.bool)
             dropped[left] = False
-    hooks.append(transformer.blocks[-1].register_forward_hook(lambda _, args, out: out[:, left]))
+    if slices:
+        hooks.append(transformer.blocks[-1].register_forward_hook(lambda _, args, out: out[:, left]))
     try:
-        yield
+        yield left
     finally:
         for hook in hooks:
             hook.remove()
@@ -162,6 +173,15 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
     return ((found - expected).abs().max() / expected.abs().max()).item()
 
 
+def read(transformer: VisionTransformer, images: Tensor, tokens: Tensor | None) -> Tensor:
+    """The output of a transformer, or some of the tokens that leave its last block."""
+    seen: list[Tensor] = []
+    hook = transformer.blocks[-1].register_forward_hook(lambda _, args, out: seen.append(out))
+    output = transformer.root(images) if tokens is not None else None
+    hook.remove()
+    return transformer.root(images) if output is None or tokens is None else seen[0][:, tokens]
+
+
 def schedules(transformer: VisionTransformer) -> list[list[int]]:
     """One reduction and two, in blocks that can reduce."""
     once, twice = [0] * transformer.depth, [0] * transformer.depth
@@ -172,25 +192,31 @@ def schedules(transformer: VisionTransformer) -> list[list[int]]:
 
 
 @torch.no_grad()
-def check(model: nn.Module, images: Tensor) -> dict[str, Any]:
-    """All checks on one model; the model is left as it was."""
-    transformer = find_vision_transformer(model)
+def check(model: nn.Module, images: Tensor, restore: Any = None) -> dict[str, Any]:
+    """All checks on one model; the model is left as it was.
+
+    Args:
+        model: The model.
+        images: (B, channels, height, width).
+        restore: As of `lightning_prune.patch`, for models that need it.
+    """
+    transformer = find_vision_transformer(model, restore=restore)
     model, images = model.double(), images.double()
     before = model(images)
     weights = {key: value.clone() for key, value in model.state_dict().items()}
     classes = [type(module) for module in model.modules()]
-    with lp.patch(model, "pomt", [0] * transformer.depth):
+    with lp.patch(model, "pomt", [0] * transformer.depth, restore=restore):
         parity = torch.equal(model(images), before)
     worst = 0.0
     for removed in schedules(transformer):
-        with masked(transformer, images, removed, seed=3):
-            expected = model(images)
-        with lp.patch(model, RandomDrop(seed=3), removed):
-            worst = max(worst, relative_error(model(images), expected))
-        if relative_error(before, expected) < 1e-6:
+        with masked(transformer, images, removed, seed=3, slices=restore is None) as left:
+            expected = read(transformer, images, left if restore else None)
+        with lp.patch(model, RandomDrop(seed=3), removed, restore=restore):
+            worst = max(worst, relative_error(read(transformer, images, left if restore else None), expected))
+        if relative_error(read(transformer, images, left if restore else None), expected) < 1e-6:
             raise AssertionError("removing tokens changes nothing, so the oracle proves nothing")
     counts: list[int] = []
-    with lp.patch(model, "pomt", schedules(transformer)[1]) as handle:
+    with lp.patch(model, "pomt", schedules(transformer)[1], restore=restore) as handle:
         hook = transformer.blocks[-1].register_forward_hook(lambda _, args, out: counts.append(out.shape[1]))
         pruned = model(images)
         alone = torch.cat([model(image[None]) for image in images])
@@ -201,8 +227,10 @@ def check(model: nn.Module, images: Tensor) -> dict[str, Any]:
         removal = torch.equal(model(images), before)
     removal &= classes == [type(module) for module in model.modules()] and list(after) == list(weights)
     removal &= all(torch.equal(after[key], value) for key, value in weights.items())
-    pomt = bool(pruned.isfinite().all()) and counts[0] == entered[0] - 11 and relative_error(alone, pruned) < 1e-9
+    leaving = entered[0] if restore else entered[0] - 11
+    pomt = bool(pruned.isfinite().all()) and counts[0] == leaving and relative_error(alone, pruned) < 1e-9
     reducible = "yes" if transformer.first_prunable_block == 0 else f"from block {transformer.first_prunable_block}"
+    reducible = "with restore" if restore else reducible
     return {
         "reducible": reducible if halved else "after the block",
         "parity": parity,
@@ -260,7 +288,8 @@ def row(name: str) -> dict[str, Any]:
     more = {"local_up_to_layer": 2} if support.model == "ConVit" else {}
     model = stir(build_small(name, **more))
     images = torch.randn(2, 3, *image_size(model), generator=torch.Generator().manual_seed(0))
-    found = {"name": name, **describe(model), **check(model, images)}
+    restore = "auto" if support.reducible == "with restore" else None
+    found = {"name": name, **describe(model), **check(model, images, restore)}
     expected = {"pruning only": "yes", "from block 10": "from block 2"}  # of the small model
     agree = found["reducible"] == expected.get(support.reducible, support.reducible)
     if not agree:
@@ -269,10 +298,11 @@ def row(name: str) -> dict[str, Any]:
 
 
 def passed(result: dict[str, Any]) -> bool:
-    """Whether all checks of a row passed."""
+    """Whether all checks of a row passed. The norms of DeepSeek's blocks compute in float32."""
     if result["reducible"] == "no":
         return True
-    return result.get("parity") is result.get("removal") is result.get("pomt") is True and result["oracle"] < 1e-10
+    allowed = 1e-6 if result.get("model", "").startswith("Deepseek") else 1e-10
+    return result.get("parity") is result.get("removal") is result.get("pomt") is True and result["oracle"] < allowed
 
 
 def main() -> int:

@@ -59,7 +59,7 @@ def summary(statuses: Sequence[SupportStatus]) -> str:
     partly = len(statuses) - fully - never
     return (
         f"timm {timm.__version__} has {len(statuses)} names of isotropic transformers: {fully} can be pruned, {partly} "
-        f"in part, {never} not. `lightning-prune models 'vit_*'` lists names."
+        f"in part or with `restore`, {never} not. `lightning-prune models 'vit_*'` lists names."
     )
 
 

@@ -16,9 +16,9 @@ from lightning_prune.exporting.precision import dtype_of
 from lightning_prune.patching import VisionTransformer, find_vision_transformer, unpatch
 from lightning_prune.patching.api import make_handle
 from lightning_prune.patching.compatibility import check_depth
-from lightning_prune.patching.exact_tail import tail_of
 from lightning_prune.patching.input_resize import InputResize, image_size_of, resize_of
 from lightning_prune.patching.patched_block import BlockPatch, reducing_patches
+from lightning_prune.patching.patched_root import tail_of
 from lightning_prune.reduction.portable import portable_graph
 from lightning_prune.reduction.registry import spec_of
 from lightning_prune.runtimes.base import applied_runtime

@@ -12,6 +12,7 @@ from lightning_prune.patching.exact_tail import EXACT
 from lightning_prune.patching.models import VisionTransformer, find_vision_transformer
 from lightning_prune.patching.patch_handle import PatchHandle
 from lightning_prune.patching.schedule_forms import reductions_of, resolve_schedule
+from lightning_prune.patching.token_readers import RestoreMode
 from lightning_prune.reduction import Reduction, names, resolve
 from lightning_prune.schedule import MethodSpec, ScheduleLike, read_schedule
 
@@ -24,6 +25,7 @@ def patch(
     block: int | float = 0.25,
     module_path: str | None = None,
     tail: bool | None = None,
+    restore: RestoreMode | None = None,
 ) -> PatchHandle:
     """Makes the Vision Transformer in `model` remove tokens by a schedule, in place.
 
@@ -35,6 +37,11 @@ def patch(
     MLP: the exact tail, which changes outputs by rounding only. `patch(model, "exact")` gives a model that alone. It is
     in force while `forward` of the transformer runs, unless that returns hidden states, or a hook sees them: then all
     tokens come out, as they do from `forward_features`. What the schedule removes in the last block leaves with them.
+
+    Dense heads read a grid of patch tokens, after the blocks or between them. With `restore`, whoever reads the output
+    of a block gets all N tokens, and between the outputs that are read the sequence stays short: `forward_features`,
+    `forward_intermediates` and `get_intermediate_layers` of timm, `last_hidden_state`, `hidden_states` and backbones of
+    Hugging Face, hooks on blocks, and code that calls the blocks itself.
 
     A schedule that says on which device and at which batch size it was made is used elsewhere with a warning at the
     first batch, except in compiled graphs, which cannot warn.
@@ -53,6 +60,10 @@ def patch(
         tail: Whether the model has the exact tail, if tokens are removed. None where the outputs stay what they are;
             True also where the model returns tokens (base models of Hugging Face), which then are prefix tokens only:
             `pooler_output` stays what it is, `last_hidden_state` has P tokens. False nowhere.
+        restore: How removed tokens are given back: `"copy"`, each takes the token that it went into (its nearest kept
+            one, if it was dropped); `"delta"`, each keeps its own state at the cut and takes the mean change of the 10
+            kept tokens nearest to it there; `"auto"`, by copies where the method merges tokens, else by changes. None
+            not at all.
 
     Returns:
         A handle: `handle.remove()` restores the model to the bit; it is also a context manager that does so.
@@ -76,7 +87,8 @@ def patch(
         >>> handle.schedule.schedule(197).tokens(197)[-1]
         139
     """
-    return make_handle(find_vision_transformer(model, module_path), method, schedule, block, warns=True, tail=tail)
+    transformer = find_vision_transformer(model, module_path, restore)
+    return make_handle(transformer, method, schedule, block, warns=True, tail=tail)
 
 
 def make_handle(

@@ -50,6 +50,13 @@ def check_reduction(
             f"{reduction.name} pads images that have fewer tokens than others in the batch, and this {kind} pools over "
             "its patch tokens, including padding. Use a model that reads its CLS token."
         )
+    if transformer.restore == "delta" and (reduction.adaptive or reduction.scales_images):
+        what = "pads images that have fewer tokens" if reduction.adaptive else "removes no tokens of a sequence"
+        raise ArgumentError(f"`restore` must be 'auto' or 'copy' with {reduction.name}, which {what}, got 'delta'.")
+    if transformer.restore is not None and reduction.adaptive and not reduction.is_lossless:
+        raise UnsupportedModelError(
+            f"`restore` must be None with {reduction.name}, which pads images that have fewer tokens and drops others."
+        )
     if reduces and ("attention" in reduction.reads or reduction.proportional_attention):
         reason = transformer.adapter.attention_unsupported_reason(transformer)
         if reason is not None:
@@ -131,6 +138,8 @@ def head_reason(transformer: VisionTransformer, requested: bool = False) -> str 
         transformer: The transformer.
         requested: Whether it was asked for by `tail=True`; then the model may return prefix tokens only.
     """
+    if transformer.reader is not None:
+        return "removed tokens are given back to a module around it"
     reason = transformer.adapter.head_reason(transformer.root)
     if reason is not None:
         return reason

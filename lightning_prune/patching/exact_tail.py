@@ -8,25 +8,20 @@ It is in force only while the `forward` of the transformer itself runs, which re
 Whoever calls `forward_features`, `forward_intermediates` or the block gets all tokens, and so do hooks that see them.
 """
 
-import inspect
 import itertools
 from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import wraps
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as _all_modules
 
-from lightning_prune.patching.class_swap import PatchedModule
+from lightning_prune.patching.token_hooks import any_reads_tokens
 from lightning_prune.patching.token_state import attach_state, get_state
 
 EXACT = "exact"
 """What `lightning_prune.patch` calls the exact tail without a method."""
-_TOOLS = ("torch.utils.module_tracker", "torch.utils.flop_counter", "transformers.utils.output_capturing")
-"""Modules whose hooks read no tokens. Those of transformers do if asked to, which a head's adapter looks at."""
 _MARK = "_lightning_prune_tail"
 
 _numbers = itertools.count(1)
@@ -73,7 +68,7 @@ class ExactTail:
             args: Positional arguments of the call.
             kwargs: Keyword arguments of the call.
         """
-        if self.head.reads_patches(root, args, kwargs) or _has_hooks(self.watched):
+        if self.head.reads_patches(root, args, kwargs) or any_reads_tokens(self.watched):
             return forward(*args, **kwargs)
         if torch.compiler.is_compiling():
             self._traced = True
@@ -100,57 +95,6 @@ class ExactTail:
         return self.ran
 
 
-class RootPatch:
-    """Data of a patched root.
-
-    Args:
-        root: The Vision Transformer.
-        tail: The exact tail of the model, if it has one.
-
-    Attributes:
-        layout: Position of the argument `output_fmt` of `forward_intermediates`; -1 if there is none.
-        tail: The exact tail.
-    """
-
-    def __init__(self, root: nn.Module, tail: ExactTail | None = None) -> None:
-        function = getattr(root, "forward_intermediates", None)
-        names = list(inspect.signature(function).parameters) if function is not None else []
-        self.layout = names.index("output_fmt") if "output_fmt" in names else -1
-        self.tail = tail
-
-
-class HasTail(Protocol):
-    """What the patch of a root says."""
-
-    tail: ExactTail | None
-
-
-class TailRoot(PatchedModule):
-    """Mixin for the root of a patched model. Its `forward` has the tail in force, and is the model's own otherwise."""
-
-    _prune_patch: HasTail
-    keeps_name = True  # transformers looks up by the name of the class what it records, and writes it into configs
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        if "_prune_classes" in cls.__dict__:
-            # With the signature of the model's own, which exporters and trainers look at. A type checker allows no
-            # assignment to a method; each patched class has one of its own.
-            cls.forward = _with_signature(cls.forward, cls.__dict__["_prune_classes"][0].forward)  # type: ignore[method-assign]
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Runs the model."""
-        tail = self._prune_patch.tail
-        if tail is None:
-            return super().forward(*args, **kwargs)
-        return tail.call(self, super().forward, args, kwargs)
-
-
-def tail_of(root: nn.Module) -> ExactTail | None:
-    """The exact tail of a patched transformer; None if it has none."""
-    return root._prune_patch.tail if isinstance(root, TailRoot) else None
-
-
 def watched_modules(root: nn.Module, block: nn.Module, norms: Iterable[nn.Module]) -> tuple[nn.Module, ...]:
     """The modules that see patch tokens after the last attention: see `ExactTail.watched`.
 
@@ -163,30 +107,3 @@ def watched_modules(root: nn.Module, block: nn.Module, norms: Iterable[nn.Module
     parts = path.split(".")
     outer = [root.get_submodule(".".join(parts[:count])) for count in range(1, len(parts))]
     return (*outer, *block.modules(), *(part for norm in norms for part in norm.modules()))
-
-
-def _has_hooks(modules: tuple[nn.Module, ...]) -> bool:
-    """Whether a hook, also one for all modules, would see the tokens that enter or leave one of the modules."""
-    for_all = _all_modules._global_forward_hooks, _all_modules._global_forward_pre_hooks
-    for hooks in (*for_all, _all_modules._global_backward_hooks, _all_modules._global_backward_pre_hooks):
-        if hooks and _read_tokens(hooks):
-            return True
-    for each in modules:
-        for hooks in (each._forward_hooks, each._forward_pre_hooks, each._backward_hooks, each._backward_pre_hooks):
-            if hooks and _read_tokens(hooks):
-                return True
-    return False
-
-
-def _read_tokens(hooks: Mapping[int, Any]) -> bool:
-    if torch.compiler.is_dynamo_compiling():  # which cannot trace what follows
-        return True
-    return any(getattr(hook, "__module__", "") not in _TOOLS for hook in hooks.values())
-
-
-def _with_signature(forward: Callable[..., Any], own: Callable[..., Any]) -> Callable[..., Any]:
-    @wraps(own)
-    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return forward(self, *args, **kwargs)
-
-    return call

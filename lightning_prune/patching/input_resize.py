@@ -12,8 +12,11 @@ from lightning_prune._utils.device import device_name
 from lightning_prune._utils.measurement_source import MeasurementSource
 from lightning_prune.errors import ArgumentError, UnsupportedModelError
 from lightning_prune.patching.class_swap import PatchedModule, Setting
-from lightning_prune.patching.exact_tail import ExactTail, TailRoot
-from lightning_prune.patching.token_state import has_storage
+from lightning_prune.patching.exact_tail import ExactTail
+from lightning_prune.patching.patched_root import PatchedRoot
+from lightning_prune.patching.restored_tokens import GridCut, interpolation_matrix
+from lightning_prune.patching.token_readers import TokenReaders
+from lightning_prune.patching.token_state import PerThread, has_storage
 from lightning_prune.reduction.base import Reduction
 from lightning_prune.reduction.functional import is_exported
 from lightning_prune.reduction.resize import (
@@ -60,7 +63,7 @@ class ScalingSites(NamedTuple):
 
     mixins: Mapping[nn.Module, type["ResizedModule"]]
     settings: tuple[tuple[nn.Module, str, Any], ...] = ()
-    guard: type[TailRoot] | None = None
+    guard: type[PatchedRoot] | None = None
 
 
 @dataclass(eq=False)
@@ -79,6 +82,9 @@ class InputResize:
         resampled: Name -> weights, and what was resampled from them.
         is_adaptive: Whether the images decide how many tokens are left: never.
         tail: The exact tail of the model, where the root itself takes part in the scaling.
+        readers: What is read of the model, likewise.
+        seen: Height and width of the images that were scaled last.
+        traced: Likewise, in a graph.
     """
 
     reduction: Reduction
@@ -92,11 +98,15 @@ class InputResize:
     resampled: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = field(default_factory=dict)
     is_adaptive: bool = False
     tail: ExactTail | None = None
+    readers: TokenReaders | None = None
+    seen: PerThread[tuple[int, int]] = field(default_factory=PerThread)
+    traced: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         """Computes for images of a fixed size what does not depend on the images, so that graphs hold it."""
         if self.division.image_size is not None:
             self.matrices(self.division.image_size, torch.device("cpu"))
+            self.cut(torch.device("cpu"))
 
     def key(self) -> tuple[Any, ...]:
         """What distinguishes it from another one of the same model, apart from its method."""
@@ -160,6 +170,24 @@ class InputResize:
         cells = cell_of_patches(self.dense_grid(size), self.grid(size))
         sources = torch.tensor([*range(prefix), *(prefix + cell for cell in cells)], device=images.device)
         return sources.expand(len(images), -1), sources.bincount().expand(len(images), -1)
+
+    def cut(self, device: torch.device) -> GridCut:
+        """What gives the grid of all patches back to the tokens of the images that were scaled last in this thread.
+
+        Raises:
+            UnsupportedModelError: If it is not known which images these are.
+        """
+        size = (self.traced if torch.compiler.is_compiling() else self.seen.get()) or self.division.image_size
+        if size is None:
+            raise UnsupportedModelError(
+                "The size of these images is not known. Run the whole model, and compile all of it or none."
+            )
+        matrices = (
+            self.constant(("interpolation", *sides), device, partial(interpolation_matrix, *sides))
+            for sides in zip(self.grid(size), self.dense_grid(size), strict=True)
+        )
+        rows, columns = matrices
+        return GridCut(rows, columns, self.num_prefix_tokens)
 
     def constant(self, name: tuple[Any, ...], device: torch.device, compute: Callable[[], Tensor]) -> Tensor:
         """A tensor that depends neither on the images nor on the weights, on a device.
@@ -231,6 +259,10 @@ class InputResize:
                 f"of shape {tuple(images.shape)}."
             )
         size, expected = image_size_of(images), self.division.image_size
+        if torch.compiler.is_compiling():  # dynamo allows no change of a dict in a graph that looks up classes
+            self.traced = size
+        else:
+            self.seen.set(size)
         if expected is not None and size != expected and not any_size:
             raise ArgumentError(f"`images` must have the size {expected} of the model, got {size}.")
         if self.made_on is not None and not torch.compiler.is_compiling():

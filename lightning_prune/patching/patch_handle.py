@@ -28,7 +28,7 @@ from lightning_prune.patching.compatibility import (
     last_block_reason,
     verified_split,
 )
-from lightning_prune.patching.exact_tail import ExactTail, RootPatch, TailRoot, watched_modules
+from lightning_prune.patching.exact_tail import ExactTail, watched_modules
 from lightning_prune.patching.input_resize import InputResize, ResizedModule
 from lightning_prune.patching.models import VisionTransformer, describe
 from lightning_prune.patching.patched_block import (
@@ -37,7 +37,9 @@ from lightning_prune.patching.patched_block import (
     InputCapture,
     PatchedBlock,
 )
+from lightning_prune.patching.patched_root import PatchedRoot, RootPatch
 from lightning_prune.patching.schedule_forms import fitted, reductions_of, resolve_schedule
+from lightning_prune.patching.token_readers import TokenReaders
 from lightning_prune.reduction import Reduction
 from lightning_prune.schedule import KeepRates, Rate, Schedule, ScheduleLike, read_schedule
 
@@ -119,7 +121,9 @@ class PatchHandle:
         """
         known = self.transformer
         now = describe(known.adapter, known.root, known.path)  # its image size may have been changed
-        self.transformer = replace(now, compiled_wrapper=known.compiled_wrapper)
+        self.transformer = replace(
+            now, compiled_wrapper=known.compiled_wrapper, restore=known.restore, reader=known.reader
+        )
         checked, before, was_active = self._checked(schedule), self.schedule, self.active
         try:
             self.schedule = checked
@@ -200,39 +204,61 @@ class PatchHandle:
         if not reductions and not self._exact:
             return
         scaling = reductions.pop(0) if 0 in reductions and reductions[0].scales_images else None
-        tail = self._new_tail()
+        tail, readers = self._new_tail(), self._new_readers(reductions, scaling)
+        deciding = readers if transformer.restore is not None else None  # by what the call reads
         try:
-            if reductions:
-                self._patch_blocks(reductions, self._warns and scaling is None, tail)
+            if reductions or (scaling is not None and deciding is not None):
+                self._patch_blocks(reductions, self._warns and scaling is None, tail, readers)
             last = transformer.depth - 1
             if tail is not None and not is_patched_module(transformer.blocks[last]):
                 self._swap(transformer.blocks[last], PatchedBlock, self._block_patch(last, None, 0, tail=tail))
-            guard = TailRoot if self._exact else transformer.adapter.guard
+            guard = PatchedRoot if self._exact else transformer.adapter.guard
             if scaling is not None:
-                guard = self._scale_images(scaling, tail) or guard
-            takes_part = isinstance(root, TailRoot)  # in the scaling, and then it is patched
-            if not takes_part and (tail is not None or guard is not TailRoot):
-                self._swap(root, guard, RootPatch(root, tail))
+                guard = self._scale_images(scaling, tail, deciding) or guard
+            takes_part = isinstance(root, PatchedRoot)  # in the scaling, and then it is patched
+            if not takes_part and (tail is not None or deciding is not None or guard is not PatchedRoot):
+                self._swap(root, guard, RootPatch(root, tail, deciding))
             self.has_tail = tail is not None
         except BaseException:
             self.remove()
             raise
 
-    def _patch_blocks(self, reductions: dict[int, Reduction], warns: bool, tail: ExactTail | None) -> None:
+    def _new_readers(self, reductions: dict[int, Reduction], scaling: Reduction | None) -> TokenReaders | None:
+        """Who reads all tokens of the patched model; None if the removed ones are not given back."""
+        transformer, last = self.transformer, self.transformer.depth - 1
+        merges = bool(reductions) and all(method.is_lossless for method in reductions.values())
+        is_restored = transformer.restore is not None and bool(reductions or scaling)
+        if not is_restored and not (transformer.pools_patches and merges):
+            return None
+        root, adapter = transformer.root, transformer.adapter
+        outer = watched_modules(root, transformer.blocks[last], adapter.final_norms(root))
+        inner = set(transformer.blocks[last].modules())
+        return TokenReaders(
+            transformer.restore or "copy",
+            adapter,
+            transformer.blocks,
+            tuple(module for module in outer if module not in inner),
+            0 if scaling is not None and transformer.restore else min(reductions),
+            None if transformer.restore else frozenset((last,)),  # a pool of patches weights them by their copies
+        )
+
+    def _patch_blocks(
+        self, reductions: dict[int, Reduction], warns: bool, tail: ExactTail | None, readers: TokenReaders | None
+    ) -> None:
         """Patches the blocks that reduce, and later ones that need to know which tokens are left."""
         transformer, schedule = self.transformer, self.schedule
         methods = list(reductions.values())
-        restores = transformer.pools_patches and all(method.is_lossless for method in methods)
         weighs_keys = any(method.proportional_attention for method in methods)
         # Where blocks that do not reduce must be patched too: up to the last block of the model.
-        patches_to_end = transformer.has_position_inputs or weighs_keys or restores
+        patches_to_end = transformer.has_position_inputs or weighs_keys or readers is not None
         tracks_state = patches_to_end or any(method.tracks_sizes for method in methods)
-        first, last = min(reductions), transformer.depth - 1 if patches_to_end else max(reductions)
+        first = min(reductions) if readers is None else readers.first
+        last = transformer.depth - 1 if patches_to_end else max(reductions)
         pixels = InputCapture() if any("pixels" in method.reads for method in methods) else None
         made_on = schedule.made_on if schedule is not None and warns else None
-        reduction = reductions[first]
+        reduction = reductions.get(first)  # None in front of the first block that reduces, where images are scaled
         for index in range(first, last + 1):
-            remove = _removed_in(schedule, index) if schedule is not None else 0
+            remove = _removed_in(schedule, index) if schedule is not None and index in reductions else 0
             if not (remove or tracks_state or schedule is None):
                 continue
             reduces = index in reductions
@@ -249,12 +275,11 @@ class PatchHandle:
                 tracks_positions=transformer.has_position_inputs,
                 weighs_keys=weighs_keys,
                 made_on=made_on if index == first else None,
-                is_adaptive=reduces and reduction.adaptive,
-                traces=reduces and restores,
-                restores=restores and index == last,
+                is_adaptive=reduces and reduction is not None and reduction.adaptive,
+                readers=readers,
             )
             self._swap(transformer.blocks[index], PatchedBlock, block_patch)
-            if ("attention" in reduction.reads and reduces) or weighs_keys:
+            if (reduction is not None and reduces and "attention" in reduction.reads) or weighs_keys:
                 self._capture_attention(block_patch, transformer.blocks[index])
         if pixels is not None:
             self._swap(transformer.patch_embed, CaptureInput, pixels)
@@ -330,7 +355,9 @@ class PatchHandle:
         name = original_class(self.transformer.root).__name__
         raise UnsupportedModelError(f"{argument} for this {name}, which has no exact tail: {reason}.")
 
-    def _scale_images(self, reduction: Reduction, tail: ExactTail | None) -> type[TailRoot] | None:
+    def _scale_images(
+        self, reduction: Reduction, tail: ExactTail | None, readers: TokenReaders | None
+    ) -> type[PatchedRoot] | None:
         """Has the images scaled down; after the blocks are patched, which are compared with their own forward first.
 
         Returns:
@@ -345,7 +372,9 @@ class PatchHandle:
             transformer.adapter.patch_division(transformer.root),
             schedule.made_on if self._warns else None,
         )
-        resize.tail = tail
+        resize.tail, resize.readers = tail, readers
+        if readers is not None:
+            readers.scaled = resize
         sites = transformer.adapter.scaling_sites(transformer, resize)
         for module, mixin in sites.mixins.items():
             self._swap(module, mixin, resize)

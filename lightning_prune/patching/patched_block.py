@@ -17,9 +17,10 @@ from lightning_prune.patching.class_swap import PatchedModule, Setting
 from lightning_prune.patching.exact_tail import ExactTail
 from lightning_prune.patching.input_resize import InputResize, resize_of
 from lightning_prune.patching.models.base import ModelAdapter, VisionTransformer
+from lightning_prune.patching.restored_tokens import cut_of, restored
+from lightning_prune.patching.token_readers import TokenReaders, rule_for
 from lightning_prune.patching.token_state import PerThread, TokenState, attach_state, get_state, next_token_state
 from lightning_prune.reduction.base import AttentionInputs, Reduction, TokenSequence
-from lightning_prune.reduction.functional import take_tokens
 from lightning_prune.schedule import Rate
 
 
@@ -68,8 +69,7 @@ class BlockPatch:
     tracks_positions: bool = True  # whether that state includes positions
     weighs_keys: bool = False  # whether sizes weight the attention of later blocks
     is_adaptive: bool = False  # whether the number of removed tokens depends on the image
-    traces: bool = False  # whether the output needs to map the tokens of block 0 to those that are left
-    restores: bool = False  # whether the block's output has all tokens again, each a copy of the one it was merged into
+    readers: TokenReaders | None = None  # who reads all tokens, so that those that were removed are given back
     settings: list[Setting] = field(default_factory=list)  # that were changed to enable fused attention
     # The forward of the attention module, if it passes an `attn_mask` to its fused call.
     mask_passthrough: Callable[..., Any] | None = None
@@ -108,23 +108,34 @@ class BlockPatch:
             return False
         return type(block.attn).forward is self.mask_passthrough and "forward" not in block.attn.__dict__
 
-    def arriving_state(self, x: Tensor) -> TokenState | None:
-        """State of the tokens from the blocks before this one; None if all tokens are left or no state is tracked.
+    def arriving(self, x: Tensor) -> tuple[Tensor, TokenState | None]:
+        """The tokens that are left of those that enter the block (B, N, C), and their state.
+
+        Returns:
+            The tokens, (B, K, C): those that enter, unless the block before gave back the removed ones for a reader.
+            Their state is None if all tokens are left or no state is tracked.
 
         Raises:
-            UnsupportedModelError: If the state was lost.
+            UnsupportedModelError: If the state was lost, or the tokens were changed.
         """
         if not (self.has_predecessor and self.tracks_state):
-            return None
+            return x, None
         carried = get_state(x)
-        if not isinstance(carried, CarriedState) or (
-            carried.token_state and carried.token_state.num_tokens != x.shape[1]
-        ):
-            raise UnsupportedModelError(
-                f"The tokens that enter block {self.index} must be the output of the previous block, got other tokens. "
-                "A hook that returns new tokens, for example, loses the positions and sizes of the tokens."
-            )
-        return carried.token_state
+        if isinstance(carried, CarriedState):
+            left, state = carried.tokens, carried.token_state
+            if left is None and (state is None or state.num_tokens == x.shape[1]):
+                return x, state
+            if left is not None and carried.is_unchanged(x):
+                if torch.is_grad_enabled() and x.requires_grad and not left.requires_grad:
+                    raise UnsupportedModelError(
+                        "Reentrant checkpointing loses the gradients of tokens that are given back between blocks. "
+                        "Use `torch.utils.checkpoint.checkpoint(..., use_reentrant=False)`."
+                    )
+                return left, state
+        raise UnsupportedModelError(
+            f"The tokens that enter block {self.index} must be the output of the previous block, got other tokens. "
+            "A hook that returns or changes tokens, for example, loses which tokens are left."
+        )
 
 
 def patch_key(root: nn.Module) -> Hashable:
@@ -143,7 +154,7 @@ def patch_key(root: nn.Module) -> Hashable:
             patch.remove,
             patch.tracks_state,
             patch.weighs_keys,
-            patch.restores,
+            (patch.readers.mode, patch.readers.always) if patch.readers is not None else None,
             patch.tail is not None,
         )
         for patch in patches
@@ -173,9 +184,23 @@ def _reduction_key(reduction: Reduction | None) -> Hashable:
 
 
 class CarriedState(NamedTuple):
-    """The state that a patched block attaches to its output; None inside if all tokens are left."""
+    """The state that a patched block attaches to its output.
+
+    Attributes:
+        token_state: None if all tokens are left.
+        tokens: (B, K, C), the tokens that are left, if the output has those that were removed, too.
+        total: N, the number of tokens that the output then has.
+        version: Of the output, which counts changes in place; -1 if it is not known.
+    """
 
     token_state: TokenState | None
+    tokens: Tensor | None = None
+    total: int = 0
+    version: int = -1
+
+    def is_unchanged(self, output: Tensor) -> bool:
+        """Whether the output (B, N, C) of a block is as the block returned it, as far as can be known."""
+        return self.total == output.shape[1] and self.version in (-1, _version_of(output))
 
 
 class PatchedBlock(PatchedModule):
@@ -187,7 +212,8 @@ class PatchedBlock(PatchedModule):
         """Runs the block with the reduction between its attention and its MLP."""
         patch = self._prune_patch
         reduction, adapter, prefix = patch.reduction, patch.adapter, patch.num_prefix_tokens
-        arrived = patch.arriving_state(x)
+        read = patch.readers.read_of(x) if patch.readers is not None else frozenset()
+        x, arrived = patch.arriving(x)
         ends = patch.tail is not None and patch.tail.runs(x)
         remove = patch.removes(x.shape[1])
         reduces = reduction is not None and (remove > 0 or patch.is_adaptive)
@@ -195,7 +221,8 @@ class PatchedBlock(PatchedModule):
             patch.check(x, args, kwargs)
         if reduction is not None and reduces and reduction.site == "input":
             pixels = patch.pixels.take(x) if patch.pixels is not None else None
-            x, arrived = _reduce(patch, TokenSequence(x, prefix, patch.has_class_token, pixels=pixels), remove, arrived)
+            sequence = TokenSequence(x, prefix, patch.has_class_token, pixels=pixels)
+            x, arrived = _reduce(patch, sequence, remove, arrived, read)
             reduces = False
         if ends and reduces:
             patch.check_removed(x.shape[1], remove)
@@ -226,13 +253,17 @@ class PatchedBlock(PatchedModule):
             sizes = arrived.sizes if arrived is not None else None
             attention = stack_heads(calls) if reads else None
             sequence = TokenSequence(after, prefix, patch.has_class_token, attention, sizes, x)
-            after, arrived = _reduce(patch, sequence, remove, arrived)
+            after, arrived = _reduce(patch, sequence, remove, arrived, read)
             del attention, sequence
             calls.clear()  # frees query, key and value of all tokens
             if attn_mlp_split is not None:
                 after = attn_mlp_split.mlp(self, after)
-        if patch.restores and arrived is not None and arrived.sources is not None:
-            return take_tokens(after, arrived.sources)
+        is_read = read is None or patch.index in read
+        cuts = patch.readers.cuts(arrived, after.device) if patch.readers is not None and is_read else ()
+        if cuts:
+            output = restored(after, cuts)
+            attach_state(output, CarriedState(arrived, after, output.shape[1], _version_of(output)))
+            return output
         if patch.tracks_state:
             attach_state(after, CarriedState(arrived))
         return after
@@ -249,22 +280,32 @@ class CaptureInput(PatchedModule):
         return super().forward(x, *args, **kwargs)
 
 
+def _version_of(tokens: Tensor) -> int:
+    return -1 if torch.compiler.is_compiling() or tokens.is_inference() else tokens._version
+
+
 def _reduce(
-    patch: BlockPatch, sequence: TokenSequence, remove: int, arrived: TokenState | None
+    patch: BlockPatch, sequence: TokenSequence, remove: int, arrived: TokenState | None, read: frozenset[int] | None
 ) -> tuple[Tensor, TokenState | None]:
-    assert patch.reduction is not None
+    reduction, readers = patch.reduction, patch.readers
+    assert reduction is not None
     patch.check_removed(sequence.tokens.shape[1], remove)
-    sequence = sequence._replace(trace=patch.traces, block=patch.index, depth=patch.depth)
-    reduced = patch.reduction.reduce(sequence, remove)
-    if patch.traces and reduced.sources is None:
+    # Whether the removed tokens are given back later on.
+    is_undone = readers is not None and (read is None or any(index >= patch.index for index in read))
+    sequence = sequence._replace(trace=is_undone and reduction.is_lossless, block=patch.index, depth=patch.depth)
+    reduced = reduction.reduce(sequence, remove)
+    if sequence.trace and reduced.sources is None:
         # Positions only determine the sources if at most one token is fused, which cannot be checked without a sync.
         raise ArgumentError(
-            f"`ReductionOutput.sources` must be returned by {patch.reduction.name} if `TokenSequence.trace` is set, "
-            "got None. It is lossless, and this model pools over its patch tokens."
+            f"`ReductionOutput.sources` must be returned by {reduction.name} if `TokenSequence.trace` is set, got "
+            "None. It is lossless, and the output of this model is computed from all patch tokens."
         )
     if not patch.tracks_state:
         return reduced.tokens, None
-    return reduced.tokens, next_token_state(arrived, reduced, patch.tracks_positions, patch.weighs_keys)
+    cut = None
+    if is_undone and readers is not None:
+        cut = cut_of(rule_for(readers.mode, reduction), sequence.tokens, reduced, patch.num_prefix_tokens)
+    return reduced.tokens, next_token_state(arrived, reduced, patch.tracks_positions, patch.weighs_keys, cut)
 
 
 def too_many(block: int, tokens: int, remove: int, max_removed: int, method: str) -> str:

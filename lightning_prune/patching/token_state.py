@@ -7,6 +7,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from lightning_prune.patching.restored_tokens import Cut, with_cut
 from lightning_prune.reduction.base import ReductionOutput
 from lightning_prune.reduction.functional import take_values
 
@@ -100,7 +101,7 @@ class TokenState(NamedTuple):
             position inputs (`VisionTransformer.has_position_inputs`).
         sizes: (B, K) number of patches in each token, if the method tracks sizes.
         log_sizes: (B, 1, 1, K) their logarithms, if they are added to the attention logits of later blocks.
-        sources: (B, N) index of the token that each token of block 0 became part of, if the model pools over patches.
+        cuts: What gives the removed tokens back, if somebody reads all of them.
     """
 
     num_tokens: int
@@ -108,7 +109,7 @@ class TokenState(NamedTuple):
     original_positions: Tensor | None = None
     sizes: Tensor | None = None
     log_sizes: Tensor | None = None
-    sources: Tensor | None = None
+    cuts: tuple[Cut, ...] = ()
 
     @property
     def positions(self) -> Tensor:
@@ -128,7 +129,11 @@ class TokenState(NamedTuple):
 
 
 def next_token_state(
-    arrived: TokenState | None, reduced: ReductionOutput, positions_needed: bool, weighs_keys: bool
+    arrived: TokenState | None,
+    reduced: ReductionOutput,
+    positions_needed: bool,
+    weighs_keys: bool,
+    cut: Cut | None = None,
 ) -> TokenState:
     """The state of the tokens after a reduction.
 
@@ -137,15 +142,15 @@ def next_token_state(
         reduced: The output of the reduction.
         positions_needed: Whether later blocks receive position inputs.
         weighs_keys: Whether sizes weight the attention of later blocks.
+        cut: What undoes the reduction, if somebody reads all tokens.
     """
-    positions, sources, sizes = reduced.positions, reduced.sources, reduced.sizes
+    positions, sizes, cuts = reduced.positions, reduced.sizes, () if arrived is None else arrived.cuts
     if arrived is not None:
         if sizes is None and arrived.sizes is not None:  # of an earlier block, whose method keeps them
             sizes = torch.where(positions < 0, 1, take_values(arrived.sizes, positions.clamp(min=0)))
         if positions_needed:
             original = take_values(arrived.positions, positions.clamp(min=0))
             positions = torch.where(positions < 0, -1, original)
-        if sources is not None and arrived.sources is not None:
-            sources = take_values(sources, arrived.sources)
     log_sizes = sizes.log()[:, None, None].to(reduced.tokens.dtype) if weighs_keys and sizes is not None else None
-    return TokenState(positions.shape[1], [], positions if positions_needed else None, sizes, log_sizes, sources)
+    cuts = cuts if cut is None else with_cut(cuts, cut)
+    return TokenState(positions.shape[1], [], positions if positions_needed else None, sizes, log_sizes, cuts)

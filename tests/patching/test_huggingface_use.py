@@ -128,7 +128,8 @@ class TestErrors:
     )
     def test_models_that_reshape_tokens_are_rejected(self, name: str) -> None:
         model = build_hf(name)
-        message = rf"^{name}( at 'inside')? cannot be pruned: it reshapes its tokens to their grid after the blocks\."
+        reason = "it reshapes its tokens to their grid after the blocks"
+        message = rf"^{name}( at 'inside')? cannot be pruned: {reason}\. Pass `restore='auto'`"
         for outer in (model, nn.ModuleDict({"inside": model})):
             with pytest.raises(lp.UnsupportedModelError, match=message):
                 lp.patch(outer, "random", WHERE["one"])

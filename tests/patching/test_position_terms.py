@@ -76,7 +76,7 @@ def test_only_needed_state_is_computed() -> None:
     reduced = ReductionOutput(torch.empty(1), torch.tensor([[0, 2]]), torch.ones(1, 2))
     first = next_token_state(None, reduced, positions_needed=False, weighs_keys=False)
     second = next_token_state(first, reduced, positions_needed=False, weighs_keys=False)
-    assert first == second == TokenState(2, [], None, reduced.sizes, None, None)
+    assert first == second == TokenState(2, [], None, reduced.sizes, None, ())
 
 
 def test_shared_inputs_are_gathered_once() -> None:

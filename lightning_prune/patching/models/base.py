@@ -16,8 +16,10 @@ from lightning_prune.errors import ArgumentError, UnsupportedModelError
 from lightning_prune.patching.attention_capture import CapturedAttention, CaptureSlot, Capturing, SDPARecorder
 from lightning_prune.patching.block_split import AttnMlpSplit
 from lightning_prune.patching.class_swap import Setting, original_class
-from lightning_prune.patching.exact_tail import TailRoot
 from lightning_prune.patching.input_resize import InputResize, PatchDivision, ResizedInput, ScalingSites
+from lightning_prune.patching.models.dense_outputs import unit_features
+from lightning_prune.patching.patched_root import PatchedRoot
+from lightning_prune.patching.token_readers import RestoreMode
 from lightning_prune.patching.token_state import TokenState
 from lightning_prune.reduction.base import AttentionInputs
 
@@ -70,6 +72,9 @@ class VisionTransformer:
         first_prunable_block: Index of the first block that can reduce.
         first_prunable_reason: Why the blocks before it cannot.
         compiled_wrapper: The `torch.compile` wrapper around `root`, if there is one.
+        restore: How tokens that a patch removes are given back to whoever reads all of them; None if they are not.
+        reader: The module around `root` that reads them, with a dense head for example: its call is what runs and is
+            measured. None where the transformer itself is.
     """
 
     root: nn.Module
@@ -87,11 +92,20 @@ class VisionTransformer:
     first_prunable_block: int = 0
     first_prunable_reason: str = ""
     compiled_wrapper: nn.Module | None = None
+    restore: RestoreMode | None = None
+    reader: nn.Module | None = None
 
     @property
     def compiled_root(self) -> nn.Module:
-        """The module that the user's model calls: the compiled wrapper if there is one, else `root`."""
+        """The module that is called to run the transformer: `reader`, else the compiled wrapper, else `root`."""
+        if self.reader is not None:
+            return self.reader
         return self.root if self.compiled_wrapper is None else self.compiled_wrapper
+
+    @property
+    def outer(self) -> nn.Module:
+        """The module that holds all that runs: `reader`, else `root`."""
+        return self.root if self.reader is None else self.reader
 
     @property
     def depth(self) -> int:
@@ -121,8 +135,8 @@ class VisionTransformer:
         return self.compiled_root(images, **call_keywords(self.root))
 
     def run_eagerly(self, images: Tensor) -> Any:
-        """Runs `forward` itself: without hooks on the root, and without a compiled graph of it."""
-        return self.root.forward(images, **call_keywords(self.root))
+        """Runs `forward` itself: without hooks on the module, and without a compiled graph of it."""
+        return self.outer.forward(images, **call_keywords(self.root))
 
     def count_tokens(self, images: Tensor) -> int:
         """N, the number of tokens that enter the first prunable block, counted in a forward pass.
@@ -151,7 +165,11 @@ class VisionTransformer:
 
     def outputs(self, images: Tensor) -> Tensor:
         """Runs the transformer: (B, classes) logits or (B, C) features of (B, channels, height, width) images."""
-        return self.adapter.output(self.run(images))
+        return self.output(self.run(images))
+
+    def output(self, result: Any) -> Tensor:
+        """The vector of each image in what `run` returns: by `ModelAdapter.output`; `unit_features` of a reader."""
+        return self.adapter.output(result) if self.reader is None else unit_features(result)
 
 
 def loaded_class(name: str) -> type[nn.Module] | None:
@@ -188,7 +206,7 @@ class ModelAdapter(ABC):
     """
 
     name: ClassVar[str]
-    guard: ClassVar[type[TailRoot]] = TailRoot
+    guard: ClassVar[type[PatchedRoot]] = PatchedRoot
     supports_key_bias: ClassVar[bool] = True
 
     @abstractmethod
@@ -313,6 +331,28 @@ class ModelAdapter(ABC):
             kwargs: Keyword arguments of the call.
         """
         return False
+
+    def restore_reason(self, root: nn.Module) -> str | None:
+        """Why a model runs only if removed tokens are given back; None if it runs without."""
+        return None
+
+    def read_blocks(
+        self, root: nn.Module, depth: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> frozenset[int] | None:
+        """The blocks whose outputs a call of `root.forward` reads, with all tokens.
+
+        Looked at in each call, and traced.
+
+        Args:
+            root: The transformer.
+            depth: Number of blocks.
+            args: Positional arguments of the call.
+            kwargs: Keyword arguments of the call.
+
+        Returns:
+            Indices of blocks; None if any may be read, as in models whose forward is not known.
+        """
+        return None
 
     def final_norms(self, root: nn.Module) -> tuple[nn.Module, ...]:
         """The norms that run on all tokens after the last block."""

@@ -19,7 +19,7 @@ from lightning_prune.patching.input_resize import (
     image_size_of,
 )
 from lightning_prune.patching.models.base import ModelAdapter, SplitCheckInput, VisionTransformer, call_keywords
-from lightning_prune.patching.models.unsupported import unsupported_reason
+from lightning_prune.patching.models.unsupported import GRID_AFTER
 from lightning_prune.patching.position_terms import patch_positions, take_rotation
 from lightning_prune.patching.token_state import TokenState
 
@@ -59,6 +59,7 @@ class HuggingFace(ModelAdapter):
         has_position_inputs: Whether blocks receive inputs for all tokens: a mask during export, or a rotary embedding.
         pooling: Names of the roots whose output is computed from all patch tokens, not from the CLS token only.
         classifiers: Names of the roots that read prefix tokens only, and return no others.
+        grids: Names of the roots that reshape their tokens to a grid after the blocks.
         towers: Names of the roots whose pooled output reads prefix tokens only, but which return all tokens with it.
     """
 
@@ -71,6 +72,7 @@ class HuggingFace(ModelAdapter):
     pooling: ClassVar[tuple[str, ...]] = ()
     classifiers: ClassVar[tuple[str, ...]] = ()
     towers: ClassVar[tuple[str, ...]] = ()
+    grids: ClassVar[tuple[str, ...]] = ()
 
     def matches(self, module: nn.Module) -> bool:
         """Also matches subclasses, which users may define."""
@@ -79,10 +81,6 @@ class HuggingFace(ModelAdapter):
     def describe(self, root: nn.Module, path: str) -> VisionTransformer:
         """See `ModelAdapter.describe`."""
         kind = original_class(root)
-        reason = unsupported_reason(kind)
-        if reason is not None:
-            at = f" at {path!r}" if path else ""
-            raise UnsupportedModelError(f"{kind.__name__}{at} cannot be pruned: {reason}.")
         core = core_of(root)
         lists = (tuple(m) for m in core.modules() if isinstance(m, nn.ModuleList))
         blocks = next((each for each in lists if each and all(_is_a(m, self.layers) for m in each)), None)
@@ -104,6 +102,10 @@ class HuggingFace(ModelAdapter):
             has_position_inputs=self.has_position_inputs,
             pools_patches=_is_a(root, self.pooling),
         )
+
+    def restore_reason(self, root: nn.Module) -> str | None:
+        """Of backbones and of models that reconstruct their images."""
+        return GRID_AFTER if _is_a(root, self.grids) else None
 
     def patch_division(self, root: nn.Module) -> PatchDivision:
         """See `ModelAdapter.patch_division`."""
@@ -186,6 +188,34 @@ class HuggingFace(ModelAdapter):
                 return True
         return False
 
+    def read_blocks(
+        self, root: nn.Module, depth: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> frozenset[int] | None:
+        """Those whose hidden states are asked for, and the last unless the head reads prefix tokens only."""
+        if "forward" in root.__dict__ or not original_class(root).forward.__module__.startswith("transformers.models."):
+            return None
+        stages = getattr(root, "out_indices", None)  # of a backbone, where 0 is what enters block 0
+        wanted = self._hidden_states(root, kwargs)
+        if wanted is True:
+            return frozenset(range(depth))
+        states = wanted if isinstance(wanted, list | tuple) else [wanted] if isinstance(wanted, int) and wanted else []
+        states = [*states, *(stages or ())]
+        read = {(state if state >= 0 else depth + 1 + state) - 1 for state in states}
+        if (stages is None and self.head_reason(root) is not None) or self.returns_tokens(root):
+            read.add(depth - 1)
+        return frozenset(read)
+
+    def _hidden_states(self, root: nn.Module, kwargs: Mapping[str, Any]) -> Any:
+        """Which hidden states a call returns: True for all, or indices from 0 for what enters block 0."""
+        wanted = kwargs.get("output_hidden_states")
+        if wanted is not None:
+            return wanted
+        for part in ("", "vit", "deit", "vision_model"):
+            config = getattr(getattr(root, part, None) if part else root, "config", None)
+            if config is not None and getattr(config, "output_hidden_states", False):
+                return True
+        return False
+
     def final_norms(self, root: nn.Module) -> tuple[nn.Module, ...]:
         """See `ModelAdapter.final_norms`."""
         core = core_of(root)
@@ -195,6 +225,9 @@ class HuggingFace(ModelAdapter):
         """Logits if there are any, else projected or pooled features, else the CLS token or the mean of the tokens."""
         if isinstance(result, Tensor):
             return result
+        maps = result.get("feature_maps") if isinstance(result, Mapping) else None
+        if maps:  # of a backbone: (B, C, height, width), or tokens (B, N, C)
+            return maps[-1].mean(dim=(2, 3)) if maps[-1].ndim == 4 else maps[-1].mean(dim=1)
         values = tuple(result.values() if isinstance(result, Mapping) else result)
         named = result if isinstance(result, Mapping) else {}
         tensors = [each for each in values if isinstance(each, Tensor)]
@@ -260,6 +293,7 @@ class HuggingFaceViT(HuggingFace):
         "DeiTForImageClassificationWithTeacher",
     )
     towers: ClassVar[tuple[str, ...]] = ("ViTModel", "DeiTModel")
+    grids: ClassVar[tuple[str, ...]] = ("ViTForMaskedImageModeling", "DeiTForMaskedImageModeling")
     has_position_inputs = True
 
     def known_split(self, block: nn.Module) -> AttnMlpSplit:
@@ -276,7 +310,10 @@ class HuggingFaceDinov2(HuggingFace):
         "Dinov2ForImageClassification",
         "Dinov2WithRegistersModel",
         "Dinov2WithRegistersForImageClassification",
+        "Dinov2Backbone",
+        "Dinov2WithRegistersBackbone",
     )
+    grids: ClassVar[tuple[str, ...]] = ("Dinov2Backbone", "Dinov2WithRegistersBackbone")
     layers: ClassVar[tuple[str, ...]] = ("Dinov2Layer", "Dinov2WithRegistersLayer")
     towers: ClassVar[tuple[str, ...]] = ("Dinov2Model", "Dinov2WithRegistersModel")
     pooling: ClassVar[tuple[str, ...]] = ("Dinov2ForImageClassification", "Dinov2WithRegistersForImageClassification")
@@ -292,8 +329,9 @@ class HuggingFaceDinov3(HuggingFaceDinov2):
     """DINOv3; every block receives `position_embeddings`, (cosine, sine) of the patch tokens, (N - P, D) each."""
 
     name: ClassVar[str] = "Hugging Face DINOv3"
-    roots: ClassVar[tuple[str, ...]] = ("DINOv3ViTModel",)
-    towers: ClassVar[tuple[str, ...]] = roots
+    roots: ClassVar[tuple[str, ...]] = ("DINOv3ViTModel", "DINOv3ViTBackbone")
+    towers: ClassVar[tuple[str, ...]] = ("DINOv3ViTModel",)
+    grids: ClassVar[tuple[str, ...]] = ("DINOv3ViTBackbone",)
     layers: ClassVar[tuple[str, ...]] = ("DINOv3ViTLayer",)
     interpolates = False
 

@@ -1,5 +1,8 @@
 """Finds the Vision Transformer in a model. To add a model family, add its adapter to `MODEL_ADAPTERS`."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import replace
 
 from torch import nn
@@ -15,11 +18,15 @@ from lightning_prune.patching.models.huggingface import (
     HuggingFaceSigLIP,
     HuggingFaceViT,
 )
+from lightning_prune.patching.models.timm_grid import TimmDeepseek, TimmGemma, TimmQwen
 from lightning_prune.patching.models.timm_positions import TimmEva, TimmNaFlex, TimmRelPos
 from lightning_prune.patching.models.timm_unfused import TimmCait, TimmConVit
 from lightning_prune.patching.models.timm_vit import TimmVisionTransformer
 from lightning_prune.patching.models.torchvision_vit import TorchvisionVisionTransformer
 from lightning_prune.patching.models.unsupported import unsupported_reason
+from lightning_prune.patching.token_readers import RestoreMode, check_restore
+
+_restore: ContextVar[RestoreMode | None] = ContextVar("restore", default=None)
 
 MODEL_ADAPTERS: tuple[ModelAdapter, ...] = (
     TimmVisionTransformer(),
@@ -28,6 +35,9 @@ MODEL_ADAPTERS: tuple[ModelAdapter, ...] = (
     TimmRelPos(),
     TimmCait(),
     TimmConVit(),
+    TimmQwen(),
+    TimmDeepseek(),
+    TimmGemma(),
     TorchvisionVisionTransformer(),
     HuggingFaceViT(),
     HuggingFaceDinov2(),
@@ -37,19 +47,28 @@ MODEL_ADAPTERS: tuple[ModelAdapter, ...] = (
 )
 
 
-def find_vision_transformer(model: nn.Module, module_path: str | None = None) -> VisionTransformer:
+def find_vision_transformer(
+    model: nn.Module, module_path: str | None = None, restore: RestoreMode | None = None
+) -> VisionTransformer:
     """Finds the Vision Transformer in `model`: the model itself or one of its submodules.
 
     Args:
         model: Any module.
         module_path: Dotted path of the transformer in `model`; required if there are several.
+        restore: How removed tokens are to be given back, as of `lightning_prune.patch`; that of `restoring` if None.
+            The outermost module of `model` around the transformer that has a `forward` is then the reader; a
+            transformer that returns tokens or a grid reads itself.
 
     Raises:
-        UnsupportedModelError: If there is none, or if there are several and `module_path` is None (lists them).
+        UnsupportedModelError: If there is none, or if there are several and `module_path` is None (lists them); or if
+            it runs with `restore` only, and that is None.
         ArgumentError: If `module_path` is not the path of a module.
     """
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(f"`model` must be a torch.nn.Module, got {type(model).__name__}.")
+    check_restore(restore)
+    restore = restore or _restore.get()
+    whole = model
     if module_path is not None:
         check("module_path", module_path, "a dotted path or None", isinstance(module_path, str))
         modules = dict(model.named_modules())
@@ -86,7 +105,44 @@ def find_vision_transformer(model: nn.Module, module_path: str | None = None) ->
         )
     path, root, adapter = found[0]
     compiled = next((m for m in model.modules() if m is not root and getattr(m, "_orig_mod", None) is root), None)
-    return replace(describe(adapter, root, path), compiled_wrapper=compiled)
+    reason = adapter.restore_reason(root)
+    if reason is not None and restore is None:
+        at = f" at {path!r}" if path else ""
+        raise UnsupportedModelError(
+            f"{original_class(root).__name__}{at} cannot be pruned: {reason}. Pass `restore='auto'`, which gives "
+            "removed tokens back."
+        )
+    reader = None if restore is None else _reader(whole, path, root)
+    if restore is not None and reader is None and (adapter.returns_tokens(root) or reason is not None):
+        reader = root
+    found_one = describe(adapter, root, path)
+    return replace(found_one, compiled_wrapper=compiled, restore=restore, reader=reader)
+
+
+@contextmanager
+def restoring(restore: RestoreMode | None) -> Iterator[None]:
+    """A context in which transformers that are found give removed tokens back, unless another mode is asked for.
+
+    Args:
+        restore: As of `lightning_prune.patch`; None changes nothing.
+    """
+    token = _restore.set(restore or _restore.get())
+    try:
+        yield
+    finally:
+        _restore.reset(token)
+
+
+def _reader(model: nn.Module, path: str, root: nn.Module) -> nn.Module | None:
+    """The outermost module on the way to the transformer that has a forward of its own; None for the transformer."""
+    names = path.split(".") if path else []
+    for count in range(len(names)):
+        module = model.get_submodule(".".join(names[:count]))
+        forward = original_class(module).forward
+        # Containers have none, and that of a LightningModule calls that of its base class.
+        if forward is not nn.Module.forward and not forward.__module__.startswith(("lightning.", "pytorch_lightning.")):
+            return None if module is root else module
+    return None
 
 
 def describe(adapter: ModelAdapter, root: nn.Module, path: str) -> VisionTransformer:

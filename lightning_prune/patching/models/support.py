@@ -51,6 +51,9 @@ class _SkipInitialisation(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+WITH_RESTORE = "with restore"
+
+
 class SupportStatus(NamedTuple):
     """Whether a model of timm can be pruned.
 
@@ -58,7 +61,8 @@ class SupportStatus(NamedTuple):
         name: timm's name.
         model: Its class.
         reducible: `"yes"`; `"pruning only"` if its attention cannot be weighted by the sizes of merged tokens; `"after
-            the block"` if the MLP of a reducing block processes all of its tokens; `"from block 10"`; or `"no"`.
+            the block"` if the MLP of a reducing block processes all of its tokens; `"from block 10"`; `"with restore"`
+            if removed tokens must be given back (`restore` of `lightning_prune.patch`); or `"no"`.
         reason: Why it cannot be pruned, or not everywhere.
     """
 
@@ -90,10 +94,13 @@ def support_of(name: str) -> SupportStatus:
         except (AssertionError, IndexError, TypeError):  # other options depend on the depth
             model = timm.create_model(name, pretrained=False)
     try:
-        transformer = find_vision_transformer(model)
+        transformer = find_vision_transformer(model, restore="auto")
     except UnsupportedModelError as error:
         return SupportStatus(name, type(model).__name__, "no", str(error))
-    if transformer.first_prunable_block:
+    restore_reason = transformer.adapter.restore_reason(transformer.root)
+    if restore_reason is not None:
+        reducible, reason = WITH_RESTORE, restore_reason
+    elif transformer.first_prunable_block:
         reducible, reason = f"from block {transformer.first_prunable_block}", transformer.first_prunable_reason
     elif transformer.adapter.attn_mlp_split(transformer.blocks[0]) is None:
         block = type(transformer.blocks[0]).__name__

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from lightning_prune.errors import UnsupportedModelError
 from lightning_prune.patching.attention_capture import Bias, CaptureSlot, SDPARecorder
 from lightning_prune.patching.block_split import GAMMA, POST_NORM, PRE_NORM, AttnMlpSplit
-from lightning_prune.patching.exact_tail import TailRoot
 from lightning_prune.patching.input_resize import (
     InputResize,
     PatchDivision,
@@ -20,6 +19,7 @@ from lightning_prune.patching.input_resize import (
 )
 from lightning_prune.patching.models.base import SplitCheckInput, VisionTransformer, loaded_class
 from lightning_prune.patching.models.timm_vit import GridGuard, ResizedPatchEmbed, TimmAdapter
+from lightning_prune.patching.patched_root import PatchedRoot
 from lightning_prune.patching.position_terms import patch_positions, take_rotation
 from lightning_prune.patching.resized_positions import (
     ResizedBeitAttention,
@@ -105,7 +105,7 @@ class TimmNaFlex(TimmRope):
     """NaFlexVit on batches of images of one size."""
 
     name: ClassVar[str] = "timm NaFlexVit"
-    guard: ClassVar[type[TailRoot]] = NaFlexGuard
+    guard: ClassVar[type[PatchedRoot]] = NaFlexGuard
     roots: ClassVar[tuple[str, ...]] = ("timm.models.naflexvit:NaFlexVit",)
     heads: ClassVar[tuple[str, ...]] = roots
 

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from lightning_prune.errors import UnsupportedModelError
 from lightning_prune.patching.block_split import PARALLEL, POST_NORM, PRE_NORM, AttnMlpSplit, runs
 from lightning_prune.patching.class_swap import Setting, original_class
-from lightning_prune.patching.exact_tail import RootPatch, TailRoot
 from lightning_prune.patching.input_resize import (
     InputResize,
     PatchDivision,
@@ -19,6 +18,7 @@ from lightning_prune.patching.input_resize import (
     own_setting,
 )
 from lightning_prune.patching.models.base import ModelAdapter, VisionTransformer, loaded_class, loaded_classes
+from lightning_prune.patching.patched_root import PatchedRoot, RootPatch
 
 # Forward functions of timm's attention modules that pass `attn_mask` to their fused call. A replaced function has
 # another name or module.
@@ -51,21 +51,41 @@ class ResizedPatchEmbed(ResizedInput):
         return tokens
 
 
-class GridGuard(TailRoot):
-    """Rejects calls that reshape the remaining tokens to the grid of all tokens, which may fit by chance."""
+class GridGuard(PatchedRoot):
+    """Gives the readers of timm's models all tokens; rejects the layout of a grid where they are not restored."""
 
     _prune_patch: RootPatch
 
-    def forward_intermediates(self, *args: Any, **kwargs: Any) -> Any:
-        """Runs the model's own method for sequences of tokens; rejects the grid layout."""
+    def forward_features(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the model's own method, which returns the tokens of the last block."""
         own: Any = super()  # the patched class, unknown to type checkers
-        position = self._prune_patch.layout
-        layout = kwargs.get("output_fmt", args[position] if 0 <= position < len(args) else "NCHW")
-        if layout == "NCHW":
+        readers = self._prune_patch.readers
+        if readers is None:
+            return own.forward_features(*args, **kwargs)
+        return readers.call((readers.last,), own.forward_features, args, kwargs)
+
+    def forward_intermediates(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the model's own method; rejects the layout of a grid, which fewer tokens may fit by chance."""
+        own: Any = super()
+        patch = self._prune_patch
+        if patch.readers is not None:
+            return patch.readers.call(self._read_blocks(args, kwargs), own.forward_intermediates, args, kwargs)
+        if patch.argument("output_fmt", args, kwargs) in ("NCHW", None):
             raise UnsupportedModelError(
-                "`output_fmt` must be 'NLC' in a model whose blocks remove tokens, got 'NCHW'; or remove the patch."
+                "`output_fmt` must be 'NLC' in a model whose blocks remove tokens, got 'NCHW'; or patch it with "
+                "restore='auto', or remove the patch."
             )
         return own.forward_intermediates(*args, **kwargs)
+
+    def _read_blocks(self, args: Any, kwargs: dict[str, Any]) -> set[int]:
+        patch = self._prune_patch
+        assert patch.readers is not None
+        depth, indices = len(patch.readers.blocks), patch.argument("indices", args, kwargs)
+        if indices is None or isinstance(indices, int):  # the last of that number
+            read = set(range(0 if indices is None else depth - indices, depth))
+        else:
+            read = {depth + index if index < 0 else index for index in indices}
+        return read if patch.argument("intermediates_only", args, kwargs) else {*read, depth - 1}
 
 
 class _Instead:
@@ -116,7 +136,7 @@ class TimmAdapter(ModelAdapter):
         heads: Names of the model classes whose head reads prefix tokens only, with `global_pool="token"`.
     """
 
-    guard: ClassVar[type[TailRoot]] = GridGuard
+    guard: ClassVar[type[PatchedRoot]] = GridGuard
     roots: ClassVar[tuple[str, ...]]
     splits: ClassVar[dict[str, AttnMlpSplit]]
     heads: ClassVar[tuple[str, ...]] = ()
@@ -144,7 +164,7 @@ class TimmAdapter(ModelAdapter):
             num_tokens=self.count(model),
             embed_dim=model.embed_dim,
             patch_embed=self.entry(model),
-            num_classes=0 if isinstance(model.head, nn.Identity) else model.num_classes,
+            num_classes=0 if isinstance(getattr(model, "head", None), nn.Identity) else model.num_classes,
             pools_patches=getattr(model, "global_pool", "token") not in ("token", ""),
         )
 
@@ -229,6 +249,14 @@ class TimmAdapter(ModelAdapter):
         if model.global_pool != "token" or getattr(model, "attn_pool", None) is not None:
             return True
         return any(name in root.__dict__ for name in _HEAD_METHODS)
+
+    def read_blocks(
+        self, root: nn.Module, depth: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> frozenset[int] | None:
+        """That of the last block, unless the head reads prefix tokens only."""
+        if "forward" in root.__dict__ or not original_class(root).forward.__module__.startswith("timm.models."):
+            return None
+        return frozenset((depth - 1,)) if self.head_reason(root) is not None else frozenset()
 
     def final_norms(self, root: nn.Module) -> tuple[nn.Module, ...]:
         """See `ModelAdapter.final_norms`."""

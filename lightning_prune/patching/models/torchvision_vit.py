@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from lightning_prune.patching.attention_capture import CapturedAttention
 from lightning_prune.patching.block_split import MULTIHEAD, AttnMlpSplit, runs
 from lightning_prune.patching.class_swap import original_class
-from lightning_prune.patching.exact_tail import TailRoot
 from lightning_prune.patching.input_resize import (
     InputResize,
     PatchDivision,
@@ -18,6 +17,7 @@ from lightning_prune.patching.input_resize import (
     image_size_of,
 )
 from lightning_prune.patching.models.base import ModelAdapter, VisionTransformer, loaded_class, loaded_classes
+from lightning_prune.patching.patched_root import PatchedRoot
 from lightning_prune.patching.resized_positions import resample_corners
 from lightning_prune.reduction.base import AttentionInputs
 
@@ -44,7 +44,7 @@ class CapturedMultihead(CapturedAttention):
         return {**kwargs, "key_padding_mask": log_sizes.flatten(1).to(module.in_proj_weight.dtype)}
 
 
-class ResizedRoot(ResizedModule, TailRoot):
+class ResizedRoot(ResizedModule, PatchedRoot):
     """Mixin for the class of the model: divides the scaled images into patches."""
 
     _prune_patch: InputResize
@@ -132,6 +132,12 @@ class TorchvisionVisionTransformer(ModelAdapter):
     def reads_patches(self, root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
         """If its forward was replaced on the module itself."""
         return "forward" in root.__dict__
+
+    def read_blocks(
+        self, root: nn.Module, depth: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> frozenset[int] | None:
+        """None in torchvision's own forward."""
+        return frozenset() if self.head_reason(root) is None else None
 
     def final_norms(self, root: nn.Module) -> tuple[nn.Module, ...]:
         """See `ModelAdapter.final_norms`."""

@@ -2,15 +2,13 @@
 
 from torch import nn
 
-_GRID_AFTER = "it reshapes its tokens to their grid after the blocks"
+GRID_AFTER = "it reshapes its tokens to their grid after the blocks"
+"""Why models run only if removed tokens are given back."""
 _GRID_INSIDE = "its blocks operate on the grid of tokens (convolutions or windows)"
 _STAGES = "it is hierarchical: its stages pool or merge the grid of tokens"
 _TWO_KINDS = "its blocks have more than one sequence of tokens"
 
 _TIMM: dict[str, str] = {  # module of timm.models -> reason
-    "qwen3_vit": _GRID_AFTER,
-    "deepseek_vit": _GRID_AFTER,
-    "gemma4_vit": _GRID_AFTER,
     "vision_transformer_sam": _GRID_INSIDE,
     "volo": _GRID_INSIDE,
     "xcit": _GRID_INSIDE,
@@ -45,10 +43,6 @@ _TIMM: dict[str, str] = {  # module of timm.models -> reason
 }
 _TORCHVISION: dict[str, str] = {"swin_transformer": _STAGES, "maxvit": _STAGES}
 _HUGGING_FACE: dict[str, str] = {"swin": _STAGES, "swinv2": _STAGES, "sam": _GRID_INSIDE, "pvt": _STAGES}
-_HUGGING_FACE_CLASSES: dict[str, str] = {  # of families that can be pruned otherwise
-    **dict.fromkeys(("Dinov2Backbone", "Dinov2WithRegistersBackbone", "DINOv3ViTBackbone"), _GRID_AFTER),
-    **dict.fromkeys(("ViTForMaskedImageModeling", "DeiTForMaskedImageModeling"), _GRID_AFTER),
-}
 
 
 def unsupported_reason(kind: type[nn.Module]) -> str | None:
@@ -60,7 +54,7 @@ def unsupported_reason(kind: type[nn.Module]) -> str | None:
         elif parts[:2] == ["torchvision", "models"] and len(parts) > 2:
             reason = _TORCHVISION.get(parts[2])
         elif parts[:2] == ["transformers", "models"] and len(parts) > 2:
-            reason = _HUGGING_FACE.get(parts[2]) or _HUGGING_FACE_CLASSES.get(each.__name__)
+            reason = _HUGGING_FACE.get(parts[2])
         else:
             reason = None
         if reason is not None:

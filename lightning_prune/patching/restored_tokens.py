@@ -1,0 +1,242 @@
+"""Gives removed tokens back to whoever reads all N of them: `copy` and `delta`, pure functions of tensors.
+
+A cut turns N tokens into K. What later blocks make of the K is brought back to N by one of two rules:
+
+- copy: a removed token takes the token that it went into; one that was dropped takes its nearest kept one at the cut.
+- delta: a removed token keeps its own state at the cut, and takes the mean change since then of the `NEIGHBOURS` kept
+  patch tokens nearest to it at the cut, by L2 distance (Perkzi/IPCV, 2026-03, restores what it drops in this way).
+
+A kept token is itself. Tokens that went through several cuts are brought back from the last cut to the first.
+"""
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_prune.reduction.base import ReductionOutput
+from lightning_prune.reduction.functional import is_exported, precise_product, sources_of, take_tokens, take_values
+from lightning_prune.reduction.portable import exact_product, is_portable, joined, one_hot, whole_numbers
+
+RestoreRule = Literal["copy", "delta"]
+
+NEIGHBOURS = 10
+_DISTANCES = 2**22  # held at once: 16 MiB in float32
+
+
+class CopyCut(NamedTuple):
+    """A cut that is undone by copying.
+
+    Attributes:
+        sources: (B, N) int64, the index among the K tokens that are left of the one that each of the N takes.
+    """
+
+    sources: Tensor
+
+    def undo(self, tokens: Tensor) -> Tensor:
+        """(B, K, C), what the tokens that are left have become -> (B, N, C)."""
+        return take_tokens(tokens, self.sources)
+
+
+class DeltaCut(NamedTuple):
+    """A cut that is undone by adding what has changed since then.
+
+    Attributes:
+        before: (B, N, C), the tokens at the cut.
+        after: (B, K, C), what was left of them.
+        kept: (B, N) int64, the index of each token among the K; -1 if it was removed.
+        nearest: (B, N - P, k) int64, the kept patch tokens nearest to each patch token, as indices among the K.
+        valid: (B, K) bool, whether a token is a kept patch token; others are nobody's neighbours.
+    """
+
+    before: Tensor
+    after: Tensor
+    kept: Tensor
+    nearest: Tensor
+    valid: Tensor
+
+    def undo(self, tokens: Tensor) -> Tensor:
+        """(B, K, C), what the tokens that are left have become -> (B, N, C)."""
+        prefix = self.before.shape[1] - self.nearest.shape[1]
+        wide = torch.promote_types(tokens.dtype, torch.float32)
+        change = (tokens.to(wide) - self.after.to(wide)) * self.valid.unsqueeze(2).to(wide)
+        total = _sum_of(change, self.nearest)
+        found = self.valid.sum(dim=1).clamp(1, self.nearest.shape[2])
+        moved = self.before[:, prefix:].to(wide) + total / found[:, None, None].to(wide)
+        patches = self.kept[:, prefix:]
+        own = take_tokens(tokens, patches.clamp(min=0))
+        removed = (patches < 0).unsqueeze(2)
+        return joined(tokens[:, :prefix], torch.where(removed, moved.to(tokens.dtype), own))
+
+
+class GridCut(NamedTuple):
+    """A cut of images that were scaled down, which is undone by interpolating between the cells of the smaller grid.
+
+    Attributes:
+        rows: (H, h), what each of H rows takes of the h rows of the smaller grid.
+        columns: (W, w), likewise.
+        num_prefix_tokens: P.
+    """
+
+    rows: Tensor
+    columns: Tensor
+    num_prefix_tokens: int
+
+    def undo(self, tokens: Tensor) -> Tensor:
+        """(B, P + h w, C), what the tokens have become -> (B, P + H W, C)."""
+        prefix = tokens[:, : self.num_prefix_tokens]
+        wide = torch.promote_types(tokens.dtype, torch.float32)
+        grid = tokens[:, self.num_prefix_tokens :].to(wide).unflatten(1, (self.rows.shape[1], self.columns.shape[1]))
+        tall = exact_product(self.rows.to(wide), grid.flatten(2)).unflatten(2, grid.shape[2:])  # (B, H, w, C)
+        patches = exact_product(self.columns.to(wide), tall).flatten(1, 2)
+        return joined(prefix, patches.to(tokens.dtype))
+
+
+Cut = CopyCut | DeltaCut | GridCut
+
+
+def interpolation_matrix(smaller: int, size: int) -> Tensor:
+    """The matrix (size, smaller), float32, that interpolates linearly between the middles of the cells of a side.
+
+    Args:
+        smaller: Number of cells.
+        size: Number of patches over the same length.
+
+    Example:
+        >>> from lightning_prune.patching.restored_tokens import interpolation_matrix
+        >>> interpolation_matrix(2, 4)
+        tensor([[1.0000, 0.0000],
+                [0.7500, 0.2500],
+                [0.2500, 0.7500],
+                [0.0000, 1.0000]])
+    """
+    places = ((torch.arange(size) + 0.5) * smaller / size - 0.5).clamp(0, smaller - 1)
+    return (1 - (places.unsqueeze(1) - torch.arange(smaller)).abs()).clamp(min=0)
+
+
+def cut_of(rule: RestoreRule, before: Tensor, reduced: ReductionOutput, num_prefix_tokens: int) -> Cut:
+    """What undoes a reduction.
+
+    Args:
+        rule: `"copy"` or `"delta"`.
+        before: (B, N, C), the tokens at the cut.
+        reduced: What the reduction made of them. With `sources`, if the method merges tokens.
+        num_prefix_tokens: P.
+
+    Returns:
+        The cut.
+
+    Example:
+        >>> import torch
+        >>> from lightning_prune.patching.restored_tokens import cut_of
+        >>> from lightning_prune.reduction import ReductionOutput
+        >>> before = torch.tensor([[[9.0], [1.0], [2.0], [5.0]]])  # a prefix token and three patches
+        >>> left = ReductionOutput(before[:, [0, 1, 3]], torch.tensor([[0, 1, 3]]))
+        >>> cut_of("copy", before, left, 1).undo(left.tokens + 10)[0, :, 0].tolist()
+        [19.0, 11.0, 11.0, 15.0]
+        >>> cut_of("delta", before, left, 1).undo(left.tokens + 10)[0, :, 0].tolist()
+        [19.0, 11.0, 12.0, 15.0]
+    """
+    tokens = before.shape[1]
+    valid = reduced.positions >= num_prefix_tokens
+    if rule == "copy":
+        sources = sources_of(reduced, tokens)
+        if reduced.sources is None:  # a method that drops tokens
+            nearest = nearest_kept(before, reduced.tokens, valid, num_prefix_tokens, 1)[..., 0]
+            first = sources[:, :num_prefix_tokens]
+            patches = sources[:, num_prefix_tokens:]
+            sources = joined(first, torch.where(patches < 0, nearest, patches))
+        return CopyCut(sources)
+    nearest = nearest_kept(before, reduced.tokens, valid, num_prefix_tokens, NEIGHBOURS)
+    return DeltaCut(before, reduced.tokens, kept_indices(reduced.positions, tokens), nearest, valid)
+
+
+def with_cut(cuts: tuple[Cut, ...], cut: Cut) -> tuple[Cut, ...]:
+    """The cuts and one more; two copies in turn are one copy."""
+    last = cuts[-1] if cuts else None
+    if isinstance(last, CopyCut) and isinstance(cut, CopyCut):
+        return (*cuts[:-1], CopyCut(take_values(cut.sources, last.sources)))
+    return (*cuts, cut)
+
+
+def restored(tokens: Tensor, cuts: tuple[Cut, ...]) -> Tensor:
+    """All tokens of block 0: (B, K, C), what is left after the cuts -> (B, N, C)."""
+    for cut in reversed(cuts):
+        tokens = cut.undo(tokens)
+    return tokens
+
+
+def kept_indices(positions: Tensor, tokens: int) -> Tensor:
+    """The index of each of N tokens among those that are left.
+
+    Args:
+        positions: (B, K) int64, the index of each token among the N; -1 for a fused one.
+        tokens: N.
+
+    Returns:
+        (B, N) int64; -1 for tokens that are gone.
+    """
+    if is_portable():
+        matrix = one_hot(positions, tokens)  # (B, K, N)
+        left = whole_numbers(1, positions.shape[1] + 1, positions)
+        return ((matrix * left.unsqueeze(1)).sum(dim=1) - 1).to(torch.int64)
+    left = torch.arange(positions.shape[1], device=positions.device).expand_as(positions)
+    targets = torch.where(positions < 0, tokens, positions)  # fused tokens write to an extra column
+    nobody = torch.full((positions.shape[0], tokens + 1), -1, dtype=torch.int64, device=positions.device)
+    return nobody.scatter(1, targets, left)[:, :tokens]
+
+
+def nearest_kept(before: Tensor, after: Tensor, valid: Tensor, num_prefix_tokens: int, count: int) -> Tensor:
+    """The kept patch tokens nearest to each patch token, by L2 distance.
+
+    Args:
+        before: (B, N, C), the tokens at the cut.
+        after: (B, K, C), the tokens that are left.
+        valid: (B, K) bool, which of these may be chosen: none of the first P.
+        num_prefix_tokens: P.
+        count: How many; fewer if K - P is less.
+
+    Returns:
+        (B, N - P, k) int64, indices among the K, in any order. Where fewer are valid, the others are not.
+    """
+    wide = torch.promote_types(before.dtype, torch.float32)
+    one, other = before[:, num_prefix_tokens:].to(wide), after[:, num_prefix_tokens:].to(wide)
+    usable = valid[:, num_prefix_tokens:].unsqueeze(1)
+    count = min(count, other.shape[1])
+    keys, lengths = other.transpose(1, 2), other.square().sum(dim=2).unsqueeze(1)
+    far = torch.finfo(wide).max  # finite: farther than any, but nearer than one that was found already
+    # Rows are looked at in parts, so that memory does not grow with N**2. Traced graphs have one part.
+    rows = max(1, _DISTANCES // max(1, other.shape[0] * other.shape[1]))
+    parts = one.split(rows, dim=1) if one.shape[1] and not torch.compiler.is_compiling() else (one,)
+    found = []
+    for part in parts:
+        # The squared distance but for the length of the row's own token, which ranks nothing.
+        distances = torch.where(usable, lengths - 2 * precise_product(part, keys), far)
+        found.append(_smallest(distances, count) + num_prefix_tokens)
+    return torch.cat(found, dim=1)
+
+
+def _smallest(values: Tensor, count: int) -> Tensor:
+    """Indices (B, M, count) of the smallest of (B, M, K) values."""
+    if not is_portable():
+        return values.topk(count, dim=-1, largest=False, sorted=is_exported()).indices
+    places, found = whole_numbers(0, values.shape[-1], values), []
+    for _ in range(count):
+        least = values == values.amin(dim=-1, keepdim=True)
+        index = torch.where(least, places, float(values.shape[-1])).amin(dim=-1, keepdim=True)
+        found.append(index)
+        values = torch.where(places == index, float("inf"), values)
+    return torch.cat(found, dim=-1).to(torch.int64)
+
+
+def _sum_of(tokens: Tensor, index: Tensor) -> Tensor:
+    """The sum of several tokens: (B, K, C) and (B, M, k) -> (B, M, C)."""
+    if is_portable():
+        weights = sum(one_hot(column, tokens.shape[1]) for column in index.unbind(dim=-1))
+        assert isinstance(weights, Tensor)
+        return precise_product(weights.to(tokens.dtype), tokens)
+    first, *others = index.unbind(dim=-1)
+    total = take_tokens(tokens, first)
+    for column in others:  # one after the other: all at once would hold k times the tokens
+        total = total + take_tokens(tokens, column)
+    return total
