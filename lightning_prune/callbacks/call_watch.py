@@ -96,9 +96,9 @@ class CallWatch:
         return watched
 
     def _read_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        root = self._transformer.root
-        called = root if module is self._transformer.compiled_root else module
-        call = read_call(root, args, kwargs, called)
+        outer = self._transformer.outer
+        called = outer if module is self._transformer.compiled_root else module
+        call = read_call(outer, args, kwargs, called)
         if call is not None:
             self._on_call(call)
 
@@ -126,6 +126,8 @@ def call_in_forward(module: nn.Module, transformer: VisionTransformer, images: T
     Returns:
         The call; None where `forward` cannot be called with images alone, or does not call the transformer with images.
     """
+    if transformer.outer is module:
+        return FirstCall.of(transformer.root, images)
     found: list[FirstCall] = []
 
     def stop(call: FirstCall) -> None:

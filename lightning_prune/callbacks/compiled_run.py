@@ -77,7 +77,7 @@ class CompiledRun:
         runtime = parse_runtime(config.runtime)
         with ExitStack() as stack:
             if runtime.compiles:
-                transformer = find_vision_transformer(pl_module, config.module_path)
+                transformer = find_vision_transformer(pl_module, config.module_path, config.restore)
                 if runtime != runtime.unquantized:
                     stack.enter_context(calibrating_if_none(calibration()))
                 stack.enter_context(runtime.applied(transformer))

@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_prune._utils.validation import check, check_bool, check_choice, check_int, check_positive, is_int
 from lightning_prune.errors import ArgumentError
 from lightning_prune.patching.schedule_forms import check_named_method, reductions_of
+from lightning_prune.patching.token_readers import RestoreMode, check_restore
 from lightning_prune.planning import AUTO_METHODS, AccuracyBudget, Objective
 from lightning_prune.profiling import ProfileStore
 from lightning_prune.profiling.clocks import CLOCKS
@@ -63,6 +64,7 @@ class PruningConfig:
     seed: int = 0
     verbose: bool = True
     tail: bool | None = None
+    restore: RestoreMode | None = None
 
     def __post_init__(self) -> None:
         """Checks the settings, resolves the method and reads the schedule."""
@@ -71,6 +73,7 @@ class PruningConfig:
         check_bool("use_cache", self.use_cache)
         check_bool("verbose", self.verbose)
         check("tail", self.tail, "True, False or None", self.tail is None or isinstance(self.tail, bool))
+        check_restore(self.restore)
         check_choice("proxy", self.proxy, PROXIES)
         check_choice("protocol", self.protocol, get_args(ProfilingMode))
         check_choice("clock", self.clock, list(CLOCKS))

@@ -16,6 +16,7 @@ from lightning_prune.callbacks.given_schedule import time_adaptive, time_given
 from lightning_prune.callbacks.planned_schedule import planned
 from lightning_prune.errors import DataError
 from lightning_prune.patching import VisionTransformer
+from lightning_prune.patching.models import restoring
 from lightning_prune.planning.api import PROFILE_SHARE
 from lightning_prune.profiling import LatencyProfile
 from lightning_prune.profiling.environment import structure
@@ -78,6 +79,10 @@ class Decider:
         Returns:
             None in training where no decision can be made, as for outputs that are not finite: that ends no training.
         """
+        with restoring(first.config.restore):
+            return self._decide(first, is_refuted)
+
+    def _decide(self, first: FirstBatch, is_refuted: bool) -> Decision | None:
         start = perf_counter()
         check_dense(first.transformer)  # also if nothing is measured: a patch of the user would be replaced
         if self.is_given and self.decision is not None:

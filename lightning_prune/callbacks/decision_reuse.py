@@ -53,15 +53,15 @@ class DecisionConditions:
             first: Its first batch, with the model dense.
         """
         transformer = first.transformer
-        root, compiled = transformer.root, transformer.compiled_root
+        root, outer, compiled = transformer.root, transformer.outer, transformer.compiled_root
         depends = first.config.is_planned or first.config.is_adaptive
         is_users = runtime_of(compiled) is None  # what this package compiled, its runtime says
         graph = filter(None, [getattr(compiled, "_compiled_call_impl", None)]) if is_users else ()
         return cls(
             root=ref(root),
             latency=model_conditions(transformer, first.images),
-            objects=tuple(map(ref, (*user_hooks(root), *replaced_methods(root), compiled, *graph))),
-            accuracy=f"{weights_digest(root)} {tensor_digest(first.images)}" if depends else "",
+            objects=tuple(map(ref, (*user_hooks(outer), *replaced_methods(outer), compiled, *graph))),
+            accuracy=f"{weights_digest(outer)} {tensor_digest(first.images)}" if depends else "",
         )
 
     def same_latency(self, other: "DecisionConditions") -> bool:

@@ -87,7 +87,7 @@ class FirstBatch:
         Raises:
             UnsupportedModelError: If there is none, or several and the config names none.
         """
-        return find_vision_transformer(self.module, self.config.module_path)
+        return find_vision_transformer(self.module, self.config.module_path, self.config.restore)
 
     @cached_property
     def context(self) -> dict[str, Any]:

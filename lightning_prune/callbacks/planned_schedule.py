@@ -13,6 +13,7 @@ from lightning_prune.callbacks.decision import Decision
 from lightning_prune.callbacks.first_batch import FirstBatch
 from lightning_prune.errors import ArgumentError
 from lightning_prune.patching import VisionTransformer, find_vision_transformer
+from lightning_prune.patching.models import restoring
 from lightning_prune.planning import Objective, plan_many
 from lightning_prune.planning.api import PROFILE_SHARE
 from lightning_prune.profiling import TOKEN_CURVE
@@ -45,18 +46,19 @@ def profiled(
     seconds = config.time_limit if of_method else PROFILE_SHARE * config.time_limit
     if limit is not None:
         seconds = min(seconds, limit.share(1.0) or seconds)
-    return get_or_profile(
-        pl_module,
-        images,
-        config.store(),
-        method=method,
-        block=block,
-        protocol=config.protocol,
-        time_limit=None if config.protocol == "paper" else seconds,
-        module_path=config.module_path,
-        verbose=config.verbose,
-        clock=limit.clock if limit is not None else config.clock,
-    )
+    with restoring(config.restore):
+        return get_or_profile(
+            pl_module,
+            images,
+            config.store(),
+            method=method,
+            block=block,
+            protocol=config.protocol,
+            time_limit=None if config.protocol == "paper" else seconds,
+            module_path=config.module_path,
+            verbose=config.verbose,
+            clock=limit.clock if limit is not None else config.clock,
+        )
 
 
 def check_labels(config: PruningConfig, calibration: Calibration) -> None:
@@ -111,7 +113,7 @@ def planned_for(
     if profile is None:
         with calibrating_if_none(calibration.images):
             profile = profiled(config, pl_module, images, limit=limit)
-    transformer = find_vision_transformer(pl_module, config.module_path)
+    transformer = find_vision_transformer(pl_module, config.module_path, config.restore)
     plans = plan_many(
         pl_module,
         images,
@@ -132,6 +134,7 @@ def planned_for(
         clock=limit.clock,
         profile_holds=not is_given,
         tail=config.tail,
+        restore=config.restore,
     )
     return [Decision.from_plan(made, calibration.source, profile.reused) for made in plans]
 

@@ -23,6 +23,7 @@ from lightning_prune.callbacks.hooks import (
 )
 from lightning_prune.callbacks.pruned_run import PrunedRun, join_agreements
 from lightning_prune.errors import ArgumentError
+from lightning_prune.patching.token_readers import RestoreMode
 from lightning_prune.planning import Objective
 from lightning_prune.profiling.measurement import ProfilingMode
 from lightning_prune.reduction import Reduction
@@ -101,6 +102,10 @@ class TokenPruning(EvaluationCallback):
         verbose: Prints a panel with the decision, and progress on a terminal.
         tail: Whether a model that is pruned has the exact tail, as of `lightning_prune.patch`: by default where no
             output changes but by rounding. `protocol="paper"` has none.
+        restore: How removed tokens are given back to a dense head, as of `lightning_prune.patch`. What is measured is
+            then the outermost module around the transformer that has a `forward`: the LightningModule, if it has one,
+            which is called with images and may return any tensors. The accuracy is estimated by their mean cosine
+            similarity to those of the dense model.
 
     Attributes:
         config: The settings. Frozen; assign another one, as in `pruner.config = replace(pruner.config, seed=1)`, and
@@ -140,6 +145,7 @@ class TokenPruning(EvaluationCallback):
         seed: int = 0,
         verbose: bool = True,
         tail: bool | None = None,
+        restore: RestoreMode | None = None,
     ) -> None:
         super().__init__()
         check_bool("enabled", enabled)
@@ -161,6 +167,7 @@ class TokenPruning(EvaluationCallback):
             seed=seed,
             verbose=verbose,
             tail=tail,
+            restore=restore,
         )
         self.enabled = enabled
         self._decider = Decider()

@@ -33,6 +33,7 @@ from lightning_prune.comparison.validation_progress import without_bars
 from lightning_prune.comparison.variant_rows import paired_classes, row_of
 from lightning_prune.comparison.variant_runs import exit_if_terminated, validate_variants
 from lightning_prune.errors import DataError, FileWriteError
+from lightning_prune.patching.models import restoring
 from lightning_prune.planning import Objective
 from lightning_prune.profiling.clocks import read_clock
 from lightning_prune.reduction import Reduction
@@ -160,6 +161,7 @@ def compare(
         try:
             plain = replace(config, runtime="torch")  # the setup applies the runtimes
             with (
+                restoring(config.restore),
                 progress_bar("Comparing", None, config.verbose),
                 without_bars(trainer),
                 muted_loggers(trainer),

@@ -13,6 +13,8 @@ from lightning_prune._utils.time_limit import TimeLimit
 from lightning_prune._utils.validation import check, check_bool, check_int
 from lightning_prune.errors import ArgumentError
 from lightning_prune.patching import VisionTransformer, find_vision_transformer
+from lightning_prune.patching.models import restoring
+from lightning_prune.patching.token_readers import RestoreMode
 from lightning_prune.planning.measurements import Measurements
 from lightning_prune.planning.method_selection import Blocks, Methods, usable_methods
 from lightning_prune.planning.objectives import AccuracyBudget, Objective
@@ -25,7 +27,7 @@ from lightning_prune.profiling import TOKEN_CURVE, LatencyProfile, profile_laten
 from lightning_prune.profiling.clocks import read_clock
 from lightning_prune.profiling.measurement import ProfilingMode, check_measurable
 from lightning_prune.profiling.output_kinds import choose_proxy
-from lightning_prune.runtimes.base import Runtime
+from lightning_prune.runtimes.base import Runtime, applied_runtime
 from lightning_prune.runtimes.calibration import calibrating_if_none
 from lightning_prune.runtimes.registry import parse_runtime
 
@@ -53,6 +55,7 @@ def plan(
     cache_dir: str | Path | None = None,
     clock: str | Callable[[], float] = "wall",
     tail: bool | None = None,
+    restore: RestoreMode | None = None,
 ) -> Plan:
     """Plans which blocks remove tokens, how many, and by which method.
 
@@ -102,6 +105,10 @@ def plan(
             wall time.
         tail: Whether what removes tokens also has the exact tail, as of `lightning_prune.patch`: None where it changes
             no output. With it nothing is lost, nor saved, by what the last block removes.
+        restore: How removed tokens are given back to a dense head, as of `lightning_prune.patch`. What runs and is
+            timed then is `model` itself, called with images; it may return any tensors. The estimate of accuracy is
+            their mean cosine similarity to those of the dense model, over taps, positions and images
+            (`"patch_cosine"`). In PyTorch only.
 
     Returns:
         The plan.
@@ -141,6 +148,7 @@ def plan(
         cache_dir=cache_dir,
         clock=clock,
         tail=tail,
+        restore=restore,
     )
     return made
 
@@ -166,6 +174,7 @@ def plan_many(  # noqa: D417  all other arguments are those of `plan`
     cache_dir: str | Path | None = None,
     clock: str | Callable[[], float] = "wall",
     tail: bool | None = None,
+    restore: RestoreMode | None = None,
     profile_holds: bool = False,
 ) -> list[Plan]:
     """One plan for each of several objectives, from one measurement; the time limit is that of all together.
@@ -185,8 +194,9 @@ def plan_many(  # noqa: D417  all other arguments are those of `plan`
     check("cache_dir", cache_dir, "a folder or None", cache_dir is None or isinstance(cache_dir, str | PathLike))
     check("labels", labels, "a tensor or None", labels is None or isinstance(labels, Tensor))
     check("tail", tail, "True, False or None", tail is None or isinstance(tail, bool))
-    transformer = find_vision_transformer(model, module_path)
+    transformer = find_vision_transformer(model, module_path, restore)
     _check_arguments(transformer, example_inputs, calibration, objectives, proxy, time_limit, protocol)
+    _check_runtime(transformer, runtime)
     clock = read_clock(clock, example_inputs.device.type)
     limit = TimeLimit(time_limit, clock)
     usable = usable_methods(methods, blocks, transformer)
@@ -195,6 +205,7 @@ def plan_many(  # noqa: D417  all other arguments are those of `plan`
     seconds = None if protocol == "paper" else time_limit  # which bounds only the least part of that
     with (
         progress_bar("Planning", seconds, verbose),
+        restoring(restore),
         calibrating_if_none(calibration),
         nullcontext() if runtime is None else parse_runtime(runtime).applied(transformer),
     ):
@@ -232,6 +243,14 @@ def plan_many(  # noqa: D417  all other arguments are those of `plan`
 def shuffled(images: Tensor, seed: int) -> Tensor:
     """Images in a random order, so that the first of them are a sample of all."""
     return images[torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))]
+
+
+def _check_runtime(transformer: VisionTransformer, runtime: str | Runtime | None) -> None:
+    """Raises ArgumentError if a dense model should run in something else than PyTorch as it is."""
+    used = applied_runtime(transformer) if runtime is None else parse_runtime(runtime)
+    if transformer.reader is not None and used is not None:
+        label = "'torch' with `restore`; export the patched model to run it elsewhere"
+        check("runtime", used.name, label, not (used.compiles or used.converts))
 
 
 def _check_arguments(

@@ -96,7 +96,7 @@ def check_profile(profile: object, transformer: VisionTransformer, protocol: str
     """
     if not isinstance(profile, LatencyProfile):
         raise ArgumentError(f"`profile` must be a LatencyProfile, got {profile!r}.")
-    root = transformer.root
+    root = transformer.outer
     here = {
         "model": original_class(root).__name__,
         "parameters": sum(p.numel() for p in root.parameters()),

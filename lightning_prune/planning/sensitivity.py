@@ -134,7 +134,6 @@ class Sensitivity:
         Raises:
             DataError: If the outputs are not finite.
         """
-        family = self._transformer.adapter
         if dense is None:
             dense = dense_pass(self._transformer, images)
             on_step()
@@ -152,7 +151,7 @@ class Sensitivity:
                 ):
                     for column, count in enumerate(self.counts[:-1]):
                         handle.update(Schedule.single(self._transformer.depth, block, self._n - count))
-                        pruned = family.output(self._transformer.run_eagerly(images)).cpu().double()
+                        pruned = self._transformer.output(self._transformer.run_eagerly(images)).cpu().double()
                         found[:, row, column] = [
                             self._kind.divergence(dense.outputs[part], pruned[part], self._scale) for part in parts
                         ]
@@ -236,7 +235,7 @@ def dense_pass(transformer: VisionTransformer, images: Tensor) -> DensePass:
         images: (B, C, H, W) on the device, in the dtype of the transformer.
     """
     with torch.no_grad(), force_eager(), recorded(transformer.blocks) as of_blocks:
-        outputs = transformer.adapter.output(transformer.run_eagerly(images)).cpu().double()
+        outputs = transformer.output(transformer.run_eagerly(images)).cpu().double()
     return DensePass(outputs, of_blocks)
 
 

@@ -148,17 +148,18 @@ def model_conditions(
     """
     return {
         **measurement_context(transformer.compiled_root, example_inputs, clock),
-        "hooks": UNKNOWN if user_hooks(transformer.root) else "",
-        "replaced_methods": UNKNOWN if replaced_methods(transformer.root) else "",
+        "hooks": UNKNOWN if user_hooks(transformer.outer) else "",
+        "replaced_methods": UNKNOWN if replaced_methods(transformer.outer) else "",
         "image_dtype": str(example_inputs.dtype).removeprefix("torch."),
         "channels_last": not example_inputs.is_contiguous()
         and example_inputs.is_contiguous(memory_format=torch.channels_last),
-        "structure": structure(transformer.root),
+        "structure": structure(transformer.outer),
         "depth": transformer.depth,
         "arguments": _plain_arguments(call_keywords(transformer.root)),
         "kernels": _kernel_switches(),
-        "packages": package_versions(transformer.root),
+        "packages": package_versions(transformer.outer),
         "lightning_prune": __version__,
+        **({} if transformer.restore is None else {"restore": transformer.restore}),
     }
 
 
@@ -186,7 +187,7 @@ def accuracy_dependencies(
             del conditions[name]
     return {
         **conditions,
-        "weights": weights_digest(transformer.root),
+        "weights": weights_digest(transformer.outer),
         "images": tensor_digest(images),
         "proxy": proxy,
     }

@@ -295,7 +295,7 @@ def ready_to_run(transformer: VisionTransformer) -> Iterator[None]:
 
     Buffers that a forward pass changes are put back; a warning names the hooks that are not called.
     """
-    hooks = user_hooks(transformer.root)
+    hooks = user_hooks(transformer.outer)
     if hooks:
         names = ", ".join(sorted({getattr(hook, "__qualname__", type(hook).__qualname__) for hook in hooks}))
         warnings.warn(
@@ -304,7 +304,7 @@ def ready_to_run(transformer: VisionTransformer) -> Iterator[None]:
             stacklevel=4,
         )
     limit = raised_recompile_limit() if is_compiled(transformer.compiled_root) else nullcontext()
-    with torch.no_grad(), isolated(transformer.root), limit:
+    with torch.no_grad(), isolated(transformer.outer), limit:
         yield
 
 

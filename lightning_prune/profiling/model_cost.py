@@ -50,7 +50,7 @@ def count_model_cost(transformer: VisionTransformer, images: Tensor) -> ModelCos
         ...     round(count_model_cost(transformer, torch.randn(1, 3, 224, 224)).gmacs, 2)
         1.25
     """
-    root = transformer.root
+    root = transformer.outer
     with torch.no_grad(), force_eager(), uncompiled(root):
         with _plain_attention(), FlopCounterMode(display=False) as flops:
             transformer.run_eagerly(images)

@@ -125,6 +125,21 @@ def _feature_divergence(dense: Tensor, pruned: Tensor, scale: Tensor) -> float:
     return float(((dense - pruned).square().sum(1) / dense.square().sum(1).clamp_min(1e-12)).sum() / 2)
 
 
+def patch_similarity(dense: Tensor, pruned: Tensor) -> float:
+    """Mean cosine similarity of the features of dense models, over taps, positions and images.
+
+    Args:
+        dense: (B, D) of the dense model, as `lightning_prune.patching.models.dense_outputs.unit_features` makes them.
+        pruned: (B, D) of the pruned model for the same images.
+    """
+    return float(1 - _patch_divergence(dense, pruned, dense) / len(dense))
+
+
+def _patch_divergence(dense: Tensor, pruned: Tensor, scale: Tensor) -> float:
+    # 1 - cosine of vectors of length 1, exactly 0 where they are the same.
+    return float((dense.double() - pruned.double()).square().sum() / 2)
+
+
 @dataclass(frozen=True)
 class OutputKind:
     """A kind of output, and how outputs of that kind are compared.
@@ -149,8 +164,9 @@ OUTPUT_KINDS = {
     "tag_agreement": OutputKind("tag agreement", tag_agreement, _tag_divergence),
     "r2": OutputKind("R2", r2, _number_divergence),
     "cosine": OutputKind("cosine similarity of features", feature_similarity, _feature_divergence),
+    "patch_cosine": OutputKind("cosine similarity per patch", patch_similarity, _patch_divergence),
 }
-"""Proxy -> the outputs that it is for: exclusive classes, independent tags, numbers, features."""
+"""Proxy -> the outputs that it is for: exclusive classes, independent tags, numbers, features, those of each patch."""
 
 PROXIES = ("auto", *OUTPUT_KINDS)
 
@@ -178,7 +194,8 @@ def choose_proxy(
 ) -> str:
     """The proxy that fits the outputs of a model.
 
-    `"auto"` takes cosine similarity where there is no head. Otherwise it takes, in this order, what the configuration
+    Dense models, whose removed tokens are given back, have a proxy of their own. Of others, `"auto"` takes cosine
+    similarity where there is no head. Otherwise it takes, in this order, what the configuration
     of a Hugging Face model calls its problem; what the losses and metrics among the modules are for, if they agree; R2
     for a single output; what the targets look like; soft agreement.
 
@@ -192,7 +209,12 @@ def choose_proxy(
         ArgumentError: If there is no such proxy, or it does not fit the outputs.
     """
     check_choice("proxy", proxy, PROXIES)
-    outputs = transformer.num_classes
+    outputs, is_dense = transformer.num_classes, transformer.reader is not None
+    if is_dense:
+        valid = proxy in ("auto", "patch_cosine", "cosine")
+        check("proxy", proxy, "'auto', 'patch_cosine' or 'cosine' with `restore`", valid)
+        return "patch_cosine" if proxy == "auto" else proxy
+    check("proxy", proxy, "one for models without `restore`", proxy != "patch_cosine")
     if proxy != "auto":
         check("proxy", proxy, f"one that fits a model with {outputs or 'no'} logits", outputs >= _least_outputs(proxy))
         return proxy

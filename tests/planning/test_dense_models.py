@@ -1,0 +1,174 @@
+"""Planning for dense models: the module around the transformer is what runs, and its outputs are compared by patch."""
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+import lightning_prune as lp
+from helpers.clock import TokenClock
+from helpers.data import noise_images
+from helpers.dense import DenseNet, FeatureNet
+from helpers.models import disturb, tiny_vit
+from lightning_prune.errors import ArgumentError, UnsupportedModelError
+from lightning_prune.patching import find_vision_transformer
+from lightning_prune.patching.models import restoring
+from lightning_prune.patching.models.dense_outputs import unit_features
+from lightning_prune.profiling.environment import accuracy_dependencies, model_conditions
+
+IMAGES = noise_images(24)
+
+
+def cosines(one: Any, other: Any) -> list[float]:
+    """The cosine similarity at each position of each tap, of all images, in loops."""
+    found = []
+    for a, b in zip(one, other, strict=True):
+        mine = []
+        for image in range(len(a)):
+            for row in range(a.shape[2]):
+                for column in range(a.shape[3]):
+                    x, y = a[image, :, row, column].double(), b[image, :, row, column].double()
+                    mine.append(float(x @ y / (x.norm() * y.norm())))
+        found.append(sum(mine) / len(mine))
+    return found
+
+
+def planned(net: nn.Module, **more: Any) -> lp.Plan:
+    options: dict[str, Any] = {
+        "methods": ["topk", "tome"],
+        "objective": lp.LatencyBudget(speedup=1.2),
+        "time_limit": 60,
+    }
+    blocks = find_vision_transformer(net, restore="auto").blocks
+    options |= {"calibration": IMAGES, "verbose": False, "use_cache": False, "clock": TokenClock(blocks), **more}
+    return lp.plan(net, IMAGES[:2], restore="auto", **options)
+
+
+@pytest.fixture
+def net() -> FeatureNet:
+    return FeatureNet(tiny_vit(noise=0.1)).eval()
+
+
+@torch.no_grad()
+def test_a_plan_of_features(net: FeatureNet) -> None:
+    dense = net(IMAGES)
+    made = planned(net)
+    assert made.proxy == "cosine similarity per patch"
+    assert made.schedule.total_removed > 0
+    assert made.speedup >= 1.19
+    with lp.patch(net, made, restore="auto"):
+        pruned = net(IMAGES)
+    taps = cosines(list(dense.values()), list(pruned.values()))
+    assert float(made.accuracy) == pytest.approx(sum(taps) / len(taps), abs=1e-5)
+    assert all(torch.equal(grid, net(IMAGES)[name]) for name, grid in dense.items())
+
+
+def test_the_module_around_the_transformer_is_what_runs(net: FeatureNet) -> None:
+    calls: list[int] = []
+
+    class Counting(DenseNet):
+        def forward(self, images: Tensor) -> Tensor:
+            calls.append(len(images))
+            return super().forward(images)
+
+    dense_net = Counting(net.backbone, channels=3).eval()
+    assert find_vision_transformer(dense_net, restore="auto").reader is dense_net
+    assert planned(dense_net).speedup > 1
+    assert calls.count(2) > 20  # the example inputs, timed
+    assert sum(calls) > 10 * len(IMAGES)  # the calibration images
+
+
+def test_hugging_face_backbones_are_planned() -> None:
+    torch.manual_seed(0)
+    config = transformers.Dinov2Config(
+        hidden_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        intermediate_size=64,
+        image_size=32,
+        patch_size=8,
+        out_features=["stage2", "stage4"],
+    )
+    model = disturb(transformers.Dinov2Backbone(config))
+    with pytest.raises(UnsupportedModelError, match="restore"):
+        lp.plan(model, IMAGES[:2], calibration=IMAGES)
+    made = planned(model)
+    assert made.speedup > 1
+    assert made.proxy == "cosine similarity per patch"
+
+
+def test_a_container_is_no_reader(net: FeatureNet) -> None:
+    inside = nn.ModuleDict({"net": net})
+    assert find_vision_transformer(inside, restore="auto").reader is net
+    assert find_vision_transformer(net.backbone, restore="auto").reader is None
+    assert find_vision_transformer(inside).reader is None
+    with restoring("copy"):
+        assert find_vision_transformer(inside).restore == "copy"
+        assert find_vision_transformer(inside, restore="delta").restore == "delta"
+    assert find_vision_transformer(inside).restore is None
+
+
+def test_what_is_kept_depends_on_the_mode_and_on_the_head(net: FeatureNet) -> None:
+    found = [find_vision_transformer(net, restore=mode) for mode in (None, "copy", "delta")]  # type: ignore[arg-type]
+    conditions = [model_conditions(each, IMAGES[:2]) for each in found]
+    assert len({str(sorted(map(str, each.items()))) for each in conditions}) == 3
+    head = DenseNet(net.backbone).eval()
+    transformer = find_vision_transformer(head, restore="copy")
+    before = accuracy_dependencies(transformer, IMAGES[:2], IMAGES, "auto")
+    with torch.no_grad():
+        head.head.weight.add_(1)
+    assert accuracy_dependencies(transformer, IMAGES[:2], IMAGES, "auto") != before
+
+
+def test_bad_arguments(net: FeatureNet) -> None:
+    with pytest.raises(ArgumentError, match="runtime"):
+        planned(net, runtime="torch.compile")
+    with pytest.raises(ArgumentError, match="proxy"):
+        planned(net, proxy="soft_agreement")
+    with pytest.raises(ArgumentError, match="proxy"):
+        lp.plan(tiny_vit(), IMAGES[:2], calibration=IMAGES, proxy="patch_cosine")
+    with pytest.raises(ArgumentError, match="restore"):
+        lp.plan(net, IMAGES[:2], calibration=IMAGES, restore="yes")  # type: ignore[arg-type]
+
+
+class TestUnitFeatures:
+    def test_products_are_mean_cosines(self) -> None:
+        one = {
+            "a": noise_images(3, 8, 4),
+            "b": (noise_images(3, 6, (2, 5), seed=1), noise_images(3, 2, seed=2)[:, :, :1]),
+        }
+        other = {"a": noise_images(3, 8, 4, seed=3), "b": (noise_images(3, 6, (2, 5), seed=4), one["b"][1])}
+        products = (unit_features(one) * unit_features(other)).sum(1).mean()
+        pairs = ([one["a"], *one["b"]], [other["a"], *other["b"]])
+        taps = cosines(*pairs)
+        assert float(products) == pytest.approx(sum(taps) / 3, abs=1e-6)
+
+    def test_tokens_and_vectors(self) -> None:
+        tokens, other = noise_images(2, 5, (7, 1))[..., 0], noise_images(2, 5, (7, 1), seed=1)[..., 0]
+        expected = torch.cosine_similarity(tokens, other, dim=2).mean(1)
+        torch.testing.assert_close((unit_features(tokens) * unit_features(other)).sum(1), expected)
+        expected = torch.cosine_similarity(tokens[:, 0], other[:, 0], dim=1)
+        torch.testing.assert_close((unit_features(tokens[:, 0]) * unit_features(other[:, 0])).sum(1), expected)
+
+    @pytest.mark.parametrize("wrap", [lambda x: x, lambda x: {"predicted_depth": x[:, 0]}])
+    def test_a_map_is_compared_by_its_correlation(self, wrap: Any) -> None:
+        one, other = noise_images(2, 1, 5) + 10, noise_images(2, 1, 5, seed=1) + 20
+        found = (unit_features(wrap(one)) * unit_features(wrap(other))).sum(1)
+        pairs = zip(one, other, strict=True)
+        expected = [float(torch.corrcoef(torch.stack((a.flatten(), b.flatten())))[0, 1]) for a, b in pairs]
+        assert found.tolist() == pytest.approx(expected, abs=1e-5)
+
+    def test_many_positions_are_sampled(self) -> None:
+        one = noise_images(2, 64, 40)
+        other = one + 0.5 * noise_images(2, 64, 40, seed=1)
+        assert unit_features(one).shape[1] <= 2**15
+        found = (unit_features(one) * unit_features(other)).sum(1)
+        torch.testing.assert_close(found, torch.cosine_similarity(one, other, dim=1).mean((1, 2)), atol=5e-3, rtol=0)
+        torch.testing.assert_close((unit_features(one) ** 2).sum(1), torch.ones(2))
+
+    @pytest.mark.parametrize("result", [None, torch.arange(6).reshape(2, 3), torch.zeros(3), {"loss": torch.zeros(())}])
+    def test_no_features(self, result: Any) -> None:
+        with pytest.raises(UnsupportedModelError, match="features of images"):
+            unit_features(result)
