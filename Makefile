@@ -17,7 +17,7 @@ unexport PYTHONDONTWRITEBYTECODE
 .DEFAULT_GOAL := help
 # A venv that broke half-way (no ensurepip on Debian, say) must not look finished to the next run.
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-long bench lint format types package clean
+.PHONY: help demo dense test test-long bench lint format types package clean
 
 help: ## Show the targets
 	@awk -F':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -25,6 +25,9 @@ help: ## Show the targets
 
 demo: $(INSTALLED) ## Prune the embedded digits model on this device and compare it with the dense one
 	$(BIN)/lightning-prune compare --config configs/digits.yaml --controls false --output results/digits
+
+dense: $(INSTALLED) ## Train a dense head on the embedded digits and compare it dense with pruned (IoU; minutes)
+	$(BIN)/python examples/segment_digits.py --output results/segment_digits $(ARGS)
 
 test: $(INSTALLED_DEV) ## Run the tests, a process for each core (ARGS="-k schedule -n 0" goes to pytest)
 	$(BIN)/pytest -n auto --dist loadfile $(ARGS)

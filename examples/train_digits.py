@@ -57,7 +57,7 @@ class LocatedDigits(Dataset[Sample]):
         epoch = index // len(self)  # EpochSampler continues to count through the epochs
         digits = self.levels[min(4, epoch // FADE_EPOCHS)] if epoch < CLUTTERED_EPOCHS else self.usual
         image, label = digits[index]
-        _, (top, left, side) = digits.render(index)
+        top, left, side = digits.render(index).box
         pick = torch.Generator().manual_seed(index)
         return image, label, self._corner(top, side, pick), self._corner(left, side, pick)
 

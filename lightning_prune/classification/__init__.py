@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_prune.classification.checkpoints import load_weights, read_weights
     from lightning_prune.classification.datamodules import DigitsData, ImageFolderData
+    from lightning_prune.classification.dense_features import DenseFeatures
     from lightning_prune.classification.image_classifier import ImageClassifier
 
 _FILES = {
+    "DenseFeatures": "dense_features",
     "DigitsData": "datamodules",
     "ImageClassifier": "image_classifier",
     "ImageFolderData": "datamodules",
@@ -19,7 +21,7 @@ _FILES = {
     "read_weights": "checkpoints",
 }
 
-__all__ = ["DigitsData", "ImageClassifier", "ImageFolderData", "load_weights", "read_weights"]
+__all__ = ["DenseFeatures", "DigitsData", "ImageClassifier", "ImageFolderData", "load_weights", "read_weights"]
 
 
 def __getattr__(name: str) -> Any:

@@ -7,7 +7,7 @@ which a model may ignore, but parts of the background look like digits.
 
 from collections.abc import Iterator
 from functools import cache
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -34,7 +34,21 @@ _SIZES = (20.0, 28.0)  # side of the enlarged scan on the canvas, in pixels
 _FRAGMENTS = (4, 8)  # number of pieces of other scans
 
 
-def draw(scans: Floats, index: int, rng: np.random.Generator, clutter: float) -> tuple[Floats, Box]:
+class Drawing(NamedTuple):
+    """A digit on a canvas.
+
+    Attributes:
+        canvas: `(56, 56)` in [0, 1].
+        box: Top, left and side of the digit, in pixels.
+        strokes: `(56, 56)` in [0, 1], the digit alone.
+    """
+
+    canvas: Floats
+    box: Box
+    strokes: Floats
+
+
+def draw(scans: Floats, index: int, rng: np.random.Generator, clutter: float) -> Drawing:
     """Draws one scan on a cluttered canvas.
 
     Args:
@@ -44,13 +58,13 @@ def draw(scans: Floats, index: int, rng: np.random.Generator, clutter: float) ->
         clutter: Contrast of everything but the digit, from 0 to 1.
 
     Returns:
-        The canvas, `(56, 56)` in [0, 1], and the box of the digit.
+        The canvas, the box of the digit, and the digit alone.
 
     Example:
         >>> import numpy as np
         >>> from lightning_prune.classification.digits import draw
-        >>> canvas, (top, left, side) = draw(np.ones((2, 8, 8), np.float32), 0, np.random.default_rng(0), 1.0)
-        >>> canvas.shape
+        >>> drawing = draw(np.ones((2, 8, 8), np.float32), 0, np.random.default_rng(0), 1.0)
+        >>> drawing.canvas.shape
         (56, 56)
     """
     side = float(rng.uniform(*_SIZES))
@@ -58,7 +72,7 @@ def draw(scans: Floats, index: int, rng: np.random.Generator, clutter: float) ->
     strokes = _paste(scans[index], top, left, side / 8, slant=rng.uniform(-0.15, 0.15)) * rng.uniform(0.8, 1.0)
     box = (top, left, side)
     canvas = np.maximum(strokes, clutter * _clutter(scans, index, box, rng))
-    return np.clip(canvas, 0, 1).astype(np.float32), box
+    return Drawing(np.clip(canvas, 0, 1).astype(np.float32), box, strokes.astype(np.float32))
 
 
 def _clutter(scans: Floats, index: int, box: Box, rng: np.random.Generator) -> Floats:
@@ -160,17 +174,17 @@ class ClutteredDigits(Dataset[tuple[torch.Tensor, int]]):
         return len(self.scans) * self.placements
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        canvas, _ = self.render(index)
+        canvas = self.render(index).canvas
         return torch.from_numpy((canvas - MEAN) / STD).unsqueeze(0), int(self.labels[index % len(self.scans)])
 
-    def render(self, index: int) -> tuple[Floats, Box]:
+    def render(self, index: int) -> Drawing:
         """Draws image `index` without normalisation.
 
         Args:
             index: See the class; >= 0.
 
         Returns:
-            The canvas, `(56, 56)` in [0, 1], and the box of the digit: top, left and side, in pixels.
+            The canvas in [0, 1], the box of the digit, and the digit alone.
         """
         if index < 0:
             raise IndexError(f"`index` must be an integer >= 0, got {index}.")

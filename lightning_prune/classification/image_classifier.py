@@ -113,17 +113,17 @@ class ImageClassifier(L.LightningModule):
         """
         return data_config_of(self.model)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Any:
         """Classifies images.
 
         Args:
             images: `(B, C, H, W)`, normalised as the model expects.
 
         Returns:
-            Logits, `(B, num_classes)`; of a model without a head, features `(B, D)`.
+            Logits, `(B, num_classes)`; of a model without a head, features `(B, D)`; of a dense model, what it returns.
         """
         output = self.model(images)
-        if isinstance(output, Tensor):
+        if isinstance(output, Tensor | list | tuple) or "feature_maps" in output:
             return output
         # Hugging Face's models return an output with several fields, of which some may be None.
         fields = (getattr(output, name, None) for name in ("logits", "image_embeds", "pooler_output"))

@@ -124,6 +124,7 @@ class PruneTrainer(L.Trainer):
         resume: bool = True,
         per_class: bool = False,
         controls: bool = True,
+        metric_from_step: str | None = None,
     ) -> Comparison:
         """Validate dense and pruned in one run; writes tables, schedules, plots and report.html.
 
@@ -144,6 +145,8 @@ class PruneTrainer(L.Trainer):
             resume: Whether to go on from what was finished before.
             per_class: Whether to say the change of each class, too, and the worst of each variant.
             controls: Whether random and resize, which methods are to beat, are planned likewise and added.
+            metric_from_step: Key of a metric of each image in the mapping that validation_step returns; its change
+                then has an interval, paired by image.
 
         Raises:
             ArgumentError: If `output` cannot be written to, a method is not known, or a speed-up is not above 1.
@@ -170,6 +173,7 @@ class PruneTrainer(L.Trainer):
             settings=settings,
             on_results=_print_comparison,
             controls=controls,
+            metric_from_step=metric_from_step,
         )
         self.budget_missed = found.best is not None and not found.best.met
         if self.is_global_zero:

@@ -64,6 +64,7 @@ def compare(
     on_results: Callable[[Comparison], None] | None = None,
     clock: str | Callable[[], float] | None = None,
     controls: bool = True,
+    metric_from_step: str | None = None,
 ) -> Comparison:
     """Validates the module dense and pruned, with everything else alike.
 
@@ -104,6 +105,9 @@ def compare(
         output: Folder for the files; None writes none.
         resume: Whether to go on from what is kept in `output`.
         per_class: Whether to say the change of each class, too, and the worst of each variant.
+        metric_from_step: The key of a metric of each image, a tensor (B,), in the mapping that `validation_step`
+            returns, such as the IoU of each image. Its mean is the metric of the rows, and its change has an interval,
+            paired by image. By default the metric is what the module logs, without an interval.
         command: What was typed, for the report.
         settings: More settings for `results.json`, as plain values.
         on_message: Called with lines about the progress, on rank 0; they are printed if None and the settings are
@@ -138,6 +142,8 @@ def compare(
     check_bool("resume", resume)
     check_bool("per_class", per_class)
     check_bool("controls", controls)
+    is_key = metric_from_step is None or (isinstance(metric_from_step, str) and bool(metric_from_step))
+    check("metric_from_step", metric_from_step, "the name of a metric or None", is_key)
     if clock is not None:
         read_clock(clock)
     check("settings", settings, "a mapping or None", settings is None or isinstance(settings, Mapping))
@@ -154,7 +160,8 @@ def compare(
     with nullcontext() if output is None else output_folder(output, {"plan.json": "a plan"}) as folder:
         if folder is not None:
             check_output_paths(folder)
-        asked = ComparisonSettings(config, requests, used, targets, folder, resume, trainer.limit_val_batches)
+        limit = trainer.limit_val_batches
+        asked = ComparisonSettings(config, requests, used, targets, folder, resume, limit, metric_from_step)
         report = rank_zero_only(on_message or (_print_line if config.verbose else _ignore))
         loader = FirstLoader(module, data)
         setup = ComparisonSetup(asked, report, read_clock(config.clock if clock is None else clock))
@@ -194,7 +201,7 @@ def compare(
                 error.code = 143  # Lightning's is 0
             raise
         classes = _changes_of_classes(plan, results, names_of_classes(trainer, data)) if per_class else None
-        rows = tuple(row_of(planned, plan, results, loader.note, classes) for planned in plan.planned)
+        rows = tuple(row_of(planned, plan, results, loader.note, classes, metric_from_step) for planned in plan.planned)
         is_stated = objective is not None or config.objective is not None
         is_by_objective = is_stated or any(request.objective is not None for request in requests)
         added = {request.name for request in requests if request.is_control}

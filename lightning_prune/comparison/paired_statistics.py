@@ -2,17 +2,17 @@
 
 from collections.abc import Callable, Sequence
 from math import sqrt
-from statistics import NormalDist
+from statistics import NormalDist, fmean, stdev
 from typing import NamedTuple
 
 from lightning_prune.errors import ArgumentError
 
 
 class Difference(NamedTuple):
-    """A difference between two shares of the same images, with its confidence interval.
+    """A difference between two shares, or two means, of the same images, with its confidence interval.
 
     Attributes:
-        change: Second share minus the first, in [-1, 1].
+        change: Second minus first; of shares in [-1, 1].
         low: Lower end of the interval.
         high: Upper end.
     """
@@ -45,6 +45,37 @@ def paired_difference(first: Sequence[bool], second: Sequence[bool], confidence:
         raise ArgumentError(f"`first` and `second` must be of the same images, got {len(first)} and {len(second)}.")
     pairs = list(zip(map(bool, first), map(bool, second), strict=True))
     return paired_interval(pairs.count((False, True)), pairs.count((True, False)), len(pairs), confidence)
+
+
+def paired_mean_difference(first: Sequence[float], second: Sequence[float], confidence: float = 0.95) -> Difference:
+    """The change of the mean of a metric from one variant to another, by the same images in the same order.
+
+    Args:
+        first: The metric of each image by the first variant (dense).
+        second: That by the second.
+        confidence: Of the interval, in (0, 1).
+
+    Returns:
+        The mean of the differences, and the ends of its interval by the normal distribution; of a single image they are
+        the difference itself.
+
+    Raises:
+        ArgumentError: If there are no images, or not as many of both, or `confidence` is not in (0, 1).
+
+    Example:
+        >>> from lightning_prune.comparison.paired_statistics import paired_mean_difference
+        >>> [round(value, 3) for value in paired_mean_difference([0.5, 0.7, 0.9], [0.4, 0.7, 0.7])]
+        [-0.1, -0.213, 0.013]
+    """
+    if not len(first) or len(first) != len(second):
+        raise ArgumentError(f"`first` and `second` must be of the same images, got {len(first)} and {len(second)}.")
+    if not 0 < confidence < 1:
+        raise ArgumentError(f"`confidence` must be in (0, 1), got {confidence!r}.")
+    differences = [b - a for a, b in zip(first, second, strict=True)]
+    change, count = fmean(differences), len(differences)
+    error = stdev(differences) / sqrt(count) if count > 1 else 0.0
+    half = NormalDist().inv_cdf((1 + confidence) / 2) * error
+    return Difference(change, change - half, change + half)
 
 
 def paired_interval(gained: int, lost: int, images: int, confidence: float = 0.95) -> Difference:

@@ -114,6 +114,7 @@ class ComparisonSettings:
         output: Folder for what is written; None where nothing is.
         resume: Whether to go on from what is known there.
         limit_val_batches: Of the trainer.
+        metric: The key of the metric of each image in what the step returns; None where the module logs its metric.
     """
 
     config: PruningConfig
@@ -123,6 +124,7 @@ class ComparisonSettings:
     output: Path | None
     resume: bool
     limit_val_batches: int | float | None
+    metric: str | None = None
 
 
 def _kind_of(objective: Objective) -> str:

@@ -131,6 +131,7 @@ class VariantResult:
         predictions: The predicted class of each image; None where it is not known.
         missing: Why the predicted or the right classes are not known; empty where they are.
         broken: Why there is no accuracy: which images have outputs that are NaN or infinite; empty where none has.
+        values: The metric of each image, where the step returns one and it was asked for; else None.
     """
 
     metrics: Mapping[str, float]
@@ -138,6 +139,7 @@ class VariantResult:
     predictions: Predictions | None
     missing: str = ""
     broken: str = ""
+    values: tuple[float, ...] | None = None
 
 
 class _DamagedError(Exception):
@@ -260,8 +262,9 @@ class ResumeState:
                 return None
             metrics, images = {name: float(value) for name, value in values["metrics"].items()}, int(values["images"])
             predictions = self._predictions(variant, images) if values["has_predictions"] else None
-            reasons = (str(values.get(name, "")) for name in ("missing", "broken"))
-            return VariantResult(metrics, images, predictions, *reasons)
+            own = self._values(variant, images) if values.get("has_values") else None
+            missing, broken = (str(values.get(name, "")) for name in ("missing", "broken"))
+            return VariantResult(metrics, images, predictions, missing, broken, own)
         except (AttributeError, KeyError, TypeError, ValueError, _DamagedError):
             return None
 
@@ -273,21 +276,27 @@ class ResumeState:
             if result.predictions is not None:
                 with atomic_write(self._array(variant)) as temporary, temporary.open("wb") as stream:
                     np.save(stream, np.array(result.predictions, dtype=np.int32))
-            has_predictions = result.predictions is not None
-            self._write(f"variants/{slug(variant)}", {**values, "has_predictions": has_predictions}, "variant")
+            if result.values is not None:
+                with atomic_write(self._array(variant, ".values")) as temporary, temporary.open("wb") as stream:
+                    np.save(stream, np.array(result.values, dtype=np.float64))
+            kept = {"has_predictions": result.predictions is not None, "has_values": result.values is not None}
+            self._write(f"variants/{slug(variant)}", {**values, **kept}, "variant")
 
     def _predictions(self, variant: str, images: int) -> Predictions:
-        try:
-            found = np.load(self._array(variant), allow_pickle=False)
-        except Exception as error:  # of damage numpy makes EOFError, BadZipFile, MemoryError, ...
-            raise _DamagedError from error
-        if not isinstance(found, np.ndarray) or found.dtype != np.int32 or found.shape != (2, images):
+        found = _load_array(self._array(variant))
+        if found.dtype != np.int32 or found.shape != (2, images):
             raise _DamagedError
         predicted, labels = found.tolist()
         return Predictions(predicted, labels)
 
-    def _array(self, variant: str) -> Path:
-        return self.folder / "variants" / f"{slug(variant)}.npy"
+    def _values(self, variant: str, images: int) -> tuple[float, ...]:
+        found = _load_array(self._array(variant, ".values"))
+        if found.dtype != np.float64 or found.shape != (images,):
+            raise _DamagedError
+        return tuple(found.tolist())
+
+    def _array(self, variant: str, kind: str = "") -> Path:
+        return self.folder / "variants" / f"{slug(variant)}{kind}.npy"
 
     def _read(self, name: str, kind: str | None = None) -> dict[str, Any] | None:
         return _load(self.folder / f"{name}.json", kind or name)
@@ -295,6 +304,16 @@ class ResumeState:
     def _write(self, name: str, values: Mapping[str, Any], kind: str | None = None) -> None:
         head = {"format": _FORMATS[kind or name], "version": _VERSION}
         write_document(self.folder / f"{name}.json", {**head, **dict(values)})
+
+
+def _load_array(path: Path) -> Any:
+    try:
+        found = np.load(path, allow_pickle=False)
+    except Exception as error:  # of damage numpy makes EOFError, BadZipFile, MemoryError, ...
+        raise _DamagedError from error
+    if not isinstance(found, np.ndarray):
+        raise _DamagedError
+    return found
 
 
 def _load(path: Path, kind: str) -> dict[str, Any] | None:

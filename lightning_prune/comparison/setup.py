@@ -127,6 +127,8 @@ class ComparisonSetup(L.Callback):
             "protocol": config.protocol,
             "runtimes": [runtime.name for runtime in self.settings.runtimes],
         }
+        if self.settings.metric is not None:
+            settings |= {"metric": self.settings.metric}
         if self.calibration is not None:
             settings |= {"quantizers": [*self._quantizers(), tensor_digest(self.calibration)]}
         if any(request.int8 and not request.runtime.converts for request in self.settings.requests):

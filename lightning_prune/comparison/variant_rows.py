@@ -6,7 +6,7 @@ from typing import Any
 
 from lightning_prune._utils.formatting import percent
 from lightning_prune.comparison.class_changes import ClassChange, changes_by_class
-from lightning_prune.comparison.paired_statistics import agreement, paired_difference
+from lightning_prune.comparison.paired_statistics import agreement, paired_difference, paired_mean_difference
 from lightning_prune.comparison.planned_variants import ComparisonPlan, PlannedVariant
 from lightning_prune.comparison.predictions import Predictions
 from lightning_prune.comparison.requests import INT8_NAME
@@ -28,6 +28,7 @@ def row_of(
     results: Mapping[str, VariantResult],
     note: str = "",
     classes: Mapping[str, Sequence[ClassChange]] | None = None,
+    metric: str | None = None,
 ) -> Row:
     """The row of a variant.
 
@@ -37,23 +38,27 @@ def row_of(
         results: Variant -> result of its validation, dense included.
         note: A remark on all figures, for the row of dense.
         classes: Variant -> the changes of its classes, the worst first; None where nobody asked for them.
+        metric: The metric of each image that was asked for; None for what the module logs.
     """
     result, dense = results.get(planned.variant), results[plan.dense_of(planned).variant]
     notes = [planned.note, _rounds_note(planned.timing), note if planned.is_dense else ""]
     figures: dict[str, Any] = {**_schedule_columns(planned, plan.dense_tokens), **_latency_columns(planned.timing)}
     if result is not None:
         figures |= _logged_columns(result.metrics)
-        name = own_metric(dense.metrics)
+        name = own_metric(dense.metrics) if metric is None else metric
         if not planned.is_dense:
             figures |= paired_columns(dense, result)
             figures |= _worst_class((classes or {}).get(planned.variant, ()))
         if result.broken:
             notes.append(result.broken)
-        elif planned.is_dense or not unpaired_reason(dense):
+        elif metric is None and (planned.is_dense or not unpaired_reason(dense)):
             notes.append(_unpaired_note(result, bool(name)))
         if name:
             figures |= dict.fromkeys(("top1_change", "top1_low", "top1_high"))
             figures |= _metric_columns(name, result.metrics, None if planned.is_dense else dense.metrics)
+            if dense.values and result.values and not planned.is_dense and len(dense.values) == len(result.values):
+                _, low, high = paired_mean_difference(dense.values, result.values)
+                figures |= {"metric_low": low, "metric_high": high}
     return Row(
         variant=planned.variant,
         method=planned.method,

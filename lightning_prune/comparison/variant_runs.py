@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from statistics import fmean
 from typing import Any
 
 import lightning as L
@@ -17,6 +18,7 @@ from lightning_prune.comparison.planned_variants import ComparisonPlan, PlannedV
 from lightning_prune.comparison.predictions import PredictionRecorder
 from lightning_prune.comparison.requests import ComparisonSettings, VariantRequest
 from lightning_prune.comparison.resume import ResumeState, VariantResult
+from lightning_prune.comparison.step_values import StepValues
 from lightning_prune.comparison.validation_progress import ValidationProgress
 from lightning_prune.errors import DataError
 from lightning_prune.patching import find_vision_transformer
@@ -99,18 +101,19 @@ def validate_variants(
             report(f"Validating {name} ({number} of {len(runs)})")
             deployment = Deployment(variant, plan.dense_tokens, config.module_path)
             recorder = PredictionRecorder(config.module_path, config.images_from_batch)
+            values = [] if settings.metric is None else [StepValues(settings.metric)]
             own = replace(config, runtime=variant.runtime.name) if variant.runtime is not None else config
             progress.runs_left = len({other for each, other in runs.items() if each not in results})
             is_dense = name in denses
             with (
                 progress_bar(f"Validating {name} ({number} of {len(runs)})", None, config.verbose),
                 nullcontext() if is_dense else _counting_broken(module),
-                command_run(trainer, own, deployment, recorder, progress),
+                command_run(trainer, own, deployment, recorder, progress, *values),
                 loader.arguments() as arguments,
             ):
                 metrics = trainer.validate(module, verbose=False, **arguments)
             exit_if_terminated(trainer)
-            results[name] = _result(flat_metrics(metrics), recorder)
+            results[name] = _result(flat_metrics(metrics), recorder, *values)
             if is_dense and results[name].broken:
                 raise DataError(f"The outputs of the dense model must be finite, got {results[name].broken}.")
         if state is not None:
@@ -118,10 +121,13 @@ def validate_variants(
     return results
 
 
-def _result(metrics: dict[str, float], recorder: PredictionRecorder) -> VariantResult:
+def _result(metrics: dict[str, float], recorder: PredictionRecorder, step: StepValues | None = None) -> VariantResult:
     """The outcome of a validation; without accuracy where outputs are not finite, as no class follows from these."""
     if not recorder.broken:
-        return VariantResult(metrics, recorder.images, recorder.predictions, recorder.missing)
+        values = None if step is None else tuple(step.values)
+        if step is not None and values:
+            metrics = {**metrics, step.name: fmean(values)}
+        return VariantResult(metrics, recorder.images, recorder.predictions, recorder.missing, values=values)
     rates = {name: value for name, value in metrics.items() if name in _RATES}
     count = len(recorder.broken)
     listed = ", ".join(map(str, recorder.broken[:_LISTED])) + (", ..." if count > _LISTED else "")

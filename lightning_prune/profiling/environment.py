@@ -215,6 +215,8 @@ def method_identity(reduction: Reduction) -> dict[str, Any]:
 def replaced_methods(model: nn.Module) -> list[Callable[..., Any]]:
     """The methods that single modules have in place of those of their class, as a wrapper sets them.
 
+    Those of a LightningModule that only a loop calls do not count: a forward pass runs none of them.
+
     Args:
         model: The model, dense.
     """
@@ -222,7 +224,9 @@ def replaced_methods(model: nn.Module) -> list[Callable[..., Any]]:
         value
         for module in model.modules()
         for name, value in vars(module).items()
-        if callable(value) and inspect.isfunction(getattr(type(module), name, None))
+        if callable(value)
+        and inspect.isfunction(getattr(type(module), name, None))
+        and not name.endswith(("_step", "_dataloader"))
     ]
 
 

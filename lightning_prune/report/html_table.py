@@ -108,7 +108,12 @@ def _metric(row: Row) -> Cell:
     score = metric_score(row.metric_name)
     if row.metric is None:
         return Cell("")
-    return Cell(score.text(row.metric), "" if row.metric_change is None else change_text(row.metric_change, score))
+    if row.metric_change is None:
+        return Cell(score.text(row.metric))
+    interval = ""
+    if row.metric_low is not None and row.metric_high is not None:
+        interval = f" ({score.change_text(row.metric_low)} to {score.change_text(row.metric_high)})"
+    return Cell(score.text(row.metric), f"{change_text(row.metric_change, score)}{interval}")
 
 
 def _worst_class(row: Row) -> Cell:

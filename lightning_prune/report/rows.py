@@ -32,6 +32,8 @@ class Row:
         metric: What the module itself logs, where it logs no top-1; None where it does.
         metric_change: Difference to dense, in the same runtime, in that metric.
         metric_name: Its name, such as `val/accuracy`; empty where there is none.
+        metric_low: Lower end of the 95% interval of `metric_change`, where the metric of each image is known.
+        metric_high: Upper end.
         int8: Whether its linear layers ran in 8 bits.
         target_speedup: The speed-up that its schedule was planned for.
         block: The reducing blocks; empty for dense.
@@ -78,6 +80,8 @@ class Row:
     metric: float | None = None
     metric_change: float | None = None
     metric_name: str = ""
+    metric_low: float | None = None
+    metric_high: float | None = None
     int8: bool = False
     target_speedup: float | None = None
     block: str = ""

@@ -133,6 +133,7 @@ def _accuracy_columns(rows: Sequence[Row]) -> dict[str, Callable[[Row], str]]:
                 "metric_change",
                 lambda row: "" if row.metric_change is None else score.change_text(row.metric_change),
             ),
+            "95% interval": ("metric_low", lambda row: _metric_interval(row, score)),
         }
     else:
         own = {
@@ -187,6 +188,12 @@ def remarks(document: Mapping[str, Any]) -> list[str]:
     is_cpu_time = timed_quantity(document.get("context") or {}) != "latency"
     clock = ["ms: CPU time of the process, not wall time"] if is_cpu_time else []
     return [*clock, *notes, *reasons, *unreached, *classes, f"energy: {document['energy']}", *chosen]
+
+
+def _metric_interval(row: Row, score: Score) -> str:
+    if row.metric_low is None or row.metric_high is None:
+        return ""
+    return f"{score.change_text(row.metric_low)} {score.change_text(row.metric_high)}"
 
 
 def _interval(row: Row) -> str:

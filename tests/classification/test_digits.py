@@ -50,7 +50,7 @@ def test_every_placement_has_the_same_scan_at_another_place() -> None:
 def test_digit_lies_in_its_box_inside_the_canvas() -> None:
     digits = ClutteredDigits("train", clutter=0.0)
     for index in range(60):
-        canvas, (top, left, side) = digits.render(index)
+        canvas, (top, left, side), _ = digits.render(index)
         assert 0 <= top <= 56 - side
         assert 0 <= left <= 56 - side
         rows, columns = np.nonzero(canvas > 0.05)
@@ -64,7 +64,7 @@ def test_digit_lies_in_its_box_inside_the_canvas() -> None:
 def test_clutter_is_outside_of_the_digit() -> None:
     outside = []
     for index in range(40):
-        canvas, (top, left, side) = ClutteredDigits("train").render(index)
+        canvas, (top, left, side), _ = ClutteredDigits("train").render(index)
         background = np.ones_like(canvas, dtype=bool)
         background[max(0, int(top) - 4) : int(top + side) + 5, max(0, int(left) - 4) : int(left + side) + 5] = False
         outside.append(canvas[background].max())
@@ -73,7 +73,7 @@ def test_clutter_is_outside_of_the_digit() -> None:
 
 def test_clutter_uses_the_given_scans() -> None:
     blank = np.zeros((5, 8, 8), np.float32)
-    canvas, _ = draw(blank, 0, np.random.default_rng(0), clutter=1.0)
+    canvas, *_ = draw(blank, 0, np.random.default_rng(0), clutter=1.0)
     assert canvas.max() < 0.45  # gradient and noise alone
 
 

@@ -1,0 +1,76 @@
+"""A metric of each image, as the validation step returns it: variants are then compared image by image."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+
+from lightning_prune._utils.sampler_shares import SamplerShare, shares_of
+from lightning_prune.errors import ArgumentError
+
+
+class StepValues(Callback):
+    """Collects one number for each image of the first validation loader, in its order, of all processes.
+
+    Args:
+        name: The key in the mapping that `validation_step` returns, of a tensor (B,) with one number for each image.
+
+    Attributes:
+        values: Those of the last run.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.values: list[float] = []
+        self._batches: list[Tensor] = []
+        self._share: SamplerShare | None = None
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Forgets the run before."""
+        self.values, self._batches = [], []
+        self._share = shares_of(trainer)[0] if shares_of(trainer) else None
+
+    def on_validation_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Reads what the step returned.
+
+        Raises:
+            ArgumentError: If that holds no number for each image.
+        """
+        if dataloader_idx:
+            return
+        if not isinstance(outputs, Mapping) or self.name not in outputs:
+            keys = ", ".join(map(repr, outputs)) if isinstance(outputs, Mapping) else ""
+            got = f"the keys {keys}" if keys else type(outputs).__name__
+            raise ArgumentError(
+                f"`metric_from_step` must be a key of the mapping that validation_step returns, got {self.name!r}; the "
+                f"step returned {got}."
+            )
+        found = torch.as_tensor(outputs[self.name]).detach()
+        if found.ndim != 1:
+            raise ArgumentError(
+                f"`metric_from_step` must name one number for each image, a tensor (B,), got a tensor of shape "
+                f"{tuple(found.shape)} for {self.name!r}."
+            )
+        count = len(found) if self._share is None else self._share.counted(batch_idx, len(found))
+        self._batches.append(found[:count].to(pl_module.device, torch.float64))
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Gathers the values of all processes."""
+        none = torch.zeros(0, dtype=torch.float64, device=pl_module.device)
+        own = torch.cat([none, *self._batches])
+        counts = trainer.strategy.all_gather(torch.tensor([len(own)], device=pl_module.device)).reshape(-1)
+        padded = own.new_zeros(int(counts.max()))
+        padded[: len(own)] = own
+        together = trainer.strategy.all_gather(padded).reshape(len(counts), -1)
+        self.values = [float(v) for row, count in zip(together, counts, strict=True) for v in row[: int(count)]]
