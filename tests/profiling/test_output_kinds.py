@@ -148,6 +148,8 @@ def naive_divergence(kind, dense, pruned, scale):
                 total += a * math.log(a / b) + (1 - a) * math.log((1 - a) / (1 - b))
         elif kind == "r2":
             total += sum(((a - b) / s) ** 2 for a, b, s in zip(d, p, scale.tolist(), strict=True)) / len(d) / 2
+        elif kind == "patch_cosine":  # 1 - cosine of vectors of length 1
+            total += (sum(a * a for a in d) + sum(b * b for b in p)) / 2 - sum(a * b for a, b in zip(d, p, strict=True))
         else:
             total += sum((a - b) ** 2 for a, b in zip(d, p, strict=True)) / sum(a * a for a in d) / 2
     return total
