@@ -38,6 +38,7 @@ _HOME = {
     "Utility": "planning.objectives",
     "Vocabulary": "reduction.vocabulary",
     "WeightsError": "errors",
+    "ZeroShotClassifier": "classification.zero_shot_classifier",
     "bundle": "exporting",
     "compare": "comparison",
     "compare_latency": "profiling.measurement",

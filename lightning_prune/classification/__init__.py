@@ -11,17 +11,32 @@ if TYPE_CHECKING:
     from lightning_prune.classification.datamodules import DigitsData, ImageFolderData
     from lightning_prune.classification.dense_features import DenseFeatures
     from lightning_prune.classification.image_classifier import ImageClassifier
+    from lightning_prune.classification.zero_shot_classifier import ZeroShotClassifier
+    from lightning_prune.classification.zero_shot_model import ZeroShotModel, zero_shot
 
 _FILES = {
     "DenseFeatures": "dense_features",
     "DigitsData": "datamodules",
     "ImageClassifier": "image_classifier",
     "ImageFolderData": "datamodules",
+    "ZeroShotClassifier": "zero_shot_classifier",
+    "ZeroShotModel": "zero_shot_model",
     "load_weights": "checkpoints",
     "read_weights": "checkpoints",
+    "zero_shot": "zero_shot_model",
 }
 
-__all__ = ["DenseFeatures", "DigitsData", "ImageClassifier", "ImageFolderData", "load_weights", "read_weights"]
+__all__ = [
+    "DenseFeatures",
+    "DigitsData",
+    "ImageClassifier",
+    "ImageFolderData",
+    "ZeroShotClassifier",
+    "ZeroShotModel",
+    "load_weights",
+    "read_weights",
+    "zero_shot",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -18,7 +18,7 @@ from lightning_prune.patching.api import make_handle
 from lightning_prune.patching.compatibility import check_depth
 from lightning_prune.patching.input_resize import InputResize, image_size_of, resize_of
 from lightning_prune.patching.patched_block import BlockPatch, reducing_patches
-from lightning_prune.patching.patched_root import tail_of
+from lightning_prune.patching.patched_root import restore_mode, tail_of
 from lightning_prune.reduction.portable import portable_graph
 from lightning_prune.reduction.registry import spec_of
 from lightning_prune.runtimes.base import applied_runtime
@@ -74,7 +74,7 @@ class ExportedCopy(nn.Module):
     @property
     def transformer(self) -> VisionTransformer:
         """The Vision Transformer in it."""
-        return find_vision_transformer(self.model, self.module_path)
+        return find_vision_transformer(self.model, self.module_path, restore_mode(self.model))
 
     def forward(self, images: Tensor) -> Tensor:
         """Runs the model on (B, C, H, W) images; returns (B, ...)."""
@@ -82,10 +82,10 @@ class ExportedCopy(nn.Module):
         output = self.model(images.to(self.dtype))
         if not isinstance(output, Tensor):
             transformer = self.transformer
-            if transformer.root is not self.model:
+            if transformer.root is not self.model or transformer.reader is not None:
                 raise ArgumentError(
                     f"`model` must return a tensor to be exported, got {type(output).__name__}. Export the Vision "
-                    "Transformer in it, or a module that returns the tensor."
+                    "Transformer in it, or a module around it that returns the tensor."
                 )
             output = transformer.adapter.output(output)
         return output.float()
@@ -145,7 +145,7 @@ def exported_copy(model: nn.Module, plan: ScheduleLike | None, module_path: str 
         FileFormatError: If the plan is a file that cannot be read.
         ScheduleError, UnsupportedModelError: As `lightning_prune.patch`.
     """
-    transformer = find_vision_transformer(model, module_path)
+    transformer = find_vision_transformer(model, module_path, restore_mode(model))
     _refuse_quantized(model, transformer)
     if plan is not None and reducing_patches(transformer):
         raise ArgumentError("`plan` must be left out for a patched model, which is exported as it is patched.")

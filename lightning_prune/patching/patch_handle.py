@@ -121,9 +121,8 @@ class PatchHandle:
         """
         known = self.transformer
         now = describe(known.adapter, known.root, known.path)  # its image size may have been changed
-        self.transformer = replace(
-            now, compiled_wrapper=known.compiled_wrapper, restore=known.restore, reader=known.reader
-        )
+        kept = {name: getattr(known, name) for name in ("compiled_wrapper", "restore", "reader", "reads_logits")}
+        self.transformer = replace(now, **kept)
         checked, before, was_active = self._checked(schedule), self.schedule, self.active
         try:
             self.schedule = checked

@@ -9,7 +9,7 @@ from torch import nn
 
 from lightning_prune.patching.class_swap import PatchedModule
 from lightning_prune.patching.exact_tail import ExactTail
-from lightning_prune.patching.token_readers import TokenReaders
+from lightning_prune.patching.token_readers import RestoreMode, TokenReaders
 
 
 class RootPatch:
@@ -75,6 +75,17 @@ class PatchedRoot(PatchedModule):
 def tail_of(root: nn.Module) -> ExactTail | None:
     """The exact tail of a patched transformer; None if it has none."""
     return root._prune_patch.tail if isinstance(root, PatchedRoot) else None
+
+
+def restore_mode(model: nn.Module) -> RestoreMode | None:
+    """How a patched model gives removed tokens back; None if it does not.
+
+    Args:
+        model: Contains one Vision Transformer.
+    """
+    roots = (each for each in model.modules() if isinstance(each, PatchedRoot))
+    readers = next((each._prune_patch.readers for each in roots), None)
+    return None if readers is None else readers.mode
 
 
 def _with_signature(forward: Callable[..., Any], own: Callable[..., Any]) -> Callable[..., Any]:

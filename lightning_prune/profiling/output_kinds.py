@@ -209,7 +209,7 @@ def choose_proxy(
         ArgumentError: If there is no such proxy, or it does not fit the outputs.
     """
     check_choice("proxy", proxy, PROXIES)
-    outputs, is_dense = transformer.num_classes, transformer.reader is not None
+    outputs, is_dense = transformer.num_classes, transformer.reader is not None and not transformer.reads_logits
     if is_dense:
         valid = proxy in ("auto", "patch_cosine", "cosine")
         check("proxy", proxy, "'auto', 'patch_cosine' or 'cosine' with `restore`", valid)

@@ -10,7 +10,7 @@ from torch.export import ExportedProgram
 
 from lightning_prune._utils.isolation import isolated
 from lightning_prune._utils.trees import tree_unflatten
-from lightning_prune.errors import ExportError
+from lightning_prune.errors import ArgumentError, ExportError
 from lightning_prune.runtimes.in_place import force_eager, uncompiled
 from lightning_prune.runtimes.resampling import with_constant_positions
 
@@ -75,6 +75,8 @@ def export_graph(
             exported = _WithConstants(module, keywords).eval() if keywords else module
             program = torch.export.export(exported, inputs, dynamic_shapes=dynamic_shapes, strict=False)
             program = with_constant_positions(program, inputs, dynamic_shapes)
+        except ArgumentError:  # of this package, which says what to do
+            raise
         except Exception as error:  # whatever the user's module raises while it is traced
             first_line = str(error).strip().partition("\n")[0]
             raise ExportError(

@@ -64,7 +64,7 @@ class VisionTransformer:
         num_tokens: N, tokens that enter the first prunable block, prefix included; None if it depends on the images.
         embed_dim: C.
         patch_embed: The module that receives the images.
-        num_classes: Number of logits; 0 if the model returns features.
+        num_classes: Number of logits; 0 if the model, or its reader, returns features.
         has_position_inputs: Whether blocks receive another input for each token (a rotary embedding, a bias), which
             must be selected for the tokens that are left.
         pools_patches: Whether the model's output is computed from all patch tokens, by a mean or by attention, and not
@@ -75,6 +75,7 @@ class VisionTransformer:
         restore: How tokens that a patch removes are given back to whoever reads all of them; None if they are not.
         reader: The module around `root` that reads them, with a dense head for example: its call is what runs and is
             measured. None where the transformer itself is.
+        reads_logits: Whether the reader returns logits (B, `num_classes`), and not features.
     """
 
     root: nn.Module
@@ -94,6 +95,7 @@ class VisionTransformer:
     compiled_wrapper: nn.Module | None = None
     restore: RestoreMode | None = None
     reader: nn.Module | None = None
+    reads_logits: bool = False
 
     @property
     def compiled_root(self) -> nn.Module:
@@ -169,6 +171,9 @@ class VisionTransformer:
 
     def output(self, result: Any) -> Tensor:
         """The vector of each image in what `run` returns: by `ModelAdapter.output`; `unit_features` of a reader."""
+        if self.reads_logits:
+            assert isinstance(result, Tensor)
+            return result
         return self.adapter.output(result) if self.reader is None else unit_features(result)
 
 

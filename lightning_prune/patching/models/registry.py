@@ -112,11 +112,15 @@ def find_vision_transformer(
             f"{original_class(root).__name__}{at} cannot be pruned: {reason}. Pass `restore='auto'`, which gives "
             "removed tokens back."
         )
-    reader = None if restore is None else _reader(whole, path, root)
+    reader = _reader(whole, path, root, restore is not None)
     if restore is not None and reader is None and (adapter.returns_tokens(root) or reason is not None):
         reader = root
-    found_one = describe(adapter, root, path)
-    return replace(found_one, compiled_wrapper=compiled, restore=restore, reader=reader)
+    found_as = replace(describe(adapter, root, path), compiled_wrapper=compiled, restore=restore, reader=reader)
+    if reader is None:
+        return found_as
+    if _is_classifier(reader):
+        return replace(found_as, num_classes=int(getattr(reader, "num_classes", 0)), reads_logits=True)
+    return replace(found_as, num_classes=0)  # what it returns is no row of logits for each image
 
 
 @contextmanager
@@ -133,16 +137,28 @@ def restoring(restore: RestoreMode | None) -> Iterator[None]:
         _restore.reset(token)
 
 
-def _reader(model: nn.Module, path: str, root: nn.Module) -> nn.Module | None:
-    """The outermost module on the way to the transformer that has a forward of its own; None for the transformer."""
+def _reader(model: nn.Module, path: str, root: nn.Module, restores: bool) -> nn.Module | None:
+    """The module around the transformer that is measured and judged in its place; None for the transformer.
+
+    A classifier around a tower, which says so; where tokens are given back, the outermost that has a forward of its
+    own.
+    """
     names = path.split(".") if path else []
     for count in range(len(names)):
         module = model.get_submodule(".".join(names[:count]))
+        if _is_classifier(module):
+            return module
+        if not restores:
+            continue
         forward = original_class(module).forward
         # Containers have none, and that of a LightningModule calls that of its base class.
         if forward is not nn.Module.forward and not forward.__module__.startswith(("lightning.", "pytorch_lightning.")):
             return None if module is root else module
     return None
+
+
+def _is_classifier(module: nn.Module) -> bool:
+    return bool(getattr(type(module), "classifies_by_tower", False))
 
 
 def describe(adapter: ModelAdapter, root: nn.Module, path: str) -> VisionTransformer:

@@ -1,0 +1,62 @@
+"""Exported dense models: the file gives all tokens back as the patched model does."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+import lightning_prune as lp
+from helpers.data import noise_images
+from helpers.dense import FeatureNet, dense_net
+from helpers.models import disturb, tiny_vit
+from lightning_prune.errors import ArgumentError
+
+IMAGES = noise_images(6)
+
+
+@pytest.mark.parametrize("method", ["tome", "topk"])
+@pytest.mark.parametrize(("format", "graph"), [("onnx", "native"), ("onnx", "portable"), ("openvino", "native")])
+def test_a_dense_head(tmp_path: Path, method: str, format: Any, graph: Any) -> None:
+    net = dense_net(class_token=True)
+    with torch.no_grad(), lp.patch(net, method, [0, 5, 0, 3], restore="auto"):
+        expected = net(IMAGES)
+        report = lp.export(net, tmp_path / "out", IMAGES[:2], format=format, graph=graph, calibration=IMAGES)
+    assert report.classes == 0
+    assert report.max_relative_error < 1e-4
+    found = lp.load_exported(tmp_path / "out")(IMAGES)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+    with torch.no_grad():
+        assert not torch.allclose(net(IMAGES), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_several_outputs_are_refused(tmp_path: Path) -> None:
+    net = FeatureNet(tiny_vit()).eval()
+    with lp.patch(net, "tome", [0, 5, 0, 3], restore="auto"), pytest.raises(ArgumentError, match="return a tensor"):
+        lp.export(net, tmp_path / "out", IMAGES[:2])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_backbone_is_exported_with_what_reads_it(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 64}
+    config = transformers.Dinov2Config(**shape, image_size=32, patch_size=8, out_features=["stage2", "stage4"])
+    backbone = disturb(transformers.Dinov2Backbone(config))
+
+    class Head(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone = backbone
+
+        def forward(self, images: Tensor) -> Tensor:
+            return torch.cat(self.backbone(images).feature_maps, dim=1)
+
+    net = Head().eval()
+    with torch.no_grad(), lp.patch(net, "topk", [0, 5, 0, 0], restore="auto"):
+        expected = net(IMAGES)
+        lp.export(net, tmp_path / "out", IMAGES[:2], format="onnx")
+        with pytest.raises(ArgumentError, match="return a tensor"):
+            lp.export(backbone, tmp_path / "other", IMAGES[:2], format="onnx")
+    torch.testing.assert_close(lp.load_exported(tmp_path / "out")(IMAGES), expected, rtol=1e-3, atol=1e-4)
