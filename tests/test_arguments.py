@@ -58,6 +58,17 @@ MODEL_PATH = {"module_path": {"None"}}
 NAMED = {"method": {"None"}, "made_on": {"None"}}
 UPDATES = {name: {"fraction"} for name in ("seconds", "images", "joules")}
 CENTROIDS = torch.randn(3, 3 * 8 * 8)
+
+
+def tiny_clip() -> Any:
+    import transformers
+
+    shape = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1}
+    text = {**shape, "vocab_size": 8, "max_position_embeddings": 8, "eos_token_id": 2}
+    vision = {**shape, "image_size": 16, "patch_size": 8}
+    return transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=16))
+
+
 CALLEES: dict[str, Callable[[], Callee]] = {
     "Schedule": lambda: Callee(lp.Schedule, {"removed": [0, 3]}, NAMED | {"method": {"None", "text"}}),
     "Schedule.single": lambda: Callee(
@@ -80,7 +91,7 @@ CALLEES: dict[str, Callable[[], Callee]] = {
     "trace_tokens": lambda: Callee(
         lp.trace_tokens,
         {"model": tiny_vit(), "images": IMAGES, "method": "tome", "schedule": [0, 3, 0, 0]},
-        MODEL_PATH,
+        MODEL_PATH | {"restore": {"None"}},
         {"schedule": "(schedule|removed|nonsense)"},
     ),
     "profile_latency": lambda: Callee(
@@ -128,6 +139,7 @@ CALLEES: dict[str, Callable[[], Callee]] = {
             **{name: {"None"} for name in ("on_message", "on_results")},
             "output": {"None", "text"},
             "command": {"text"},
+            "metric_from_step": {"None", "text"},
         },
         {"runtimes": "runtimes?"},
     ),
@@ -151,6 +163,16 @@ CALLEES: dict[str, Callable[[], Callee]] = {
         {"model": tiny_vit()},
         {"weights": {"None"}, "num_classes": {"None"}, "model_kwargs": {"None"}},
         {"weights": "(weights|nonsense)"},
+    ),
+    "ZeroShotClassifier": lambda: Callee(
+        lp.ZeroShotClassifier,
+        {
+            "model": tiny_clip(),
+            "class_names": ["cat", "dog"],
+            "tokenizer": lambda texts: torch.zeros(len(texts), 4).long(),
+        },
+        {"group_names": {"None"}},
+        {"model": "(model|nonsense)", "tokenizer": "(tokenizer|nonsense)"},
     ),
     "DigitsData": lambda: Callee(lp.DigitsData, {}),
     "ImageFolderData": lambda: Callee(

@@ -212,6 +212,8 @@ class PruningConfig:
             method = self.reduction
             valid = method.site == "block" and not method.adaptive
             check("block", block, f"left out with {method.name}, which does not act in blocks that are searched", valid)
+        if self.restore is not None:
+            check("protocol", self.protocol, "'deployed' with `restore`", self.protocol == "deployed")
         if self.is_adaptive:
             label = f"left out with {self.label}, where the images decide how many tokens are removed"
             check("schedule", schedule, label, schedule == "auto")

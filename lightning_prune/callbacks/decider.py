@@ -59,7 +59,8 @@ class Decider:
             transformer: The Vision Transformer of the next run.
         """
         known, root = self._known, transformer.root
-        return known is not None and known.root() is root and known.latency["structure"] == structure(root)
+        here = structure(transformer.outer)
+        return known is not None and known.root() is root and known.latency["structure"] == here
 
     def give(self, decision: Decision) -> None:
         """Makes a decision hold for all runs."""

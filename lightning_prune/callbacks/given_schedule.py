@@ -10,6 +10,7 @@ from lightning_prune.callbacks.decision import Decision
 from lightning_prune.callbacks.first_batch import FirstBatch
 from lightning_prune.patching import PatchHandle, VisionTransformer, check_schedule
 from lightning_prune.patching.compatibility import check_depth
+from lightning_prune.patching.patched_block import tokens_left
 from lightning_prune.patching.schedule_forms import counts_for, reductions_of, resolve_schedule
 from lightning_prune.planning.candidates import MIXED
 from lightning_prune.profiling import compare_latency
@@ -140,7 +141,7 @@ def _tokens_left(transformer: VisionTransformer, images: Tensor, reduction: Redu
     counts: list[int] = []
     block = transformer.blocks[transformer.first_prunable_block]
     with PatchHandle(transformer, reduction):
-        hook = block.register_forward_hook(lambda _, args, output: counts.append(output.shape[1]))
+        hook = block.register_forward_hook(lambda _, args, output: counts.append(tokens_left(output)))
         try:
             transformer.run_eagerly(images)  # not `root(images)`: a compiled graph would not call the hook
         finally:

@@ -6,7 +6,7 @@ import lightning as L
 from rich.console import Console
 from torch import Tensor
 
-from lightning_prune._utils.validation import check_int
+from lightning_prune._utils.validation import check, check_int
 from lightning_prune.callbacks import PruningConfig
 from lightning_prune.callbacks.first_batch import FirstBatch, on_first_batch
 from lightning_prune.exporting import DeviceBundle, bundle
@@ -47,6 +47,7 @@ def run_bundle(
     check_new(output, overwrite)
     if batch_size is not None:
         check_int("batch_size", batch_size, 1, "a number of images")
+    check("prune.restore", config.restore, "None, as bundles are for classifiers", config.restore is None)
     named = config.runtime if config.runtime != "torch" else None
 
     def take(first: FirstBatch) -> Tensor:

@@ -107,6 +107,8 @@ def run_export(
 
 
 def _transformer(model: nn.Module, config: PruningConfig) -> nn.Module:
+    label = "None here: patch and export a dense model in Python, by `lightning_prune.export`"
+    check("prune.restore", config.restore, label, config.restore is None)
     return find_vision_transformer(model, config.module_path).root
 
 

@@ -60,7 +60,7 @@ class ComparedMethod:
 
     def unsupported_reason(self, images: Tensor) -> str | None:
         """Why the method cannot be used with this model on this device; None if it can."""
-        root, reduction = self.transformer.root, self.request.reduction
+        reduction = self.request.reduction
         if self.request.searches:
             try:
                 usable_methods(list(self.request.searched), "all", self.transformer)
@@ -84,7 +84,7 @@ class ComparedMethod:
                 return f"{reduction.name} can remove none of the {self.tokens} tokens"
             schedule = None if reduction.adaptive else self._candidate(1).schedule
             with PatchHandle(self.transformer, reduction, schedule):
-                root.forward(images)  # past a compiled graph: this is about whether it runs, not how fast
+                self.transformer.run_eagerly(images)  # no compiled graph: this is about whether it runs
         except (UnsupportedModelError, ScheduleError) as error:
             return str(error)
         return None

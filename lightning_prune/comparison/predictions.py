@@ -83,7 +83,7 @@ class PredictionRecorder(L.Callback):
         self._columns = _stated_classes(pl_module), _head_sizes(pl_module, self._transformer)
         if getattr(pl_module, "_compiler_ctx", None) is not None:
             self._give_up("the LightningModule is compiled as a whole")
-        elif _shuffled(trainer):
+        elif shuffles(trainer):
             rank_zero_warn("The validation loader shuffles, so that images of two runs cannot be paired: no intervals.")
             self._give_up("the validation loader shuffles")
         if getattr(pl_module, "_compiler_ctx", None) is None:
@@ -288,7 +288,7 @@ def _labels(batch: Any, images: int, columns: int) -> tuple[Tensor | None, str]:
     return labels, ""
 
 
-def _shuffled(trainer: L.Trainer) -> bool:
+def shuffles(trainer: L.Trainer) -> bool:
     """Whether the first loader yields its images in another order each time."""
     loaders = tree_leaves(getattr(trainer.val_dataloaders, "iterables", trainer.val_dataloaders))
     return bool(loaders) and isinstance(getattr(loaders[0], "sampler", None), RandomSampler)

@@ -101,7 +101,7 @@ def validate_variants(
             report(f"Validating {name} ({number} of {len(runs)})")
             deployment = Deployment(variant, plan.dense_tokens, config.module_path)
             recorder = PredictionRecorder(config.module_path, config.images_from_batch)
-            values = [] if settings.metric is None else [StepValues(settings.metric)]
+            values = [] if settings.metric is None else [StepValues(settings.metric, config.images_from_batch)]
             own = replace(config, runtime=variant.runtime.name) if variant.runtime is not None else config
             progress.runs_left = len({other for each, other in runs.items() if each not in results})
             is_dense = name in denses
@@ -124,9 +124,10 @@ def validate_variants(
 def _result(metrics: dict[str, float], recorder: PredictionRecorder, step: StepValues | None = None) -> VariantResult:
     """The outcome of a validation; without accuracy where outputs are not finite, as no class follows from these."""
     if not recorder.broken:
-        values = None if step is None else tuple(step.values)
-        if step is not None and values:
-            metrics = {**metrics, step.name: fmean(values)}
+        values = None
+        if step is not None and step.values:
+            metrics = {**metrics, step.name: fmean(step.values)}
+            values = None if step.is_shuffled else tuple(step.values)
         return VariantResult(metrics, recorder.images, recorder.predictions, recorder.missing, values=values)
     rates = {name: value for name, value in metrics.items() if name in _RATES}
     count = len(recorder.broken)

@@ -17,7 +17,7 @@ from lightning_prune.patching.class_swap import PatchedModule, Setting
 from lightning_prune.patching.exact_tail import ExactTail
 from lightning_prune.patching.input_resize import InputResize, resize_of
 from lightning_prune.patching.models.base import ModelAdapter, VisionTransformer
-from lightning_prune.patching.restored_tokens import cut_of, restored
+from lightning_prune.patching.restored_tokens import DeltaCut, cut_of, restored
 from lightning_prune.patching.token_readers import TokenReaders, rule_for
 from lightning_prune.patching.token_state import PerThread, TokenState, attach_state, get_state, next_token_state
 from lightning_prune.reduction.base import AttentionInputs, Reduction, TokenSequence
@@ -124,18 +124,27 @@ class BlockPatch:
         if isinstance(carried, CarriedState):
             left, state = carried.tokens, carried.token_state
             if left is None and (state is None or state.num_tokens == x.shape[1]):
+                self._check_gradients(x, x, state)
                 return x, state
             if left is not None and carried.is_unchanged(x):
-                if torch.is_grad_enabled() and x.requires_grad and not left.requires_grad:
-                    raise UnsupportedModelError(
-                        "Reentrant checkpointing loses the gradients of tokens that are given back between blocks. "
-                        "Use `torch.utils.checkpoint.checkpoint(..., use_reentrant=False)`."
-                    )
+                self._check_gradients(x, left, state)
                 return left, state
         raise UnsupportedModelError(
             f"The tokens that enter block {self.index} must be the output of the previous block, got other tokens. "
             "A hook that returns or changes tokens, for example, loses which tokens are left."
         )
+
+    @staticmethod
+    def _check_gradients(x: Tensor, left: Tensor, state: TokenState | None) -> None:
+        """Raises where a block runs again in backward on other tokens than those whose state it carries."""
+        if not (torch.is_grad_enabled() and x.requires_grad):
+            return
+        kept = [cut.before for cut in state.cuts if isinstance(cut, DeltaCut)] if state is not None else []
+        if not all(each.requires_grad for each in (left, *kept)):
+            raise UnsupportedModelError(
+                "Reentrant checkpointing loses the gradients of tokens that are given back after a block. Use "
+                "`torch.utils.checkpoint.checkpoint(..., use_reentrant=False)`."
+            )
 
 
 def patch_key(root: nn.Module) -> Hashable:
@@ -189,18 +198,25 @@ class CarriedState(NamedTuple):
     Attributes:
         token_state: None if all tokens are left.
         tokens: (B, K, C), the tokens that are left, if the output has those that were removed, too.
-        total: N, the number of tokens that the output then has.
+        form: Shape and strides of the output then.
         version: Of the output, which counts changes in place; -1 if it is not known.
     """
 
     token_state: TokenState | None
     tokens: Tensor | None = None
-    total: int = 0
+    form: tuple[Any, ...] = ()
     version: int = -1
 
     def is_unchanged(self, output: Tensor) -> bool:
         """Whether the output (B, N, C) of a block is as the block returned it, as far as can be known."""
-        return self.total == output.shape[1] and self.version in (-1, _version_of(output))
+        return self.form == _form_of(output) and self.version in (-1, _version_of(output))
+
+
+def tokens_left(output: Tensor) -> int:
+    """The number of tokens that are left in the output (B, N, C) of a block, which may give the removed ones back."""
+    carried = get_state(output)
+    left = carried.tokens if isinstance(carried, CarriedState) else None
+    return output.shape[1] if left is None else left.shape[1]
 
 
 class PatchedBlock(PatchedModule):
@@ -262,11 +278,15 @@ class PatchedBlock(PatchedModule):
         cuts = patch.readers.cuts(arrived, after.device) if patch.readers is not None and is_read else ()
         if cuts:
             output = restored(after, cuts)
-            attach_state(output, CarriedState(arrived, after, output.shape[1], _version_of(output)))
-            return output
-        if patch.tracks_state:
-            attach_state(after, CarriedState(arrived))
-        return after
+            if patch.index < patch.depth - 1:
+                attach_state(output, CarriedState(arrived, after, _form_of(output), _version_of(output)))
+        else:
+            output = after
+            if patch.tracks_state and (patch.readers is None or patch.index < patch.depth - 1):
+                attach_state(after, CarriedState(arrived))
+        if patch.readers is not None:
+            patch.readers.mark(output, read)
+        return output
 
 
 class CaptureInput(PatchedModule):
@@ -278,6 +298,12 @@ class CaptureInput(PatchedModule):
         """Captures the images and runs the module."""
         self._prune_patch.pixels.set(x)
         return super().forward(x, *args, **kwargs)
+
+
+def _form_of(tokens: Tensor) -> tuple[Any, ...]:
+    if torch.compiler.is_compiling():
+        return tuple(tokens.shape)
+    return (*tokens.shape, *tokens.stride(), tokens.storage_offset())
 
 
 def _version_of(tokens: Tensor) -> int:

@@ -81,9 +81,10 @@ def restore_mode(model: nn.Module) -> RestoreMode | None:
     """How a patched model gives removed tokens back; None if it does not.
 
     Args:
-        model: Contains one Vision Transformer.
+        model: Contains one Vision Transformer; anything else does not.
     """
-    roots = (each for each in model.modules() if isinstance(each, PatchedRoot))
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    roots = (each for each in modules if isinstance(each, PatchedRoot))
     readers = next((each._prune_patch.readers for each in roots), None)
     return None if readers is None else readers.mode
 

@@ -140,7 +140,7 @@ def cut_of(rule: RestoreRule, before: Tensor, reduced: ReductionOutput, num_pref
     tokens = before.shape[1]
     valid = reduced.positions >= num_prefix_tokens
     if rule == "copy":
-        sources = sources_of(reduced, tokens)
+        sources = _portable_sources(reduced, tokens) if is_portable() else sources_of(reduced, tokens)
         if reduced.sources is None:  # a method that drops tokens
             nearest = nearest_kept(before, reduced.tokens, valid, num_prefix_tokens, 1)[..., 0]
             first = sources[:, :num_prefix_tokens]
@@ -149,6 +149,18 @@ def cut_of(rule: RestoreRule, before: Tensor, reduced: ReductionOutput, num_pref
         return CopyCut(sources)
     nearest = nearest_kept(before, reduced.tokens, valid, num_prefix_tokens, NEIGHBOURS)
     return DeltaCut(before, reduced.tokens, kept_indices(reduced.positions, tokens), nearest, valid)
+
+
+def _portable_sources(reduced: ReductionOutput, tokens: int) -> Tensor:
+    """As `sources_of`, without a scatter."""
+    if reduced.sources is not None:
+        return reduced.sources
+    kept, positions = kept_indices(reduced.positions, tokens), reduced.positions
+    fused = positions < 0 if reduced.sizes is None else (positions < 0) & (reduced.sizes > 0)
+    left = whole_numbers(0, positions.shape[1], positions)
+    place = (fused * left).sum(dim=1, keepdim=True).to(torch.int64)
+    only = fused.sum(dim=1, keepdim=True) == 1
+    return torch.where(kept < 0, torch.where(only, place, -1), kept)
 
 
 def with_cut(cuts: tuple[Cut, ...], cut: Cut) -> tuple[Cut, ...]:

@@ -13,6 +13,7 @@ from lightning_prune.patching.api import make_handle
 from lightning_prune.patching.input_resize import resize_of
 from lightning_prune.patching.models import find_vision_transformer
 from lightning_prune.patching.patched_block import BlockPatch
+from lightning_prune.patching.token_readers import RestoreMode
 from lightning_prune.reduction import Reduction, ReductionOutput, TokenSequence
 from lightning_prune.reduction.functional import sources_of
 from lightning_prune.schedule import MethodSpec, ScheduleLike
@@ -42,6 +43,7 @@ def trace_tokens(
     schedule: ScheduleLike | None = None,
     *,
     module_path: str | None = None,
+    restore: RestoreMode | None = None,
 ) -> TokenTrace:
     """Runs a model with a reduction, in evaluation mode, and traces every patch of the images.
 
@@ -51,6 +53,7 @@ def trace_tokens(
         method: See `lightning_prune.patch`; left out if the schedule names its method, or one for each block.
         schedule: See `lightning_prune.patch`.
         module_path: Dotted path of the transformer in `model`, if there are several.
+        restore: See `lightning_prune.patch`; needed by models that read a grid after the blocks.
 
     Returns:
         The trace.
@@ -69,11 +72,11 @@ def trace_tokens(
         >>> trace.tokens.tolist(), trace.grid
         ([141, 141], (14, 14))
     """
-    transformer = find_vision_transformer(model, module_path)
+    transformer = find_vision_transformer(model, module_path, restore)
     check_images("images", images)
     outputs: list[tuple[Tensor, Tensor]] = []
     # The last block traces too, so it must not run with the exact tail.
-    with torch.no_grad(), isolated(transformer.root), make_handle(transformer, method, schedule, tail=False) as handle:
+    with torch.no_grad(), isolated(transformer.outer), make_handle(transformer, method, schedule, tail=False) as handle:
         for block in transformer.blocks:
             block_patch = vars(block).get("_prune_patch")
             if isinstance(block_patch, BlockPatch) and block_patch.reduction is not None:

@@ -10,6 +10,7 @@ import itertools
 from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
@@ -19,7 +20,7 @@ from lightning_prune._utils.validation import check_choice
 from lightning_prune.errors import UnsupportedModelError
 from lightning_prune.patching.class_swap import original_class
 from lightning_prune.patching.restored_tokens import Cut, RestoreRule
-from lightning_prune.patching.token_hooks import reads_tokens
+from lightning_prune.patching.token_hooks import any_reads_tokens, reads_tokens
 from lightning_prune.patching.token_state import TokenState, attach_state, get_state
 from lightning_prune.reduction.base import Reduction
 
@@ -97,7 +98,8 @@ class TokenReaders:
     _traced: _Call | None = None  # in place of `_running`, which compiled code cannot set
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_key": None, "_traced": None}
+        kept = {name: value for name, value in vars(self).items() if name != "_parts"}
+        return {**kept, "_key": None, "_traced": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, _key=f"readers {next(_numbers)}")
@@ -137,7 +139,13 @@ class TokenReaders:
         """
         if self._current() is not None:
             return function(*args, **kwargs)
-        made = _Call(self._key, None if read is None else frozenset(read) | self._hooked())
+        hooked = self._hooked()
+        if self.scaled is not None and read is not None and -1 in {*read, *(hooked or ())}:
+            raise UnsupportedModelError(
+                "What enters block 0 of a model whose images are scaled down is the smaller grid, and it is read, as "
+                "`hidden_states[0]`, a `stem` or by a hook: ask for later blocks, or use another method than resize."
+            )
+        made = _Call(self._key, None if read is None or hooked is None else frozenset(read) | hooked)
         if torch.compiler.is_compiling():
             self._traced = made
             try:
@@ -157,11 +165,21 @@ class TokenReaders:
         current = self._current()
         if torch.compiler.is_compiling():
             return None if current is None else current.read
-        if torch._C._current_graph_task_id() != -1:  # a checkpointed block that runs again in backward
-            current = get_state(tokens, _MARK)
-        elif torch.is_grad_enabled():
+        if current is None and torch._C._current_graph_task_id() != -1:
+            current = get_state(tokens, _MARK)  # a checkpointed block that runs again in backward
+        else:
             attach_state(tokens, current, _MARK)
         return None if current is None else current.read
+
+    def mark(self, tokens: Tensor, read: frozenset[int] | None) -> None:
+        """Marks the output of a block for the next one, which may run again in backward with it.
+
+        Args:
+            tokens: (B, N, C).
+            read: The result of `read_of` for the block.
+        """
+        if self.always is None and read is not None and not torch.compiler.is_compiling():
+            attach_state(tokens, _Call(self._key, read), _MARK)
 
     def _current(self) -> _Call | None:
         if torch.compiler.is_compiling():
@@ -169,20 +187,26 @@ class TokenReaders:
         current = _running.get()
         return current if current is not None and current.key == self._key else None
 
-    def _hooked(self) -> frozenset[int]:
-        """The blocks whose output a hook sees."""
+    def _hooked(self) -> frozenset[int] | None:
+        """The blocks whose output a hook sees; None if a hook for all modules sees that of all."""
+        if any_reads_tokens(()):
+            return None
         found = {self.last} if any(reads_tokens(each) for each in self.after) else set()
         for index in range(self.first, len(self.blocks)):
-            block = self.blocks[index]
-            if reads_tokens(block):
-                found |= {index, max(index - 1, 0)}  # a hook also sees what enters
-            if torch.compiler.is_compiling():
-                continue
-            inside = next((name for name, each in block.named_modules() if name and reads_tokens(each)), "")
-            if inside:
-                raise UnsupportedModelError(
-                    f"A hook must be on block {index} itself, whose output has all tokens, got one on its part "
-                    f"{inside!r} ({original_class(block.get_submodule(inside)).__name__}), where the tokens that were "
-                    "removed are missing. Remove the hook, or patch without `restore`."
-                )
+            if reads_tokens(self.blocks[index]):
+                found |= {index, index - 1}  # a hook also sees what enters
+        if not torch.compiler.is_compiling():
+            for index, name, part in self._parts:
+                if reads_tokens(part):
+                    raise UnsupportedModelError(
+                        f"A hook must be on block {index} itself, whose output has all tokens, got one on its part "
+                        f"{name!r} ({original_class(part).__name__}), where the tokens that were removed are missing. "
+                        "Remove the hook, or patch without `restore`."
+                    )
         return frozenset(found)
+
+    @cached_property
+    def _parts(self) -> list[tuple[int, str, nn.Module]]:
+        """The modules inside the blocks that see the short sequence: index of the block, name, module."""
+        numbered = enumerate(self.blocks[self.first :], self.first)
+        return [(index, name, each) for index, block in numbered for name, each in block.named_modules() if name]

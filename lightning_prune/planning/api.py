@@ -194,6 +194,7 @@ def plan_many(  # noqa: D417  all other arguments are those of `plan`
     check("cache_dir", cache_dir, "a folder or None", cache_dir is None or isinstance(cache_dir, str | PathLike))
     check("labels", labels, "a tensor or None", labels is None or isinstance(labels, Tensor))
     check("tail", tail, "True, False or None", tail is None or isinstance(tail, bool))
+    check("protocol", protocol, "'deployed' with `restore`", restore is None or protocol == "deployed")
     transformer = find_vision_transformer(model, module_path, restore)
     _check_arguments(transformer, example_inputs, calibration, objectives, proxy, time_limit, protocol)
     _check_runtime(transformer, runtime)

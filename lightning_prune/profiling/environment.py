@@ -30,6 +30,21 @@ UNKNOWN = "unknown"
 
 _PACKAGE = __name__.partition(".")[0]
 _MODEL_LIBRARIES = ("timm", "torchvision", "transformers")
+_LIBRARIES = (
+    "torch",
+    "timm",
+    "torchvision",
+    "transformers",
+    "lightning",
+    "pytorch_lightning",
+    "torchmetrics",
+    _PACKAGE,
+)
+_OF_LIGHTNING = frozenset({"_current_fx_name"})  # which hook of a LightningModule runs
+_OF_LOOPS = frozenset(
+    {f"{stage}_{what}" for stage in ("training", "validation", "test", "predict") for what in ("step", "dataloader")}
+    | {"train_dataloader", "val_dataloader"}
+)
 _OF_TORCH = frozenset(vars(nn.Module())) | {"_is_hf_initialized"}  # no settings, though some are private and plain
 
 
@@ -154,6 +169,7 @@ def model_conditions(
         "channels_last": not example_inputs.is_contiguous()
         and example_inputs.is_contiguous(memory_format=torch.channels_last),
         "structure": structure(transformer.outer),
+        **({} if transformer.reader is None else {"reader": code_identity(transformer.outer)}),
         "depth": transformer.depth,
         "arguments": _plain_arguments(call_keywords(transformer.root)),
         "kernels": _kernel_switches(),
@@ -226,8 +242,22 @@ def replaced_methods(model: nn.Module) -> list[Callable[..., Any]]:
         for name, value in vars(module).items()
         if callable(value)
         and inspect.isfunction(getattr(type(module), name, None))
-        and not name.endswith(("_step", "_dataloader"))
+        and not (name in _OF_LOOPS and hasattr(module, "validation_step"))
     ]
+
+
+def code_identity(model: nn.Module) -> str:
+    """A digest of the source files of the user's classes among the modules; `"unknown"` where one has no file.
+
+    What a dense head computes is code that no class name and no setting tells of.
+
+    Args:
+        model: The model, patched or dense.
+    """
+    kinds = {original_class(module) for module in model.modules()}
+    own = sorted((k for k in kinds if k.__module__.partition(".")[0] not in _LIBRARIES), key=_qualified_name)
+    found = [_class_identity(kind) for kind in own]
+    return UNKNOWN if UNKNOWN in found else hashlib.sha256(repr(found).encode()).hexdigest()[:24]
 
 
 def unknown_conditions(dependencies: Mapping[str, Any]) -> list[str]:
@@ -263,7 +293,7 @@ def _plain_arguments(arguments: Mapping[str, Any]) -> Any:
 def _plain_settings(module: nn.Module) -> Iterator[tuple[str, Any]]:
     """Attributes of a module besides tensors and modules, at which its `forward` may look."""
     for name, value in sorted(vars(module).items()):
-        if name == "training" or name in _OF_TORCH:
+        if name == "training" or name in _OF_TORCH or name in _OF_LIGHTNING:
             continue
         if name.startswith("_"):
             if _is_switch(value):
@@ -299,7 +329,7 @@ def _class_identity(method: type) -> str:
     """
     texts = []
     for cls in method.__mro__:
-        if cls.__module__.partition(".")[0] in (_PACKAGE, "builtins", "abc"):
+        if cls.__module__.partition(".")[0] in (_PACKAGE, "builtins", "abc", *_LIBRARIES):
             continue
         try:
             texts.append(inspect.getsource(sys.modules[cls.__module__]))

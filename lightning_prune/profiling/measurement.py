@@ -138,6 +138,7 @@ def profile_latency(
             profile = search_counts(timer, build, counts, lowest, n, time_limit, counted, len(example_inputs), possible)
         context = measurement_context(transformer.compiled_root, example_inputs, clock)
         context["method_settings"] = {key: repr(value) for key, value in reduction.settings().items()}
+        context |= {} if transformer.restore is None else {"restore": transformer.restore}
         context |= fault_context(example_inputs.device.type)
         context["measured"] = datetime.now().astimezone().isoformat(timespec="seconds")
     return replace(profile, seconds=clock() - start, context=context)

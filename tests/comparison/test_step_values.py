@@ -17,7 +17,7 @@ from lightning_prune.callbacks import TokenPruning
 from lightning_prune.comparison.comparison_results import Comparison
 from lightning_prune.comparison.paired_statistics import paired_mean_difference
 from lightning_prune.comparison.variant_runs import Deployment
-from lightning_prune.errors import ArgumentError
+from lightning_prune.errors import ArgumentError, DataError
 from lightning_prune.report.tables import comparison_table
 
 from .conftest import OPTIONS
@@ -44,7 +44,7 @@ class Scored(DenseModule):
 def compared(module: L.LightningModule, output: Path | None = None, **more: Any) -> Comparison:
     pruner = TokenPruning(schedule=SCHEDULE, restore="auto", verbose=False, calibration=8, time_limit=5)
     trainer = L.Trainer(callbacks=[pruner], **{**OPTIONS, "limit_val_batches": None})
-    data = DataLoader(TensorDataset(IMAGES, TARGETS), batch_size=4)
+    data = more.pop("data", DataLoader(TensorDataset(IMAGES, TARGETS), batch_size=4))
     options: dict[str, Any] = {"methods": ["exact"], "controls": False, "metric_from_step": "mse", **more}
     return lp.compare(trainer, module, data, output=output, **options)
 
@@ -101,6 +101,24 @@ def test_what_the_step_returns_must_hold_it(returned: Any, message: str) -> None
     module.returned = returned  # type: ignore[method-assign]
     with pytest.raises(ArgumentError, match=message):
         compared(module)
+
+
+def test_values_that_are_no_numbers_end_the_run() -> None:
+    module = Scored(dense_net())
+    module.returned = lambda found: {"mse": found["mse"] * float("nan")}  # type: ignore[method-assign]
+    with pytest.raises(DataError, match="finite"):
+        compared(module)
+    module.returned = lambda found: {"mse": found["mse"].repeat(2)}  # type: ignore[method-assign]
+    with pytest.raises(ArgumentError, match=r"\(8,\)"):
+        compared(module)
+
+
+def test_shuffled_images_are_not_paired() -> None:
+    module = Scored(dense_net())
+    data = DataLoader(TensorDataset(IMAGES, TARGETS), batch_size=4, shuffle=True)
+    row = next(row for row in compared(module, data=data).rows if row.removed)
+    assert row.metric is not None
+    assert row.metric_low is None
 
 
 def test_the_name_must_be_one() -> None:

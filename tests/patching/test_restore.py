@@ -13,7 +13,9 @@ import transformers
 from timm.models.deepseek_vit import DeepseekVitClassifier, DeepseekVitEncoder
 from timm.models.gemma4_vit import Gemma4VitClassifier, Gemma4VitEncoder
 from timm.models.qwen3_vit import Qwen3VitClassifier, Qwen3VitEncoder
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.checkpoint import checkpoint
 
 import lightning_prune as lp
@@ -21,6 +23,7 @@ from helpers.models import disturb, tiny_torchvision_vit, tiny_vit
 from lightning_prune.errors import ArgumentError, UnsupportedModelError
 from lightning_prune.patching import find_vision_transformer
 from lightning_prune.patching.patched_block import patch_key
+from lightning_prune.patching.token_state import get_state
 from lightning_prune.reduction import RandomDrop, TokenSequence, portable_graph
 
 from .huggingface_models import SMALL, build_hf
@@ -506,10 +509,10 @@ class Taps(nn.Module):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("method", ["tome", "topk"])
-def test_compiles_and_exports(method: str) -> None:
+@pytest.mark.parametrize(("method", "mode"), [("tome", "auto"), ("topk", "auto"), ("topk", "copy"), ("pomt", "copy")])
+def test_compiles_and_exports(method: str, mode: Any) -> None:
     model, images = Taps(tiny_vit(noise=0.1)).eval(), pictures(dtype=torch.float32)
-    with lp.patch(model, method, SCHEDULE, restore="auto"):
+    with lp.patch(model, method, SCHEDULE, restore=mode):
         expected = model(images)
         torch._dynamo.reset()
         compiled = torch.compile(model, fullgraph=True, backend="eager")
@@ -564,6 +567,99 @@ def test_gradients_are_those_of_differences() -> None:
         with torch.no_grad():
             change = (loss(images + 1e-6 * step) - loss(images - 1e-6 * step)) / 2e-6
     torch.testing.assert_close((leaf.grad * step).sum(), change, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("method", ["tome", "topk"])
+@pytest.mark.parametrize("chunk", [2, 4])
+def test_checkpoints_of_several_blocks_and_of_the_model(method: str, chunk: int) -> None:
+    model, images = vit(), pictures()
+    with lp.patch(model, method, SCHEDULE, restore="auto"):
+        plain = images.clone().requires_grad_()
+        model.forward_features(plain).square().mean().backward()
+        again = images.clone().requires_grad_()
+        x = model._pos_embed(model.patch_embed(again))
+        for start in range(0, 4, chunk):
+            x = checkpoint(model.blocks[start : start + chunk], x, use_reentrant=False)
+        model.norm(x).square().mean().backward()
+        whole = images.clone().requires_grad_()
+        checkpoint(model.forward_features, whole, use_reentrant=False).square().mean().backward()
+    for each in (again, whole):
+        assert each.grad is not None
+        torch.testing.assert_close(each.grad, plain.grad)
+
+
+class Multiscale(VisionTransformer):
+    """Collects outputs of blocks in a method of its own."""
+
+    def forward_features(self, x: Tensor) -> Any:
+        x, taps = self._pos_embed(self.patch_embed(x)), []
+        for block in self.blocks:
+            x = block(x)
+            taps.append(x)
+        return torch.cat(taps, 2)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.forward_features(x)
+
+
+@torch.no_grad()
+def test_methods_of_the_user_get_all_tokens() -> None:
+    model, images = vit(kind=Multiscale), pictures()
+    dense = model(images)
+    with lp.patch(model, "topk", SCHEDULE, restore="auto"):
+        assert model(images).shape == model.forward_features(images).shape == dense.shape
+    plain = vit()
+    with lp.patch(plain, "topk", SCHEDULE, restore="auto"):
+        plain.forward_features = lambda x: VisionTransformer.forward_features(plain, x)
+        assert plain.forward_features(images).shape[1] == 17
+        del plain.forward_features
+
+
+@torch.no_grad()
+def test_hooks_for_all_modules_see_all_tokens() -> None:
+    model, images, counts = vit(), pictures(), []
+
+    def see(module: nn.Module, args: Any, output: Any) -> None:
+        if module in set(model.blocks):
+            counts.append(output.shape[1])
+
+    with lp.patch(model, "topk", SCHEDULE, restore="auto"):
+        hook = register_module_forward_hook(see)
+        try:
+            model(images)
+        finally:
+            hook.remove()
+    assert counts == [17, 17, 17, 17]
+
+
+@torch.no_grad()
+def test_a_part_of_a_batch_is_no_output_of_a_block() -> None:
+    model, images = vit(), pictures()
+    with lp.patch(model, "topk", SCHEDULE, restore="auto"):
+        x = model._pos_embed(model.patch_embed(images))
+        for block in model.blocks[:2]:
+            x = block(x)
+        with pytest.raises(UnsupportedModelError, match="block 2"):
+            model.blocks[2](x.chunk(2)[0])
+
+
+@torch.no_grad()
+def test_outputs_carry_nothing_along() -> None:
+    model, images = vit(), pictures()
+    with lp.patch(model, "topk", SCHEDULE, restore="auto"), outputs_of({"last": model.blocks[3]}) as seen:
+        model.forward_features(images)
+    assert get_state(seen["last"]) is None
+
+
+@torch.no_grad()
+def test_what_enters_a_scaled_model_cannot_be_given_back() -> None:
+    model = build_hf("ViTModel").double()
+    images = torch.randn(2, 3, 20, 20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    dense = model(images).last_hidden_state
+    with lp.patch(model, "resize", [9, 0, 0, 0], restore="auto"):
+        assert model(images).last_hidden_state.shape == dense.shape
+        with pytest.raises(UnsupportedModelError, match=r"hidden_states\[0\]"):
+            model(images, output_hidden_states=True)
 
 
 @torch.no_grad()

@@ -83,3 +83,14 @@ def test_a_schedule_of_several_methods(build: Any, images: Tensor) -> None:
         for token in together.unique():
             assert len(trace.groups[image][together == token].unique()) == 1, "what is merged stays together"
     assert len(trace.groups[0].unique()) == 16  # 15 patch tokens that are left, and -1
+
+
+@torch.no_grad()
+def test_models_with_a_grid_are_traced() -> None:
+    from timm.models.qwen3_vit import Qwen3VitEncoder
+
+    model = Qwen3VitEncoder(img_size=24, patch_size=4, embed_dim=32, depth=4, num_heads=4, global_pool="").eval()
+    trace = trace_tokens(model, torch.randn(2, 3, 24, 24), "tome", [0, 9, 0, 0], restore="auto")
+    assert trace.tokens.tolist() == [27, 27]
+    assert trace.held.sum(dim=1).tolist() == [36, 36]
+    assert trace.grid == (6, 6)

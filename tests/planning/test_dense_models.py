@@ -1,10 +1,14 @@
 """Planning for dense models: the module around the transformer is what runs, and its outputs are compared by patch."""
 
+import importlib
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from timm.models.qwen3_vit import Qwen3VitEncoder
 from torch import Tensor, nn
 
 import lightning_prune as lp
@@ -43,7 +47,8 @@ def planned(net: nn.Module, **more: Any) -> lp.Plan:
     }
     blocks = find_vision_transformer(net, restore="auto").blocks
     options |= {"calibration": IMAGES, "verbose": False, "use_cache": False, "clock": TokenClock(blocks), **more}
-    return lp.plan(net, IMAGES[:2], restore="auto", **options)
+    images = options.pop("images", IMAGES)
+    return lp.plan(net, images[:2], restore="auto", **options)
 
 
 @pytest.fixture
@@ -99,6 +104,72 @@ def test_hugging_face_backbones_are_planned() -> None:
     assert made.proxy == "cosine similarity per patch"
 
 
+def test_encoders_with_channels_last_are_planned() -> None:
+    torch.manual_seed(0)
+    model = disturb(Qwen3VitEncoder(img_size=24, patch_size=4, embed_dim=32, depth=4, num_heads=4, global_pool=""))
+    images = noise_images(8, size=24)
+    made = planned(model, calibration=images, images=images, methods="topk")
+    with torch.no_grad():
+        dense = model(images)
+        with lp.patch(model, made, restore="auto"):
+            pruned = model(images)
+    expected = torch.cosine_similarity(dense, pruned, dim=3).mean()
+    assert float(made.accuracy) == pytest.approx(float(expected), abs=1e-5)
+
+
+def test_code_of_the_head_is_a_condition(net: FeatureNet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two versions of a file with the same names, settings and weights."""
+    monkeypatch.syspath_prepend(tmp_path)
+    found = []
+    for number, taps in enumerate(("1, 3", "2, 3")):
+        text = f"TAPS = [{taps}]\n" + _HEAD
+        (tmp_path / f"head_{number}.py").write_text(text)
+        module = importlib.import_module(f"head_{number}")
+        module.Head.__module__ = "head"
+        sys.modules["head"] = module
+        head = module.Head(net.backbone).eval()
+        found.append(model_conditions(find_vision_transformer(head, restore="auto"), IMAGES[:2]))
+        del sys.modules["head"]
+    assert found[0]["structure"] == found[1]["structure"]
+    assert found[0]["reader"] != found[1]["reader"]
+
+
+_HEAD = """
+from torch import nn
+
+class Head(nn.Module):
+    def __init__(self, backbone):
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, images):
+        return self.backbone.forward_intermediates(images, indices=TAPS, intermediates_only=True)
+"""
+
+
+def test_a_reader_that_takes_something_else_is_named(net: FeatureNet) -> None:
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net
+
+        def forward(self, images: Tensor, targets: Tensor) -> Any:
+            return self.net(images)
+
+    with pytest.raises(ArgumentError, match="inputs of Pair, which reads it"):
+        planned(Pair().eval())
+
+
+def test_a_plan_says_that_tokens_were_given_back(net: FeatureNet) -> None:
+    made = planned(net)
+    assert made.schedule.made_on is not None
+    assert made.schedule.made_on.details["restore"] == "auto"
+    with pytest.warns(UserWarning, match="restore='auto'"):
+        lp.patch(net, made).remove()
+    with pytest.raises(ArgumentError, match="protocol"):
+        planned(net, protocol="paper")
+
+
 def test_a_container_is_no_reader(net: FeatureNet) -> None:
     inside = nn.ModuleDict({"net": net})
     assert find_vision_transformer(inside, restore="auto").reader is net
@@ -152,13 +223,19 @@ class TestUnitFeatures:
         expected = torch.cosine_similarity(tokens[:, 0], other[:, 0], dim=1)
         torch.testing.assert_close((unit_features(tokens[:, 0]) * unit_features(other[:, 0])).sum(1), expected)
 
-    @pytest.mark.parametrize("wrap", [lambda x: x, lambda x: {"predicted_depth": x[:, 0]}])
+    @pytest.mark.parametrize("wrap", [lambda x: x, lambda x: {"predicted_depth": x[:, 0]}, lambda x: x[:, 0]])
     def test_a_map_is_compared_by_its_correlation(self, wrap: Any) -> None:
         one, other = noise_images(2, 1, 5) + 10, noise_images(2, 1, 5, seed=1) + 20
-        found = (unit_features(wrap(one)) * unit_features(wrap(other))).sum(1)
+        found = (unit_features(wrap(one), channels=32) * unit_features(wrap(other), channels=32)).sum(1)
         pairs = zip(one, other, strict=True)
         expected = [float(torch.corrcoef(torch.stack((a.flatten(), b.flatten())))[0, 1]) for a, b in pairs]
         assert found.tolist() == pytest.approx(expected, abs=1e-5)
+
+    def test_channels_last(self) -> None:
+        one, other = noise_images(2, 6, (4, 5)), noise_images(2, 6, (4, 5), seed=1)
+        expected = torch.cosine_similarity(one, other, dim=1).mean((1, 2))
+        last = [unit_features(x.permute(0, 2, 3, 1), 6, channels_last=True) for x in (one, other)]
+        torch.testing.assert_close((last[0] * last[1]).sum(1), expected)
 
     def test_many_positions_are_sampled(self) -> None:
         one = noise_images(2, 64, 40)

@@ -74,7 +74,7 @@ class VisionTransformer:
         compiled_wrapper: The `torch.compile` wrapper around `root`, if there is one.
         restore: How tokens that a patch removes are given back to whoever reads all of them; None if they are not.
         reader: The module around `root` that reads them, with a dense head for example: its call is what runs and is
-            measured. None where the transformer itself is.
+            measured. None where the transformer is called and returns logits or one vector for each image.
         reads_logits: Whether the reader returns logits (B, `num_classes`), and not features.
     """
 
@@ -154,15 +154,19 @@ class VisionTransformer:
             lambda _, args: counts.append(args[0].shape[1])
         )
         try:
-            with torch.no_grad(), isolated(self.root):
+            with torch.no_grad(), isolated(self.outer):
                 self.run_eagerly(images)  # not a compiled graph, which would not call the hook
-        except (AssertionError, RuntimeError, ValueError) as error:
+        except (AssertionError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            taker = "the Vision Transformer" if self.reader is None else f"{type(self.reader).__name__}, which reads it"
             raise ArgumentError(
-                f"`images` must be valid inputs of the Vision Transformer, got {tuple(images.shape)}, {images.dtype}: "
-                f"{error} Pass images as your module passes them to it (`images_from_batch` of TokenPruning)."
+                f"`images` must be valid inputs of {taker}, got {tuple(images.shape)}, {images.dtype}: {error} Pass "
+                "images as your module passes them to it (`images_from_batch` of TokenPruning)."
             ) from error
         finally:
             hook.remove()
+        if not counts:
+            name = type(self.outer).__name__
+            raise ArgumentError(f"`model` must run its Vision Transformer, got {name}, which does not.")
         return counts[0]
 
     def outputs(self, images: Tensor) -> Tensor:
@@ -174,7 +178,9 @@ class VisionTransformer:
         if self.reads_logits:
             assert isinstance(result, Tensor)
             return result
-        return self.adapter.output(result) if self.reader is None else unit_features(result)
+        if self.reader is None:
+            return self.adapter.output(result)
+        return unit_features(result, self.embed_dim, getattr(self.reader, "output_fmt", None) == "NHWC")
 
 
 def loaded_class(name: str) -> type[nn.Module] | None:

@@ -11,17 +11,18 @@ from lightning_prune.errors import UnsupportedModelError
 _MOST_VALUES = 2**15  # of an image, which bounds what is kept of the dense model's: 512 images take 128 MiB in float64
 
 
-def unit_features(result: Any) -> Tensor:
+def unit_features(result: Any, channels: int | None = None, channels_last: bool = False) -> Tensor:
     """The outputs of a dense model, of all taps and positions, as one vector of length 1 for each image.
 
     The product of the vectors of two models is the mean over taps of the mean over positions of the cosine similarity
     of their features: a position of a grid (B, C, H, W), a token of (B, N, C), a vector (B, C). A map with a single
-    channel has no direction at a position: of it, the correlation over all positions is taken. If there are more than
-    32768 values, evenly spaced positions stand for all.
+    channel has no direction at a position: of it, the correlation over all positions is taken; and so of (B, H, W). If
+    there are more than 32768 values, evenly spaced positions stand for all.
 
     Args:
-        result: A tensor, or tensors in a tuple, list or mapping, as those of Hugging Face; `predicted_depth` (B, H, W)
-            is a map.
+        result: A tensor, or tensors in a tuple, list or mapping, as those of Hugging Face.
+        channels: C of tokens (B, N, C), by which these are told from maps (B, H, W); None if there are no maps.
+        channels_last: Whether grids are (B, H, W, C), as timm says by `output_fmt`.
 
     Returns:
         (B, D) float32.
@@ -37,7 +38,7 @@ def unit_features(result: Any) -> Tensor:
         >>> torch.allclose(products, torch.cosine_similarity(one, other, dim=1).mean(dim=(1, 2)), atol=1e-6)
         True
     """
-    taps = [_positions(name, each) for name, each in _tensors("", result)]
+    taps = [_positions(each, channels, channels_last) for each in _tensors(result)]
     if not taps:
         raise UnsupportedModelError(
             "The model must return features of images: a tensor (B, C, H, W), (B, N, C) or (B, C) of floating-point "
@@ -52,24 +53,24 @@ def unit_features(result: Any) -> Tensor:
     return torch.cat(parts, dim=1)
 
 
-def _tensors(name: str, result: Any) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of images in a result, with the names that they have there."""
+def _tensors(result: Any) -> Iterator[Tensor]:
+    """The tensors of images in a result."""
     if isinstance(result, Tensor):
         if result.is_floating_point() and 2 <= result.ndim <= 4:
-            yield name, result
-    elif isinstance(result, Mapping):
-        for key, each in result.items():
-            yield from _tensors(str(key), each)
-    elif isinstance(result, tuple | list):
-        for each in result:
-            yield from _tensors(name, each)
+            yield result
+    elif isinstance(result, Mapping | tuple | list):
+        for each in result.values() if isinstance(result, Mapping) else result:
+            yield from _tensors(each)
 
 
-def _positions(name: str, tap: Tensor) -> Tensor:
+def _positions(tap: Tensor, channels: int | None, channels_last: bool) -> Tensor:
     """(B, positions, C) of a tensor; a map is one position, without its mean."""
-    if name == "predicted_depth" or (tap.ndim == 4 and tap.shape[1] == 1):
-        flat = tap.flatten(1).float()
-        return (flat - flat.mean(dim=1, keepdim=True)).unsqueeze(1)
     if tap.ndim == 2:
         return tap.unsqueeze(1)
-    return tap if tap.ndim == 3 else tap.flatten(2).transpose(1, 2)
+    is_map = tap.ndim == 3 and channels is not None and tap.shape[2] != channels
+    if is_map or (tap.ndim == 4 and tap.shape[3 if channels_last else 1] == 1):
+        flat = tap.flatten(1).float()
+        return (flat - flat.mean(dim=1, keepdim=True)).unsqueeze(1)
+    if tap.ndim == 3:
+        return tap
+    return tap.flatten(1, 2) if channels_last else tap.flatten(2).transpose(1, 2)

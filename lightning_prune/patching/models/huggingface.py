@@ -197,7 +197,7 @@ class HuggingFace(ModelAdapter):
         stages = getattr(root, "out_indices", None)  # of a backbone, where 0 is what enters block 0
         wanted = self._hidden_states(root, kwargs)
         if wanted is True:
-            return frozenset(range(depth))
+            return frozenset(range(-1, depth))
         states = wanted if isinstance(wanted, list | tuple) else [wanted] if isinstance(wanted, int) and wanted else []
         states = [*states, *(stages or ())]
         read = {(state if state >= 0 else depth + 1 + state) - 1 for state in states}

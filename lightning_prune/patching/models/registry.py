@@ -97,6 +97,8 @@ def find_vision_transformer(
                 raise UnsupportedModelError(f"{type(module).__name__}{at} cannot be pruned: {reason}.")
         supported = ", ".join(adapter.name for adapter in MODEL_ADAPTERS)
         raise UnsupportedModelError(f"`model` must contain one of {supported}, got {_contents(model)}.")
+    if len(found) > 1 and restore is None:  # those that need it are no candidates without
+        found = [each for each in found if each[2].restore_reason(each[1]) is None] or found
     if len(found) > 1:
         candidates = ", ".join(f"{path!r} ({original_class(module).__name__})" for path, module, _ in found)
         raise UnsupportedModelError(

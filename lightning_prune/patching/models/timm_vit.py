@@ -62,14 +62,16 @@ class GridGuard(PatchedRoot):
         readers = self._prune_patch.readers
         if readers is None:
             return own.forward_features(*args, **kwargs)
-        return readers.call((readers.last,), own.forward_features, args, kwargs)
+        read = (readers.last,) if _are_of_timm(self, "forward_features") else None
+        return readers.call(read, own.forward_features, args, kwargs)
 
     def forward_intermediates(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the model's own method; rejects the layout of a grid, which fewer tokens may fit by chance."""
         own: Any = super()
         patch = self._prune_patch
         if patch.readers is not None:
-            return patch.readers.call(self._read_blocks(args, kwargs), own.forward_intermediates, args, kwargs)
+            read = self._read_blocks(args, kwargs) if _are_of_timm(self, "forward_intermediates") else None
+            return patch.readers.call(read, own.forward_intermediates, args, kwargs)
         if patch.argument("output_fmt", args, kwargs) in ("NCHW", None):
             raise UnsupportedModelError(
                 "`output_fmt` must be 'NLC' in a model whose blocks remove tokens, got 'NCHW'; or patch it with "
@@ -86,6 +88,15 @@ class GridGuard(PatchedRoot):
         else:
             read = {depth + index if index < 0 else index for index in indices}
         return read if patch.argument("intermediates_only", args, kwargs) else {*read, depth - 1}
+
+
+def _are_of_timm(root: nn.Module, *names: str) -> bool:
+    """Whether methods of a model are timm's own, of which it is known what they read."""
+    kind = original_class(root)
+    own = (getattr(kind, name, None) for name in names)
+    return all(each is None or each.__module__.startswith("timm.models.") for each in own) and not any(
+        name in root.__dict__ for name in names
+    )
 
 
 class _Instead:
@@ -254,7 +265,7 @@ class TimmAdapter(ModelAdapter):
         self, root: nn.Module, depth: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> frozenset[int] | None:
         """That of the last block, unless the head reads prefix tokens only."""
-        if "forward" in root.__dict__ or not original_class(root).forward.__module__.startswith("timm.models."):
+        if not _are_of_timm(root, "forward", "forward_features"):
             return None
         return frozenset((depth - 1,)) if self.head_reason(root) is not None else frozenset()
 

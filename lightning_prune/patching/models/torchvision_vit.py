@@ -136,7 +136,7 @@ class TorchvisionVisionTransformer(ModelAdapter):
     def read_blocks(
         self, root: nn.Module, depth: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> frozenset[int] | None:
-        """None in torchvision's own forward."""
+        """No block in torchvision's own forward, whose head reads the CLS token."""
         return frozenset() if self.head_reason(root) is None else None
 
     def final_norms(self, root: nn.Module) -> tuple[nn.Module, ...]:
