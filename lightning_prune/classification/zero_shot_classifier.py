@@ -47,13 +47,14 @@ class ZeroShotClassifier(ImageClassifier):
         group_names: Sequence[str] | None = None,
         warmup: int = 2,
     ) -> None:
-        is_list = isinstance(group_names, Sequence) and not isinstance(group_names, str) and len(group_names) > 0
-        check("group_names", group_names, "a list of names or None", group_names is None or is_list)
+        names = list(group_names) if isinstance(group_names, Sequence) and not isinstance(group_names, str) else []
+        usable = bool(names) and all(isinstance(name, str) and name for name in names)
+        check("group_names", group_names, "a list of names or None", group_names is None or usable)
         super().__init__(zero_shot(model, class_names, templates, tokenizer), warmup=warmup)
         self.class_names = tuple(class_names)
         self._seen: list[Tensor] = []  # the logits of the batch
-        self.group_names = None if group_names is None else tuple(map(str, group_names))
-        self.groups = None if group_names is None else GroupAccuracy(len(group_names))
+        self.group_names = None if group_names is None else tuple(names)
+        self.groups = None if group_names is None else GroupAccuracy(len(names))
 
     def on_validation_epoch_start(self) -> None:
         """Resets all metrics."""
