@@ -1,4 +1,4 @@
-"""Zero-shot classification: the image tower of CLIP or SigLIP, and the text features of class names, as one model."""
+"""Zero-shot classification: an image tower of CLIP or SigLIP, and the text features of class names, as one model."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -92,12 +92,13 @@ def zero_shot(
     """Makes a classifier of a model of images and texts.
 
     Args:
-        model: `hf:` and a folder that `save_pretrained` wrote, or a name on Hugging Face's Hub, of CLIP or SigLIP; or
-            such a model.
+        model: `hf:` and a folder that `save_pretrained` wrote, or a name on Hugging Face's Hub, of CLIP or SigLIP;
+            `openclip:` and a name of OpenCLIP with the tag or file of its weights, as in
+            `openclip:ViT-B-16/laion2b_s34b_b88k`; or such a model.
         class_names: What the classes are called, in the order of the labels.
         templates: Prompts with `{}` for the name. The features of a class are the normalised mean over its prompts.
-        tokenizer: From a list of texts to the arguments of the text tower, or their `input_ids`; that of the folder or
-            name by default. Needed if `model` is a module.
+        tokenizer: From a list of texts to the arguments of the text tower, or their ids (texts, length); that of the
+            folder or name by default. Needed if `model` is a module.
 
     Returns:
         The classifier, in evaluation mode, on the device of the model.
@@ -118,19 +119,22 @@ def zero_shot(
     if isinstance(model, str):
         whole, own = _loaded(model, tokenizer is None)
         tokenizer = own if tokenizer is None else tokenizer
-    if not all(hasattr(whole, part) for part in ("vision_model", "text_model", "get_text_features")):
+    is_openclip = all(hasattr(whole, part) for part in ("visual", "encode_text"))
+    is_hugging_face = all(hasattr(whole, part) for part in ("vision_model", "text_model", "get_text_features"))
+    if not (is_openclip or is_hugging_face):
         raise UnsupportedModelError(
-            "`model` must have an image tower and a text tower, as CLIPModel and SiglipModel of Hugging Face, got "
-            f"{type(whole).__name__}."
+            "`model` must have an image tower and a text tower, as CLIPModel and SiglipModel of Hugging Face, or CLIP "
+            f"of OpenCLIP, got {type(whole).__name__}."
         )
     check("tokenizer", tokenizer, "a function from texts to tokens, if `model` is a module", callable(tokenizer))
     assert tokenizer is not None
     texts = text_features(whole, names, prompts, tokenizer)
     bias = getattr(whole, "logit_bias", None)
+    scale, shift = float(whole.logit_scale.detach().exp()), 0.0 if bias is None else float(bias.detach())
+    if is_openclip:
+        return ZeroShotModel(whole.visual, texts, scale, shift, _openclip_config(whole.visual)).eval()
     tower = ImageTower(whole.vision_model, getattr(whole, "visual_projection", None))
-    scale = float(whole.logit_scale.detach().exp())
-    found = ZeroShotModel(tower, texts, scale, 0.0 if bias is None else float(bias.detach()), image_config(whole))
-    return found.eval()
+    return ZeroShotModel(tower, texts, scale, shift, image_config(whole)).eval()
 
 
 @torch.no_grad()
@@ -138,7 +142,7 @@ def text_features(model: Any, names: Sequence[str], templates: Sequence[str], to
     """The features (classes, D) of class names: the normalised mean of the normalised features of their prompts.
 
     Args:
-        model: With `get_text_features`.
+        model: With `get_text_features`, or `encode_text` of OpenCLIP.
         names: Of the classes.
         templates: With `{}` for the name.
         tokenizer: As of `zero_shot`.
@@ -151,7 +155,10 @@ def text_features(model: Any, names: Sequence[str], templates: Sequence[str], to
             tokens = tokenizer([template.replace("{}", name) for name in names])
             arguments = tokens if isinstance(tokens, Mapping) else {"input_ids": tokens}
             given = {key: torch.as_tensor(value).to(device) for key, value in arguments.items()}
-            output = model.get_text_features(**given)
+            if hasattr(model, "encode_text"):  # of OpenCLIP
+                output = model.encode_text(given["input_ids"])
+            else:
+                output = model.get_text_features(**given)
             features = output if isinstance(output, Tensor) else output.pooler_output
             total.append(nn.functional.normalize(features, dim=1))
     finally:
@@ -161,8 +168,10 @@ def text_features(model: Any, names: Sequence[str], templates: Sequence[str], to
 
 def _loaded(name: str, needs_tokenizer: bool) -> tuple[Any, Tokenizer | None]:
     """The model of a folder or name with both towers, and its tokenizer."""
+    if name.startswith("openclip:"):
+        return _from_openclip(name, needs_tokenizer)
     if not is_hugging_face_name(name):
-        raise ArgumentError(f"`model` must be hf:NAME_OR_FOLDER of a CLIP or SigLIP model, or a module, got {name!r}.")
+        raise ArgumentError(f"`model` must be hf:NAME_OR_FOLDER, openclip:NAME/WEIGHTS or a module, got {name!r}.")
     source = str(Path(name.removeprefix("hf:")).expanduser())
     try:
         import transformers
@@ -192,3 +201,41 @@ def _loaded(name: str, needs_tokenizer: bool) -> tuple[Any, Tokenizer | None]:
         return tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
 
     return model, tokens
+
+
+def _from_openclip(name: str, needs_tokenizer: bool) -> tuple[Any, Tokenizer | None]:
+    """A model of OpenCLIP by its name and its weights, which may be downloaded, and its tokenizer."""
+    try:
+        import open_clip
+    except ImportError as error:
+        raise ArgumentError(
+            f"`model` must be of Hugging Face, or a module, where OpenCLIP is not installed, got {name!r}. To install "
+            "it: pip install 'lightning-prune[openclip]'."
+        ) from error
+    kind, _, weights = name.removeprefix("openclip:").partition("/")
+    if kind not in open_clip.list_models():
+        raise ArgumentError(f"`model` must name a model of OpenCLIP, such as openclip:ViT-B-16/openai, got {name!r}.")
+    if not weights:
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(kind)[:4]) or "a file"
+        raise ArgumentError(f"`model` must say its weights after a slash: {tags}, ...; got {name!r}.")
+    try:
+        model = open_clip.create_model(kind, pretrained=weights)
+        tokenizer = open_clip.get_tokenizer(kind) if needs_tokenizer else None
+    except (OSError, RuntimeError, ValueError, KeyError) as error:
+        line = next(iter(str(error).splitlines()), type(error).__name__)
+        raise WeightsError(f"`model` must name weights of OpenCLIP that can be loaded, got {name!r}: {line}") from error
+    return model, tokenizer
+
+
+def _openclip_config(visual: Any) -> dict[str, Any]:
+    """How images are prepared for a tower of OpenCLIP, as timm's data config."""
+    found = getattr(visual, "preprocess_cfg", None) or {}
+    size = found.get("size") or getattr(visual, "image_size", None)
+    if size is None:
+        return {}
+    height, width = (size, size) if isinstance(size, int) else size
+    config = {"input_size": (3, int(height), int(width)), "crop_pct": 1.0, "crop_mode": "center"}
+    config["interpolation"] = found.get("interpolation", "bicubic")
+    if found.get("resize_mode") == "squash":
+        config["crop_mode"] = "squash"
+    return config | {name: tuple(found[name]) for name in ("mean", "std") if name in found}

@@ -18,6 +18,8 @@ from lightning_prune.patching.models.huggingface import (
     HuggingFaceSigLIP,
     HuggingFaceViT,
 )
+from lightning_prune.patching.models.huggingface_blip import HuggingFaceBlip
+from lightning_prune.patching.models.openclip import OpenCLIPVisionTransformer
 from lightning_prune.patching.models.timm_grid import TimmDeepseek, TimmGemma, TimmQwen
 from lightning_prune.patching.models.timm_positions import TimmEva, TimmNaFlex, TimmRelPos
 from lightning_prune.patching.models.timm_unfused import TimmCait, TimmConVit
@@ -39,11 +41,13 @@ MODEL_ADAPTERS: tuple[ModelAdapter, ...] = (
     TimmDeepseek(),
     TimmGemma(),
     TorchvisionVisionTransformer(),
+    OpenCLIPVisionTransformer(),
     HuggingFaceViT(),
     HuggingFaceDinov2(),
     HuggingFaceDinov3(),
     HuggingFaceCLIP(),
     HuggingFaceSigLIP(),
+    HuggingFaceBlip(),
 )
 
 

@@ -148,7 +148,7 @@ class TorchvisionVisionTransformer(ModelAdapter):
         """`CapturedMultihead` only reads self-attention as torchvision builds it."""
         for index, block in enumerate(transformer.blocks):
             attention = getattr(block, "self_attention", None)
-            if not _is_plain(attention):
+            if not is_plain(attention):
                 return (
                     f"The attention of block {index} must be a batch-first nn.MultiheadAttention without extra keys "
                     f"to be read, got {type(attention).__name__}."
@@ -161,7 +161,8 @@ class TorchvisionVisionTransformer(ModelAdapter):
         return {module.self_attention: CapturedMultihead}
 
 
-def _is_plain(attention: Any) -> bool:
+def is_plain(attention: Any) -> bool:
+    """Whether it is an `nn.MultiheadAttention` that `CapturedMultihead` can read."""
     return (
         isinstance(attention, nn.MultiheadAttention)
         and attention.batch_first
