@@ -95,7 +95,7 @@ def image_size(model: nn.Module) -> tuple[int, int]:
     """Height and width that a model takes."""
     encoder: Any = getattr(model, "encoder", None)
     embed: Any = getattr(model if encoder is None else encoder, "patch_embed", None)
-    size = getattr(embed, "img_size", None) or ((80, 80) if "NaFlex" in type(model).__name__ else (96, 96))
+    size = getattr(embed, "img_size", None) or ((96, 96) if "Gemma4" in type(model).__name__ else (80, 80))
     return int(size[0]), int(size[1])
 
 

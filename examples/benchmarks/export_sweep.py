@@ -49,7 +49,12 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {  # name -> model (of timm, i
     "ConViT": ("convit_tiny", {"depth": 3, "local_up_to_layer": 1}),
     "torchvision ViT": ("torchvision vit_b_16", {}),
     "Hugging Face DINOv2": ("transformers Dinov2ForImageClassification", {}),
+    "OpenCLIP": ("open_clip VisionTransformer", {}),
+    "Qwen3-VL encoder": ("qwen3_vit_88m_enc", {"global_pool": ""}),
+    "DeepSeek-VL encoder": ("deepseek_vit_412m_enc", {"global_pool": ""}),
+    "Gemma 4 encoder": ("gemma4_vit_167m_enc", {"global_pool": "none"}),
 }
+RESTORED = ("Qwen3-VL encoder", "DeepSeek-VL encoder", "Gemma 4 encoder")  # removed tokens are given back
 METHODS = ("pomt", "pomt-nearest", "topk", "evit", "tome", "pitome", "diffrate-merge", "soft-merge", "shift", "random")
 METHODS += ("resize", "vwt-intra", "vwt-inter", "mixed", "exact")
 FORMATS = ("torch-export", "onnx", "openvino")
@@ -92,6 +97,10 @@ def build(family: str) -> nn.Module:
             hidden_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=SIZE, patch_size=16, num_labels=5
         )
         return stir(Dinov2ForImageClassification(small))
+    if name.startswith("open_clip"):
+        from open_clip.transformer import VisionTransformer
+
+        return stir(VisionTransformer(SIZE, 16, 64, 2, 2, 2.0, output_dim=32))
     return stir(build_small(name, **{"depth": 2, **options}))
 
 
@@ -100,17 +109,22 @@ def patched(family: str, model: nn.Module, method: str) -> lp.PatchHandle:
 
     `exact` is the exact tail, which the others are exported without: it takes the place of what the last block removes.
     """
-    transformer = find_vision_transformer(model)
+    restore: Any = "auto" if family in RESTORED else None
+    transformer = find_vision_transformer(model, restore=restore)
     first, depth = transformer.first_prunable_block, transformer.depth
     if method == "vwt-inter":
-        return lp.patch(model, VWTInter(words_of(family, model), threshold=0.5, pad_to="image"), tail=False)
+        return lp.patch(
+            model, VWTInter(words_of(family, model), threshold=0.5, pad_to="image"), tail=False, restore=restore
+        )
     if method in ("exact", "resize"):
-        return lp.patch(model, method, 0.7 if method == "resize" else None)
+        return lp.patch(model, method, 0.7 if method == "resize" else None, restore=restore)
     if method == "mixed":
         removed = [0] * (depth - 2) + [4, 4]
         for index, pair in enumerate(MIXED):
             try:
-                return lp.patch(model, lp.Schedule(removed, [*[None] * (depth - 2), *pair]), tail=False)
+                return lp.patch(
+                    model, lp.Schedule(removed, [*[None] * (depth - 2), *pair]), tail=False, restore=restore
+                )
             except lp.UnsupportedModelError:
                 if index == len(MIXED) - 1:
                     raise
@@ -118,7 +132,7 @@ def patched(family: str, model: nn.Module, method: str) -> lp.PatchHandle:
     removed = [6 if each == block else 0 for each in range(depth)]
     if method == "tome":
         removed[-1] += 4
-    return lp.patch(model, method, lp.Schedule(removed), tail=False)
+    return lp.patch(model, method, lp.Schedule(removed), tail=False, restore=restore)
 
 
 def words_of(family: str, model: nn.Module) -> lp.Vocabulary:

@@ -139,7 +139,7 @@ def head_reason(transformer: VisionTransformer, requested: bool = False) -> str 
         requested: Whether it was asked for by `tail=True`; then the model may return prefix tokens only.
     """
     if transformer.reader is not None and transformer.restore is not None:
-        return "removed tokens are given back to a module around it"
+        return "all tokens of its last block are read"
     reason = transformer.adapter.head_reason(transformer.root)
     if reason is not None:
         return reason

@@ -22,12 +22,14 @@ def test_every_family_of_the_command_models_is_in_it(sweep: Any) -> None:
         rows = list(csv.DictReader(file))
     wanted = {(row["model"], row["reducible"], row["block"]) for row in rows if row["reducible"] != "no"}
     wanted = {(model, reducible, block if "after" in reducible else "") for model, reducible, block in wanted}
+    # A classifier around an encoder of a vision-language model exports as that does.
+    wanted = {row for row in wanted if not (row[1] == "with restore" and row[0].endswith("Classifier"))}
     names = {name for name, _ in sweep.FAMILIES.values()}
     covered = [row for row in rows if row["name"] in names]
     assert wanted == {
         (row["model"], row["reducible"], row["block"] if "after" in row["reducible"] else "") for row in covered
     }
-    assert len(covered) == len(sweep.FAMILIES) - 2  # torchvision, Hugging Face
+    assert len(covered) == len(sweep.FAMILIES) - 3  # torchvision, Hugging Face, OpenCLIP
 
 
 def test_cases(sweep: Any) -> None:
