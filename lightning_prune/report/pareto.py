@@ -23,11 +23,8 @@ from lightning_prune.report.rows import (
 )
 from lightning_prune.report.styles import INK, add_speedups, line_styles
 
-_BARS = {
-    "top1": "bars: quartiles of the latency; 95% interval of the change against dense",
-    "metric": "bars: quartiles of the latency",
-    "agreement": "bars: quartiles of the latency",
-}
+_BARS = "bars: quartiles of the latency"
+_INTERVALS = "95% interval of the change against dense"
 _GREY = "#7f8c8d"
 _Styles = Mapping[str, tuple[str, str, bool]]
 _WIDE = 6.0  # points below dense from which a second panel shows the rows near dense, which lie too close in the first
@@ -70,7 +67,8 @@ def plot_pareto(document: Mapping[str, Any]) -> Figure:
         panels[1].set_ylim(zoom)
         panels[1].set_title("the same, near dense", fontsize=9, loc="left")
     panels[-1].set_xlabel(f"{timed_quantity(document.get('context') or {})} of a batch [ms], faster to the left")
-    below = [] if score is None else [_BARS[score.key]]
+    has_intervals = score is not None and (score.key == "top1" or _has_intervals(rows, score))
+    below = [] if score is None else [f"{_BARS}; {_INTERVALS}" if has_intervals else _BARS]
     if slow:
         below.append(fill(f"Off the chart: {'; '.join(_describe(row, score) for row in slow)}.", 105))
     if dense is not None and dense.latency_ms:
@@ -196,17 +194,25 @@ def _quartiles(rows: Sequence[Row]) -> np.ndarray:
 
 
 def _intervals(rows: Sequence[Row], score: Score) -> np.ndarray | None:
-    """Distances (2, rows) from each point to the ends of its interval, in points; None if unknown."""
-    if score.key != "top1" or all(interval_of(row) is None for row in rows):
+    """Distances (2, rows) from each point to the ends of its interval, as it is drawn; None if unknown."""
+    if not _has_intervals(rows, score):
         return None
     ends = []
     for row in rows:
         low, change, high = row.top1_low, row.top1_change, row.top1_high
+        if score.key == "metric":
+            low, change, high = row.metric_low, row.metric_change, row.metric_high
         if low is None or change is None or high is None:
             ends.append((0.0, 0.0))
         else:
-            ends.append((100 * max(change - low, 0.0), 100 * max(high - change, 0.0)))
+            ends.append((score.scale * max(change - low, 0.0), score.scale * max(high - change, 0.0)))
     return np.array(ends).T
+
+
+def _has_intervals(rows: Sequence[Row], score: Score) -> bool:
+    if score.key == "metric":
+        return any(row.metric_low is not None for row in rows)
+    return score.key == "top1" and any(interval_of(row) is not None for row in rows)
 
 
 def _draw_front(axes: Axes, rows: Sequence[Row], score: Score) -> None:

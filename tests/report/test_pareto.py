@@ -172,3 +172,18 @@ def test_metric_of_the_module_is_drawn_in_its_own_unit_with_better_up(name: str,
     assert bool(bottom > top) is lower
     wanted = [(row["latency_ms"], row["metric"]) for row in rows if row["method"] == "tome"]
     assert points(lines(axes)["tome"]) == [pytest.approx(point) for point in wanted]
+
+
+def test_metrics_that_are_paired_by_image_have_their_interval() -> None:
+    document = without_accuracy(comparison())
+    own = {"metric": 0.9, "metric_change": -0.01, "metric_low": -0.03, "metric_high": 0.02, "metric_name": "iou"}
+    rows = [row | (own if row["method"] else {"metric": 0.91, "metric_name": "iou"}) for row in document["rows"]]
+    figure = plot_pareto(document | {"rows": rows})
+    _, _, (_, upright) = lines(figure.axes[0])["tome"]
+    (_, low), (_, high) = upright.get_segments()[1]
+    assert (low, high) == pytest.approx((0.9 - 0.02, 0.9 + 0.03))
+    assert any("95% interval" in text for text in legend_titles(figure))
+
+
+def legend_titles(figure: Figure) -> list[str]:
+    return [legend.get_title().get_text() for legend in figure.legends]
