@@ -45,6 +45,7 @@ TINY = [
 COLUMNS = [
     *("variant", "method", "top1", "top1_change", "speedup", "latency_ms", "latency_p90_ms", "runtime", "precision"),
     *("peak_memory_mib", "gmacs", "speedup_vs_eager", "metric", "metric_change", "metric_name"),
+    *("metric_low", "metric_high"),
     *("int8", "target_speedup", "block", "removed", "tokens", "top1_low", "top1_high", "top5", "agreement"),
     *("latency_low_ms", "latency_high_ms", "latency_spread", "speedup_spread", "throughput", "throughput_end_to_end"),
     *("joules_per_image", "watts", "images", "device", "batch_size", "note"),
