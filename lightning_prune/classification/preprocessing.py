@@ -33,15 +33,18 @@ def data_config_of(model: nn.Module) -> dict[str, Any] | None:
     """
     if is_hugging_face(model) and hasattr(getattr(model, "config", None), "image_size"):
         return image_config(model)
-    if not getattr(model, "pretrained_cfg", None):
+    own: Any = getattr(model, "pretrained_cfg", None)
+    if not own:
         return None
+    if getattr(type(model), "classifies_by_tower", False):
+        return dict(own)  # timm would complete what is not known by the mean of ImageNet
     config: dict[str, Any] = resolve_model_data_config(model)
     embed: Any = getattr(model, "patch_embed", None)
     channels, height, width = config["input_size"]
     size = getattr(embed, "img_size", None)
     height, width = size if isinstance(size, tuple) and len(size) == 2 else (height, width)
-    own = getattr(getattr(embed, "proj", None), "in_channels", channels)
-    if own == 1 != channels:  # timm adds up the weights of the channels
+    taken = getattr(getattr(embed, "proj", None), "in_channels", channels)
+    if taken == 1 != channels:  # timm adds up the weights of the channels
         channels = 1
         config |= {name: (sum(config[name]) / len(config[name]),) for name in ("mean", "std")}
     return {**config, "input_size": (channels, height, width)}

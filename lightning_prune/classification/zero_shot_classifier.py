@@ -52,7 +52,7 @@ class ZeroShotClassifier(ImageClassifier):
         check("group_names", group_names, "a list of names or None", group_names is None or usable)
         super().__init__(zero_shot(model, class_names, templates, tokenizer), warmup=warmup)
         self.class_names = tuple(class_names)
-        self._seen: list[Tensor] = []  # the logits of the batch
+        self._logits: list[Tensor] | None = None  # of the batch, while it is evaluated
         self.group_names = None if group_names is None else tuple(names)
         self.groups = None if group_names is None else GroupAccuracy(len(names))
 
@@ -72,23 +72,36 @@ class ZeroShotClassifier(ImageClassifier):
                 f"{where.capitalize()} must have groups, as `group_names` were given: a mapping with `image`, `label` "
                 "and `group`, or (images, labels, groups)."
             )
-        self._seen.clear()
-        super()._evaluate(pair, stage, batch_idx, dataloader_idx)
         if self.groups is None or groups is None:
+            super()._evaluate(pair, stage, batch_idx, dataloader_idx)
             return
+        if not isinstance(groups, Tensor) or groups.ndim != 1 or groups.is_floating_point():
+            got = tuple(groups.shape) if isinstance(groups, Tensor) else type(groups).__name__
+            raise DataError(f"Groups of {where} must be integers (B,), got {got}.")
+        seen: list[Tensor] = []
+        self._logits = seen
+        try:
+            super()._evaluate(pair, stage, batch_idx, dataloader_idx)
+        finally:
+            self._logits = None
         share = self.evaluation.shares[dataloader_idx] if dataloader_idx < len(self.evaluation.shares) else None
         count = len(groups) if share is None else share.counted(batch_idx, len(groups))
         labels = pair[1]
-        if groups.shape != labels.shape or groups.is_floating_point():
+        if groups.shape != labels.shape:
             raise DataError(f"Groups of {where} must be integers {tuple(labels.shape)}, got {tuple(groups.shape)}.")
         if count:
-            right = self._seen[-1].argmax(dim=1) == labels
+            right = seen[-1].argmax(dim=1) == labels
             self.groups.update(right[:count], groups[:count])
+
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+        """Returns the logits of a batch, `(B, classes)`; labels and groups in the batch are ignored."""
+        return super().predict_step(_split_groups(batch)[0], batch_idx, dataloader_idx)
 
     def forward(self, images: Tensor) -> Any:
         """Logits (B, classes) of images (B, channels, height, width)."""
         logits = super().forward(images)
-        self._seen[:] = [logits]
+        if self._logits is not None:
+            self._logits.append(logits.detach())
         return logits
 
     def _log_evaluation(self, stage: str) -> None:

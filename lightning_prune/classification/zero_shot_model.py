@@ -79,7 +79,8 @@ class ZeroShotModel(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, classes) of images (B, channels, height, width)."""
-        features = nn.functional.normalize(self.tower(images), dim=1)
+        found = self.tower(images)  # some towers of OpenCLIP also return their tokens
+        features = nn.functional.normalize(found[0] if isinstance(found, tuple) else found, dim=1)
         return self.scale * features @ self.texts.T + self.bias
 
 
@@ -219,7 +220,8 @@ def _from_openclip(name: str, needs_tokenizer: bool) -> tuple[Any, Tokenizer | N
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(kind)[:4]) or "a file"
         raise ArgumentError(f"`model` must say its weights after a slash: {tags}, ...; got {name!r}.")
     try:
-        model = open_clip.create_model(kind, pretrained=weights)
+        known = open_clip.get_pretrained_cfg(kind, weights) or {}  # what weights were trained with, names do not say
+        model = open_clip.create_model(kind, pretrained=weights, force_quick_gelu=bool(known.get("quick_gelu")))
         tokenizer = open_clip.get_tokenizer(kind) if needs_tokenizer else None
     except (OSError, RuntimeError, ValueError, KeyError) as error:
         line = next(iter(str(error).splitlines()), type(error).__name__)

@@ -124,27 +124,15 @@ class BlockPatch:
         if isinstance(carried, CarriedState):
             left, state = carried.tokens, carried.token_state
             if left is None and (state is None or state.num_tokens == x.shape[1]):
-                self._check_gradients(x, x, state)
+                carried.check_gradients(x)
                 return x, state
             if left is not None and carried.is_unchanged(x):
-                self._check_gradients(x, left, state)
+                carried.check_gradients(x)
                 return left, state
         raise UnsupportedModelError(
             f"The tokens that enter block {self.index} must be the output of the previous block, got other tokens. "
             "A hook that returns or changes tokens, for example, loses which tokens are left."
         )
-
-    @staticmethod
-    def _check_gradients(x: Tensor, left: Tensor, state: TokenState | None) -> None:
-        """Raises where a block runs again in backward on other tokens than those whose state it carries."""
-        if not (torch.is_grad_enabled() and x.requires_grad):
-            return
-        kept = [cut.before for cut in state.cuts if isinstance(cut, DeltaCut)] if state is not None else []
-        if not all(each.requires_grad for each in (left, *kept)):
-            raise UnsupportedModelError(
-                "Reentrant checkpointing loses the gradients of tokens that are given back after a block. Use "
-                "`torch.utils.checkpoint.checkpoint(..., use_reentrant=False)`."
-            )
 
 
 def patch_key(root: nn.Module) -> Hashable:
@@ -200,12 +188,24 @@ class CarriedState(NamedTuple):
         tokens: (B, K, C), the tokens that are left, if the output has those that were removed, too.
         form: Shape and strides of the output then.
         version: Of the output, which counts changes in place; -1 if it is not known.
+        has_gradients: Whether gradients were recorded when the block ran.
     """
 
     token_state: TokenState | None
     tokens: Tensor | None = None
     form: tuple[Any, ...] = ()
     version: int = -1
+    has_gradients: bool = True
+
+    def check_gradients(self, x: Tensor) -> None:
+        """Raises where a block runs again in backward on tokens without gradients, which it carries in its state."""
+        state = self.token_state
+        carries = self.tokens is not None or (state is not None and any(isinstance(c, DeltaCut) for c in state.cuts))
+        if carries and not self.has_gradients and torch.is_grad_enabled() and x.requires_grad:
+            raise UnsupportedModelError(
+                "Reentrant checkpointing loses the gradients of tokens that are given back after a block. Use "
+                "`torch.utils.checkpoint.checkpoint(..., use_reentrant=False)`."
+            )
 
     def is_unchanged(self, output: Tensor) -> bool:
         """Whether the output (B, N, C) of a block is as the block returned it, as far as can be known."""
@@ -279,11 +279,12 @@ class PatchedBlock(PatchedModule):
         if cuts:
             output = restored(after, cuts)
             if patch.index < patch.depth - 1:
-                attach_state(output, CarriedState(arrived, after, _form_of(output), _version_of(output)))
+                recorded = torch.is_grad_enabled()
+                attach_state(output, CarriedState(arrived, after, _form_of(output), _version_of(output), recorded))
         else:
             output = after
             if patch.tracks_state and (patch.readers is None or patch.index < patch.depth - 1):
-                attach_state(after, CarriedState(arrived))
+                attach_state(after, CarriedState(arrived, has_gradients=torch.is_grad_enabled()))
         if patch.readers is not None:
             patch.readers.mark(output, read)
         return output

@@ -1,5 +1,6 @@
 """Zero-shot classification with a small CLIP that is trained on the embedded digits."""
 
+import copy
 import importlib.util
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from helpers.clock import TokenClock
 from lightning_prune import ZeroShotClassifier
 from lightning_prune.callbacks import TokenPruning
 from lightning_prune.classification import ZeroShotModel, zero_shot
+from lightning_prune.classification.preprocessing import data_config_of
 from lightning_prune.errors import ArgumentError, DataError, UnsupportedModelError, WeightsError
 from lightning_prune.patching import find_vision_transformer
 from lightning_prune.profiling.output_kinds import choose_proxy
@@ -185,6 +187,32 @@ def test_siglip() -> None:
         torch.testing.assert_close(model(images), expected)
 
 
+def test_unknown_normalisation_is_unknown(folder: Path) -> None:
+    clip = transformers.CLIPModel.from_pretrained(folder)
+    clip.config.name_or_path = ""
+    model = zero_shot(clip, ["cat", "dog"], tokenizer=lambda texts: [[1, 4, 2]] * len(texts))
+    config = data_config_of(model)
+    assert config is not None
+    assert not {"mean", "std"} & config.keys()
+
+
+def test_the_classifier_is_judged_by_its_logits_also_with_restore(folder: Path) -> None:
+    found = find_vision_transformer(make(folder), restore="auto")
+    assert isinstance(found.reader, ZeroShotModel)
+    assert (found.num_classes, found.reads_logits) == (10, True)
+
+
+def test_nothing_of_a_batch_stays(folder: Path) -> None:
+    module = make(folder, group_names=example.GROUPS)
+    module(torch.stack([held_out()[i]["image"] for i in range(2)]))
+    copy.deepcopy(module)
+    validated(module, held_out(50))
+    assert module._logits is None
+    found = L.Trainer(**OPTIONS).predict(module, DataLoader(held_out(20), 10))
+    assert found is not None
+    assert [tuple(each.shape) for each in found] == [(10, 10), (10, 10)]
+
+
 class TestBadInput:
     @pytest.mark.parametrize("names", [[], "three", None, ["a", ""], ["a", "a"], [1, 2]])
     def test_class_names(self, folder: Path, names: Any) -> None:
@@ -218,6 +246,9 @@ class TestBadInput:
         pairs = [(item["image"], item["label"]) for item in held_out(4)]
         with pytest.raises(DataError, match="groups"):
             validated(make(folder, group_names=example.GROUPS), pairs)
+        named = [{**item, "group": "thin"} for item in held_out(4)]
+        with pytest.raises(DataError, match="integers"):
+            validated(make(folder, group_names=example.GROUPS), named)
         with pytest.raises(DataError, match=r"0 to 0, got 1"):
             validated(make(folder, group_names=["thin"]), held_out(50))
 

@@ -17,8 +17,22 @@ from lightning_prune.errors import ArgumentError
 IMAGES = noise_images(6)
 
 
-@pytest.mark.parametrize("method", ["tome", "topk"])
-@pytest.mark.parametrize(("format", "graph"), [("onnx", "native"), ("onnx", "portable"), ("openvino", "native")])
+@pytest.mark.parametrize(
+    ("method", "format", "graph"),
+    [
+        ("topk", "onnx", "native"),
+        *(
+            pytest.param(*case, marks=pytest.mark.long)
+            for case in [
+                ("tome", "onnx", "native"),
+                ("topk", "onnx", "portable"),
+                ("tome", "onnx", "portable"),
+                ("topk", "openvino", "native"),
+                ("tome", "openvino", "native"),
+            ]
+        ),
+    ],
+)
 def test_a_dense_head(tmp_path: Path, method: str, format: Any, graph: Any) -> None:
     net = dense_net(class_token=True)
     with torch.no_grad(), lp.patch(net, method, [0, 5, 0, 3], restore="auto"):

@@ -144,6 +144,41 @@ def test_zero_shot() -> None:
         assert not torch.allclose(model(images), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(("name", "is_quick"), [("ViT-B-32/openai", True), ("ViT-B-32/laion2b_e16", False)])
+def test_weights_say_which_gelu_they_were_trained_with(monkeypatch: Any, name: str, is_quick: bool) -> None:
+    seen: dict[str, Any] = {}
+
+    def create(kind: str, **options: Any) -> Any:
+        seen.update(options, kind=kind)
+        return small_clip()
+
+    monkeypatch.setattr(open_clip, "create_model", create)
+    zero_shot(f"openclip:{name}", ["cat", "dog"])
+    assert (seen["kind"], seen["force_quick_gelu"]) == ("ViT-B-32", is_quick)
+
+
+@torch.no_grad()
+def test_a_grid_needs_all_tokens(images: Tensor) -> None:
+    model = tower()
+    dense = model.forward_intermediates(images)["image_intermediates"]
+    with lp.patch(model, "topk", [0, 6, 0, 3]), pytest.raises(UnsupportedModelError, match="output_fmt"):
+        model.forward_intermediates(images)
+    with lp.patch(model, "topk", [0, 6, 0, 3], restore="auto"):
+        found = model.forward_intermediates(images)["image_intermediates"]
+    assert [x.shape for x in found] == [x.shape for x in dense]
+    assert torch.equal(found[0], dense[0])
+
+
+@torch.no_grad()
+def test_towers_that_also_return_tokens_classify() -> None:
+    clip = small_clip()
+    clip.visual.output_tokens = True
+    tokenizer = open_clip.SimpleTokenizer()
+    both = zero_shot(clip, ["cat", "dog"], tokenizer=tokenizer)(torch.zeros(1, 3, 32, 32))
+    plain = zero_shot(small_clip(), ["cat", "dog"], tokenizer=tokenizer)(torch.zeros(1, 3, 32, 32))
+    assert torch.equal(both, plain)
+
+
 def test_names(tmp_path: Any) -> None:
     with pytest.raises(ArgumentError, match="ViT-B-99"):
         zero_shot("openclip:ViT-B-99/openai", ["cat"])

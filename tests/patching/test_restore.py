@@ -553,6 +553,17 @@ def test_gradients(method: str, reentrant: bool) -> None:
     torch.testing.assert_close(again.grad, plain.grad)
 
 
+def test_frozen_blocks_need_no_gradients() -> None:
+    model, images = vit(), pictures()
+    model.requires_grad_(False)
+    model.blocks[2:].requires_grad_(True)
+    with lp.patch(model, "topk", SCHEDULE, restore="auto"):
+        torch.stack(model.forward_intermediates(images, intermediates_only=True)).square().mean().backward()
+        again = [checkpoint(block, images.new_ones(2, 17, 32), use_reentrant=False) for block in model.blocks[:1]]
+    assert model.blocks[3].mlp.fc1.weight.grad is not None
+    assert again[0].shape == (2, 17, 32)
+
+
 def test_gradients_are_those_of_differences() -> None:
     model, images = vit(), pictures(1)
 

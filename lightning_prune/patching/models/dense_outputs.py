@@ -20,7 +20,7 @@ def unit_features(result: Any, channels: int | None = None, channels_last: bool 
     there are more than 32768 values, evenly spaced positions stand for all.
 
     Args:
-        result: A tensor, or tensors in a tuple, list or mapping, as those of Hugging Face.
+        result: A tensor, or tensors in a tuple, list or mapping, as those of Hugging Face; `predicted_depth` is a map.
         channels: C of tokens (B, N, C), by which these are told from maps (B, H, W); None if there are no maps.
         channels_last: Whether grids are (B, H, W, C), as timm says by `output_fmt`.
 
@@ -38,7 +38,7 @@ def unit_features(result: Any, channels: int | None = None, channels_last: bool 
         >>> torch.allclose(products, torch.cosine_similarity(one, other, dim=1).mean(dim=(1, 2)), atol=1e-6)
         True
     """
-    taps = [_positions(each, channels, channels_last) for each in _tensors(result)]
+    taps = [_positions(name, each, channels, channels_last) for name, each in _tensors("", result)]
     if not taps:
         raise UnsupportedModelError(
             "The model must return features of images: a tensor (B, C, H, W), (B, N, C) or (B, C) of floating-point "
@@ -53,21 +53,24 @@ def unit_features(result: Any, channels: int | None = None, channels_last: bool 
     return torch.cat(parts, dim=1)
 
 
-def _tensors(result: Any) -> Iterator[Tensor]:
-    """The tensors of images in a result."""
+def _tensors(name: str, result: Any) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of images in a result, with the names that they have there."""
     if isinstance(result, Tensor):
         if result.is_floating_point() and 2 <= result.ndim <= 4:
-            yield result
-    elif isinstance(result, Mapping | tuple | list):
-        for each in result.values() if isinstance(result, Mapping) else result:
-            yield from _tensors(each)
+            yield name, result
+    elif isinstance(result, Mapping):
+        for key, each in result.items():
+            yield from _tensors(str(key), each)
+    elif isinstance(result, tuple | list):
+        for each in result:
+            yield from _tensors(name, each)
 
 
-def _positions(tap: Tensor, channels: int | None, channels_last: bool) -> Tensor:
+def _positions(name: str, tap: Tensor, channels: int | None, channels_last: bool) -> Tensor:
     """(B, positions, C) of a tensor; a map is one position, without its mean."""
     if tap.ndim == 2:
         return tap.unsqueeze(1)
-    is_map = tap.ndim == 3 and channels is not None and tap.shape[2] != channels
+    is_map = name == "predicted_depth" or (tap.ndim == 3 and channels is not None and tap.shape[2] != channels)
     if is_map or (tap.ndim == 4 and tap.shape[3 if channels_last else 1] == 1):
         flat = tap.flatten(1).float()
         return (flat - flat.mean(dim=1, keepdim=True)).unsqueeze(1)

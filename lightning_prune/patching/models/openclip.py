@@ -11,6 +11,7 @@ from lightning_prune.patching.block_split import AttnMlpSplit, runs
 from lightning_prune.patching.class_swap import original_class
 from lightning_prune.patching.models.base import ModelAdapter, VisionTransformer, loaded_class, loaded_classes
 from lightning_prune.patching.models.torchvision_vit import CapturedMultihead, is_plain
+from lightning_prune.patching.patched_root import PatchedRoot, RootPatch
 
 _MODULE = "open_clip.transformer"
 _METHODS = ("forward", "_embeds", "_pool", "_global_pool")
@@ -29,10 +30,28 @@ def _mlp(block: Any, x: Tensor) -> Tensor:
 _RESIDUAL = AttnMlpSplit(_attention, _mlp)
 
 
+class IntermediatesGuard(PatchedRoot):
+    """Rejects the layout of a grid where removed tokens are not given back: fewer tokens may fit it by chance."""
+
+    _prune_patch: RootPatch
+
+    def forward_intermediates(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the model's own method."""
+        own: Any = super()  # the patched class, unknown to type checkers
+        patch = self._prune_patch
+        if patch.readers is None and patch.argument("output_fmt", args, kwargs) in ("NCHW", None):
+            raise UnsupportedModelError(
+                "`output_fmt` must be 'NLC' in a model whose blocks remove tokens, got 'NCHW'; or patch it with "
+                "restore='auto', or remove the patch."
+            )
+        return own.forward_intermediates(*args, **kwargs)
+
+
 class OpenCLIPVisionTransformer(ModelAdapter):
     """Images of fixed size, with a CLS token; pooled by it, or by the mean of the patches, or by attention."""
 
     name: ClassVar[str] = "OpenCLIP VisionTransformer"
+    guard: ClassVar[type[PatchedRoot]] = IntermediatesGuard
 
     def matches(self, module: nn.Module) -> bool:
         """Also matches subclasses, which users may define."""

@@ -150,12 +150,11 @@ def _reader(model: nn.Module, path: str, root: nn.Module, restores: bool) -> nn.
     own.
     """
     names = path.split(".") if path else []
-    for count in range(len(names)):
-        module = model.get_submodule(".".join(names[:count]))
-        if _is_classifier(module):
-            return module
-        if not restores:
-            continue
+    around = [model.get_submodule(".".join(names[:count])) for count in range(len(names))]
+    classifier = next((module for module in around if _is_classifier(module)), None)
+    if classifier is not None or not restores:
+        return classifier
+    for module in around:
         forward = original_class(module).forward
         # Containers have none, and that of a LightningModule calls that of its base class.
         if forward is not nn.Module.forward and not forward.__module__.startswith(("lightning.", "pytorch_lightning.")):
