@@ -2,8 +2,9 @@
 
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ def to_onnx(graph: ExportedGraph, opset: int | None = None, dimension: str | Non
     except Exception as error:  # the exporter's errors are private
         raise ExportError(f"The graph cannot be converted to ONNX: {_innermost(error)}") from error
     assert made is not None
+    _keep_constants(made.model.graph)
     model = made.model_proto
     if opset is not None and opset < _EXPORTED:
         model = _older(model, opset)
@@ -57,6 +59,24 @@ def to_onnx(graph: ExportedGraph, opset: int | None = None, dimension: str | Non
     if dimension is not None:
         _name_dimension(model, dimension)
     return model
+
+
+def _keep_constants(graph: Any) -> None:
+    """Adds the constants of a graph of the exporter that it lost.
+
+    Its optimizer replaces a minimum and a maximum by `Clip`, and names the bounds after the tensor: where two operators
+    clip one tensor, the graph keeps the bounds of the last alone, and no runtime accepts it.
+    """
+    for node in graph.all_nodes():
+        for value in node.inputs:
+            if value is not None and value.const_value is not None and value.graph is None:
+                value.name = _unused(f"{value.name}_of_{node.name}", graph.initializers)
+                graph.register_initializer(value)
+
+
+def _unused(name: str, names: Iterable[str]) -> str:
+    """The name, or the first with a number behind it that is not among `names`."""
+    return next(each for each in chain([name], (f"{name}_{i}" for i in count(1))) if each not in names)
 
 
 def _remove_traces(model: Any) -> None:
