@@ -1,6 +1,7 @@
 """The command `export`: writes the pruned model of a configuration for a runtime, checked on the validation images."""
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
 import lightning as L
@@ -83,8 +84,9 @@ def run_export(
     images, calibration = on_first_batch(trainer, model, config, take, **data)
     count = len(images) if batch_size is None else batch_size
     example = images[:count] if count <= len(images) else images[:1].expand(count, -1, -1, -1).contiguous()
-    exported = model.model if isinstance(model, ImageClassifier) else _transformer(model, config)
-    with nullcontext() if plan is not None else _patched(exported, config):
+    exported, path = _exported(model, config)
+    is_planned = plan is not None
+    with _without_trainer(model), nullcontext() if is_planned else _patched(exported, path, config):
         report = export(
             exported,
             output,
@@ -99,6 +101,8 @@ def run_export(
             min_agreement=min_agreement,
             graph=graph,
             preprocessing=_preprocessing(model),
+            module_path=path,
+            restore=config.restore if is_planned else None,
             overwrite=overwrite,
         )
     if trainer.is_global_zero:
@@ -106,10 +110,23 @@ def run_export(
     return report
 
 
-def _transformer(model: nn.Module, config: PruningConfig) -> nn.Module:
-    label = "None here: patch and export a dense model in Python, by `lightning_prune.export`"
-    check("prune.restore", config.restore, label, config.restore is None)
-    return find_vision_transformer(model, config.module_path).root
+def _exported(model: nn.Module, config: PruningConfig) -> tuple[nn.Module, str | None]:
+    """What is exported, and the path of the transformer in it: with `restore` the module that reads all its tokens."""
+    transformer = find_vision_transformer(model, config.module_path, config.restore)
+    whole = model.model if isinstance(model, ImageClassifier) else transformer.outer
+    if config.module_path is None:
+        return whole, None
+    return whole, next(path for path, each in whole.named_modules() if each is transformer.root) or None
+
+
+@contextmanager
+def _without_trainer(model: L.LightningModule) -> Iterator[None]:
+    """Takes its Trainer from a module, which is copied for the export; its data would be copied, too."""
+    trainer, model.trainer = model.trainer, None
+    try:
+        yield
+    finally:
+        model.trainer = trainer
 
 
 def _plan(config: PruningConfig, schedule: str | None) -> Schedule | KeepRates | None:
@@ -126,10 +143,18 @@ def _plan(config: PruningConfig, schedule: str | None) -> Schedule | KeepRates |
     return config.schedule if config.is_mixed and isinstance(config.schedule, Schedule | KeepRates) else None
 
 
-def _patched(model: nn.Module, config: PruningConfig) -> PatchHandle:
+def _patched(model: nn.Module, path: str | None, config: PruningConfig) -> PatchHandle:
     """Patches a model by the method and the schedule of the config."""
     schedule = None if config.is_adaptive or config.schedule == "auto" else config.schedule
-    return patch(model, config.reduction, schedule, block=config.reducing_block, tail=config.deployed_tail)
+    return patch(
+        model,
+        config.reduction,
+        schedule,
+        block=config.reducing_block,
+        tail=config.deployed_tail,
+        module_path=path,
+        restore=config.restore,
+    )
 
 
 def _preprocessing(model: nn.Module) -> dict[str, Any] | None:

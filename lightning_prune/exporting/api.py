@@ -36,6 +36,8 @@ from lightning_prune.exporting.instructions import readme, runner
 from lightning_prune.exporting.parity import check_parity, compare_outputs, in_batches
 from lightning_prune.exporting.precision import AGREEMENT, PRECISIONS, TOLERANCES, Precision
 from lightning_prune.exporting.registry import parse_format
+from lightning_prune.patching.models import restoring
+from lightning_prune.patching.token_readers import RestoreMode, check_restore
 from lightning_prune.runtimes.base import without_autograd
 from lightning_prune.runtimes.calibration import calibrating_with
 from lightning_prune.schedule import ScheduleLike
@@ -57,6 +59,7 @@ def export(
     graph: GraphForm | Literal["auto"] = "native",
     preprocessing: Mapping[str, Any] | None = None,
     module_path: str | None = None,
+    restore: RestoreMode | None = None,
     tolerance: float | None = None,
     rounds: int = 30,
     time_limit: float | None = 20.0,
@@ -101,6 +104,8 @@ def export(
         preprocessing: How images are prepared (`input_size`, `mean`, `std`, `interpolation`, `crop_pct`), for
             `preprocessing.json` and `inputs="uint8"`; what timm's configuration of the model says if None.
         module_path: Dotted path of the transformer in `model`, needed where there are several.
+        restore: How removed tokens are given back to a dense head with `plan`, as of `lightning_prune.patch`; a model
+            that is patched already gives them back as it was patched.
         tolerance: Largest relative error of an image, max |y - y_torch| / max |y_torch|; 1e-3 for float32 if None.
         rounds: Measurements of the latency, dense and exported; 0 measures none.
         time_limit: Seconds for measuring; three rounds are completed even after it. None for no limit.
@@ -110,8 +115,8 @@ def export(
         The report, also in `report.json`: the path of the file, its largest error, operators, latency.
 
     Raises:
-        ArgumentError: If an argument is invalid, the folder exists, the model is patched and `plan` is given, it is
-            quantized already, or its normalisation is needed and not known.
+        ArgumentError: If an argument is invalid, the folder exists, the model is patched and `plan` or `restore` is
+            given, it is quantized already, or its normalisation is needed and not known.
         DataError: If the outputs of the model are not finite.
         ExportError: If the model cannot be converted, which names the operator, or the outputs differ, with figures.
         FileWriteError: If a file cannot be written.
@@ -133,6 +138,7 @@ def export(
     """
     check_choice("inputs", inputs, get_args(InputForm))
     _check_images(example_inputs, calibration, inputs)
+    check_restore(restore)
     _check(batch, precision, min_agreement, graph, tolerance, rounds, time_limit, overwrite)
     check_path("output", output)
     chosen = parse_format(format, precision=precision)
@@ -141,8 +147,8 @@ def export(
         check_int("opset", opset, 1, "a version of ONNX's operators")
     check_data_config(preprocessing)
     # Outside of inference mode, in which Lightning validates: what is made inside it cannot be exported.
-    with torch.inference_mode(False), torch.no_grad(), new_folder(output, overwrite) as folder:
-        copied = exported_copy(model, plan, module_path)
+    with torch.inference_mode(False), torch.no_grad(), restoring(restore), new_folder(output, overwrite) as folder:
+        copied = exported_copy(model, plan, module_path, restore)
         chosen.refuse(copied.model)
         transformer = copied.transformer
         config = data_config(model, transformer.root, preprocessing)

@@ -19,6 +19,7 @@ from lightning_prune.patching.compatibility import check_depth
 from lightning_prune.patching.input_resize import InputResize, image_size_of, resize_of
 from lightning_prune.patching.patched_block import BlockPatch, reducing_patches
 from lightning_prune.patching.patched_root import restore_mode, tail_of
+from lightning_prune.patching.token_readers import RestoreMode
 from lightning_prune.reduction.portable import portable_graph
 from lightning_prune.reduction.registry import spec_of
 from lightning_prune.runtimes.base import applied_runtime
@@ -132,23 +133,30 @@ class ExportedCopy(nn.Module):
         return bool(tail.ran)
 
 
-def exported_copy(model: nn.Module, plan: ScheduleLike | None, module_path: str | None) -> ExportedCopy:
+def exported_copy(
+    model: nn.Module, plan: ScheduleLike | None, module_path: str | None, restore: RestoreMode | None = None
+) -> ExportedCopy:
     """A copy of a model in float32, patched as the model is or by a plan; it shares the weights that it can.
 
     Args:
         model: As of `lightning_prune.export`.
         plan: As of `lightning_prune.export`.
         module_path: As of `lightning_prune.export`.
+        restore: As of `lightning_prune.export`.
 
     Raises:
-        ArgumentError: If the model is patched and a plan is given, the plan names no method, or the model is quantized.
+        ArgumentError: If the model is patched and a plan or `restore` is given, the plan names no method, or the model
+            is quantized.
         FileFormatError: If the plan is a file that cannot be read.
         ScheduleError, UnsupportedModelError: As `lightning_prune.patch`.
     """
-    transformer = find_vision_transformer(model, module_path, restore_mode(model))
+    transformer = find_vision_transformer(model, module_path, restore or restore_mode(model))
     _refuse_quantized(model, transformer)
-    if plan is not None and reducing_patches(transformer):
-        raise ArgumentError("`plan` must be left out for a patched model, which is exported as it is patched.")
+    if reducing_patches(transformer):
+        for name, value in (("plan", plan), ("restore", restore)):
+            if value is not None:
+                way = "left out for a patched model, which is exported as it is patched"
+                raise ArgumentError(f"`{name}` must be {way}.")
     schedule = None if plan is None else read_schedule(plan, "plan")
     copied = ExportedCopy(_copy(model, torch.float32), module_path)
     if schedule is not None:
@@ -156,7 +164,7 @@ def exported_copy(model: nn.Module, plan: ScheduleLike | None, module_path: str 
             raise ArgumentError(f"`plan` must be a Plan, or a schedule that names its method, or None, got {plan!r}.")
         check_depth(copied.transformer, schedule)
         if schedule.reducing:
-            make_handle(copied.transformer, schedule)
+            make_handle(find_vision_transformer(copied.model, module_path, restore), schedule)
     return copied
 
 

@@ -6,8 +6,11 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_prune as lp
+from helpers.data import noise_images
+from helpers.dense import CalledDenseModule, DenseModule, dense_net
 from helpers.models import DIGITS_MODEL, digits_module
 from lightning_prune.__main__ import main
 from lightning_prune._utils.formatting import with_tail
@@ -146,3 +149,25 @@ def test_accuracy_of_the_file_is_that_of_the_patched_model(tmp_path: Path) -> No
     for name in ("val/top1", "val/top5", "val/loss"):
         assert found[name] == pytest.approx(expected[name], rel=1e-4)
     assert torch.is_inference_mode_enabled() is False
+
+
+@pytest.mark.parametrize("kind", [DenseModule, CalledDenseModule])
+@pytest.mark.parametrize("is_planned", [False, True])
+def test_a_dense_module_gives_tokens_back(tmp_path: Path, kind: type[DenseModule], is_planned: bool) -> None:
+    module, schedule = kind(dense_net()), lp.Schedule([0, 5, 0, 3], "topk")
+    images = noise_images(8)
+    loader = DataLoader(TensorDataset(images, noise_images(8, 1, 4, seed=2)), batch_size=4)
+    trainer = PruneTrainer(**QUIET)
+    path = schedule.save(tmp_path / "schedule.yaml") if is_planned else None
+    pruner = TokenPruning(schedule="auto" if is_planned else schedule, restore="auto", calibration=8, verbose=False)
+    trainer.callbacks.append(pruner)
+    report = trainer.export(
+        module, loader, output=str(tmp_path / "out"), schedule=path and str(path), format="torch-export"
+    )
+    assert report.tokens == (17, 12, 12, 9)
+    assert module.trainer is trainer
+    with torch.no_grad(), lp.patch(module.net, schedule, restore="auto"):
+        expected = module.net(images[:4] - 0.5 if kind is CalledDenseModule else images[:4])
+    torch.testing.assert_close(lp.load_exported(tmp_path / "out")(images[:4]), expected, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        assert not torch.allclose(module.net(images[:4]), expected, rtol=1e-3, atol=1e-4)

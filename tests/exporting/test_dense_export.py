@@ -74,3 +74,31 @@ def test_a_backbone_is_exported_with_what_reads_it(tmp_path: Path) -> None:
         with pytest.raises(ArgumentError, match="return a tensor"):
             lp.export(backbone, tmp_path / "other", IMAGES[:2], format="onnx")
     torch.testing.assert_close(lp.load_exported(tmp_path / "out")(IMAGES), expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["tome", "topk"])
+def test_a_plan_gives_tokens_back(tmp_path: Path, method: str) -> None:
+    net, schedule = dense_net(), lp.Schedule([0, 5, 0, 3], method)
+    report = lp.export(
+        net, tmp_path / "out", IMAGES[:2], plan=schedule, restore="auto", format="torch-export", rounds=1
+    )
+    assert report.tokens == (17, 12, 12, 9)
+    with torch.no_grad(), lp.patch(net, schedule, restore="auto"):
+        expected = net(IMAGES[:2])
+    torch.testing.assert_close(lp.load_exported(tmp_path / "out")(IMAGES[:2]), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("plan", [None, lp.Schedule([0, 0, 0, 0])])
+def test_the_dense_model(tmp_path: Path, plan: Any) -> None:
+    net = dense_net()
+    lp.export(net, tmp_path / "out", IMAGES[:2], plan=plan, restore="auto", format="torch-export", rounds=0)
+    with torch.no_grad():
+        torch.testing.assert_close(lp.load_exported(tmp_path / "out")(IMAGES[:2]), net(IMAGES[:2]))
+
+
+@pytest.mark.parametrize("restore", ["delta", "all"])
+def test_a_patched_model_is_exported_as_it_is(tmp_path: Path, restore: Any) -> None:
+    net = dense_net()
+    with lp.patch(net, "topk", [0, 5, 0, 3], restore="copy"), pytest.raises(ArgumentError, match="restore"):
+        lp.export(net, tmp_path / "out", IMAGES[:2], restore=restore, format="torch-export")
+    assert not (tmp_path / "out").exists()
