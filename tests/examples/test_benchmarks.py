@@ -67,6 +67,37 @@ def test_the_floor_is_compiled_as_the_patched_model_is(program: Any, monkeypatch
         assert not torch.equal(forwards["pruned"](images), model(images))
 
 
+def test_latency_of_a_dense_reader(program: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    words = ["--model", "vit_tiny_patch16_224", "--sizes", "64", "--methods", "tome", "topk", "--modes", "eager"]
+    run(program("dense_latency"), monkeypatch, *words, "onnxruntime", "--rounds", "3", "--output", str(tmp_path))
+    rows = rows_of(program, tmp_path / "latency.csv")
+    assert [(row["mode"], row["method"]) for row in rows] == [
+        (mode, method) for mode in ("eager", "onnxruntime") for method in ("tome", "topk")
+    ]
+    assert {(row["patches"], row["removed"], row["rounds"]) for row in rows} == {("16", "6", "3")}
+
+
+@pytest.mark.parametrize("mode", ["eager", "onnxruntime"])
+def test_what_is_timed_for_a_dense_reader_is_the_patched_model(program: Any, mode: str) -> None:
+    import torch
+
+    import lightning_prune as lp
+
+    timed = program("dense_latency")
+    model, images = program("dense").build("vit_tiny_patch16_224", 64, False, None), torch.randn(1, 3, 64, 64)
+    schedule = timed.schedule_of(12, 16, 0.15)
+    assert schedule.removed == (0, 0, 0, 0, 2, 0, 2, 0, 2, 0, 0, 0)
+    forwards = timed.contenders(model, images, ["topk"], schedule, mode)
+    with torch.inference_mode():
+        dense = model(images)
+        with lp.patch(model, "topk", schedule, restore="auto"):
+            expected = {"dense": dense, "topk": model(images)}
+        assert not torch.allclose(expected["topk"][-1], dense[-1], rtol=1e-3, atol=1e-4)
+        for name, forward in forwards.items():
+            for found, right in zip(forward(images), expected[name], strict=True):
+                torch.testing.assert_close(found, right, rtol=1e-3, atol=1e-4)
+
+
 def test_scaling(program: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     words = ["--sizes", "112", "--batch-sizes", "1", "2", "--depths", "4", "--rounds", "2", "--device", "cpu"]
     run(program("scaling"), monkeypatch, *words, "--output", str(tmp_path))

@@ -17,7 +17,8 @@ SPECS = ("onnxruntime", "openvino")
 FAMILIES = (
     *("DeiT", "DeiT, distilled", "DINOv2, registers", "CLIP", "SigLIP", "ViT, parallel blocks"),
     *("ViT, differential parallel", "EVA-02", "DINOv3", "BEiT", "ViT, relative positions", "NaFlexViT"),
-    *("CaiT", "ConViT", "torchvision ViT", "Hugging Face DINOv2"),
+    *("CaiT", "ConViT", "torchvision ViT", "Hugging Face DINOv2", "OpenCLIP"),
+    *("Qwen3-VL encoder", "DeepSeek-VL encoder", "Gemma 4 encoder"),
 )
 
 
@@ -33,20 +34,19 @@ def test_these_are_all(sweep: Any) -> None:
 PAIRS = (("pomt", "tome"), ("pomt-nearest", "tome"), ("topk", "pomt"))
 
 
-def mixed(model: nn.Module) -> lp.PatchHandle:
+def mixed(model: nn.Module, restore: Any) -> lp.PatchHandle:
     """POMT in the first block that can reduce and ToMe in the next; other pairs for families that cannot have both.
 
     Where patch tokens are pooled nothing can be dropped before a merge, and CaiT cannot weight merged tokens.
     """
-    transformer = find_vision_transformer(model)
+    transformer = find_vision_transformer(model, restore=restore)
     first, depth = transformer.first_prunable_block, transformer.depth
     removed = [4 if block in (first, first + 1) else 0 for block in range(depth)]
     for early, late in PAIRS:
         methods = [early if block == first else late for block in range(depth)]
         try:
-            return lp.patch(
-                model, lp.Schedule(removed, methods), tail=False
-            )  # which would take the place of the second
+            # The tail would take the place of the second.
+            return lp.patch(model, lp.Schedule(removed, methods), tail=False, restore=restore)
         except lp.UnsupportedModelError as error:
             refused = error
     raise refused
@@ -72,7 +72,7 @@ def test_a_family_in_both_runtimes(family: str, sweep: Any) -> None:
     generator = torch.Generator().manual_seed(1)
     images = torch.randn(2, 3, *sweep.image_size(model), generator=generator)
     others = torch.randn(2, 3, *sweep.image_size(model), generator=generator)
-    with mixed(model), torch.no_grad():
+    with mixed(model, "auto" if family in sweep.RESTORED else None), torch.no_grad():
         graph = export_graph(model, (images,))
         expected = outputs_of(model(others))
         for spec in SPECS:
