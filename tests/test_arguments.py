@@ -123,7 +123,7 @@ CALLEES: dict[str, Callable[[], Callee]] = {
         lp.export,
         {"model": tiny_vit(depth=1), "output": "x", "example_inputs": IMAGES, "format": "torch-export", "rounds": 0},
         MODEL_PATH
-        | {name: {"None"} for name in ("plan", "calibration", "opset", "preprocessing", "min_agreement")}
+        | {name: {"None"} for name in ("plan", "restore", "calibration", "opset", "preprocessing", "min_agreement")}
         | {name: {"None", "fraction"} for name in ("tolerance", "time_limit")}
         | {"output": {"text"}},
         {"plan": "(plan|removed|nonsense)"},
