@@ -67,6 +67,7 @@ def test_the_floor_is_compiled_as_the_patched_model_is(program: Any, monkeypatch
         assert not torch.equal(forwards["pruned"](images), model(images))
 
 
+@pytest.mark.long
 def test_latency_of_a_dense_reader(program: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     words = ["--model", "vit_tiny_patch16_224", "--sizes", "64", "--methods", "tome", "topk", "--modes", "eager"]
     run(program("dense_latency"), monkeypatch, *words, "onnxruntime", "--rounds", "3", "--output", str(tmp_path))
@@ -77,7 +78,7 @@ def test_latency_of_a_dense_reader(program: Any, monkeypatch: pytest.MonkeyPatch
     assert {(row["patches"], row["removed"], row["rounds"]) for row in rows} == {("16", "6", "3")}
 
 
-@pytest.mark.parametrize("mode", ["eager", "onnxruntime"])
+@pytest.mark.parametrize("mode", ["eager", pytest.param("onnxruntime", marks=pytest.mark.long)])
 def test_what_is_timed_for_a_dense_reader_is_the_patched_model(program: Any, mode: str) -> None:
     import torch
 
