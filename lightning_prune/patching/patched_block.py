@@ -331,7 +331,8 @@ def _reduce(
         return reduced.tokens, None
     cut = None
     if is_undone and readers is not None:
-        cut = cut_of(rule_for(readers.mode, reduction), sequence.tokens, reduced, patch.num_prefix_tokens)
+        rule = rule_for(readers.mode, reduction)
+        cut = cut_of(rule, sequence.tokens, reduced, patch.num_prefix_tokens, reduction.fused_tokens)
     return reduced.tokens, next_token_state(arrived, reduced, patch.tracks_positions, patch.weighs_keys, cut)
 
 

@@ -15,7 +15,14 @@ import torch
 from torch import Tensor
 
 from lightning_prune.reduction.base import ReductionOutput
-from lightning_prune.reduction.functional import is_exported, precise_product, sources_of, take_tokens, take_values
+from lightning_prune.reduction.functional import (
+    is_exported,
+    precise_product,
+    select_best,
+    sources_of,
+    take_tokens,
+    take_values,
+)
 from lightning_prune.reduction.portable import exact_product, is_portable, joined, one_hot, whole_numbers
 
 RestoreRule = Literal["copy", "delta"]
@@ -39,34 +46,29 @@ class CopyCut(NamedTuple):
 
 
 class DeltaCut(NamedTuple):
-    """A cut that is undone by adding what has changed since then.
+    """A cut that is undone by adding what has changed since then. G tokens are looked at, all that were removed.
 
     Attributes:
-        before: (B, N, C), the tokens at the cut.
-        after: (B, K, C), what was left of them.
-        kept: (B, N) int64, the index of each token among the K; -1 if it was removed.
-        nearest: (B, N - P, k) int64, the kept patch tokens nearest to each patch token, as indices among the K.
+        before: (B, G, C), the state at the cut of those that were removed.
+        after: (B, K, C), what was left of all tokens.
+        sources: (B, N) int64, the index of each token among the K, or K + its index among the G if it was removed.
+        nearest: (B, G, k) int64, the kept patch tokens nearest to each of the G, as indices among the K.
         valid: (B, K) bool, whether a token is a kept patch token; others are nobody's neighbours.
     """
 
     before: Tensor
     after: Tensor
-    kept: Tensor
+    sources: Tensor
     nearest: Tensor
     valid: Tensor
 
     def undo(self, tokens: Tensor) -> Tensor:
         """(B, K, C), what the tokens that are left have become -> (B, N, C)."""
-        prefix = self.before.shape[1] - self.nearest.shape[1]
         wide = torch.promote_types(tokens.dtype, torch.float32)
         change = (tokens.to(wide) - self.after.to(wide)) * self.valid.unsqueeze(2).to(wide)
-        total = _sum_of(change, self.nearest)
         found = self.valid.sum(dim=1).clamp(1, self.nearest.shape[2])
-        moved = self.before[:, prefix:].to(wide) + total / found[:, None, None].to(wide)
-        patches = self.kept[:, prefix:]
-        own = take_tokens(tokens, patches.clamp(min=0))
-        removed = (patches < 0).unsqueeze(2)
-        return joined(tokens[:, :prefix], torch.where(removed, moved.to(tokens.dtype), own))
+        moved = self.before.to(wide) + _sum_of(change, self.nearest) / found[:, None, None].to(wide)
+        return take_tokens(joined(tokens, moved.to(tokens.dtype)), self.sources)
 
 
 class GridCut(NamedTuple):
@@ -114,7 +116,13 @@ def interpolation_matrix(smaller: int, size: int) -> Tensor:
     return (1 - (places.unsqueeze(1) - torch.arange(smaller)).abs()).clamp(min=0)
 
 
-def cut_of(rule: RestoreRule, before: Tensor, reduced: ReductionOutput, num_prefix_tokens: int) -> Cut:
+def cut_of(
+    rule: RestoreRule,
+    before: Tensor,
+    reduced: ReductionOutput,
+    num_prefix_tokens: int,
+    fused_tokens: int | None = None,
+) -> Cut:
     """What undoes a reduction.
 
     Args:
@@ -122,6 +130,8 @@ def cut_of(rule: RestoreRule, before: Tensor, reduced: ReductionOutput, num_pref
         before: (B, N, C), the tokens at the cut.
         reduced: What the reduction made of them. With `sources`, if the method merges tokens.
         num_prefix_tokens: P.
+        fused_tokens: How many of the K tokens of an image have no position at most; None if it is not known. Neighbours
+            are then looked for of all patch tokens, and otherwise of as many as can have been removed.
 
     Returns:
         The cut.
@@ -137,18 +147,25 @@ def cut_of(rule: RestoreRule, before: Tensor, reduced: ReductionOutput, num_pref
         >>> cut_of("delta", before, left, 1).undo(left.tokens + 10)[0, :, 0].tolist()
         [19.0, 11.0, 12.0, 15.0]
     """
-    tokens = before.shape[1]
-    valid = reduced.positions >= num_prefix_tokens
+    count, left = before.shape[1], reduced.tokens
     if rule == "copy":
-        sources = _portable_sources(reduced, tokens) if is_portable() else sources_of(reduced, tokens)
-        if reduced.sources is None:  # a method that drops tokens
-            nearest = nearest_kept(before, reduced.tokens, valid, num_prefix_tokens, 1)[..., 0]
-            first = sources[:, :num_prefix_tokens]
-            patches = sources[:, num_prefix_tokens:]
-            sources = joined(first, torch.where(patches < 0, nearest, patches))
-        return CopyCut(sources)
-    nearest = nearest_kept(before, reduced.tokens, valid, num_prefix_tokens, NEIGHBOURS)
-    return DeltaCut(before, reduced.tokens, kept_indices(reduced.positions, tokens), nearest, valid)
+        sources = _portable_sources(reduced, count) if is_portable() else sources_of(reduced, count)
+        if reduced.sources is not None:
+            return CopyCut(sources)
+    else:
+        sources = kept_indices(reduced.positions, count)
+    patches = count - num_prefix_tokens
+    gone = patches if fused_tokens is None else min(patches, count - left.shape[1] + fused_tokens)
+    # Those that were removed come first. If fewer than G were, kept ones fill up, of which nothing is taken.
+    removed = select_best((sources[:, num_prefix_tokens:] < 0).float(), gone, num_prefix_tokens)
+    states = removed.take(before)[:, num_prefix_tokens:]
+    valid = reduced.positions >= num_prefix_tokens
+    nearest = nearest_kept(states, left, valid, num_prefix_tokens, 1 if rule == "copy" else NEIGHBOURS)
+    place = kept_indices(removed.positions[:, num_prefix_tokens:], count)  # of each of the N among the G
+    if rule == "copy":
+        taken = take_values(nearest[..., 0], place.clamp(min=0))
+        return CopyCut(torch.where(sources < 0, taken, sources))
+    return DeltaCut(states, left, torch.where(sources < 0, left.shape[1] + place, sources), nearest, valid)
 
 
 def _portable_sources(reduced: ReductionOutput, tokens: int) -> Tensor:
@@ -198,21 +215,21 @@ def kept_indices(positions: Tensor, tokens: int) -> Tensor:
     return nobody.scatter(1, targets, left)[:, :tokens]
 
 
-def nearest_kept(before: Tensor, after: Tensor, valid: Tensor, num_prefix_tokens: int, count: int) -> Tensor:
-    """The kept patch tokens nearest to each patch token, by L2 distance.
+def nearest_kept(tokens: Tensor, after: Tensor, valid: Tensor, num_prefix_tokens: int, count: int) -> Tensor:
+    """The kept patch tokens nearest to each of several tokens, by L2 distance.
 
     Args:
-        before: (B, N, C), the tokens at the cut.
+        tokens: (B, G, C), at the cut.
         after: (B, K, C), the tokens that are left.
         valid: (B, K) bool, which of these may be chosen: none of the first P.
         num_prefix_tokens: P.
         count: How many; fewer if K - P is less.
 
     Returns:
-        (B, N - P, k) int64, indices among the K, in any order. Where fewer are valid, the others are not.
+        (B, G, k) int64, indices among the K, in any order. Where fewer are valid, the others are not.
     """
-    wide = torch.promote_types(before.dtype, torch.float32)
-    one, other = before[:, num_prefix_tokens:].to(wide), after[:, num_prefix_tokens:].to(wide)
+    wide = torch.promote_types(tokens.dtype, torch.float32)
+    one, other = tokens.to(wide), after[:, num_prefix_tokens:].to(wide)
     usable = valid[:, num_prefix_tokens:].unsqueeze(1)
     count = min(count, other.shape[1])
     keys, lengths = other.transpose(1, 2), other.square().sum(dim=2).unsqueeze(1)

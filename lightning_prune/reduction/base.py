@@ -61,6 +61,8 @@ class Reduction(ABC):
             added to the logits of each key.
         is_lossless: Whether every removed token is merged into a kept one. Models that pool over their patch tokens
             then need `ReductionOutput.sources`, so it must be returned if `TokenSequence.trace` is set.
+        fused_tokens: How many tokens without a position (-1), made of several, it returns for an image at most; None if
+            that is not known. Giving removed tokens back (`lightning_prune.patch`, `restore`) is faster where it is.
         adaptive: Whether the number of removed tokens depends on the image. Then there is no schedule and `remove` is
             0. Shorter images of a batch are padded with tokens of size 0, which proportional attention masks.
         multi_block: Whether it is used in many blocks, as ToMe is, with the tokens distributed by `allocate`. Other
@@ -75,6 +77,7 @@ class Reduction(ABC):
     tracks_sizes: bool = False
     proportional_attention: bool = False
     is_lossless: bool = False
+    fused_tokens: int | None = None
     adaptive: bool = False
     multi_block: bool = False
     scales_images: bool = False

@@ -80,6 +80,7 @@ class TopK(Reduction):
     """
 
     name: str = "topk"
+    fused_tokens = 0
     reads: ClassVar[frozenset[str]] = frozenset({"attention"})
 
     def reduce(self, sequence: TokenSequence, remove: int) -> ReductionOutput:
@@ -144,6 +145,7 @@ class EViT(Reduction):
     """
 
     name: str = "evit"
+    fused_tokens = 1
     reads: ClassVar[frozenset[str]] = frozenset({"attention"})
 
     def reduce(self, sequence: TokenSequence, remove: int) -> ReductionOutput:

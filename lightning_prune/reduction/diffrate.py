@@ -170,6 +170,7 @@ class DiffRateMerge(Reduction):
     reads: ClassVar[frozenset[str]] = frozenset({"attention"})
     tracks_sizes = True
     is_lossless = True
+    fused_tokens = 0
     multi_block = True
 
     def __init__(self, proportional_attention: bool = True) -> None:

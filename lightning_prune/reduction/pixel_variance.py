@@ -72,6 +72,7 @@ class VWTIntra(Reduction):
     """
 
     name: str = "vwt-intra"
+    fused_tokens = 0
     site: Literal["block", "input"] = "input"
     reads: ClassVar[frozenset[str]] = frozenset({"pixels"})
 

@@ -119,6 +119,7 @@ class POMT(Reduction):
         check_choice("dropped", dropped, ("mean", "nearest"))
         check_bool("proportional_attention", proportional_attention)
         self.dropped = dropped
+        self.fused_tokens = 1 if dropped == "mean" else 0
         if dropped == "nearest":
             self.name = "pomt-nearest"
             self.is_lossless = self.tracks_sizes = True

@@ -50,6 +50,7 @@ class RandomDrop(Reduction):
     """
 
     name: str = "random"
+    fused_tokens = 0
 
     def __init__(self, seed: int = 0, site: Literal["block", "input"] = "block") -> None:
         check_choice("site", site, ("block", "input"))

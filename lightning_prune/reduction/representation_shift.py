@@ -70,6 +70,7 @@ class RepresentationShift(Reduction):
     """
 
     name: str = "shift"
+    fused_tokens = 0
 
     def reduce(self, sequence: TokenSequence, remove: int) -> ReductionOutput:
         """See `shift`."""

@@ -106,6 +106,7 @@ class SoftMerge(Reduction):
     reads: ClassVar[frozenset[str]] = frozenset({"attention"})
     tracks_sizes = True
     is_lossless = True
+    fused_tokens = 0
 
     def __init__(self, temperature: float = 0.01, proportional_attention: bool = True) -> None:
         check_positive("temperature", temperature)

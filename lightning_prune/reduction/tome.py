@@ -204,6 +204,7 @@ class ToMe(Reduction):
     reads: ClassVar[frozenset[str]] = frozenset({"attention"})
     tracks_sizes = True
     is_lossless = True
+    fused_tokens = 0
     multi_block = True
 
     def __init__(

@@ -1,5 +1,6 @@
 """Giving tokens back: against loops over the tokens of each image."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -80,17 +81,16 @@ LOOPS = {"copy": by_copy, "delta": by_delta}
 
 @pytest.mark.parametrize("portable", [False, True])
 @pytest.mark.parametrize("rule", ["copy", "delta"])
-@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize(("fused", "fused_tokens"), [(False, 0), (False, 1), (False, None), (True, 1), (True, None)])
 @pytest.mark.parametrize(("keep", "batch"), [(25, 1), (25, 3), (12, 2), (3, 2), (1, 2)])
-def test_dropped_tokens_are_given_back(rule: Any, keep: int, batch: int, fused: bool, portable: bool) -> None:
+def test_dropped_tokens_are_given_back(
+    rule: Any, keep: int, batch: int, fused: bool, fused_tokens: int | None, portable: bool
+) -> None:
     before = tokens_of(batch, 40 + PREFIX)
     reduced = dropped(before, keep, fused)
     now = tokens_of(batch, reduced.tokens.shape[1], seed=2)
-    if portable:
-        with portable_graph():
-            found = cut_of(rule, before, reduced, PREFIX).undo(now)
-    else:
-        found = cut_of(rule, before, reduced, PREFIX).undo(now)
+    with portable_graph() if portable else nullcontext():
+        found = cut_of(rule, before, reduced, PREFIX, fused_tokens).undo(now)
     torch.testing.assert_close(found, LOOPS[rule](before, reduced, now), rtol=1e-10, atol=1e-10)
 
 
@@ -157,14 +157,23 @@ def test_distances_are_held_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     before = tokens_of(2, 30 + PREFIX)
     reduced = dropped(before, 12)
     valid = reduced.positions >= PREFIX
-    whole = nearest_kept(before, reduced.tokens, valid, PREFIX, 5).sort(dim=-1).values
+    whole = nearest_kept(before[:, PREFIX:], reduced.tokens, valid, PREFIX, 5).sort(dim=-1).values
     monkeypatch.setattr("lightning_prune.patching.restored_tokens._DISTANCES", 2 * 12 * 7)
     shapes: list[int] = []
     smallest = torch.Tensor.topk
     monkeypatch.setattr(torch.Tensor, "topk", lambda x, *a, **k: (shapes.append(x.shape[1]), smallest(x, *a, **k))[1])
-    parts = nearest_kept(before, reduced.tokens, valid, PREFIX, 5).sort(dim=-1).values
+    parts = nearest_kept(before[:, PREFIX:], reduced.tokens, valid, PREFIX, 5).sort(dim=-1).values
     assert torch.equal(whole, parts)
     assert shapes == [7, 7, 7, 7, 2]
+
+
+@pytest.mark.parametrize(("fused_tokens", "looked_at"), [(0, 20), (2, 22), (None, 30)])
+def test_neighbours_are_looked_for_of_removed_tokens_only(fused_tokens: int | None, looked_at: int) -> None:
+    before = tokens_of(2, 30 + PREFIX)
+    cut = cut_of("delta", before, dropped(before, 10), PREFIX, fused_tokens)
+    assert isinstance(cut, DeltaCut)
+    assert cut.nearest.shape == (2, looked_at, NEIGHBOURS)
+    assert cut.before.shape == (2, looked_at, 6)
 
 
 def test_kept_indices() -> None:

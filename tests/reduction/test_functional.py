@@ -173,3 +173,4 @@ class TestSources:
             assert all(row[place] == k for k, place in enumerate(positions) if place >= 0)
             fuses = method.is_lossless or -1 in positions
             assert row.count(-1) == (0 if fuses else 4)
+            assert positions.count(-1) == method.fused_tokens
