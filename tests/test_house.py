@@ -114,7 +114,7 @@ class Imports:
         return parts if name in self._packages else parts[:-1]
 
     def _resolve(self, module: str, name: str | None) -> str:
-        """The file that defines a name; the module itself where that cannot be told."""
+        """The file that defines a name; the module itself where that is not known."""
         if name is None:
             return module
         inside = f"{module}.{name}" if module else name

@@ -256,7 +256,7 @@ def latencies(
         path = args.output / "latency.csv"
         write_table(path, rows, context_of("cpu"))
     if path is None:
-        what = "relative operations" + (f", of which {args.fixed} fixed" if args.fixed else "")
+        what = "relative operations" + (f", {args.fixed} of them fixed" if args.fixed else "")
         return relative_operations(model, image, graphs, args.fixed), what
     return {row["name"]: float(row["relative"]) for row in read_table(path)}, "measured at batch 1"
 
@@ -269,8 +269,8 @@ def main() -> None:
     parser.add_argument("--graphs", nargs="+", default=list(GRAPHS), choices=list(GRAPHS), help="`exact` always is one")
     parser.add_argument("--speedups", type=float, nargs="+", default=[1.1, 1.25, 1.5, 2.0])
     parser.add_argument("--buckets", type=int, nargs="+", default=[2, 3, 4])
-    parser.add_argument("--parts", type=int, default=40, help="thresholds lie between so many equal parts")
-    parser.add_argument("--images", type=int, default=None, help="so many at random instead of all")
+    parser.add_argument("--parts", type=int, default=40, help="number of equal parts between which thresholds lie")
+    parser.add_argument("--images", type=int, default=None, help="number of images taken at random; all if not given")
     parser.add_argument("--batch-size", type=int, default=50, help="for the outputs, which do not depend on it")
     parser.add_argument("--resamples", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0, help="of the halves, resamples and the oracle's ties")

@@ -6,7 +6,7 @@
 
 The model returns the grids of four blocks (`DenseFeatures`). Each method is planned for `AccuracyBudget(0.01)` and
 `(0.05)`, a mean cosine similarity of 0.99 and 0.95 to the dense model over taps and patches, with `restore="auto"`, and
-timed beside dense in an interleaved run. `--memory` gives the largest memory that exists at the same time in a forward
+timed with dense in one interleaved run. `--memory` gives the largest memory that exists at the same time in a forward
 pass, in place of latencies.
 
 Without `--pretrained` the weights are random, and similarities mean nothing: latencies and memory alone do. With

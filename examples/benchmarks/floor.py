@@ -9,8 +9,8 @@ Pruned and floor are timed alternately in one interleaved run; ratios are median
     python examples/benchmarks/floor.py --modes eager default reduce-overhead --device cuda --output results/floor
     python examples/benchmarks/floor.py --modes eager onnxruntime openvino --precisions fp32 --output results/floor
 
-`--modes` other than eager compile or convert both the floor and the patched model: those of torch.compile, of which
-reduce-overhead uses CUDA graphs, or a runtime by its spec.
+`--modes` other than eager compile or convert both the floor and the patched model: those of torch.compile
+(reduce-overhead uses CUDA graphs), or a runtime by its spec.
 """
 
 import argparse

@@ -154,7 +154,7 @@ def read_document(
 
     Args:
         path: The file.
-        kind: The expected format, or several, any of which is accepted.
+        kind: The expected format, or several that are accepted.
         version: The version that can be read, or several.
 
     Raises:

@@ -43,7 +43,7 @@ def milliseconds(latency: float | None) -> str:
 
 
 def with_tail(median: float, p90: float | None) -> str:
-    """A latency in a sentence, its 90th percentile beside the median where it is known.
+    """A latency in a sentence, with its 90th percentile after the median where it is known.
 
     Example:
         >>> with_tail(12.345, 14.0), with_tail(12.345, None)

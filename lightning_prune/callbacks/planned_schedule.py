@@ -38,7 +38,7 @@ def profiled(
         images: (B, C, H, W) as the transformer receives them.
         of_method: Measures the latency of the method at its block instead, if one is given, and uses the whole time
             limit instead of the share that planning leaves for it.
-        limit: A time limit that may have begun before, of which no more than what is left is used; None for none.
+        limit: A time limit that may have begun before; only what is left of it is used. None for none.
     """
     # One curve is used for all methods and blocks, except in the paper's protocol, whose lowest count depends on both.
     general = config.uses_token_curve or not (of_method or config.protocol == "paper")

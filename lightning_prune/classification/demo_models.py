@@ -103,6 +103,6 @@ def vit_cifar_patch4_56(pretrained: bool = False, **kwargs: Any) -> VisionTransf
         act_layer=nn.GELU,
     )
     embed = partial(HybridEmbed, backbone=stem, proj=False)
-    # patch_size counts positions of the stem's output, each of which is a token.
+    # patch_size counts positions of the stem's output, and each of them is a token.
     shape = {"img_size": CANVAS, "patch_size": 1, "embed_dim": width, "depth": 12, "num_heads": 4}
     return build_model_with_cfg(VisionTransformer, CIFAR_MODEL, pretrained, **{"embed_layer": embed, **shape, **kwargs})

@@ -125,7 +125,7 @@ class ImageClassifier(L.LightningModule):
         output = self.model(images)
         if isinstance(output, Tensor | list | tuple) or "feature_maps" in output:
             return output
-        # Hugging Face's models return an output with several fields, of which some may be None.
+        # Hugging Face's models return an output with several fields, and some may be None.
         fields = (getattr(output, name, None) for name in ("logits", "image_embeds", "pooler_output"))
         found: Tensor | None = next((value for value in fields if value is not None), None)
         return found if found is not None else output.last_hidden_state[:, 0]

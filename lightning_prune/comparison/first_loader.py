@@ -72,7 +72,7 @@ class FirstLoader:
                     vars(source)["val_dataloader"] = before
 
     def _first_of(self, loaders: Any) -> Any:
-        if isinstance(loaders, CombinedLoader):  # which the user told how to combine them
+        if isinstance(loaders, CombinedLoader):  # the user chose how it combines them
             return loaders
         found = CombinedLoader(loaders, "sequential").flattened
         if len(found) < 2:

@@ -7,6 +7,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
+from torchmetrics.utilities.distributed import gather_all_tensors
 
 from lightning_prune._utils.sampler_shares import SamplerShare, shares_of
 from lightning_prune.callbacks.batches import Extract, batch_shape
@@ -78,11 +79,6 @@ class StepValues(Callback):
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Gathers the values of all processes."""
         own = torch.cat([torch.zeros(0, dtype=torch.float64), *self._batches])
-        if trainer.world_size == 1:
-            self.values = own.tolist()
-            return
-        counts = trainer.strategy.all_gather(torch.tensor([len(own)], device=pl_module.device)).reshape(-1)
-        padded = torch.zeros(int(counts.max()), device=pl_module.device)  # float32, as some devices have no float64
-        padded[: len(own)] = own.to(padded)
-        together = trainer.strategy.all_gather(padded).reshape(len(counts), -1)
-        self.values = [float(v) for row, count in zip(together, counts, strict=True) for v in row[: int(count)]]
+        if trainer.world_size > 1:  # in float32, as some devices have no float64
+            own = torch.cat(gather_all_tensors(own.to(pl_module.device, torch.float32)))
+        self.values = own.tolist()

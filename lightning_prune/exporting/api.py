@@ -86,7 +86,7 @@ def export(
         format: `"onnx"`, `"openvino"`, `"torch-export"` (`.pt2`), `"aotinductor"` (`.pt2`, compiled for processors like
             this one, which takes minutes) or `"executorch"` (`.pte`).
         calibration: (N, C, H, W) images like the example, on which the outputs are compared, at least 256 if there are
-            as many, and from the first 32 of which `"int8"` takes its ranges; the example inputs if None.
+            as many; `"int8"` takes its ranges from the first 32. The example inputs if None.
         inputs: What the file takes: `"float32"` for normalised images, or `"uint8"` for images of 0 to 255, which it
             scales and normalises itself. Normalised images are rounded to these levels before anything is compared.
         opset: Version of ONNX's operators, from 17 on, as far as the model can be converted; that of PyTorch's exporter

@@ -36,7 +36,7 @@ class ExportFormat(ABC):
     Attributes:
         name: As it is given to `export`.
         runtime_name: Name of the runtime.
-        files: Names of the files of a model, some of which may be missing; the first is what is loaded.
+        files: Names of the files of a model. Some may be missing; the first is what is loaded.
         packages: Packages that take part in making them.
         precisions: Precision -> spec of the runtime that computes in it.
         runtime: The runtime.

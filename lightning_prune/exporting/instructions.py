@@ -197,7 +197,7 @@ def _benchmarks(report: ExportReport, input_name: str) -> list[str]:
         )
     if report.format in ("onnx", "openvino"):
         fixed = f' -shape "[{",".join(map(str, report.input_shape))}]"' if dynamic else ""
-        # The hint gives one stream; the tool refuses to be told the number next to it.
+        # The hint gives one stream; the tool refuses the number next to it.
         computes = f" -infer_precision {_hint(report)}"
         commands.append(f"benchmark_app -m {file} -d CPU -hint latency{computes} -t 30 -pc{fixed}")
     if report.format == "onnx":

@@ -84,7 +84,7 @@ class BlockPatch:
         return self.remove.removes(tokens, self.num_prefix_tokens)
 
     def check_removed(self, tokens: int, remove: int) -> None:
-        """Raises ScheduleError if so many of `tokens` that enter the block cannot be removed."""
+        """Raises ScheduleError if that number of the `tokens` that enter the block cannot be removed."""
         assert self.reduction is not None
         max_removed = self.reduction.max_removed(tokens, self.num_prefix_tokens)
         if remove > max_removed:

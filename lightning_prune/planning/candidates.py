@@ -26,7 +26,7 @@ def pareto_front(items: Iterable[T], key: Callable[[T], tuple[float, float]]) ->
 
     Args:
         items: In any order.
-        key: Two values of an item, both of which are better if they are smaller.
+        key: Two values of an item; both are better if they are smaller.
 
     Example:
         >>> from lightning_prune.planning.candidates import pareto_front

@@ -12,7 +12,7 @@ from lightning_prune.planning.candidates import pareto_front
 
 Table = NDArray[np.float64]
 Mask = NDArray[np.bool_]
-_GRID = 2000  # parts of the dense latency that are told apart during the search
+_GRID = 2000  # parts of the dense latency that the search distinguishes
 
 
 class Solution(NamedTuple):

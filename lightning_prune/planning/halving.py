@@ -26,7 +26,7 @@ class HalvingTuning:
         min_cost_nats: A smaller cost is no reason to leave a method out: hardly an image changes its class.
         margin_ratio: Share of a latency budget by which the predicted latencies may be wrong: a method must be worse
             below and above it, too.
-        grid: Parts of the dense latency that are told apart in the dynamic programme, as this one only compares.
+        grid: Parts of the dense latency that the dynamic programme distinguishes, as this one only compares.
     """
 
     first_images: int = 16

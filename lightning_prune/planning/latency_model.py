@@ -20,7 +20,7 @@ class LatencyModelTuning:
 
     Attributes:
         max_levels: Token counts that are searched: the time of the search grows with their square.
-        max_needed: Of the counts that a method needs, so many at even distances are among them, the smallest, too.
+        max_needed: How many of the counts that a method needs are among them, at even distances, with the smallest.
     """
 
     max_levels: int = 40

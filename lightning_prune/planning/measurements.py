@@ -70,8 +70,8 @@ class Measurements:
         without_overhead: Labels of methods whose overhead is not known, after `fronts`: the profile does not hold it.
         dominated: Labels of methods that are surely worse than others after some images, and were measured on no more
             of them -> those others, and the number of images.
-        not_finite: Names of methods that give outputs that are NaN or infinite -> how many of which images. They are
-            left out, or their schedule counts as one that keeps nothing.
+        not_finite: Names of methods whose outputs are NaN or infinite -> the message of the error, which says for how
+            many images. These methods are left out, or their schedule counts as one that keeps nothing.
     """
 
     model: nn.Module
@@ -356,7 +356,7 @@ class Measurements:
     def _unsure_first(self) -> tuple[Tensor, Tensor | None]:
         """The order in which images are taken, and what each counts for; None where all are alike.
 
-        Pruning changes little of what the dense model is sure of: the images of which it is least sure come first. Of a
+        Pruning changes little where the dense model is sure: the images where it is least sure come first. Of a
         ViT with 12 blocks, their divergences ranked blocks, counts and methods as well as those of four times as many
         random images.
         """

@@ -31,7 +31,7 @@ class FrontTuning:
         max_proxies: Candidates whose proxy is measured for one choice after that.
         max_misses: Candidates whose proxy is measured for one choice while none is better than those of other fronts.
         min_gain: A candidate must promise a score higher by this to have its proxy measured.
-        cost_ratio: Share of its predicted cost that a candidate may turn out to have, of a method of which no proxy is
+        cost_ratio: Share of its predicted cost that a candidate may turn out to have, if no proxy of its method is
             known yet. Measured divergences of schedules were within a factor of two of the predicted ones.
         min_fall_per_nat: By how much the proxy is taken to fall at least, beyond the costs for which it is known. A ViT
             on CIFAR-10 lost 0.024 of its top-1 at a divergence of 0.1 nats, and 0.054 at 0.2.

@@ -37,7 +37,7 @@ class TimedSchedule(NamedTuple):
     Attributes:
         schedule: Tokens that each block removes.
         methods: Of each block, the index of its method.
-        timing: Its latency, of which the ratio to dense counts.
+        timing: Its latency; what counts is the ratio to dense.
     """
 
     schedule: Schedule
@@ -168,7 +168,7 @@ def fit_overhead(model: LatencyModel, timed: Iterable[tuple[Schedule, LatencySta
 
     Args:
         model: Of the tokens alone.
-        timed: Schedules with timings, of which the ratio to dense counts.
+        timed: Schedules with timings; what counts is their ratio to dense.
     """
     schedules = [TimedSchedule(schedule, [0] * model.depth, timing) for schedule, timing in timed]
     return fit_overheads(MixedLatency((model,), (False,)), schedules).models[0].overhead

@@ -27,7 +27,7 @@ Probes = dict[str, list[tuple[Schedule, LatencyStats]]]
 SHALLOW_BLOCKS = 3
 """Blocks of the copy after the first that can reduce: one of each kind, that reduces and comes later."""
 SHALLOW_PROBES = 2
-"""Schedules of a method that are timed in the copy, each of which has to be converted."""
+"""Schedules of a method that are timed in the copy; each has to be converted."""
 _ROUNDS = 31
 _LEAST_SECONDS = 2.0  # for further rounds, whatever the time limit
 

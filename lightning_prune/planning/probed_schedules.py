@@ -25,7 +25,7 @@ def probe_schedules(
 ) -> list[Schedule]:
     """Schedules whose timings tell the parts of the overhead apart.
 
-    One block early, one late, four blocks, and three of which two get few tokens. If only one block may reduce, it
+    One block early, one late, four blocks, and three blocks where two get few tokens. If only one block may reduce, it
     removes four different numbers of tokens.
 
     Args:

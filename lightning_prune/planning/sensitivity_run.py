@@ -33,7 +33,7 @@ class SensitivityRun:
         methods: Label -> the method, and its table, which is filled.
         images: (images, C, H, W) calibration images.
         device: Where they are run.
-        limit: The time limit of planning, a share of which is taken.
+        limit: The time limit of planning; a share of it is used.
         store: Where sensitivities are kept; None where they are not.
         seconds_per_image: Of a dense pass.
 
@@ -41,7 +41,7 @@ class SensitivityRun:
         tables: Label -> its table; of what was left out there is none.
         missing: Those of them that are not known before `measure`.
         dominated: Label of a method that is surely worse than others -> those, and the number of images.
-        not_finite: Name of a method with outputs that are NaN or infinite -> how many.
+        not_finite: Name of a method whose outputs are NaN or infinite -> the message of the error.
         num_images: Number of images that all tables are of, at least.
         seconds: What the measurement took.
     """

@@ -44,7 +44,7 @@ def read_clock(clock: object, device_type: str = "cpu") -> Callable[[], float]:
         device_type: Where runs are timed, such as `"cpu"` or `"cuda"`.
 
     Raises:
-        ArgumentError: If it is none of these, or CPU time is asked for on another device, of which it says nothing.
+        ArgumentError: If it is none of these, or CPU time is asked for on another device, which it does not measure.
 
     Example:
         >>> from lightning_prune.profiling.clocks import CpuClock, read_clock

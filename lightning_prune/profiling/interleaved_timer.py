@@ -23,7 +23,7 @@ MEDIAN_STDERR = 1.2533
 LEAST_ROUNDS = 3
 """Rounds from which a latency has quartiles: of fewer, no interval is claimed."""
 OWN_MEMORY = 0.0
-"""`settle_seconds` of alternatives each of which has a copy of the weights: one untimed run fetches it again."""
+"""`settle_seconds` of alternatives that each have a copy of the weights: one untimed run fetches it again."""
 OWN_THREADS = 0.02
 """`settle_seconds` of alternatives with different pools of threads: those of OpenMP spin for milliseconds after a run,
 and take a core from the next. At 2 threads this made 16 ms of ONNX Runtime after PyTorch 3 ms longer."""

@@ -30,13 +30,9 @@ def soft_agreement(dense: Tensor, pruned: Tensor) -> float:
 def tag_agreement(dense: Tensor, pruned: Tensor) -> float:
     """Mean probability that the pruned model gives to the dense model's decision about each tag, relative to dense.
 
-    Tags are independent: each has a sigmoid of its own. A decision of which the pruned model is surer than dense counts
-    as 1, so that it makes up for no other. Decisions for and against a tag have the same weight, as most tags are
-    absent from most images. 1 for the dense model itself.
-
-    Args:
-        dense: (B, K) logits of the dense model.
-        pruned: (B, K) logits of the pruned model for the same images.
+    Tags are independent: each has a sigmoid of its own. A decision about which the pruned model is surer than dense
+    counts as 1, so that it makes up for no other. Decisions for and against a tag have the same weight, as most tags
+    are absent from most images. 1 for the dense model itself.
     """
     dense, pruned = dense.double(), pruned.double()
     ratios = []

@@ -79,7 +79,7 @@ def is_exported() -> bool:
 
 
 class Selection(NamedTuple):
-    """The patch tokens that are kept of each image, in their order. M = N - P patch tokens, of which K are kept."""
+    """The patch tokens that are kept of each image, in their order: K of the M = N - P patch tokens."""
 
     patch_indices: Tensor  # (B, K) int64, ascending indices among the patch tokens
     positions: Tensor  # (B, P + K) int64, ascending indices among all tokens, prefix tokens included

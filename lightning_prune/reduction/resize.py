@@ -187,7 +187,7 @@ class Resize(Reduction):
 
     A schedule removes all tokens in block 0, and N - R - P has to be h * w of a grid of nearly the same aspect:
     `smaller_grids` lists them. A share, or `KeepRates`, becomes the largest grid of at most that many patches, for each
-    image size anew.
+    image size separately.
 
     Example:
         >>> import timm

@@ -124,7 +124,7 @@ def comparison_table(rows: Sequence[Row]) -> Table:
 
 
 def _accuracy_columns(rows: Sequence[Row]) -> dict[str, Callable[[Row], str]]:
-    """The columns of top-1 or of the metric of the module, and of the agreement, of which at least one row has one."""
+    """The columns of top-1 or of the metric of the module, and of the agreement, where at least one row has one."""
     score = score_of(rows)
     if score is not None and score.key == "metric":
         own: dict[str, tuple[str, Callable[[Row], str]]] = {

@@ -39,7 +39,7 @@ class GraphStore:
         self._tensors: Sequence[Tensor] = ()
 
     def take_weights(self, tensors: Sequence[Tensor]) -> None:
-        """Drops all graphs if these are not the weights and buffers of which they were made.
+        """Drops all graphs if they were made of other weights and buffers than these.
 
         Args:
             tensors: Kept, so that no other tensor can take the place of one in memory unnoticed.

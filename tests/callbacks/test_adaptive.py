@@ -1,4 +1,4 @@
-"""TokenPruning with a method of which the images decide how many tokens go, in real Trainers."""
+"""TokenPruning with a method whose number of removed tokens depends on the images, in real Trainers."""
 
 from io import StringIO
 from typing import Any

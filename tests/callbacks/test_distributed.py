@@ -143,6 +143,15 @@ def test_fit_trains_as_without_the_callback_and_prunes_validation(counted: list[
         assert fitted["weights"] == dense["weights"] == counted[0]["fitted"]["weights"]
 
 
+def test_values_of_each_image_are_those_of_one_process(counted: list[dict[str, Any]]) -> None:
+    alone = counted[0]["step values alone"]
+    assert [len(each) for each in alone] == [21, 1]
+    for rank in counted:
+        for own, expected in zip(rank["step values"], alone, strict=True):
+            shared = [*expected[::2], *expected[1::2]]  # what rank 0 has, then what rank 1 has, without repeated images
+            assert own == pytest.approx(shared, rel=1e-5)
+
+
 def test_predictions_of_both_ranks_are_those_of_one_process(counted: list[dict[str, Any]]) -> None:
     alone = counted[0]["predicted alone"]
     assert len(alone) == 21

@@ -37,7 +37,7 @@ class Placed(Tiny):
 
 
 class Encoding(nn.Module):
-    """A larger model: the transformer's tokens go through a head of its own, beside a convolutional branch."""
+    """A larger model: the transformer's tokens go through a head of its own, next to a convolutional branch."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -29,6 +29,7 @@ from helpers.data import loader, noise_images
 from helpers.models import TOKENS, tiny_vit
 from lightning_prune import ImageClassifier
 from lightning_prune.callbacks import TokenPruning, decider, planned_schedule
+from lightning_prune.comparison.step_values import StepValues
 from lightning_prune.patching.class_swap import is_patched_module
 
 
@@ -230,6 +231,20 @@ def predicted(callback: TokenPruning, **options: Any) -> list[list[float]]:
     return torch.cat(logits).tolist()
 
 
+class PerImage(Tiny):
+    """Its validation step returns the loss of each image."""
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
+        return {"losses": torch.nn.functional.cross_entropy(self.vit(batch[0]), batch[1], reduction="none")}
+
+
+def step_values(data: Any, **options: Any) -> list[float]:
+    """The loss of each image, as a comparison with `metric_from_step` collects it."""
+    values = StepValues("losses")
+    L.Trainer(callbacks=[values], **{**OPTIONS, **options}).validate(PerImage(), data, verbose=False)
+    return values.values
+
+
 def unlucky(*args: Any, **kwargs: Any) -> Any:
     raise ValueError("the abacus is broken")
 
@@ -254,6 +269,7 @@ def main(path: Path) -> None:
         found = {"alone": run(pruner(schedule=6))}
         counted["one"] = {name: classified(data, name == "one odd") for name, data in LOADERS.items()}
         counted["predicted alone"] = predicted(pruner(schedule=6))
+        counted["step values alone"] = [step_values(odd()), step_values(odd(1))]
     ddp = {"devices": 2, "strategy": "ddp"}
     found |= {"planned": run(pruner(), **ddp), "given": run(pruner(schedule=6), **ddp)}
     found["dense"] = run(pruner(enabled=False), **ddp)
@@ -271,6 +287,7 @@ def main(path: Path) -> None:
     counted["fitted"] = fitted(pruner(schedule=6, time_limit=0.01), **ddp)
     counted["fitted dense"] = fitted(pruner(enabled=False), **ddp)
     counted["predicted"] = predicted(pruner(schedule=6), **ddp)
+    counted["step values"] = [step_values(odd(), **ddp), step_values(odd(1), **ddp)]
     rank = found["planned"]["rank"]
     path.with_suffix(f".counted.{rank}").write_text(json.dumps(counted))
     path.with_suffix(f".{rank}").write_text(json.dumps(found))

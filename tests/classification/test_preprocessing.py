@@ -1,4 +1,4 @@
-"""How images are prepared for a model as it is, and what the user is told of it."""
+"""How images are prepared for a model as it is, and what the user reads of it."""
 
 import json
 from pathlib import Path

@@ -42,7 +42,7 @@ def test_what_there_is_no_time_for_is_said_and_the_first_method_is_planned(clock
     assert rows["tome"].note == NOT_PLANNED
     assert (rows["tome"].method, rows["tome"].latency_ms, rows["tome"].images) == ("tome", None, 0)
     assert len([row for row in found.rows if row.method == "pomt"]) > 1
-    # The curve, 20 passes of the search, and three rounds and a warm-up of each variant, all of which are faster.
+    # The curve, 20 passes of the search, and three rounds and a warm-up of each variant, and all are faster.
     assert found.plan.seconds <= 100 * per_pass
 
 

@@ -1,4 +1,4 @@
-"""The best class of every image, whatever the LightningModule does; None where it cannot be told."""
+"""The best class of every image, whatever the LightningModule does; None where it is not known."""
 
 from typing import Any
 

@@ -36,7 +36,7 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def running_in(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
-    """Timed runs, none of which is made: the runtime, and what was asked for. A compiled one takes half of the time."""
+    """Timed runs, which are not made: the runtime, and what was asked for. A compiled one takes half of the time."""
     seen: list[tuple[str, Any]] = []
 
     def once(self: InterleavedTimer[Any], alternative: Any) -> float:

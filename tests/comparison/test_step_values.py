@@ -1,13 +1,14 @@
 """A metric of each image, as the step returns it, dense against pruned."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_prune as lp
@@ -29,16 +30,17 @@ pytestmark = pytest.mark.usefixtures("clockwork")
 
 
 class Scored(DenseModule):
-    """Returns the error of each image."""
+    """Returns the error of each image, or what `returned` makes of that."""
+
+    def __init__(self, net: nn.Module, returned: Callable[[dict[str, Tensor]], Any] = lambda found: found) -> None:
+        super().__init__(net)
+        self.returned = returned
 
     def validation_step(self, batch: Any, batch_idx: int) -> Any:
         images, targets = batch
         errors = (self.net(images) - targets).square().mean(dim=(1, 2, 3))
         self.log("val/loss", errors.mean())
         return self.returned({"loss": errors.mean(), "mse": errors})
-
-    def returned(self, found: dict[str, Tensor]) -> Any:
-        return found
 
 
 def compared(module: L.LightningModule, output: Path | None = None, **more: Any) -> Comparison:
@@ -97,20 +99,15 @@ def test_values_are_kept_for_a_run_that_goes_on(tmp_path: Path, monkeypatch: pyt
     ],
 )
 def test_what_the_step_returns_must_hold_it(returned: Any, message: str) -> None:
-    module = Scored(dense_net())
-    module.returned = returned  # type: ignore[method-assign]
     with pytest.raises(ArgumentError, match=message):
-        compared(module)
+        compared(Scored(dense_net(), returned))
 
 
 def test_values_that_are_no_numbers_end_the_run() -> None:
-    module = Scored(dense_net())
-    module.returned = lambda found: {"mse": found["mse"] * float("nan")}  # type: ignore[method-assign]
     with pytest.raises(DataError, match="finite"):
-        compared(module)
-    module.returned = lambda found: {"mse": found["mse"].repeat(2)}  # type: ignore[method-assign]
+        compared(Scored(dense_net(), lambda found: {"mse": found["mse"] * float("nan")}))
     with pytest.raises(ArgumentError, match=r"\(8,\)"):
-        compared(module)
+        compared(Scored(dense_net(), lambda found: {"mse": found["mse"].repeat(2)}))
 
 
 def test_shuffled_images_are_not_paired() -> None:

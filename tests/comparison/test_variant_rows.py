@@ -29,7 +29,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def lively(num_classes: int) -> nn.Module:
-    """A tiny model that has all classes among its predictions, some of which change where tokens are removed."""
+    """A tiny model that has all classes among its predictions; some change where tokens are removed."""
     net = tiny_vit(num_classes=num_classes, noise=0.1).eval()
     if num_classes:
         centre(net.head, net)

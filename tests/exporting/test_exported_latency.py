@@ -19,7 +19,7 @@ IMAGES = noise_images(2)
 
 @pytest.fixture
 def model(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A model of which a graph is nothing but the name of its form."""
+    """A model whose graph is nothing but the name of its form."""
     monkeypatch.setattr(exported_latency, "graph_of", lambda model, images, batch, form: form)
     return None
 

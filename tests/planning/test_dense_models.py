@@ -20,6 +20,7 @@ from lightning_prune.errors import ArgumentError, UnsupportedModelError
 from lightning_prune.patching import find_vision_transformer
 from lightning_prune.patching.models import restoring
 from lightning_prune.patching.models.dense_outputs import unit_features
+from lightning_prune.patching.token_readers import RestoreMode
 from lightning_prune.profiling.environment import accuracy_dependencies, model_conditions
 
 IMAGES = noise_images(24)
@@ -182,7 +183,8 @@ def test_a_container_is_no_reader(net: FeatureNet) -> None:
 
 
 def test_what_is_kept_depends_on_the_mode_and_on_the_head(net: FeatureNet) -> None:
-    found = [find_vision_transformer(net, restore=mode) for mode in (None, "copy", "delta")]  # type: ignore[arg-type]
+    modes: tuple[RestoreMode | None, ...] = (None, "copy", "delta")
+    found = [find_vision_transformer(net, restore=mode) for mode in modes]
     conditions = [model_conditions(each, IMAGES[:2]) for each in found]
     assert len({str(sorted(map(str, each.items()))) for each in conditions}) == 3
     head = DenseNet(net.backbone).eval()
@@ -201,7 +203,7 @@ def test_bad_arguments(net: FeatureNet) -> None:
     with pytest.raises(ArgumentError, match="proxy"):
         lp.plan(tiny_vit(), IMAGES[:2], calibration=IMAGES, proxy="patch_cosine")
     with pytest.raises(ArgumentError, match="restore"):
-        lp.plan(net, IMAGES[:2], calibration=IMAGES, restore="yes")  # type: ignore[arg-type]
+        lp.plan(net, IMAGES[:2], calibration=IMAGES, restore="yes")  # type: ignore[arg-type] # wrong on purpose
 
 
 class TestUnitFeatures:

@@ -54,7 +54,7 @@ def test_a_method_that_is_surely_worse_is_left_out_and_the_better_one_is_named(o
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
 @pytest.mark.parametrize(("sigmas", "is_worse"), [(0.5, False), (1.9, False), (6.0, True)])
 def test_within_two_standard_errors_a_method_stays(objective, sigmas, is_worse):
-    """The groups are alike but for the noise of one method, of which the standard error follows."""
+    """The groups are alike but for the noise of one method, and its standard error follows."""
     noise = 0.1
     one, other = measured(1.0, common=0.0), measured(1.0 + sigmas * noise / np.sqrt(GROUPS), noise, common=0.0)
     assert found(objective, tome=one, topk=other) == ({"topk": ("tome",)} if is_worse else {})

@@ -125,7 +125,7 @@ def test_what_cannot_be_compared_is_not_kept_and_said_once(tmp_path, passes, wha
 
 
 class Limited:
-    """A clock on which a calibration image takes so many seconds in a pass, and a batch of a sensitivity as given."""
+    """A clock on which a calibration image takes a given time in a pass, and a batch of a sensitivity as given."""
 
     def __init__(self, monkeypatch, image):
         self.now, self.image = 0.0, image

@@ -204,7 +204,7 @@ def test_costs_from_dense_are_what_a_block_minds():
 def test_costs_of_later_steps_are_between_what_tokens_and_what_shares_say():
     costs = known([[0.8, 0.2, 0.0]], (5, 11, 17), blocks=[0]).costs([5, 11, 17], 1, lambda tokens: tokens - 2)
     by_tokens = 0.8 - 0.2
-    same_share = 17 - 17 * 5 / 11  # removed of 17; between 6 and 12, of which the divergence is known
+    same_share = 17 - 17 * 5 / 11  # removed of 17; between 6 and 12, whose divergence is known
     by_share = 0.2 * 4 ** ((same_share - 6) / 6) * 17 / 11
     assert costs[0, 1].tolist() == pytest.approx([np.sqrt(by_tokens * by_share), 0.0, np.inf])
 

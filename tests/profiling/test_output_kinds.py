@@ -229,7 +229,7 @@ def test_a_proxy_that_does_not_fit_is_refused(outputs, proxy):
         (torch.tensor([[0.5, -2.0, 7.0]]), "r2"),
         (torch.rand(2, 3, 8, 8), ""),  # a second view
         (torch.rand(2, 4), ""),  # not one for each output
-        (torch.tensor([170.5, 182.25]), "r2"),  # numbers, of which the model says more than one
+        (torch.tensor([170.5, 182.25]), "r2"),  # numbers, and the model gives more than one
     ],
 )
 def test_targets_say_what_the_outputs_are(targets, expected):

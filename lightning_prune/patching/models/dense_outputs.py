@@ -21,7 +21,7 @@ def unit_features(result: Any, channels: int | None = None, channels_last: bool 
 
     Args:
         result: A tensor, or tensors in a tuple, list or mapping, as those of Hugging Face; `predicted_depth` is a map.
-        channels: C of tokens (B, N, C), by which these are told from maps (B, H, W); None if there are no maps.
+        channels: C of tokens (B, N, C), which distinguishes them from maps (B, H, W); None if there are no maps.
         channels_last: Whether grids are (B, H, W, C), as timm says by `output_fmt`.
 
     Returns:

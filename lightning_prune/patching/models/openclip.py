@@ -10,7 +10,7 @@ from lightning_prune.patching.attention_capture import CapturedAttention
 from lightning_prune.patching.block_split import AttnMlpSplit, runs
 from lightning_prune.patching.class_swap import original_class
 from lightning_prune.patching.models.base import ModelAdapter, VisionTransformer, loaded_class, loaded_classes
-from lightning_prune.patching.models.torchvision_vit import CapturedMultihead, is_plain
+from lightning_prune.patching.models.torchvision_vit import CapturedMultihead, multihead_unsupported_reason
 from lightning_prune.patching.patched_root import PatchedRoot, RootPatch
 
 _MODULE = "open_clip.transformer"
@@ -120,14 +120,7 @@ class OpenCLIPVisionTransformer(ModelAdapter):
 
     def attention_unsupported_reason(self, transformer: VisionTransformer) -> str | None:
         """Only the self-attention of `nn.MultiheadAttention` is read."""
-        for index, block in enumerate(transformer.blocks):
-            attention = getattr(block, "attn", None)
-            if not is_plain(attention):
-                return (
-                    f"The attention of block {index} must be a batch-first nn.MultiheadAttention to be read, got "
-                    f"{type(attention).__name__}."
-                )
-        return None
+        return multihead_unsupported_reason(transformer, "attn")
 
     def unfused_attention(self, block: nn.Module) -> dict[nn.Module, type[CapturedAttention]]:
         """The only attention module of the block."""

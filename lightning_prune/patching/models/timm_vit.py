@@ -91,7 +91,7 @@ class GridGuard(PatchedRoot):
 
 
 def _are_of_timm(root: nn.Module, *names: str) -> bool:
-    """Whether methods of a model are timm's own, of which it is known what they read."""
+    """Whether methods of a model are timm's own: what those read is known."""
     kind = original_class(root)
     own = (getattr(kind, name, None) for name in names)
     return all(each is None or each.__module__.startswith("timm.models.") for each in own) and not any(

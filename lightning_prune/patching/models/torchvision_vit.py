@@ -146,14 +146,7 @@ class TorchvisionVisionTransformer(ModelAdapter):
 
     def attention_unsupported_reason(self, transformer: VisionTransformer) -> str | None:
         """`CapturedMultihead` only reads self-attention as torchvision builds it."""
-        for index, block in enumerate(transformer.blocks):
-            attention = getattr(block, "self_attention", None)
-            if not is_plain(attention):
-                return (
-                    f"The attention of block {index} must be a batch-first nn.MultiheadAttention without extra keys "
-                    f"to be read, got {type(attention).__name__}."
-                )
-        return None
+        return multihead_unsupported_reason(transformer, "self_attention")
 
     def unfused_attention(self, block: nn.Module) -> dict[nn.Module, type[CapturedAttention]]:
         """The only attention module of the block."""
@@ -161,15 +154,28 @@ class TorchvisionVisionTransformer(ModelAdapter):
         return {module.self_attention: CapturedMultihead}
 
 
-def is_plain(attention: Any) -> bool:
-    """Whether it is an `nn.MultiheadAttention` that `CapturedMultihead` can read."""
-    return (
-        isinstance(attention, nn.MultiheadAttention)
-        and attention.batch_first
-        and attention.in_proj_weight is not None
-        and attention.bias_k is None
-        and not attention.add_zero_attn
-    )
+def multihead_unsupported_reason(transformer: VisionTransformer, name: str) -> str | None:
+    """Why `CapturedMultihead` cannot read the attention of a model; None if it can.
+
+    Args:
+        transformer: The transformer.
+        name: Of the attention in each block.
+    """
+    for index, block in enumerate(transformer.blocks):
+        attention = getattr(block, name, None)
+        is_plain = (
+            isinstance(attention, nn.MultiheadAttention)
+            and attention.batch_first
+            and attention.in_proj_weight is not None
+            and attention.bias_k is None
+            and not attention.add_zero_attn
+        )
+        if not is_plain:
+            return (
+                f"The attention of block {index} must be a batch-first nn.MultiheadAttention without extra keys to be "
+                f"read, got {type(attention).__name__}."
+            )
+    return None
 
 
 def _classes(model: Any) -> int:
