@@ -37,7 +37,8 @@ from torchvision.datasets import CIFAR10, ImageFolder
 from torchvision.transforms.functional import pil_to_tensor
 
 from lightning_prune import ImageClassifier
-from lightning_prune._utils.files import atomic_write, write_document
+from lightning_prune._utils.documents import write_document
+from lightning_prune._utils.files import atomic_write
 from lightning_prune.classification.demo_models import CIFAR_MODEL
 
 WEIGHTS = Path(__file__).parent / "weights" / f"{CIFAR_MODEL}.safetensors"

@@ -29,7 +29,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_prune import DigitsData, ImageClassifier
-from lightning_prune._utils.files import atomic_write, write_document
+from lightning_prune._utils.documents import write_document
+from lightning_prune._utils.files import atomic_write
 from lightning_prune.classification.demo_models import DIGITS_MODEL, DIGITS_WEIGHTS
 from lightning_prune.classification.digits import ClutteredDigits, EpochSampler
 

@@ -8,7 +8,7 @@ from numbers import Real
 from os import PathLike
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
-from lightning_prune._utils.files import SavedDocument, load_saved
+from lightning_prune._utils.documents import SavedDocument, load_saved
 from lightning_prune._utils.measurement_source import MeasurementSource
 from lightning_prune._utils.spec import Spec
 from lightning_prune._utils.validation import as_int

@@ -19,8 +19,8 @@ from lightning_prune.patching import VisionTransformer
 from lightning_prune.patching.models import restoring
 from lightning_prune.planning.api import PROFILE_SHARE
 from lightning_prune.profiling import LatencyProfile
-from lightning_prune.profiling.environment import structure
 from lightning_prune.profiling.measurement import check_dense
+from lightning_prune.profiling.model_identity import structure
 from lightning_prune.profiling.profile_reuse import CachedProfile, holds
 
 _LATER_SHARE = 0.25  # of the time limit, for a later validation of `fit`: its latency profile is known

@@ -18,8 +18,9 @@ from lightning_prune.patching import PatchHandle
 from lightning_prune.planning.api import shuffled
 from lightning_prune.planning.reasons import dense_reason
 from lightning_prune.profiling import Estimate, Proxy
-from lightning_prune.profiling.environment import model_conditions, replaced_methods
+from lightning_prune.profiling.environment import model_conditions
 from lightning_prune.profiling.measurement import ready_to_run
+from lightning_prune.profiling.model_identity import replaced_methods
 from lightning_prune.profiling.output_kinds import OUTPUT_KINDS
 from lightning_prune.runtimes.base import runtime_of
 from lightning_prune.schedule import Schedule

@@ -9,7 +9,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.patching.models.base import calling_with
+from lightning_prune.patching.models.call_arguments import calling_with
 from lightning_prune.profiling.environment import precision
 
 # Arguments that choose what is returned or add a loss: they do not change what the blocks compute.

@@ -1,8 +1,7 @@
 """One pruned run: decided on its first batch, compared with what its first step does, restored at its end."""
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import lightning as L
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -17,30 +16,15 @@ from lightning_prune.callbacks.decider import Decider
 from lightning_prune.callbacks.decision import Decision
 from lightning_prune.callbacks.first_batch import FirstBatch, can_run, open_first_batch
 from lightning_prune.callbacks.first_call import FirstCall
-from lightning_prune.callbacks.rank_agreement import join_decision, on_rank_zero
+from lightning_prune.callbacks.rank_agreement import on_rank_zero
+from lightning_prune.callbacks.run_agreement import Agreed
 from lightning_prune.errors import UnsupportedModelError
 from lightning_prune.patching import PatchHandle
 from lightning_prune.patching.input_resize import resize_of
-from lightning_prune.patching.models.base import calling_with
+from lightning_prune.patching.models.call_arguments import calling_with
 
 _WAY_OUT = "`images_from_batch` can return what the transformer receives."
 _WAY_OUT_OF_PRECISION = "`precision` of the Trainer can apply it to the whole step."
-
-
-class Agreed(NamedTuple):
-    """What rank 0 tells the others.
-
-    Attributes:
-        decision: The decision; None where none can be made, or has to wait.
-        keywords: Further arguments of the transformer for which it was made.
-        waits: Whether it is made when the step calls the transformer; only in a single process.
-        is_new: Whether it replaces an earlier one of this run.
-    """
-
-    decision: Decision | None = None
-    keywords: Mapping[str, Any] = {}
-    waits: bool = False
-    is_new: bool = True
 
 
 class PrunedRun:
@@ -286,22 +270,3 @@ class PrunedRun:
         if self._watch is not None:
             self._watch.end()
         self._watch = None
-
-
-def join_agreements(trainer: L.Trainer) -> Agreed | None:
-    """Takes part in both agreements of the other ranks, on a rank without a batch.
-
-    Args:
-        trainer: Of this rank.
-
-    Returns:
-        The last decision; None if no rank has a batch, or there is one process.
-
-    Raises:
-        PruneError: As `lightning_prune.callbacks.rank_agreement.join_decision`.
-    """
-    before: Agreed | None = join_decision(trainer)
-    if before is None:
-        return None
-    after: Agreed = join_decision(trainer)
-    return after if after.is_new else before

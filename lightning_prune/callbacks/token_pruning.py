@@ -21,7 +21,8 @@ from lightning_prune.callbacks.hooks import (
     trainer_callbacks,
     unpatch_hyperparameters,
 )
-from lightning_prune.callbacks.pruned_run import PrunedRun, join_agreements
+from lightning_prune.callbacks.pruned_run import PrunedRun
+from lightning_prune.callbacks.run_agreement import join_agreements
 from lightning_prune.errors import ArgumentError
 from lightning_prune.patching.token_readers import RestoreMode
 from lightning_prune.planning import Objective

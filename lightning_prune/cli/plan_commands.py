@@ -8,7 +8,8 @@ from typing import Any
 import lightning as L
 from rich.console import Console
 
-from lightning_prune._utils.files import output_folder, write_document
+from lightning_prune._utils.documents import write_document
+from lightning_prune._utils.files import output_folder
 from lightning_prune._utils.progress import progress_bar
 from lightning_prune._utils.validation import check
 from lightning_prune.callbacks import PruningConfig

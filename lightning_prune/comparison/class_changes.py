@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import lightning as L
 
 from lightning_prune._utils.trees import tree_leaves
-from lightning_prune.classification.datamodules import class_names
+from lightning_prune.classification.datasets import class_names
 from lightning_prune.comparison.paired_statistics import paired_difference
 from lightning_prune.comparison.predictions import Predictions
 

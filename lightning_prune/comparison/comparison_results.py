@@ -10,7 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from lightning_prune import __version__
-from lightning_prune._utils.files import read_document, slug, staging_folder, user_path, write_document
+from lightning_prune._utils.documents import read_document, write_document
+from lightning_prune._utils.files import slug, staging_folder, user_path
 from lightning_prune._utils.measurement_source import MeasurementSource
 from lightning_prune.comparison.best_variant import BestVariant
 from lightning_prune.comparison.class_changes import ClassChange

@@ -15,19 +15,16 @@ from lightning_prune.callbacks.batches import Calibration
 from lightning_prune.callbacks.first_batch import FirstBatch, open_first_batch
 from lightning_prune.callbacks.rank_agreement import join_decision, on_rank_zero
 from lightning_prune.comparison.comparison_planning import ComparisonPlanner
+from lightning_prune.comparison.fingerprints import data_identity, fingerprint_of
 from lightning_prune.comparison.objective_planning import given_variant
 from lightning_prune.comparison.planned_variants import ComparisonPlan, PlannedVariant, reduction_of
 from lightning_prune.comparison.requests import ComparisonSettings
-from lightning_prune.comparison.resume import (
-    ResumeState,
-    VariantResult,
-    data_identity,
-    fingerprint_of,
-)
+from lightning_prune.comparison.resume import ResumeState, VariantResult
 from lightning_prune.errors import RuntimeUnavailableError
 from lightning_prune.patching import TokenTrace, trace_tokens
 from lightning_prune.profiling.clocks import read_clock
-from lightning_prune.profiling.environment import UNKNOWN, model_conditions, unknown_conditions
+from lightning_prune.profiling.environment import model_conditions, unknown_conditions
+from lightning_prune.profiling.model_identity import UNKNOWN
 from lightning_prune.quantization.quantizer import quantizer_version
 from lightning_prune.runtimes.calibration import CALIBRATION_IMAGES, calibrating_with
 

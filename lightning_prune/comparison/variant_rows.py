@@ -13,7 +13,7 @@ from lightning_prune.comparison.requests import INT8_NAME
 from lightning_prune.comparison.resume import VariantResult
 from lightning_prune.patching.exact_tail import EXACT
 from lightning_prune.profiling import LatencyStats
-from lightning_prune.profiling.environment import UNKNOWN
+from lightning_prune.profiling.model_identity import UNKNOWN
 from lightning_prune.report.rows import Row, metric_score
 
 # Words in the names of figures that say nothing about the quality of predictions.

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from lightning_prune._utils.files import write_document
+from lightning_prune._utils.documents import write_document
 from lightning_prune._utils.validation import (
     check,
     check_between,

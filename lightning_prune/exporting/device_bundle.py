@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from lightning_prune._utils.digests import weights_digest
-from lightning_prune._utils.files import slug, write_document
+from lightning_prune._utils.documents import write_document
+from lightning_prune._utils.files import slug
 from lightning_prune._utils.progress import progress_bar
 from lightning_prune._utils.validation import check_bool, check_images, check_path
 from lightning_prune.errors import ArgumentError, ExportError, UnsupportedModelError
@@ -20,7 +21,7 @@ from lightning_prune.exporting.exported_graph import exported_copy
 from lightning_prune.exporting.folder import new_folder
 from lightning_prune.exporting.instructions import bundle_readme
 from lightning_prune.patching import PatchHandle, VisionTransformer, find_vision_transformer
-from lightning_prune.patching.models.base import call_keywords, calling_with
+from lightning_prune.patching.models.call_arguments import call_keywords, calling_with
 from lightning_prune.planning.method_selection import Methods, usable_methods
 from lightning_prune.planning.overhead_probes import (
     SHALLOW_PROBES,
@@ -41,6 +42,7 @@ from lightning_prune.schedule import Schedule
 
 MEASURING_FILES = (
     "errors.py",
+    "_utils/documents.py",
     "_utils/files.py",
     "_utils/processor.py",
     "_utils/validation.py",

@@ -6,7 +6,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from lightning_prune._utils.files import SavedDocument, load_saved
+from lightning_prune._utils.documents import SavedDocument, load_saved
 from lightning_prune._utils.validation import check_path
 from lightning_prune.errors import FileFormatError
 from lightning_prune.exporting.image_input import ImageInput

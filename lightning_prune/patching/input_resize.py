@@ -13,6 +13,7 @@ from lightning_prune._utils.measurement_source import MeasurementSource
 from lightning_prune.errors import ArgumentError, UnsupportedModelError
 from lightning_prune.patching.class_swap import PatchedModule, Setting
 from lightning_prune.patching.exact_tail import ExactTail
+from lightning_prune.patching.patch_division import PatchDivision
 from lightning_prune.patching.patched_root import PatchedRoot
 from lightning_prune.patching.restored_tokens import GridCut, interpolation_matrix
 from lightning_prune.patching.token_readers import TokenReaders
@@ -28,28 +29,6 @@ from lightning_prune.reduction.resize import (
     scale_images,
 )
 from lightning_prune.schedule import Rate
-
-
-class PatchDivision(NamedTuple):
-    """How a model divides its images into patches.
-
-    Attributes:
-        patch_size: Height and width of a patch, in pixels: the stride of the patch embedding.
-        image_size: Height and width of the images; None if the model takes images of any size.
-        pads: Whether images are padded to whole patches; else a border narrower than a patch is ignored.
-    """
-
-    patch_size: tuple[int, int]
-    image_size: tuple[int, int] | None = None
-    pads: bool = False
-
-    def grid(self, height: int, width: int) -> Grid:
-        """Rows and columns of patches of images of this size."""
-        rows, columns = (
-            -(-pixels // side) if self.pads else pixels // side
-            for pixels, side in zip((height, width), self.patch_size, strict=True)
-        )
-        return rows, columns
 
 
 class ScalingSites(NamedTuple):

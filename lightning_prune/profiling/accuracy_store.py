@@ -13,7 +13,8 @@ from torch import Tensor
 
 from lightning_prune.errors import FileFormatError
 from lightning_prune.profiling.accuracy_proxy import Estimate
-from lightning_prune.profiling.environment import UNKNOWN, method_identity, unknown_conditions
+from lightning_prune.profiling.environment import unknown_conditions
+from lightning_prune.profiling.model_identity import UNKNOWN, method_identity
 from lightning_prune.profiling.store_folder import StoreFolder
 from lightning_prune.reduction import Reduction, resolve
 from lightning_prune.schedule import Schedule

@@ -11,7 +11,7 @@ from os import PathLike
 from statistics import NormalDist, median
 from typing import Any, ClassVar, NamedTuple
 
-from lightning_prune._utils.files import SavedDocument, load_saved
+from lightning_prune._utils.documents import SavedDocument, load_saved
 from lightning_prune.errors import ArgumentError, FileFormatError
 from lightning_prune.profiling.interleaved_timer import MEDIAN_STDERR, NORMAL_QUARTILE
 from lightning_prune.profiling.page_faults import unequal_faults

@@ -10,7 +10,7 @@ from typing import Any
 
 from platformdirs import user_cache_path
 
-from lightning_prune._utils.files import read_document, write_document
+from lightning_prune._utils.documents import read_document, write_document
 from lightning_prune.errors import FileFormatError, FileWriteError
 from lightning_prune.profiling.environment import unknown_conditions
 

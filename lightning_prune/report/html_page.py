@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from lightning_prune._utils import formatting
 from lightning_prune._utils.files import atomic_write, user_path
-from lightning_prune.profiling.environment import UNKNOWN
+from lightning_prune.profiling.model_identity import UNKNOWN
 from lightning_prune.report.class_table import SHOWN, losing_classes
 from lightning_prune.report.html_table import (
     breakable,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_prune.errors import ExportError
 from lightning_prune.patching import PatchHandle, VisionTransformer
-from lightning_prune.patching.models.base import call_keywords
+from lightning_prune.patching.models.call_arguments import call_keywords
 from lightning_prune.reduction.base import Reduction, ReductionOutput, TokenSequence
 from lightning_prune.reduction.functional import take_tokens
 from lightning_prune.runtimes.converted import ConvertedRuntime

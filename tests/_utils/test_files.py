@@ -5,15 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from lightning_prune._utils.files import (
-    atomic_write,
-    ensure_output_dir,
-    output_folder,
-    read_document,
-    staging_folder,
-    user_path,
-    write_document,
-)
+from lightning_prune._utils.documents import read_document, write_document
+from lightning_prune._utils.files import atomic_write, ensure_output_dir, output_folder, staging_folder, user_path
 from lightning_prune.errors import ArgumentError, FileFormatError, FileWriteError
 
 KIND = "lightning_prune.note"

@@ -13,18 +13,12 @@ import lightning_prune as lp
 from lightning_prune._utils.digests import weights_digest
 from lightning_prune._utils.files import slug
 from lightning_prune._utils.measurement_source import MeasurementSource
+from lightning_prune.comparison.fingerprints import data_identity, differences, fingerprint_digest, fingerprint_of
 from lightning_prune.comparison.planned_variants import ComparisonPlan, PlannedVariant, UnreachedTarget
 from lightning_prune.comparison.predictions import Predictions
 from lightning_prune.comparison.request_reading import read_methods
 from lightning_prune.comparison.requests import VariantRequest
-from lightning_prune.comparison.resume import (
-    ResumeState,
-    VariantResult,
-    data_identity,
-    differences,
-    fingerprint_digest,
-    fingerprint_of,
-)
+from lightning_prune.comparison.resume import ResumeState, VariantResult
 from lightning_prune.profiling import LatencyProfile, LatencyStats
 from lightning_prune.reduction import POMT, RandomDrop
 

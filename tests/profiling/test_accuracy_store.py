@@ -16,7 +16,8 @@ from lightning_prune.patching import find_vision_transformer
 from lightning_prune.profiling import accuracy_store
 from lightning_prune.profiling.accuracy_proxy import Estimate
 from lightning_prune.profiling.accuracy_store import AccuracyStore, KeptSensitivity
-from lightning_prune.profiling.environment import accuracy_dependencies, method_identity, unknown_conditions
+from lightning_prune.profiling.environment import accuracy_dependencies, unknown_conditions
+from lightning_prune.profiling.model_identity import method_identity
 from lightning_prune.reduction import Reduction, ToMe, resolve
 
 from .kept import IMAGES, by_us, compiled, hooked

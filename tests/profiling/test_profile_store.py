@@ -13,14 +13,15 @@ import torch
 import lightning_prune as lp
 from helpers.models import tiny_hugging_face_vit, tiny_torchvision_vit, tiny_vit
 from lightning_prune.patching import find_vision_transformer
-from lightning_prune.patching.models.base import calling_with
+from lightning_prune.patching.models.call_arguments import calling_with
 from lightning_prune.profiling import (
     ProfileStore,
     environment,
     measurement_context,
     profile_dependencies,
 )
-from lightning_prune.profiling.environment import runtime_name, structure, unknown_conditions
+from lightning_prune.profiling.environment import runtime_name, unknown_conditions
+from lightning_prune.profiling.model_identity import structure
 from lightning_prune.reduction import resolve
 from lightning_prune.runtimes.torch_runtime import Compiled
 

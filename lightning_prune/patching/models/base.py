@@ -1,12 +1,10 @@
 """Adapters: the interface between patching and the model families."""
 
-import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -16,38 +14,14 @@ from lightning_prune.errors import ArgumentError, UnsupportedModelError
 from lightning_prune.patching.attention_capture import CapturedAttention, CaptureSlot, Capturing, SDPARecorder
 from lightning_prune.patching.block_split import AttnMlpSplit
 from lightning_prune.patching.class_swap import Setting, original_class
-from lightning_prune.patching.input_resize import InputResize, PatchDivision, ResizedInput, ScalingSites
+from lightning_prune.patching.input_resize import InputResize, ResizedInput, ScalingSites
+from lightning_prune.patching.models.call_arguments import call_keywords
 from lightning_prune.patching.models.dense_outputs import unit_features
+from lightning_prune.patching.patch_division import PatchDivision
 from lightning_prune.patching.patched_root import PatchedRoot
 from lightning_prune.patching.token_readers import RestoreMode
 from lightning_prune.patching.token_state import TokenState
 from lightning_prune.reduction.base import AttentionInputs
-
-_call_keywords: "WeakKeyDictionary[nn.Module, Mapping[str, Any]]" = WeakKeyDictionary()
-
-
-def call_keywords(root: nn.Module) -> Mapping[str, Any]:
-    """The further arguments that `calling_with` passes to a transformer; empty outside."""
-    return _call_keywords.get(root, {})
-
-
-@contextmanager
-def calling_with(root: nn.Module, keywords: Mapping[str, Any]) -> Iterator[None]:
-    """Has everything that runs the transformer pass further arguments, as the user's model does.
-
-    Args:
-        root: The transformer.
-        keywords: Name -> value, such as `interpolate_pos_encoding=True` of Hugging Face models.
-    """
-    before = _call_keywords.get(root)
-    _call_keywords[root] = keywords
-    try:
-        yield
-    finally:
-        if before is None:
-            del _call_keywords[root]
-        else:
-            _call_keywords[root] = before
 
 
 @dataclass(frozen=True)
@@ -181,22 +155,6 @@ class VisionTransformer:
         if self.reader is None:
             return self.adapter.output(result)
         return unit_features(result, self.embed_dim, getattr(self.reader, "output_fmt", None) == "NHWC")
-
-
-def loaded_class(name: str) -> type[nn.Module] | None:
-    """The class of another library with a given name, such as `"timm.models.eva:Eva"`; None if it is not loaded.
-
-    The module is not imported: if it has not been, no model can have this class. If a release of the library renames
-    the class, only the adapter that looks it up stops working.
-    """
-    module, _, attribute = name.partition(":")
-    kind = getattr(sys.modules.get(module), attribute, None)
-    return kind if isinstance(kind, type) else None
-
-
-def loaded_classes(names: Iterable[str]) -> tuple[type[nn.Module], ...]:
-    """The classes of these names that are loaded; see `loaded_class`."""
-    return tuple(kind for kind in map(loaded_class, names) if kind is not None)
 
 
 class SplitCheckInput(NamedTuple):

@@ -9,7 +9,8 @@ from lightning_prune.errors import UnsupportedModelError
 from lightning_prune.patching.attention_capture import CapturedAttention
 from lightning_prune.patching.block_split import AttnMlpSplit, runs
 from lightning_prune.patching.class_swap import original_class
-from lightning_prune.patching.models.base import ModelAdapter, VisionTransformer, loaded_class, loaded_classes
+from lightning_prune.patching.models.base import ModelAdapter, VisionTransformer
+from lightning_prune.patching.models.loaded_classes import loaded_class, loaded_classes
 from lightning_prune.patching.models.torchvision_vit import CapturedMultihead, multihead_unsupported_reason
 from lightning_prune.patching.patched_root import PatchedRoot, RootPatch
 

@@ -11,14 +11,14 @@ from lightning_prune._utils.validation import check
 from lightning_prune.errors import ArgumentError, UnsupportedModelError
 from lightning_prune.patching.class_swap import original_class
 from lightning_prune.patching.models.base import ModelAdapter, VisionTransformer
-from lightning_prune.patching.models.huggingface import (
+from lightning_prune.patching.models.huggingface_blip import HuggingFaceBlip
+from lightning_prune.patching.models.huggingface_families import (
     HuggingFaceCLIP,
     HuggingFaceDinov2,
     HuggingFaceDinov3,
     HuggingFaceSigLIP,
     HuggingFaceViT,
 )
-from lightning_prune.patching.models.huggingface_blip import HuggingFaceBlip
 from lightning_prune.patching.models.openclip import OpenCLIPVisionTransformer
 from lightning_prune.patching.models.timm_grid import TimmDeepseek, TimmGemma, TimmQwen
 from lightning_prune.patching.models.timm_positions import TimmEva, TimmNaFlex, TimmRelPos

@@ -10,15 +10,11 @@ from torch import Tensor, nn
 from lightning_prune.errors import UnsupportedModelError
 from lightning_prune.patching.attention_capture import Bias, CaptureSlot, SDPARecorder
 from lightning_prune.patching.block_split import GAMMA, POST_NORM, PRE_NORM, AttnMlpSplit
-from lightning_prune.patching.input_resize import (
-    InputResize,
-    PatchDivision,
-    ResizedInput,
-    ScalingSites,
-    active_resize,
-)
-from lightning_prune.patching.models.base import SplitCheckInput, VisionTransformer, loaded_class
+from lightning_prune.patching.input_resize import InputResize, ResizedInput, ScalingSites, active_resize
+from lightning_prune.patching.models.base import SplitCheckInput, VisionTransformer
+from lightning_prune.patching.models.loaded_classes import loaded_class
 from lightning_prune.patching.models.timm_vit import GridGuard, ResizedPatchEmbed, TimmAdapter
+from lightning_prune.patching.patch_division import PatchDivision
 from lightning_prune.patching.patched_root import PatchedRoot
 from lightning_prune.patching.position_terms import patch_positions, take_rotation
 from lightning_prune.patching.resized_positions import (

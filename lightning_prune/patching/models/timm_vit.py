@@ -10,14 +10,15 @@ from lightning_prune.patching.block_split import PARALLEL, POST_NORM, PRE_NORM, 
 from lightning_prune.patching.class_swap import Setting, original_class
 from lightning_prune.patching.input_resize import (
     InputResize,
-    PatchDivision,
     ResizedInput,
     ScalingSites,
     active_resize,
     image_size_of,
     own_setting,
 )
-from lightning_prune.patching.models.base import ModelAdapter, VisionTransformer, loaded_class, loaded_classes
+from lightning_prune.patching.models.base import ModelAdapter, VisionTransformer
+from lightning_prune.patching.models.loaded_classes import loaded_class, loaded_classes
+from lightning_prune.patching.patch_division import PatchDivision
 from lightning_prune.patching.patched_root import PatchedRoot, RootPatch
 
 # Forward functions of timm's attention modules that pass `attn_mask` to their fused call. A replaced function has
