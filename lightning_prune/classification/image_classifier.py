@@ -157,7 +157,8 @@ class ImageClassifier(L.LightningModule):
         """Measures a batch."""
         self._evaluate(batch, "test", batch_idx, dataloader_idx)
 
-    def _evaluate(self, batch: Any, stage: str, batch_idx: int, dataloader_idx: int) -> None:
+    def _evaluate(self, batch: Any, stage: str, batch_idx: int, dataloader_idx: int) -> Any:
+        """Measures a batch; returns its logits."""
         where = f"{stage} batch {batch_idx}"
         images, labels = split_batch(batch, where)
         with self._eagerly_if_short(images, batch_idx), self.evaluation.timing(images):
@@ -165,6 +166,7 @@ class ImageClassifier(L.LightningModule):
         if self.num_classes is not None:
             check_batch(logits, labels, self.num_classes, where, finite=self.evaluation.refuses_broken)
             self.evaluation.update(logits, labels, batch_idx, dataloader_idx)
+        return logits
 
     def _eagerly_if_short(self, images: Any, batch_idx: int) -> AbstractContextManager[Any]:
         """Runs a batch eagerly if it is smaller than the first, because compiling for a single batch takes seconds."""

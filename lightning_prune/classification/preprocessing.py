@@ -39,7 +39,7 @@ def data_config_of(model: nn.Module) -> dict[str, Any] | None:
     if getattr(type(model), "classifies_by_tower", False):
         return dict(own)  # timm would complete what is not known by the mean of ImageNet
     config: dict[str, Any] = resolve_model_data_config(model)
-    embed: Any = getattr(model, "patch_embed", None)
+    embed: Any = getattr(getattr(model, "backbone", model), "patch_embed", None)
     channels, height, width = config["input_size"]
     size = getattr(embed, "img_size", None)
     height, width = size if isinstance(size, tuple) and len(size) == 2 else (height, width)

@@ -21,7 +21,8 @@ class ZeroShotClassifier(ImageClassifier):
     and `group`, or (images, labels, groups).
 
     Args:
-        model: `hf:` and a folder or a name of a CLIP or SigLIP model of Hugging Face; or such a model.
+        model: `hf:` and a folder or a name of a CLIP or SigLIP model of Hugging Face, `openclip:NAME/WEIGHTS` of
+            OpenCLIP, or such a model. It is planned and pruned in PyTorch without compilation.
         class_names: What the classes are called, in the order of the labels.
         templates: Prompts with `{}` for the name of a class.
         tokenizer: As of `lightning_prune.classification.zero_shot`.
@@ -52,7 +53,6 @@ class ZeroShotClassifier(ImageClassifier):
         check("group_names", group_names, "a list of names or None", group_names is None or usable)
         super().__init__(zero_shot(model, class_names, templates, tokenizer), warmup=warmup)
         self.class_names = tuple(class_names)
-        self._logits: list[Tensor] | None = None  # of the batch, while it is evaluated
         self.group_names = None if group_names is None else tuple(names)
         self.groups = None if group_names is None else GroupAccuracy(len(names))
 
@@ -64,7 +64,7 @@ class ZeroShotClassifier(ImageClassifier):
 
     on_test_epoch_start = on_validation_epoch_start
 
-    def _evaluate(self, batch: Any, stage: str, batch_idx: int, dataloader_idx: int) -> None:
+    def _evaluate(self, batch: Any, stage: str, batch_idx: int, dataloader_idx: int) -> Any:
         where = f"{stage} batch {batch_idx}"
         pair, groups = _split_groups(batch)
         if self.groups is not None and groups is None:
@@ -73,36 +73,23 @@ class ZeroShotClassifier(ImageClassifier):
                 "and `group`, or (images, labels, groups)."
             )
         if self.groups is None or groups is None:
-            super()._evaluate(pair, stage, batch_idx, dataloader_idx)
-            return
+            return super()._evaluate(pair, stage, batch_idx, dataloader_idx)
         if not isinstance(groups, Tensor) or groups.ndim != 1 or groups.is_floating_point():
             got = tuple(groups.shape) if isinstance(groups, Tensor) else type(groups).__name__
             raise DataError(f"Groups of {where} must be integers (B,), got {got}.")
-        seen: list[Tensor] = []
-        self._logits = seen
-        try:
-            super()._evaluate(pair, stage, batch_idx, dataloader_idx)
-        finally:
-            self._logits = None
+        logits = super()._evaluate(pair, stage, batch_idx, dataloader_idx)
         share = self.evaluation.shares[dataloader_idx] if dataloader_idx < len(self.evaluation.shares) else None
         count = len(groups) if share is None else share.counted(batch_idx, len(groups))
         labels = pair[1]
         if groups.shape != labels.shape:
             raise DataError(f"Groups of {where} must be integers {tuple(labels.shape)}, got {tuple(groups.shape)}.")
         if count:
-            right = seen[-1].argmax(dim=1) == labels
-            self.groups.update(right[:count], groups[:count])
+            self.groups.update((logits.argmax(dim=1) == labels)[:count], groups[:count])
+        return logits
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """Returns the logits of a batch, `(B, classes)`; labels and groups in the batch are ignored."""
         return super().predict_step(_split_groups(batch)[0], batch_idx, dataloader_idx)
-
-    def forward(self, images: Tensor) -> Any:
-        """Logits (B, classes) of images (B, channels, height, width)."""
-        logits = super().forward(images)
-        if self._logits is not None:
-            self._logits.append(logits.detach())
-        return logits
 
     def _log_evaluation(self, stage: str) -> None:
         super()._log_evaluation(stage)

@@ -14,7 +14,7 @@ from lightning_prune._utils.sampler_shares import SamplerShare, shares_of
 from lightning_prune._utils.trees import tree_leaves
 from lightning_prune._utils.validation import is_int
 from lightning_prune.callbacks.batches import Extract, images_from_batch, labels_from_batch
-from lightning_prune.errors import ArgumentError
+from lightning_prune.errors import ArgumentError, UnsupportedModelError
 from lightning_prune.patching import VisionTransformer, find_vision_transformer
 
 _NONE = -1  # the label of an image that has none
@@ -246,8 +246,8 @@ def capture_outputs(module: nn.Module, receive: Callable[[Any], None]) -> Callab
 def _output(transformer: VisionTransformer, result: Any) -> Tensor | None:
     """Logits or features of what the transformer returned; None where the step asked it for something else."""
     try:
-        return transformer.adapter.output(result)
-    except (AssertionError, AttributeError, IndexError, StopIteration, TypeError):
+        return transformer.output(result)
+    except (AssertionError, AttributeError, IndexError, StopIteration, TypeError, UnsupportedModelError):
         return None
 
 

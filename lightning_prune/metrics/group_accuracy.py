@@ -50,11 +50,11 @@ class GroupAccuracy(Metric):
         Raises:
             DataError: If a number is no group.
         """
-        if groups.numel() and not (int(groups.min()) >= 0 and int(groups.max()) < self.num_groups):
-            wrong = int(groups.min()) if int(groups.min()) < 0 else int(groups.max())
-            raise DataError(f"Groups must be in 0 to {self.num_groups - 1}, got {wrong}.")
-        self.right += torch.bincount(groups[right], minlength=self.num_groups)
-        self.total += torch.bincount(groups, minlength=self.num_groups)
+        wrong = (groups < 0) | (groups >= self.num_groups)
+        if wrong.any():  # the only wait for the device
+            raise DataError(f"Groups must be in 0 to {self.num_groups - 1}, got {int(groups[wrong][0])}.")
+        self.right.index_add_(0, groups.long(), right.long())
+        self.total.index_add_(0, groups.long(), torch.ones_like(groups, dtype=torch.int64))
 
     def compute(self) -> Tensor:
         """Returns (G,) shares; NaN for a group without images."""

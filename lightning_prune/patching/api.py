@@ -89,7 +89,9 @@ def patch(
         139
     """
     transformer = find_vision_transformer(model, module_path, restore)
-    return make_handle(transformer, method, schedule, block, warns=True, tail=tail)
+    handle = make_handle(transformer, method, schedule, block, warns=True, tail=tail)
+    _warn_of_restore(handle)
+    return handle
 
 
 def make_handle(
@@ -126,29 +128,25 @@ def make_handle(
             raise ArgumentError(f"`method` must be a method, or a schedule that names one, got {method!r}.")
         named = reductions_of(schedule)
         if not isinstance(named, Reduction):
-            if warns:
-                _warn_of_restore(transformer, schedule)
             return PatchHandle(transformer, None, schedule, warns, tail)
         method = named
     if not isinstance(method, str | MethodSpec | Reduction):
         raise ArgumentError(f"`method` must be a method's name, a MethodSpec or a Reduction, got {method!r}.")
     reduction = resolve(method)
-    if warns:
-        _warn_of_restore(transformer, schedule)
     if schedule is not None and not reduction.adaptive:
         schedule = resolve_schedule(schedule, transformer, reduction, block)
     return PatchHandle(transformer, reduction, schedule, warns, tail)
 
 
-def _warn_of_restore(transformer: VisionTransformer, schedule: ScheduleLike | None) -> None:
+def _warn_of_restore(handle: PatchHandle) -> None:
     """Warns where a schedule was planned for a model that gets its tokens back, and this one does not."""
-    made_on = getattr(schedule, "made_on", None)
+    made_on = None if handle.schedule is None else handle.schedule.made_on
     planned = made_on.details.get("restore") if made_on is not None else None
-    if planned is not None and transformer.restore is None:
+    if planned is not None and handle.transformer.restore is None:
         warnings.warn(
             f"The schedule was planned with restore={planned!r}, and the model is patched without: whoever reads its "
             "tokens gets fewer of them.",
-            stacklevel=4,
+            stacklevel=3,
         )
 
 

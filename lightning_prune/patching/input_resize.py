@@ -15,7 +15,7 @@ from lightning_prune.patching.class_swap import PatchedModule, Setting
 from lightning_prune.patching.exact_tail import ExactTail
 from lightning_prune.patching.patch_division import PatchDivision
 from lightning_prune.patching.patched_root import PatchedRoot
-from lightning_prune.patching.restored_tokens import GridCut, interpolation_matrix
+from lightning_prune.patching.restored_tokens import GridCut
 from lightning_prune.patching.token_readers import TokenReaders
 from lightning_prune.patching.token_state import PerThread, has_storage
 from lightning_prune.reduction.base import Reduction
@@ -162,7 +162,7 @@ class InputResize:
                 "The size of these images is not known. Run the whole model, and compile all of it or none."
             )
         matrices = (
-            self.constant(("interpolation", *sides), device, partial(interpolation_matrix, *sides))
+            self.constant(("matrix", *sides), device, partial(resampling_matrix, *sides))
             for sides in zip(self.grid(size), self.dense_grid(size), strict=True)
         )
         rows, columns = matrices

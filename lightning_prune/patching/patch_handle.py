@@ -121,8 +121,9 @@ class PatchHandle:
         """
         known = self.transformer
         now = describe(known.adapter, known.root, known.path)  # its image size may have been changed
-        kept = {name: getattr(known, name) for name in ("compiled_wrapper", "restore", "reader", "reads_logits")}
-        self.transformer = replace(now, **kept)
+        names = ["compiled_wrapper", "restore", "reader", "reads_logits"]
+        names += ["num_classes"] if known.reader is not None else []  # what the reader returns, not the root
+        self.transformer = replace(now, **{name: getattr(known, name) for name in names})
         checked, before, was_active = self._checked(schedule), self.schedule, self.active
         try:
             self.schedule = checked

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
+from lightning_prune.errors import UnsupportedModelError
 from lightning_prune.patching.class_swap import PatchedModule
 from lightning_prune.patching.exact_tail import ExactTail
 from lightning_prune.patching.token_readers import RestoreMode, TokenReaders
@@ -70,6 +71,23 @@ class PatchedRoot(PatchedModule):
         if readers is None:
             return super().forward(*args, **kwargs)
         return readers.call_forward(self, super().forward, args, kwargs)
+
+
+class IntermediatesGuard(PatchedRoot):
+    """Rejects the layout of a grid where removed tokens are not given back: fewer tokens may fit it by chance."""
+
+    _prune_patch: RootPatch
+
+    def forward_intermediates(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the model's own method."""
+        own: Any = super()  # the patched class, unknown to type checkers
+        patch = self._prune_patch
+        if patch.readers is None and patch.argument("output_fmt", args, kwargs) in ("NCHW", None):
+            raise UnsupportedModelError(
+                "`output_fmt` must be 'NLC' in a model whose blocks remove tokens, got 'NCHW'; or patch it with "
+                "restore='auto', or remove the patch."
+            )
+        return own.forward_intermediates(*args, **kwargs)
 
 
 def tail_of(root: nn.Module) -> ExactTail | None:

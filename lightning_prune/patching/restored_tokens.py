@@ -17,13 +17,14 @@ from torch import Tensor
 from lightning_prune.reduction.base import ReductionOutput
 from lightning_prune.reduction.functional import (
     is_exported,
+    kept_indices,
     precise_product,
     select_best,
     sources_of,
     take_tokens,
     take_values,
 )
-from lightning_prune.reduction.portable import exact_product, is_portable, joined, one_hot, whole_numbers
+from lightning_prune.reduction.portable import exact_product, first_index, is_portable, joined, one_hot, whole_numbers
 
 RestoreRule = Literal["copy", "delta"]
 
@@ -97,25 +98,6 @@ class GridCut(NamedTuple):
 Cut = CopyCut | DeltaCut | GridCut
 
 
-def interpolation_matrix(smaller: int, size: int) -> Tensor:
-    """The matrix (size, smaller), float32, that interpolates linearly between the middles of the cells of a side.
-
-    Args:
-        smaller: Number of cells.
-        size: Number of patches over the same length.
-
-    Example:
-        >>> from lightning_prune.patching.restored_tokens import interpolation_matrix
-        >>> interpolation_matrix(2, 4)
-        tensor([[1.0000, 0.0000],
-                [0.7500, 0.2500],
-                [0.2500, 0.7500],
-                [0.0000, 1.0000]])
-    """
-    places = ((torch.arange(size) + 0.5) * smaller / size - 0.5).clamp(0, smaller - 1)
-    return (1 - (places.unsqueeze(1) - torch.arange(smaller)).abs()).clamp(min=0)
-
-
 def cut_of(
     rule: RestoreRule,
     before: Tensor,
@@ -149,7 +131,7 @@ def cut_of(
     """
     count, left = before.shape[1], reduced.tokens
     if rule == "copy":
-        sources = _portable_sources(reduced, count) if is_portable() else sources_of(reduced, count)
+        sources = sources_of(reduced, count)
         if reduced.sources is not None:
             return CopyCut(sources)
     else:
@@ -168,18 +150,6 @@ def cut_of(
     return DeltaCut(states, left, torch.where(sources < 0, left.shape[1] + place, sources), nearest, valid)
 
 
-def _portable_sources(reduced: ReductionOutput, tokens: int) -> Tensor:
-    """As `sources_of`, without a scatter."""
-    if reduced.sources is not None:
-        return reduced.sources
-    kept, positions = kept_indices(reduced.positions, tokens), reduced.positions
-    fused = positions < 0 if reduced.sizes is None else (positions < 0) & (reduced.sizes > 0)
-    left = whole_numbers(0, positions.shape[1], positions)
-    place = (fused * left).sum(dim=1, keepdim=True).to(torch.int64)
-    only = fused.sum(dim=1, keepdim=True) == 1
-    return torch.where(kept < 0, torch.where(only, place, -1), kept)
-
-
 def with_cut(cuts: tuple[Cut, ...], cut: Cut) -> tuple[Cut, ...]:
     """The cuts and one more; two copies in turn are one copy."""
     last = cuts[-1] if cuts else None
@@ -193,26 +163,6 @@ def restored(tokens: Tensor, cuts: tuple[Cut, ...]) -> Tensor:
     for cut in reversed(cuts):
         tokens = cut.undo(tokens)
     return tokens
-
-
-def kept_indices(positions: Tensor, tokens: int) -> Tensor:
-    """The index of each of N tokens among those that are left.
-
-    Args:
-        positions: (B, K) int64, the index of each token among the N; -1 for a fused one.
-        tokens: N.
-
-    Returns:
-        (B, N) int64; -1 for tokens that are gone.
-    """
-    if is_portable():
-        matrix = one_hot(positions, tokens)  # (B, K, N)
-        left = whole_numbers(1, positions.shape[1] + 1, positions)
-        return ((matrix * left.unsqueeze(1)).sum(dim=1) - 1).to(torch.int64)
-    left = torch.arange(positions.shape[1], device=positions.device).expand_as(positions)
-    targets = torch.where(positions < 0, tokens, positions)  # fused tokens write to an extra column
-    nobody = torch.full((positions.shape[0], tokens + 1), -1, dtype=torch.int64, device=positions.device)
-    return nobody.scatter(1, targets, left)[:, :tokens]
 
 
 def nearest_kept(tokens: Tensor, after: Tensor, valid: Tensor, num_prefix_tokens: int, count: int) -> Tensor:
@@ -251,10 +201,8 @@ def _smallest(values: Tensor, count: int) -> Tensor:
         return values.topk(count, dim=-1, largest=False, sorted=is_exported()).indices
     places, found = whole_numbers(0, values.shape[-1], values), []
     for _ in range(count):
-        least = values == values.amin(dim=-1, keepdim=True)
-        index = torch.where(least, places, float(values.shape[-1])).amin(dim=-1, keepdim=True)
-        found.append(index)
-        values = torch.where(places == index, float("inf"), values)
+        found.append(first_index(values == values.amin(dim=-1, keepdim=True)).unsqueeze(-1))
+        values = torch.where(places == found[-1], float("inf"), values)
     return torch.cat(found, dim=-1).to(torch.int64)
 
 

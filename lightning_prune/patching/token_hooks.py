@@ -7,8 +7,13 @@ import torch
 from torch import nn
 from torch.nn.modules import module as _all_modules
 
-_TOOLS = ("torch.utils.module_tracker", "torch.utils.flop_counter", "transformers.utils.output_capturing")
-"""Modules whose hooks read no tokens. Those of transformers do if asked to, which a model's adapter looks at."""
+_TOOLS = (
+    "torch.utils.module_tracker",
+    "torch.utils.flop_counter",
+    "transformers.utils.output_capturing",  # these do if asked to, which a model's adapter looks at
+    "lightning_prune.patching.models.base",  # counts the tokens that enter a block
+)
+"""Modules whose hooks read no tokens."""
 
 
 def reads_tokens(module: nn.Module) -> bool:

@@ -247,10 +247,11 @@ def shuffled(images: Tensor, seed: int) -> Tensor:
 
 
 def _check_runtime(transformer: VisionTransformer, runtime: str | Runtime | None) -> None:
-    """Raises ArgumentError if a dense model should run in something else than PyTorch as it is."""
+    """Raises ArgumentError if a model that is run by its reader should run in something else than PyTorch as it is."""
     used = applied_runtime(transformer) if runtime is None else parse_runtime(runtime)
     if transformer.reader is not None and used is not None:
-        label = "'torch' with `restore`; export the patched model to run it elsewhere"
+        what = "for a zero-shot classifier" if transformer.reads_logits else "with `restore`"
+        label = f"'torch' {what}; export the patched model to run it elsewhere"
         check("runtime", used.name, label, not (used.compiles or used.converts))
 
 

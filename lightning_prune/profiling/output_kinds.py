@@ -128,12 +128,8 @@ def patch_similarity(dense: Tensor, pruned: Tensor) -> float:
         dense: (B, D) of the dense model, as `lightning_prune.patching.models.dense_outputs.unit_features` makes them.
         pruned: (B, D) of the pruned model for the same images.
     """
-    return float(1 - _patch_divergence(dense, pruned, dense) / len(dense))
-
-
-def _patch_divergence(dense: Tensor, pruned: Tensor, scale: Tensor) -> float:
-    # 1 - cosine of vectors of length 1, exactly 0 where they are the same.
-    return float((dense.double() - pruned.double()).square().sum() / 2)
+    # 1 - cosine of vectors of length 1 is half of their squared distance, exactly 0 where they are the same.
+    return float(1 - (dense.double() - pruned.double()).square().sum() / 2 / len(dense))
 
 
 @dataclass(frozen=True)
@@ -160,7 +156,7 @@ OUTPUT_KINDS = {
     "tag_agreement": OutputKind("tag agreement", tag_agreement, _tag_divergence),
     "r2": OutputKind("R2", r2, _number_divergence),
     "cosine": OutputKind("cosine similarity of features", feature_similarity, _feature_divergence),
-    "patch_cosine": OutputKind("cosine similarity per patch", patch_similarity, _patch_divergence),
+    "patch_cosine": OutputKind("cosine similarity per patch", patch_similarity, _feature_divergence),
 }
 """Proxy -> the outputs that it is for: exclusive classes, independent tags, numbers, features, those of each patch."""
 

@@ -196,13 +196,31 @@ def sources_of(reduced: ReductionOutput, tokens: int) -> Tensor:
     if reduced.sources is not None:
         return reduced.sources
     positions = reduced.positions
+    fused = positions < 0 if reduced.sizes is None else (positions < 0) & (reduced.sizes > 0)
+    place = (fused * whole_numbers(0, positions.shape[1], positions)).sum(dim=1, keepdim=True).to(torch.int64)
+    default = torch.where(fused.sum(dim=1, keepdim=True) == 1, place, -1)
+    kept = kept_indices(positions, tokens)
+    return torch.where(kept < 0, default, kept)
+
+
+def kept_indices(positions: Tensor, tokens: int) -> Tensor:
+    """The index of each of N tokens among those that are left.
+
+    Args:
+        positions: (B, K) int64, the index of each token among the N; -1 for a fused one.
+        tokens: N.
+
+    Returns:
+        (B, N) int64; -1 for tokens that are gone.
+    """
+    if is_portable():
+        matrix = one_hot(positions, tokens)  # (B, K, N)
+        left = whole_numbers(1, positions.shape[1] + 1, positions)
+        return ((matrix * left.unsqueeze(1)).sum(dim=1) - 1).to(torch.int64)
     left = torch.arange(positions.shape[1], device=positions.device).expand_as(positions)
-    without_position = positions < 0
-    fused = without_position if reduced.sizes is None else without_position & (reduced.sizes > 0)
-    fused_index = torch.where(fused, left, 0).sum(dim=1, keepdim=True)
-    default = torch.where(fused.sum(dim=1, keepdim=True) == 1, fused_index, -1)
-    targets = torch.where(without_position, tokens, positions)  # tokens without a position write to an extra column
-    return default.repeat(1, tokens + 1).scatter(1, targets, left)[:, :tokens]
+    targets = torch.where(positions < 0, tokens, positions)  # fused tokens write to an extra column
+    nobody = torch.full((positions.shape[0], tokens + 1), -1, dtype=torch.int64, device=positions.device)
+    return nobody.scatter(1, targets, left)[:, :tokens]
 
 
 def keep_best(tokens: Tensor, scores: Tensor, remove: int, num_prefix_tokens: int) -> ReductionOutput:

@@ -235,7 +235,9 @@ class PerImage(Tiny):
     """Its validation step returns the loss of each image."""
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
-        return {"losses": torch.nn.functional.cross_entropy(self.vit(batch[0]), batch[1], reduction="none")}
+        images, labels = batch
+        logits = self.vit(images)
+        return {"losses": torch.nn.functional.cross_entropy(logits, labels % logits.shape[1], reduction="none")}
 
 
 def step_values(data: Any, **options: Any) -> list[float]:

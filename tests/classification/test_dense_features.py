@@ -11,6 +11,7 @@ from helpers.data import noise_images
 from helpers.models import tiny_vit
 from lightning_prune import ImageClassifier
 from lightning_prune.classification import DenseFeatures
+from lightning_prune.classification.preprocessing import data_config_of
 from lightning_prune.errors import ArgumentError, UnsupportedModelError
 
 
@@ -33,6 +34,14 @@ def test_in_a_classifier_there_is_no_accuracy() -> None:
     assert [tuple(grid.shape) for grid in module(noise_images(2))] == [(2, 32, 4, 4)]
     with lp.patch(module, "tome", [0, 4, 0, 0], restore="auto"):
         assert [tuple(grid.shape) for grid in module(noise_images(2))] == [(2, 32, 4, 4)]
+
+
+def test_images_are_those_of_the_backbone() -> None:
+    model = DenseFeatures("vit_tiny_patch16_224", pretrained=False, model_kwargs={"img_size": 64, "depth": 4})
+    found = data_config_of(model)
+    assert found is not None
+    assert found["input_size"] == (3, 64, 64)
+    assert found == data_config_of(model.backbone)
 
 
 @pytest.mark.parametrize("taps", [[], [4], [-5], [True], "last", [0.5]])

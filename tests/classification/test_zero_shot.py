@@ -202,12 +202,17 @@ def test_the_classifier_is_judged_by_its_logits_also_with_restore(folder: Path) 
     assert (found.num_classes, found.reads_logits) == (10, True)
 
 
+def test_other_runtimes_are_refused(folder: Path) -> None:
+    images = torch.stack([held_out()[i]["image"] for i in range(4)])
+    with pytest.raises(ArgumentError, match="zero-shot"):
+        lp.plan(make(folder), images[:1], calibration=images, runtime="torch.compile")
+
+
 def test_nothing_of_a_batch_stays(folder: Path) -> None:
     module = make(folder, group_names=example.GROUPS)
     module(torch.stack([held_out()[i]["image"] for i in range(2)]))
     copy.deepcopy(module)
     validated(module, held_out(50))
-    assert module._logits is None
     found = L.Trainer(**OPTIONS).predict(module, DataLoader(held_out(20), 10))
     assert found is not None
     assert [tuple(each.shape) for each in found] == [(10, 10), (10, 10)]

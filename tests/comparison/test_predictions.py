@@ -9,8 +9,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from helpers.data import noise_images
+from helpers.dense import FeatureNet
 from helpers.models import tiny_vit
 from lightning_prune.comparison.predictions import PredictionRecorder, Predictions, capture_outputs
+from lightning_prune.patching.models import restoring
 
 IMAGES = noise_images(10)
 LABELS = torch.arange(10) % 5
@@ -153,6 +155,15 @@ def test_listen_passes_on_and_stops() -> None:
     stop()
     module(4)
     assert heard == [3]
+
+
+def test_broken_outputs_of_a_dense_model_are_seen() -> None:
+    module = Inner(FeatureNet(tiny_vit()))  # returns several tensors
+    images = IMAGES.clone()
+    images[3, 0, 0, 0] = float("nan")
+    with restoring("auto"):
+        found = recorded(module, loader(images, LABELS))
+    assert found.broken == [3]
 
 
 def test_images_in_another_order_each_time_are_not_paired() -> None:

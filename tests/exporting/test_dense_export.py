@@ -88,6 +88,21 @@ def test_a_plan_gives_tokens_back(tmp_path: Path, method: str) -> None:
     torch.testing.assert_close(lp.load_exported(tmp_path / "out")(IMAGES[:2]), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("restore", [None, "auto"])
+def test_scaled_images(tmp_path: Path, restore: Any) -> None:
+    net = dense_net(class_token=True, dynamic_img_size=True)
+    handle = lp.patch(net, "resize", 0.6, restore="auto")
+    with torch.no_grad():
+        expected = net(IMAGES[:2])
+    if restore is not None:
+        handle.remove()
+    plan = lp.Schedule([7, 0, 0, 0], "resize") if restore is not None else None
+    report = lp.export(net, tmp_path / "out", IMAGES[:2], plan=plan, restore=restore, format="torch-export", rounds=0)
+    assert report.tokens == (10, 10, 10, 10)
+    torch.testing.assert_close(lp.load_exported(tmp_path / "out")(IMAGES[:2]), expected, rtol=1e-4, atol=1e-5)
+    handle.remove()
+
+
 @pytest.mark.parametrize("plan", [None, lp.Schedule([0, 0, 0, 0])])
 def test_the_dense_model(tmp_path: Path, plan: Any) -> None:
     net = dense_net()

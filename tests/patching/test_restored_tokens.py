@@ -13,13 +13,13 @@ from lightning_prune.patching.restored_tokens import (
     DeltaCut,
     GridCut,
     cut_of,
-    interpolation_matrix,
-    kept_indices,
     nearest_kept,
     restored,
     with_cut,
 )
 from lightning_prune.reduction import ReductionOutput, TokenSequence, portable_graph, resolve
+from lightning_prune.reduction.functional import kept_indices
+from lightning_prune.reduction.resize import resampling_matrix
 
 PREFIX = 2
 
@@ -187,7 +187,7 @@ def test_kept_indices() -> None:
 @pytest.mark.parametrize(("smaller", "grid"), [((2, 3), (4, 5)), ((3, 3), (7, 7)), ((1, 2), (2, 5)), ((4, 4), (4, 4))])
 def test_a_grid_is_interpolated_as_torch_does(smaller: tuple[int, int], grid: tuple[int, int]) -> None:
     now = tokens_of(2, PREFIX + smaller[0] * smaller[1])
-    rows, columns = (interpolation_matrix(*sides) for sides in zip(smaller, grid, strict=True))
+    rows, columns = (resampling_matrix(*sides) for sides in zip(smaller, grid, strict=True))
     found = GridCut(rows, columns, PREFIX).undo(now)
     picture = now[:, PREFIX:].transpose(1, 2).unflatten(2, smaller)
     expected = torch.nn.functional.interpolate(picture, grid, mode="bilinear", align_corners=False)

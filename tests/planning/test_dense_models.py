@@ -195,6 +195,40 @@ def test_what_is_kept_depends_on_the_mode_and_on_the_head(net: FeatureNet) -> No
     assert accuracy_dependencies(transformer, IMAGES[:2], IMAGES, "auto") != before
 
 
+def test_a_compiled_reader_runs_compiled(net: FeatureNet) -> None:
+    graphs: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    compiled: Any = torch.compile(net, backend=backend)
+    transformer = find_vision_transformer(compiled, restore="auto")
+    assert transformer.reader is net
+    assert transformer.compiled_root is compiled
+    with torch.no_grad():
+        assert transformer.run(IMAGES[:2]).keys() == net(IMAGES[:2]).keys()
+    assert len(graphs) == 1
+    backbone: Any = torch.compile(net.backbone, backend="eager")
+    found = find_vision_transformer(backbone, restore="auto")
+    assert found.compiled_root is backbone
+
+
+def test_a_handle_knows_what_the_reader_returns(net: FeatureNet) -> None:
+    with lp.patch(net, "topk", [0, 5, 0, 3], restore="auto") as handle:
+        before = handle.transformer
+        handle.update([0, 4, 0, 3])
+        assert handle.transformer == before
+        assert handle.transformer.num_classes == 0 < net.backbone.num_classes
+
+
+@pytest.mark.parametrize("by_path", [False, True])
+def test_a_patch_without_what_was_planned_with_warns(net: FeatureNet, tmp_path: Path, by_path: bool) -> None:
+    made = planned(net).schedule
+    with pytest.warns(UserWarning, match="restore='auto'"):
+        lp.patch(net, "topk", made.save(tmp_path / "plan.yaml") if by_path else made).remove()
+
+
 def test_bad_arguments(net: FeatureNet) -> None:
     with pytest.raises(ArgumentError, match="runtime"):
         planned(net, runtime="torch.compile")
@@ -246,6 +280,15 @@ class TestUnitFeatures:
         found = (unit_features(one) * unit_features(other)).sum(1)
         torch.testing.assert_close(found, torch.cosine_similarity(one, other, dim=1).mean((1, 2)), atol=5e-3, rtol=0)
         torch.testing.assert_close((unit_features(one) ** 2).sum(1), torch.ones(2))
+
+    def test_large_maps_are_sampled(self) -> None:
+        one, other = noise_images(2, 1, 384) + 10, noise_images(2, 1, 384, seed=1)
+        other = one + 0.5 * other
+        assert unit_features(one).shape[1] <= 2**15
+        found = (unit_features(one) * unit_features(other)).sum(1)
+        pairs = zip(one, other, strict=True)
+        expected = [float(torch.corrcoef(torch.stack((a.flatten(), b.flatten())))[0, 1]) for a, b in pairs]
+        assert found.tolist() == pytest.approx(expected, abs=5e-3)
 
     @pytest.mark.parametrize("result", [None, torch.arange(6).reshape(2, 3), torch.zeros(3), {"loss": torch.zeros(())}])
     def test_no_features(self, result: Any) -> None:

@@ -73,10 +73,8 @@ class VisionTransformer:
 
     @property
     def compiled_root(self) -> nn.Module:
-        """The module that is called to run the transformer: `reader`, else the compiled wrapper, else `root`."""
-        if self.reader is not None:
-            return self.reader
-        return self.root if self.compiled_wrapper is None else self.compiled_wrapper
+        """The module that is called to run the transformer: the compiled wrapper of `outer`, else `outer`."""
+        return self.outer if self.compiled_wrapper is None else self.compiled_wrapper
 
     @property
     def outer(self) -> nn.Module:

@@ -46,11 +46,21 @@ def unit_features(result: Any, channels: int | None = None, channels_last: bool 
         )
     parts = []
     for tap in taps:
-        count = max(1, min(tap.shape[1], _MOST_VALUES // (len(taps) * tap.shape[2])))
-        if count < tap.shape[1]:
-            tap = tap[:, torch.linspace(0, tap.shape[1] - 1, count, device=tap.device).round().long()]
+        most = _MOST_VALUES // len(taps)
+        tap = _thinned(tap, max(1, most // tap.shape[2]), 1)
+        if tap.shape[1] == 1:  # a map, whose values are of as many positions
+            tap = _thinned(tap, most, 2)
+        count = tap.shape[1]
         parts.append((torch.nn.functional.normalize(tap.float(), dim=2) / (count * len(taps)) ** 0.5).flatten(1))
     return torch.cat(parts, dim=1)
+
+
+def _thinned(values: Tensor, count: int, dim: int) -> Tensor:
+    """At most `count` of the values along a dimension, evenly spaced."""
+    if values.shape[dim] <= count:
+        return values
+    places = torch.linspace(0, values.shape[dim] - 1, count, device=values.device).round().long()
+    return values.index_select(dim, places)
 
 
 def _tensors(name: str, result: Any) -> Iterator[tuple[str, Tensor]]:

@@ -185,7 +185,7 @@ class HuggingFace(ModelAdapter):
         states = wanted if isinstance(wanted, list | tuple) else [wanted] if isinstance(wanted, int) and wanted else []
         states = [*states, *(stages or ())]
         read = {(state if state >= 0 else depth + 1 + state) - 1 for state in states}
-        if (stages is None and self.head_reason(root) is not None) or self.returns_tokens(root):
+        if self.returns_tokens(root) or (stages is None and self.head_reason(root) is not None):
             read.add(depth - 1)
         return frozenset(read)
 
@@ -209,9 +209,6 @@ class HuggingFace(ModelAdapter):
         """Logits if there are any, else projected or pooled features, else the CLS token or the mean of the tokens."""
         if isinstance(result, Tensor):
             return result
-        maps = result.get("feature_maps") if isinstance(result, Mapping) else None
-        if maps:  # of a backbone: (B, C, height, width), or tokens (B, N, C)
-            return maps[-1].mean(dim=(2, 3)) if maps[-1].ndim == 4 else maps[-1].mean(dim=1)
         values = tuple(result.values() if isinstance(result, Mapping) else result)
         named = result if isinstance(result, Mapping) else {}
         tensors = [each for each in values if isinstance(each, Tensor)]

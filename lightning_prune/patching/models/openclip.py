@@ -10,9 +10,9 @@ from lightning_prune.patching.attention_capture import CapturedAttention
 from lightning_prune.patching.block_split import AttnMlpSplit, runs
 from lightning_prune.patching.class_swap import original_class
 from lightning_prune.patching.models.base import ModelAdapter, VisionTransformer
-from lightning_prune.patching.models.loaded_classes import loaded_class, loaded_classes
+from lightning_prune.patching.models.class_lookup import loaded_class, loaded_classes
 from lightning_prune.patching.models.torchvision_vit import CapturedMultihead, multihead_unsupported_reason
-from lightning_prune.patching.patched_root import PatchedRoot, RootPatch
+from lightning_prune.patching.patched_root import IntermediatesGuard, PatchedRoot
 
 _MODULE = "open_clip.transformer"
 _METHODS = ("forward", "_embeds", "_pool", "_global_pool")
@@ -29,23 +29,6 @@ def _mlp(block: Any, x: Tensor) -> Tensor:
 
 
 _RESIDUAL = AttnMlpSplit(_attention, _mlp)
-
-
-class IntermediatesGuard(PatchedRoot):
-    """Rejects the layout of a grid where removed tokens are not given back: fewer tokens may fit it by chance."""
-
-    _prune_patch: RootPatch
-
-    def forward_intermediates(self, *args: Any, **kwargs: Any) -> Any:
-        """Runs the model's own method."""
-        own: Any = super()  # the patched class, unknown to type checkers
-        patch = self._prune_patch
-        if patch.readers is None and patch.argument("output_fmt", args, kwargs) in ("NCHW", None):
-            raise UnsupportedModelError(
-                "`output_fmt` must be 'NLC' in a model whose blocks remove tokens, got 'NCHW'; or patch it with "
-                "restore='auto', or remove the patch."
-            )
-        return own.forward_intermediates(*args, **kwargs)
 
 
 class OpenCLIPVisionTransformer(ModelAdapter):

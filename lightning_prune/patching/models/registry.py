@@ -110,7 +110,6 @@ def find_vision_transformer(
             "got None."
         )
     path, root, adapter = found[0]
-    compiled = next((m for m in model.modules() if m is not root and getattr(m, "_orig_mod", None) is root), None)
     reason = adapter.restore_reason(root)
     if reason is not None and restore is None:
         at = f" at {path!r}" if path else ""
@@ -118,9 +117,11 @@ def find_vision_transformer(
             f"{original_class(root).__name__}{at} cannot be pruned: {reason}. Pass `restore='auto'`, which gives "
             "removed tokens back."
         )
-    reader = _reader(whole, path, root, restore is not None)
+    reader = _reader(whole, path, restore is not None)
     if restore is not None and reader is None and (adapter.returns_tokens(root) or reason is not None):
         reader = root
+    called = root if reader is None else reader
+    compiled = next((m for m in whole.modules() if m is not called and getattr(m, "_orig_mod", None) is called), None)
     found_as = replace(describe(adapter, root, path), compiled_wrapper=compiled, restore=restore, reader=reader)
     if reader is None:
         return found_as
@@ -143,7 +144,7 @@ def restoring(restore: RestoreMode | None) -> Iterator[None]:
         _restore.reset(token)
 
 
-def _reader(model: nn.Module, path: str, root: nn.Module, restores: bool) -> nn.Module | None:
+def _reader(model: nn.Module, path: str, restores: bool) -> nn.Module | None:
     """The module around the transformer that is measured and judged in its place; None for the transformer.
 
     A classifier around a tower, which says so; where tokens are given back, the outermost that has a forward of its
@@ -158,7 +159,7 @@ def _reader(model: nn.Module, path: str, root: nn.Module, restores: bool) -> nn.
         forward = original_class(module).forward
         # Containers have none, and that of a LightningModule calls that of its base class.
         if forward is not nn.Module.forward and not forward.__module__.startswith(("lightning.", "pytorch_lightning.")):
-            return None if module is root else module
+            return module
     return None
 
 

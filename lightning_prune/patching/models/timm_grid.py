@@ -3,7 +3,7 @@
 They run only if removed tokens are given back.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -67,11 +67,6 @@ class GridEncoder(TimmAdapter):
         norm = getattr(root, "norm", None)
         return () if norm is None else (norm,)
 
-    def output(self, result: Any) -> Tensor:
-        """Features (B, C): the mean of a grid (B, H, W, C) or of tokens (B, N, C)."""
-        assert isinstance(result, Tensor)
-        return result.flatten(1, -2).mean(dim=1) if result.ndim > 2 else result
-
 
 class TimmQwen(GridEncoder, TimmRope):
     """The encoder of Qwen3-VL, alone or in `Qwen3VitClassifier`."""
@@ -123,12 +118,6 @@ class TimmGemma(GridEncoder):
         cosine = arrived.adapt_once(tables[0], lambda table: _take(table, arrived.positions, 1.0))
         sine = arrived.adapt_once(tables[1], lambda table: _take(table, arrived.positions, 0.0))
         return (cosine, sine, *args[2:]), {k: v for k, v in kwargs.items() if k not in ("rope_cos", "rope_sin")}
-
-    def read_blocks(
-        self, root: nn.Module, depth: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> frozenset[int] | None:
-        """That of the last block."""
-        return frozenset((depth - 1,))
 
 
 def _take(table: Tensor, positions: Tensor, at_rest: float) -> Tensor:

@@ -12,7 +12,7 @@ from lightning_prune.patching.attention_capture import Bias, CaptureSlot, SDPARe
 from lightning_prune.patching.block_split import GAMMA, POST_NORM, PRE_NORM, AttnMlpSplit
 from lightning_prune.patching.input_resize import InputResize, ResizedInput, ScalingSites, active_resize
 from lightning_prune.patching.models.base import SplitCheckInput, VisionTransformer
-from lightning_prune.patching.models.loaded_classes import loaded_class
+from lightning_prune.patching.models.class_lookup import loaded_class
 from lightning_prune.patching.models.timm_vit import GridGuard, ResizedPatchEmbed, TimmAdapter
 from lightning_prune.patching.patch_division import PatchDivision
 from lightning_prune.patching.patched_root import PatchedRoot

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lightning_prune.patching.attention_capture import CapturedAttention
 from lightning_prune.patching.block_split import ONE_DROP, AttnMlpSplit
 from lightning_prune.patching.models.base import VisionTransformer
-from lightning_prune.patching.models.loaded_classes import loaded_class
+from lightning_prune.patching.models.class_lookup import loaded_class
 from lightning_prune.patching.models.timm_vit import TimmAdapter
 from lightning_prune.reduction.base import AttentionInputs
 

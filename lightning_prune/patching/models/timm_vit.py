@@ -17,9 +17,9 @@ from lightning_prune.patching.input_resize import (
     own_setting,
 )
 from lightning_prune.patching.models.base import ModelAdapter, VisionTransformer
-from lightning_prune.patching.models.loaded_classes import loaded_class, loaded_classes
+from lightning_prune.patching.models.class_lookup import loaded_class, loaded_classes
 from lightning_prune.patching.patch_division import PatchDivision
-from lightning_prune.patching.patched_root import PatchedRoot, RootPatch
+from lightning_prune.patching.patched_root import IntermediatesGuard, PatchedRoot
 
 # Forward functions of timm's attention modules that pass `attn_mask` to their fused call. A replaced function has
 # another name or module.
@@ -52,10 +52,8 @@ class ResizedPatchEmbed(ResizedInput):
         return tokens
 
 
-class GridGuard(PatchedRoot):
-    """Gives the readers of timm's models all tokens; rejects the layout of a grid where they are not restored."""
-
-    _prune_patch: RootPatch
+class GridGuard(IntermediatesGuard):
+    """Gives the readers of timm's models all tokens."""
 
     def forward_features(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the model's own method, which returns the tokens of the last block."""
@@ -67,18 +65,12 @@ class GridGuard(PatchedRoot):
         return readers.call(read, own.forward_features, args, kwargs)
 
     def forward_intermediates(self, *args: Any, **kwargs: Any) -> Any:
-        """Runs the model's own method; rejects the layout of a grid, which fewer tokens may fit by chance."""
-        own: Any = super()
-        patch = self._prune_patch
-        if patch.readers is not None:
+        """Runs the model's own method, which reads the blocks that the call names."""
+        readers = self._prune_patch.readers
+        if readers is not None:
             read = self._read_blocks(args, kwargs) if _are_of_timm(self, "forward_intermediates") else None
-            return patch.readers.call(read, own.forward_intermediates, args, kwargs)
-        if patch.argument("output_fmt", args, kwargs) in ("NCHW", None):
-            raise UnsupportedModelError(
-                "`output_fmt` must be 'NLC' in a model whose blocks remove tokens, got 'NCHW'; or patch it with "
-                "restore='auto', or remove the patch."
-            )
-        return own.forward_intermediates(*args, **kwargs)
+            return readers.call(read, super().forward_intermediates, args, kwargs)
+        return super().forward_intermediates(*args, **kwargs)
 
     def _read_blocks(self, args: Any, kwargs: dict[str, Any]) -> set[int]:
         patch = self._prune_patch

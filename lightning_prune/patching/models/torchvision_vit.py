@@ -11,7 +11,7 @@ from lightning_prune.patching.block_split import MULTIHEAD, AttnMlpSplit, runs
 from lightning_prune.patching.class_swap import original_class
 from lightning_prune.patching.input_resize import InputResize, ResizedModule, ScalingSites, image_size_of
 from lightning_prune.patching.models.base import ModelAdapter, VisionTransformer
-from lightning_prune.patching.models.loaded_classes import loaded_class, loaded_classes
+from lightning_prune.patching.models.class_lookup import loaded_class, loaded_classes
 from lightning_prune.patching.patch_division import PatchDivision
 from lightning_prune.patching.patched_root import PatchedRoot
 from lightning_prune.patching.resized_positions import resample_corners

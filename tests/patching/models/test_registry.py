@@ -12,7 +12,7 @@ from helpers.fresh import run_fresh
 from lightning_prune.errors import ArgumentError
 from lightning_prune.patching import find_vision_transformer
 from lightning_prune.patching.models import MODEL_ADAPTERS
-from lightning_prune.patching.models.loaded_classes import loaded_class
+from lightning_prune.patching.models.class_lookup import loaded_class
 
 REMOVED = [0, 6, 5, 0]
 
