@@ -124,6 +124,7 @@ CALLEES: dict[str, Callable[[], Callee]] = {
         {"model": tiny_vit(depth=1), "output": "x", "example_inputs": IMAGES, "format": "torch-export", "rounds": 0},
         MODEL_PATH
         | {name: {"None"} for name in ("plan", "restore", "calibration", "opset", "preprocessing", "min_agreement")}
+        | {"reduce_range": {"None"}}
         | {name: {"None", "fraction"} for name in ("tolerance", "time_limit")}
         | {"output": {"text"}},
         {"plan": "(plan|removed|nonsense)"},

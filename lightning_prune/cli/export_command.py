@@ -38,6 +38,7 @@ def run_export(
     batch_size: int | None,
     inputs: InputForm,
     precision: Precision,
+    reduce_range: bool | None,
     min_agreement: float | None,
     graph: GraphForm | Literal["auto"],
     opset: int | None,
@@ -57,6 +58,7 @@ def run_export(
         batch_size: Number of images in a batch; that of the validation loader if None.
         inputs: See `lightning_prune.export`.
         precision: See `lightning_prune.export`.
+        reduce_range: See `lightning_prune.export`.
         min_agreement: See `lightning_prune.export`.
         graph: See `lightning_prune.export`.
         opset: See `lightning_prune.export`.
@@ -72,7 +74,7 @@ def run_export(
     """
     plan = _plan(config, schedule)
     check_choice("precision", precision, PRECISIONS)
-    parse_format(format, precision=precision)
+    parse_format(format, precision=precision, reduce_range=reduce_range)
     check_new(output, overwrite)
     if batch_size is not None:
         check_int("batch_size", batch_size, 1, "a number of images")
@@ -98,6 +100,7 @@ def run_export(
             batch=batch,
             inputs=inputs,
             precision=precision,
+            reduce_range=reduce_range,
             min_agreement=min_agreement,
             graph=graph,
             preprocessing=_preprocessing(model),

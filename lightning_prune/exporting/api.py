@@ -55,6 +55,7 @@ def export(
     opset: int | None = None,
     batch: BatchSize = "static",
     precision: Precision = "float32",
+    reduce_range: bool | None = None,
     min_agreement: float | None = None,
     graph: GraphForm | Literal["auto"] = "native",
     preprocessing: Mapping[str, Any] | None = None,
@@ -95,6 +96,8 @@ def export(
         precision: Of weights and operators. Outputs, and normalised images, stay float32. `"float16"` and `"bfloat16"`
             where the runtime has them; `"int8"` by the quantizer of ONNX Runtime or OpenVINO, with ranges of
             activations from `calibration`; `"int8-dynamic"` with those of each batch, in ONNX Runtime.
+        reduce_range: Whether weights in 8 bits take half of their range, as x86 processors without VNNI need: sums of
+            products saturate there, and outputs are wrong. None: what this machine needs; say so for another one.
         min_agreement: Least share of the images that must have the same class as in PyTorch, in lower precisions than
             float32; 0.995 for float16 and bfloat16, 0.9 for int8 if None. For a model without classes, of images within
             the tolerance.
@@ -141,7 +144,7 @@ def export(
     check_restore(restore)
     _check(batch, precision, min_agreement, graph, tolerance, rounds, time_limit, overwrite)
     check_path("output", output)
-    chosen = parse_format(format, precision=precision)
+    chosen = parse_format(format, precision=precision, reduce_range=reduce_range)
     if opset is not None:
         check("opset", opset, f"left out with format={format!r}, which has none", format == "onnx")
         check_int("opset", opset, 1, "a version of ONNX's operators")
@@ -194,6 +197,7 @@ def export(
             inputs=taken,
             batch=batch,
             precision=precision,
+            quantization=context.get("quantization"),
             graph=form,
             graph_choice=choice,
             classes=transformer.num_classes,

@@ -139,7 +139,7 @@ class BundledGraphs(ABC):
         settings |= {key: value for key, value in others if (key, value) != ("precision", "f32")}  # the default
         if self._runtime["threads"] is not None:
             settings["threads"] = self._threads
-        order = ("provider", "device", "precision", "threads", "quantize")
+        order = ("provider", "device", "precision", "threads", "quantize", "reduce_range")
         named = [f"{key}={settings[key]}" for key in order if key in settings]
         return f"{self.package}:{','.join(named)}" if named else self.package
 

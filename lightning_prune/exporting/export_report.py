@@ -18,8 +18,9 @@ GraphForm = Literal["native", "portable"]
 REPORT = "report.json"
 """Name of the report in the folder."""
 _BEFORE: dict[int, dict[str, Any]] = {
-    1: {"inputs": {}, "graph_choice": None, "in_runtime": None, "tail": False},
-    2: {"tail": False},
+    1: {"inputs": {}, "graph_choice": None, "in_runtime": None, "tail": False, "quantization": None},
+    2: {"tail": False, "quantization": None},
+    3: {"quantization": None},
 }
 """What documents of earlier versions leave out."""
 
@@ -78,6 +79,7 @@ class ExportReport(SavedDocument):
         inputs: Which images the file takes: normalised ones, or images in 8 bits.
         batch: Whether B is static or dynamic.
         precision: Of weights and operators.
+        quantization: The quantizer, and in how many bits weights are; None in floating point.
         graph: How tokens are selected and merged: native or portable.
         graph_choice: Why that form, and the latency of both; None if the form was given.
         classes: Number of classes; 0 for a model that returns features.
@@ -93,7 +95,7 @@ class ExportReport(SavedDocument):
     """
 
     FORMAT: ClassVar[str] = "lightning_prune.export"
-    VERSIONS: ClassVar[tuple[int, ...]] = (1, 2, 3)
+    VERSIONS: ClassVar[tuple[int, ...]] = (1, 2, 3, 4)
 
     folder: Path = field(compare=False)
     format: str
@@ -102,6 +104,7 @@ class ExportReport(SavedDocument):
     inputs: ImageInput
     batch: str
     precision: str
+    quantization: str | None
     graph: str
     graph_choice: GraphChoice | None
     classes: int

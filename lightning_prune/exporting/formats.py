@@ -11,7 +11,9 @@ import torch
 from torch import nn
 
 from lightning_prune import __version__
+from lightning_prune._utils.validation import check, check_bool
 from lightning_prune.errors import ArgumentError
+from lightning_prune.exporting.precision import is_quantized
 from lightning_prune.exporting.runtime_graph import RuntimeGraph
 from lightning_prune.runtimes.base import Runtime
 from lightning_prune.runtimes.graph_export import ExportedGraph
@@ -28,6 +30,7 @@ class ExportFormat(ABC):
     Args:
         runtime: Spec of the runtime, `runtime_name` with settings; that of the precision if None.
         precision: See `export`.
+        reduce_range: See `export`; not with `runtime`, which says it.
 
     Raises:
         ArgumentError: If it is the spec of another runtime, or the format has no such precision.
@@ -49,11 +52,17 @@ class ExportFormat(ABC):
     packages: ClassVar[tuple[str, ...]]
     precisions: ClassVar[Mapping[str, str]]
 
-    def __init__(self, runtime: str | None = None, precision: str = "float32") -> None:
+    def __init__(
+        self, runtime: str | None = None, precision: str = "float32", reduce_range: bool | None = None
+    ) -> None:
         if precision not in self.precisions:
             known = " or ".join(map(repr, self.precisions))
             raise ArgumentError(f"`precision` must be {known} with format={self.name!r}, got {precision!r}.")
-        self.runtime: Runtime = parse_runtime(self.precisions[precision] if runtime is None else runtime)
+        if reduce_range is not None:
+            check_bool("reduce_range", reduce_range)
+            check("reduce_range", reduce_range, f"left out with precision={precision!r}", is_quantized(precision))
+        halved = "" if reduce_range is None else f",reduce_range={reduce_range}"
+        self.runtime: Runtime = parse_runtime(f"{self.precisions[precision]}{halved}" if runtime is None else runtime)
         self.precision = precision
         if self.runtime.name.partition(":")[0] != self.runtime_name:
             raise ArgumentError(f"`runtime` must be {self.runtime_name!r} for a {self.name} file, got {runtime!r}.")

@@ -96,11 +96,12 @@ def readme(report: ExportReport, input_name: str) -> str:
     shape = " x ".join(map(str, report.input_shape))
     batch = "any number of images" if report.batch == "dynamic" else "this number of images"
     removed = "no tokens are removed" if report.method is None else f"tokens are removed by {report.method}"
+    precision = report.precision + (f" ({report.quantization})" if report.quantization else "")
     tail = ["`tail: true`: patch tokens, which the head does not read, leave the last block before its MLP (exact)."]
     lines = [
         f"# {report.model.name}",
         "",
-        f"A Vision Transformer for images of {shape} ({_images(report)}; {batch}), in {report.precision}; {removed}.",
+        f"A Vision Transformer for images of {shape} ({_images(report)}; {batch}), in {precision}; {removed}.",
         "",
         *(f"- {each}" for each in (*figures(report), *(tail if report.tail else []))),
     ]

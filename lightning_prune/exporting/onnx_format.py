@@ -35,10 +35,11 @@ class OnnxFormat(ExportFormat):
 
         model = to_onnx(graph, opset, BATCH if dynamic else None)
         if is_quantized(self.precision):
-            from lightning_prune.runtimes.onnx_quantization import quantized_onnx
+            from lightning_prune.runtimes.onnx_quantization import Quantization, quantized_onnx
 
             batches = calibration_batches(graph, self.runtime.name) if self._is_static else []
-            model = quantized_onnx(model, "static" if self._is_static else "dynamic", batches)
+            how: Quantization = "static" if self._is_static else "dynamic"
+            model = quantized_onnx(model, how, batches, self._onnxruntime.reduces_range)
         made = self.opset(model)
         if opset is not None and made != opset:
             raise ExportError(f"The graph cannot be converted to opset {opset}: its operators became those of {made}.")

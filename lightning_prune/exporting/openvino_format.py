@@ -47,7 +47,8 @@ class OpenVINOFormat(ExportFormat):
         if is_quantized(self.precision):
             from lightning_prune.runtimes.openvino_quantization import quantized_openvino
 
-            model = quantized_openvino(model, calibration_batches(graph, self.runtime.name))
+            batches = calibration_batches(graph, self.runtime.name)
+            model = quantized_openvino(model, batches, self._openvino.reduces_range)
         batch, *sizes = graph.inputs[0].shape
         try:
             model.reshape([-1 if dynamic else batch, *sizes])

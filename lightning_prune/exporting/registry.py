@@ -15,13 +15,16 @@ FORMATS: dict[str, type[ExportFormat]] = {
 """Name -> class."""
 
 
-def parse_format(name: str, runtime: str | None = None, precision: str = "float32") -> ExportFormat:
+def parse_format(
+    name: str, runtime: str | None = None, precision: str = "float32", reduce_range: bool | None = None
+) -> ExportFormat:
     """The format of a name.
 
     Args:
         name: One of `FORMATS`.
         runtime: See `ExportFormat`.
         precision: See `export`.
+        reduce_range: See `export`.
 
     Raises:
         ArgumentError: If there is no such format or precision, or `runtime` is that of another format.
@@ -30,4 +33,4 @@ def parse_format(name: str, runtime: str | None = None, precision: str = "float3
     if not isinstance(name, str):
         raise ArgumentError(f"`format` must be one of {', '.join(map(repr, FORMATS))}, got {name!r}.")
     check_name("format", name, FORMATS)
-    return FORMATS[name](runtime, precision)
+    return FORMATS[name](runtime, precision, reduce_range)

@@ -21,7 +21,9 @@ UNFUSED = ["MatMulAddFusion"]
 _OPERATORS = ["MatMul", "Gemm"]
 
 
-def quantized_onnx(model: Any, how: Quantization, batches: Sequence[tuple[Tensor, ...]] = ()) -> Any:
+def quantized_onnx(
+    model: Any, how: Quantization, batches: Sequence[tuple[Tensor, ...]] = (), reduce_range: bool = False
+) -> Any:
     """A model whose products with weights are computed in 8 bits; weights have a scale for each output channel.
 
     Attention and reductions stay in floating point: they multiply activations, which loses more than it gains.
@@ -30,6 +32,7 @@ def quantized_onnx(model: Any, how: Quantization, batches: Sequence[tuple[Tensor
         model: An `onnx.ModelProto` in float32.
         how: Where the ranges of activations come from.
         batches: Inputs of the graph, in their order, for `"static"`.
+        reduce_range: Whether weights take 7 bits, see `lightning_prune.runtimes.weight_range`.
 
     Raises:
         ExportError: If the quantizer fails; says how.
@@ -38,6 +41,7 @@ def quantized_onnx(model: Any, how: Quantization, batches: Sequence[tuple[Tensor
     with TemporaryDirectory(prefix="lightning-prune-") as folder, errors_only(""):
         path = Path(folder) / "quantized.onnx"
         common = {"per_channel": True, "weight_type": QuantType.QInt8, "op_types_to_quantize": _OPERATORS}
+        common["reduce_range"] = reduce_range
         try:
             if how == "dynamic":
                 quantize_dynamic(model, path, **common)

@@ -11,7 +11,7 @@ import onnxruntime as ort
 import torch
 from torch import Tensor, nn
 
-from lightning_prune._utils.validation import check, check_choice, check_int
+from lightning_prune._utils.validation import check, check_bool, check_choice, check_int
 from lightning_prune.errors import ArgumentError, ExportError
 from lightning_prune.runtimes.calibration import calibration_batches
 from lightning_prune.runtimes.converted import LOW_PRECISION_TOLERANCE, ConvertedRuntime, not_float32
@@ -20,6 +20,7 @@ from lightning_prune.runtimes.graph_sessions import CPU_PROVIDER, TOKENS, onnx_s
 from lightning_prune.runtimes.graph_store import RunGraph
 from lightning_prune.runtimes.onnx_conversion import NUMPY_DTYPES, is_large, save_onnx, to_onnx
 from lightning_prune.runtimes.onnx_quantization import UNFUSED, Quantization, quantized_onnx
+from lightning_prune.runtimes.weight_range import reduces_range
 
 
 class OnnxRuntime(ConvertedRuntime):
@@ -31,6 +32,9 @@ class OnnxRuntime(ConvertedRuntime):
         quantize: How products with weights are computed in 8 bits. `"static"`: in ranges that are found on images (see
             `lightning_prune.runtimes.calibration`). `"dynamic"`: in the range of each batch as it comes, so that
             beyond batch size 1 the output of an image depends on the others in its batch. None: in floating point.
+        reduce_range: Whether weights in 8 bits take half of their range, as processors need that add products in 16
+            bits (see `lightning_prune.runtimes.weight_range`). None: where this machine needs it. For a file that runs
+            on another machine, say what that one needs.
 
     Raises:
         ArgumentError: If the provider is not installed here (lists those that are), or another argument is out of
@@ -45,7 +49,11 @@ class OnnxRuntime(ConvertedRuntime):
     weight_dtypes = (torch.float32, torch.float16)
 
     def __init__(
-        self, provider: str = CPU_PROVIDER, threads: int | None = None, quantize: Quantization | None = None
+        self,
+        provider: str = CPU_PROVIDER,
+        threads: int | None = None,
+        quantize: Quantization | None = None,
+        reduce_range: bool | None = None,
     ) -> None:
         known = ort.get_available_providers()
         check("provider", provider, f"one of {', '.join(known)}", provider in known)
@@ -53,33 +61,43 @@ class OnnxRuntime(ConvertedRuntime):
             check_int("threads", threads, 1)
         if quantize is not None:
             check_choice("quantize", quantize, get_args(Quantization))
-        self.provider, self.threads, self.quantize = provider, threads, quantize
+        if reduce_range is not None:
+            check_bool("reduce_range", reduce_range)
+        self.provider, self.threads, self.quantize, self.reduce_range = provider, threads, quantize, reduce_range
         if quantize is not None:
             self.tolerance = None
         elif provider != CPU_PROVIDER:  # it may compute in fewer bits
             self.tolerance = LOW_PRECISION_TOLERANCE
         settings = {"provider": (provider, CPU_PROVIDER), "threads": (threads, None), "quantize": (quantize, None)}
-        self.name = self._spec("onnxruntime", **settings)
+        self.name = self._spec("onnxruntime", **settings, reduce_range=(reduce_range, None))
 
     def context(self) -> dict[str, Any]:
         """See `Runtime.context`."""
+        bits = ", weights in 7 bits" if self.reduces_range else ""
         return {
             "runtime": self.name,
             "onnxruntime": ort.__version__,
             "torch": str(torch.__version__),  # its exporter makes the graph
             "provider": self.provider,
             "threads": self._threads(),
-            **({} if self.quantize is None else {"quantization": f"onnxruntime.quantization, {self.quantize}"}),
+            **({} if self.quantize is None else {"quantization": f"onnxruntime.quantization, {self.quantize}{bits}"}),
         }
 
     def quantized(self) -> "OnnxRuntime":
         """See `Runtime.quantized`: static, as an image then does not depend on the others in its batch."""
-        return self if self.quantize is not None else OnnxRuntime(self.provider, self.threads, "static")
+        return (
+            self if self.quantize is not None else OnnxRuntime(self.provider, self.threads, "static", self.reduce_range)
+        )
 
     @property
     def unquantized(self) -> "OnnxRuntime":
         """See `Runtime.unquantized`."""
         return OnnxRuntime(self.provider, self.threads)
+
+    @property
+    def reduces_range(self) -> bool:
+        """Whether weights in 8 bits take half of their range."""
+        return reduces_range(self.reduce_range, self.provider == CPU_PROVIDER)
 
     def unsupported_reason(self, model: nn.Module) -> str | None:
         """See `Runtime.unsupported_reason`."""
@@ -108,11 +126,12 @@ class OnnxRuntime(ConvertedRuntime):
 
     def device_settings(self) -> dict[str, Any]:
         """See `ConvertedRuntime.device_settings`."""
+        given = {"quantize": self.quantize, "reduce_range": self.reduce_range}
         return {
             "package": "onnxruntime",
             "provider": self.provider,
             "threads": self.threads,
-            "settings": {} if self.quantize is None else {"quantize": self.quantize},
+            "settings": {key: value for key, value in given.items() if value is not None},
             "disabled_optimizers": list(UNFUSED) if self.quantize == "static" else None,
         }
 
@@ -121,7 +140,7 @@ class OnnxRuntime(ConvertedRuntime):
         model = to_onnx(graph, dimension=dimension)
         if self.quantize is not None:
             batches = calibration_batches(graph, self.name) if self.quantize == "static" else []
-            model = quantized_onnx(model, self.quantize, batches)
+            model = quantized_onnx(model, self.quantize, batches, self.reduces_range)
         return model
 
     def load_file(self, path: Path, dimensions: Mapping[str, int], quantized: bool = False) -> RunGraph:

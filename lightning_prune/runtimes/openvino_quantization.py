@@ -7,6 +7,7 @@ from typing import Any
 
 import nncf
 import rich
+from nncf.quantization.advanced_parameters import OverflowFix
 from nncf.quantization.range_estimator import RangeEstimatorParametersSet
 from torch import Tensor
 
@@ -16,7 +17,7 @@ _NOT_IN_8_BITS = ["Gather", "GatherElements"]
 """Picking tokens from 8 bits ends the process in the CPU plugin of OpenVINO 2026.4."""
 
 
-def quantized_openvino(model: Any, batches: Sequence[tuple[Tensor, ...]]) -> Any:
+def quantized_openvino(model: Any, batches: Sequence[tuple[Tensor, ...]], reduce_range: bool = False) -> Any:
     """A model whose products with weights, and attention, are computed in 8 bits, by NNCF's scheme for transformers.
 
     Reductions stay in floating point.
@@ -24,6 +25,7 @@ def quantized_openvino(model: Any, batches: Sequence[tuple[Tensor, ...]]) -> Any
     Args:
         model: An `openvino.Model` in float32; it may be changed.
         batches: Inputs of the model, in their order.
+        reduce_range: Whether weights take 7 bits, see `lightning_prune.runtimes.weight_range`.
 
     Raises:
         ExportError: If the quantizer fails; says how.
@@ -31,6 +33,7 @@ def quantized_openvino(model: Any, batches: Sequence[tuple[Tensor, ...]]) -> Any
     inputs = [[tensor.cpu().numpy() for tensor in batch] for batch in batches]
     # Ranges over all images, not the mean of those of each batch: they must not depend on the batch size.
     ranges = RangeEstimatorParametersSet.MINMAX
+    fix = OverflowFix.ENABLE if reduce_range else None  # which leaves it to NNCF
     try:
         with _quiet():
             return nncf.quantize(
@@ -40,7 +43,9 @@ def quantized_openvino(model: Any, batches: Sequence[tuple[Tensor, ...]]) -> Any
                 model_type=nncf.ModelType.TRANSFORMER,
                 subset_size=len(inputs),
                 ignored_scope=nncf.IgnoredScope(names=_without_weights(model), types=_NOT_IN_8_BITS, validate=False),
-                advanced_parameters=nncf.AdvancedQuantizationParameters(activations_range_estimator_params=ranges),
+                advanced_parameters=nncf.AdvancedQuantizationParameters(
+                    overflow_fix=fix, activations_range_estimator_params=ranges
+                ),
             )
     except Exception as error:  # its errors have no common base class
         raise ExportError(f"NNCF cannot quantize the model: {type(error).__name__}: {error}") from error

@@ -10,7 +10,7 @@ import openvino as ov
 import torch
 from torch import Tensor, nn
 
-from lightning_prune._utils.validation import check, check_choice, check_int
+from lightning_prune._utils.validation import check, check_bool, check_choice, check_int
 from lightning_prune.errors import ExportError, FileWriteError, RuntimeUnavailableError
 from lightning_prune.runtimes.calibration import calibration_batches
 from lightning_prune.runtimes.converted import LOW_PRECISION_TOLERANCE, ConvertedRuntime, not_float32
@@ -18,6 +18,7 @@ from lightning_prune.runtimes.graph_export import ExportedGraph
 from lightning_prune.runtimes.graph_sessions import openvino_settings
 from lightning_prune.runtimes.graph_store import RunGraph
 from lightning_prune.runtimes.onnx_conversion import to_onnx
+from lightning_prune.runtimes.weight_range import reduces_range
 
 Precision = Literal["f32", "f16", "bf16", "default"]
 """What OpenVINO computes in; its own default differs by device, and is often less than float32."""
@@ -33,6 +34,7 @@ class OpenVINO(ConvertedRuntime):
         threads: Threads on a CPU; as many as PyTorch has now if None.
         quantize: `"int8"` computes products in 8 bits, in ranges that NNCF finds on images (see
             `lightning_prune.runtimes.calibration`); the rest in `precision`. None: all of it in `precision`.
+        reduce_range: As of `OnnxRuntime`.
 
     Raises:
         ArgumentError: If there is no such device (lists those that are), or another argument is out of range.
@@ -52,6 +54,7 @@ class OpenVINO(ConvertedRuntime):
         precision: Precision = "f32",
         threads: int | None = None,
         quantize: Literal["int8"] | None = None,
+        reduce_range: bool | None = None,
     ) -> None:
         check_choice("precision", precision, get_args(Precision))
         known = _core().available_devices
@@ -61,16 +64,20 @@ class OpenVINO(ConvertedRuntime):
         if quantize is not None:
             check_choice("quantize", quantize, ("int8",))
             _nncf_version()
+        if reduce_range is not None:
+            check_bool("reduce_range", reduce_range)
         self.device, self.precision, self.threads, self.quantize = device, precision, threads, quantize
+        self.reduce_range = reduce_range
         if quantize is not None:
             self.tolerance = None
         elif precision != "f32" or device != "CPU":
             self.tolerance = LOW_PRECISION_TOLERANCE
         settings = {"device": (device, "CPU"), "precision": (precision, "f32"), "threads": (threads, None)}
-        self.name = self._spec("openvino", **settings, quantize=(quantize, None))
+        self.name = self._spec("openvino", **settings, quantize=(quantize, None), reduce_range=(reduce_range, None))
 
     def context(self) -> dict[str, Any]:
         """See `Runtime.context`. The precision is read back from what OpenVINO made of the settings."""
+        bits = ", weights in 7 bits" if self.reduces_range else ""
         return {
             "runtime": self.name,
             "openvino": ov.get_version(),
@@ -78,17 +85,22 @@ class OpenVINO(ConvertedRuntime):
             "provider": self.device,
             "threads": self._threads(),
             "runtime_precision": _precision_of(self.device, tuple(self._settings().items())),
-            **({} if self.quantize is None else {"quantization": f"nncf {_nncf_version()}, {self.quantize}"}),
+            **({} if self.quantize is None else {"quantization": f"nncf {_nncf_version()}, {self.quantize}{bits}"}),
         }
 
     def quantized(self) -> "OpenVINO":
         """See `Runtime.quantized`."""
-        return OpenVINO(self.device, self.precision, self.threads, "int8")
+        return OpenVINO(self.device, self.precision, self.threads, "int8", self.reduce_range)
 
     @property
     def unquantized(self) -> "OpenVINO":
         """See `Runtime.unquantized`."""
         return OpenVINO(self.device, self.precision, self.threads)
+
+    @property
+    def reduces_range(self) -> bool:
+        """Whether weights in 8 bits take half of their range."""
+        return reduces_range(self.reduce_range, self.device == "CPU")
 
     def unsupported_reason(self, model: nn.Module) -> str | None:
         """See `Runtime.unsupported_reason`."""
@@ -123,11 +135,12 @@ class OpenVINO(ConvertedRuntime):
 
     def device_settings(self) -> dict[str, Any]:
         """See `ConvertedRuntime.device_settings`."""
+        given = {"precision": self.precision, "quantize": self.quantize, "reduce_range": self.reduce_range}
         return {
             "package": "openvino",
             "provider": self.device,
             "threads": self.threads,
-            "settings": {"precision": self.precision} | ({} if self.quantize is None else {"quantize": self.quantize}),
+            "settings": {key: value for key, value in given.items() if value is not None},
         }
 
     def _model(self, graph: ExportedGraph) -> ov.Model:
@@ -137,7 +150,7 @@ class OpenVINO(ConvertedRuntime):
             return model
         from lightning_prune.runtimes.openvino_quantization import quantized_openvino
 
-        return quantized_openvino(model, calibration_batches(graph, self.name))
+        return quantized_openvino(model, calibration_batches(graph, self.name), self.reduces_range)
 
     def load_file(self, path: Path, shape: tuple[int, ...]) -> RunGraph:
         """Loads a model file with static shapes.

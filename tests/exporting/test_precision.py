@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 import torch
 from torch import Tensor, nn
@@ -30,7 +31,7 @@ SCHEDULE = lp.Schedule([4, 0], "topk")
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    return tiny_vit(depth=2, embed_dim=24, noise=0.3)
+    return tiny_vit(depth=2, embed_dim=24, noise=0.3, num_classes=2)  # no two logits are near each other
 
 
 def expected(model: Any) -> Tensor:
@@ -71,8 +72,30 @@ def test_int8(model: Any, tmp_path: Path, format: str, products: str, recwarn: p
     done = subprocess.run([sys.executable, folder / "run.py"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     text = (folder / "README.md").read_text()
-    assert "in int8; tokens are removed by topk" in text
+    assert f"in int8 ({report.quantization}); tokens are removed by topk" in text
     assert "at least 90.0% had to agree" in text
+
+
+@pytest.mark.parametrize("halved", [True, False])
+def test_the_range_of_weights_is_that_of_another_machine(model: Any, tmp_path: Path, halved: bool) -> None:
+    folder = tmp_path / "out"
+    options: dict[str, Any] = {"precision": "int8", "min_agreement": 0, "rounds": 0}
+    report = lp.export(model, folder, IMAGES, calibration=CALIBRATION, reduce_range=halved, **options)
+    file = onnx.load(folder / "model.onnx")
+    weights = [each for each in file.graph.initializer if each.data_type == onnx.TensorProto.INT8]
+    largest = {int(abs(onnx.numpy_helper.to_array(each).astype(int)).max()) for each in weights if len(each.dims) == 2}
+    assert largest == {64 if halved else 127}
+    found = "onnxruntime.quantization, static" + ", weights in 7 bits" * halved
+    assert report.quantization == found
+    assert f"in int8 ({found})" in (folder / "README.md").read_text()
+    assert ExportReport.read(folder) == report
+
+
+@pytest.mark.parametrize(("precision", "halved"), [("float32", True), ("float16", False), ("int8", 3)])
+def test_a_range_is_refused(model: Any, tmp_path: Path, precision: Any, halved: Any) -> None:
+    with pytest.raises(lp.ArgumentError, match="reduce_range"):
+        lp.export(model, tmp_path / "out", IMAGES, precision=precision, reduce_range=halved)
+    assert not (tmp_path / "out").exists()
 
 
 class Layers(nn.Module):

@@ -110,7 +110,7 @@ def test_images_that_it_is_calibrated_on_matter() -> None:
     for scale in (1.0, 0.01):
         with calibrating_with(images(8) * scale):
             errors.append((parse_runtime(STATIC).prepare(model, batch)(batch) - expected).norm())
-    assert errors[1] > 3 * errors[0]
+    assert errors[1] > 1.5 * errors[0]
 
 
 class TestCalibrationBatches:
