@@ -89,7 +89,10 @@ def shorter(function: Callable[..., Any], *args: Any, time_limit: float, **kwarg
     return function(*args, time_limit=time_limit / 5, **kwargs)
 
 
-@pytest.mark.parametrize("call", CHECKS)
+_LONG = ("lp.compare(", "trainer.validate(")
+
+
+@pytest.mark.parametrize("call", [pytest.param(c, marks=pytest.mark.long) if c in _LONG else c for c in CHECKS])
 def test_runs(call: str, tokens: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In an empty folder, on a few batches: a reader's own run only takes longer."""
     (block,) = [block for block in BLOCKS if call in block]

@@ -8,6 +8,8 @@ import pytest
 
 from helpers.fresh import run_ranks
 
+pytestmark = pytest.mark.long
+
 PROGRAM = Path(__file__).with_name("two_ranks.py")
 EVEN = ["one odd", "a batch of one", "one image", "even", "shuffled", "dropped last", "a part", "several"]
 

@@ -2,6 +2,7 @@ import json
 import subprocess
 import sys
 
+import pytest
 import timm
 import torch
 from safetensors.torch import load_file
@@ -54,6 +55,7 @@ def test_names_are_registered_by_importing_the_package_after_timm() -> None:
     assert done.stdout.strip() == "[10, 10] []"
 
 
+@pytest.mark.long
 def test_names_are_registered_by_importing_the_package_before_timm() -> None:
     command = [sys.executable, "-W", "error", "-c", "import lightning_prune, timm\n" + REGISTERED]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

@@ -163,7 +163,13 @@ def test_hugging_face_from_the_command_line(
     assert "Loading weights" not in printed.out + printed.err
 
 
-@pytest.mark.parametrize(("more", "width"), [([], 32), (["--model.model.width=64"], 64)])
+@pytest.mark.parametrize(
+    ("more", "width"),
+    [
+        ([], 32),
+        pytest.param(["--model.model.width=64"], 64, marks=pytest.mark.long),
+    ],
+)
 def test_a_module_in_the_working_folder(
     own: str, more: list[str], width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

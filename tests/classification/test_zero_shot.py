@@ -35,8 +35,8 @@ OPTIONS: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "accel
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that is trained for a few seconds."""
-    path: Path = example.train(tmp_path_factory.mktemp("clip"), SIZE, PATCH, epochs=24, width=48, depth=3)
+    """A model that has hardly been trained."""
+    path: Path = example.train(tmp_path_factory.mktemp("clip"), SIZE, PATCH, epochs=2, width=48, depth=3)
     return path
 
 
@@ -81,7 +81,6 @@ def test_accuracy_and_groups_are_those_of_a_loop(folder: Path) -> None:
     right, groups = by_hand(folder, held_out(200))
     found = validated(module, held_out(200))
     assert found["val/top1"] == pytest.approx(sum(right) / 200)
-    assert found["val/top1"] > 0.8
     shares = [sum(r for r, g in zip(right, groups, strict=True) if g == k) / groups.count(k) for k in (0, 1)]
     assert [found["val/group_thin"], found["val/group_thick"]] == pytest.approx(shares)
     assert found["val/worst_group"] == pytest.approx(min(shares))
@@ -139,6 +138,15 @@ def test_the_proxy_is_of_the_similarities(folder: Path) -> None:
     assert plan.proxy == "soft agreement"
 
 
+@pytest.mark.long
+def test_training_gives_a_classifier_that_pruning_harms(tmp_path: Path) -> None:
+    module = make(example.train(tmp_path / "clip", SIZE, PATCH, epochs=24, width=48, depth=3))
+    dense = validated(module, held_out(200))["val/top1"]
+    assert dense > 0.8
+    with lp.patch(module, "topk", [0, 12, 0]):
+        assert validated(module, held_out(200))["val/top1"] < dense
+
+
 def test_a_run_is_pruned(folder: Path) -> None:
     module, data = make(folder, group_names=example.GROUPS), held_out(100)
     schedule = lp.Schedule([0, 12, 0], method="topk")
@@ -148,7 +156,6 @@ def test_a_run_is_pruned(folder: Path) -> None:
         images = torch.stack([item["image"] for item in data])
         expected = module(images).argmax(1) == torch.tensor([item["label"] for item in data])
     assert found["val/top1"] == pytest.approx(float(expected.float().mean()))
-    assert validated(module, data)["val/top1"] > found["val/top1"]
 
 
 def test_a_comparison_is_paired(folder: Path) -> None:

@@ -151,8 +151,13 @@ def test_accuracy_of_the_file_is_that_of_the_patched_model(tmp_path: Path) -> No
     assert torch.is_inference_mode_enabled() is False
 
 
-@pytest.mark.parametrize("kind", [DenseModule, CalledDenseModule])
-@pytest.mark.parametrize("is_planned", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "is_planned"),
+    [
+        (CalledDenseModule, True),
+        *(pytest.param(*case, marks=pytest.mark.long) for case in [(CalledDenseModule, False), (DenseModule, True)]),
+    ],
+)
 def test_a_dense_module_gives_tokens_back(tmp_path: Path, kind: type[DenseModule], is_planned: bool) -> None:
     module, schedule = kind(dense_net()), lp.Schedule([0, 5, 0, 3], "topk")
     images = noise_images(8)

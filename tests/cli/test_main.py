@@ -499,6 +499,7 @@ pathlib.Path(f"statuses.{os.environ['LOCAL_RANK']}").write_text(json.dumps(statu
 """
 
 
+@pytest.mark.long
 def test_validate_in_two_processes_prints_the_same_as_in_one(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

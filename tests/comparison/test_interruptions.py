@@ -214,6 +214,7 @@ print("finished")
 """
 
 
+@pytest.mark.long
 def test_sigterm_in_a_script_ends_it_with_its_status(tmp_path: Path) -> None:
     """Lightning leaves the signal out in the last batch, and planning is in the only one of its run."""
     run = run_fresh(f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r})\n{SCRIPT}", str(tmp_path))

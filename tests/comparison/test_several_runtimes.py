@@ -193,6 +193,7 @@ def test_a_runtime_that_is_applied_is_not_exchanged() -> None:
             RuntimeSwitch(transformer).to(TorchEager())
 
 
+@pytest.mark.long
 def test_8_bits_are_those_of_the_runtime_and_compared_with_its_dense_model(
     model: Any, running: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

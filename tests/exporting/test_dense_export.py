@@ -20,10 +20,11 @@ IMAGES = noise_images(6)
 @pytest.mark.parametrize(
     ("method", "format", "graph"),
     [
-        ("topk", "onnx", "native"),
+        ("tome", "torch-export", "native"),
         *(
             pytest.param(*case, marks=pytest.mark.long)
             for case in [
+                ("topk", "onnx", "native"),
                 ("tome", "onnx", "native"),
                 ("topk", "onnx", "portable"),
                 ("tome", "onnx", "portable"),
@@ -53,6 +54,7 @@ def test_several_outputs_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.long
 def test_a_backbone_is_exported_with_what_reads_it(tmp_path: Path) -> None:
     torch.manual_seed(0)
     shape = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 64}

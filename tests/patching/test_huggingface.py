@@ -117,6 +117,7 @@ class TestFacts:
             assert handle.transformer.root is model
             assert torch.equal(found.outputs(images), model(images))
 
+    @pytest.mark.long
     def test_transformers_is_not_imported(self) -> None:
         """Also not by searching models of other libraries."""
         code = (

@@ -509,7 +509,16 @@ class Taps(nn.Module):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("method", "mode"), [("tome", "auto"), ("topk", "auto"), ("topk", "copy"), ("pomt", "copy")])
+@pytest.mark.parametrize(
+    ("method", "mode"),
+    [
+        ("topk", "auto"),
+        *(
+            pytest.param(*case, marks=pytest.mark.long)
+            for case in [("tome", "auto"), ("topk", "copy"), ("pomt", "copy")]
+        ),
+    ],
+)
 def test_compiles_and_exports(method: str, mode: Any) -> None:
     model, images = Taps(tiny_vit(noise=0.1)).eval(), pictures(dtype=torch.float32)
     with lp.patch(model, method, SCHEDULE, restore=mode):

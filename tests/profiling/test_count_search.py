@@ -154,6 +154,7 @@ def test_cliffs_of_waves_are_found_with_at_most_40_counts(wave_benches):
     assert missed <= 1  # forty counts do not always suffice for seven cliffs among smaller ones
 
 
+@pytest.mark.long
 def test_curves_without_cliffs_have_none(wave_benches):
     for bench, exact in wave_benches:
         for above, below in bench.found():

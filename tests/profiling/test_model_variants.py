@@ -73,6 +73,7 @@ def test_switching_gives_each_variant_the_outputs_that_it_has_alone() -> None:
     assert not any(map(is_patched_module, model.modules()))
 
 
+@pytest.mark.long
 @torch.no_grad()
 def test_a_runtime_with_its_own_quantizer_after_quantized_weights() -> None:
     model = vit()

@@ -118,6 +118,7 @@ def test_a_patched_model_matches_the_blocks_on_kept_tokens(options: dict[str, ob
             torch.testing.assert_close(exported(images), expected)
 
 
+@pytest.mark.long
 def test_one_compiled_graph_runs_several_image_sizes() -> None:
     compiled = torch.compile(vwt_intra, fullgraph=True, dynamic=True, backend="eager")
     for rows, columns in ((3, 5), (4, 4), (7, 3)):
