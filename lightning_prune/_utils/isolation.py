@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -12,6 +13,22 @@ _LIBRARIES = ("lightning_prune", "torch", "torchao", "timm", "torchvision", "tra
 
 Hooks = dict[int, Callable[..., Any]]
 
+_hooks_read = ContextVar("hooks_read", default=False)
+
+
+@contextmanager
+def hooks_read(are_read: bool) -> Iterator[None]:
+    """A context in which the user's hooks on a whole model are a part of it, as a dense head may read tokens by them.
+
+    Args:
+        are_read: False changes nothing.
+    """
+    token = _hooks_read.set(are_read or _hooks_read.get())
+    try:
+        yield
+    finally:
+        _hooks_read.reset(token)
+
 
 def user_hooks(module: nn.Module) -> list[Callable[..., Any]]:
     """The forward hooks and forward pre-hooks on a module and its submodules that no library of the model has set."""
@@ -19,17 +36,21 @@ def user_hooks(module: nn.Module) -> list[Callable[..., Any]]:
 
 
 @contextmanager
-def isolated(module: nn.Module) -> Iterator[None]:
+def isolated(module: nn.Module, is_whole: bool = True) -> Iterator[None]:
     """Evaluation mode; the user's forward hooks are not called; afterwards flags, hooks and buffers are as before.
 
-    A hook that collects features would otherwise collect those of measurements, in front of those of the run.
+    A hook that collects features would otherwise collect those of measurements, in front of those of the run. In
+    `hooks_read` the hooks on a whole model are called.
 
     Args:
         module: The module, with all its submodules.
+        is_whole: Whether it is a whole model, and not a part that is tried by itself.
     """
     modules = list(module.modules())
     flags = [(each, each.training) for each in modules]
-    tables = [(hooks, dict(hooks)) for hooks in _hook_tables(modules) if any(map(_is_users, hooks.values()))]
+    tables: list[tuple[Hooks, Hooks]] = []
+    if not (is_whole and _hooks_read.get()):
+        tables = [(hooks, dict(hooks)) for hooks in _hook_tables(modules) if any(map(_is_users, hooks.values()))]
     buffers = [
         (each._buffers, name, value, value.detach().clone())
         for each in modules

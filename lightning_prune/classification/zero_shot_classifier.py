@@ -22,7 +22,7 @@ class ZeroShotClassifier(ImageClassifier):
 
     Args:
         model: `hf:` and a folder or a name of a CLIP or SigLIP model of Hugging Face, `openclip:NAME/WEIGHTS` of
-            OpenCLIP, or such a model. It is planned and pruned in PyTorch without compilation.
+            OpenCLIP, or such a model.
         class_names: What the classes are called, in the order of the labels.
         templates: Prompts with `{}` for the name of a class.
         tokenizer: As of `lightning_prune.classification.zero_shot`.

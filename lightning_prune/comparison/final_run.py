@@ -125,7 +125,7 @@ class FinalTimer:
         self._transformer, self._images, self._runtimes = transformer, images, runtimes
         self._switch, self._stack = VariantSwitch(transformer), ExitStack()
         self._run: Callable[[], object] = self._as_it_is
-        is_float32 = precision(transformer.root, images.device) == "float32" and not is_compiled(transformer.root)
+        is_float32 = precision(transformer.outer, images.device) == "float32" and not is_compiled(transformer.outer)
         is_among = is_float32 and any(isinstance(runtime, TorchEager) for runtime in runtimes)
         self._eager = Variant(runtime=TorchEager()) if is_among else EAGER
         self._run_eager = None if is_among else _float32_run(transformer, images)
@@ -164,7 +164,7 @@ class FinalTimer:
         self._stack.close()
         if variant == EAGER:
             self._switch.to(Variant(runtime=TorchEager()))
-            self._stack.enter_context(uncompiled(self._transformer.root))  # what the user compiled, too
+            self._stack.enter_context(uncompiled(self._transformer.outer))  # what the user compiled, too
             assert self._run_eager is not None
             self._run = self._run_eager
         else:
@@ -177,18 +177,18 @@ class FinalTimer:
 
 def _float32_run(transformer: VisionTransformer, images: Tensor) -> Callable[[], object] | None:
     """Runs the dense model in float32; None where it cannot be copied to that."""
-    root = transformer.root
-    if any(p.is_floating_point() and p.dtype != torch.float32 for p in root.parameters()):
+    model = transformer.outer
+    if any(p.is_floating_point() and p.dtype != torch.float32 for p in model.parameters()):
         try:
-            with uncompiled(root):
-                root = copy.deepcopy(root).float()
+            with uncompiled(model):
+                model = copy.deepcopy(model).float()
         except (RuntimeError, TypeError, ValueError):  # too large for a second time, or it holds what cannot be copied
             return None
     inputs = images.float()
 
     def run() -> object:
         with torch.autocast(images.device.type, enabled=False):
-            return root(inputs)
+            return model(inputs)
 
     return run
 

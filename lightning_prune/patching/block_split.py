@@ -145,7 +145,7 @@ def verify_split(
     if x is None:
         return True
     more = {name: _like(value, x) for name, value in (kwargs or {}).items()}
-    with torch.no_grad(), isolated(block):
+    with torch.no_grad(), isolated(block, is_whole=False):
         try:
             expected = block.forward(x, **more)  # without its hooks
             return torch.equal(attn_mlp_split.mlp(block, attn_mlp_split.attention(block, x, **more)), expected)
@@ -175,10 +175,10 @@ def computes_tokens_alone(
     x = _noise(block, tokens, channels)
     if x is None:
         return True
-    with torch.no_grad(), isolated(block):
+    with torch.no_grad(), isolated(block, is_whole=False):
         every, alone = attn_mlp_split.mlp(block, x), attn_mlp_split.mlp(block, x[:, :kept])
     for norm in norms:
-        with torch.no_grad(), isolated(norm):
+        with torch.no_grad(), isolated(norm, is_whole=False):
             every, alone = norm(every), norm(alone)
     difference = (every[:, :kept] - alone).abs().max()
     return bool(difference <= torch.finfo(x.dtype).eps ** 0.5 * every.abs().max())

@@ -30,6 +30,7 @@ RestoreRule = Literal["copy", "delta"]
 
 NEIGHBOURS = 10
 _DISTANCES = 2**22  # held at once: 16 MiB in float32
+_VALUES = 2**20  # of neighbours of an image, held at once
 
 
 class CopyCut(NamedTuple):
@@ -212,8 +213,14 @@ def _sum_of(tokens: Tensor, index: Tensor) -> Tensor:
         weights = sum(one_hot(column, tokens.shape[1]) for column in index.unbind(dim=-1))
         assert isinstance(weights, Tensor)
         return precise_product(weights.to(tokens.dtype), tokens)
-    first, *others = index.unbind(dim=-1)
-    total = take_tokens(tokens, first)
-    for column in others:  # one after the other: all at once would hold k times the tokens
-        total = total + take_tokens(tokens, column)
+    values = index.shape[1] * tokens.shape[2]
+    # In parts, as all of them at once are k times the tokens. Their number must not depend on the batch: it rounds.
+    held = max(1, _VALUES // max(1, values)) if isinstance(values, int) else index.shape[2]
+    parts = []
+    for part in index.split(held, dim=2):
+        taken = take_tokens(tokens, part.flatten(1)).unflatten(1, part.shape[1:])
+        parts.append(taken.sum(dim=2) if part.shape[2] > 1 else taken.squeeze(2))
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
     return total

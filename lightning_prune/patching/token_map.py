@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_prune._utils.isolation import isolated
 from lightning_prune._utils.validation import check_images
 from lightning_prune.errors import ArgumentError
 from lightning_prune.patching.api import make_handle
@@ -76,7 +75,7 @@ def trace_tokens(
     check_images("images", images)
     outputs: list[tuple[Tensor, Tensor]] = []
     # The last block traces too, so it must not run with the exact tail.
-    with torch.no_grad(), isolated(transformer.outer), make_handle(transformer, method, schedule, tail=False) as handle:
+    with torch.no_grad(), transformer.isolated(), make_handle(transformer, method, schedule, tail=False) as handle:
         for block in transformer.blocks:
             block_patch = vars(block).get("_prune_patch")
             if isinstance(block_patch, BlockPatch) and block_patch.reduction is not None:

@@ -27,7 +27,7 @@ from lightning_prune.profiling import TOKEN_CURVE, LatencyProfile, profile_laten
 from lightning_prune.profiling.clocks import read_clock
 from lightning_prune.profiling.measurement import ProfilingMode, check_measurable
 from lightning_prune.profiling.output_kinds import choose_proxy
-from lightning_prune.runtimes.base import Runtime, applied_runtime
+from lightning_prune.runtimes.base import Runtime
 from lightning_prune.runtimes.calibration import calibrating_if_none
 from lightning_prune.runtimes.registry import parse_runtime
 
@@ -197,7 +197,6 @@ def plan_many(  # noqa: D417  all other arguments are those of `plan`
     check("protocol", protocol, "'deployed' with `restore`", restore is None or protocol == "deployed")
     transformer = find_vision_transformer(model, module_path, restore)
     _check_arguments(transformer, example_inputs, calibration, objectives, proxy, time_limit, protocol)
-    _check_runtime(transformer, runtime)
     clock = read_clock(clock, example_inputs.device.type)
     limit = TimeLimit(time_limit, clock)
     usable = usable_methods(methods, blocks, transformer)
@@ -244,15 +243,6 @@ def plan_many(  # noqa: D417  all other arguments are those of `plan`
 def shuffled(images: Tensor, seed: int) -> Tensor:
     """Images in a random order, so that the first of them are a sample of all."""
     return images[torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))]
-
-
-def _check_runtime(transformer: VisionTransformer, runtime: str | Runtime | None) -> None:
-    """Raises ArgumentError if a model that is run by its reader should run in something else than PyTorch as it is."""
-    used = applied_runtime(transformer) if runtime is None else parse_runtime(runtime)
-    if transformer.reader is not None and used is not None:
-        what = "for a zero-shot classifier" if transformer.reads_logits else "with `restore`"
-        label = f"'torch' {what}; export the patched model to run it elsewhere"
-        check("runtime", used.name, label, not (used.compiles or used.converts))
 
 
 def _check_arguments(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune._utils.device import between_runs
-from lightning_prune._utils.isolation import isolated, user_hooks
+from lightning_prune._utils.isolation import user_hooks
 from lightning_prune._utils.progress import OnStep, note_progress, progress_bar
 from lightning_prune._utils.validation import as_int, check, check_bool, check_images, check_int
 from lightning_prune.errors import ArgumentError, ExportError
@@ -296,7 +296,7 @@ def ready_to_run(transformer: VisionTransformer) -> Iterator[None]:
 
     Buffers that a forward pass changes are put back; a warning names the hooks that are not called.
     """
-    hooks = user_hooks(transformer.outer)
+    hooks = [] if transformer.restore is not None else user_hooks(transformer.outer)
     if hooks:
         names = ", ".join(sorted({getattr(hook, "__qualname__", type(hook).__qualname__) for hook in hooks}))
         warnings.warn(
@@ -305,7 +305,7 @@ def ready_to_run(transformer: VisionTransformer) -> Iterator[None]:
             stacklevel=4,
         )
     limit = raised_recompile_limit() if is_compiled(transformer.compiled_root) else nullcontext()
-    with torch.no_grad(), isolated(transformer.outer), limit:
+    with torch.no_grad(), transformer.isolated(), limit:
         yield
 
 

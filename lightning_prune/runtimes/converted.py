@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_prune._utils.isolation import isolated, user_hooks
+from lightning_prune._utils.isolation import hooks_read, isolated, user_hooks
 from lightning_prune._utils.trees import tree_leaves
 from lightning_prune.errors import ArgumentError, ExportError
 from lightning_prune.patching import VisionTransformer
@@ -83,7 +83,7 @@ class ConvertedRuntime(Runtime):
         """See `Runtime.install`."""
         root = transformer.compiled_root
         self._check(root)
-        hooks = user_hooks(root)
+        hooks = [] if transformer.restore is not None else user_hooks(root)
         if hooks:
             names = ", ".join(sorted({getattr(hook, "__qualname__", type(hook).__qualname__) for hook in hooks}))
             warnings.warn(
@@ -91,7 +91,7 @@ class ConvertedRuntime(Runtime):
                 f"{self.name!r} runs it: they are no part of a converted graph.",
                 stacklevel=2,
             )
-        return _ConvertedCalls(self, root)
+        return _ConvertedCalls(self, root, transformer.restore is not None)
 
     def save(self, graph: ExportedGraph, folder: Path, name: str, counts: bool = False) -> list[str]:
         """Writes a graph as this runtime runs it, for a device without PyTorch.
@@ -141,9 +141,11 @@ class _ConvertedCalls(InPlace):
     Args:
         runtime: Converts and runs.
         root: The model.
+        has_readers: Whether tokens are given back to those who read them, as hooks may.
     """
 
-    def __init__(self, runtime: ConvertedRuntime, root: nn.Module) -> None:
+    def __init__(self, runtime: ConvertedRuntime, root: nn.Module, has_readers: bool) -> None:
+        self._has_readers = has_readers
         self._converter, self._graphs = runtime, store_of(root, runtime.name)
         self._last: tuple[Hashable, Converted] | None = None
         self._names = list(inspect.signature(root.forward).parameters)
@@ -190,11 +192,12 @@ class _ConvertedCalls(InPlace):
         self._graphs.take_weights(self._tensors)
 
         def convert() -> Converted:
-            graph = export_graph(self._root, (images.detach(),), keywords)
-            run = self._converter.load(graph)
-            is_exact = self._converter.tolerance is not None and images.dtype == torch.float32
-            if is_exact and not self._is_checked:
-                self._check_outputs(graph, run, images.detach(), keywords)
+            with hooks_read(self._has_readers):
+                graph = export_graph(self._root, (images.detach(),), keywords)
+                run = self._converter.load(graph)
+                is_exact = self._converter.tolerance is not None and images.dtype == torch.float32
+                if is_exact and not self._is_checked:
+                    self._check_outputs(graph, run, images.detach(), keywords)
             return graph, run
 
         shape = images.shape, images.dtype, images.device

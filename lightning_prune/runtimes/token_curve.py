@@ -7,6 +7,7 @@ exported once; the runtime makes the number of tokens static when it loads the g
 from collections import OrderedDict
 from collections.abc import Callable
 from contextvars import ContextVar
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -46,17 +47,18 @@ class _GivenTokens(Reduction):
 
 
 class _WithTokens(nn.Module):
-    """A transformer whose input says which tokens enter block 0."""
+    """What runs of a transformer, with an input that says which tokens enter block 0."""
 
-    def __init__(self, root: nn.Module, keywords: dict[str, Any]) -> None:
+    def __init__(self, transformer: VisionTransformer) -> None:
         super().__init__()
-        self.root, self.keywords = root, keywords
+        self.outer = transformer.outer
+        self.keywords = dict(call_keywords(transformer.root)) if transformer.reader is None else {}
 
     def forward(self, images: Tensor, kept: Tensor) -> Any:
         """Runs the transformer on (B, C, H, W) images and (K,) indices of tokens."""
         before = _kept.set(kept)
         try:
-            return self.root(images, **self.keywords)
+            return self.outer(images, **self.keywords)
         finally:
             _kept.reset(before)
 
@@ -65,7 +67,7 @@ def export_token_curve(transformer: VisionTransformer, example_inputs: Tensor) -
     """Exports a dense transformer with the indices of the tokens that enter block 0 as its second input.
 
     Args:
-        transformer: Dense, with tokens that may go before block 0.
+        transformer: Dense, with tokens that may go before block 0. Those that its reader gets back are copies.
         example_inputs: (B, C, H, W) images; their shape is static.
 
     Returns:
@@ -76,7 +78,9 @@ def export_token_curve(transformer: VisionTransformer, example_inputs: Tensor) -
     """
     n = transformer.count_tokens(example_inputs)
     kept = torch.arange(n - 1, device=example_inputs.device)
-    module = _WithTokens(transformer.root, dict(call_keywords(transformer.root))).eval()
+    module = _WithTokens(transformer).eval()
+    if transformer.restore is not None:  # the neighbours of `delta` are no part of a graph for all counts
+        transformer = replace(transformer, restore="copy")
     with PatchHandle(transformer, _GivenTokens(), Schedule([1] + [0] * (transformer.depth - 1))):
         sizes = {"images": None, "kept": {0: torch.export.Dim(TOKENS, min=FEWEST_TOKENS, max=n)}}
         return export_graph(module, (example_inputs, kept), dynamic_shapes=sizes)
@@ -100,7 +104,7 @@ class TokenCurve:
         self._images = example_inputs
         self._load = runtime.load_counts(export_token_curve(transformer, example_inputs))
         self._graphs: OrderedDict[int, Callable[..., list[Tensor]]] = OrderedDict()
-        self._kept_graphs = graphs_to_keep(transformer.root)
+        self._kept_graphs = graphs_to_keep(transformer.outer)
         self._kept = torch.arange(transformer.count_tokens(example_inputs), device=example_inputs.device)
         self._count = len(self._kept)
 

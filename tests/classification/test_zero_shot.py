@@ -21,6 +21,7 @@ from lightning_prune.classification.preprocessing import data_config_of
 from lightning_prune.errors import ArgumentError, DataError, UnsupportedModelError, WeightsError
 from lightning_prune.patching import find_vision_transformer
 from lightning_prune.profiling.output_kinds import choose_proxy
+from lightning_prune.runtimes import parse_runtime
 
 _PATH = Path(__file__).parents[2] / "examples" / "clip_digits.py"
 _spec = importlib.util.spec_from_file_location("clip_digits", _PATH)
@@ -209,10 +210,15 @@ def test_the_classifier_is_judged_by_its_logits_also_with_restore(folder: Path) 
     assert (found.num_classes, found.reads_logits) == (10, True)
 
 
-def test_other_runtimes_are_refused(folder: Path) -> None:
-    images = torch.stack([held_out()[i]["image"] for i in range(4)])
-    with pytest.raises(ArgumentError, match="zero-shot"):
-        lp.plan(make(folder), images[:1], calibration=images, runtime="torch.compile")
+def test_the_whole_classifier_runs_in_a_runtime(folder: Path) -> None:
+    module, images = make(folder), torch.stack([held_out()[i]["image"] for i in range(4)])
+    transformer = find_vision_transformer(module)
+    with torch.no_grad(), lp.patch(module, "tome", [0, 5, 0]):
+        expected = module(images)
+        with parse_runtime("onnxruntime").applied(transformer):
+            found = module(images)
+    assert not torch.equal(found, expected)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
 
 
 def test_nothing_of_a_batch_stays(folder: Path) -> None:

@@ -230,8 +230,6 @@ def test_a_patch_without_what_was_planned_with_warns(net: FeatureNet, tmp_path: 
 
 
 def test_bad_arguments(net: FeatureNet) -> None:
-    with pytest.raises(ArgumentError, match="runtime"):
-        planned(net, runtime="torch.compile")
     with pytest.raises(ArgumentError, match="proxy"):
         planned(net, proxy="soft_agreement")
     with pytest.raises(ArgumentError, match="proxy"):

@@ -1,15 +1,15 @@
 """Adapters: the interface between patching and the model families."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from lightning_prune._utils.isolation import isolated
+from lightning_prune._utils.isolation import hooks_read, isolated
 from lightning_prune.errors import ArgumentError, UnsupportedModelError
 from lightning_prune.patching.attention_capture import CapturedAttention, CaptureSlot, Capturing, SDPARecorder
 from lightning_prune.patching.block_split import AttnMlpSplit
@@ -112,6 +112,12 @@ class VisionTransformer:
         """Runs `forward` itself: without hooks on the module, and without a compiled graph of it."""
         return self.outer.forward(images, **call_keywords(self.root))
 
+    @contextmanager
+    def isolated(self) -> Iterator[None]:
+        """See `lightning_prune._utils.isolation.isolated`; where tokens are given back, hooks may read them."""
+        with hooks_read(self.restore is not None), isolated(self.outer):
+            yield
+
     def count_tokens(self, images: Tensor) -> int:
         """N, the number of tokens that enter the first prunable block, counted in a forward pass.
 
@@ -126,7 +132,7 @@ class VisionTransformer:
             lambda _, args: counts.append(args[0].shape[1])
         )
         try:
-            with torch.no_grad(), isolated(self.outer):
+            with torch.no_grad(), self.isolated():
                 self.run_eagerly(images)  # not a compiled graph, which would not call the hook
         except (AssertionError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             taker = "the Vision Transformer" if self.reader is None else f"{type(self.reader).__name__}, which reads it"

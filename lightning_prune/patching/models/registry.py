@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from torch import nn
 
+from lightning_prune._utils.isolation import hooks_read
 from lightning_prune._utils.validation import check
 from lightning_prune.errors import ArgumentError, UnsupportedModelError
 from lightning_prune.patching.class_swap import original_class
@@ -134,12 +135,15 @@ def find_vision_transformer(
 def restoring(restore: RestoreMode | None) -> Iterator[None]:
     """A context in which transformers that are found give removed tokens back, unless another mode is asked for.
 
+    The user's hooks are then a part of the model: a dense head may read tokens by them.
+
     Args:
         restore: As of `lightning_prune.patch`; None changes nothing.
     """
     token = _restore.set(restore or _restore.get())
     try:
-        yield
+        with hooks_read(restore is not None):
+            yield
     finally:
         _restore.reset(token)
 

@@ -1,0 +1,137 @@
+"""Dense models in runtimes that convert them: the module that reads the tokens is what runs."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lightning_prune as lp
+from helpers.data import noise_images
+from helpers.dense import FeatureNet, dense_net
+from helpers.models import tiny_vit
+from lightning_prune.patching import PatchHandle, find_vision_transformer
+from lightning_prune.profiling import profile_latency
+from lightning_prune.runtimes import is_compiled, parse_runtime
+from lightning_prune.runtimes.converted import ConvertedRuntime
+from lightning_prune.runtimes.token_curve import TokenCurve, _GivenTokens, _kept
+
+IMAGES = noise_images(6)
+SPECS = ["onnxruntime", pytest.param("openvino", marks=pytest.mark.long)]
+
+
+class Hooked(nn.Module):
+    """A head on the tokens that a hook collects."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.vit = tiny_vit(noise=0.1)
+        self.head = nn.Linear(self.vit.embed_dim, 3)
+        self.seen: list[Tensor] = []
+        self.vit.blocks[1].register_forward_hook(self.collect)
+
+    def collect(self, block: nn.Module, args: Any, output: Tensor) -> None:
+        self.seen.append(output)
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.seen.clear()
+        self.vit(images)
+        return self.head(self.seen[0][:, 1:]).transpose(1, 2)
+
+
+def leaves(found: Any) -> list[Tensor]:
+    return list(found.values()) if isinstance(found, dict) else [found]
+
+
+def converting(spec: str) -> ConvertedRuntime:
+    runtime = parse_runtime(spec)
+    assert isinstance(runtime, ConvertedRuntime)
+    return runtime
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("mode", ["auto", pytest.param("copy", marks=pytest.mark.long)])
+def test_one_graph_serves_all_token_counts(spec: str, mode: Any) -> None:
+    net = FeatureNet(tiny_vit(noise=0.1)).eval()
+    transformer = find_vision_transformer(net, restore=mode)
+    curve = TokenCurve(converting(spec), transformer, IMAGES)
+    for count in (17, 16, 9, 3):
+        curve.to(count)
+        with PatchHandle(replace(transformer, restore="copy"), _GivenTokens(), lp.Schedule([17 - count, 0, 0, 0])):
+            before = _kept.set(torch.arange(count))
+            expected = net(IMAGES)
+            _kept.reset(before)
+        for one, other in zip(curve.run(), leaves(expected), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize(
+    ("method", "mode", "build"),
+    [
+        ("tome", "auto", Hooked),
+        pytest.param("topk", "auto", Hooked, marks=pytest.mark.long),
+        pytest.param("topk", "copy", dense_net, marks=pytest.mark.long),
+    ],
+)
+def test_the_reader_is_what_runs(spec: str, method: str, mode: Any, build: Any) -> None:
+    net = build().eval()
+    expected = {}
+    for name, schedule in (("dense", [0] * 4), ("pruned", [5, 0, 4, 0])):
+        with lp.patch(net, method, schedule, restore=mode):
+            expected[name] = net(IMAGES)
+    transformer = find_vision_transformer(net, restore=mode)
+    assert transformer.outer is net
+    with parse_runtime(spec).applied(transformer):
+        for name, schedule in (("dense", [0] * 4), ("pruned", [5, 0, 4, 0]), ("dense", [0] * 4)):
+            with lp.patch(net, method, schedule, restore=mode):
+                torch.testing.assert_close(net(IMAGES), expected[name], rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(expected["dense"], expected["pruned"], rtol=1e-3, atol=1e-4)
+    assert torch.equal(net(IMAGES), expected["dense"])
+
+
+@pytest.mark.long
+@torch.no_grad()
+def test_modes_have_graphs_of_their_own() -> None:
+    net = dense_net()
+    transformer = find_vision_transformer(net, restore="auto")
+    with parse_runtime("onnxruntime").applied(transformer):
+        found = {}
+        for mode in ("copy", "delta"):
+            with lp.patch(net, "topk", [8, 0, 0, 0], restore=mode):  # type: ignore[arg-type] # of a loop
+                found[mode] = net(IMAGES)
+    assert not torch.allclose(found["copy"], found["delta"], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("spec", "build"), [("torch", Hooked), ("onnxruntime", Hooked), ("torch.compile", dense_net)])
+def test_a_plan(spec: str, build: Any) -> None:
+    net = build().eval()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    options: dict[str, Any] = {"calibration": IMAGES, "verbose": False, "use_cache": False, "time_limit": 4}
+    made = lp.plan(
+        net, IMAGES[:2], methods="topk", objective=lp.AccuracyBudget(0.5), restore="auto", runtime=spec, **options
+    )
+    assert made.profile.context["restore"] == "auto"
+    assert made.profile.context["runtime"] == spec
+    with torch.no_grad(), lp.patch(net, made, restore="auto"):
+        assert net(IMAGES).shape[2:] == net(IMAGES[:1]).shape[2:]
+    assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
+    assert not is_compiled(net)
+
+
+def test_hooks_that_read_are_called_while_measured(recwarn: pytest.WarningsRecorder) -> None:
+    net = Hooked().eval()
+    calls: list[int] = []
+    net.vit.blocks[3].register_forward_hook(lambda *_: calls.append(1))
+    transformer = find_vision_transformer(net, restore="auto")
+    assert transformer.count_tokens(IMAGES) == 17
+    lp.plan(net, IMAGES[:1], calibration=IMAGES, methods="topk", restore="auto", verbose=False, time_limit=1)
+    assert not [each for each in recwarn if "hooks" in str(each.message)]
+    assert calls
+    calls.clear()
+    profile_latency(net.vit, IMAGES[:1], time_limit=1, verbose=False)  # without `restore` they read nothing that runs
+    assert not calls
