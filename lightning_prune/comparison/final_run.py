@@ -23,7 +23,7 @@ from lightning_prune.profiling.environment import precision
 from lightning_prune.profiling.latency_profile import SAVING
 from lightning_prune.profiling.model_variants import settle_seconds
 from lightning_prune.runtimes import Runtime, TorchEager, is_compiled
-from lightning_prune.runtimes.in_place import uncompiled
+from lightning_prune.runtimes.in_place import force_eager, uncompiled
 
 
 class _EagerFloat32(TorchEager):
@@ -125,7 +125,9 @@ class FinalTimer:
         self._transformer, self._images, self._runtimes = transformer, images, runtimes
         self._switch, self._stack = VariantSwitch(transformer), ExitStack()
         self._run: Callable[[], object] = self._as_it_is
-        is_float32 = precision(transformer.outer, images.device) == "float32" and not is_compiled(transformer.outer)
+        is_float32 = precision(transformer.outer, images.device) == "float32" and not is_compiled(
+            transformer.compiled_root
+        )
         is_among = is_float32 and any(isinstance(runtime, TorchEager) for runtime in runtimes)
         self._eager = Variant(runtime=TorchEager()) if is_among else EAGER
         self._run_eager = None if is_among else _float32_run(transformer, images)
@@ -187,7 +189,7 @@ def _float32_run(transformer: VisionTransformer, images: Tensor) -> Callable[[],
     inputs = images.float()
 
     def run() -> object:
-        with torch.autocast(images.device.type, enabled=False):
+        with force_eager(), torch.autocast(images.device.type, enabled=False):  # a wrapper in the model may compile
             return model(inputs)
 
     return run

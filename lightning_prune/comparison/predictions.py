@@ -178,7 +178,10 @@ class PredictionRecorder(L.Callback):
         """(B,) which images have an output, of the module or of the transformer, without a largest finite value."""
         assert self._transformer is not None
         found = [getattr(output, "logits", output) for output in self._own]
-        found += [_output(self._transformer, output) for output in self._inner]
+        if self._transformer.reader is None or self._transformer.reads_logits:
+            found += [_output(self._transformer, output) for output in self._inner]
+        else:  # whole grids and maps: what is compared of them may be a sample
+            found += tree_leaves(self._inner)
         broken = torch.zeros(images, dtype=torch.bool, device=device)
         for output in found:
             if isinstance(output, Tensor) and output.is_floating_point() and output.shape[:1] == (images,):
@@ -247,7 +250,7 @@ def _output(transformer: VisionTransformer, result: Any) -> Tensor | None:
     """Logits or features of what the transformer returned; None where the step asked it for something else."""
     try:
         return transformer.output(result)
-    except (AssertionError, AttributeError, IndexError, StopIteration, TypeError, UnsupportedModelError):
+    except (AssertionError, AttributeError, IndexError, RuntimeError, StopIteration, TypeError, UnsupportedModelError):
         return None
 
 

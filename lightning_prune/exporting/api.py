@@ -37,6 +37,7 @@ from lightning_prune.exporting.parity import check_parity, compare_outputs, in_b
 from lightning_prune.exporting.precision import AGREEMENT, PRECISIONS, TOLERANCES, Precision
 from lightning_prune.exporting.registry import parse_format
 from lightning_prune.patching.models import restoring
+from lightning_prune.patching.patched_root import restore_mode
 from lightning_prune.patching.token_readers import RestoreMode, check_restore
 from lightning_prune.runtimes.base import without_autograd
 from lightning_prune.runtimes.calibration import calibrating_with
@@ -149,8 +150,9 @@ def export(
         check("opset", opset, f"left out with format={format!r}, which has none", format == "onnx")
         check_int("opset", opset, 1, "a version of ONNX's operators")
     check_data_config(preprocessing)
+    mode = restore or restore_mode(model)
     # Outside of inference mode, in which Lightning validates: what is made inside it cannot be exported.
-    with torch.inference_mode(False), torch.no_grad(), restoring(restore), new_folder(output, overwrite) as folder:
+    with torch.inference_mode(False), torch.no_grad(), restoring(mode), new_folder(output, overwrite) as folder:
         copied = exported_copy(model, plan, module_path, restore)
         chosen.refuse(copied.model)
         transformer = copied.transformer

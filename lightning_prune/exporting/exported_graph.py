@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_prune._utils.isolation import isolated
+from lightning_prune._utils.isolation import isolated, user_hooks
 from lightning_prune.errors import ArgumentError, ExportError
 from lightning_prune.exporting.export_report import GraphForm
 from lightning_prune.exporting.formats import BATCH
@@ -152,6 +152,8 @@ def exported_copy(
     """
     transformer = find_vision_transformer(model, module_path, restore or restore_mode(model))
     _refuse_quantized(model, transformer)
+    if transformer.restore is not None:
+        _refuse_foreign_hooks(model)
     if reducing_patches(transformer):
         for name, value in (("plan", plan), ("restore", restore)):
             if value is not None:
@@ -210,6 +212,18 @@ def _refuse_quantized(model: nn.Module, transformer: VisionTransformer) -> None:
     wrong = next((name for name, each in model.named_parameters() if not is_plain(each)), None)
     if wrong is not None:
         raise ArgumentError(f"`model` must have plain weights, got a quantized or wrapped one, {wrong}: {way}")
+
+
+def _refuse_foreign_hooks(model: nn.Module) -> None:
+    """Raises ArgumentError for hooks that would belong to the model, and not to its copy."""
+    modules = list(model.modules())
+    for hook in user_hooks(model):
+        if not any(getattr(hook, "__self__", None) is each for each in modules):
+            name = getattr(hook, "__qualname__", type(hook).__qualname__)
+            raise ArgumentError(
+                f"`model` must read tokens by hooks that are methods of its modules, as a copy of it is exported, got "
+                f"the hook {name}. Remove it if it is no part of the model."
+            )
 
 
 def _copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:

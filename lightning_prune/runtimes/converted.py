@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from lightning_prune._utils.isolation import hooks_read, isolated, user_hooks
 from lightning_prune._utils.trees import tree_leaves
@@ -83,14 +84,16 @@ class ConvertedRuntime(Runtime):
         """See `Runtime.install`."""
         root = transformer.compiled_root
         self._check(root)
-        hooks = [] if transformer.restore is not None else user_hooks(root)
+        hooks = user_hooks(root)
         if hooks:
             names = ", ".join(sorted({getattr(hook, "__qualname__", type(hook).__qualname__) for hook in hooks}))
-            warnings.warn(
-                f"The {len(hooks)} forward hooks on the Vision Transformer ({names}) are not called while "
-                f"{self.name!r} runs it: they are no part of a converted graph.",
-                stacklevel=2,
-            )
+            said = f"are not called while {self.name!r} runs it: they are no part of a converted graph."
+            if transformer.restore is not None:
+                said = (
+                    f"are called while it is converted for {self.name!r}, and not when it runs: no code after it may "
+                )
+                said += "use what they read."
+            warnings.warn(f"The {len(hooks)} forward hooks on the Vision Transformer ({names}) {said}", stacklevel=2)
         return _ConvertedCalls(self, root, transformer.restore is not None)
 
     def save(self, graph: ExportedGraph, folder: Path, name: str, counts: bool = False) -> list[str]:
@@ -150,6 +153,7 @@ class _ConvertedCalls(InPlace):
         self._last: tuple[Hashable, Converted] | None = None
         self._names = list(inspect.signature(root.forward).parameters)
         self._tensors: list[Tensor] = []
+        self._hooks: list[Callable[..., Any]] = []  # kept, so that no other gets the id of one
         self._is_checked = False
         vars(root)["_compiled_call_impl"] = self._call
         super().__init__(root, [root], runtime)
@@ -177,7 +181,8 @@ class _ConvertedCalls(InPlace):
         # What is compared at every call takes microseconds; a parameter that was replaced, and not changed in place,
         # is seen when something else differs.
         state = self._root.training, torch.is_autocast_enabled(images.device.type), *map(version_of, self._tensors)
-        key = patch_generation(), images.shape, images.dtype, images.device, tuple(keywords.items()), state
+        hooks = RemovableHandle.next_id if self._has_readers else 0  # which changes where any is registered
+        key = patch_generation(), hooks, images.shape, images.dtype, images.device, tuple(keywords.items()), state
         if self._last is None or self._last[0] != key:
             found = self._graph(images, keywords)
             state = *state[:2], *map(version_of, self._tensors)
@@ -201,7 +206,14 @@ class _ConvertedCalls(InPlace):
             return graph, run
 
         shape = images.shape, images.dtype, images.device
-        key = patch_key(self._root), shape, repr(sorted(keywords.items())), calibration_key()
+        self._hooks = user_hooks(self._root) if self._has_readers else []
+        key = (
+            patch_key(self._root),
+            tuple(map(id, self._hooks)),
+            shape,
+            repr(sorted(keywords.items())),
+            calibration_key(),
+        )
         return self._graphs.get(key, convert)
 
     def _check_outputs(self, graph: ExportedGraph, run: RunGraph, images: Tensor, keywords: Mapping[str, Any]) -> None:

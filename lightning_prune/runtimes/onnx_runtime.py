@@ -92,7 +92,7 @@ class OnnxRuntime(ConvertedRuntime):
     @property
     def unquantized(self) -> "OnnxRuntime":
         """See `Runtime.unquantized`."""
-        return OnnxRuntime(self.provider, self.threads)
+        return OnnxRuntime(self.provider, self.threads, reduce_range=self.reduce_range)
 
     @property
     def reduces_range(self) -> bool:

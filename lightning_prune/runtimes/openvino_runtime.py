@@ -95,7 +95,7 @@ class OpenVINO(ConvertedRuntime):
     @property
     def unquantized(self) -> "OpenVINO":
         """See `Runtime.unquantized`."""
-        return OpenVINO(self.device, self.precision, self.threads)
+        return OpenVINO(self.device, self.precision, self.threads, reduce_range=self.reduce_range)
 
     @property
     def reduces_range(self) -> bool:

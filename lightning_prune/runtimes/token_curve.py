@@ -52,7 +52,7 @@ class _WithTokens(nn.Module):
     def __init__(self, transformer: VisionTransformer) -> None:
         super().__init__()
         self.outer = transformer.outer
-        self.keywords = dict(call_keywords(transformer.root)) if transformer.reader is None else {}
+        self.keywords = dict(call_keywords(transformer.root))
 
     def forward(self, images: Tensor, kept: Tensor) -> Any:
         """Runs the transformer on (B, C, H, W) images and (K,) indices of tokens."""

@@ -166,6 +166,21 @@ def test_broken_outputs_of_a_dense_model_are_seen() -> None:
     assert found.broken == [3]
 
 
+def test_a_broken_value_anywhere_in_a_large_grid_is_seen() -> None:
+    class Broken(FeatureNet):
+        def forward(self, images: Tensor) -> dict[str, Tensor]:
+            found = {name: grid.repeat(1, 16, 8, 8) for name, grid in super().forward(images).items()}
+            found["tap3"][:, 3, 7, 5] = torch.where(images[:, 0, 0, 0] > 100, float("inf"), 0.0)
+            return found
+
+    module = Inner(Broken(tiny_vit()))
+    images = IMAGES.clone()
+    images[:, 0, 0, 0] = 1.0
+    images[4, 0, 0, 0] = 200.0
+    with restoring("auto"):
+        assert recorded(module, loader(images, LABELS)).broken == [4]
+
+
 def test_images_in_another_order_each_time_are_not_paired() -> None:
     recorder = PredictionRecorder()
     trainer = L.Trainer(callbacks=[recorder], **OPTIONS)

@@ -119,3 +119,43 @@ def test_a_patched_model_is_exported_as_it_is(tmp_path: Path, restore: Any) -> N
     with lp.patch(net, "topk", [0, 5, 0, 3], restore="copy"), pytest.raises(ArgumentError, match="restore"):
         lp.export(net, tmp_path / "out", IMAGES[:2], restore=restore, format="torch-export")
     assert not (tmp_path / "out").exists()
+
+
+class Hooked(nn.Module):
+    """A head on the tokens that a hook collects, a method or a closure."""
+
+    def __init__(self, is_method: bool) -> None:
+        super().__init__()
+        self.vit = tiny_vit(noise=0.1)
+        self.head = nn.Linear(self.vit.embed_dim, 3)
+        self.vit.blocks[1].register_forward_hook(self.keep if is_method else lambda *args: self.keep(*args))
+
+    def keep(self, block: nn.Module, args: Any, output: Tensor) -> None:
+        self.seen = output
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.vit(images)
+        return self.head(self.seen[:, 1:]).transpose(1, 2)
+
+
+@pytest.mark.parametrize("is_planned", [False, True])
+def test_a_head_on_hooks(tmp_path: Path, is_planned: bool) -> None:
+    options: dict[str, Any] = {"format": "torch-export", "rounds": 0}
+    net, schedule = Hooked(is_method=True).eval(), lp.Schedule([5, 0, 4, 0], "tome")
+    with torch.no_grad(), lp.patch(net, schedule, restore="auto"):
+        expected = net(IMAGES[:2])
+        if not is_planned:
+            lp.export(net, tmp_path / "out", IMAGES[:2], **options)
+    if is_planned:
+        lp.export(net, tmp_path / "out", IMAGES[:2], plan=schedule, restore="auto", **options)
+    torch.testing.assert_close(lp.load_exported(tmp_path / "out")(IMAGES[:2]), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_hooks_that_a_copy_would_share_are_refused(tmp_path: Path) -> None:
+    net = Hooked(is_method=False).eval()
+    with (
+        lp.patch(net, "tome", [5, 0, 4, 0], restore="auto"),
+        pytest.raises(ArgumentError, match="methods of its modules"),
+    ):
+        lp.export(net, tmp_path / "out", IMAGES[:2], format="torch-export")
+    assert not (tmp_path / "out").exists()

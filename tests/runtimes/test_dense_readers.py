@@ -1,5 +1,6 @@
 """Dense models in runtimes that convert them: the module that reads the tokens is what runs."""
 
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -117,10 +118,28 @@ def test_a_plan(spec: str, build: Any) -> None:
     )
     assert made.profile.context["restore"] == "auto"
     assert made.profile.context["runtime"] == spec
-    with torch.no_grad(), lp.patch(net, made, restore="auto"):
-        assert net(IMAGES).shape[2:] == net(IMAGES[:1]).shape[2:]
+    with torch.no_grad():
+        dense = net(IMAGES)
+        with lp.patch(net, made, restore="auto"):
+            assert net(IMAGES).shape == dense.shape
+        assert torch.equal(net(IMAGES), dense)
     assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
     assert not is_compiled(net)
+
+
+@torch.no_grad()
+def test_graphs_depend_on_hooks_and_a_warning_says_when_these_are_called() -> None:
+    net = Hooked().eval()
+    expected = net(IMAGES)
+    in_runtime = parse_runtime("onnxruntime").applied(find_vision_transformer(net, restore="auto"))
+    with ExitStack() as stack:
+        with pytest.warns(UserWarning, match="while it is converted"):
+            stack.enter_context(in_runtime)
+        torch.testing.assert_close(net(IMAGES), expected, rtol=1e-3, atol=1e-4)
+        hook = net.vit.blocks[1].register_forward_pre_hook(lambda _, args: (2 * args[0],))
+        found = net(IMAGES)
+        hook.remove()
+    assert not torch.allclose(found, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_hooks_that_read_are_called_while_measured(recwarn: pytest.WarningsRecorder) -> None:

@@ -61,6 +61,8 @@ def test_settings(spec: str) -> None:
         parse_runtime(f"{spec},reduce_range=3")
     plain = parse_runtime(f"{spec.partition(':')[0]}:reduce_range=true")
     assert "quantization" not in plain.context()
+    assert plain.unquantized == plain
+    assert plain.quantized().unquantized == plain
     assert plain.quantized().context()["quantization"].endswith("weights in 7 bits")
 
 
