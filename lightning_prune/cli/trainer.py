@@ -215,8 +215,7 @@ class PruneTrainer(L.Trainer):
             batch_size: Number of images in a batch; default: that of the validation loader.
             inputs: float32 for normalised images, or uint8 for images of 0 to 255, which the file normalises itself.
             precision: float32, float16, bfloat16, int8 (quantized on images of the validation data) or int8-dynamic.
-            reduce_range: true for 8-bit weights in half of their range, as x86 processors without VNNI need; default:
-                what this machine needs.
+            reduce_range: true for 8-bit weights in 7 bits, for x86 without VNNI; default: what this machine needs.
             min_agreement: Least share of the images with the same class as in PyTorch, in lower precisions than
                 float32; default: 0.995, 0.9 for int8.
             graph: native; portable for accelerators that refuse TopK, Gather or Scatter; auto for the faster one here.
@@ -231,9 +230,8 @@ class PruneTrainer(L.Trainer):
             RuntimeUnavailableError: If the runtime of the format is not installed.
         """
         data = {"dataloaders": dataloaders, "datamodule": datamodule}
-        written = (schedule, format, batch, batch_size, inputs)
-        options = (*written, precision, reduce_range, min_agreement, graph, opset, overwrite)
-        return run_export(self, model, self.config, output, *options, **data)
+        options = (schedule, format, batch, batch_size, inputs, precision, reduce_range, min_agreement, graph, opset)
+        return run_export(self, model, self.config, output, *options, overwrite, **data)
 
     def bundle(
         self,

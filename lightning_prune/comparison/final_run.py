@@ -125,10 +125,9 @@ class FinalTimer:
         self._transformer, self._images, self._runtimes = transformer, images, runtimes
         self._switch, self._stack = VariantSwitch(transformer), ExitStack()
         self._run: Callable[[], object] = self._as_it_is
-        is_float32 = precision(transformer.outer, images.device) == "float32" and not is_compiled(
-            transformer.compiled_root
-        )
-        is_among = is_float32 and any(isinstance(runtime, TorchEager) for runtime in runtimes)
+        is_eager = not is_compiled(transformer.compiled_root)
+        is_float32 = precision(transformer.outer, images.device) == "float32"
+        is_among = is_eager and is_float32 and any(isinstance(runtime, TorchEager) for runtime in runtimes)
         self._eager = Variant(runtime=TorchEager()) if is_among else EAGER
         self._run_eager = None if is_among else _float32_run(transformer, images)
         self.timer = InterleavedTimer[Variant](

@@ -87,13 +87,14 @@ class ConvertedRuntime(Runtime):
         hooks = user_hooks(root)
         if hooks:
             names = ", ".join(sorted({getattr(hook, "__qualname__", type(hook).__qualname__) for hook in hooks}))
-            said = f"are not called while {self.name!r} runs it: they are no part of a converted graph."
-            if transformer.restore is not None:
-                said = (
-                    f"are called while it is converted for {self.name!r}, and not when it runs: no code after it may "
-                )
-                said += "use what they read."
-            warnings.warn(f"The {len(hooks)} forward hooks on the Vision Transformer ({names}) {said}", stacklevel=2)
+            said = "they are no part of a converted graph."
+            if transformer.restore is not None:  # then they are, for the model's own forward
+                said = "what they read while it is converted is for its own forward, not for code after it."
+            warnings.warn(
+                f"The {len(hooks)} forward hooks on the Vision Transformer ({names}) are not called while "
+                f"{self.name!r} runs it: {said}",
+                stacklevel=2,
+            )
         return _ConvertedCalls(self, root, transformer.restore is not None)
 
     def save(self, graph: ExportedGraph, folder: Path, name: str, counts: bool = False) -> list[str]:

@@ -13,6 +13,7 @@ from helpers.data import noise_images
 from helpers.dense import FeatureNet, dense_net
 from helpers.models import tiny_vit
 from lightning_prune.patching import PatchHandle, find_vision_transformer
+from lightning_prune.patching.token_readers import RestoreMode
 from lightning_prune.profiling import profile_latency
 from lightning_prune.runtimes import is_compiled, parse_runtime
 from lightning_prune.runtimes.converted import ConvertedRuntime
@@ -101,8 +102,9 @@ def test_modes_have_graphs_of_their_own() -> None:
     transformer = find_vision_transformer(net, restore="auto")
     with parse_runtime("onnxruntime").applied(transformer):
         found = {}
-        for mode in ("copy", "delta"):
-            with lp.patch(net, "topk", [8, 0, 0, 0], restore=mode):  # type: ignore[arg-type] # of a loop
+        modes: list[RestoreMode] = ["copy", "delta"]
+        for mode in modes:
+            with lp.patch(net, "topk", [8, 0, 0, 0], restore=mode):
                 found[mode] = net(IMAGES)
     assert not torch.allclose(found["copy"], found["delta"], rtol=1e-3, atol=1e-4)
 
@@ -133,7 +135,7 @@ def test_graphs_depend_on_hooks_and_a_warning_says_when_these_are_called() -> No
     expected = net(IMAGES)
     in_runtime = parse_runtime("onnxruntime").applied(find_vision_transformer(net, restore="auto"))
     with ExitStack() as stack:
-        with pytest.warns(UserWarning, match="while it is converted"):
+        with pytest.warns(UserWarning, match="for its own forward"):
             stack.enter_context(in_runtime)
         torch.testing.assert_close(net(IMAGES), expected, rtol=1e-3, atol=1e-4)
         hook = net.vit.blocks[1].register_forward_pre_hook(lambda _, args: (2 * args[0],))
