@@ -24,6 +24,7 @@ _HOME = {
     "FileWriteError": "errors",
     "ImageClassifier": "classification.image_classifier",
     "ImageFolderData": "classification.datamodules",
+    "ImageTableData": "classification.image_table",
     "KeepRates": "schedule",
     "LatencyBudget": "planning.objectives",
     "LatencyProfile": "profiling.latency_profile",
@@ -84,6 +85,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors, which cannot 
     from lightning_prune.classification.datamodules import DigitsData as DigitsData
     from lightning_prune.classification.datamodules import ImageFolderData as ImageFolderData
     from lightning_prune.classification.image_classifier import ImageClassifier as ImageClassifier
+    from lightning_prune.classification.image_table import ImageTableData as ImageTableData
     from lightning_prune.classification.zero_shot_classifier import ZeroShotClassifier as ZeroShotClassifier
     from lightning_prune.comparison import compare as compare
     from lightning_prune.errors import ArgumentError as ArgumentError

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from lightning_prune.classification.datamodules import DigitsData, ImageFolderData
     from lightning_prune.classification.dense_features import DenseFeatures
     from lightning_prune.classification.image_classifier import ImageClassifier
+    from lightning_prune.classification.image_table import ImageTableData
     from lightning_prune.classification.zero_shot_classifier import ZeroShotClassifier
     from lightning_prune.classification.zero_shot_model import ZeroShotModel, zero_shot
 
@@ -19,6 +20,7 @@ _FILES = {
     "DigitsData": "datamodules",
     "ImageClassifier": "image_classifier",
     "ImageFolderData": "datamodules",
+    "ImageTableData": "image_table",
     "ZeroShotClassifier": "zero_shot_classifier",
     "ZeroShotModel": "zero_shot_model",
     "load_weights": "checkpoints",
@@ -31,6 +33,7 @@ __all__ = [
     "DigitsData",
     "ImageClassifier",
     "ImageFolderData",
+    "ImageTableData",
     "ZeroShotClassifier",
     "ZeroShotModel",
     "load_weights",

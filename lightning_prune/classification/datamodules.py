@@ -1,63 +1,19 @@
 """LightningDataModules for image folders, archives, timm's datasets and the embedded digits."""
 
-from collections.abc import Mapping
 from typing import Any
 
-import lightning as L
-import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from timm.data.transforms_factory import create_transform
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from lightning_prune._utils.files import user_path
-from lightning_prune._utils.validation import check, check_bool, check_int, check_path
+from lightning_prune._utils.validation import check, check_bool, check_path
 from lightning_prune.classification.datasets import class_names, open_dataset
 from lightning_prune.classification.digits import CANVAS, CLASSES, ClutteredDigits, EpochSampler
-from lightning_prune.classification.preprocessing import complete_config, describe_config
+from lightning_prune.classification.evaluation_data import EvaluationData, PreparedData
 from lightning_prune.errors import DataError
 
 
-class _EvaluationData(L.LightningDataModule):
-    """A dataset for validation, test and prediction, complete and in order."""
-
-    dataset: Dataset[Any]
-
-    def __init__(self, batch_size: int, num_workers: int) -> None:
-        super().__init__()
-        check_int("batch_size", batch_size, 1, "a number of images")
-        check_int("num_workers", num_workers, 0, "a number of processes")
-        self.batch_size = batch_size
-        self.num_workers = num_workers
-
-    def _loader(self, dataset: Dataset[Any], **kwargs: Any) -> DataLoader[Any]:
-        return DataLoader(
-            dataset,
-            batch_size=self.batch_size,  # by keyword, because Lightning rebuilds the loader for predict and DDP
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-            **kwargs,
-        )
-
-    def val_dataloader(self) -> DataLoader[Any]:
-        """Batches of images `(B, C, H, W)` and labels `(B,)`, in the order of the dataset."""
-        return self._loader(self.dataset)
-
-    def test_dataloader(self) -> DataLoader[Any]:
-        """The same batches as for validation."""
-        return self._loader(self.dataset)
-
-    def predict_dataloader(self) -> DataLoader[Any]:
-        """The same batches as for validation, labels included."""
-        return self._loader(self.dataset)
-
-    def _of_model(self, name: str) -> Any:
-        """An attribute of the LightningModule that the trainer runs; None if there is no trainer or no attribute."""
-        module = self.trainer.lightning_module if self.trainer is not None else None
-        return getattr(module, name, None)
-
-
-class ImageFolderData(_EvaluationData):
+class ImageFolderData(PreparedData):
     """Any dataset that `timm.data.create_dataset` reads, with the preprocessing of the model.
 
     A folder with a subfolder per class (ImageNet's layout, with or without a `val` or `validation` above the classes),
@@ -102,31 +58,20 @@ class ImageFolderData(_EvaluationData):
         data_config: dict[str, Any] | None = None,
         download: bool = False,
     ) -> None:
-        super().__init__(batch_size, num_workers)
+        super().__init__(batch_size, num_workers, data_config)
         check_path("root", root)
         check("split", split, "a name", isinstance(split, str))
         check("dataset", dataset, "a name", isinstance(dataset, str))
         if class_map is not None:
             check_path("class_map", class_map)
-        check("data_config", data_config, "a mapping or None", data_config is None or isinstance(data_config, Mapping))
         check_bool("download", download)
         check("download", download, "False without the name of a `dataset`", bool(dataset) or not download)
         self.root = str(user_path(root))
         self.split = split
         self.dataset_name = dataset
         self.class_map = None if class_map is None else str(user_path(class_map))
-        self.data_config = data_config
         self.download = download
-        self.preprocessing: dict[str, Any] = {}
         self.save_hyperparameters()
-
-    def config_for(self, module: Any) -> tuple[dict[str, Any], bool]:
-        """The data config that is used with a LightningModule, and whether its mean and std are unknown, and 0.5.
-
-        Raises:
-            DataError: If the size of the images is unknown.
-        """
-        return complete_config(getattr(module, "data_config", None), self.data_config)
 
     def setup(self, stage: str) -> None:
         """Opens the dataset and checks that it fits the model.
@@ -134,21 +79,12 @@ class ImageFolderData(_EvaluationData):
         Args:
             stage: "validate", "test", "predict" or "fit"; the data are the same.
         """
-        config, unknown = self.config_for(self.trainer.lightning_module if self.trainer is not None else None)
-        if unknown:
-            rank_zero_warn(
-                "Mean and std of the images are unknown, and 0.5 is used: save the image processor to the folder of "
-                "the model, or give `mean` and `std` in `data_config`."
-            )
-        if config != self.preprocessing:
-            self.preprocessing = self.hparams["data_config"] = config
-            if self.trainer is None or self.trainer.is_global_zero:
-                print(f"Images: {describe_config(config)}")
+        config = self.prepare()
         options: dict[str, Any] = {"input_img_mode": "L"} if config["input_size"][0] == 1 else {}
         options |= {"batch_size": self.batch_size, "transform": create_transform(**config, is_training=False)}
         options |= {"download": True} if self.download else {}
         self.dataset = open_dataset(self.root, self.split, self.dataset_name, self.class_map, **options)
-        names, head = class_names(self.dataset), self._of_model("num_classes")
+        names, head = class_names(self.dataset), self.of_model("num_classes")
         if names is not None and head is not None and len(names) != head:
             raise DataError(
                 f"`root` must have the {head} classes of the model's head, got {self.root} with {len(names)}. Give a "
@@ -156,7 +92,7 @@ class ImageFolderData(_EvaluationData):
             )
 
 
-class DigitsData(_EvaluationData):
+class DigitsData(EvaluationData):
     """The embedded digits: real scans on cluttered canvases, 1 x 56 x 56, without a download.
 
     Validation, test and prediction use the 500 held-out scans, each in several placements; training uses the other
@@ -193,16 +129,16 @@ class DigitsData(_EvaluationData):
         Args:
             stage: "validate", "test", "predict" or "fit"; the check is the same.
         """
-        size = tuple((self._of_model("data_config") or {}).get("input_size", (1, CANVAS, CANVAS)))
+        size = tuple((self.of_model("data_config") or {}).get("input_size", (1, CANVAS, CANVAS)))
         if size != (1, CANVAS, CANVAS):
             raise DataError(
                 f"`model` must take images of 1 x {CANVAS} x {CANVAS} for DigitsData, got {' x '.join(map(str, size))}."
             )
-        head = self._of_model("num_classes")
+        head = self.of_model("num_classes")
         if head not in (None, CLASSES):
             raise DataError(f"`model` must have {CLASSES} classes for DigitsData, got {head}.")
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Batches of the training scans, shuffled, in new placements every epoch; the short last batch is dropped."""
         digits = ClutteredDigits("train", seed=self.seed)
-        return self._loader(digits, sampler=EpochSampler(len(digits), self.seed), drop_last=True)
+        return self.loader(digits, sampler=EpochSampler(len(digits), self.seed), drop_last=True)

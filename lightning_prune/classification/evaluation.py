@@ -161,18 +161,27 @@ class Evaluation(nn.Module):
             batch_idx: Index of the batch in its loader.
             dataloader_idx: Index of the loader.
         """
-        share = self.shares[dataloader_idx] if dataloader_idx < len(self.shares) else None
-        if share is not None:
-            count = share.counted(batch_idx, len(labels))
-            if not count:
-                return
-            logits, labels = logits[:count], labels[:count]
+        count = self.counted(len(labels), batch_idx, dataloader_idx)
+        if not count:
+            return
+        logits, labels = logits[:count], labels[:count]
         metrics = self._by_name()
         logits = logits.float()
         metrics["loss"].update(nn.functional.cross_entropy(logits, labels), len(labels))
         for name in ("top1", "top5"):
             if name in metrics:
                 metrics[name].update(logits, labels)
+
+    def counted(self, images: int, batch_idx: int, dataloader_idx: int = 0) -> int:
+        """How many images of a batch count, from the first; the others repeat images of another process.
+
+        Args:
+            images: Images in the batch.
+            batch_idx: Index of the batch in its loader.
+            dataloader_idx: Index of the loader.
+        """
+        share = self.shares[dataloader_idx] if dataloader_idx < len(self.shares) else None
+        return images if share is None else share.counted(batch_idx, images)
 
     def finish(self) -> dict[str, Metric]:
         """Updates the metrics of time and energy, once, and returns all metrics by name.

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from lightning_prune._utils.validation import check, check_bool, check_int, check_path
 from lightning_prune.classification.checkpoints import load_weights
 from lightning_prune.classification.evaluation import Evaluation, check_batch, split_batch
+from lightning_prune.classification.grouped_batches import GroupReport, split_groups
 from lightning_prune.classification.hugging_face import is_hugging_face
 from lightning_prune.classification.named_models import create_model
 from lightning_prune.classification.preprocessing import data_config_of
@@ -29,6 +30,9 @@ class ImageClassifier(L.LightningModule):
     - `throughput`: images per second in the forward pass, without loading and transfer;
     - `throughput_end_to_end`: images per second from the end of one batch to the end of the next;
     - `latency_p50`, `latency_p90`: milliseconds per batch in the forward pass;
+    - `group_NAME` of each group, `worst_group` and `worst_group_images` (the accuracy of the worst group, and how many
+      images it has) where the data module has `group_names`, as `ImageTableData`, and its batches say the group of each
+      image: mappings with `image`, `label` and `group`, or (images, labels, groups);
     - `joules_per_image`, `watts`: for the whole loop, including the idle power of the device. Only if the device has
       an energy counter (`lightning_prune.profiling.find_counter`) and the run lasts a second or more after warm-up.
 
@@ -103,6 +107,8 @@ class ImageClassifier(L.LightningModule):
             Compiled(model, parsed.mode, blocks)
         self._compiled, self._batch_size = parsed.compiles, 0
         self.evaluation = Evaluation(self.num_classes, warmup)
+        self.group_names: tuple[str, ...] | None = None  # those of the data module
+        self.groups: GroupReport | None = None
 
     @property
     def data_config(self) -> dict[str, Any] | None:
@@ -143,8 +149,9 @@ class ImageClassifier(L.LightningModule):
         return loss
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
-        """Returns the logits of a batch, `(B, num_classes)`; labels in the batch are ignored."""
-        images = batch[0] if isinstance(batch, list | tuple) else batch
+        """Returns the logits of a batch, `(B, num_classes)`; labels and groups in the batch are ignored."""
+        pair, _ = split_groups(batch)
+        images = pair[0] if isinstance(pair, list | tuple) else pair
         with self._eagerly_if_short(images, batch_idx):
             logits: Tensor = self(images)
         return logits
@@ -157,16 +164,23 @@ class ImageClassifier(L.LightningModule):
         """Measures a batch."""
         self._evaluate(batch, "test", batch_idx, dataloader_idx)
 
-    def _evaluate(self, batch: Any, stage: str, batch_idx: int, dataloader_idx: int) -> Any:
-        """Measures a batch; returns its logits."""
+    def _evaluate(self, batch: Any, stage: str, batch_idx: int, dataloader_idx: int) -> None:
         where = f"{stage} batch {batch_idx}"
-        images, labels = split_batch(batch, where)
+        pair, groups = split_groups(batch)
+        images, labels = split_batch(pair, where)
         with self._eagerly_if_short(images, batch_idx), self.evaluation.timing(images):
             logits = self(images)
         if self.num_classes is not None:
             check_batch(logits, labels, self.num_classes, where, finite=self.evaluation.refuses_broken)
             self.evaluation.update(logits, labels, batch_idx, dataloader_idx)
-        return logits
+            if self.groups is not None:
+                count = self.evaluation.counted(len(labels), batch_idx, dataloader_idx)
+                self.groups.update(logits, labels, groups, count, where)
+
+    def names_of_groups(self) -> tuple[str, ...] | None:
+        """The groups whose accuracy is reported: those of this module, else of the data module; None without."""
+        data = None if self._trainer is None else getattr(self._trainer, "datamodule", None)
+        return self.group_names or getattr(data, "group_names", None) or None
 
     def _eagerly_if_short(self, images: Any, batch_idx: int) -> AbstractContextManager[Any]:
         """Runs a batch eagerly if it is smaller than the first, because compiling for a single batch takes seconds."""
@@ -178,10 +192,17 @@ class ImageClassifier(L.LightningModule):
     def _log_evaluation(self, stage: str) -> None:
         for name, metric in self.evaluation.finish().items():
             self.log(f"{stage}/{name}", metric, prog_bar=name == "top1")
+        for name, figure in ({} if self.groups is None else self.groups.compute()).items():
+            self.log(f"{stage}/{name}", figure)
 
     def on_validation_epoch_start(self) -> None:
         """Resets all metrics, so that sanity checks and aborted runs are not counted."""
         self.evaluation.reset(self.trainer)
+        names = self.names_of_groups()
+        if self.groups is None or self.groups.names != names:
+            self.groups = None if names is None else GroupReport(names).to(self.device)
+        elif names is not None:
+            self.groups.reset()
 
     def on_validation_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Starts the end-to-end clock after the callbacks, so that their work before the first batch is not counted."""

@@ -14,6 +14,7 @@ from lightning_prune.callbacks import TokenPruning
 from lightning_prune.callbacks.hooks import trainer_callbacks
 from lightning_prune.classification.datamodules import DigitsData, ImageFolderData
 from lightning_prune.classification.image_classifier import ImageClassifier
+from lightning_prune.classification.image_table import ImageTableData
 from lightning_prune.cli.endings import BUDGET_MISSED, run_to_end
 from lightning_prune.cli.trainer import PruneTrainer
 from lightning_prune.cli.usage import COMMANDS
@@ -35,6 +36,7 @@ _PASSED_BY_CODE = {"model", "dataloaders", "datamodule"}
 __all__ = [
     "DigitsData",
     "ImageFolderData",
+    "ImageTableData",
     "PruneCLI",
     "run",
 ]  # data classes can be given by name

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 _PACKAGE = Path(__file__).parents[1]
 _OBJECTIVES = ("AccuracyBudget", "LatencyBudget", "Utility")
-DATA_CLASSES = ("DigitsData", "ImageFolderData")
+DATA_CLASSES = {"DigitsData": "datamodules", "ImageFolderData": "datamodules", "ImageTableData": "image_table"}
 _PASSED_BY_CODE = ("self", "model", "dataloaders", "datamodule")
 SHORT_FORMS = ("budget", "max_drop", "exported")
 """Options that `lightning_prune.cli.words` rewrites."""
@@ -64,7 +64,9 @@ def groups_of(command: str) -> dict[str, tuple[Option, ...]]:
 def data_options(name: str) -> tuple[Option, ...]:
     """The options of a data class of this package, by its name or import path; none for another class."""
     name = name.rpartition(".")[2]
-    return signature(_PACKAGE / "classification" / "datamodules.py", name) if name in DATA_CLASSES else ()
+    if name not in DATA_CLASSES:
+        return ()
+    return signature(_PACKAGE / "classification" / f"{DATA_CLASSES[name]}.py", name)
 
 
 @cache

@@ -8,7 +8,7 @@ import lightning as L
 from rich.console import Console
 
 from lightning_prune.callbacks import PruningConfig, config_of
-from lightning_prune.classification.datamodules import ImageFolderData
+from lightning_prune.classification.evaluation_data import PreparedData
 from lightning_prune.cli.bundle_command import run_bundle
 from lightning_prune.cli.export_command import run_export
 from lightning_prune.cli.plan_commands import run_plan, run_profile
@@ -157,7 +157,7 @@ class PruneTrainer(L.Trainer):
         command = self.command or f"trainer.compare({typed})"
         data = dataloaders if datamodule is None else datamodule
         settings = {**self.settings}
-        if isinstance(datamodule, ImageFolderData):
+        if isinstance(datamodule, PreparedData):
             settings["images"] = datamodule.config_for(model)[0]
         found = compare(
             self,

@@ -82,7 +82,7 @@ def missing_in(words: list[str]) -> str | None:
     Example:
         >>> from lightning_prune.cli.typos import missing_in
         >>> missing_in(["plan", "--model.model=vit_tiny_patch16_224"]).split(", got ")[0]
-        '`data` must be DigitsData, ImageFolderData, or the import path of a LightningDataModule'
+        '`data` must be DigitsData, ImageFolderData, ImageTableData, or the import path of a LightningDataModule'
     """
     command, *rest = words
     if command not in COMMANDS or command == "models":

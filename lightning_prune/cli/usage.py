@@ -17,7 +17,7 @@ _OPTIONS = {
     "--config FILE": "YAML with the keys below; later files and options take precedence",
     "--model.model NAME": "a timm model, hf:FOLDER_OR_NAME of Hugging Face, or an import path such as\n"
     "my_module.MyModel; --model.weights FILE for your own weights",
-    "--data CLASS": "DigitsData, ImageFolderData, or any LightningDataModule by its import path",
+    "--data CLASS": "DigitsData, ImageFolderData, ImageTableData, or any LightningDataModule by its\nimport path",
     "--prune.method NAME": "auto, tome, pomt, pomt-nearest, topk, evit, shift, vwt-intra, random, or a class",
     "--prune.schedule VALUE": "auto, a number of tokens to remove, a share of patch tokens to keep, a list with one\n"
     "number for each block, or a file",

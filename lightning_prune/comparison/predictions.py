@@ -14,6 +14,8 @@ from lightning_prune._utils.sampler_shares import SamplerShare, shares_of
 from lightning_prune._utils.trees import tree_leaves
 from lightning_prune._utils.validation import is_int
 from lightning_prune.callbacks.batches import Extract, images_from_batch, labels_from_batch
+from lightning_prune.classification.grouped_batches import split_groups
+from lightning_prune.classification.image_classifier import ImageClassifier
 from lightning_prune.errors import ArgumentError, UnsupportedModelError
 from lightning_prune.patching import VisionTransformer, find_vision_transformer
 
@@ -123,7 +125,8 @@ class PredictionRecorder(L.Callback):
         if logits is None:
             return
         predicted = logits.argmax(dim=1)
-        labels, missing = _labels(batch, *logits.shape)
+        grouped = isinstance(pl_module, ImageClassifier) and pl_module.names_of_groups() is not None
+        labels, missing = _labels(split_groups(batch).pair if grouped else batch, *logits.shape)
         self.missing = self.missing or missing
         labels = torch.full_like(predicted, _NONE) if labels is None else labels.to(predicted)
         self._batches.append(torch.stack([predicted, labels])[:, :count])

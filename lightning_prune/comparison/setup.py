@@ -14,6 +14,7 @@ from lightning_prune._utils.time_limit import TimeLimit
 from lightning_prune.callbacks.batches import Calibration
 from lightning_prune.callbacks.first_batch import FirstBatch, open_first_batch
 from lightning_prune.callbacks.rank_agreement import join_decision, on_rank_zero
+from lightning_prune.classification.image_classifier import ImageClassifier
 from lightning_prune.comparison.comparison_planning import ComparisonPlanner
 from lightning_prune.comparison.fingerprints import data_identity, fingerprint_of
 from lightning_prune.comparison.objective_planning import given_variant
@@ -132,6 +133,8 @@ class ComparisonSetup(L.Callback):
             settings |= {"int8": quantizer_version()}
         if calibration is not None:
             settings |= {"calibration": tensor_digest(calibration.images), "seed": config.seed}
+        if isinstance(module, ImageClassifier) and module.names_of_groups() is not None:
+            settings |= {"groups": module.names_of_groups()}
         return fingerprint_of(
             weights=weights_digest(module),
             data=data_identity(first.trainer.val_dataloaders, first.batch, self.settings.limit_val_batches),

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from math import isfinite
 from typing import Any
 
 from lightning_prune._utils.formatting import percent
@@ -19,6 +20,7 @@ from lightning_prune.report.rows import Row, metric_score
 # Words in the names of figures that say nothing about the quality of predictions.
 _OTHER = {"throughput", "latency", "time", "seconds", "lr", "epoch", "step", "energy", "joules", "watts", "memory"}
 
+_GROUP = "val/group_"
 _ROUNDING = 1e-4  # by which two computations of the same accuracy may differ
 
 
@@ -45,6 +47,7 @@ def row_of(
     figures: dict[str, Any] = {**_schedule_columns(planned, plan.dense_tokens), **_latency_columns(planned.timing)}
     if result is not None:
         figures |= _logged_columns(result.metrics)
+        figures |= group_columns(result.metrics, None if planned.is_dense else dense.metrics)
         name = own_metric(dense.metrics) if metric is None else metric
         if not planned.is_dense:
             figures |= paired_columns(dense, result)
@@ -166,6 +169,31 @@ def _paired(dense: VariantResult, variant: VariantResult) -> tuple[Predictions, 
 
 def _worst_class(changes: Sequence[ClassChange]) -> dict[str, Any]:
     return {"worst_class": changes[0].name, "worst_class_change": changes[0].change} if changes else {}
+
+
+def group_columns(metrics: Mapping[str, float], dense: Mapping[str, float] | None) -> dict[str, Any]:
+    """The columns of the worst group of images; none where the module does not log it.
+
+    Args:
+        metrics: What the module logged for a variant: `val/worst_group`, and `val/group_NAME` where it tells groups.
+        dense: The same for dense; None where the variant is dense.
+
+    Example:
+        >>> metrics = {"val/worst_group": 0.6, "val/group_land": 0.9, "val/group_water": 0.6}
+        >>> group_columns(metrics, {"val/worst_group": 0.75})["worst_group"]
+        'water'
+    """
+    worst = metrics.get("val/worst_group")
+    if worst is None or not isfinite(worst):
+        return {}
+    groups = {name.removeprefix(_GROUP): share for name, share in metrics.items() if name.startswith(_GROUP)}
+    images, before = metrics.get("val/worst_group_images"), None if dense is None else dense.get("val/worst_group")
+    return {
+        "worst_group": next((name for name, share in groups.items() if share == worst), ""),
+        "worst_group_accuracy": worst,
+        "worst_group_change": None if before is None else worst - before,
+        "worst_group_images": None if images is None else int(images),
+    }
 
 
 def _schedule_columns(planned: PlannedVariant, dense_tokens: int) -> dict[str, Any]:

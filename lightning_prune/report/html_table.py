@@ -116,6 +116,14 @@ def _metric(row: Row) -> Cell:
     return Cell(score.text(row.metric), f"{change_text(row.metric_change, score)}{interval}")
 
 
+def _worst_group(row: Row) -> Cell:
+    if row.worst_group_accuracy is None:
+        return Cell("")
+    images = _digits(row.worst_group_images)
+    known = ", ".join(filter(None, (row.worst_group, f"{images} images" if images else "")))
+    return Cell(formatting.percent(row.worst_group_accuracy), known)
+
+
 def _worst_class(row: Row) -> Cell:
     return Cell(row.worst_class, points(row.worst_class_change)) if row.worst_class else Cell("")
 
@@ -177,6 +185,8 @@ def columns_of(rows: Sequence[Row], quantity: str = "latency") -> list[Column]:
         Column("tokens", "removed", lambda row: Cell(_digits(row.removed), _blocks(row))),
         Column("same class", "as dense", lambda row: _share(row.agreement)),
         Column("worst class", "change, points", _worst_class),
+        Column("worst group", "accuracy, images", _worst_group),
+        Column("worst group", "change, points", lambda row: Cell(points(row.worst_group_change))),
         Column("top-5", "", lambda row: _share(row.top5)),
         Column("images/s later,", "in validation (end to end)", rate),
         Column("GMACs", "MiB", lambda row: Cell(_digits(row.gmacs, 2), _digits(row.peak_memory_mib, 0))),

@@ -45,6 +45,10 @@ class Row:
         agreement: Share of images with the same best class as dense.
         worst_class: The class that loses most against dense; empty where nobody asked for changes of classes.
         worst_class_change: Difference to dense in the share of right images of that class.
+        worst_group: The group of images with the lowest accuracy; empty where the module reports none.
+        worst_group_accuracy: Share of its images whose best class is right.
+        worst_group_change: Difference to the accuracy of dense in its own worst group, which may be another.
+        worst_group_images: How many images the worst group has.
         latency_low_ms: Lower quartile of the latencies; None where it is not known, as after fewer than three rounds.
         latency_high_ms: Upper quartile.
         latency_spread: Half the distance between the quartiles of the latencies; None after fewer than three rounds.
@@ -93,6 +97,10 @@ class Row:
     agreement: float | None = None
     worst_class: str = ""
     worst_class_change: float | None = None
+    worst_group: str = ""
+    worst_group_accuracy: float | None = None
+    worst_group_change: float | None = None
+    worst_group_images: int | None = None
     latency_low_ms: float | None = None
     latency_high_ms: float | None = None
     latency_spread: float | None = None
@@ -119,9 +127,14 @@ class Row:
         return cls(**{**figures, **text, "int8": known["int8"] is True})
 
 
-_TEXT = ("variant", "method", "runtime", "precision", "metric_name", "block", "worst_class", "device", "note")
+_TEXT = (
+    *("variant", "method", "runtime", "precision", "metric_name", "block"),
+    *("worst_class", "worst_group", "device", "note"),
+)
 OF_CLASSES = ("worst_class", "worst_class_change")
 """Columns that are written only where changes of classes were asked for."""
+OF_GROUPS = ("worst_group", "worst_group_accuracy", "worst_group_change", "worst_group_images")
+"""Columns that are written only where the accuracy of groups of images is known."""
 
 
 # Words in the name of a metric that is better the lower it is.

@@ -15,7 +15,7 @@ from lightning_prune.profiling import LatencyProfile
 from lightning_prune.profiling.interleaved_timer import LEAST_ROUNDS
 from lightning_prune.profiling.page_faults import KEPT_MEMORY
 from lightning_prune.report.class_table import losing_classes
-from lightning_prune.report.rows import OF_CLASSES, TOP1, Row, Score, score_of
+from lightning_prune.report.rows import OF_CLASSES, OF_GROUPS, TOP1, Row, Score, score_of
 
 
 def profile_table(profile: LatencyProfile) -> Table:
@@ -79,7 +79,9 @@ def write_table(path: Path, rows: Sequence[Row], per_class: bool = False) -> Pat
         per_class: Whether there are columns of the worst class.
     """
     table = [row.to_dict() for row in rows]
-    columns = [name for name in table[0] if per_class or name not in OF_CLASSES]
+    grouped = any(row.worst_group_accuracy is not None for row in rows)
+    left_out = {*(() if per_class else OF_CLASSES), *(() if grouped else OF_GROUPS)}
+    columns = [name for name in table[0] if name not in left_out]
     with atomic_write(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.DictWriter(stream, fieldnames=columns, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
@@ -142,6 +144,7 @@ def _accuracy_columns(rows: Sequence[Row]) -> dict[str, Callable[[Row], str]]:
             "95% interval": ("top1_low", _interval),
         }
     own["same"] = "agreement", lambda row: percent(row.agreement, 1)
+    own["worst"] = "worst_group_accuracy", lambda row: percent(row.worst_group_accuracy, 1)
     known = {heading: cell for heading, cell in own.items() if any(getattr(row, cell[0]) is not None for row in rows)}
     return {heading: cell for heading, (_, cell) in known.items()}
 
@@ -162,6 +165,8 @@ def _caption(rows: Sequence[Row], columns: Collection[str]) -> list[str]:
         lines = ["change: of top-1 against dense, in points, by the same images"] if "change" in columns else []
     if "same" in columns:
         lines.append("same: share of images with the best class of dense")
+    if "worst" in columns:
+        lines.append("worst: accuracy of the worst group of images")
     tail = ", p90: 90th percentile" if "p90" in columns else ""
     return [*lines, f"ms: median latency of a batch{tail}; faster: dense latency over this one"]
 
