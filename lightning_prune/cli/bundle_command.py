@@ -6,7 +6,7 @@ import lightning as L
 from rich.console import Console
 from torch import Tensor
 
-from lightning_prune._utils.validation import check, check_int
+from lightning_prune._utils.validation import check_int
 from lightning_prune.callbacks import PruningConfig
 from lightning_prune.callbacks.first_batch import FirstBatch, on_first_batch
 from lightning_prune.exporting import DeviceBundle, bundle
@@ -47,7 +47,6 @@ def run_bundle(
     check_new(output, overwrite)
     if batch_size is not None:
         check_int("batch_size", batch_size, 1, "a number of images")
-    check("prune.restore", config.restore, "None, as bundles are for classifiers", config.restore is None)
     named = config.runtime if config.runtime != "torch" else None
 
     def take(first: FirstBatch) -> Tensor:
@@ -57,12 +56,18 @@ def run_bundle(
     images = on_first_batch(trainer, model, config, take, **data)
     count = len(images) if batch_size is None else batch_size
     example = images[:count] if count <= len(images) else images[:1].expand(count, -1, -1, -1).contiguous()
+    transformer = find_vision_transformer(model, config.module_path, config.restore)
+    whole, path = transformer.outer, None
+    if config.module_path is not None:
+        path = next(name for name, each in whole.named_modules() if each is transformer.root) or None
     made = bundle(
-        find_vision_transformer(model, config.module_path).root,
+        whole,
         output,
         example,
         runtime=runtime or named or _RUNTIME,
         methods=config.methods,
+        module_path=path,
+        restore=config.restore,
         overwrite=overwrite,
         verbose=config.verbose,
     )

@@ -13,6 +13,7 @@ from torch import Tensor
 from lightning_prune._utils.digests import weights_digest
 from lightning_prune._utils.documents import write_document
 from lightning_prune._utils.files import slug
+from lightning_prune._utils.isolation import hooks_read
 from lightning_prune._utils.progress import progress_bar
 from lightning_prune._utils.validation import check_bool, check_images, check_path
 from lightning_prune.errors import ArgumentError, ExportError, UnsupportedModelError
@@ -22,6 +23,7 @@ from lightning_prune.exporting.folder import new_folder
 from lightning_prune.exporting.instructions import bundle_readme
 from lightning_prune.patching import PatchHandle, VisionTransformer, find_vision_transformer
 from lightning_prune.patching.models.call_arguments import call_keywords, calling_with
+from lightning_prune.patching.token_readers import RestoreMode, check_restore
 from lightning_prune.planning.method_selection import Methods, usable_methods
 from lightning_prune.planning.overhead_probes import (
     SHALLOW_PROBES,
@@ -89,6 +91,7 @@ def bundle(
     runtime: str | Runtime = "onnxruntime",
     methods: Methods = "auto",
     module_path: str | None = None,
+    restore: RestoreMode | None = None,
     overwrite: bool = False,
     verbose: bool = True,
 ) -> DeviceBundle:
@@ -111,6 +114,8 @@ def bundle(
         methods: The methods that will be planned with: `"auto"`, a name, a reduction, or several of them. Another
             method can be planned with, too, but is then taken to have no overhead.
         module_path: Dotted path of the transformer in `model`, needed where there are several.
+        restore: How removed tokens are given back to a dense head, as of `lightning_prune.patch`. The graphs are then
+            of the module that reads all tokens.
         overwrite: Whether an existing folder is replaced.
         verbose: Shows a progress bar on a terminal.
 
@@ -144,22 +149,26 @@ def bundle(
             f"{chosen.name!r}, which needs torch on the device; `profile_latency` measures it there."
         )
     settings = chosen.device_settings()
-    given = find_vision_transformer(model, module_path)
+    check_restore(restore)
+    given = find_vision_transformer(model, module_path, restore)
     check_dense(given)
     usable = usable_methods(methods, "all", given)
     # Outside of inference mode, in which Lightning validates: what is made inside it cannot be exported.
     with torch.inference_mode(False), torch.no_grad(), new_folder(output, overwrite) as folder:
         images = example_inputs.detach().to("cpu", torch.float32, copy=True)
-        transformer = exported_copy(model, None, module_path).transformer
-        reason = chosen.unsupported_reason(transformer.root)
+        copied = exported_copy(model, None, module_path, restore).model
+        transformer = find_vision_transformer(copied, module_path, restore)
+        reason = chosen.unsupported_reason(transformer.outer)
         if reason is not None:
             raise ArgumentError(f"`model` must be one that {chosen.name} can run, got one that cannot: {reason}")
         with (
             calling_with(transformer.root, call_keywords(given.root)),
             progress_bar("Writing the bundle", None, verbose),
+            hooks_read(restore is not None),
         ):
             described = _write_graphs(folder, chosen, transformer, images, usable)
         _copy_measuring_files(folder)
+        tensors = (*transformer.outer.parameters(), *transformer.outer.buffers())
         names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
         document = {
             "format": FORMAT,
@@ -168,8 +177,8 @@ def bundle(
             "shape": list(images.shape),
             **described,
             "context": _context(transformer, images, chosen),
-            "weights": weights_digest(transformer.root),
-            "weights_bytes": sum(each.nbytes for each in (*transformer.root.parameters(), *transformer.root.buffers())),
+            "weights": weights_digest(transformer.outer),
+            "weights_bytes": sum(each.nbytes for each in tensors),
             "files": {name: file_digest(folder / name) for name in sorted(names)},
         }
         specs = tuple(str(spec_of(reduction)) for reduction, _ in usable.values())
@@ -250,10 +259,10 @@ def _save(
 ) -> str:
     """Writes the graph of a transformer, dense or with a schedule; returns the path of its file in the bundle."""
     if reduction is None:
-        graph = export_graph(transformer.root, (images,), keywords)
+        graph = export_graph(transformer.outer, (images,), keywords)
     else:
         with PatchHandle(transformer, reduction, schedule):
-            graph = export_graph(transformer.root, (images,), keywords)
+            graph = export_graph(transformer.outer, (images,), keywords)
     return f"{folder.name}/{runtime.save(graph, folder, name)[0]}"
 
 
@@ -270,7 +279,8 @@ def _copy_measuring_files(folder: Path) -> None:
 
 def _context(transformer: VisionTransformer, images: Tensor, runtime: ConvertedRuntime) -> dict[str, Any]:
     """What a profile says of the model and of how its graphs were made; the device adds what it is itself."""
-    own = {**measurement_context(transformer.root, images), **runtime.context()}
+    own = {**measurement_context(transformer.outer, images), **runtime.context()}
     for name in ("device", "device_type", "threads", "runtime_precision"):
         own.pop(name, None)
+    own |= {} if transformer.restore is None else {"restore": transformer.restore}
     return {**own, "method_settings": {key: repr(value) for key, value in TOKEN_CURVE.settings().items()}}

@@ -144,9 +144,10 @@ def test_a_comparison_has_the_worst_group(folder: Path, tmp_path: Path) -> None:
 
 def test_the_command(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = (
-        f"validate --model.model vit_tiny_patch16_224 --model.num_classes 2 --model.pretrained false --data ImageTableData \
-        --data.root {folder} --data.image file --data.label y --data.group y --data.batch_size 4 --data.num_workers 0 \
-        --prune.schedule 56 --prune.verbose false --trainer.logger false"
+        "validate --model.model vit_tiny_patch16_224 --model.num_classes 2 --model.pretrained false "
+        f"--data ImageTableData --data.root {folder} --data.image file --data.label y --data.group y "
+        "--data.batch_size 4 --data.num_workers 0 "
+        "--prune.schedule 56 --prune.verbose false --trainer.logger false"
     )
     assert run([*words.split(), "--data.where", "{split: 2}"]) == 0
     assert "val/group_y=1" in capsys.readouterr().out
