@@ -85,6 +85,19 @@ def timed_quantity(context: Mapping[str, Any]) -> str:
     return "CPU time" if context.get("clock") == "cpu" else "latency"
 
 
+def model_title(context: Mapping[str, Any]) -> str:
+    """What a table or a plot is of: the name of the model where its library has one, else its class.
+
+    Args:
+        context: The context of a profile or a comparison.
+
+    Example:
+        >>> model_title({"model": "VisionTransformer", "model_name": "deit_small_patch16_224"})
+        'deit_small_patch16_224'
+    """
+    return str(context.get("model_name") or context.get("model") or "model")
+
+
 def context_line(context: Mapping[str, Any]) -> str:
     """A measurement context on one line; entries that are missing are left out.
 

@@ -4,7 +4,7 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
 
-from lightning_prune._utils.formatting import timed_quantity, with_tail
+from lightning_prune._utils.formatting import model_title, timed_quantity, with_tail
 from lightning_prune.callbacks.decision import Decision
 
 
@@ -27,7 +27,7 @@ def panel_of(decision: Decision) -> Panel:
     compiled = ", compiled" if context.get("compiled") else ""
     parameters = f", {context['parameters'] / 1e6:.1f} M parameters" if "parameters" in context else ""
     table.add_row("device", f"{context.get('device', '?')}{threads}{runtime}")
-    table.add_row("model", f"{context.get('model', '?')}{parameters}{compiled}")
+    table.add_row("model", f"{model_title(context)}{parameters}{compiled}")
     table.add_row("batch", f"{context.get('batch_size', '?')} images, {context.get('precision', '?')}")
     table.add_row("tokens", f"{decision.dense_tokens} -> {decision.tokens}")
     table.add_row("removed", _removed(decision))

@@ -13,6 +13,7 @@ from torch import Tensor
 from lightning_prune._utils.digests import weights_digest
 from lightning_prune._utils.documents import write_document
 from lightning_prune._utils.files import slug
+from lightning_prune._utils.formatting import model_title
 from lightning_prune._utils.isolation import hooks_read
 from lightning_prune._utils.progress import progress_bar
 from lightning_prune._utils.validation import check_bool, check_images, check_path
@@ -182,7 +183,7 @@ def bundle(
             "files": {name: file_digest(folder / name) for name in sorted(names)},
         }
         specs = tuple(str(spec_of(reduction)) for reduction, _ in usable.values())
-        readme = bundle_readme(str(document["context"]["model"]), settings["package"], images.shape, specs)
+        readme = bundle_readme(model_title(document["context"]), settings["package"], images.shape, specs)
         (folder / "README.md").write_text(readme, encoding="utf-8")
         write_document(folder / DESCRIPTION, document)
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -22,6 +22,7 @@ from lightning_prune.profiling.model_identity import (
     UNKNOWN,
     class_identity,
     code_identity,
+    model_name,
     plain_arguments,
     replaced_methods,
     structure,
@@ -61,6 +62,7 @@ def measurement_context(
         "runtime": runtime_name(model),
         "compiled": is_compiled(model) and not (runtime is not None and runtime.converts),
         "model": original_class(getattr(model, "_orig_mod", model)).__name__,
+        **({} if (name := model_name(model)) is None else {"model_name": name}),
         "parameters": sum(p.numel() for p in model.parameters()),
         "torch": str(torch.__version__),  # a str subclass, which YAML and weights_only loading refuse
         **{name: number for name, number in package_versions(model).items() if name in _MODEL_LIBRARIES},
@@ -146,8 +148,9 @@ def model_conditions(
     Returns:
         One entry per condition, as `profile_dependencies` returns them.
     """
+    context = measurement_context(transformer.compiled_root, example_inputs, clock)
     return {
-        **measurement_context(transformer.compiled_root, example_inputs, clock),
+        **{key: value for key, value in context.items() if key != "model_name"},  # no latency depends on a name
         "hooks": UNKNOWN if user_hooks(transformer.outer) else "",
         "replaced_methods": UNKNOWN if replaced_methods(transformer.outer) else "",
         "image_dtype": str(example_inputs.dtype).removeprefix("torch."),

@@ -4,6 +4,7 @@ import hashlib
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import PurePath
 from typing import Any
 
 import torch
@@ -159,3 +160,25 @@ def class_identity(method: type) -> str:
             return UNKNOWN
     digest = hashlib.sha256("".join(texts).encode()).hexdigest()[:24] if texts else ""
     return f"{_qualified_name(method)} {digest}".strip()
+
+
+def model_name(model: nn.Module) -> str | None:
+    """The name under which a library knows a model; None where it has none.
+
+    Args:
+        model: The model.
+
+    Returns:
+        timm's name of the architecture, or the last part of the name or folder that Hugging Face loaded it from.
+
+    Example:
+        >>> import timm
+        >>> from lightning_prune.profiling.model_identity import model_name
+        >>> model_name(timm.create_model("vit_tiny_patch16_224", depth=1))
+        'vit_tiny_patch16_224'
+    """
+    model = getattr(model, "_orig_mod", model)
+    of_timm = getattr(model, "pretrained_cfg", None)
+    found = of_timm.get("architecture") if isinstance(of_timm, Mapping) else getattr(of_timm, "architecture", None)
+    found = found or getattr(getattr(model, "config", None), "name_or_path", None)
+    return PurePath(found).name or None if isinstance(found, str) else None

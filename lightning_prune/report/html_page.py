@@ -232,7 +232,7 @@ def _page(document: Mapping[str, Any], folder: Path) -> str:
     rows = rows_of(document)
     dense, score, summary = dense_of(rows), score_of(rows), summarise(document)
     context = document.get("context") or {}
-    model, device = str(context.get("model") or "model"), str(context.get("device") or rows[0].device or "?")
+    model, device = formatting.model_title(context), str(context.get("device") or rows[0].device or "?")
     columns = columns_of(rows, formatting.timed_quantity(context))
     environment = Environment(
         loader=PackageLoader("lightning_prune.report"),

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 
-from lightning_prune._utils.formatting import context_line, milliseconds, timed_quantity
+from lightning_prune._utils.formatting import context_line, milliseconds, model_title, timed_quantity
 from lightning_prune.report.rows import (
     Row,
     Score,
@@ -27,7 +27,7 @@ _BARS = "bars: quartiles of the latency"
 _INTERVALS = "95% interval of the change against dense"
 _GREY = "#7f8c8d"
 _Styles = Mapping[str, tuple[str, str, bool]]
-_WIDE = 6.0  # points below dense from which a second panel shows the rows near dense, which lie too close in the first
+_WIDE = 6.0  # points below dense beyond which a second panel shows the rows near dense, too close in the first
 _SLOW = 1.25  # times the latency of dense: slower rows would compress the others into a corner
 _LEGEND_LETTERS, _HANDLE_LETTERS = 130, 9  # letters in a row of the legend, and those that a line and a gap take
 
@@ -128,18 +128,22 @@ def _describe(row: Row, score: Score | None) -> str:
 
 
 def _zoom(rows: Sequence[Row], dense: Row | None, score: Score | None) -> tuple[float, float] | None:
-    """The y-limits of a second panel: the best quarter of a wide range; None if few rows are in it."""
-    best = None if dense is None else _share(dense, score)
-    if best is None or score is None or not score.is_share:
+    """The y-limits of a second panel: around the rows in the best quarter of a wide range; None if few are."""
+    own = None if dense is None else _share(dense, score)
+    if own is None or score is None:
         return None
-    heights = [100 * (score.of(row) or 0.0) for row in rows if placed(row, score) and row is not dense]
-    if len(heights) < 4 or best - min(heights) < _WIDE:
+    sign = -1.0 if score.lower_is_better else 1.0
+    best = sign * own
+    heights = [score.scale * (score.rank(row) or 0.0) for row in rows if placed(row, score) and row is not dense]
+    wide = _WIDE if score.is_share else 0.0  # points; the unit of another metric is not known
+    if len(heights) < 4 or best - min(heights) <= wide:
         return None
     top = max(*heights, best)
-    span = (top - min(heights)) / 4
-    if 2 * sum(height >= top - span for height in heights) < len(heights):
+    near = [height for height in heights if height >= top - (top - min(heights)) / 4]
+    span = top - min(near, default=top)
+    if 2 * len(near) < len(heights) or not span:
         return None
-    return top - span, top + 0.2 * span
+    return sign * (top - 1.25 * span), sign * (top + 0.25 * span)  # the better end is above
 
 
 def _mark_dense(axes: Axes, dense: Row, latency: float, score: Score | None) -> None:
@@ -250,4 +254,4 @@ def _title(document: Mapping[str, Any], rows: Sequence[Row]) -> str:
     facts = {**row, **{name: value for name, value in context.items() if value is not None}}
     images = f"{rows[0].images} images" if rows[0].images else ""
     where = ", ".join(part for part in (context_line(facts), images) if part)
-    return f"{facts.get('model', 'model')}\n{where}"
+    return f"{model_title(facts)}\n{where}"

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from lightning_prune._utils.formatting import context_line, percent, speedup
+from lightning_prune._utils.formatting import context_line, model_title, percent, speedup
 from lightning_prune.planning.candidates import Candidate
 from lightning_prune.planning.objectives import AccuracyBudget, LatencyBudget
 from lightning_prune.planning.results import Plan
@@ -43,7 +43,7 @@ def plot_plan(plan: Plan) -> Figure:
     _draw_schedule(panels[-1], plan)
     figure.legend(handles=_legend(plan, styles), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     context = plan.profile.context
-    figure.suptitle(f"{context.get('model', 'model')}: {plan.objective}\n{context_line(context)}", fontsize=10)
+    figure.suptitle(f"{model_title(context)}: {plan.objective}\n{context_line(context)}", fontsize=10)
     place_labels(panels[0], _labels(plan, styles))
     return figure
 

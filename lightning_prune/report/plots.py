@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lightning_prune._utils.formatting import context_line, timed_quantity
+from lightning_prune._utils.formatting import context_line, model_title, timed_quantity
 from lightning_prune._utils.validation import check, check_path
 from lightning_prune.errors import ArgumentError
 from lightning_prune.planning.latency_model import removes_before_blocks
@@ -104,7 +104,7 @@ def _title(profile: LatencyProfile, runtimes: int = 1) -> str:
         what = f"{timed_quantity(context)} against token count (random tokens dropped before block 0)"
     else:
         what = f"{timed_quantity(context)} with {profile.method} from block {profile.block}"
-    return f"{context.get('model', 'model')}: {what}\n{context_line(context)}"
+    return f"{model_title(context)}: {what}\n{context_line(context)}"
 
 
 class _HasDocument(Protocol):

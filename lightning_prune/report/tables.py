@@ -10,7 +10,15 @@ from rich import box
 from rich.table import Table
 
 from lightning_prune._utils.files import atomic_write
-from lightning_prune._utils.formatting import context_line, milliseconds, percent, points, speedup, timed_quantity
+from lightning_prune._utils.formatting import (
+    context_line,
+    milliseconds,
+    model_title,
+    percent,
+    points,
+    speedup,
+    timed_quantity,
+)
 from lightning_prune.profiling import LatencyProfile
 from lightning_prune.profiling.interleaved_timer import LEAST_ROUNDS
 from lightning_prune.profiling.page_faults import KEPT_MEMORY
@@ -20,7 +28,7 @@ from lightning_prune.report.rows import OF_CLASSES, OF_GROUPS, TOP1, Row, Score,
 
 def profile_table(profile: LatencyProfile) -> Table:
     """A row a token count, dense first; counts just past a cliff stand out."""
-    title = f"{profile.context.get('model', 'model')} on {context_line(profile.context)}"
+    title = f"{model_title(profile.context)} on {context_line(profile.context)}"
     table = Table(title=title, title_justify="left", title_style="bold")
     tail = ["p90"] if profile.p90_ms else []
     for heading in ("tokens", f"{timed_quantity(profile.context)} ms", *tail, "speed-up", "saved a token, us"):

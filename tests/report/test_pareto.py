@@ -70,6 +70,20 @@ def test_a_second_panel_shows_what_is_near_dense_only_where_the_range_is_wide() 
     assert len(plot_pareto(planned()).axes) == 1
 
 
+@pytest.mark.parametrize("name", ["val/miou", "val/loss"])
+def test_a_metric_of_the_module_has_a_second_panel_too(name: str) -> None:
+    sign = -1 if name == "val/loss" else 1
+    figures = {"dense": 0.9, "a": 0.899, "b": 0.898, "c": 0.895, "resize": 0.7}
+    rows = [
+        row(each, method=each, latency_ms=20.0 - place, top1=None, metric=sign * figure, metric_name=name)
+        for place, (each, figure) in enumerate(figures.items())
+    ]
+    figure = plot_pareto({"rows": [{**rows[0], "method": ""}, *rows[1:]]})
+    assert len(figure.axes) == 2
+    bottom, top = figure.axes[1].get_ylim()
+    assert [sign * bottom, sign * top] == pytest.approx([0.9 - 1.25 * 0.005, 0.9 + 0.25 * 0.005])
+
+
 def test_speed_ups_stand_above_their_latency() -> None:
     figure = plot_pareto(comparison())
     figure.draw_without_rendering()
