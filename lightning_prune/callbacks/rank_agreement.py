@@ -5,6 +5,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 
 import lightning as L
 
+from lightning_prune.callbacks.termination import ended_by_sigterm
 from lightning_prune.errors import DataError, PruneError, UnsupportedModelError
 
 T = TypeVar("T")
@@ -66,7 +67,7 @@ def on_rank_zero(trainer: L.Trainer, decide: Callable[[], T]) -> T:
     """Returns on every rank what `decide` returns on rank 0; an error there is raised on every rank.
 
     If the error were raised on rank 0 only, the other ranks would wait until the process group times out and would
-    then report a closed connection.
+    then report a closed connection. Of one process, SIGTERM ends the work at once.
 
     Args:
         trainer: Of this rank.
@@ -76,6 +77,9 @@ def on_rank_zero(trainer: L.Trainer, decide: Callable[[], T]) -> T:
         DataError: If rank 0 has no batch.
         PruneError: On the other ranks, with the message of the error that rank 0 raises as it is.
     """
+    if trainer.world_size == 1:
+        with ended_by_sigterm():
+            return decide()
     result: T | None = None
     error: Exception | None = None
     if trainer.is_global_zero:

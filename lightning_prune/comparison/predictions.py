@@ -83,7 +83,9 @@ class PredictionRecorder(L.Callback):
         self._forget(shares_of(trainer)[0] if shares_of(trainer) else None)
         self._transformer = find_vision_transformer(pl_module, self.module_path)
         self._columns = _stated_classes(pl_module), _head_sizes(pl_module, self._transformer)
-        if getattr(pl_module, "_compiler_ctx", None) is not None:
+        if self._transformer.reader is not None and not self._transformer.reads_logits:
+            self._known = False  # grids and maps have no classes, which is nothing to remark on
+        elif getattr(pl_module, "_compiler_ctx", None) is not None:
             self._give_up("the LightningModule is compiled as a whole")
         elif shuffles(trainer):
             rank_zero_warn("The validation loader shuffles, so that images of two runs cannot be paired: no intervals.")
@@ -139,7 +141,8 @@ class PredictionRecorder(L.Callback):
         room = int(everywhere[:, 0].max())
         self.broken = self._gathered_broken(trainer, room, pl_module.device)
         if not bool(everywhere[:, 1].all()) or not self.images:
-            self.missing = self.missing or "the classes of another process are not known"
+            if self._known:
+                self.missing = self.missing or "the classes of another process are not known"
             return
         own = torch.cat(self._batches, dim=1) if self._batches else numbers.new_zeros(2, 0)
         padded = torch.full((2, room), _NONE - 1, dtype=torch.int64, device=pl_module.device)
