@@ -18,6 +18,7 @@ from lightning_prune._utils.private_paths import without_names
 from lightning_prune._utils.readings import NotReadable, attempt
 
 _NAMES = 24  # columns of the names, so that sections are aligned
+_VERBATIM = ("variables", "versions", "runtimes")  # sections whose names are those of others
 _UNITS = {"_gib": "GiB", "_mib": "MiB", "_percent": "%", "_us": "us", "_watts": "W", "_mhz": "MHz", "_celsius": "C"}
 
 
@@ -48,7 +49,7 @@ def doctor(args: Sequence[str]) -> int:
     with console.capture() as captured:
         for title, entries in report.items():
             console.print(title, style="bold")
-            console.print(Padding(section_table(entries), (0, 0, 0, 2)))
+            console.print(Padding(section_table(entries, title in _VERBATIM), (0, 0, 0, 2)))
     print("\n".join(line.rstrip() for line in captured.get().splitlines()))
     return 0
 
@@ -74,17 +75,18 @@ def plain(value: Any) -> Any:
     return value
 
 
-def section_table(entries: Mapping[str, Any]) -> Table:
+def section_table(entries: Mapping[str, Any], verbatim: bool = False) -> Table:
     """A section as a table of names and values; long values take several lines, also where output is piped.
 
     Args:
         entries: Name -> value.
+        verbatim: Whether names are shown as they are, and not as words.
     """
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 1))
     table.add_column(min_width=_NAMES, max_width=_NAMES)
     table.add_column(overflow="fold")
     for name, value in entries.items():
-        label, text = labelled(name, value)
+        label, text = (name, as_text(value)) if verbatim else labelled(name, value)
         table.add_row(Text(label), Text(text))
     return table
 
@@ -117,6 +119,8 @@ def as_text(value: Any) -> str:
         >>> from lightning_prune.cli.doctor_command import as_text
         >>> as_text({"busy_percent": 12.5, "throttled": False}), as_text([0.5, 1.0])
         ('busy 12.5 %, throttled no', '0.5, 1')
+        >>> as_text({"cuda:0": "NVIDIA H200"})
+        'cuda:0 = NVIDIA H200'
     """
     if isinstance(value, bool):
         return "yes" if value else "no"
@@ -125,10 +129,15 @@ def as_text(value: Any) -> str:
     if isinstance(value, Mapping) and "verdict" in value:
         return f"{as_text(value['ms'])} ms. {value['verdict']}"
     if isinstance(value, Mapping):
-        return ", ".join(" ".join(labelled(str(key), each)) for key, each in value.items())
+        return ", ".join(_part(str(key), each) for key, each in value.items())
     if isinstance(value, list | tuple):
         return "; ".join(map(as_text, value)) if any(isinstance(each, Mapping) for each in value) else _listed(value)
     return str(value)
+
+
+def _part(name: str, value: Any) -> str:
+    """An entry inside of another, on one line."""
+    return (" = " if isinstance(value, str) else " ").join(labelled(name, value))
 
 
 def _listed(values: Sequence[Any]) -> str:

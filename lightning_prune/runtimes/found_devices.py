@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from lightning_prune._utils.device import device_name
-from lightning_prune._utils.readings import NotReadable, attempt
+from lightning_prune._utils.readings import attempt
 from lightning_prune.errors import PruneError
 from lightning_prune.runtimes.registry import known_runtimes, parse_runtime
 
@@ -35,9 +35,9 @@ def _found_by(name: str) -> Any:
     try:
         parse_runtime(name)
     except PruneError as error:
-        return NotReadable(str(error))
+        return f"not usable: {error}"
     except Exception as error:  # a library that is broken may raise anything when it is imported
-        return NotReadable(f"{type(error).__name__}: {error}")
+        return f"not usable: {type(error).__name__}: {error}"
     readers: dict[str, Callable[[], Any]] = {
         "torch": torch_devices,
         "onnxruntime": onnx_providers,

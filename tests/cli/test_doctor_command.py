@@ -17,6 +17,7 @@ from lightning_prune.cli.typos import mistake_in
 
 REPORT = {
     "system": {"lightning_prune": "0.1.0", "total_gib": 15.5},
+    "variables": {"OMP_NUM_THREADS": "1"},
     "state": {"turbo": NotReadable("no such file"), "gpus": [{"name": "G", "watts": 3.0}, {"name": "H", "watts": 4.0}]},
     "noise": {"1 thread": {"ms": 9.5, "rounds": 7, "verdict": f"Noisy: {'x' * 90} 8.1%."}},
 }
@@ -45,9 +46,10 @@ def test_tables_fit_into_80_columns(made: list[bool], capsys: pytest.CaptureFixt
     assert [line for line in lines if not line.startswith(" ")] == list(REPORT)
     words = {line.split("  ")[1].strip(): line.rpartition("  ")[2].strip() for line in lines if line.startswith("  ")}
     assert words["total"] == "15.5 GiB"
+    assert words["OMP_NUM_THREADS"] == "1"
     assert words["turbo"] == "not readable: no such file"
     assert "8.1%." in printed
-    assert "name G, watts 3; name H, watts 4" in printed
+    assert "name = G, watts 3; name = H, watts 4" in printed
 
 
 def test_json(made: list[bool], capsys: pytest.CaptureFixture[str]) -> None:
