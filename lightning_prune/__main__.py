@@ -4,7 +4,7 @@ import os
 import sys
 
 from lightning_prune import __version__
-from lightning_prune.cli.usage import COMMANDS, help_text
+from lightning_prune.cli.usage import COMMANDS, OWN_PARSERS, help_text
 
 
 def main(args: list[str] | None = None) -> int:
@@ -23,7 +23,7 @@ def main(args: list[str] | None = None) -> int:
     if words[0] == "--version":
         print(f"lightning-prune {__version__}")
         return 0
-    if {"-h", "--help"} & set(words[1:]) and words[0] in COMMANDS and words[0] != "models":
+    if {"-h", "--help"} & set(words[1:]) and words[0] in COMMANDS and words[0] not in OWN_PARSERS:
         from lightning_prune.cli.help_page import command_help
 
         print(command_help(words[0]), end="")
@@ -39,6 +39,10 @@ def main(args: list[str] | None = None) -> int:
             from lightning_prune.cli.models_command import models
 
             return models(words[1:])
+        if words[0] == "doctor":
+            from lightning_prune.cli.doctor_command import doctor
+
+            return doctor(words[1:])
         if not {"", os.getcwd()} & set(sys.path):
             sys.path.append(os.getcwd())  # modules of one's own; last, so that a file there hides no installed package
         from lightning_prune.cli.main import run

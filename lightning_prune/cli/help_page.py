@@ -31,7 +31,7 @@ def command_help(command: str) -> str:
     """The help of a command, made without importing torch.
 
     Args:
-        command: One of `lightning_prune.cli.usage.COMMANDS`, except `models`.
+        command: One of `lightning_prune.cli.usage.COMMANDS`, except those of `OWN_PARSERS`.
 
     Example:
         >>> from lightning_prune.cli.help_page import command_help

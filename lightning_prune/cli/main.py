@@ -17,7 +17,7 @@ from lightning_prune.classification.image_classifier import ImageClassifier
 from lightning_prune.classification.image_table import ImageTableData
 from lightning_prune.cli.endings import BUDGET_MISSED, run_to_end
 from lightning_prune.cli.trainer import PruneTrainer
-from lightning_prune.cli.usage import COMMANDS
+from lightning_prune.cli.usage import COMMANDS, OWN_PARSERS
 from lightning_prune.cli.words import parser_words, values_of
 from lightning_prune.comparison.exported_files import RightImages, exported_rows, exported_table
 from lightning_prune.errors import ArgumentError, PruneError
@@ -43,7 +43,7 @@ __all__ = [
 
 
 class PruneCLI(LightningCLI):
-    """The commands of `lightning_prune.cli.usage.COMMANDS` except `models`.
+    """The commands of `lightning_prune.cli.usage.COMMANDS` except those of `OWN_PARSERS`.
 
     Args:
         words: The command line after `lightning-prune`.
@@ -52,7 +52,7 @@ class PruneCLI(LightningCLI):
 
     def __init__(self, words: list[str], **kwargs: Any) -> None:
         self._command = shlex.join(["lightning-prune", *words])
-        commands = [command for command in COMMANDS if command != "models"]
+        commands = [command for command in COMMANDS if command not in OWN_PARSERS]
         self._commands = words[:1] if words and words[0] in commands else commands
         self.exported = values_of(words, "exported")
         self.right_images = RightImages()

@@ -17,7 +17,7 @@ from lightning_prune.cli.options import (
     names_of,
     objective_options,
 )
-from lightning_prune.cli.usage import COMMANDS
+from lightning_prune.cli.usage import COMMANDS, OWN_PARSERS
 from lightning_prune.cli.values import mistake_in_values
 from lightning_prune.cli.words import values_of
 
@@ -46,8 +46,8 @@ def mistake_in(words: list[str]) -> str | None:
         return None
     if command not in COMMANDS:
         return f"`command` must be one of {', '.join(COMMANDS)}, got {command!r}.{_meant(command, COMMANDS, '')}"
-    if command == "models":
-        return None
+    if command in OWN_PARSERS:
+        return _mistake_in_own(rest, OWN_PARSERS[command])
     paths = values_of(rest, "config")
     classes = [_classes_in(_mapping(path)) for path in paths]
     data, objective = (
@@ -85,7 +85,7 @@ def missing_in(words: list[str]) -> str | None:
         '`data` must be DigitsData, ImageFolderData, ImageTableData, or the import path of a LightningDataModule'
     """
     command, *rest = words
-    if command not in COMMANDS or command == "models":
+    if command not in COMMANDS or command in OWN_PARSERS:
         return None
     given = {name.partition(".")[0] for name, _ in _options(rest) if name is not None}
     for path in values_of(rest, "config"):
@@ -97,6 +97,15 @@ def missing_in(words: list[str]) -> str | None:
     if given & {"data", "print_config"}:
         return None
     return f"`data` must be {', '.join(DATA_CLASSES)}, or the import path of a LightningDataModule, got none."
+
+
+def _mistake_in_own(words: list[str], options: tuple[str, ...]) -> str | None:
+    """The first unknown option of a command that has its own parser; an option may be shortened."""
+    for word in words:
+        name = word.partition("=")[0].replace("_", "-")
+        if name.startswith("--") and not any(each.startswith(name) for each in (*options, "--help")):
+            return f"Unknown option {word}.{_meant(name[2:], [each[2:] for each in options], '--')}"
+    return None
 
 
 def _known(command: str, data: str, objective: str) -> dict[str, set[str] | None]:
@@ -190,7 +199,9 @@ def _classes_in(content: Mapping[str, Any]) -> tuple[str, str]:
 
 def _mistake_in_config(path: str, known: Mapping[str, set[str] | None]) -> str | None:
     """The first key of a configuration file that no command has."""
-    everywhere = {name for command in COMMANDS if command != "models" for name in names_of(groups_of(command)[""])}
+    everywhere = {
+        name for command in COMMANDS if command not in OWN_PARSERS for name in names_of(groups_of(command)[""])
+    }
     content = _mapping(path)
     known = {**known, **dict.fromkeys([*everywhere, *COMMANDS]), **_of_classes(*_classes_in(content))}
     for key in _keys(content):

@@ -10,8 +10,12 @@ COMMANDS = {
     "bundle": "write a folder that measures the profile on a device without torch, for plan --profile",
     "vocabulary": "learn visual words for vwt-inter from unlabelled images",
     "models": "list timm's transformers that can be pruned, and why others cannot",
+    "doctor": "describe the machine, what is installed, and how noisy the machine is now, for an issue",
 }
 """Command -> what it does."""
+
+OWN_PARSERS = {"models": ("--markdown",), "doctor": ("--json", "--no-timing")}
+"""Command that runs no model -> its options. Its file in this folder has its parser."""
 
 _OPTIONS = {
     "--config FILE": "YAML with the keys below; later files and options take precedence",

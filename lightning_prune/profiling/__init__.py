@@ -6,6 +6,7 @@ from lightning_prune.profiling.accuracy_proxy import DENSE_ACCURACY, Estimate, P
 from lightning_prune.profiling.energy_counter import Unavailable, find_counter
 from lightning_prune.profiling.energy_meter import EnergyReading, measure_energy
 from lightning_prune.profiling.environment import measurement_context, profile_dependencies
+from lightning_prune.profiling.installation_report import machine_report
 from lightning_prune.profiling.interleaved_timer import InterleavedTimer, LatencyStats
 from lightning_prune.profiling.latency_profile import CountStep, LatencyProfile
 from lightning_prune.profiling.measurement import TOKEN_CURVE, compare_latency, profile_latency
@@ -36,6 +37,7 @@ __all__ = [
     "between_runs",
     "compare_latency",
     "find_counter",
+    "machine_report",
     "measure_energy",
     "measurement_context",
     "profile_dependencies",

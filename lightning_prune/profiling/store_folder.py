@@ -36,7 +36,7 @@ class StoreFolder:
         self._kind, self._version, (self._plural, self._singular) = kind, version, what
         self.path: Path | None = None
         try:
-            self.path = Path(folder).expanduser() if folder is not None else _default_folder()
+            self.path = Path(folder).expanduser() if folder is not None else default_folder()
         except RuntimeError as error:  # no HOME, and no entry in the user database
             warnings.warn(f"{self._plural.capitalize()} are not kept: {error}", stacklevel=4)
 
@@ -108,6 +108,11 @@ def plain_values(dependencies: Mapping[str, Any]) -> dict[str, Any]:
     return plain
 
 
-def _default_folder() -> Path:
+def default_folder() -> Path:
+    """The folder where none is given: that of LIGHTNING_PRUNE_CACHE, or else the user's cache folder.
+
+    Raises:
+        RuntimeError: If there is no home.
+    """
     named = os.environ.get(_FOLDER_VARIABLE)
     return Path(named).expanduser() if named else user_cache_path("lightning_prune", appauthor=False)

@@ -12,10 +12,10 @@ from lightning_prune.cli.help_page import command_help
 from lightning_prune.cli.main import PruneCLI
 from lightning_prune.cli.options import data_options, groups_of, method_names, names_of, objective_options
 from lightning_prune.cli.trainer import PruneTrainer
-from lightning_prune.cli.usage import COMMANDS
+from lightning_prune.cli.usage import COMMANDS, OWN_PARSERS
 from lightning_prune.reduction.registry import METHODS
 
-RUN = [command for command in COMMANDS if command != "models"]
+RUN = [command for command in COMMANDS if command not in OWN_PARSERS]
 
 
 def test_the_options_are_those_of_the_parser(monkeypatch: pytest.MonkeyPatch) -> None:
