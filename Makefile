@@ -51,7 +51,7 @@ types: $(INSTALLED_DEV) ## Check the types
 	$(BIN)/mypy
 
 docs: $(INSTALLED_DOCS) ## Build the documentation into site/
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # The wheel is built from the sdist, which proves the sdist whole. An old SOURCES.txt would add what MANIFEST.in no
 # longer names.
