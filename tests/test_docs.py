@@ -121,6 +121,8 @@ def test_commands_parse(
     printed = capsys.readouterr().out
     assert "model:" in printed
     assert "prune:" in printed
+    if words[0] == "export":  # plans nothing
+        assert any(word in ("--schedule", "--prune.schedule") for word in words)
 
 
 def test_tables_of_methods_have_the_figures_of_their_files() -> None:
