@@ -21,7 +21,7 @@ FILE_LINK = re.compile(
     rf"https://(?:github\.com/{REPOSITORY}/(?:blob|tree|raw)|raw\.githubusercontent\.com/{REPOSITORY})/main/([\w./-]*[\w/-])"
 )
 SITE = "https://lightning-prune.github.io/lightning-prune/"
-SITE_LINK = re.compile(rf"{SITE}([\w./-]*)(?:#([\w-]+))?")
+SITE_LINK = re.compile(rf"{SITE}([\w/-]*)(?:#([\w-]+))?")
 SOURCES = [
     *PAGES,
     *(ROOT / name for name in ("mkdocs.yml", "pyproject.toml", "Makefile")),
@@ -38,7 +38,8 @@ def anchors(page: Path) -> set[str]:
     included = re.findall(r'^--8<-- "(.*)"$', text, flags=re.MULTILINE)
     text = "\n".join([text, *((ROOT / name).read_text(encoding="utf-8") for name in included)])
     headings = re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE)
-    return {re.sub(r"[^a-z0-9 -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    objects = re.findall(r"^::: (\S+)$", text, flags=re.MULTILINE)  # the site makes an anchor of each
+    return {re.sub(r"[^a-z0-9 -]", "", heading.lower()).replace(" ", "-") for heading in headings} | {*objects}
 
 
 def commands() -> Iterator[tuple[str, str]]:

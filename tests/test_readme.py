@@ -130,6 +130,16 @@ def extends(names: Names, tokens: list[int]) -> None:
     assert names["Graph"](threads=2).name == "graph:threads=2"
 
 
+def names_methods(names: Names, tokens: list[int]) -> None:
+    assert not names["handle"].active
+    assert not any(map(is_patched_module, names["model"].modules()))
+
+
+def simulates(names: Names, tokens: list[int]) -> None:
+    assert names["profile"].cliffs()
+    assert Path("simulated_profile.png").read_bytes().startswith(b"\x89PNG")
+
+
 def writes_graphs(names: Names, tokens: list[int]) -> None:
     assert "TopK" not in {node.op_type for node in names["program"].model_proto.graph.node}
 
@@ -147,12 +157,16 @@ CHECKS: dict[str, Callable[[Names, list[int]], None]] = {
     "docs/how-to/visual-words.md": of_words,
     "docs/how-to/energy.md": of_energy,
     "docs/how-to/extend.md": extends,
+    "docs/methods.md": names_methods,
     "docs/operators.md": writes_graphs,
+    "docs/schedule.md": simulates,
 }
 SHORT = {  # the others start trainers, or convert models
     "docs/how-to/energy.md",
     "docs/how-to/huggingface-clip.md",
     "docs/how-to/visual-words.md",
+    "docs/methods.md",
+    "docs/schedule.md",
 }
 
 
