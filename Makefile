@@ -9,6 +9,7 @@ ARGS ?=
 # Prerequisites of the stamps: what pip reads to decide what to install.
 INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
+INSTALLED_DOCS := $(VENV)/.installed-docs
 
 # Tests start many processes, and each would compile the package, pytest's own also the tests: `make clean` removes
 # what is written.
@@ -17,7 +18,7 @@ unexport PYTHONDONTWRITEBYTECODE
 .DEFAULT_GOAL := help
 # A venv that broke half-way (no ensurepip on Debian, say) must not look finished to the next run.
 .DELETE_ON_ERROR:
-.PHONY: help demo dense test test-long bench lint format types package clean
+.PHONY: help demo dense test test-long bench lint format types docs package clean
 
 help: ## Show the targets
 	@awk -F':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -49,6 +50,9 @@ format: $(INSTALLED_DEV) ## Format the code and apply the safe fixes
 types: $(INSTALLED_DEV) ## Check the types
 	$(BIN)/mypy
 
+docs: $(INSTALLED_DOCS) ## Build the documentation into site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 # The wheel is built from the sdist, which proves the sdist whole. An old SOURCES.txt would add what MANIFEST.in no
 # longer names.
 package: $(INSTALLED_DEV) ## Build sdist and wheel into dist/
@@ -56,7 +60,7 @@ package: $(INSTALLED_DEV) ## Build sdist and wheel into dist/
 	$(BIN)/python -m build
 
 clean: ## Remove the environment, caches and build products (results/ stays)
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find lightning_prune tests examples -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 $(BIN)/python:
@@ -69,4 +73,8 @@ $(INSTALLED): pyproject.toml | $(BIN)/python
 
 $(INSTALLED_DEV): pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --editable '.[dev]'
+	@touch $(INSTALLED) $@
+
+$(INSTALLED_DOCS): pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --editable '.[docs]'
 	@touch $(INSTALLED) $@

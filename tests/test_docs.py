@@ -8,19 +8,38 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 from helpers import ROOT
 from lightning_prune.cli.main import run
 
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted(DOCS.rglob("*.md"))]
 LINK = re.compile(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)")
+REPOSITORY = "lightning-prune/lightning-prune"
+FILE_LINK = re.compile(
+    rf"https://(?:github\.com/{REPOSITORY}/(?:blob|tree|raw)|raw\.githubusercontent\.com/{REPOSITORY})/main/([\w./-]*[\w/-])"
+)
+SITE = "https://lightning-prune.github.io/lightning-prune/"
+SITE_LINK = re.compile(rf"{SITE}([\w/-]*)(?:#([\w-]+))?")
+SOURCES = [
+    *PAGES,
+    *(ROOT / name for name in ("mkdocs.yml", "pyproject.toml", "Makefile")),
+    *sorted((ROOT / "lightning_prune").rglob("*.py")),
+    *sorted((ROOT / "examples").rglob("*.py")),
+    *sorted((ROOT / "configs").glob("*.yaml")),
+]
 FIGURE = r"([+-][0-9.]+)"
 CELL = re.compile(rf"{FIGURE} \({FIGURE} to {FIGURE}\)(?: at ([0-9.]+)x)?")
 
 
 def anchors(page: Path) -> set[str]:
-    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
-    return {re.sub(r"[^a-z0-9 -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    text = page.read_text(encoding="utf-8")
+    included = re.findall(r'^--8<-- "(.*)"$', text, flags=re.MULTILINE)
+    text = "\n".join([text, *((ROOT / name).read_text(encoding="utf-8") for name in included)])
+    headings = re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE)
+    objects = re.findall(r"^::: (\S+)$", text, flags=re.MULTILINE)  # the site makes an anchor of each
+    return {re.sub(r"[^a-z0-9 -]", "", heading.lower()).replace(" ", "-") for heading in headings} | {*objects}
 
 
 def commands() -> Iterator[tuple[str, str]]:
@@ -28,7 +47,7 @@ def commands() -> Iterator[tuple[str, str]]:
         for block in re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL):
             for line in block.replace("\\\n", " ").splitlines():
                 if line.startswith("lightning-prune "):
-                    yield page.name, line
+                    yield str(page.relative_to(ROOT)), line
 
 
 def tables() -> Iterator[tuple[Path, list[list[str]]]]:
@@ -39,12 +58,56 @@ def tables() -> Iterator[tuple[Path, list[list[str]]]]:
             yield ROOT / name, [[cell.strip() for cell in line.split("|")[1:-1]] for line in body.splitlines()]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links(page: Path) -> None:
     for path, anchor in LINK.findall(page.read_text(encoding="utf-8")):
-        target = page.parent / path if path else page
+        target = (page.parent / path).resolve() if path else page
         assert target.exists(), path
         assert not anchor or anchor in anchors(target), f"{path}#{anchor}"
+
+
+def test_readme_is_short_and_its_links_work_on_pypi() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 150
+    assert LINK.findall(text) == []
+
+
+def test_links_into_the_repository_and_the_site_lead_to_files_of_the_checkout() -> None:
+    files, pages = 0, 0
+    for source in SOURCES:
+        text = source.read_text(encoding="utf-8")
+        for path in FILE_LINK.findall(text):
+            assert (ROOT / path).exists(), f"{source.name}: {path}"
+            files += 1
+        for path, anchor in SITE_LINK.findall(text):
+            assert path == "" or path.endswith("/"), f"{source.name}: {path}"
+            page = next(
+                (each for each in (DOCS / path / "index.md", DOCS / f"{path.rstrip('/')}.md") if each.is_file()), None
+            )
+            assert page is not None, f"{source.name}: {path}"
+            assert not anchor or anchor in anchors(page), f"{source.name}: {path}#{anchor}"
+            pages += 1
+    assert files > 10
+    assert pages > 10
+
+
+def test_the_navigation_has_every_page() -> None:
+    settings = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+
+    def leaves(entry: object) -> Iterator[str]:
+        if isinstance(entry, str):
+            yield entry
+        elif isinstance(entry, dict):
+            yield from leaves(list(entry.values()))
+        elif isinstance(entry, list):
+            for each in entry:
+                yield from leaves(each)
+
+    listed = list(leaves(settings["nav"]))
+    assert sorted(listed) == sorted(str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md"))
+    assert settings["site_url"] == SITE
+    assert settings["repo_url"].endswith(REPOSITORY)
+    assert settings["theme"]["font"] is False  # a reader's browser loads nothing from elsewhere
 
 
 @pytest.mark.parametrize(("page", "command"), list(commands()))
@@ -59,18 +122,22 @@ def test_commands_parse(
     printed = capsys.readouterr().out
     assert "model:" in printed
     assert "prune:" in printed
+    if words[0] == "export":  # plans nothing
+        assert any(word in ("--schedule", "--prune.schedule") for word in words)
 
 
 def test_tables_of_methods_have_the_figures_of_their_files() -> None:
     found = list(tables())
-    assert len(found) == 6
+    assert len(found) == 7
     checked = 0
     for path, (head, _, *lines) in found:
         with path.open(encoding="utf-8") as file:
             rows = {row["variant"]: row for row in csv.DictReader(file)}
         for method, *cells in lines:
             for target, cell in zip(head[1:], cells, strict=True):
-                variant = f"{method.strip('`')} {target}"
+                name = re.match(r"`([^`]+)`", method)
+                assert name, method
+                variant = f"{name[1]} {target}"
                 if cell in ("", "not reached"):
                     assert not cell or variant not in rows
                     continue

@@ -116,7 +116,7 @@ def export(
         overwrite: Whether an existing folder is replaced.
 
     Returns:
-        The report, also in `report.json`: the path of the file, its largest error, operators, latency.
+        The path of the file, its largest error, operators and latency; also in `report.json`.
 
     Raises:
         ArgumentError: If an argument is invalid, the folder exists, the model is patched and `plan` or `restore` is

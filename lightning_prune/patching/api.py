@@ -67,7 +67,7 @@ def patch(
             not at all.
 
     Returns:
-        A handle: `handle.remove()` restores the model to the bit; it is also a context manager that does so.
+        A handle. `handle.remove()` restores the model to the bit; it is also a context manager that does so.
 
     Raises:
         UnsupportedModelError: If no supported transformer is found, or several and no `module_path`; or the exact tail

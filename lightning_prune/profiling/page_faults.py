@@ -19,7 +19,7 @@ MATTERS = 0.02
 """Share by which page faults must change a ratio to be said: no smaller gain is worth any accuracy."""
 KEPT_MEMORY = (
     "MALLOC_TRIM_THRESHOLD_ and MALLOC_MMAP_THRESHOLD_ make glibc keep the memory, here and where the model will run; "
-    "see docs/benchmarks.md."
+    "see https://lightning-prune.github.io/lightning-prune/benchmarks/."
 )
 """What is said of page faults that matter."""
 _PROBED_BYTES, _PROBES = 2**20, 15

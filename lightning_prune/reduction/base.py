@@ -12,37 +12,64 @@ class AttentionInputs(NamedTuple):
 
     H heads, D channels per head. `query` and `key` are the operands of the dot product, after q/k-norm and rotary
     embedding.
+
+    Attributes:
+        query: (B, H, N, D).
+        key: (B, H, N, D).
+        value: (B, H, N, Dv).
+        mask: Broadcastable to (B, H, N, N): bool (True is attended to) or added to the logits.
+        scale: Of the logits; None means D ** -0.5.
     """
 
-    query: Tensor  # (B, H, N, D)
-    key: Tensor  # (B, H, N, D)
-    value: Tensor  # (B, H, N, Dv)
-    mask: Tensor | None = None  # broadcastable to (B, H, N, N): bool (True is attended to) or added to the logits
-    scale: float | None = None  # of the logits; None means D ** -0.5
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None = None
+    scale: float | None = None
 
 
 class TokenSequence(NamedTuple):
-    """The input of a reduction."""
+    """The input of a reduction.
 
-    tokens: Tensor  # (B, N, C), prefix tokens first
-    num_prefix_tokens: int  # P, the number of prefix tokens, which are never removed
-    has_class_token: bool  # whether token 0 is a CLS token
-    attention: AttentionInputs | None = None  # if the reduction reads "attention"
-    sizes: Tensor | None = None  # (B, N) number of patches merged into each token, if an earlier block merged tokens
-    entering: Tensor | None = None  # (B, N, C) the tokens that entered the block
-    pixels: Tensor | None = None  # (B, channels, height, width) the images, if the reduction reads "pixels"
-    trace: bool = False  # whether to return `ReductionOutput.sources`, which takes time
-    block: int = 0  # index of the block
-    depth: int = 1  # number of blocks of the model
+    Attributes:
+        tokens: (B, N, C), prefix tokens first.
+        num_prefix_tokens: P, the number of prefix tokens, which are never removed.
+        has_class_token: Whether token 0 is a CLS token.
+        attention: If the reduction reads "attention".
+        sizes: (B, N) number of patches merged into each token, if an earlier block merged tokens.
+        entering: (B, N, C) the tokens that entered the block.
+        pixels: (B, channels, height, width) the images, if the reduction reads "pixels".
+        trace: Whether to return `ReductionOutput.sources`, which takes time.
+        block: Index of the block.
+        depth: Number of blocks of the model.
+    """
+
+    tokens: Tensor
+    num_prefix_tokens: int
+    has_class_token: bool
+    attention: AttentionInputs | None = None
+    sizes: Tensor | None = None
+    entering: Tensor | None = None
+    pixels: Tensor | None = None
+    trace: bool = False
+    block: int = 0
+    depth: int = 1
 
 
 class ReductionOutput(NamedTuple):
-    """The tokens that are left."""
+    """The tokens that are left.
 
-    tokens: Tensor  # (B, N - R, C), prefix tokens first, kept tokens in their order
-    positions: Tensor  # (B, N - R) index of each token among the N (of the destination, if merged); -1 if fused
-    sizes: Tensor | None = None  # (B, N - R) number of patches in each token, if the method tracks sizes; 0 for padding
-    sources: Tensor | None = None  # (B, N) index among the N - R of the token that each became part of; -1 if dropped
+    Attributes:
+        tokens: (B, N - R, C), prefix tokens first, kept tokens in their order.
+        positions: (B, N - R) index of each token among the N (of the destination, if merged); -1 if fused.
+        sizes: (B, N - R) number of patches in each token, if the method tracks sizes; 0 for padding.
+        sources: (B, N) index among the N - R of the token that each became part of; -1 if dropped.
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    sizes: Tensor | None = None
+    sources: Tensor | None = None
 
 
 class Reduction(ABC):
