@@ -72,7 +72,10 @@ def main() -> int:
         print(notes(changelog, options.tag.removeprefix("v"))[1])
         return 0
     found = problems(options.tag, package, changelog, citation)
-    print("\n".join(found) or f"{options.tag}: package, changelog and citation agree", file=sys.stderr if found else None)
+    if not found:
+        print(f"{options.tag}: package, changelog and citation agree")
+    for line in found:
+        print(line, file=sys.stderr)
     return int(bool(found))
 
 
