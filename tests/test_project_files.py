@@ -118,7 +118,7 @@ def test_python_versions() -> None:
     ("workflow", "job", "content"), JOBS, ids=lambda value: value if isinstance(value, str) else ""
 )
 def test_jobs_are_bounded(workflow: str, job: str, content: dict[str, Any]) -> None:
-    """Each job has a time limit; its token is kept from the programs that it runs, and only reads unless it must write."""
+    """Each job has a time limit; its token is kept from the programs that it runs, and reads unless it must write."""
     assert WORKFLOWS[workflow]["permissions"] == {"contents": "read"}
     assert WORKFLOWS[workflow]["concurrency"]["group"]
     if "uses" in content:  # another workflow, whose jobs have limits
