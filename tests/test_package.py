@@ -8,6 +8,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 import lightning_prune
 from helpers.fresh import run_fresh
@@ -103,3 +104,12 @@ def test_version_has_one_source() -> None:
 
 def test_package_is_marked_as_typed() -> None:
     assert (PACKAGE / "py.typed").is_file()
+
+
+def test_extra_all_covers_every_runtime_extra() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    (requirement,) = map(Requirement, extras["all"])
+    assert requirement.name == project["name"]
+    assert requirement.extras == set(extras) - {"all", "dev", "docs"}
+    assert "lightning-prune[all]" in extras["dev"]  # the tests need all of them
