@@ -10,8 +10,8 @@ from lightning_prune._utils.formatting import milliseconds, points
 _HEAD = """\
 # Results by device
 
-This page is made of [examples/results/devices.csv](../examples/results/devices.csv) by
-`python examples/benchmarks/device_table.py render`; do not edit it by hand. A row is a pruned model against the dense
+This page is made of [examples/results/devices.csv](https://github.com/lightning-prune/lightning-prune/blob/main/examples/results/devices.csv)
+by `python examples/benchmarks/device_table.py render`; do not edit it by hand. A row is a pruned model against the dense
 one, timed in one interleaved run. Compare milliseconds only within one run. Below each table are its runs: date, who
 measured, versions and command.
 

@@ -179,8 +179,13 @@ class ImageClassifier(L.LightningModule):
 
     def names_of_groups(self) -> tuple[str, ...] | None:
         """The groups whose accuracy is reported: those of this module, else of the data module; None without."""
-        data = None if self._trainer is None else getattr(self._trainer, "datamodule", None)
-        return self.group_names or getattr(data, "group_names", None) or None
+        if self.group_names:
+            return self.group_names
+        try:
+            data = getattr(self.trainer, "datamodule", None)
+        except RuntimeError:  # no trainer runs it
+            return None
+        return getattr(data, "group_names", None) or None
 
     def _eagerly_if_short(self, images: Any, batch_idx: int) -> AbstractContextManager[Any]:
         """Runs a batch eagerly if it is smaller than the first, because compiling for a single batch takes seconds."""

@@ -51,7 +51,7 @@ def measurement_context(
         of models (timm, torchvision, transformers) those that the modules of `model` are from are named, with their
         version.
     """
-    runtime = runtime_of(model)
+    runtime, inner = runtime_of(model), getattr(model, "_orig_mod", model)
     return {
         "device": device_name(example_inputs.device),
         "device_type": example_inputs.device.type,
@@ -61,8 +61,8 @@ def measurement_context(
         "precision": precision(model, example_inputs.device),
         "runtime": runtime_name(model),
         "compiled": is_compiled(model) and not (runtime is not None and runtime.converts),
-        "model": original_class(getattr(model, "_orig_mod", model)).__name__,
-        **({} if (name := model_name(model)) is None else {"model_name": name}),
+        "model": original_class(inner).__name__,
+        **({} if (name := model_name(inner)) is None else {"model_name": name}),
         "parameters": sum(p.numel() for p in model.parameters()),
         "torch": str(torch.__version__),  # a str subclass, which YAML and weights_only loading refuse
         **{name: number for name, number in package_versions(model).items() if name in _MODEL_LIBRARIES},

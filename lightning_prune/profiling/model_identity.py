@@ -166,7 +166,7 @@ def model_name(model: nn.Module) -> str | None:
     """The name under which a library knows a model; None where it has none.
 
     Args:
-        model: The model.
+        model: The model, without a wrapper of `torch.compile`.
 
     Returns:
         timm's name of the architecture, or the last part of the name or folder that Hugging Face loaded it from.
@@ -177,7 +177,6 @@ def model_name(model: nn.Module) -> str | None:
         >>> model_name(timm.create_model("vit_tiny_patch16_224", depth=1))
         'vit_tiny_patch16_224'
     """
-    model = getattr(model, "_orig_mod", model)
     of_timm = getattr(model, "pretrained_cfg", None)
     found = of_timm.get("architecture") if isinstance(of_timm, Mapping) else getattr(of_timm, "architecture", None)
     found = found or getattr(getattr(model, "config", None), "name_or_path", None)
