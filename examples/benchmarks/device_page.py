@@ -12,8 +12,8 @@ _HEAD = """\
 
 This page is made of [examples/results/devices.csv](https://github.com/lightning-prune/lightning-prune/blob/main/examples/results/devices.csv)
 by `python examples/benchmarks/device_table.py render`; do not edit it by hand. A row is a pruned model against the
-dense one, timed in one interleaved run. Compare milliseconds only within one run. Below each table are its runs: date, who
-measured, versions and command.
+dense one, timed in one interleaved run. Compare milliseconds only within one run. Below each table are its runs: date,
+who measured, versions and command.
 
 - **speed-up**: dense over pruned in the same runtime and precision, ± half the distance between its quartiles over the
   rounds.
