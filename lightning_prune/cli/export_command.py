@@ -138,6 +138,11 @@ def _plan(config: PruningConfig, schedule: str | None) -> Schedule | KeepRates |
         check_path("schedule", schedule)
         check("prune.schedule", config.schedule, "left out with `schedule`", config.schedule == "auto")
         return Schedule.load(schedule)
+    if config.is_planned and config.objective is not None:
+        raise ArgumentError(
+            f"`prune.objective` must be left out, as `export` does not plan, got {config.objective}: `plan` and "
+            "`compare` write schedules, and `--schedule` takes their file."
+        )
     if config.is_planned:
         raise ArgumentError(
             "`schedule` must be the file of a schedule, which `plan` writes, got None. `--prune.schedule` takes a "

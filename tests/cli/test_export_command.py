@@ -110,6 +110,7 @@ def test_a_changed_file_is_not_validated(folder: Path, capsys: pytest.CaptureFix
     ("options", "message"),
     [
         (["--output=OUT/new"], "`schedule` must be the file of a schedule"),
+        (["--output=OUT/new", "--budget=1.5x"], "`prune.objective` must be left out"),
         (["--prune.schedule=5", "--prune.method=topk", "--output=OUT/out"], "`output` must be a new or empty folder"),
         (
             ["--schedule=OUT/schedule.yaml", "--prune.schedule=5", "--output=OUT/new"],
