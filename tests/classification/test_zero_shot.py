@@ -210,6 +210,7 @@ def test_the_classifier_is_judged_by_its_logits_also_with_restore(folder: Path) 
     assert (found.num_classes, found.reads_logits) == (10, True)
 
 
+@pytest.mark.long
 def test_the_whole_classifier_runs_in_a_runtime(folder: Path) -> None:
     module, images = make(folder), torch.stack([held_out()[i]["image"] for i in range(4)])
     transformer = find_vision_transformer(module)

@@ -92,6 +92,7 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
     return found
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", CASES)
 def test_signals_end_a_command_with_their_status(name: str, ended: dict[str, dict[str, Any]]) -> None:
     number = CASES[name][1]
@@ -108,6 +109,7 @@ def test_signals_end_a_command_with_their_status(name: str, ended: dict[str, dic
     assert end["restored"]
 
 
+@pytest.mark.long
 def test_a_comparison_says_what_is_kept(ended: dict[str, dict[str, Any]]) -> None:
     assert "the plan and 0 of 2 validated variants. The same comparison goes on" in ended["compare ctrl-c"]["err"]
     assert "the plan and 1 of 2 validated variants." in ended["compare validating"]["err"]

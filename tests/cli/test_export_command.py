@@ -152,6 +152,7 @@ def test_accuracy_of_the_file_is_that_of_the_patched_model(tmp_path: Path) -> No
     assert torch.is_inference_mode_enabled() is False
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("kind", "is_planned"),
     [

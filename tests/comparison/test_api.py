@@ -221,6 +221,7 @@ def test_another_attention_implementation_is_measured_again(module: Any, running
     assert found.rows[0].images == 16
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("place", ["model.blocks.1", ""])
 def test_where_a_condition_is_unknown_nothing_is_resumed_and_that_is_said(
     place: str, module: Any, running: Any, tmp_path: Path

@@ -66,6 +66,7 @@ def model() -> Any:
     ROOTS.clear()
 
 
+@pytest.mark.long
 def test_each_runtime_has_its_own_figures(model: Any, running: Any, tmp_path: Path, running_in: Any) -> None:
     before = {name: value.clone() for name, value in model.state_dict().items()}
     validated: list[str] = []

@@ -43,6 +43,7 @@ class TestGpu:
             gpu.main()
         assert list(tmp_path.iterdir()) == []
 
+    @pytest.mark.long
     def test_the_time_limit_and_failures(self, gpu: Any) -> None:
         """Each case takes 40 s, the second fails: the third has no time left, and a cheap mode still has."""
         now, written, deadlines = [0.0], [], []

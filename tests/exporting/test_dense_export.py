@@ -78,6 +78,7 @@ def test_a_backbone_is_exported_with_what_reads_it(tmp_path: Path) -> None:
     torch.testing.assert_close(lp.load_exported(tmp_path / "out")(IMAGES), expected, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("method", ["tome", "topk"])
 def test_a_plan_gives_tokens_back(tmp_path: Path, method: str) -> None:
     net, schedule = dense_net(), lp.Schedule([0, 5, 0, 3], method)
@@ -138,6 +139,7 @@ class Hooked(nn.Module):
         return self.head(self.seen[:, 1:]).transpose(1, 2)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("is_planned", [False, True])
 def test_a_head_on_hooks(tmp_path: Path, is_planned: bool) -> None:
     options: dict[str, Any] = {"format": "torch-export", "rounds": 0}

@@ -158,6 +158,7 @@ class TestFolder:
         assert ExportReport.read(report.folder) == report
 
 
+@pytest.mark.long
 def test_any_number_of_images(tmp_path: Path) -> None:
     model = tiny()
     plan = lp.Schedule([5, 0], "topk")

@@ -50,6 +50,7 @@ def test_every_precision_has_a_tolerance_and_all_but_float32_an_agreement() -> N
     assert all(set(each.precisions) <= set(PRECISIONS) for each in FORMATS.values())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("format", "products"), [("onnx", "QuantizeLinear"), ("openvino", "FakeQuantize")])
 def test_int8(model: Any, tmp_path: Path, format: str, products: str, recwarn: pytest.WarningsRecorder) -> None:
     folder = tmp_path / "out"

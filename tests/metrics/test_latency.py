@@ -47,6 +47,7 @@ def test_invalid_arguments_are_rejected() -> None:
         Latency().update(-1.0)
 
 
+@pytest.mark.long
 def test_two_ranks_report_the_slowest(ranks: list[dict]) -> None:
     for rank in ranks:
         found = rank["by_hand"]

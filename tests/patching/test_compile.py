@@ -50,6 +50,7 @@ def test_one_graph_once(build: Any, draw: Any, name: str, method: str | Reductio
     assert counter.frame_count == 1
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["parallel-scaling", "dynamic-size", "qk-norm"])
 def test_one_graph_with_blocks_that_cannot_be_split(build: Any, images: Tensor, name: str) -> None:
     model = build(name)
@@ -121,6 +122,7 @@ def test_inductor(build: Any, images: Tensor) -> None:
         torch.testing.assert_close(run(fast, images), run(model, images), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.long
 def test_gradients_through_the_compiled_model(build: Any, images: Tensor) -> None:
     model = build()
     lp.patch(model, "pomt", [0, 6, 5, 0])

@@ -102,6 +102,7 @@ def test_tokens_are_given_back(images: Tensor) -> None:
     assert not torch.equal(found, pooled)
 
 
+@pytest.mark.long
 @torch.no_grad()
 def test_compiles_and_exports(images: Tensor) -> None:
     model, small = tower().float(), images.float()

@@ -57,6 +57,7 @@ def net() -> FeatureNet:
     return FeatureNet(tiny_vit(noise=0.1)).eval()
 
 
+@pytest.mark.long
 @torch.no_grad()
 def test_a_plan_of_features(net: FeatureNet) -> None:
     dense = net(IMAGES)
@@ -86,6 +87,7 @@ def test_the_module_around_the_transformer_is_what_runs(net: FeatureNet) -> None
     assert sum(calls) > 10 * len(IMAGES)  # the calibration images
 
 
+@pytest.mark.long
 def test_hugging_face_backbones_are_planned() -> None:
     torch.manual_seed(0)
     config = transformers.Dinov2Config(
@@ -222,6 +224,7 @@ def test_a_handle_knows_what_the_reader_returns(net: FeatureNet) -> None:
         assert handle.transformer.num_classes == 0 < net.backbone.num_classes
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("by_path", [False, True])
 def test_a_patch_without_what_was_planned_with_warns(net: FeatureNet, tmp_path: Path, by_path: bool) -> None:
     made = planned(net).schedule

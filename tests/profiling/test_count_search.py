@@ -161,6 +161,7 @@ def test_curves_without_cliffs_have_none(wave_benches):
             assert exact[above] - exact[below] > 0.005 * exact[N]
 
 
+@pytest.mark.long
 def test_latencies_are_those_of_the_device_in_spite_of_drift(wave_benches):
     for bench, exact in wave_benches:
         profile = bench.profile

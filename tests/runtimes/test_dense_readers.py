@@ -129,6 +129,7 @@ def test_a_plan(spec: str, build: Any) -> None:
     assert not is_compiled(net)
 
 
+@pytest.mark.long
 @torch.no_grad()
 def test_graphs_depend_on_hooks_and_a_warning_says_when_these_are_called() -> None:
     net = Hooked().eval()

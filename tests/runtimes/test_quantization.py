@@ -101,6 +101,7 @@ def test_whether_an_image_depends_on_its_batch_mates(quantized: Quantized) -> No
     assert torch.equal(one, other) is (quantized.spec != DYNAMIC)
 
 
+@pytest.mark.long
 def test_images_that_it_is_calibrated_on_matter() -> None:
     """In the ranges of images that are nearly black, others are cut off."""
     model, batch = tiny_vit(depth=1, embed_dim=32), images(BATCH, seed=1)

@@ -18,6 +18,7 @@ def statuses() -> list[SupportStatus]:
     return [support_of(name) for name in isotropic_names()]
 
 
+@pytest.mark.long
 def test_the_documentation_has_the_table(statuses: list[SupportStatus]) -> None:
     page = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
     assert f"is for timm {timm.__version__}:" in page, "renew the table: lightning-prune models --markdown"
