@@ -73,7 +73,8 @@ workflows: $(INSTALLED_DEV) ## Check the files of .github, and CITATION.cff, aga
 	$(SCHEMA) vendor.citation-file-format CITATION.cff
 
 oldest: $(INSTALLED_DEV) ## Write .ci/oldest.txt from the lower bounds in pyproject.toml
-	$(BIN)/python .ci/oldest.py > .ci/oldest.txt
+	$(BIN)/python .ci/oldest.py > .ci/oldest.txt.new
+	mv .ci/oldest.txt.new .ci/oldest.txt
 
 # The wheel is built from the sdist, which proves the sdist whole. An old SOURCES.txt would add what MANIFEST.in no
 # longer names.

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Subset
 
+from lightning_prune._utils.batch_keys import IMAGE_KEYS, LABEL_KEYS
 from lightning_prune._utils.random_state import preserve_generators_of
 from lightning_prune._utils.time_limit import TimeLimit
 from lightning_prune._utils.trees import tree_flatten
@@ -19,8 +20,6 @@ from lightning_prune.errors import ArgumentError, DataError
 
 Extract = Callable[[Any], Tensor]
 
-_IMAGE_KEYS = ("image", "images", "pixel_values", "inputs")
-_LABEL_KEYS = ("label", "labels", "target", "targets")
 _SAMPLING_SHARE = 0.25  # of the time limit
 _SHORTEST_SAMPLING = 1.0  # seconds; less would be left to chance
 _IMAGES_FROM_LOADER = 512  # images taken from a loader that was passed as `calibration`
@@ -49,7 +48,7 @@ def _describe(value: Any) -> str:
 
 def _guess_images(batch: Any) -> Any:
     if isinstance(batch, Mapping):
-        return next((batch[key] for key in _IMAGE_KEYS if key in batch), None)
+        return next((batch[key] for key in IMAGE_KEYS if key in batch), None)
     if isinstance(batch, Sequence) and not isinstance(batch, str | bytes) and batch:
         return batch[0]
     return batch
@@ -89,7 +88,7 @@ def targets_from_batch(batch: Any) -> Tensor | None:
         (B, ...) of any type.
     """
     if isinstance(batch, Mapping):
-        targets = next((batch[key] for key in _LABEL_KEYS if key in batch), None)
+        targets = next((batch[key] for key in LABEL_KEYS if key in batch), None)
     else:
         targets = batch[1] if isinstance(batch, Sequence) and len(batch) > 1 else None
     return targets if isinstance(targets, Tensor) and targets.ndim else None

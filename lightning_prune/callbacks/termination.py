@@ -20,14 +20,15 @@ def ended_by_sigterm() -> Iterator[None]:
         SIGTERMException: In the context, when the signal comes.
     """
     before = signal.getsignal(signal.SIGTERM)
-    if threading.current_thread() is not threading.main_thread() or before is signal.SIG_IGN:
+    below = getattr(before, "signal_handlers", (before,))  # what Lightning has put its own handler on top of
+    if threading.current_thread() is not threading.main_thread() or signal.SIG_IGN in below:
         yield
         return
 
     def end(number: int, frame: FrameType | None) -> None:
         if callable(before):
             before(number, frame)
-        raise SIGTERMException
+        raise SIGTERMException(128 + number)  # a status that says so, where nothing catches it
 
     signal.signal(signal.SIGTERM, end)
     try:

@@ -1,7 +1,7 @@
 """Measurements of `ImageClassifier` in validation and test: accuracy, latency, throughput and energy."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -233,6 +233,9 @@ def split_batch(batch: Any, where: str) -> tuple[Tensor, Tensor]:
     """
     if isinstance(batch, list | tuple) and len(batch) == 2 and all(isinstance(part, Tensor) for part in batch):
         return batch[0], batch[1]
+    if isinstance(batch, Mapping):
+        keys = ", ".join(map(repr, list(batch)[:8]))
+        raise DataError(f"{where.capitalize()} must have images and labels, got a mapping with the keys {keys}.")
     types = [type(part).__name__ for part in batch] if isinstance(batch, list | tuple) else type(batch).__name__
     raise DataError(f"{where.capitalize()} must be a pair of tensors (images, labels), got {types}.")
 

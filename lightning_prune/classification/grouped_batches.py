@@ -5,20 +5,18 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from lightning_prune._utils.batch_keys import GROUP_KEYS, IMAGE_KEYS, LABEL_KEYS
+from lightning_prune._utils.trees import tree_leaves
 from lightning_prune.errors import DataError
 from lightning_prune.metrics import GroupAccuracy
-
-_IMAGES = ("image", "images", "pixel_values")
-_LABELS = ("label", "labels")
-_GROUPS = ("group", "groups")
 
 
 class GroupedBatch(NamedTuple):
     """A batch in its parts.
 
     Attributes:
-        pair: What remains without groups: [images, labels] where the batch is a mapping or has three parts, else the
-            batch as it is.
+        pair: What remains without groups: [images, labels] where the batch is a mapping that has both or has three
+            parts, [images] of a mapping without labels, else the batch as it is.
         groups: (B,) the number of the group of each image; None where the batch says nothing of groups.
     """
 
@@ -40,11 +38,29 @@ def split_groups(batch: Any) -> GroupedBatch:
         tensor([0, 1])
     """
     if isinstance(batch, Mapping):
-        images, labels, groups = (_first(batch, names) for names in (_IMAGES, _LABELS, _GROUPS))
-        return GroupedBatch(batch if images is None else [images, labels], groups)
+        images, labels, groups = (_first(batch, names) for names in (IMAGE_KEYS, LABEL_KEYS, GROUP_KEYS))
+        if images is None:
+            return GroupedBatch(batch, groups)
+        return GroupedBatch([images] if labels is None else [images, labels], groups)
     if isinstance(batch, list | tuple) and len(batch) == 3:
         return GroupedBatch(list(batch[:2]), batch[2])
     return GroupedBatch(batch, None)
+
+
+def names_of_groups(loaders: Any) -> list[tuple[str, ...] | None]:
+    """The groups of the images of each loader: the `group_names` of its dataset, or of that in a subset; None without.
+
+    Args:
+        loaders: The loaders of a loop, in any nesting.
+    """
+    found: list[tuple[str, ...] | None] = []
+    for loader in tree_leaves(getattr(loaders, "iterables", loaders)):
+        dataset = getattr(loader, "dataset", loader)
+        while getattr(dataset, "group_names", None) is None and getattr(dataset, "dataset", None) is not None:
+            dataset = dataset.dataset  # of a subset
+        names = getattr(dataset, "group_names", None)
+        found.append(tuple(names) if names else None)
+    return found
 
 
 class GroupReport(nn.Module):

@@ -1,5 +1,6 @@
 """The LightningModule around an image classifier: accuracy, throughput and latency of a validation."""
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from lightning_prune._utils.validation import check, check_bool, check_int, check_path
 from lightning_prune.classification.checkpoints import load_weights
 from lightning_prune.classification.evaluation import Evaluation, check_batch, split_batch
-from lightning_prune.classification.grouped_batches import GroupReport, split_groups
+from lightning_prune.classification.grouped_batches import GroupReport, names_of_groups, split_groups
 from lightning_prune.classification.hugging_face import is_hugging_face
 from lightning_prune.classification.named_models import create_model
 from lightning_prune.classification.preprocessing import data_config_of
@@ -31,8 +32,8 @@ class ImageClassifier(L.LightningModule):
     - `throughput_end_to_end`: images per second from the end of one batch to the end of the next;
     - `latency_p50`, `latency_p90`: milliseconds per batch in the forward pass;
     - `group_NAME` of each group, `worst_group` and `worst_group_images` (the accuracy of the worst group, and how many
-      images it has) where the data module has `group_names`, as `ImageTableData`, and its batches say the group of each
-      image: mappings with `image`, `label` and `group`, or (images, labels, groups);
+      images it has) where a dataset has `group_names`, as that of `ImageTableData`, and its batches say the group of
+      each image: mappings with `image`, `label` and `group`, or (images, labels, groups);
     - `joules_per_image`, `watts`: for the whole loop, including the idle power of the device. Only if the device has
       an energy counter (`lightning_prune.profiling.find_counter`) and the run lasts a second or more after warm-up.
 
@@ -107,8 +108,9 @@ class ImageClassifier(L.LightningModule):
             Compiled(model, parsed.mode, blocks)
         self._compiled, self._batch_size = parsed.compiles, 0
         self.evaluation = Evaluation(self.num_classes, warmup)
-        self.group_names: tuple[str, ...] | None = None  # those of the data module
+        self.group_names: tuple[str, ...] | None = None  # those of the datasets
         self.groups: GroupReport | None = None
+        self._loaders_with_groups: list[bool] = []
 
     @property
     def data_config(self) -> dict[str, Any] | None:
@@ -166,26 +168,32 @@ class ImageClassifier(L.LightningModule):
 
     def _evaluate(self, batch: Any, stage: str, batch_idx: int, dataloader_idx: int) -> None:
         where = f"{stage} batch {batch_idx}"
-        pair, groups = split_groups(batch)
+        grouped = self.groups is not None and self._has_groups(dataloader_idx)
+        pair, groups = split_groups(batch) if grouped or isinstance(batch, Mapping) else (batch, None)
         images, labels = split_batch(pair, where)
         with self._eagerly_if_short(images, batch_idx), self.evaluation.timing(images):
             logits = self(images)
         if self.num_classes is not None:
             check_batch(logits, labels, self.num_classes, where, finite=self.evaluation.refuses_broken)
             self.evaluation.update(logits, labels, batch_idx, dataloader_idx)
-            if self.groups is not None:
+            if self.groups is not None and grouped:
                 count = self.evaluation.counted(len(labels), batch_idx, dataloader_idx)
                 self.groups.update(logits, labels, groups, count, where)
 
     def names_of_groups(self) -> tuple[str, ...] | None:
-        """The groups whose accuracy is reported: those of this module, else of the data module; None without."""
-        if self.group_names:
-            return self.group_names
+        """The groups whose accuracy is reported: those of this module, else of a dataset of the loop; None without."""
+        return self.group_names or next((names for names in self._groups_of_loaders() if names), None)
+
+    def _groups_of_loaders(self) -> list[tuple[str, ...] | None]:
         try:
-            data = getattr(self.trainer, "datamodule", None)
-        except RuntimeError:  # no trainer runs it
-            return None
-        return getattr(data, "group_names", None) or None
+            trainer = self.trainer
+        except RuntimeError:  # none runs it
+            return []
+        return names_of_groups(trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders)
+
+    def _has_groups(self, dataloader_idx: int) -> bool:
+        """Whether the images of a loader are in the groups that are reported."""
+        return bool(self.group_names) or self._loaders_with_groups[dataloader_idx]
 
     def _eagerly_if_short(self, images: Any, batch_idx: int) -> AbstractContextManager[Any]:
         """Runs a batch eagerly if it is smaller than the first, because compiling for a single batch takes seconds."""
@@ -204,6 +212,7 @@ class ImageClassifier(L.LightningModule):
         """Resets all metrics, so that sanity checks and aborted runs are not counted."""
         self.evaluation.reset(self.trainer)
         names = self.names_of_groups()
+        self._loaders_with_groups = [each is not None and each == names for each in self._groups_of_loaders()]
         if self.groups is None or self.groups.names != names:
             self.groups = None if names is None else GroupReport(names).to(self.device)
         elif names is not None:

@@ -1,7 +1,8 @@
 """Images that are listed in a table, with their labels and the groups they are in."""
 
 import csv
-from collections.abc import Callable, Mapping, Sequence
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,6 +41,10 @@ class ListedImages(Dataset[Any]):
         mode: "RGB" or "L".
         transform: From a PIL image to a tensor.
         class_to_idx: Name of a class -> its index.
+        group_names: The groups in the order of their numbers; None without groups.
+
+    Attributes:
+        digest: Tells these images, labels and groups from others, without their pixels.
     """
 
     def __init__(
@@ -48,9 +53,12 @@ class ListedImages(Dataset[Any]):
         mode: str,
         transform: Callable[[Image.Image], Tensor],
         class_to_idx: Mapping[str, int],
+        group_names: tuple[str, ...] | None = None,
     ) -> None:
         self.items, self.mode, self.transform = items, mode, transform
-        self.class_to_idx = dict(class_to_idx)
+        self.class_to_idx, self.group_names = dict(class_to_idx), group_names
+        listed = "\n".join(f"{item.path.name}\t{item.label}\t{item.group}" for item in items)
+        self.digest = hashlib.sha256(listed.encode()).hexdigest()[:32]
 
     def __len__(self) -> int:
         """The number of images."""
@@ -84,7 +92,7 @@ class ImageTableData(PreparedData):
         group: The column that tells the groups, or several, whose values together do; None for no groups.
         where: Column -> value that the rows to use have; None for all rows.
         classes: The names in the column of the labels, in the order of the head; by default labels are indices where
-            all are whole numbers, else the names are sorted.
+            all are whole numbers, else the names are sorted, and must be as many as the head has classes.
         batch_size: Number of images per batch.
         num_workers: Number of processes that load images; 0 loads in the main process.
         data_config: Entries of timm's data config: `input_size`, `mean`, `std`, `interpolation`, `crop_pct`. What is
@@ -141,12 +149,20 @@ class ImageTableData(PreparedData):
             stage: "validate", "test", "predict" or "fit"; the data are the same.
         """
         config = self.prepare()
-        rows = self._rows()
-        classes = self._classes(rows)
+        everything = self._rows()
+        rows = self._used(everything)
+        classes = self._classes(everything)
         head = self.of_model("num_classes")
-        outside = [name for name, index in classes.items() if head is not None and index >= head]
+        outside = [name for name, index in classes.items() if index < 0 or (head is not None and index >= head)]
         if outside:
-            raise DataError(f"`label` must be one of the {head} classes of the model's head, got {outside[0]!r}.")
+            known = "a class" if head is None else f"one of the {head} classes of the model's head"
+            raise DataError(f"`label` must be {known}, got {outside[0]!r}.")
+        is_guessed = self.classes is None and not _whole_numbers(classes)
+        if is_guessed and head is not None and len(classes) != head:
+            raise DataError(
+                f"`classes` must name the {head} classes of the model's head in their order, as `label` has names and "
+                f"the table {len(classes)} of them, got None."
+            )
         groups = self._groups(rows)
         self.group_names = tuple(groups) or None
         items = [
@@ -159,40 +175,55 @@ class ImageTableData(PreparedData):
         if missing is not None:
             raise DataError(f"`image` must name files in {self.root}, got {missing}, which does not exist.")
         mode = "L" if config["input_size"][0] == 1 else "RGB"
-        self.dataset = ListedImages(items, mode, create_transform(**config, is_training=False), classes)
+        transform = create_transform(**config, is_training=False)
+        self.dataset = ListedImages(items, mode, transform, classes, self.group_names)
+
+    @property
+    def _path(self) -> Path:
+        return self.root / self.table
 
     def _rows(self) -> list[Row]:
-        """The rows of the table that are used."""
-        path = self.root / self.table
+        """The rows of the table."""
+        path = self._path
         if not path.is_file():
             raise DataError(f"`table` must be an existing CSV file, got {path}.")
-        with path.open(newline="", encoding="utf-8-sig") as stream:
-            reader = csv.DictReader(stream)
-            columns, rows = list(reader.fieldnames or ()), list(reader)
+        try:
+            with path.open(newline="", encoding="utf-8-sig") as stream:
+                reader = csv.DictReader(stream, restval="")
+                columns, read = list(reader.fieldnames or ()), list(reader)
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise DataError(f"`table` must be a CSV file in UTF-8, got {path}: {error}") from error
+        rows = [{column: value.strip() for column, value in row.items() if column is not None} for row in read]
         wanted = {"image": [self.image], "label": [self.label], "group": self.group or [], "where": list(self.where)}
         for argument, names in wanted.items():
             unknown = next((name for name in names if name not in columns), None)
             if unknown is not None:
                 raise DataError(f"`{argument}` must be of the columns {', '.join(columns)} of {path}, got {unknown!r}.")
+        return rows
+
+    def _used(self, rows: Sequence[Row]) -> list[Row]:
+        """The rows that `where` leaves."""
+        path = self._path
         used = [row for row in rows if all(row[column] == str(value) for column, value in self.where.items())]
         if not used:
             raise DataError(f"`where` must leave rows of {path}, which has {len(rows)}, got {self.where}.")
-        short = next((n for n, row in enumerate(used) if not row[self.image] or not row[self.label]), None)
+        needed = (self.image, self.label, *(self.group or ()))
+        short = next((row for row in used if not all(row[column] for column in needed)), None)
         if short is not None:
-            raise DataError(f"Each row of {path} must have an image and a label, got {used[short]}.")
+            raise DataError(f"Each row of {path} must have {', '.join(map(repr, needed))}, got {short}.")
         return used
 
     def _classes(self, rows: Sequence[Row]) -> dict[str, int]:
-        """Label as the table says it -> index of the class."""
-        found = {row[self.label] for row in rows}
+        """Label as the table says it -> index of the class; of all rows, as a part may lack a class."""
+        found = {row[self.label] for row in rows if row[self.label]}
         if self.classes is not None:
             indices = {name: index for index, name in enumerate(self.classes)}
             unknown = sorted(found - indices.keys())
             if unknown:
                 raise DataError(f"`classes` must name all labels of the table, got none for {unknown[0]!r}.")
             return indices
-        if all(label.isdecimal() for label in found):
-            return {label: int(label) for label in sorted(found, key=int)}
+        if _whole_numbers(found):
+            return {label: int(float(label)) for label in sorted(found, key=float)}
         return {label: index for index, label in enumerate(sorted(found))}
 
     def _groups(self, rows: Sequence[Row]) -> dict[str, int]:
@@ -203,6 +234,14 @@ class ImageTableData(PreparedData):
 
     def _group_of(self, row: Row) -> str:
         return ",".join(f"{column}={row[column]}" for column in self.group or ())
+
+
+def _whole_numbers(labels: Iterable[str]) -> bool:
+    """Whether all labels are whole numbers, also as `1.0`, which tools write where a column has gaps."""
+    try:
+        return all(float(label).is_integer() for label in labels)
+    except ValueError:
+        return False
 
 
 def _are_names(values: Any) -> bool:

@@ -21,8 +21,8 @@ class ZeroShotClassifier(ImageClassifier):
         class_names: What the classes are called, in the order of the labels.
         templates: Prompts with `{}` for the name of a class.
         tokenizer: As of `lightning_prune.classification.zero_shot`.
-        group_names: What the groups are called, in the order of their numbers in a batch; None for those of the data
-            module, if it has any.
+        group_names: What the groups are called, in the order of their numbers in a batch; None for those of the
+            dataset, if it has any.
         warmup: Number of batches at the start that are left out of the times.
 
     Raises:

@@ -27,7 +27,9 @@ def data_identity(loaders: Any, batch: Any, limit: int | float | None) -> dict[s
     first = hashlib.sha256()
     for leaf in tree_leaves(batch):
         first.update(tensor_bytes(leaf) if isinstance(leaf, Tensor) else repr(leaf).encode())
+    digests = [digest for dataset in datasets if isinstance(digest := getattr(dataset, "digest", None), str)]
     return {
+        **({"digests": digests} if digests else {}),  # of datasets that know what they hold
         "datasets": [type(dataset).__name__ for dataset in datasets],
         "items": [_length(dataset) for dataset in datasets],
         "limit_val_batches": limit,

@@ -140,8 +140,8 @@ def _zoom(rows: Sequence[Row], dense: Row | None, score: Score | None) -> tuple[
         return None
     top = max(*heights, best)
     near = [height for height in heights if height >= top - (top - min(heights)) / 4]
-    span = top - min(near, default=top)
-    if 2 * len(near) < len(heights) or not span:
+    span = top - min(*near, best)
+    if 2 * len(near) < len(heights) or not span or best < top - (top - min(heights)) / 4:
         return None
     return sign * (top - 1.25 * span), sign * (top + 0.25 * span)  # the better end is above
 

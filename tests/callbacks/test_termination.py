@@ -28,8 +28,9 @@ def own_handler() -> Iterator[list[int]]:
 
 def test_the_handler_of_before_is_called_and_put_back(own_handler: list[int]) -> None:
     handler = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(SIGTERMException), ended_by_sigterm():
+    with pytest.raises(SIGTERMException) as ended, ended_by_sigterm():
         signal.raise_signal(signal.SIGTERM)
+    assert ended.value.code == 143
     assert own_handler == [signal.SIGTERM]
     assert signal.getsignal(signal.SIGTERM) is handler
     with ended_by_sigterm():
@@ -41,6 +42,21 @@ def test_an_ignored_signal_stays_ignored() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     with ended_by_sigterm():
         signal.raise_signal(signal.SIGTERM)
+
+
+def test_an_ignored_signal_stays_ignored_below_lightnings_handler(monkeypatch: pytest.MonkeyPatch) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+    class Sending(L.Callback):
+        def on_validation_batch_start(self, *_: Any) -> None:
+            with ended_by_sigterm():
+                signal.raise_signal(signal.SIGTERM)
+
+    module = digits_module(shape={"depth": 1, "embed_dim": 16, "num_heads": 2})
+    options: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "limit_val_batches": 1}
+    trainer = L.Trainer(accelerator="cpu", callbacks=[Sending()], **options)
+    trainer.validate(module, lp.DigitsData(batch_size=4), verbose=False)
+    assert trainer.received_sigterm
 
 
 def test_nothing_changes_in_other_threads(own_handler: list[int]) -> None:

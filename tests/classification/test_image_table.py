@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
+from torch.utils.data import DataLoader
 
 import lightning_prune as lp
 from helpers.models import tiny_vit
@@ -114,6 +115,47 @@ def test_names_of_classes(folder: Path) -> None:
         assert [found.dataset[i][1] for i in range(3)] == labels
 
 
+@pytest.mark.parametrize(("first", "second"), [("1.0", "0.0"), (" 1", "0"), ("1e0", "0")])
+def test_whole_numbers_in_other_forms(folder: Path, first: str, second: str) -> None:
+    lines = [{"image": f"images/{n}.png", "label": label} for n, label in enumerate((first, second, first))]
+    write(folder / "forms.csv", lines)
+    found = data(folder, table="forms.csv", image="image", label="label", group=None, where=None)
+    found.setup("validate")
+    assert [found.dataset[i][1] for i in range(3)] == [1, 0, 1]
+
+
+def test_classes_are_those_of_the_whole_table(folder: Path) -> None:
+    lines = [
+        {"image": f"images/{n}.png", "label": name, "split": part}
+        for n, (name, part) in enumerate([("bird", 0), ("cat", 1), ("dog", 1)])
+    ]
+    write(folder / "named.csv", lines)
+    found = data(folder, table="named.csv", image="image", label="label", group=None, where={"split": 1})
+    found.setup("validate")
+    assert [found.dataset[i][1] for i in range(2)] == [1, 2]
+
+
+def test_another_loader_of_the_same_trainer(folder: Path) -> None:
+    module, runs = ImageClassifier(Bright()), trainer()
+    grouped = data(folder)
+    runs.validate(module, datamodule=grouped, verbose=False)
+    plain = data(folder, group=None)
+    plain.setup("validate")
+    (found,) = runs.validate(module, dataloaders=plain.val_dataloader(), verbose=False)
+    assert not [name for name in found if "group" in name]
+    both = [plain.val_dataloader(), grouped.val_dataloader()]
+    logged = runs.validate(module, dataloaders=both, verbose=False)
+    assert any(each.get("val/worst_group") == pytest.approx(1 / 3) for each in logged)
+
+
+@pytest.mark.parametrize("keys", [("inputs", "target"), ("pixel_values", "labels"), ("images", "targets")])
+def test_names_of_the_parts_of_a_batch(keys: tuple[str, str]) -> None:
+    image, label = keys
+    loader = DataLoader([{image: torch.full((3, 4, 4), 0.9), label: right} for right in (1, 0)], batch_size=2)
+    (found,) = trainer().validate(ImageClassifier(Bright()), loader, verbose=False)
+    assert found["val/top1"] == 0.5
+
+
 def test_predict_ignores_groups(folder: Path) -> None:
     found = trainer().predict(ImageClassifier(Bright()), data(folder))
     assert found is not None
@@ -140,6 +182,11 @@ def test_a_comparison_has_the_worst_group(folder: Path, tmp_path: Path) -> None:
     assert dense.worst_group in page
     again = lp.compare(trainer(callbacks=[pruner]), module, data(folder, batch_size=4, group=None), **options)
     assert again.rows[0].worst_group_accuracy is None, "results with other groups are not used"
+    table = (folder / "metadata.csv").read_text().replace("images/7.png,1,1", "images/7.png,0,1")
+    (folder / "metadata.csv").write_text(table)
+    changed = lp.compare(trainer(callbacks=[pruner]), module, data(folder, batch_size=4), **options)
+    (expected,) = trainer().validate(module, data(folder, batch_size=4), verbose=False)
+    assert changed.rows[0].top1 == pytest.approx(expected["val/top1"]) != dense.top1
 
 
 def test_the_command(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -186,6 +233,29 @@ class TestBadInput:
     def test_tables(self, folder: Path, changes: dict[str, Any], argument: str, got: str) -> None:
         with pytest.raises(DataError, match=f"`{argument}`.*{re.escape(got)}"):
             trainer().validate(ImageClassifier(Bright()), data(folder, **changes), verbose=False)
+
+    @pytest.mark.parametrize(
+        ("lines", "got"),
+        [
+            ([{"file": "images/0.png", "y": -1, "place": 0}], "'-1'"),
+            ([{"file": "images/0.png", "y": 0, "place": ""}], "'place': ''"),
+            ([{"file": "images/0.png", "y": "a", "place": 0}], "got None"),
+        ],
+    )
+    def test_rows(self, folder: Path, lines: list[dict[str, Any]], got: str) -> None:
+        write(folder / "other.csv", lines)
+        with pytest.raises(DataError, match=re.escape(got)):
+            trainer().validate(ImageClassifier(Bright()), data(folder, table="other.csv", where=None), verbose=False)
+
+    def test_an_encoding(self, folder: Path) -> None:
+        (folder / "other.csv").write_bytes("file,y,place\nimages/0.png,é,0\n".encode("cp1252"))
+        with pytest.raises(DataError, match=r"`table`.*UTF-8.*other\.csv"):
+            trainer().validate(ImageClassifier(Bright()), data(folder, table="other.csv", where=None), verbose=False)
+
+    def test_three_parts_without_groups(self) -> None:
+        triple = DataLoader([(torch.zeros(3, 4, 4), 0, 1)])
+        with pytest.raises(DataError, match="must be a pair"):
+            trainer().validate(ImageClassifier(Bright()), triple, verbose=False)
 
     def test_a_damaged_image_is_named(self, folder: Path) -> None:
         (folder / "images" / "1.png").write_bytes(b"damaged")

@@ -1,5 +1,7 @@
 """The accuracy of each group, against a loop."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -34,3 +36,14 @@ def test_a_number_must_be_a_group(group: int) -> None:
 def test_there_must_be_groups() -> None:
     with pytest.raises(ArgumentError, match="num_groups"):
         GroupAccuracy(0)
+
+
+@pytest.mark.long
+def test_two_ranks_count_each_image_once(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        found = rank["groups"]
+        assert found["val/top1"] == pytest.approx(4 / 7)
+        assert (found["val/group_small"], found["val/group_large"]) == pytest.approx((2 / 3, 2 / 4))
+        assert found["val/group_empty"] != found["val/group_empty"]  # NaN
+        assert found["val/worst_group"] == pytest.approx(2 / 4)
+        assert found["val/worst_group_images"] == 4

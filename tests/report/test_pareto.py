@@ -84,6 +84,15 @@ def test_a_metric_of_the_module_has_a_second_panel_too(name: str) -> None:
     assert [sign * bottom, sign * top] == pytest.approx([0.9 - 1.25 * 0.005, 0.9 + 0.25 * 0.005])
 
 
+def test_no_second_panel_without_dense_in_it() -> None:
+    figures = {"dense": 0.90, "a": 0.96, "b": 0.959, "c": 0.958, "d": 0.80}
+    rows = [
+        row(each, method="" if each == "dense" else each, latency_ms=20.0 - place, top1=figure)
+        for place, (each, figure) in enumerate(figures.items())
+    ]
+    assert len(plot_pareto({"rows": rows}).axes) == 1
+
+
 def test_speed_ups_stand_above_their_latency() -> None:
     figure = plot_pareto(comparison())
     figure.draw_without_rendering()
