@@ -34,7 +34,7 @@ def doctor(args: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="lightning-prune doctor",
         description="Describes the machine, what is installed, which runtimes work, and how noisy the machine is now: "
-        "what to add to an issue. The home folder is ~, and paths do not name the user.",
+        "what to add to an issue. The home folder is ~, and neither users nor the machine are named.",
     )
     parser.add_argument("--json", action="store_true", help="print JSON; what could not be read is {not_readable: why}")
     parser.add_argument("--no-timing", action="store_true", help="do not measure the noise, which takes ten seconds")
