@@ -13,6 +13,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from lightning_prune._utils.closed_pipe import print_all
 from lightning_prune._utils.machine_description import Report, describe_machine
 from lightning_prune._utils.private_paths import without_names
 from lightning_prune._utils.readings import NotReadable, attempt
@@ -43,14 +44,14 @@ def doctor(args: Sequence[str]) -> int:
         warnings.simplefilter("ignore")
         report = _report(timing=not options.no_timing)
     if options.json:
-        print(json.dumps(plain(report), indent=2))
+        print_all(json.dumps(plain(report), indent=2))
         return 0
     console = Console(markup=False, highlight=False)
     with console.capture() as captured:
         for title, entries in report.items():
             console.print(title, style="bold")
             console.print(Padding(section_table(entries, title in _VERBATIM), (0, 0, 0, 2)))
-    print("\n".join(line.rstrip() for line in captured.get().splitlines()))
+    print_all("\n".join(line.rstrip() for line in captured.get().splitlines()))
     return 0
 
 
