@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, requires, version
 
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from lightning_prune._utils.readings import NotReadable
 
@@ -38,7 +39,7 @@ _FEATURES = {
     "openclip": "models of OpenCLIP",
     "energy": "joules per image",
 }
-_FOR_DEVELOPERS = ("dev",)
+_FOR_DEVELOPERS = ("dev", "docs")
 _IN_NO_EXTRA = {"ExecuTorch": "executorch"}
 
 
@@ -84,10 +85,15 @@ def missing_features() -> dict[str, str | NotReadable]:
 
 
 def _by_extra(declared: list[Requirement]) -> dict[str, list[Requirement]]:
-    """Extra -> its requirements on this system; the empty name has those of all."""
+    """Extra -> its requirements on this system; the empty name has those of all.
+
+    An extra that only joins other extras of this package is left out.
+    """
     extras: dict[str, list[Requirement]] = {"": []}
     names = [*_FEATURES, *_FOR_DEVELOPERS]
     for each in declared:
+        if canonicalize_name(each.name) == PACKAGE:
+            continue
         if each.marker is None or each.marker.evaluate({"extra": ""}):
             extras[""].append(each)
             continue

@@ -43,7 +43,7 @@ def describe_machine(root: Path = Path("/")) -> Report:
         "processor": lambda: processor_facts(root),
         "memory": lambda: memory_facts(root),
         "limits": lambda: container_limits(root),
-        "state": lambda: {**read_state(root), "nvidia": read_gpus()},
+        "state": lambda: {**read_state(root), "nvidia": attempt(read_gpus)},
         "load": lambda: read_load(root),
         "variables": lambda: {name: os.environ[name] for name in VARIABLES if name in os.environ} or {"set": "none"},
         "versions": library_versions,

@@ -13,6 +13,7 @@ from typing import Any
 from lightning_prune._utils.readings import NotReadable, number_of, numbered, printed_by, text_of
 
 _CPUS = Path("sys/devices/system/cpu")
+_ONLINE = ("1", "2")  # of fixed and of programmable voltage
 
 
 def read_state(root: Path = Path("/")) -> dict[str, Any]:
@@ -91,16 +92,20 @@ def _throttle_counts(root: Path, cpus: list[Path]) -> dict[str, int] | NotReadab
 
 
 def _temperatures(root: Path) -> dict[str, float] | NotReadable:
-    found: dict[str, float] = {}
+    """Name -> temperature; of sensors of one name the highest."""
+    found: list[tuple[str, float]] = []
     for zone in numbered(root / "sys/class/thermal", "thermal_zone"):
         kind, value = text_of(zone / "type"), number_of(zone / "temp")
         if isinstance(value, int):
-            found[kind if isinstance(kind, str) else zone.name] = value / 1000
+            found.append((kind if isinstance(kind, str) else zone.name, value / 1000))
     for sensor in numbered(root / "sys/class/hwmon", "hwmon"):
         kind, value = text_of(sensor / "name"), number_of(sensor / "temp1_input")
         if isinstance(value, int) and isinstance(kind, str):
-            found.setdefault(kind, value / 1000)
-    return found or NotReadable(f"no temperature in {root / 'sys/class/thermal'} or {root / 'sys/class/hwmon'}")
+            found.append((kind, value / 1000))
+    highest: dict[str, float] = {}
+    for name, celsius in found:
+        highest[name] = max(celsius, highest.get(name, celsius))
+    return highest or NotReadable(f"no temperature in {root / 'sys/class/thermal'} or {root / 'sys/class/hwmon'}")
 
 
 def _power_mode(root: Path) -> str | NotReadable:
@@ -121,10 +126,11 @@ def _power_source(root: Path) -> str | NotReadable:
     if platform.system() == "Darwin":
         said = printed_by(["pmset", "-g", "batt"])
         return said if isinstance(said, NotReadable) else said.partition("'")[2].partition("'")[0] or said
-    supplies = sorted((root / "sys/class/power_supply").glob("*"))
-    online = [each for each in supplies if text_of(each / "online") == "1"]
-    states = [text_of(each / "status") for each in supplies if text_of(each / "type") == "Battery"]
-    if online:
+    found = sorted((root / "sys/class/power_supply").glob("*"))
+    supplies = [each for each in found if text_of(each / "scope") != "Device"]  # else of a mouse or a keyboard
+    batteries = [each for each in supplies if text_of(each / "type") == "Battery"]
+    states = [text_of(each / "status") for each in batteries]
+    if any(text_of(each / "online") in _ONLINE for each in supplies if each not in batteries):
         return "mains"
     if "Discharging" in states:
         return "battery"

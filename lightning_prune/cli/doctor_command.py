@@ -13,6 +13,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from lightning_prune._utils.closed_pipe import print_all
 from lightning_prune._utils.machine_description import Report, describe_machine
 from lightning_prune._utils.private_paths import without_names
 from lightning_prune._utils.readings import NotReadable, attempt
@@ -34,7 +35,7 @@ def doctor(args: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="lightning-prune doctor",
         description="Describes the machine, what is installed, which runtimes work, and how noisy the machine is now: "
-        "what to add to an issue. The home folder is ~, and paths do not name the user.",
+        "what to add to an issue. The home folder is ~, and neither users nor the machine are named.",
     )
     parser.add_argument("--json", action="store_true", help="print JSON; what could not be read is {not_readable: why}")
     parser.add_argument("--no-timing", action="store_true", help="do not measure the noise, which takes ten seconds")
@@ -43,14 +44,14 @@ def doctor(args: Sequence[str]) -> int:
         warnings.simplefilter("ignore")
         report = _report(timing=not options.no_timing)
     if options.json:
-        print(json.dumps(plain(report), indent=2))
+        print_all(json.dumps(plain(report), indent=2))
         return 0
     console = Console(markup=False, highlight=False)
     with console.capture() as captured:
         for title, entries in report.items():
             console.print(title, style="bold")
             console.print(Padding(section_table(entries, title in _VERBATIM), (0, 0, 0, 2)))
-    print("\n".join(line.rstrip() for line in captured.get().splitlines()))
+    print_all("\n".join(line.rstrip() for line in captured.get().splitlines()))
     return 0
 
 

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from lightning_prune._utils.closed_pipe import print_all
 from lightning_prune.patching.models.support import Group, SupportStatus, grouped, isotropic_names, support_of
 
 _HEAD = ("model", "names", "can be pruned", "why not, or not everywhere")
@@ -43,12 +44,15 @@ def models(args: Sequence[str]) -> int:
     hide = not console.is_terminal
     statuses = [support_of(name) for name in track(names, "Building models", disable=hide, transient=True)]
     if options.markdown:
-        print(markdown(grouped(statuses)))
-    elif options.patterns:
-        console.print(names_table(statuses))
-    else:
-        console.print(classes_table(grouped(statuses)))
-        console.print(summary(statuses))
+        print_all(markdown(grouped(statuses)))
+        return 0
+    with console.capture() as captured:
+        if options.patterns:
+            console.print(names_table(statuses))
+        else:
+            console.print(classes_table(grouped(statuses)))
+            console.print(summary(statuses))
+    print_all(captured.get().removesuffix("\n"))
     return 0
 
 

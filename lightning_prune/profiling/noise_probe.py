@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 
 from lightning_prune._utils.device import between_runs, device_name
 from lightning_prune._utils.random_state import preserve_random_state
-from lightning_prune._utils.readings import NotReadable
+from lightning_prune._utils.readings import NotReadable, attempt
 from lightning_prune._utils.system_load import cpu_times
 from lightning_prune.profiling.accuracy_proxy import Z95
 from lightning_prune.profiling.clocks import clock_name, read_clock
@@ -96,23 +97,26 @@ def noise_of_machine(seconds: float = SECONDS) -> dict[str, Any]:
 
     Returns:
         Condition -> the figures of `NoiseReading`, what ran, the microseconds of a page fault, and how busy all cores
-        were meanwhile.
+        were meanwhile. The reason in place of what fails.
     """
     before = cpu_times()
     cpu, threads = torch.device("cpu"), torch.get_num_threads()
     found: dict[str, Any] = {"model": _ABOUT}
     for count, clock in dict.fromkeys([(1, "wall"), (1, "cpu"), (threads, "wall")]):
         with threads_of(count):
-            found[f"{count} thread{'s' * (count > 1)}, {clock} clock"] = probe(cpu, clock, seconds).as_dict()
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    if accelerator is not None:
-        found[f"{accelerator.type}, wall clock"] = probe(accelerator, "wall", seconds).as_dict()
-    fault, after = seconds_per_fault(), cpu_times()
-    found["page_fault_us"] = NotReadable("none were counted") if fault is None else round(1e6 * fault, 3)
-    if isinstance(before, NotReadable) or isinstance(after, NotReadable):
+            condition = f"{count} thread{'s' * (count > 1)}, {clock} clock"
+            found[condition] = attempt(partial(_figures, cpu, clock, seconds))
+    accelerator = attempt(_accelerator)
+    if isinstance(accelerator, NotReadable):
+        found["accelerator"] = accelerator
+    elif accelerator is not None:
+        found[f"{accelerator.type}, wall clock"] = attempt(partial(_figures, accelerator, "wall", seconds))
+    found["page_fault_us"] = attempt(_page_fault_us)
+    after = cpu_times()
+    if isinstance(before, NotReadable):
         found["all_cores_meanwhile"] = before
     else:
-        found["all_cores_meanwhile"] = after.since(before)
+        found["all_cores_meanwhile"] = after if isinstance(after, NotReadable) else after.since(before)
     return found
 
 
@@ -175,6 +179,19 @@ def threads_of(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def _figures(device: torch.device, clock: str, seconds: float) -> dict[str, Any]:
+    return probe(device, clock, seconds).as_dict()
+
+
+def _accelerator() -> torch.device | None:
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+
+
+def _page_fault_us() -> float | NotReadable:
+    seconds = seconds_per_fault()
+    return NotReadable("none were counted") if seconds is None else round(1e6 * seconds, 3)
 
 
 def _share(stats: LatencyStats) -> float:

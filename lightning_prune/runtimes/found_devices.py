@@ -3,15 +3,18 @@
 import contextlib
 import io
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 
 from lightning_prune._utils.device import device_name
-from lightning_prune._utils.readings import attempt
+from lightning_prune._utils.readings import NotReadable, attempt
 from lightning_prune.errors import PruneError
 from lightning_prune.runtimes.registry import known_runtimes, parse_runtime
 
+NOT_LISTED = "accelerator"
+"""In the place of the accelerators of PyTorch where it cannot list them."""
 _SILENT = 4  # of ONNX Runtime's levels of severity: fatal errors only
 _TRIED_ELSEWHERE = ("CPUExecutionProvider", "AzureExecutionProvider")  # always there; runs on another machine
 
@@ -46,15 +49,19 @@ def _found_by(name: str) -> Any:
     return attempt(readers[name]) if name in readers else "ready"
 
 
-def torch_devices() -> dict[str, str]:
-    """Device -> its product name, of all that PyTorch finds."""
-    found = {"cpu": device_name(torch.device("cpu"))}
-    if torch.accelerator.is_available():
-        kind = torch.accelerator.current_accelerator()
-        assert kind is not None
-        devices = [torch.device(kind.type, index) for index in range(torch.accelerator.device_count())]
-        found |= {str(device): device_name(device) for device in devices}
-    return found
+def torch_devices() -> dict[str, str | NotReadable]:
+    """Device -> its product name or why it cannot be read, of all that PyTorch finds."""
+    accelerators = attempt(_accelerators)
+    devices = [torch.device("cpu"), *([] if isinstance(accelerators, NotReadable) else accelerators)]
+    found = {str(device): attempt(partial(device_name, device)) for device in devices}
+    return found | ({NOT_LISTED: accelerators} if isinstance(accelerators, NotReadable) else {})
+
+
+def _accelerators() -> list[torch.device]:
+    kind = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if kind is None:
+        return []
+    return [torch.device(kind.type, index) for index in range(torch.accelerator.device_count())]
 
 
 def onnx_providers() -> dict[str, str]:
@@ -64,12 +71,16 @@ def onnx_providers() -> dict[str, str]:
     return {name: "ready" if name == "CPUExecutionProvider" else _tried(name) for name in ort.get_available_providers()}
 
 
-def openvino_devices() -> dict[str, str]:
-    """Device -> its product name, of all that OpenVINO finds."""
+def openvino_devices() -> dict[str, str | NotReadable]:
+    """Device -> its product name or why it cannot be read, of all that OpenVINO finds."""
     import openvino as ov
 
     core = ov.Core()
-    return {name: str(core.get_property(name, "FULL_DEVICE_NAME")).strip() for name in core.available_devices}
+
+    def product(name: str) -> str:
+        return str(core.get_property(name, "FULL_DEVICE_NAME")).strip()
+
+    return {name: attempt(partial(product, name)) for name in core.available_devices}
 
 
 def _tried(provider: str) -> str:

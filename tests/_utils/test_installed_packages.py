@@ -16,6 +16,9 @@ DECLARED = [
     'zeus>=0.16; extra == "energy"',
     'torchao>=0.18; extra == "int8"',
     'pytest>=8; extra == "dev"',
+    'mkdocs>=1.6; extra == "docs"',
+    'lightning_prune[energy,onnx]; extra == "all"',
+    'lightning-prune[all]; extra == "dev"',
     'brandnew; extra == "later"',
 ]
 
@@ -47,6 +50,7 @@ def test_what_is_missing_for_what() -> None:
     assert "brandnew" in str(found["later"])
     assert "pip install executorch" in str(found["ExecuTorch"])
     assert "pytest" not in str(found)
+    assert not {"all", "dev", "docs"} & set(found)
 
 
 def test_required_packages_that_are_too_old_are_named(installed: dict[str, str]) -> None:

@@ -58,6 +58,46 @@ def test_state_of_a_machine_that_tells_all(tmp_path: Path, monkeypatch: pytest.M
     assert isinstance(state["energy_preference"], NotReadable)
 
 
+@pytest.mark.parametrize(
+    ("supplies", "expected"),
+    [
+        ({"BAT0": ("Battery", "0", "Discharging", "System"), "mouse": ("Mains", "1", "", "Device")}, "battery"),
+        ({"BAT0": ("Battery", "1", "Discharging", "System")}, "battery"),
+        ({"BAT0": ("Battery", "1", "Charging", "System"), "AC": ("Mains", "1", "", "System")}, "mains"),
+        ({"usb": ("USB", "2", "", "")}, "mains"),
+        ({"mouse": ("Battery", "1", "Discharging", "Device")}, None),
+    ],
+)
+def test_only_supplies_of_the_machine_count(
+    supplies: dict[str, tuple[str, str, str, str]],
+    expected: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "printed_by", lambda words: NotReadable("no"))
+    monkeypatch.setattr(module.platform, "system", lambda: "Linux")
+    for name, values in supplies.items():
+        folder = f"sys/class/power_supply/{name}"
+        fields = zip(("type", "online", "status", "scope"), values, strict=True)
+        write(tmp_path, {f"{folder}/{field}": f"{value}\n" for field, value in fields if value})
+    source = read_state(tmp_path)["power_source"]
+    assert isinstance(source, NotReadable) if expected is None else source == expected
+
+
+def test_of_sensors_of_one_name_the_hottest_counts(tmp_path: Path) -> None:
+    files = {}
+    for number, (kind, heat) in enumerate((("acpitz", 27), ("acpitz", 61), ("acpitz", 30), ("x86_pkg_temp", 50))):
+        files |= {f"sys/class/thermal/thermal_zone{number}/type": kind}
+        files |= {f"sys/class/thermal/thermal_zone{number}/temp": f"{heat}000"}
+    for number, (kind, heat) in enumerate((("nvme", 45), ("nvme", 38), ("acpitz", 40))):
+        files |= {
+            f"sys/class/hwmon/hwmon{number}/name": kind,
+            f"sys/class/hwmon/hwmon{number}/temp1_input": f"{heat}000",
+        }
+    found = read_state(write(tmp_path, files))["temperatures_celsius"]
+    assert found == {"acpitz": 61.0, "x86_pkg_temp": 50.0, "nvme": 45.0}
+
+
 def test_what_is_missing_is_named_and_never_guessed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "printed_by", lambda words: NotReadable(f"{words[0]} is not installed"))
     monkeypatch.setattr(module.platform, "system", lambda: "Linux")

@@ -13,7 +13,9 @@ import pytest
 from helpers import ROOT
 from lightning_prune.__main__ import main
 from lightning_prune._utils.readings import NotReadable
+from lightning_prune.cli import models_command
 from lightning_prune.cli.typos import mistake_in
+from lightning_prune.patching.models.support import SupportStatus
 
 REPORT = {
     "system": {"lightning_prune": "0.1.0", "total_gib": 15.5},
@@ -74,6 +76,21 @@ def test_without_a_torch_that_works(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     read = json.loads(capsys.readouterr().out)
     assert read["versions"]["torch"]
     assert "torchvision::nms" in read["torch"]["all"]["not_readable"]
+
+
+@pytest.mark.parametrize("line", ["doctor", "doctor --json", "models vit_tiny*", "models --markdown"])
+@pytest.mark.usefixtures("made")
+def test_a_reader_that_has_ended(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    status = SupportStatus("vit_tiny_patch16_224", "VisionTransformer", "yes", "")
+    monkeypatch.setattr(models_command, "isotropic_names", lambda: [status.name] * 999)
+    monkeypatch.setattr(models_command, "support_of", lambda name: status)
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        assert main(line.split()) == 0
+        stream.flush()  # as Python does when it ends
+        monkeypatch.undo()
 
 
 @pytest.mark.parametrize(

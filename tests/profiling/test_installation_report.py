@@ -1,13 +1,16 @@
 """The report on the machine: its sections, and what breaks in one of them stays there."""
 
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from lightning_prune._utils.readings import NotReadable
 from lightning_prune.profiling import machine_report
-from lightning_prune.profiling.installation_report import cache_facts, energy_counters, same_build
+from lightning_prune.profiling.energy_counter import Unavailable
+from lightning_prune.profiling.installation_report import cache_facts, energy_counters, same_build, torch_facts
 from lightning_prune.runtimes import found_devices as runtimes
 from lightning_prune.runtimes.registry import known_runtimes
 
@@ -56,6 +59,82 @@ def test_torchvision_of_another_build_is_recognised(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(torchvision.ops, "nms", broken)
     assert str(same_build()).endswith("RuntimeError: operator torchvision::nms does not exist")
+
+    def silent(*_: object) -> None:
+        raise RuntimeError
+
+    monkeypatch.setattr(torchvision.ops, "nms", silent)
+    assert "RuntimeError" in str(same_build())
+
+
+def test_a_fact_of_torch_that_cannot_be_read_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(f"{MODULE}.sums_saturate", lambda: 1 / 0)
+    facts = torch_facts()
+    assert facts["int8_sums_saturate"] == NotReadable("ZeroDivisionError: division by zero")
+    assert facts["threads"] == torch.get_num_threads()
+
+
+@pytest.fixture
+def _two_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An accelerator with two devices, of which the second has no name."""
+
+    def named(device: torch.device) -> str:
+        if device.index == 1:
+            raise RuntimeError("device lost")
+        return f"{device} here"
+
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    monkeypatch.setattr(runtimes, "device_name", named)
+
+
+@pytest.mark.usefixtures("_two_devices")
+def test_a_device_that_fails_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    lost = NotReadable("RuntimeError: device lost")
+    assert runtimes.torch_devices() == {"cpu": "cpu here", "cuda:0": "cuda:0 here", "cuda:1": lost}
+
+    def counter(device: str) -> Unavailable:
+        if device == "cuda:0":
+            raise RuntimeError("device lost")
+        return Unavailable("n/a", f"none of {device}")
+
+    monkeypatch.setattr(f"{MODULE}.find_counter", counter)
+    assert energy_counters() == {
+        "cpu": NotReadable("none of cpu"),
+        "cuda:0": lost,
+        "cuda:1": NotReadable("none of cuda:1"),
+    }
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1 / 0)
+    zero = NotReadable("ZeroDivisionError: division by zero")
+    assert runtimes.torch_devices() == {"cpu": "cpu here", "accelerator": zero}
+    assert energy_counters() == {"cpu": NotReadable("none of cpu"), "accelerator": zero}
+
+
+def test_a_device_of_openvino_that_fails_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Core:
+        available_devices = ("CPU", "NPU")
+
+        def get_property(self, device: str, name: str) -> str:
+            if device == "NPU":
+                raise RuntimeError("no driver\nmore")
+            return f"{device} {name} "
+
+    monkeypatch.setitem(sys.modules, "openvino", SimpleNamespace(Core=Core))
+    assert runtimes.openvino_devices() == {
+        "CPU": "CPU FULL_DEVICE_NAME",
+        "NPU": NotReadable("RuntimeError: no driver"),
+    }
+
+
+def test_the_machine_is_not_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("platform.node", lambda: "box17")
+    monkeypatch.setattr(f"{MODULE}.devices_of_runtimes", lambda: {"torch": {"cpu": ["no route to box17"]}})
+    monkeypatch.setattr(f"{MODULE}.energy_counters", dict)
+    monkeypatch.setenv("LD_PRELOAD", "/scratch/box17/lib.so")
+    report = machine_report(timing=False, root=tmp_path)
+    assert report["variables"]["LD_PRELOAD"] == "/scratch/<host>/lib.so"
+    assert report["runtimes"]["torch"] == {"cpu": ["no route to <host>"]}
 
 
 def test_each_device_has_a_counter_or_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lightning_prune._utils.readings import NotReadable
+from lightning_prune.profiling import noise_probe as module
 from lightning_prune.profiling.noise_probe import NoiseReading, noise_of_machine, probe, threads_of
 
 CPU = torch.device("cpu")
@@ -73,3 +75,23 @@ def test_conditions_and_nothing_left_behind(monkeypatch: pytest.MonkeyPatch) -> 
     assert {"1 thread, wall clock", "1 thread, cpu clock", "2 threads, wall clock"} <= found.keys()
     assert found["1 thread, cpu clock"]["rounds"] >= 3
     assert found["2 threads, wall clock"]["threads"] == 2
+
+
+def test_a_condition_that_fails_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    def made(device: torch.device, clock: str, seconds: float) -> NoiseReading:
+        if clock == "cpu" or device.type == "cuda":
+            raise RuntimeError(f"no {clock} clock of {device.type}")
+        return replace(QUIET, threads=torch.get_num_threads())
+
+    monkeypatch.setattr(module, "probe", made)
+    monkeypatch.setattr(module, "seconds_per_fault", lambda: 1 / 0)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    with threads_of(2):
+        found = noise_of_machine(0.01)
+    assert [found[f"{name}, wall clock"]["threads"] for name in ("1 thread", "2 threads")] == [1, 2]
+    assert found["1 thread, cpu clock"] == NotReadable("RuntimeError: no cpu clock of cpu")
+    assert found["cuda, wall clock"] == NotReadable("RuntimeError: no wall clock of cuda")
+    assert "ZeroDivisionError" in str(found["page_fault_us"])
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: 1 / 0)
+    assert "ZeroDivisionError" in str(noise_of_machine(0.01)["accelerator"])
