@@ -24,7 +24,7 @@ endif
 .DEFAULT_GOAL := help
 # A venv that broke half-way (no ensurepip on Debian, say) must not look finished to the next run.
 .DELETE_ON_ERROR:
-.PHONY: help demo dense test test-long bench install lint format types docs workflows oldest package clean
+.PHONY: help demo dense notebooks test test-long bench install lint format types docs workflows oldest package clean
 
 help: ## Show the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -36,6 +36,11 @@ demo: $(INSTALLED) ## Prune the embedded digits model on this device and compare
 
 dense: $(INSTALLED) ## Train a dense head on the embedded digits and compare it dense with pruned (IoU; minutes)
 	$(BIN)/python examples/segment_digits.py --output results/segment_digits $(ARGS)
+
+# Without --overwrite nbmake leaves the files, and with them the committed outputs, as they are. One after another, as
+# they measure.
+notebooks: $(INSTALLED_DEV) ## Execute the notebooks of examples/notebooks and fail where a cell does (minutes)
+	$(BIN)/pytest --nbmake --nbmake-timeout 600 --timeout 900 -n 0 examples/notebooks $(ARGS)
 
 test: $(INSTALLED_DEV) ## Run the tests, a process for each core (ARGS="-k schedule -n 0" goes to pytest)
 	$(BIN)/pytest -n auto --dist loadfile $(ARGS)

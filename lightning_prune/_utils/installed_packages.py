@@ -39,7 +39,7 @@ _FEATURES = {
     "openclip": "models of OpenCLIP",
     "energy": "joules per image",
 }
-_FOR_DEVELOPERS = ("dev", "docs")
+_FOR_DEVELOPERS = ("dev", "docs", "notebooks")
 _IN_NO_EXTRA = {"ExecuTorch": "executorch"}
 
 
