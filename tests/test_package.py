@@ -111,5 +111,5 @@ def test_extra_all_covers_every_runtime_extra() -> None:
     extras = project["optional-dependencies"]
     (requirement,) = map(Requirement, extras["all"])
     assert requirement.name == project["name"]
-    assert requirement.extras == set(extras) - {"all", "dev", "docs"}
+    assert requirement.extras == set(extras) - {"all", "dev", "docs", "notebooks"}
     assert "lightning-prune[all]" in extras["dev"]  # the tests need all of them
