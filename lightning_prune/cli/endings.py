@@ -42,8 +42,8 @@ def run_to_end(work: Callable[[], int]) -> int:
 
     Returns:
         What `work` returns; 2 after an error in the input or of the operating system, such as a full disk, or if
-        another process is lost, which is printed on one line; 130 after SIGINT and 143 after SIGTERM. What the error knows about kept results, in its
-        notes, is printed, too.
+        another process is lost, which is printed on one line; 130 after SIGINT and 143 after SIGTERM. What the error
+        knows about kept results, in its notes, is printed, too.
 
     Raises:
         Exception: An unexpected error, as it is.
