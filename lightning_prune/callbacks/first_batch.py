@@ -17,7 +17,12 @@ from lightning_prune.callbacks.config import PruningConfig
 from lightning_prune.callbacks.first_call import FirstCall
 from lightning_prune.callbacks.hooks import command_run, limit_val_batches
 from lightning_prune.callbacks.passed_images import as_passed
-from lightning_prune.callbacks.rank_agreement import join_decision, on_rank_zero, refuse_sharded
+from lightning_prune.callbacks.rank_agreement import (
+    join_decision,
+    on_rank_zero,
+    refuse_sharded,
+    refuse_spawned,
+)
 from lightning_prune.errors import ArgumentError, DataError
 from lightning_prune.patching import VisionTransformer, find_vision_transformer
 from lightning_prune.planning.paper_protocol import PAPER_IMAGES
@@ -247,8 +252,9 @@ def on_first_batch(
 
     Raises:
         DataError: If there is no batch.
-        UnsupportedModelError: If the strategy shards the model.
+        UnsupportedModelError: If the strategy shards the model, or runs in processes of its own.
     """
+    refuse_spawned(trainer)
     probe = _FirstBatchCallback(config, work)
     with command_run(trainer, config, probe, one_batch=True):
         trainer.validate(model, dataloaders=dataloaders, verbose=False, datamodule=datamodule)

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 
 import lightning as L
 
+from lightning_prune.callbacks.decision_gate import DecisionGate
 from lightning_prune.callbacks.termination import ended_by_sigterm
 from lightning_prune.errors import DataError, PruneError, UnsupportedModelError
 
@@ -27,6 +28,25 @@ def refuse_sharded(trainer: L.Trainer) -> None:
         raise UnsupportedModelError(
             f"TokenPruning needs the whole model in each process, which {type(strategy).__name__} with "
             f"{trainer.world_size} processes does not promise; evaluate with strategy='ddp' or on one device."
+        )
+
+
+def refuse_spawned(trainer: L.Trainer) -> None:
+    """Refuses strategies that run in processes of their own, such as `ddp_spawn`: this process would learn no results.
+
+    Args:
+        trainer: Whose strategy it is.
+
+    Raises:
+        UnsupportedModelError: Before any process is started.
+    """
+    strategy = trainer.strategy
+    kinds = {kind.__name__ for kind in type(strategy.launcher).__mro__}  # names, as above
+    if "_MultiProcessingLauncher" in kinds:
+        raise UnsupportedModelError(
+            f"The results must be known in the process that asks for them, and {type(strategy).__name__} runs in "
+            "processes of its own here (`ddp_spawn`, `ddp_fork`, `ddp_notebook`); use strategy='ddp' in a script, or "
+            "one device."
         )
 
 
@@ -67,7 +87,8 @@ def on_rank_zero(trainer: L.Trainer, decide: Callable[[], T]) -> T:
     """Returns on every rank what `decide` returns on rank 0; an error there is raised on every rank.
 
     If the error were raised on rank 0 only, the other ranks would wait until the process group times out and would
-    then report a closed connection. Of one process, SIGTERM ends the work at once.
+    then report a closed connection. They wait in `DecisionGate`, however long it takes. SIGTERM ends work and waiting
+    at once.
 
     Args:
         trainer: Of this rank.
@@ -75,18 +96,21 @@ def on_rank_zero(trainer: L.Trainer, decide: Callable[[], T]) -> T:
 
     Raises:
         DataError: If rank 0 has no batch.
-        PruneError: On the other ranks, with the message of the error that rank 0 raises as it is.
+        PruneError: On the other ranks, with the message of the error that rank 0 raises as it is, or if it has ended.
     """
     if trainer.world_size == 1:
         with ended_by_sigterm():
             return decide()
     result: T | None = None
     error: Exception | None = None
-    if trainer.is_global_zero:
-        try:
-            result = decide()
-        except Exception as caught:
-            error = caught
+    gate = DecisionGate(trainer)
+    with ended_by_sigterm():
+        if trainer.is_global_zero:
+            try:
+                result = decide()
+            except Exception as caught:
+                error = caught
+        gate.pass_through()
     message = f"{type(error).__name__} on rank 0: {error}" if error else None
     outcome = _from_rank_zero(trainer, _Outcome(result, message), has_batch=True)
     if error is not None:
@@ -115,4 +139,5 @@ def join_decision(trainer: L.Trainer) -> Any:
     if trainer.world_size == 1:
         return None
     refuse_sharded(trainer)
+    DecisionGate(trainer).pass_through()
     return _from_rank_zero(trainer, _Outcome(has_batch=False), has_batch=False)

@@ -13,6 +13,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from lightning_prune.comparison.lost_processes import is_lost_process
 from lightning_prune.errors import PruneError
 
 BAD_INPUT = 2
@@ -40,9 +41,9 @@ def run_to_end(work: Callable[[], int]) -> int:
         work: The command; returns its exit status.
 
     Returns:
-        What `work` returns; 2 after an error in the input or of the operating system, such as a full disk, which is
-        printed on one line; 130 after SIGINT and 143 after SIGTERM. What the error knows about kept results, in its
-        notes, is printed, too.
+        What `work` returns; 2 after an error in the input or of the operating system, such as a full disk, or if
+        another process is lost, which is printed on one line; 130 after SIGINT and 143 after SIGTERM. What the error
+        knows about kept results, in its notes, is printed, too.
 
     Raises:
         Exception: An unexpected error, as it is.
@@ -54,7 +55,7 @@ def run_to_end(work: Callable[[], int]) -> int:
             if received:
                 _print_stopped(received[0], error)
                 return 128 + received[0]
-            is_environment = isinstance(error, OSError) and error.errno is not None
+            is_environment = (isinstance(error, OSError) and error.errno is not None) or is_lost_process(error)
             if not is_environment and not isinstance(error, _INPUT_ERRORS):
                 raise
             _print_line(f"error: {_text_of(error)}")
@@ -63,6 +64,9 @@ def run_to_end(work: Callable[[], int]) -> int:
 
 def _text_of(error: BaseException) -> str:
     """The message of an error on one line."""
+    if is_lost_process(error):
+        kept = " ".join(getattr(error, "__notes__", ["Start the same command again."]))
+        return f"another process has ended or cannot be reached. {kept} ({' '.join(str(error).split())})"
     if isinstance(error, OSError) and error.errno is not None:
         named = "" if error.filename is None else f"{error.filename}: "
         return f"{named}{error.strerror}."

@@ -19,11 +19,13 @@ from lightning_prune._utils.trees import tree_leaves
 from lightning_prune._utils.validation import check, check_bool, check_speedups
 from lightning_prune.callbacks import config_of
 from lightning_prune.callbacks.hooks import command_run
+from lightning_prune.callbacks.rank_agreement import refuse_spawned
 from lightning_prune.comparison.best_variant import choose_best
 from lightning_prune.comparison.class_changes import ClassChange, names_of_classes
 from lightning_prune.comparison.comparison_results import Comparison, check_output_paths, normalisation_of
 from lightning_prune.comparison.first_loader import FirstLoader
 from lightning_prune.comparison.loggers import log_rows, muted_loggers
+from lightning_prune.comparison.lost_processes import watching_processes
 from lightning_prune.comparison.planned_variants import ComparisonPlan, plain_value
 from lightning_prune.comparison.request_reading import in_runtimes, read_requests, read_runtimes
 from lightning_prune.comparison.requests import ComparisonSettings
@@ -83,6 +85,10 @@ def compare(
 
     Loggers of the trainer get the figures of each row as `compare/<variant>/<column>`, and nothing of the validations.
 
+    With several processes (`strategy="ddp"`) rank 0 plans and times, the others wait, and all validate each variant on
+    their shares of the images. Rank 0 alone writes and prints. All ranks return the rows; files, pictures and traces
+    are known on rank 0.
+
     With `output`, the plan and each finished variant are kept under `output/state`: the same comparison, started again,
     goes on from there. An error or an interruption says in a note what is kept. Of unfinished searches for target
     speed-ups timings are repeated; their estimates of accuracy are kept as those of `lightning_prune.plan` are.
@@ -125,7 +131,8 @@ def compare(
         ArgumentError: If `output` cannot be written to, a method is not known, or an argument is unusable.
         DataError: If there is nothing to validate on.
         FileWriteError: If a file cannot be written to `output` at the end.
-        UnsupportedModelError: If none of the methods can be used with the model.
+        UnsupportedModelError: If none of the methods can be used with the model, or the strategy shards the model or
+            runs in processes of its own.
 
     Example:
         >>> import lightning as L
@@ -148,6 +155,7 @@ def compare(
         read_clock(clock)
     check("settings", settings, "a mapping or None", settings is None or isinstance(settings, Mapping))
     check("command", command, "a text", isinstance(command, str))
+    refuse_spawned(trainer)
     config = config_of(trainer)
     if isinstance(clock, str):
         config = replace(config, clock=clock)
@@ -169,10 +177,11 @@ def compare(
             plain = replace(config, runtime="torch")  # the setup applies the runtimes
             with (
                 restoring(config.restore),
-                progress_bar("Comparing", None, config.verbose),
+                progress_bar("Comparing", None, config.verbose and trainer.is_global_zero),
                 without_bars(trainer),
                 muted_loggers(trainer),
                 keeping_graphs(),
+                watching_processes(trainer, lambda: "" if setup.state is None else setup.state.summary()),
             ):
                 with command_run(trainer, plain, setup, one_batch=True), loader.arguments() as arguments:
                     trainer.validate(module, verbose=False, **arguments)

@@ -127,6 +127,8 @@ class ComparisonSetup(L.Callback):
         }
         if self.settings.metric is not None:
             settings |= {"metric": self.settings.metric}
+        if first.trainer.world_size > 1:  # images are kept in the order of the processes
+            settings |= {"processes": first.trainer.world_size}
         if self.calibration is not None:
             settings |= {"quantizers": [*self._quantizers(), tensor_digest(self.calibration)]}
         if any(request.int8 and not request.runtime.converts for request in self.settings.requests):

@@ -233,8 +233,13 @@ def _is_certain(row: Row, reached: Sequence[Row]) -> bool:
     return own is None or all(other[1] < own[0] for other in others)
 
 
-def legend_of(rows: Sequence[Row]) -> list[str]:
-    """The sentences below the table."""
+def legend_of(rows: Sequence[Row], processes: int = 1) -> list[str]:
+    """The sentences below the table.
+
+    Args:
+        rows: All rows.
+        processes: How many validated together.
+    """
     lines = ["±: half the distance between the quartiles."]
     if score_of(rows) == TOP1 and any(row.target_speedup is not None for row in rows):
         lines.append(
@@ -242,6 +247,8 @@ def legend_of(rows: Sequence[Row]) -> list[str]:
         )
     if any(row.throughput is not None for row in rows):
         lines.append("images/s: of the validation, after the latency was timed, when the machine may differ in speed.")
+        if processes > 1:
+            lines.append(f"images/s is that of all {processes} processes together, latency that of one.")
     if any(interval_of(row) for row in rows):
         lines.append("Grey change: the 95% interval holds 0.")
     return lines

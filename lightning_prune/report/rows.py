@@ -54,7 +54,8 @@ class Row:
         latency_spread: Half the distance between the quartiles of the latencies; None after fewer than three rounds.
         speedup_spread: Half the distance between the quartiles of the speed-up; None after fewer than three rounds.
         throughput: Images a second in forward during validation, which runs after `latency_ms` was timed and may find
-            the machine faster or slower.
+            the machine faster or slower. Of several processes their images together, over the time of the slowest;
+            `latency_ms` is that of rank 0 alone.
         throughput_end_to_end: Images a second of the whole loop, loading included; dense, which comes first, pays for
             cold file caches.
         joules_per_image: Energy of an image; None where the device has no counter.
@@ -221,6 +222,16 @@ def rows_of(document: Mapping[str, Any]) -> list[Row]:
     if not isinstance(rows, Sequence) or not rows or not all(isinstance(row, Mapping) for row in rows):
         raise DataError(f"`document` must hold the rows of a comparison under 'rows', got {rows!r}.")
     return [Row.from_dict(row) for row in rows]
+
+
+def processes_of(document: Mapping[str, Any]) -> int:
+    """How many processes shared the images of a comparison; 1 where the document does not say.
+
+    Args:
+        document: What `compare` writes as `results.json`.
+    """
+    trainer = (document.get("config") or {}).get("trainer") or {}
+    return int(trainer.get("processes") or 1)
 
 
 def series_name(row: Row) -> str:

@@ -23,7 +23,7 @@ from lightning_prune.profiling import LatencyProfile
 from lightning_prune.profiling.interleaved_timer import LEAST_ROUNDS
 from lightning_prune.profiling.page_faults import KEPT_MEMORY
 from lightning_prune.report.class_table import losing_classes
-from lightning_prune.report.rows import OF_CLASSES, OF_GROUPS, TOP1, Row, Score, score_of
+from lightning_prune.report.rows import OF_CLASSES, OF_GROUPS, TOP1, Row, Score, processes_of, score_of
 
 
 def profile_table(profile: LatencyProfile) -> Table:
@@ -200,7 +200,9 @@ def remarks(document: Mapping[str, Any]) -> list[str]:
     chosen = [f"schedule.yaml is that of {best['variant']}. {best['reason']}"] if best else []
     is_cpu_time = timed_quantity(document.get("context") or {}) != "latency"
     clock = ["ms: CPU time of the process, not wall time"] if is_cpu_time else []
-    return [*clock, *notes, *reasons, *unreached, *classes, f"energy: {document['energy']}", *chosen]
+    processes = processes_of(document)
+    shared = [f"ms: of one process; the images were shared by {processes} processes"] if processes > 1 else []
+    return [*clock, *shared, *notes, *reasons, *unreached, *classes, f"energy: {document['energy']}", *chosen]
 
 
 def _metric_interval(row: Row, score: Score) -> str:
