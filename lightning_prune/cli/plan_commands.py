@@ -68,7 +68,8 @@ def run_profile(
     configs = [replace(config, runtime=name) for name in named]
 
     def measure(first: FirstBatch) -> tuple[CachedProfile, LatencyProfile | None]:
-        measured = _profile(first, simulated, of_method=True)
+        with progress_bar("Profiling latency", config.time_limit, config.verbose):
+            measured = _profile(first, simulated, of_method=True)
         compiled = runtimes is None and simulated is None and is_compiled(first.module)
         return measured, _eager_profile(first, measured.profile) if compiled else None
 

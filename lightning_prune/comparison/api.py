@@ -18,7 +18,7 @@ from lightning_prune._utils.progress import progress_bar
 from lightning_prune._utils.trees import tree_leaves
 from lightning_prune._utils.validation import check, check_bool, check_speedups
 from lightning_prune.callbacks import config_of
-from lightning_prune.callbacks.hooks import command_run
+from lightning_prune.callbacks.hooks import command_run, without_bars
 from lightning_prune.comparison.best_variant import choose_best
 from lightning_prune.comparison.class_changes import ClassChange, names_of_classes
 from lightning_prune.comparison.comparison_results import Comparison, check_output_paths, normalisation_of
@@ -29,7 +29,6 @@ from lightning_prune.comparison.request_reading import in_runtimes, read_request
 from lightning_prune.comparison.requests import ComparisonSettings
 from lightning_prune.comparison.resume import VariantResult
 from lightning_prune.comparison.setup import ComparisonSetup
-from lightning_prune.comparison.validation_progress import without_bars
 from lightning_prune.comparison.variant_rows import paired_classes, row_of
 from lightning_prune.comparison.variant_runs import exit_if_terminated, validate_variants
 from lightning_prune.errors import DataError, FileWriteError
