@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 from torch import nn
 
-from lightning_prune._utils.files import output_folder
+from lightning_prune._utils.files import other_kinds, output_folder
 from lightning_prune._utils.progress import progress_bar
 from lightning_prune._utils.trees import tree_leaves
 from lightning_prune._utils.validation import check, check_bool, check_speedups
@@ -156,7 +156,7 @@ def compare(
     goal = config.effective_objective if objective is None else objective
     requests = in_runtimes(read_requests(config, methods, speedups, goal, controls), used)
     targets = [] if speedups is None else check_speedups(speedups)
-    with nullcontext() if output is None else output_folder(output, {"plan.json": "a plan"}) as folder:
+    with nullcontext() if output is None else output_folder(output, other_kinds("results.json")) as folder:
         if folder is not None:
             check_output_paths(folder)
         limit = trainer.limit_val_batches

@@ -139,6 +139,18 @@ def test_nothing_of_an_earlier_comparison_stays_beside_the_new_figures(tmp_path:
     assert sorted(path.name for path in (tmp_path / "schedules").iterdir()) == ["mine.yaml", "tome-1.5x.yaml"]
 
 
+@pytest.mark.parametrize(("values", "stays"), [({"version": 99}, False), ({"format": "mine"}, True)])
+def test_files_of_another_release_go_and_those_of_other_programs_stay(
+    values: dict[str, Any], stays: bool, tmp_path: Path
+) -> None:
+    comparison(best=BestVariant("pomt 2x", "It is the fastest.", True)).save(tmp_path)
+    document = json.loads((tmp_path / "results.json").read_text())
+    (tmp_path / "results.json").write_text(json.dumps(document | values))
+    comparison(traces={}).save(tmp_path)
+    for path in (tmp_path / "schedule.yaml", tmp_path / "tokens.png"):
+        assert path.exists() == stays
+
+
 def test_the_schedule_of_dense_removes_nothing(tmp_path: Path) -> None:
     comparison(best=BestVariant("dense", "Nothing is gained.", True)).save(tmp_path)
     schedule = lp.Schedule.load(tmp_path / "schedule.yaml")
