@@ -140,7 +140,11 @@ def test_compare_writes_all_files(
     ]
     with (tmp_path / "results.csv").open(newline="") as stream:
         reader = csv.DictReader(stream)
-        assert reader.fieldnames == COLUMNS == [name for name in Row.__dataclass_fields__ if name not in {*OF_CLASSES, *OF_GROUPS}]
+        assert (
+            reader.fieldnames
+            == COLUMNS
+            == [name for name in Row.__dataclass_fields__ if name not in {*OF_CLASSES, *OF_GROUPS}]
+        )
         rows = list(reader)
     assert [row["variant"] for row in rows] == ["dense", "pomt utility", "topk accuracy budget"]
     assert {row["images"] for row in rows} == {"8"}
