@@ -91,8 +91,8 @@ class ProfileStore:
         if present is not None and not replace and _rank(present) > _rank(_Entry(profile, time_limit)):
             why = "it converged" if present.profile.converged else "it had more time"
             warnings.warn(
-                f"This run uses the profile that it has measured (time_limit={time_limit}). Later runs use the kept one "
-                f"(time_limit={present.time_limit}), as {why}: {file}.",
+                f"This run uses the profile that it has measured (time_limit={time_limit}). Later runs use the kept "
+                f"one (time_limit={present.time_limit}), as {why}: {file}.",
                 stacklevel=2,
             )
             return None
