@@ -105,6 +105,24 @@ def ensure_output_dir(output: str | Path) -> Path:
         raise ArgumentError(f"`output` must be a writable folder, got {folder}: {error}") from error
 
 
+_KINDS = {
+    "results.json": "a comparison",
+    "plan.json": "a plan",
+    "report.json": "an exported model",
+    "bundle.json": "a bundle",
+}
+"""File that only one kind of results has -> that kind."""
+
+
+def other_kinds(*own: str) -> dict[str, str]:
+    """The files of `output_folder` by which results of other kinds are known.
+
+    Args:
+        own: The files that the results to be written may have next to them.
+    """
+    return {name: kind for name, kind in _KINDS.items() if name not in own}
+
+
 @contextmanager
 def output_folder(output: str | Path, foreign: Mapping[str, str] | None = None) -> Iterator[Path]:
     """A context with the output folder, which is created if need be, and removed again if an error leaves it empty.

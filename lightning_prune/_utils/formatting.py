@@ -62,6 +62,18 @@ def three_digits(value: float) -> str:
     return f"{float(f'{value:.3g}'):.12g}"
 
 
+def figure(value: float) -> str:
+    """A value of any size in a table: whole numbers as they are, others with four significant digits or more.
+
+    Example:
+        >>> figure(0.6899999976158142), figure(402.1810302734375), figure(20123.4), figure(50000.0)
+        ('0.69', '402.2', '20123', '50000')
+    """
+    if not isfinite(value):
+        return str(value)
+    return f"{value:.0f}" if abs(value) >= 1000 or value == round(value) else f"{float(f'{value:.4g}'):.12g}"
+
+
 def speedup(ratio: float | None) -> str:
     """A speed-up over dense; a dash if it is unknown.
 

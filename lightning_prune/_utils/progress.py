@@ -1,6 +1,7 @@
 """One progress of a whole piece of work: a bar on a terminal, elsewhere a line now and then, with the time left."""
 
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,13 +14,14 @@ from rich.table import Column
 OnStep = Callable[[], None]
 
 SECONDS_BETWEEN_LINES = 10.0
+SHORTEST_WAIT = 1.0  # seconds, of the thread that writes them
 
 
 class WorkProgress:
     """What is being done and how far it is, how long the whole has taken, and about how long it will take yet.
 
-    On a terminal it is a bar, which disappears at the end. Elsewhere, as in a log, it is a line at most every 10
-    seconds. Both go to standard error, so that they do not mix with tables.
+    On a terminal it is a bar, which disappears at the end. Elsewhere, as in a log, it is a line every 10 seconds, also
+    during a long step. Both go to standard error, so that they do not mix with tables.
 
     Args:
         whole: Name of the whole work.
@@ -50,7 +52,7 @@ class WorkProgress:
             redirect_stdout=sys.stdout.isatty(),
         )
         self._task = self._bar.add_task(whole, total=None, times="")
-        self._writes_lines = enabled and not on_terminal
+        self._writes_lines, self._lock = enabled and not on_terminal, threading.Lock()
         self.expect(seconds)
 
     def expect(self, seconds: float | None) -> None:
@@ -65,9 +67,8 @@ class WorkProgress:
     def step(self) -> None:
         """Shows how far the work is; called after each part of it."""
         now = time.perf_counter()
-        if self._writes_lines and now - self._last_line >= SECONDS_BETWEEN_LINES:
-            self._last_line = now
-            print(f"{self._text()}: {self._times(now)}", file=sys.stderr, flush=True)
+        if self._writes_lines:
+            self._write_line(now)
         total = None if self._end is None else max(self._end, now) - self._start
         self._bar.update(
             self._task, description=self._text(), completed=now - self._start, total=total, times=self._times(now)
@@ -101,9 +102,31 @@ class WorkProgress:
 
     @contextmanager
     def shown(self) -> Iterator[None]:
-        """A context in which the bar is visible."""
+        """A context in which the bar is visible, or lines are written."""
+        ended = threading.Event()
+
+        def write_lines() -> None:
+            while not ended.wait(max(SECONDS_BETWEEN_LINES, SHORTEST_WAIT)):
+                self._write_line(time.perf_counter())
+
+        writer = threading.Thread(target=write_lines, daemon=True)
         with self._bar:
-            yield
+            if self._writes_lines:
+                writer.start()
+            try:
+                yield
+            finally:
+                ended.set()
+                if self._writes_lines:
+                    writer.join()
+
+    def _write_line(self, now: float) -> None:
+        """Writes a line, unless one was written in the last 10 seconds."""
+        with self._lock:  # a step may be at the same time
+            if now - self._last_line < SECONDS_BETWEEN_LINES:
+                return
+            self._last_line = now
+            print(f"{self._text()}: {self._times(now)}", file=sys.stderr, flush=True)
 
     def _text(self) -> str:
         """The whole and its parts down to the innermost; one that only repeats what it is part of is left out."""

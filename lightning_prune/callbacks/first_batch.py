@@ -15,7 +15,7 @@ from lightning_prune._utils.trees import tree_leaves
 from lightning_prune.callbacks.batches import Calibration, batch_shape, calibration_images, images_from_batch
 from lightning_prune.callbacks.config import PruningConfig
 from lightning_prune.callbacks.first_call import FirstCall
-from lightning_prune.callbacks.hooks import command_run, limit_val_batches
+from lightning_prune.callbacks.hooks import command_run, limit_val_batches, without_bars
 from lightning_prune.callbacks.passed_images import as_passed
 from lightning_prune.callbacks.rank_agreement import (
     join_decision,
@@ -256,7 +256,7 @@ def on_first_batch(
     """
     refuse_spawned(trainer)
     probe = _FirstBatchCallback(config, work)
-    with command_run(trainer, config, probe, one_batch=True):
+    with command_run(trainer, config, probe, one_batch=True), without_bars(trainer):
         trainer.validate(model, dataloaders=dataloaders, verbose=False, datamodule=datamodule)
     if not probe.results:
         raise DataError("The validation loader must yield at least one batch, got none.")

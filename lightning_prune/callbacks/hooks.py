@@ -186,6 +186,24 @@ def command_run(
             trainer_callbacks(trainer).remove(callback)
 
 
+@contextmanager
+def without_bars(trainer: L.Trainer) -> Iterator[None]:
+    """A context in which the trainer shows no bar for each of its runs.
+
+    Args:
+        trainer: Whose runs they are.
+    """
+    bar = getattr(trainer, "progress_bar_callback", None)
+    if bar is None or not getattr(bar, "is_enabled", True):
+        yield
+        return
+    bar.disable()
+    try:
+        yield
+    finally:
+        bar.enable()
+
+
 def unpatch_hyperparameters(checkpoint: dict[str, Any]) -> None:
     """Replaces patched modules among the hyperparameters of a checkpoint by unpatched copies, in place.
 

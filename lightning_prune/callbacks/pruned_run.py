@@ -23,6 +23,7 @@ from lightning_prune.patching import PatchHandle
 from lightning_prune.patching.input_resize import resize_of
 from lightning_prune.patching.models.call_arguments import calling_with
 
+_FEW = 0.1  # share of the images in a short last batch that says nothing against the latency of the others
 _WAY_OUT = "`images_from_batch` can return what the transformer receives."
 _WAY_OUT_OF_PRECISION = "`precision` of the Trainer can apply it to the whole step."
 
@@ -56,6 +57,7 @@ class PrunedRun:
         self._is_provisional = False  # whether the decision is of an earlier run, until the step has shown its call
         self._undecided: FirstCall | None = None  # that was not decided for; for the second agreement
         self._shape: BatchShape | None = None  # that later batches are compared with
+        self._batches = float("inf")  # of the first loader
         self._warned: set[str] = set()
 
     def begin(self, trainer: L.Trainer, module: L.LightningModule, batch: Any) -> None:
@@ -70,6 +72,7 @@ class PrunedRun:
             PruneError: On every rank, whatever deciding raises on rank 0.
         """
         self._shape = batch_shape(batch, self._config.images_from_batch)
+        self._batches = _batches_of_first_loader(trainer)
         with open_first_batch(trainer, module, batch, self._config) as first:
             self._first = first
             agreed = on_rank_zero(trainer, lambda: self._before_step(first))
@@ -82,7 +85,8 @@ class PrunedRun:
         """Looks at a later batch, before its step.
 
         Args:
-            batch: As the step receives it. Warns, once, if it has another shape than the first one.
+            batch: As the step receives it. Warns, once, if it has another shape than the first one, unless it is a
+                short last one that holds few of the images.
             batch_idx: Its index in its loader.
             dataloader_idx: Index of the loader; batches of the first one are compared.
 
@@ -100,11 +104,21 @@ class PrunedRun:
         shape = batch_shape(batch, self._config.images_from_batch)
         if self._shape is None or self.waits or dataloader_idx or shape in (None, self._shape):
             return
+        if shape is not None and self._is_short_remainder(shape, batch_idx):
+            return
         rank_zero_warn(
             f"Batch {batch_idx} {self._shape.difference(shape)}. Pruning goes on, but its measured latency is for that "
             "size."
         )
         self._shape = None
+
+    def _is_short_remainder(self, shape: BatchShape, batch_idx: int) -> bool:
+        """Whether a batch is the last one, only smaller, and holds few of the images, as of nearly every dataset."""
+        full = self._shape
+        if full is None or batch_idx + 1 != self._batches or shape.images >= full.images:
+            return False
+        few = shape.images <= _FEW * (shape.images + batch_idx * full.images)
+        return few and shape._replace(images=full.images) == full
 
     def after_step(self) -> None:
         """Ends the comparison with the first step; where that differed, all ranks of several take the new decision."""
@@ -270,3 +284,11 @@ class PrunedRun:
         if self._watch is not None:
             self._watch.end()
         self._watch = None
+
+
+def _batches_of_first_loader(trainer: L.Trainer) -> float:
+    """The number of batches that the running loop reads of its first loader; infinite where that is not known."""
+    counts: Any = trainer.num_val_batches
+    if trainer.testing or trainer.predicting:
+        counts = trainer.num_test_batches if trainer.testing else trainer.num_predict_batches
+    return float(counts[0]) if counts else float("inf")

@@ -100,7 +100,7 @@ class TokenPruning(EvaluationCallback):
         clock: What latencies are timed by: `"wall"`, or `"cpu"`, the CPU time of this process, which repeats better on
             a busy machine, at one thread. On a CPU only. The time limit is wall time.
         seed: Of the calibration sample.
-        verbose: Prints a panel with the decision, and progress on a terminal.
+        verbose: Prints a panel with the decision, and progress: a bar on a terminal, else lines.
         tail: Whether a model that is pruned has the exact tail, as of `lightning_prune.patch`: by default where no
             output changes but by rounding. `protocol="paper"` has none.
         restore: How removed tokens are given back to a dense head, as of `lightning_prune.patch`. What is measured is

@@ -79,7 +79,10 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             raise FileFormatError(f"`weights` must be a file, or a folder with {_FOLDER_FILES[0]}, got {source}.")
         source = held
     if not source.is_file():
-        raise FileFormatError(f"`weights` must be an existing file, got {source}.")
+        begins = f" Relative paths, also of a config file, begin in the working folder, {Path.cwd()}."
+        raise FileFormatError(
+            f"`weights` must be an existing file, got {source}.{'' if source.is_absolute() else begins}"
+        )
     if source.name.endswith(".index.json"):
         return _read_parts(source)
     try:

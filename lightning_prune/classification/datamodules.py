@@ -26,7 +26,8 @@ class ImageFolderData(PreparedData):
         dataset: timm's name of the dataset, such as "torch/cifar10" or "hfds/<owner>/<name>"; empty for a folder
             or a tar.
         batch_size: Number of images per batch.
-        num_workers: Number of processes that load images; 0 loads in the main process.
+        num_workers: Number of processes that load images; 0 loads in the main process. None for 4, or as many as there
+            are usable cores where these are fewer.
         class_map: A text file with one class per line in the order of the head, if that is not alphabetical.
         data_config: Entries of timm's data config: `input_size`, `mean`, `std`, `interpolation`, `crop_pct`. What is
             not given is taken from the attribute `data_config` of the LightningModule that the trainer runs.
@@ -53,7 +54,7 @@ class ImageFolderData(PreparedData):
         split: str = "validation",
         dataset: str = "",
         batch_size: int = 16,
-        num_workers: int = 4,
+        num_workers: int | None = None,
         class_map: str | None = None,
         data_config: dict[str, Any] | None = None,
         download: bool = False,

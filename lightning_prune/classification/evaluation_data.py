@@ -8,8 +8,11 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_prune._utils.processor import usable_cores
 from lightning_prune._utils.validation import check, check_int
 from lightning_prune.classification.preprocessing import complete_config, describe_config
+
+_MOST_WORKERS = 4  # by default
 
 
 class EvaluationData(L.LightningDataModule):
@@ -17,9 +20,11 @@ class EvaluationData(L.LightningDataModule):
 
     dataset: Dataset[Any]
 
-    def __init__(self, batch_size: int, num_workers: int) -> None:
+    def __init__(self, batch_size: int, num_workers: int | None) -> None:
         super().__init__()
         check_int("batch_size", batch_size, 1, "a number of images")
+        if num_workers is None:
+            num_workers = min(_MOST_WORKERS, usable_cores())
         check_int("num_workers", num_workers, 0, "a number of processes")
         self.batch_size = batch_size
         self.num_workers = num_workers
@@ -63,7 +68,8 @@ class PreparedData(EvaluationData):
 
     Args:
         batch_size: Number of images per batch.
-        num_workers: Number of processes that load images; 0 loads in the main process.
+        num_workers: Number of processes that load images; 0 loads in the main process. None for 4, or as many as there
+            are usable cores where these are fewer.
         data_config: Entries of timm's data config. What is not given is taken from the attribute `data_config` of the
             LightningModule that the trainer runs.
 
@@ -71,7 +77,7 @@ class PreparedData(EvaluationData):
         preprocessing: The data config that is used, after `setup`; it is printed, and is among the hyperparameters.
     """
 
-    def __init__(self, batch_size: int, num_workers: int, data_config: dict[str, Any] | None) -> None:
+    def __init__(self, batch_size: int, num_workers: int | None, data_config: dict[str, Any] | None) -> None:
         super().__init__(batch_size, num_workers)
         check("data_config", data_config, "a mapping or None", data_config is None or isinstance(data_config, Mapping))
         self.data_config = data_config

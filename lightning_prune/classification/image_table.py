@@ -94,7 +94,8 @@ class ImageTableData(PreparedData):
         classes: The names in the column of the labels, in the order of the head; by default labels are indices where
             all are whole numbers, else the names are sorted, and must be as many as the head has classes.
         batch_size: Number of images per batch.
-        num_workers: Number of processes that load images; 0 loads in the main process.
+        num_workers: Number of processes that load images; 0 loads in the main process. None for 4, or as many as there
+            are usable cores where these are fewer.
         data_config: Entries of timm's data config: `input_size`, `mean`, `std`, `interpolation`, `crop_pct`. What is
             not given is taken from the attribute `data_config` of the LightningModule that the trainer runs.
 
@@ -123,7 +124,7 @@ class ImageTableData(PreparedData):
         where: dict[str, Any] | None = None,
         classes: list[str] | None = None,
         batch_size: int = 16,
-        num_workers: int = 4,
+        num_workers: int | None = None,
         data_config: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(batch_size, num_workers, data_config)

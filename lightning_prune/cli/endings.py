@@ -26,7 +26,6 @@ _INPUT_ERRORS = (PruneError, argparse.ArgumentError, MisconfigurationException, 
 _NOISE = (
     ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",
     "LightningCLI's args parameter is intended to run from within Python.*",  # see `cli.words.parser_words`
-    "This DataLoader will create 4 worker processes in total",  # the default of ImageFolderData, on fewer cores
 )
 _NOISE_CATEGORIES = (PossibleUserWarning, DeprecationWarning, PendingDeprecationWarning, FutureWarning)
 

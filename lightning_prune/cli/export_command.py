@@ -8,6 +8,7 @@ import lightning as L
 from rich.console import Console
 from torch import Tensor, nn
 
+from lightning_prune._utils.progress import progress_bar
 from lightning_prune._utils.validation import check, check_choice, check_int, check_path
 from lightning_prune.callbacks import PruningConfig
 from lightning_prune.callbacks.first_batch import FirstBatch, on_first_batch
@@ -88,7 +89,11 @@ def run_export(
     example = images[:count] if count <= len(images) else images[:1].expand(count, -1, -1, -1).contiguous()
     exported, path = _exported(model, config)
     is_planned = plan is not None
-    with _without_trainer(model), nullcontext() if is_planned else _patched(exported, path, config):
+    with (
+        progress_bar("Exporting", None, config.verbose),
+        _without_trainer(model),
+        nullcontext() if is_planned else _patched(exported, path, config),
+    ):
         report = export(
             exported,
             output,

@@ -16,6 +16,7 @@ from lightning_prune.classification.datamodules import DigitsData, ImageFolderDa
 from lightning_prune.classification.image_classifier import ImageClassifier
 from lightning_prune.classification.image_table import ImageTableData
 from lightning_prune.cli.endings import BUDGET_MISSED, run_to_end
+from lightning_prune.cli.evaluation_commands import run_evaluation
 from lightning_prune.cli.trainer import PruneTrainer
 from lightning_prune.cli.usage import COMMANDS, OWN_PARSERS
 from lightning_prune.cli.words import parser_words, values_of
@@ -100,6 +101,14 @@ class PruneCLI(LightningCLI):
             trainer.settings = {"command_line": yaml.safe_load(parser.dump(config, skip_none=False))}
         return trainer
 
+    def validate(self, model: L.LightningModule, **arguments: Any) -> None:
+        """Runs the command `validate`; LightningCLI calls this in place of the method of the trainer."""
+        run_evaluation(self.trainer, "validate", model, **arguments)
+
+    def test(self, model: L.LightningModule, **arguments: Any) -> None:
+        """Runs the command `test`; see `validate`."""
+        run_evaluation(self.trainer, "test", model, **arguments)
+
     def _parse_ckpt_path(self) -> None:
         """Ignores hyperparameters of a checkpoint, because those of other modules are not options of this parser."""
 
@@ -130,7 +139,7 @@ def _compare_exported(cli: PruneCLI) -> None:
     """Validates the other exported folders of a command line, and prints a table of all."""
 
     def run(module: L.LightningModule) -> Any:
-        return getattr(cli.trainer, str(cli.subcommand))(module, datamodule=cli.datamodule, verbose=False)
+        return run_evaluation(cli.trainer, str(cli.subcommand), module, verbose=False, datamodule=cli.datamodule)
 
     rows = exported_rows(cli.trainer, cli.model, cli.right_images, cli.other_files, run)
     if cli.trainer.is_global_zero:

@@ -10,8 +10,16 @@ from rich.progress import track
 from rich.table import Table
 
 from lightning_prune._utils.closed_pipe import print_all
-from lightning_prune.patching.models.support import Group, SupportStatus, grouped, isotropic_names, support_of
+from lightning_prune.patching.models.support import (
+    Group,
+    SupportStatus,
+    grouped,
+    isotropic_names,
+    support_of,
+    unsupported_names,
+)
 
+_REASON_WIDTH = 24  # characters that a reason has at least
 _HEAD = ("model", "names", "can be pruned", "why not, or not everywhere")
 
 
@@ -36,9 +44,11 @@ def models(args: Sequence[str]) -> int:
     options = parser.parse_args(list(args))
     names = isotropic_names()
     if options.patterns:
-        names = [name for name in names if any(fnmatch(name, pattern) for pattern in options.patterns)]
+        names = matching([*names, *unsupported_names()], options.patterns)
     if not names:
-        print(f"No isotropic transformer of timm {timm.__version__} is named {' or '.join(options.patterns)}.")
+        named = f"No transformer of timm {timm.__version__} is named {' or '.join(options.patterns)}"
+        others = len(matching(timm.list_models(), options.patterns))
+        print(named + (f"; {others} models of other kinds are, which cannot be pruned." if others else "."))
         return 2
     console = Console()
     hide = not console.is_terminal
@@ -48,12 +58,17 @@ def models(args: Sequence[str]) -> int:
         return 0
     with console.capture() as captured:
         if options.patterns:
-            console.print(names_table(statuses))
+            console.print(names_table(statuses, console.width))
         else:
             console.print(classes_table(grouped(statuses)))
             console.print(summary(statuses))
     print_all(captured.get().removesuffix("\n"))
     return 0
+
+
+def matching(names: Sequence[str], patterns: Sequence[str]) -> list[str]:
+    """The names that match one of the patterns, in alphabetical order."""
+    return sorted(name for name in names if any(fnmatch(name, pattern) for pattern in patterns))
 
 
 def summary(statuses: Sequence[SupportStatus]) -> str:
@@ -77,13 +92,26 @@ def classes_table(groups: Sequence[Group]) -> Table:
     return table
 
 
-def names_table(statuses: Sequence[SupportStatus]) -> Table:
-    """A table with a row for each name."""
+def names_table(statuses: Sequence[SupportStatus], width: int = 80) -> Table:
+    """A table with a row for each name, which is never broken: it is there to be copied. A reason is written out once.
+
+    Args:
+        statuses: What was found out.
+        width: Characters in a line. Where there is no room for the class, it is left out.
+    """
+    columns = list(zip(("name", "model", *_HEAD[2:]), zip(*statuses, strict=True), strict=True))
+    widths = [max(map(len, (head, *values))) for head, values in columns]
+    reasons = _REASON_WIDTH if any(columns[-1][1]) else len(_HEAD[-1]) // 2
+    has_room = sum(widths[:3]) + 3 * len("  ") + reasons <= width
     table = Table(box=None, pad_edge=False)
-    for head in ("name", "model", *_HEAD[2:]):
-        table.add_column(head, overflow="fold")  # a truncated name cannot be copied
+    shown = [0, 1, 2, 3] if has_room else [0, 2, 3]
+    for place in shown:
+        table.add_column(columns[place][0], no_wrap=place < 3)
+    above = ""
     for each in statuses:
-        table.add_row(*each)
+        reason = "as above" if each.reason and each.reason == above else each.reason
+        above = each.reason
+        table.add_row(*(each._replace(reason=reason)[place] for place in shown))
     return table
 
 

@@ -1,15 +1,16 @@
 """The commands `profile` and `plan`."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 from rich.console import Console
 
 from lightning_prune._utils.documents import write_document
-from lightning_prune._utils.files import output_folder
+from lightning_prune._utils.files import other_kinds, output_folder
 from lightning_prune._utils.progress import progress_bar
 from lightning_prune._utils.validation import check
 from lightning_prune.callbacks import PruningConfig
@@ -18,6 +19,7 @@ from lightning_prune.callbacks.decision_panel import print_decision
 from lightning_prune.callbacks.first_batch import FirstBatch, on_first_batch
 from lightning_prune.callbacks.planned_schedule import planned, profiled
 from lightning_prune.comparison.request_reading import read_runtimes
+from lightning_prune.errors import PruneError
 from lightning_prune.planning import Plan
 from lightning_prune.profiling import TOKEN_CURVE, LatencyProfile, SimulatedDevice, profile_latency, simulate_latency
 from lightning_prune.profiling.profile_reuse import CachedProfile
@@ -68,11 +70,12 @@ def run_profile(
     configs = [replace(config, runtime=name) for name in named]
 
     def measure(first: FirstBatch) -> tuple[CachedProfile, LatencyProfile | None]:
-        measured = _profile(first, simulated, of_method=True)
+        with progress_bar("Profiling latency", config.time_limit, config.verbose):
+            measured = _profile(first, simulated, of_method=True)
         compiled = runtimes is None and simulated is None and is_compiled(first.module)
         return measured, _eager_profile(first, measured.profile) if compiled else None
 
-    with output_folder(output, {"results.json": "a comparison", "plan.json": "a plan"}) as folder:
+    with output_folder(output, other_kinds()) as folder:
         found = [on_first_batch(trainer, model, each, measure, **data) for each in configs]
         measured, eager = found[0]
         profile = measured.profile
@@ -90,7 +93,8 @@ def run_profile(
             console.print(shape_of(profile), soft_wrap=True)
             paths = [profile.save(folder / "profile.json"), folder / "profile.png"]
             plot(profile, paths[1], others=others)
-            paths += [each.save(folder / f"profile_{_file_name(each)}.json") for each in others]
+            paths += [each.save(folder / _file_name(each)) for each in others]
+            _remove_others(folder, paths)
             console.print(f"Written: {', '.join(map(str, paths))}", soft_wrap=True)
         return profile
 
@@ -133,12 +137,15 @@ def run_plan(
             latency = _profile(first, simulated) if given is None else given
             return planned(first, latency, is_given=given is not None)
 
-    with output_folder(output, {"results.json": "a comparison"}) as folder:
+    with output_folder(output, other_kinds("plan.json")) as folder:
         decision = on_first_batch(trainer, model, config, decide, **data)
         result = decision.plan
         assert result is not None
         if trainer.is_global_zero:
             print_decision(decision)
+            if _is_another(folder / "profile.json", result.profile):
+                (folder / "profile.png").unlink(missing_ok=True)  # the curve of the one that is replaced
+                _remove_others(folder, [])
             paths = [
                 result.schedule.save(folder / "schedule.yaml"),
                 write_document(folder / "plan.json", result.to_dict()),
@@ -151,7 +158,31 @@ def run_plan(
 
 
 def _file_name(profile: LatencyProfile) -> str:
-    return re.sub(r"[^A-Za-z0-9.]+", "-", str(profile.context.get("runtime", "torch")))
+    return f"profile_{re.sub(r'[^A-Za-z0-9.]+', '-', str(profile.context.get('runtime', 'torch')))}.json"
+
+
+def _load_if_profile(path: Path) -> LatencyProfile | None:
+    try:
+        return LatencyProfile.load(path)
+    except PruneError:
+        return None
+
+
+def _is_another(path: Path, profile: LatencyProfile) -> bool:
+    """Whether there is another profile in the place of a file."""
+    earlier = _load_if_profile(path)
+    return earlier is not None and earlier != profile
+
+
+def _remove_others(folder: Path, written: Collection[Path]) -> None:
+    """Removes the curves of other runtimes that an earlier `profile` wrote, which were not measured with the new one.
+
+    A profile that somebody copied there stays, unless it has the very name that this package gives.
+    """
+    for path in set(folder.glob("profile_*.json")).difference(written):
+        profile = _load_if_profile(path)
+        if profile is not None and path.name == _file_name(profile):
+            path.unlink()
 
 
 def _is_deployed(config: PruningConfig) -> bool:

@@ -18,7 +18,8 @@ OWN_PARSERS = {"models": ("--markdown",), "doctor": ("--json", "--no-timing")}
 """Command that runs no model -> its options. Its file in this folder has its parser."""
 
 _OPTIONS = {
-    "--config FILE": "YAML with the keys below; later files and options take precedence",
+    "--config FILE": "YAML with the keys below; later files and options take precedence; paths in it are\n"
+    "relative to the working folder, as those of options are",
     "--model.model NAME": "a timm model, hf:FOLDER_OR_NAME of Hugging Face, or an import path such as\n"
     "my_module.MyModel; --model.weights FILE for your own weights",
     "--data CLASS": "DigitsData, ImageFolderData, ImageTableData, or any LightningDataModule by its\nimport path",

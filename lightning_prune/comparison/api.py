@@ -13,12 +13,12 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 from torch import nn
 
-from lightning_prune._utils.files import output_folder
+from lightning_prune._utils.files import other_kinds, output_folder
 from lightning_prune._utils.progress import progress_bar
 from lightning_prune._utils.trees import tree_leaves
 from lightning_prune._utils.validation import check, check_bool, check_speedups
 from lightning_prune.callbacks import config_of
-from lightning_prune.callbacks.hooks import command_run
+from lightning_prune.callbacks.hooks import command_run, without_bars
 from lightning_prune.callbacks.rank_agreement import refuse_spawned
 from lightning_prune.comparison.best_variant import choose_best
 from lightning_prune.comparison.class_changes import ClassChange, names_of_classes
@@ -31,7 +31,6 @@ from lightning_prune.comparison.request_reading import in_runtimes, read_request
 from lightning_prune.comparison.requests import ComparisonSettings
 from lightning_prune.comparison.resume import VariantResult
 from lightning_prune.comparison.setup import ComparisonSetup
-from lightning_prune.comparison.validation_progress import without_bars
 from lightning_prune.comparison.variant_rows import paired_classes, row_of
 from lightning_prune.comparison.variant_runs import exit_if_terminated, validate_variants
 from lightning_prune.errors import DataError, FileWriteError
@@ -165,7 +164,7 @@ def compare(
     goal = config.effective_objective if objective is None else objective
     requests = in_runtimes(read_requests(config, methods, speedups, goal, controls), used)
     targets = [] if speedups is None else check_speedups(speedups)
-    with nullcontext() if output is None else output_folder(output, {"plan.json": "a plan"}) as folder:
+    with nullcontext() if output is None else output_folder(output, other_kinds("results.json")) as folder:
         if folder is not None:
             check_output_paths(folder)
         limit = trainer.limit_val_batches

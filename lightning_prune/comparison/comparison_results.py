@@ -1,6 +1,7 @@
 """The results of a comparison: its rows, the best of them, and what is written of both."""
 
 import importlib.metadata
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -16,7 +17,7 @@ from lightning_prune._utils.measurement_source import MeasurementSource
 from lightning_prune.comparison.best_variant import BestVariant
 from lightning_prune.comparison.class_changes import ClassChange
 from lightning_prune.comparison.planned_variants import ComparisonPlan, PlannedVariant
-from lightning_prune.errors import ArgumentError, FileFormatError
+from lightning_prune.errors import ArgumentError
 from lightning_prune.patching import TokenTrace
 from lightning_prune.report.html_page import write_page
 from lightning_prune.report.plots import plot
@@ -195,9 +196,12 @@ def normalisation_of(module: Any) -> Normalisation | None:
 def _written_earlier(folder: Path) -> set[Path]:
     """What an earlier comparison has written to a folder, without its state; nothing where there was none."""
     try:
-        variants = read_results(folder / "results.json").get("variants")
-    except FileFormatError:
+        document = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return set()
+    if not isinstance(document, Mapping) or document.get("format") != _FORMAT:  # of any version
+        return set()
+    variants = document.get("variants")
     described = variants.values() if isinstance(variants, Mapping) else ()
     files = [str(each.get("file")) for each in described if isinstance(each, Mapping)]
     schedules = {folder / "schedules" / Path(file).name for file in files if file.startswith("schedules/")}

@@ -1,8 +1,6 @@
 """The progress of the validations of a comparison: a part of that of the whole, in place of a bar for each."""
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import lightning as L
@@ -40,21 +38,3 @@ class ValidationProgress(L.Callback):
         batches = float(sum(trainer.num_val_batches))  # infinite for a stream
         left = batches * self.runs_left - (batch_idx + 1)
         expect_seconds(max(left, 0.0) * self._seconds / self._batches)
-
-
-@contextmanager
-def without_bars(trainer: L.Trainer) -> Iterator[None]:
-    """A context in which the trainer shows no bar for each of its runs.
-
-    Args:
-        trainer: Whose runs they are.
-    """
-    bar = getattr(trainer, "progress_bar_callback", None)
-    if bar is None or not getattr(bar, "is_enabled", True):
-        yield
-        return
-    bar.disable()
-    try:
-        yield
-    finally:
-        bar.enable()

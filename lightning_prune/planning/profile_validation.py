@@ -17,6 +17,7 @@ from lightning_prune.profiling.profile_check import dense_change
 from lightning_prune.reduction import resolve
 
 _OF_IMAGES = ("image_shape", "precision")
+_BY_BUNDLE = "measured by a bundle"
 _CONDITIONS = (
     "device",
     "threads",
@@ -58,8 +59,8 @@ def foreign_conditions(
     for key, difference in differing.items():
         if not is_bundled or key in _OF_IMAGES:
             warnings.warn(f"The profile was measured elsewhere: {difference}.", stacklevel=4)
-    if is_bundled:
-        return [f"device {profile.context.get('device')} there", *differing.values()]
+    if is_bundled and "device" not in differing:  # a device of the same name need not be this one
+        return [_BY_BUNDLE, *differing.values()]
     return list(differing.values())
 
 
@@ -137,7 +138,10 @@ def nothing_timed(
     """
     of = profile.context.get("device", "another device")
     is_elsewhere = any(difference.startswith("device ") for difference in differing)
-    where = f"of {of}" if is_elsewhere else f"of other conditions ({'; '.join(differing)})"
+    where = f"of {of}" if is_elsewhere else "of other conditions"
+    # Of another device, threads and runtime are expected to be others; what runs in a batch is not.
+    named = [each for each in differing if not is_elsewhere or each.startswith(("batch_size ", *_OF_IMAGES))]
+    where += f" ({'; '.join(named)})" if named else ""
     text = f"{reason} Nothing was timed here: the profile is {where}. The latency is predicted from it, not measured."
     if without_overhead and profile.context.get("device_type") != "simulated":
         text += f" The profile holds no overhead of {', '.join(without_overhead)}, which is taken to be none."

@@ -89,9 +89,10 @@ class ProfileStore:
         except (FileFormatError, OSError):  # damaged, or the folder cannot be searched, as writing will say
             present = None
         if present is not None and not replace and _rank(present) > _rank(_Entry(profile, time_limit)):
+            why = "it converged" if present.profile.converged else "it had more time"
             warnings.warn(
-                f"The profile in {file} (time_limit={present.time_limit}) is better than the new one "
-                f"(time_limit={time_limit}) and is kept. Use a longer time limit or delete the file to replace it.",
+                f"This run uses the profile that it has measured (time_limit={time_limit}). Later runs use the kept "
+                f"one (time_limit={present.time_limit}), as {why}: {file}.",
                 stacklevel=2,
             )
             return None

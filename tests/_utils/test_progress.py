@@ -3,6 +3,8 @@
 import io
 import re
 import sys
+import threading
+import time
 
 import pytest
 
@@ -149,3 +151,15 @@ def test_what_is_printed_meanwhile_stays_in_its_file(monkeypatch):
         print("a line")
     assert file.getvalue() == "a line\n"
     assert "a line" not in terminal.getvalue()
+
+
+def test_a_long_step_writes_lines_too(monkeypatch, capsys):
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.01)
+    monkeypatch.setattr(progress, "SHORTEST_WAIT", 0.01)
+    before = threading.active_count()
+    with progress_bar("Exporting"):
+        time.sleep(0.1)  # no step
+    assert threading.active_count() == before
+    found = lines(capsys)
+    assert found
+    assert set(found) == {"Exporting: 0 s taken"}

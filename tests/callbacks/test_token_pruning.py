@@ -377,6 +377,16 @@ def test_batch_of_another_size_is_pruned_with_one_warning(recwarn: pytest.Warnin
     assert TOKENS not in module.tokens()
 
 
+@pytest.mark.parametrize(("images", "stage", "count"), [(43, "validate", 0), (43, "test", 0), (11, "validate", 1)])
+def test_a_short_last_batch_is_worth_a_warning_where_it_holds_a_tenth_of_the_images(
+    images: int, stage: str, count: int, recwarn: pytest.WarningsRecorder
+) -> None:
+    run = getattr(trainer(pruner(schedule=5, block=1)), stage)
+    run(Tiny(), DataLoader(noise_images(images, seed=1), batch_size=4), verbose=False)
+    told = [str(warning.message) for warning in recwarn if "batch size of 4" in str(warning.message)]
+    assert len(told) == count
+
+
 def test_later_loaders_need_no_images(recwarn: pytest.WarningsRecorder) -> None:
     class Two(Tiny):
         def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:

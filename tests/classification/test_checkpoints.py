@@ -194,3 +194,12 @@ def test_mismatches_with_a_model_of_hugging_face_are_named_by_its_keys(tmp_path:
 def test_a_folder_without_weights_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(FileFormatError, match=rf"`weights`.*got {tmp_path}\."):
         read_weights(tmp_path)
+
+
+def test_a_missing_file_says_where_relative_paths_begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileFormatError, match=r"`weights` .* got examples/none\.pth") as relative:
+        read_weights("examples/none.pth")
+    assert str(tmp_path) in str(relative.value)
+    with pytest.raises(FileFormatError, match=r"`weights` .*none\.pth\.$"):
+        read_weights(tmp_path / "none.pth")

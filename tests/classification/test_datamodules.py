@@ -10,8 +10,10 @@ from timm.data import dataset_factory
 from torch import nn
 
 from helpers.models import tiny_vit
+from lightning_prune.classification import evaluation_data
 from lightning_prune.classification.datamodules import DigitsData, ImageFolderData
 from lightning_prune.classification.image_classifier import ImageClassifier
+from lightning_prune.classification.image_table import ImageTableData
 from lightning_prune.errors import ArgumentError, DataError
 
 CONFIG = {"input_size": (3, 16, 16), "mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25), "crop_pct": 1.0}
@@ -237,6 +239,20 @@ def test_invalid_arguments_are_rejected(name: str, value: int) -> None:
     for kind in (DigitsData, lambda **kwargs: ImageFolderData("images", **kwargs)):
         with pytest.raises(ArgumentError, match=rf"`{name}`.*got {value}\."):
             kind(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("cores", "given", "workers"), [(1, None, 1), (2, None, 2), (64, None, 4), (1, 3, 3), (8, 0, 0)]
+)
+def test_workers_are_no_more_than_cores_unless_they_are_given(
+    cores: int, given: int | None, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluation_data, "usable_cores", lambda: cores)
+    for data in (ImageFolderData("images", num_workers=given), ImageTableData("images", num_workers=given)):
+        assert data.num_workers == workers
+        data.dataset = torch.utils.data.TensorDataset(torch.zeros(2))
+        loader = data.val_dataloader()
+        assert (loader.num_workers, loader.persistent_workers) == (workers, workers > 0)
 
 
 def test_a_named_dataset_can_be_downloaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -189,3 +189,38 @@ def test_a_profile_of_another_model_is_rejected(module, data, tmp_path):
 def test_plan_rejects_the_papers_protocol(module, data, tmp_path):
     with pytest.raises(lp.ArgumentError, match="`protocol` must be 'deployed' for `plan`, got 'paper'"):
         trainer(protocol="paper").plan(module, datamodule=data, output=str(tmp_path))
+
+
+def test_curves_of_an_earlier_profile_do_not_stay_next_to_a_new_one(module, data, tmp_path):
+    folder = str(tmp_path)
+    first = trainer().profile(module, datamodule=data, output=folder, device=DEVICE)
+    other = replace(first, context={**first.context, "runtime": "onnxruntime:threads=2"})
+    of_runtime, copied = (
+        other.save(tmp_path / "profile_onnxruntime-threads-2.json"),
+        other.save(tmp_path / "profile_edge.json"),
+    )
+    (tmp_path / "profile_mine.json").write_text("{}")
+    trainer().profile(module, datamodule=data, output=folder, device=DEVICE)
+    assert not of_runtime.exists()
+    assert copied.exists()
+    assert (tmp_path / "profile_mine.json").exists()
+    kept = str(tmp_path / "profile.json")
+    with pytest.warns(UserWarning, match="measured elsewhere"):
+        trainer().plan(module, datamodule=data, output=folder, profile=kept)
+    assert (tmp_path / "profile.png").exists()  # of the profile that is in the folder
+    trainer().plan(module, datamodule=data, output=folder, device="simulated:multiprocessors=4")
+    assert not (tmp_path / "profile.png").exists()
+    assert copied.exists()
+
+
+@pytest.mark.parametrize("held", ["results.json", "plan.json", "report.json", "bundle.json"])
+def test_results_of_another_kind_are_refused(held, module, data, tmp_path):
+    (tmp_path / held).write_text("{}")
+    shared = {"datamodule": data, "output": str(tmp_path)}
+    with refused(f"`output` must be a folder without .*{held}"):
+        trainer().profile(module, **shared, device=DEVICE)
+    for command, own in (("plan", "plan.json"), ("compare", "results.json")):
+        if held != own:
+            with refused(f"`output` must be a folder without .*{held}"):
+                getattr(trainer(), command)(module, **shared)
+    assert [path.name for path in tmp_path.iterdir()] == [held]

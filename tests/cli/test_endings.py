@@ -263,6 +263,7 @@ def test_warnings_are_printed_in_their_own_words() -> None:
         lightning=True,
     )
     assert run.returncode == 0, run.stderr
-    said, *after = run.stderr.splitlines()
+    said, workers, *after = run.stderr.splitlines()
     assert said == "warning: The schedule was made elsewhere."
+    assert workers.startswith("warning: This DataLoader will create 4 worker processes")
     assert "FutureWarning: after" in after[0]

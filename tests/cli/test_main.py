@@ -23,7 +23,7 @@ from lightning_prune.callbacks.decider import Decider
 from lightning_prune.cli.usage import COMMANDS
 from lightning_prune.comparison import read_results
 from lightning_prune.profiling.model_variants import Variant, VariantSwitch
-from lightning_prune.report.rows import OF_CLASSES, Row
+from lightning_prune.report.rows import OF_CLASSES, OF_GROUPS, Row
 
 ROOT = Path(__file__).parent.parent.parent
 CONFIGS = ROOT / "configs"
@@ -140,7 +140,11 @@ def test_compare_writes_all_files(
     ]
     with (tmp_path / "results.csv").open(newline="") as stream:
         reader = csv.DictReader(stream)
-        assert reader.fieldnames == COLUMNS == [name for name in Row.__dataclass_fields__ if name not in OF_CLASSES]
+        assert (
+            reader.fieldnames
+            == COLUMNS
+            == [name for name in Row.__dataclass_fields__ if name not in {*OF_CLASSES, *OF_GROUPS}]
+        )
         rows = list(reader)
     assert [row["variant"] for row in rows] == ["dense", "pomt utility", "topk accuracy budget"]
     assert {row["images"] for row in rows} == {"8"}

@@ -19,7 +19,7 @@ from lightning_prune.patching import TokenTrace
 from lightning_prune.planning import Objective
 from lightning_prune.profiling import LatencyProfile, LatencyStats
 from lightning_prune.report import tables
-from lightning_prune.report.rows import OF_CLASSES, Row
+from lightning_prune.report.rows import OF_CLASSES, OF_GROUPS, Row
 
 WHERE: dict[str, Any] = {"images": 2000, "device": "Abacus", "batch_size": 16, "precision": "float32"}
 DENSE = Row(variant="dense", removed=0, tokens=197, top1=0.9725, latency_ms=106.99, latency_spread=2.2, **WHERE)
@@ -100,7 +100,7 @@ def test_files(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*names, "schedules", "mine.txt"])
     with written[0].open(newline="") as stream:
         lines = list(csv.DictReader(stream))
-    assert list(lines[0]) == [name for name in DENSE.to_dict() if name not in OF_CLASSES]
+    assert list(lines[0]) == [name for name in DENSE.to_dict() if name not in {*OF_CLASSES, *OF_GROUPS}]
     assert (lines[0]["top1_low"], lines[1]["top1_low"]) == ("", "-0.0231")
     document = read_results(written[1])
     assert document == found.to_dict()
@@ -137,6 +137,18 @@ def test_nothing_of_an_earlier_comparison_stays_beside_the_new_figures(tmp_path:
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*names, "schedules"])
     assert {"schedule.yaml", "profile.json", "profile.png", "tokens.png"}.isdisjoint(names)
     assert sorted(path.name for path in (tmp_path / "schedules").iterdir()) == ["mine.yaml", "tome-1.5x.yaml"]
+
+
+@pytest.mark.parametrize(("values", "stays"), [({"version": 99}, False), ({"format": "mine"}, True)])
+def test_files_of_another_release_go_and_those_of_other_programs_stay(
+    values: dict[str, Any], stays: bool, tmp_path: Path
+) -> None:
+    comparison(best=BestVariant("pomt 2x", "It is the fastest.", True)).save(tmp_path)
+    document = json.loads((tmp_path / "results.json").read_text())
+    (tmp_path / "results.json").write_text(json.dumps(document | values))
+    comparison(traces={}).save(tmp_path)
+    for path in (tmp_path / "schedule.yaml", tmp_path / "tokens.png"):
+        assert path.exists() == stays
 
 
 def test_the_schedule_of_dense_removes_nothing(tmp_path: Path) -> None:

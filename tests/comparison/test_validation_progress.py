@@ -7,13 +7,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from lightning.pytorch.callbacks import TQDMProgressBar
 
 import lightning_prune as lp
 from lightning_prune._utils import progress
 from lightning_prune._utils.progress import WorkProgress
 from lightning_prune.comparison import validation_progress
-from lightning_prune.comparison.validation_progress import ValidationProgress, without_bars
+from lightning_prune.comparison.validation_progress import ValidationProgress
 
 from .conftest import clock_of
 
@@ -71,14 +70,3 @@ def test_the_time_left_is_that_of_all_batches_that_are_left(monkeypatch: pytest.
             now[0] += 2.0
             callback.on_validation_batch_end(trainer, None, None, None, batch)
     assert said == pytest.approx([22.0, 20.0, 18.0, 16.0, 14.0, 12.0, 10.0, 8.0])
-
-
-def test_a_bar_that_the_user_has_disabled_stays_so() -> None:
-    bar = TQDMProgressBar()
-    for enabled in (True, False):
-        bar._enabled = enabled
-        with without_bars(SimpleNamespace(progress_bar_callback=bar)):
-            assert not bar.is_enabled
-        assert bar.is_enabled == enabled
-    with without_bars(SimpleNamespace(progress_bar_callback=None)):
-        pass

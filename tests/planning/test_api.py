@@ -355,15 +355,19 @@ def test_a_profile_from_elsewhere_is_used_and_said():
     assert "batch_size 64 there, 2 here" in text
     assert "precision float16 there, float32 here" in text
     assert made.pruned is None
+    differing = "batch_size 64 there, 2 here; precision float16 there, float32 here"
+    assert f"the profile is of Abacus ({differing})." in made.reason
 
 
-def test_a_profile_of_a_bundle_is_always_of_another_device_and_only_its_images_are_worth_a_warning(recwarn):
-    """Also where the name of the device is the same; it runs in another runtime, as it is meant to."""
+def test_a_profile_of_a_bundle_is_never_timed_here_and_only_its_images_are_worth_a_warning(recwarn):
+    """Also where the name of the device is the same, which is then not what differs."""
     here = measurement_context(vit(), IMAGES[:2])
     context = {**here, "runtime": "onnxruntime", "threads": 99, "clock": "wall", "bundle": "abc"}
     made = planned(methods="pomt", profile=known_profile(STRAIGHT, context=context))
     assert made.pruned is None
-    assert f"the profile is of {here['device']}. The latency is predicted from it, not measured." in made.reason
+    assert f"the profile is of {here['device']}" not in made.reason
+    for difference in ("measured by a bundle", "threads 99 there", "runtime onnxruntime there, torch here"):
+        assert difference in made.reason
     assert not [each for each in recwarn if "measured elsewhere" in str(each.message)]
     with pytest.warns(UserWarning, match="measured elsewhere: image_shape"):
         planned(methods="pomt", profile=known_profile(STRAIGHT, context={**context, "image_shape": [3, 64, 64]}))

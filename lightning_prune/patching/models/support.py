@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_prune.errors import UnsupportedModelError
 from lightning_prune.patching.models.registry import find_vision_transformer
-from lightning_prune.patching.models.unsupported import unsupported_reason
+from lightning_prune.patching.models.unsupported import TIMM_MODULES, unsupported_reason
 
 # Modules of timm with transformers of constant resolution. All others are convolutional or hierarchical.
 _ISOTROPIC = (
@@ -78,6 +78,12 @@ def isotropic_names() -> list[str]:
     return [name for name in timm.list_models() if timm.model_entrypoint(name).__module__ in modules]
 
 
+def unsupported_names() -> list[str]:
+    """Sorted names of timm's other transformers, which cannot be pruned for a known reason."""
+    modules = {f"timm.models.{module}" for module in TIMM_MODULES.difference(_ISOTROPIC)}
+    return [name for name in timm.list_models() if timm.model_entrypoint(name).__module__ in modules]
+
+
 def support_of(name: str) -> SupportStatus:
     """Whether a model of timm can be pruned. Builds it with one block and without weights.
 
@@ -96,7 +102,8 @@ def support_of(name: str) -> SupportStatus:
     try:
         transformer = find_vision_transformer(model, restore="auto")
     except UnsupportedModelError as error:
-        return SupportStatus(name, type(model).__name__, "no", str(error))
+        reason = unsupported_reason(type(model)) or str(error)
+        return SupportStatus(name, type(model).__name__, "no", reason)
     restore_reason = transformer.adapter.restore_reason(transformer.root)
     if restore_reason is not None:
         reducible, reason = WITH_RESTORE, restore_reason

@@ -41,6 +41,8 @@ _TIMM: dict[str, str] = {  # module of timm.models -> reason
         _STAGES,
     ),
 }
+TIMM_MODULES = frozenset(_TIMM)
+"""Modules of timm.models whose transformers cannot be pruned."""
 _TORCHVISION: dict[str, str] = {"swin_transformer": _STAGES, "maxvit": _STAGES}
 _HUGGING_FACE: dict[str, str] = {"swin": _STAGES, "swinv2": _STAGES, "sam": _GRID_INSIDE, "pvt": _STAGES}
 
