@@ -116,7 +116,7 @@ CALLEES: dict[str, Callable[[], Callee]] = {
     "bundle": lambda: Callee(
         lp.bundle,
         {"model": tiny_vit(depth=1), "output": "x", "example_inputs": IMAGES, "verbose": False},
-        MODEL_PATH | {"output": {"text"}},
+        MODEL_PATH | {"output": {"text"}, "restore": {"None"}},
         {"methods": "methods?"},
     ),
     "export": lambda: Callee(
@@ -175,12 +175,19 @@ CALLEES: dict[str, Callable[[], Callee]] = {
         {"group_names": {"None"}},
         {"model": "(model|nonsense)", "tokenizer": "(tokenizer|nonsense)"},
     ),
-    "DigitsData": lambda: Callee(lp.DigitsData, {}),
+    "DigitsData": lambda: Callee(lp.DigitsData, {}, {"num_workers": {"None"}}),
     "ImageFolderData": lambda: Callee(
         lp.ImageFolderData,
         {"root": "x"},
-        {"class_map": {"None", "text"}, "data_config": {"None"}}
+        {"class_map": {"None", "text"}, "data_config": {"None"}, "num_workers": {"None"}}
         | {name: {"text"} for name in ("root", "split", "dataset")},
+    ),
+    "ImageTableData": lambda: Callee(
+        lp.ImageTableData,
+        {"root": "x"},
+        {name: {"None"} for name in ("group", "where", "classes", "data_config", "num_workers")}
+        | {name: {"text"} for name in ("root", "table", "image", "label")}
+        | {"group": {"None", "text"}},
     ),
     "Vocabulary": lambda: Callee(
         lp.Vocabulary,

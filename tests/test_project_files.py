@@ -144,7 +144,7 @@ def test_actions_have_a_version(workflow: str) -> None:
 
 def test_extras_exist() -> None:
     files = [ROOT / "Makefile", *(ROOT / ".ci").iterdir(), *(GITHUB / "workflows").iterdir()]
-    for path in files:
+    for path in filter(Path.is_file, files):
         for names in re.findall(r"(?:\.|lightning-prune)\[([a-z0-9,]+)\]", path.read_text(encoding="utf-8")):
             assert set(names.split(",")) <= set(EXTRAS), path
 
