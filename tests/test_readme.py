@@ -34,6 +34,7 @@ NOT_RUN = {  # part of a block -> why it is only compiled
     "LightningCLI(": "a program; a LightningCLI with the overlay is run in tests/cli",
     'strategy="ddp"': "a program for two processes, see test_two_processes",
     "timings = lp.compare_latency(": "the benchmark of int8, which takes minutes",
+    "CIFAR10(": "downloads the dataset",
 }
 GIVEN = {  # page -> what its text says that the reader has
     "docs/operators.md": "import timm\nmodel = timm.create_model('vit_tiny_patch16_224', depth=2, img_size=64)\n"
