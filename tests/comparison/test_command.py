@@ -11,7 +11,7 @@ import torch
 
 import lightning_prune as lp
 from lightning_prune.__main__ import main
-from lightning_prune.report.rows import OF_CLASSES, Row
+from lightning_prune.report.rows import OF_CLASSES, OF_GROUPS, Row
 
 TINY = [
     "--model.model=vit_digits_patch4_56",
@@ -40,7 +40,7 @@ def test_the_command_of_the_issue(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*names, "schedules", "state"])
     with (tmp_path / "results.csv").open(newline="") as stream:
         rows = list(csv.DictReader(stream))
-    assert list(rows[0]) == [name for name in Row.__dataclass_fields__ if name not in OF_CLASSES]
+    assert list(rows[0]) == [name for name in Row.__dataclass_fields__ if name not in {*OF_CLASSES, *OF_GROUPS}]
     targets = ("1.1x", "1.25x", "1.5x", "2x")
     pruned = [
         f"{method} {target}" for method in ("pomt", "tome", "topk", "evit", "random", "vwt-intra") for target in targets

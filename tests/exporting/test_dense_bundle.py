@@ -94,7 +94,8 @@ def test_a_plan_for_the_device(tmp_path: Path) -> None:
         net, IMAGES, profile=profile, methods="tome", objective=lp.AccuracyBudget(0.9), restore="auto", **options
     )
     assert all(candidate.timing is None for candidate in made.front)
-    assert made.context["runtime"] == "onnxruntime"
+    assert profile.context["runtime"] == "onnxruntime"
+    assert made.latency_ms == made.predicted_ms
 
 
 def test_bad_restore(tmp_path: Path) -> None:
