@@ -235,7 +235,7 @@ def split_batch(batch: Any, where: str) -> tuple[Tensor, Tensor]:
         return batch[0], batch[1]
     if isinstance(batch, Mapping):
         keys = ", ".join(map(repr, list(batch)[:8]))
-        raise DataError(f"{where.capitalize()} must have images and labels, got a mapping with the keys {keys}.")
+        raise DataError(f"{where.capitalize()} must be a pair of images and labels, got a dict with the keys {keys}.")
     types = [type(part).__name__ for part in batch] if isinstance(batch, list | tuple) else type(batch).__name__
     raise DataError(f"{where.capitalize()} must be a pair of tensors (images, labels), got {types}.")
 

@@ -39,7 +39,8 @@ def test_on_rank_zero_lets_keyboard_interrupt_pass() -> None:
 
 def running(kind: type, ranks: int) -> Any:
     """As much of a trainer as is looked at first; some strategies cannot be made without what they need."""
-    return SimpleNamespace(strategy=object.__new__(kind), world_size=ranks, sanity_checking=False, callbacks=[])
+    stage = {"sanity_checking": False, "testing": False, "predicting": False, "num_val_batches": [1]}
+    return SimpleNamespace(strategy=object.__new__(kind), world_size=ranks, callbacks=[], **stage)
 
 
 @pytest.mark.parametrize("kind", [FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy])
