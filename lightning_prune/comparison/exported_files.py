@@ -11,8 +11,8 @@ from torch import Tensor
 
 from lightning_prune._utils.formatting import milliseconds, percent, points, speedup
 from lightning_prune.callbacks.batches import images_from_batch, labels_from_batch
+from lightning_prune.comparison.output_capture import capture_outputs
 from lightning_prune.comparison.paired_statistics import Difference, paired_difference
-from lightning_prune.comparison.predictions import capture_outputs
 from lightning_prune.comparison.variant_runs import flat_metrics
 from lightning_prune.exporting import ExportedModel
 from lightning_prune.profiling import InterleavedTimer, LatencyStats

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import lightning as L
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import RandomSampler
 from torchmetrics import Metric
 
@@ -16,6 +16,7 @@ from lightning_prune._utils.validation import is_int
 from lightning_prune.callbacks.batches import Extract, images_from_batch, labels_from_batch
 from lightning_prune.classification.grouped_batches import split_groups
 from lightning_prune.classification.image_classifier import ImageClassifier
+from lightning_prune.comparison.output_capture import capture_outputs
 from lightning_prune.errors import ArgumentError, UnsupportedModelError
 from lightning_prune.patching import VisionTransformer, find_vision_transformer
 
@@ -231,25 +232,6 @@ class PredictionRecorder(L.Callback):
         if stated or columns == self._transformer.embed_dim:
             return False
         return bool(classes) if is_transformers else columns in heads
-
-
-def capture_outputs(module: nn.Module, receive: Callable[[Any], None]) -> Callable[[], None]:
-    """Calls `receive` with every output of a module, also where that was compiled in place; returns what ends it."""
-    compiled = vars(module).get("_compiled_call_impl")
-    if compiled is None:
-        return module.register_forward_hook(lambda _, __, output: receive(output)).remove
-
-    def call(*args: Any, **kwargs: Any) -> Any:  # a hook would become part of the graph, or be skipped by it
-        output = compiled(*args, **kwargs)
-        receive(output)
-        return output
-
-    vars(module)["_compiled_call_impl"] = call
-
-    def stop() -> None:
-        vars(module)["_compiled_call_impl"] = compiled
-
-    return stop
 
 
 def _output(transformer: VisionTransformer, result: Any) -> Tensor | None:

@@ -16,6 +16,7 @@ import lightning_prune as lp
 from helpers.models import tiny_vit
 from lightning_prune import ImageClassifier, ImageTableData
 from lightning_prune.callbacks import TokenPruning
+from lightning_prune.classification.image_table import ListedImages
 from lightning_prune.cli.main import run
 from lightning_prune.errors import ArgumentError, DataError
 
@@ -73,7 +74,8 @@ def test_images_labels_and_groups(folder: Path) -> None:
     assert [(item["label"], item["group"]) for item in items] == [(y, 2 * y + place) for y, place, _ in ROWS]
     light = [float(item["image"].mean()) for item in items]
     assert light == pytest.approx([light / 255 for _, _, light in ROWS], abs=1e-6)
-    assert len(found.dataset) == len(ROWS)  # type: ignore[arg-type]
+    assert isinstance(found.dataset, ListedImages)
+    assert len(found.dataset) == len(ROWS)
 
 
 @pytest.mark.parametrize("stage", ["val", "test"])

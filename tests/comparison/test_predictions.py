@@ -11,7 +11,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from helpers.data import noise_images
 from helpers.dense import FeatureNet
 from helpers.models import tiny_vit
-from lightning_prune.comparison.predictions import PredictionRecorder, Predictions, capture_outputs
+from lightning_prune.comparison.output_capture import capture_outputs
+from lightning_prune.comparison.predictions import PredictionRecorder, Predictions
 from lightning_prune.patching.models import restoring
 
 IMAGES = noise_images(10)

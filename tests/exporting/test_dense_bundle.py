@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import lightning_prune as lp
 from helpers.data import noise_images
-from helpers.dense import FeatureNet, dense_net
+from helpers.dense import FeatureNet, HeadOnHook, dense_net
 from helpers.models import tiny_vit
 from helpers.refusing import ONLY_PYTHON, run_refusing
 from lightning_prune.classification import ZeroShotModel
@@ -19,25 +19,6 @@ from lightning_prune.exporting import bundle_profile
 from lightning_prune.exporting.bundle_graphs import bundled_graphs
 
 IMAGES = noise_images(1)
-
-
-class HeadOnHook(nn.Module):
-    """A head on the tokens that a hook collects."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.vit = tiny_vit(noise=0.1)
-        self.head = nn.Linear(self.vit.embed_dim, 3)
-        self.seen: list[Tensor] = []
-        self.vit.blocks[1].register_forward_hook(self.collect)
-
-    def collect(self, block: nn.Module, args: Any, output: Tensor) -> None:
-        self.seen.append(output)
-
-    def forward(self, images: Tensor) -> Tensor:
-        self.seen.clear()
-        self.vit(images)
-        return self.head(self.seen[0][:, 1:]).transpose(1, 2)
 
 
 def zero_shot() -> nn.Module:

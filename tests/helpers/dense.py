@@ -34,6 +34,25 @@ class FeatureNet(nn.Module):
         return {f"tap{index}": grid for index, grid in zip(self.taps, grids, strict=True)}
 
 
+class HeadOnHook(nn.Module):
+    """A head on the tokens that a hook collects."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.vit = tiny_vit(noise=0.1)
+        self.head = nn.Linear(self.vit.embed_dim, 3)
+        self.seen: list[Tensor] = []
+        self.vit.blocks[1].register_forward_hook(self.collect)
+
+    def collect(self, block: nn.Module, args: Any, output: Tensor) -> None:
+        self.seen.append(output)
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.seen.clear()
+        self.vit(images)
+        return self.head(self.seen[0][:, 1:]).transpose(1, 2)
+
+
 class DenseModule(L.LightningModule):
     """Logs the mean squared error of a dense model.
 

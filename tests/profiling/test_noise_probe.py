@@ -1,6 +1,7 @@
 """Noise, measured by a model that takes what a test says."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -58,8 +59,8 @@ def test_noise_is_seen() -> None:
         ({"rounds": 2}, 0.00392, "2 rounds"),
     ],
 )
-def test_the_verdict_is_of_the_figures(changed: dict[str, float], gain: float, says: str) -> None:
-    reading = replace(QUIET, **changed)  # type: ignore[arg-type]
+def test_the_verdict_is_of_the_figures(changed: dict[str, Any], gain: float, says: str) -> None:
+    reading = replace(QUIET, **changed)
     assert reading.smallest_gain == pytest.approx(gain)
     assert says in reading.verdict
     assert reading.as_dict()["smallest_gain_percent"] == pytest.approx(100 * gain, abs=0.01)

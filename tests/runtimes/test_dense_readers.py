@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import lightning_prune as lp
 from helpers.data import noise_images
-from helpers.dense import FeatureNet, dense_net
+from helpers.dense import FeatureNet, HeadOnHook, dense_net
 from helpers.models import tiny_vit
 from lightning_prune.patching import PatchHandle, find_vision_transformer
 from lightning_prune.patching.token_readers import RestoreMode
@@ -21,25 +21,6 @@ from lightning_prune.runtimes.token_curve import TokenCurve, _GivenTokens, _kept
 
 IMAGES = noise_images(6)
 SPECS = ["onnxruntime", pytest.param("openvino", marks=pytest.mark.long)]
-
-
-class Hooked(nn.Module):
-    """A head on the tokens that a hook collects."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.vit = tiny_vit(noise=0.1)
-        self.head = nn.Linear(self.vit.embed_dim, 3)
-        self.seen: list[Tensor] = []
-        self.vit.blocks[1].register_forward_hook(self.collect)
-
-    def collect(self, block: nn.Module, args: Any, output: Tensor) -> None:
-        self.seen.append(output)
-
-    def forward(self, images: Tensor) -> Tensor:
-        self.seen.clear()
-        self.vit(images)
-        return self.head(self.seen[0][:, 1:]).transpose(1, 2)
 
 
 def leaves(found: Any) -> list[Tensor]:
@@ -74,8 +55,8 @@ def test_one_graph_serves_all_token_counts(spec: str, mode: Any) -> None:
 @pytest.mark.parametrize(
     ("method", "mode", "build"),
     [
-        ("tome", "auto", Hooked),
-        pytest.param("topk", "auto", Hooked, marks=pytest.mark.long),
+        ("tome", "auto", HeadOnHook),
+        pytest.param("topk", "auto", HeadOnHook, marks=pytest.mark.long),
         pytest.param("topk", "copy", dense_net, marks=pytest.mark.long),
     ],
 )
@@ -110,7 +91,9 @@ def test_modes_have_graphs_of_their_own() -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("spec", "build"), [("torch", Hooked), ("onnxruntime", Hooked), ("torch.compile", dense_net)])
+@pytest.mark.parametrize(
+    ("spec", "build"), [("torch", HeadOnHook), ("onnxruntime", HeadOnHook), ("torch.compile", dense_net)]
+)
 def test_a_plan(spec: str, build: Any) -> None:
     net = build().eval()
     before = {name: value.clone() for name, value in net.state_dict().items()}
@@ -132,7 +115,7 @@ def test_a_plan(spec: str, build: Any) -> None:
 @pytest.mark.long
 @torch.no_grad()
 def test_graphs_depend_on_hooks_and_a_warning_says_when_these_are_called() -> None:
-    net = Hooked().eval()
+    net = HeadOnHook().eval()
     expected = net(IMAGES)
     in_runtime = parse_runtime("onnxruntime").applied(find_vision_transformer(net, restore="auto"))
     with ExitStack() as stack:
@@ -146,7 +129,7 @@ def test_graphs_depend_on_hooks_and_a_warning_says_when_these_are_called() -> No
 
 
 def test_hooks_that_read_are_called_while_measured(recwarn: pytest.WarningsRecorder) -> None:
-    net = Hooked().eval()
+    net = HeadOnHook().eval()
     calls: list[int] = []
     net.vit.blocks[3].register_forward_hook(lambda *_: calls.append(1))
     transformer = find_vision_transformer(net, restore="auto")
